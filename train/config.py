@@ -1,0 +1,132 @@
+"""Configuration of the student, its objective and its training."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from raystill.cluster.model import ConfigModel, PositiveInt, identity, operational
+
+
+class StudentConfig(ConfigModel):
+    """The model that is trained, and where its first weights come from."""
+
+    init: Literal["model", "from_teacher"] = identity(
+        "from_teacher",
+        description="model: a Hugging Face model; from_teacher: keep some of its layers.",
+    )
+    model: str | None = identity(
+        None, description="Local folder or Hugging Face id; needed with init: model."
+    )
+    revision: str | None = identity(None, description="Hub revision of student.model.")
+    trust_remote_code: bool = identity(False, description="Run code that comes with the model.")
+    layers: tuple[int, ...] | None = identity(
+        None, description="Teacher layers kept, from 0, in this order (init: from_teacher)."
+    )
+    layer_stride: PositiveInt | None = identity(
+        None, description="Keep every so-manyth teacher layer, from 0 (init: from_teacher)."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "StudentConfig":
+        if self.init == "model":
+            if self.model is None:
+                raise ValueError("init is 'model' but model is unset; name the student's model")
+            if self.layers is not None or self.layer_stride is not None:
+                raise ValueError(
+                    "layers and layer_stride belong to init: from_teacher; remove them"
+                )
+        else:
+            if self.model is not None:
+                raise ValueError(
+                    f"model ({self.model!r}) is set but init is 'from_teacher'; "
+                    "set init: model to train that model, or remove it"
+                )
+            if (self.layers is None) == (self.layer_stride is None):
+                raise ValueError(
+                    "init: from_teacher needs exactly one of layers (a list) and layer_stride"
+                )
+            if self.layers is not None and len(self.layers) == 0:
+                raise ValueError("layers is empty; name at least one teacher layer")
+        return self
+
+
+class ObjectiveConfig(ConfigModel):
+    """What the student minimises: a weighted sum; a weight of 0 leaves a term out."""
+
+    forward_kl: float = identity(
+        0.0, ge=0, description="Weight of KL(teacher || student) on the signal's partition."
+    )
+    cross_entropy: float = identity(
+        0.0, ge=0, description="Weight of cross entropy on the response tokens."
+    )
+
+    @model_validator(mode="after")
+    def _something(self) -> "ObjectiveConfig":
+        if not self.weights:
+            raise ValueError("every weight is 0; give forward_kl or cross_entropy a weight")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Terms with a weight above zero, by name."""
+        return {name: w for name, w in self.model_dump().items() if w > 0}
+
+
+class TrainingConfig(ConfigModel):
+    """The optimisation: steps, rates, precision, checkpoints."""
+
+    epochs: PositiveInt = operational(1, description="Passes over all rows.")
+    rows_per_step: PositiveInt = identity(
+        32, description="Rows of one optimizer step, over all workers."
+    )
+    num_workers: PositiveInt = operational(1, description="Student worker processes.")
+    learning_rate: float = identity(1e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "constant"] = identity(
+        "cosine", description="Learning rate after warm-up."
+    )
+    warmup_steps: int = identity(0, ge=0, description="Steps of linear warm-up.")
+    min_learning_rate_ratio: float = identity(
+        0.1, ge=0, le=1, description="Cosine's end, as a share of the peak."
+    )
+    weight_decay: float = identity(0.0, ge=0, description="AdamW weight decay (matrices only).")
+    beta1: float = identity(0.9, ge=0, lt=1, description="AdamW first-moment decay.")
+    beta2: float = identity(0.95, ge=0, lt=1, description="AdamW second-moment decay.")
+    epsilon: float = identity(1e-8, gt=0, description="AdamW epsilon.")
+    max_grad_norm: float | None = identity(1.0, gt=0, description="Clipping bound; null: off.")
+    normalise: Literal["token", "row"] = identity(
+        "token", description="token: every response token counts the same; row: every row does."
+    )
+    tokens_per_micro_batch: PositiveInt = operational(
+        4096, description="Budget of one forward pass: padded prompt and response tokens."
+    )
+    param_dtype: Literal["float32", "float64"] = identity(
+        "float32", description="Precision of parameters, optimizer and reductions."
+    )
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = identity(
+        "auto", description="Precision of matrix products; auto: bfloat16 on GPUs, else float32."
+    )
+    strategy: Literal["ddp", "fsdp"] = operational(
+        "ddp", description="ddp: a whole copy a worker; fsdp: parameters sharded (FSDP2)."
+    )
+    activation_checkpointing: bool = operational(
+        False, description="Recompute layer activations in the backward pass to save memory."
+    )
+    compile: bool = operational(False, description="Use torch.compile on the student.")
+    checkpoint_every_steps: int = operational(
+        100, ge=0, description="Steps between checkpoints; 0: only when stopped and at the end."
+    )
+    num_checkpoints_to_keep: PositiveInt = operational(2, description="Newest checkpoints kept.")
+    export_dtype: Literal["bfloat16", "float16", "float32"] = operational(
+        "bfloat16", description="Precision of the finished model in student/."
+    )
+    gpus_per_worker: float | None = operational(
+        None, ge=0, description="GPUs of one worker; default: 1 where the cluster has GPUs, else 0."
+    )
+    cpus_per_worker: float = operational(1.0, gt=0, description="CPUs of one worker.")
+    cpu_cores: tuple[int, ...] | None = operational(
+        None, description="Cores of the workers on a CPU node; default: the second half."
+    )
+    resources_per_worker: dict[str, float] = operational(
+        {}, description="Custom Ray resources a worker asks for, e.g. {student: 1}."
+    )
+    accelerator_type: str | None = operational(None, description="Ray accelerator type, e.g. H100.")
