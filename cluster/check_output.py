@@ -1,0 +1,134 @@
+"""The static check of the run folder: can it be written, is it this run's, is there space?"""
+
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+
+from raystill.cluster.config import RunConfig
+from raystill.cluster.load import compare_identity, validate_leniently
+from raystill.cluster.problems import Problem
+from raystill.cluster.run_folder import CONFIG, TOP_LEVEL_NAMES, TRAIN_PROMPTS, RunFolder
+from raystill.cluster.strict_yaml import parse_yaml
+
+REMOTE_WAIT_S = 4.0
+WRITE_TEST = ".raystill-write-test"
+
+
+def check_output(
+    config: RunConfig, folder: RunFolder, compare: bool = True
+) -> tuple[list[Problem], list[str]]:
+    """Problems with the run folder, and notices; writes nothing that stays.
+
+    ``compare``: whether ``config`` is whole, so that it can be held against an earlier run's.
+    """
+    if folder.is_local:
+        problem = why_not_writable(Path(folder.path))
+        if problem is not None:
+            return [Problem("output.path", problem)], []
+        return check_earlier_run(config, folder) if compare else [], []
+    outcome: list[list[Problem]] = []
+    thread = threading.Thread(
+        target=lambda: outcome.append(_check_remote(config, folder, compare)),
+        name="output",
+        daemon=True,
+    )
+    thread.start()
+    thread.join(REMOTE_WAIT_S)
+    if not outcome:
+        return [], [f"output.path: {folder.path} did not answer in {REMOTE_WAIT_S:.0f} s"]
+    return outcome[0], []
+
+
+def why_not_writable(path: Path) -> str | None:
+    """Why the folder cannot be made or written, or None."""
+    existing = path
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{path} cannot be made: {existing} is a file; name another folder"
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".raystill-"):
+            return None
+    except OSError as error:
+        return (
+            f"{path} cannot be written: {existing}: {error.strerror}; make it writable or set "
+            "output.path to another folder"
+        )
+
+
+def check_earlier_run(config: RunConfig, folder: RunFolder) -> list[Problem]:
+    """An existing folder must be of this very run."""
+    names = folder.names()
+    if CONFIG not in names:
+        strange = [n for n in names if n not in TOP_LEVEL_NAMES and not n.startswith(".")]
+        if not strange:
+            return []
+        listed = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
+        message = f"{folder.path} is no run folder, but has {listed}; name a new or empty folder"
+        return [Problem("output.path", message)]
+    earlier = validate_leniently(parse_yaml(folder.read_text(CONFIG)) or {}, []).config
+    if earlier is None:
+        message = f"{folder.path}/{CONFIG} cannot be read by this version; set another output.path"
+        return [Problem("output.path", message)]
+    differences = compare_identity(earlier, config)
+    if not differences:
+        return []
+    listed = "; ".join(differences)
+    return [
+        Problem(
+            "output.path",
+            f"{folder.path} holds a run of another configuration ({listed}); set these back to "
+            "resume it, or set output.path to a new folder",
+        )
+    ]
+
+
+def check_same_prompts(folder: RunFolder, train: pa.Table) -> list[Problem]:
+    """A resumed run must find the rows it began with: its ledger counts them by number."""
+    if not folder.exists(TRAIN_PROMPTS):
+        return []
+    before = folder.read_table(TRAIN_PROMPTS, columns=["prompt_ids", "source"])
+    if before.combine_chunks().equals(train.select(before.column_names).combine_chunks()):
+        return []
+    return [
+        Problem(
+            "prompts.path",
+            f"the prompts are not those that {folder.path} began with ({before.num_rows} rows, now "
+            f"{train.num_rows}); restore the files, or set output.path to a new folder",
+        )
+    ]
+
+
+def check_space(folder: RunFolder, needed_bytes: int | None) -> list[Problem]:
+    """Is there room for what the run will write? Object stores are taken to have it."""
+    if needed_bytes is None or not folder.is_local:
+        return []
+    existing = Path(folder.path)
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free >= needed_bytes:
+        return []
+    return [
+        Problem(
+            "output.path",
+            f"{folder.path} will need about {needed_bytes / 2**30:.1f} GiB, but {existing} has "
+            f"{free / 2**30:.1f} GiB free; free some, lower training.num_checkpoints_to_keep, or "
+            "set another output.path",
+        )
+    ]
+
+
+def _check_remote(config: RunConfig, folder: RunFolder, compare: bool) -> list[Problem]:
+    try:
+        folder.write_bytes(WRITE_TEST, b"")
+        folder.filesystem().delete_file(f"{folder.root}/{WRITE_TEST}")
+        return check_earlier_run(config, folder) if compare else []
+    except Exception as error:  # every object store has its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        message = f"{folder.path} cannot be written ({reason}); check the name and your credentials"
+        return [Problem("output.path", message)]

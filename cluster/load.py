@@ -1,0 +1,182 @@
+"""From a run file and its overrides to a ``RunConfig``, or to everything that is wrong with them.
+
+Consumes YAML; feeds the driver, ``check`` and every stage. Imports no torch, ray or vllm.
+"""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raystill.cluster.config import RunConfig
+from raystill.cluster.describe import dotted, problems_of, section_model
+from raystill.cluster.problems import ConfigError, Problem
+from raystill.cluster.strict_yaml import parse_yaml
+
+# What stands in for a required section that cannot be used, so that the others are still checked.
+STAND_INS: dict[str, dict[str, Any]] = {
+    "teacher": {"model": "-"},
+    "student": {"init": "from_teacher", "layers": [0]},
+    "prompts": {"path": "-"},
+}
+
+
+@dataclass
+class Loaded:
+    """A configuration with what was wrong with it.
+
+    ``config`` is the writer's where there are no problems. Otherwise defaults and stand-ins take
+    the place of what was refused, and ``refused`` has the dotted names of those settings, which
+    say nothing; it is None where nothing of the file could be used.
+    """
+
+    config: RunConfig | None
+    problems: list[Problem] = field(default_factory=list)
+    refused: frozenset[str] = frozenset()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run file with ``a.b=c`` overrides applied. Raises ConfigError with all problems."""
+    loaded = load_leniently(path, overrides)
+    if loaded.problems or loaded.config is None:
+        raise ConfigError(loaded.problems)
+    return loaded.config
+
+
+def load_leniently(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Like :func:`load_config`, but keep what is usable, so that a check can go on to the rest."""
+    data, problems = read_run_file(path)
+    if data is None:
+        return Loaded(None, problems)
+    for override in overrides:
+        problems += apply_override(data, override)
+    return validate_leniently(data, problems)
+
+
+def validate_leniently(data: dict[str, Any], problems: list[Problem]) -> Loaded:
+    """Validate; on failure take out what was refused and try again, then whole sections."""
+    data = deepcopy(data)
+    refused: set[str] = set()
+    for attempt in range(4):
+        try:
+            return Loaded(RunConfig.model_validate(data), problems, frozenset(refused))
+        except ValidationError as error:
+            # A rule between values is only judged once each of them is valid. What it says then
+            # counts, unless a stand-in of ours is what it objects to.
+            sections = {name.partition(".")[0] for name in refused}
+            problems = problems + problems_of(error, data, skip_sections=sections)
+            for item in error.errors():
+                whole = attempt > 0 or item["type"] in ("value_error", "missing")
+                refused |= _take_out(data, item, whole)
+    return Loaded(None, problems, frozenset(refused))
+
+
+def read_run_file(path: str | Path) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """The file's mapping, or why there is none."""
+    where = str(path)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None, [Problem(where, "no such file; name a run file, e.g. configs/quickstart.yaml")]
+    except (OSError, UnicodeDecodeError) as error:
+        return None, [Problem(where, f"cannot be read ({error}); expected a YAML text file")]
+    try:
+        data = parse_yaml(text)
+    except yaml.YAMLError as error:
+        return None, [Problem(_with_line(where, error), f"is not valid YAML: {_reason(error)}")]
+    if not isinstance(data, dict):
+        kind = "empty" if data is None else f"a {type(data).__name__}"
+        return None, [Problem(where, f"is {kind}; expected a mapping of sections (teacher: ...)")]
+    return data, []
+
+
+def apply_override(data: dict[str, Any], override: str) -> list[Problem]:
+    """Set the dotted key of ``a.b=value`` in place; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key or any(not part for part in key.split(".")):
+        return [Problem(f"--set {override}", "expected a dotted key and a value: --set a.b=value")]
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        return [Problem(f"--set {override}", f"the value is not valid YAML: {_reason(error)}")]
+    *parents, leaf = key.split(".")
+    section = data
+    for depth, name in enumerate(parents):
+        inner = section.get(name)
+        if inner is None or not isinstance(inner, dict):
+            if inner is not None and section_model(".".join(parents[: depth + 1])) is None:
+                message = f"{'.'.join(parents[: depth + 1])} is {inner!r}, which has no keys"
+                return [Problem(f"--set {override}", message + "; set it whole")]
+            inner = section[name] = {}
+        section = inner
+    section[leaf] = value
+    return []
+
+
+def config_text(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every default written out; loads back to the same."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def identity_of(config: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """The settings that make a run this run and not another: dotted key to JSON value."""
+    values: dict[str, Any] = {}
+    dumped = config.model_dump(mode="json")
+    for name, info in type(config).model_fields.items():
+        value = getattr(config, name)
+        extra = info.json_schema_extra
+        if isinstance(value, BaseModel) and section_model(f"{prefix}{name}") is not None:
+            values |= identity_of(value, f"{prefix}{name}.")
+        elif isinstance(extra, dict) and extra.get("kind") == "identity":
+            values[f"{prefix}{name}"] = dumped[name]
+    return values
+
+
+def compare_identity(old: BaseModel, new: BaseModel) -> list[str]:
+    """What makes ``new`` another run than ``old``, one line a setting; empty if nothing does."""
+    before, after = identity_of(old), identity_of(new)
+    return [
+        f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _take_out(data: dict[str, Any], item: Any, whole: bool) -> set[str]:
+    """Remove what one error refuses, in place; return the names whose values are now made up."""
+    if not item["loc"]:  # a rule between sections: both sides of the only one there is
+        _stand_in(data, "objective")
+        _stand_in(data, "signal")
+        return {"objective", "signal"}
+    unknown = item["type"] == "extra_forbidden"
+    first, *rest = dotted(item).split(".")
+    if whole or not rest or not isinstance(data.get(first), dict):
+        _stand_in(data, first)
+        return set() if unknown and not whole else {first}
+    path, section = [first], data[first]
+    while len(rest) > 1 and isinstance(section.get(rest[0]), dict):
+        path.append(rest[0])
+        section = section[rest.pop(0)]
+    section.pop(rest[0], None)  # gone already where several errors are about one value
+    return set() if unknown else {".".join([*path, rest[0]])}
+
+
+def _stand_in(data: dict[str, Any], section: str) -> None:
+    if section in STAND_INS:
+        data[section] = deepcopy(STAND_INS[section])
+    else:
+        data.pop(section, None)
+
+
+def _with_line(where: str, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return where if mark is None else f"{where}, line {mark.line + 1}"
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "problem", None) or error).replace("\n", " ")

@@ -1,0 +1,121 @@
+"""A checked run, ready to be started: its rows, its models, what it will need."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from raystill.cluster.config import RunConfig
+from raystill.cluster.find_model import ModelFolder, fetch_model
+from raystill.datasets.prompt_table import PromptTables
+
+
+@dataclass
+class Prepared:
+    """A run that passed the check: its rows, its folders, and what it will need.
+
+    The tables' keys name the teacher by its weights, which ``check`` has no time to read; so
+    ``teacher_identity``, ``sampling``, ``train`` and ``held_out`` are made when first asked for.
+    """
+
+    config: RunConfig
+    tables: PromptTables
+    teacher: ModelFolder
+    student: ModelFolder | None
+    space_needed_bytes: int | None = None
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def num_train_rows(self) -> int:
+        """Rows of one epoch."""
+        return self.tables.train.num_rows
+
+    @property
+    def num_held_out_rows(self) -> int:
+        """Rows that evaluation measures."""
+        return self.tables.held_out.num_rows
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Unusable prompts by reason."""
+        return self.tables.dropped
+
+    @property
+    def duplicates(self) -> int:
+        """Prompts equal to an earlier one."""
+        return self.tables.duplicates
+
+    @property
+    def teacher_folder(self) -> str:
+        """The teacher's folder on this machine."""
+        return str(self.teacher.path)
+
+    @property
+    def student_folder(self) -> str | None:
+        """The student's folder on this machine; None with ``init: from_teacher``."""
+        if self.student is None or self.student is self.teacher:
+            return None
+        return str(self.student.path)
+
+    def fetch_models(self) -> None:
+        """Download the weights that are not here yet. Raises RunError."""
+        fetch_model(self.config.teacher.model, self.config.teacher.revision)
+        if self.config.student.model is not None:
+            fetch_model(self.config.student.model, self.config.student.revision)
+
+    @cached_property
+    def teacher_identity(self) -> str:
+        """sha256 over the teacher's weights, configuration and tokenizer (of its settings, where
+        the engine is synthetic).
+        """
+        from raystill.serve.identity import identity_of
+
+        return identity_of(self.config.teacher, self.teacher_folder)
+
+    @cached_property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling settings with the model's own defaults filled in."""
+        from raystill.serve.sampling import resolve_sampling
+
+        return asdict(resolve_sampling(self.config.teacher, self.teacher_folder))
+
+    @cached_property
+    def keyed(self) -> PromptTables:
+        """The prompt tables with their keys."""
+        teacher = self.config.teacher
+        dtype = teacher.dtype
+        if dtype == "auto":
+            names = (self.teacher.config.get(name) for name in ("dtype", "torch_dtype"))
+            dtype = next((name for name in names if name), "auto")
+        return self.tables.with_keys(
+            self.teacher_identity, dtype, teacher.quantization, self.sampling
+        )
+
+    @property
+    def train(self) -> pa.Table:
+        """The training rows, in ``PROMPT_SCHEMA``."""
+        return self.keyed.train
+
+    @property
+    def held_out(self) -> pa.Table:
+        """The held-out rows, in ``PROMPT_SCHEMA``."""
+        return self.keyed.held_out
+
+    def describe(self) -> str:
+        """What the run will do, for a person."""
+        per_step = self.config.training.rows_per_step
+        steps = -(-self.num_train_rows // per_step)
+        lines = [
+            f"prompts: {self.num_train_rows} to train on ({steps} steps of {per_step} rows), "
+            f"{self.num_held_out_rows} held out; longest {self.tables.longest_prompt_tokens} tokens"
+        ]
+        left_out = [f"{count} {reason}" for reason, count in sorted(self.dropped.items())]
+        if self.duplicates:
+            left_out.append(f"{self.duplicates} duplicates")
+        if left_out:
+            lines.append(f"left out: {', '.join(left_out)}")
+        if self.space_needed_bytes is not None:
+            lines.append(f"space needed: about {self.space_needed_bytes / 2**30:.2f} GiB")
+        return "\n".join(lines + [f"note: {notice}" for notice in self.notices])

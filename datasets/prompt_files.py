@@ -1,0 +1,150 @@
+"""Which files hold the prompts: paths, globs, folders and URIs, each with its format."""
+
+import difflib
+import fnmatch
+import glob
+import io
+import os
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from raystill.cluster.problems import Problem
+from raystill.cluster.run_folder import resolve_input
+from raystill.datasets.config import PromptsConfig
+
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".txt": "text",
+    ".text": "text",
+    ".parquet": "parquet",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+GLOB_SIGNS = frozenset("*?[")
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """One file: its name as shown, its format, and where to open it."""
+
+    name: str
+    format: str
+    filesystem: pafs.FileSystem
+    path: str
+    globbed: bool
+
+    def open_bytes(self) -> pa.NativeFile:
+        """A seekable input."""
+        return self.filesystem.open_input_file(self.path)
+
+    def open_text(self, newline: str | None = None) -> io.TextIOWrapper:
+        """UTF-8 text, unpacked if the name ends in .gz, .zst or .bz2."""
+        compression = COMPRESSIONS.get(os.path.splitext(self.path)[1])
+        stream = self.filesystem.open_input_stream(self.path, compression=compression)
+        return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
+
+
+def find_files(prompts: PromptsConfig) -> tuple[list[PromptFile], list[Problem]]:
+    """Every file that ``prompts.path`` names, in order, and what of it was not found."""
+    files: list[PromptFile] = []
+    problems: list[Problem] = []
+    if not prompts.paths:
+        problems.append(Problem("prompts.path", "is empty; name at least one file"))
+    for pattern in prompts.paths:
+        try:
+            filesystem, found, globbed = _expand(pattern)
+        except (OSError, pa.ArrowException, ImportError, ValueError) as error:
+            problems.append(Problem("prompts.path", f"{pattern!r} cannot be opened: {error}"))
+            continue
+        if not found:
+            problems.append(Problem("prompts.path", _not_found(pattern, globbed)))
+        for path in found:
+            kind = prompts.format if prompts.format != "auto" else format_of(path)
+            name = path if "://" not in pattern else f"{pattern.split('://')[0]}://{path}"
+            if kind is None:
+                problems.append(
+                    Problem(
+                        "prompts.path",
+                        f"{name!r} ends in none of {', '.join(FORMATS)}; set prompts.format",
+                    )
+                )
+                continue
+            files.append(PromptFile(name, kind, filesystem, path, globbed))
+    return files, problems
+
+
+def format_of(path: str) -> str | None:
+    """The format a file name's ending stands for."""
+    stem, ending = os.path.splitext(path)
+    if ending in COMPRESSIONS:
+        ending = os.path.splitext(stem)[1]
+    return FORMATS.get(ending.lower())
+
+
+def _expand(pattern: str) -> tuple[pafs.FileSystem, list[str], bool]:
+    """The file system, the files a path, folder or glob stands for, and whether it was no file."""
+    globbed = bool(GLOB_SIGNS & set(pattern))
+    if "://" in pattern:
+        return _expand_uri(pattern, globbed)
+    local = pafs.LocalFileSystem()
+    path = resolve_input(pattern) if not globbed else _glob_base(pattern)
+    if globbed:
+        return local, sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p)), True
+    if os.path.isdir(path):
+        inside = (os.path.join(path, name) for name in sorted(os.listdir(path)))
+        return local, [p for p in inside if os.path.isfile(p) and format_of(p)], True
+    return local, [path] if os.path.isfile(path) else [], False
+
+
+def _glob_base(pattern: str) -> str:
+    """A relative glob looks in $RAYSTILL_HOME first, if it finds anything there, then here."""
+    pattern = os.path.expanduser(pattern)
+    home = os.environ.get("RAYSTILL_HOME")
+    if home and not os.path.isabs(pattern):
+        there = os.path.join(home, pattern)
+        if glob.glob(there, recursive=True):
+            return there
+    return pattern
+
+
+def _expand_uri(uri: str, globbed: bool) -> tuple[pafs.FileSystem, list[str], bool]:
+    if uri.startswith("hf://"):
+        from huggingface_hub import HfFileSystem  # imported late: half a second, seldom needed
+
+        filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem()))
+        path = uri.removeprefix("hf://")
+    elif globbed:
+        scheme, _, path = uri.partition("://")
+        filesystem, _ = pafs.FileSystem.from_uri(f"{scheme}://{path.split('/')[0]}")
+    else:
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+    if globbed:
+        signs = [i for i, part in enumerate(path.split("/")) if GLOB_SIGNS & set(part)]
+        base = "/".join(path.split("/")[: signs[0]])
+        found = _files_below(filesystem, base)
+        return filesystem, [p for p in found if fnmatch.fnmatchcase(p, path)], True
+    info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.Directory:
+        return filesystem, [p for p in _files_below(filesystem, path) if format_of(p)], True
+    return filesystem, [path] if info.type == pafs.FileType.File else [], False
+
+
+def _files_below(filesystem: pafs.FileSystem, base: str) -> list[str]:
+    selector = pafs.FileSelector(base, recursive=True, allow_not_found=True)
+    infos = filesystem.get_file_info(selector)
+    return sorted(info.path for info in infos if info.type == pafs.FileType.File)
+
+
+def _not_found(pattern: str, globbed: bool) -> str:
+    if globbed:
+        return f"nothing matches {pattern!r}; name files or a glob that matches some"
+    folder, name = os.path.split(resolve_input(pattern))
+    if "://" not in pattern and os.path.isdir(folder or "."):
+        near = difflib.get_close_matches(name, os.listdir(folder or "."), n=1)
+        if near:
+            return f"no such file: {pattern!r}; did you mean {os.path.join(folder, near[0])!r}?"
+    return f"no such file: {pattern!r} (looked in {os.getcwd()}); name the prompts' file"

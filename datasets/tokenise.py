@@ -1,0 +1,259 @@
+"""Prompts to token ids, as ``transformers`` would make them, without importing it (or torch).
+
+``check`` has five seconds and runs on machines without torch, so this reads ``tokenizer.json``
+and the chat template itself. Tests hold it equal to ``AutoTokenizer``.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+
+from raystill.cluster.problems import ConfigError, Problem, config_error
+from raystill.datasets.config import PromptsConfig
+from raystill.datasets.read_prompts import RawPrompt
+
+SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+BATCH_PROMPTS = 10_000
+TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
+
+
+class TemplateRefusal(ValueError):
+    """The chat template refused a prompt (a role it does not know, say)."""
+
+
+class PromptTokeniser:
+    """A model folder's tokenizer and chat template, and how prompts pass through them.
+
+    Raises ConfigError where the folder has no usable tokenizer or lacks a wanted chat template.
+    """
+
+    def __init__(self, model_folder: str | Path, prompts: PromptsConfig) -> None:
+        self.folder = Path(model_folder)
+        self.prompts = prompts
+        self.settings = read_settings(self.folder)
+        self.tokenizer = load_tokenizer(self.folder, self.settings)
+        self._template = self._compile_template() if prompts.chat_template else None
+        if self._template is None and prompts.system is not None:
+            raise config_error(
+                "prompts.system",
+                f"is {prompts.system!r}, which needs a chat template, but prompts.chat_template is "
+                "false; set it to true, or remove prompts.system",
+            )
+
+    def encode(self, raw: RawPrompt) -> np.ndarray:
+        """Token ids ``int32[P]``, ending where the teacher's answer begins."""
+        return self.encode_many([raw])[0]
+
+    def encode_many(self, raws: Sequence[RawPrompt]) -> list[np.ndarray]:
+        """:meth:`encode` of many prompts. Raises ConfigError naming those it cannot render."""
+        texts, problems = [], []
+        for raw in raws:
+            try:
+                texts.append(self.render(raw))
+            except TemplateRefusal as error:
+                problems.append(Problem(raw.where, str(error)))
+        if problems:
+            more = [Problem("prompts", f"{len(problems) - 5} more")] if len(problems) > 5 else []
+            raise ConfigError(problems[:5] + more)
+        # A chat template writes the special tokens itself.
+        special = self._template is None
+        ids: list[np.ndarray] = []
+        for start in range(0, len(texts), BATCH_PROMPTS):
+            batch = texts[start : start + BATCH_PROMPTS]
+            encoded = self.tokenizer.encode_batch_fast(batch, add_special_tokens=special)
+            ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+        # Else the library, having used threads, prints a warning at every later fork.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return ids
+
+    def render(self, raw: RawPrompt) -> str:
+        """The text that is tokenised. Raises TemplateRefusal."""
+        if self._template is None:
+            if raw.text is None:
+                raise TemplateRefusal(
+                    "has chat messages, but prompts.chat_template is false; set it to true"
+                )
+            return raw.text
+        messages = raw.messages or [{"role": "user", "content": raw.text}]
+        system = self.prompts.system
+        if system is not None and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        variables = {
+            **self.special_tokens,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+            **self.prompts.chat_template_kwargs,
+        }
+        try:
+            return self._template.render(messages=messages, **variables)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise TemplateRefusal(f"the teacher's chat template refuses it: {error}") from None
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """Special tokens by the names that chat templates use (``bos_token``)."""
+        names = (f"{name}_token" for name in SPECIAL_TOKENS)
+        found = {name: token_text(self.settings.get(name)) for name in names}
+        return {name: text for name, text in found.items() if text is not None}
+
+    def _compile_template(self) -> jinja2.Template:
+        source = chat_template(self.folder, self.settings)
+        if source is None:
+            raise config_error(
+                "prompts.chat_template",
+                f"is true, but {self.folder} has no chat template; set prompts.chat_template: "
+                "false to ask the raw text",
+            )
+        try:
+            return template_environment().from_string(source)
+        except jinja2.TemplateError as error:
+            raise config_error(
+                str(self.folder),
+                f"its chat template is broken ({error}); mend it, or set "
+                "prompts.chat_template: false",
+            ) from None
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """``tokenizer_config.json``, with the special tokens that older folders keep apart."""
+    settings = read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings |= read_json(folder / "special_tokens_map.json")
+    return settings
+
+
+def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
+    """``tokenizer.json`` and the tokens ``tokenizer_config.json`` adds. Raises ConfigError.
+
+    ``add_bos_token`` has no say beside a ``tokenizer.json``: its post-processor has (as in
+    ``transformers`` 5).
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise config_error(
+            str(folder),
+            "has no tokenizer.json; save the tokenizer with transformers "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained(folder))",
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise config_error(str(path), f"is not a tokenizer ({error}); save it again") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _add_tokens(tokenizer, settings)
+    return tokenizer
+
+
+def _add_tokens(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
+    """Tokens that only ``tokenizer_config.json`` names, in the order ``transformers`` adds them."""
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    decoder = settings.get("added_tokens_decoder", {})
+    wanted: list[Any] = [decoder[index] for index in sorted(decoder, key=int)]
+    wanted += [settings.get(f"{name}_token") for name in SPECIAL_TOKENS]
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    wanted += list(extra.values()) if isinstance(extra, dict) else list(extra)
+    for token in wanted:
+        text = token_text(token)
+        if text is None or text in known:
+            continue
+        known.add(text)
+        marks = {} if isinstance(token, str) else dict(token)
+        flags = {name: marks[name] for name in TOKEN_FLAGS if name in marks}
+        tokenizer.add_tokens([AddedToken(text, special=marks.get("special", True), **flags)])
+
+
+def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The folder's chat template, from wherever it is kept."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if template is None:
+        template = read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        template = {item["name"]: item["template"] for item in template}
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template
+
+
+def template_environment() -> jinja2.Environment:
+    """The sandbox chat templates are written for."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}`` marks the assistant's words for training; here it is transparent."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 wants a plain set)
+
+    def parse(self, parser: Any) -> Any:
+        """Give back what stands between the tags, in a scope of its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        block = jinja2.nodes.CallBlock(self.call_method("_between"), [], [], body)
+        return block.set_lineno(line)
+
+    def _between(self, caller: Any) -> Any:
+        return caller()
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without the HTML escapes of jinja2's own filter."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def token_text(token: Any) -> str | None:
+    """A token's text, from either spelling: plain, or an object with ``content``."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no file. Raises ConfigError where it is broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise config_error(str(path), f"cannot be read as JSON ({error}); mend it") from None
+    if not isinstance(value, dict):
+        raise config_error(str(path), f"is a {type(value).__name__}; expected an object")
+    return value

@@ -1,0 +1,108 @@
+"""The run folder: where it is, that it pickles, and that files in it are never half written."""
+
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pytest
+
+from raystill.cluster.config import RunConfig
+from raystill.cluster.problems import ConfigError
+from raystill.cluster.run_folder import RunFolder, resolve_input, resolve_output
+
+RUN = {
+    "teacher": {"model": "m"},
+    "student": {"layers": [0]},
+    "prompts": {"path": "p.txt"},
+}
+
+
+def config(output: str | None = None) -> RunConfig:
+    return RunConfig.model_validate({**RUN, "output": {"path": output}})
+
+
+def test_files_and_tables_come_back(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run")).ensure()
+    table = pa.table({"row": [0, 1], "text": ["a", "b"]})
+    folder.write_text("prompts/note.txt", "zwölf")
+    folder.write_table("prompts/train.parquet", table)
+    again = pickle.loads(pickle.dumps(folder))
+    assert again == folder
+    assert again.local == tmp_path / "run"
+    assert again.read_text("prompts/note.txt") == "zwölf"
+    assert again.read_table("prompts/train.parquet").equals(table)
+    assert again.read_table("prompts/train.parquet", ["row"]).column_names == ["row"]
+    assert again.exists("prompts/note.txt")
+    assert not again.exists("prompts/none.txt")
+    assert again.names() == ["logs", "prompts"]
+    assert again.join("a/b") == f"{tmp_path}/run/a/b"
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path))
+    folder.write_text("summary.json", "old")
+    with pytest.raises(TypeError):
+        folder.write_bytes("summary.json", None)
+    assert folder.read_text("summary.json") == "old"
+    assert folder.names() == ["summary.json"]
+
+
+def test_a_folder_elsewhere_keeps_its_logs_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+    monkeypatch.setattr(RunFolder, "_opened", lambda self: (store, "bucket/run"))
+    folder = RunFolder("s3://bucket/run").ensure()
+    folder.write_text("a/b.txt", "x")
+    assert folder.read_text("a/b.txt") == "x"
+    assert (tmp_path / "bucket/run/a/b.txt").read_text() == "x"
+    assert folder.join("a/b.txt") == "s3://bucket/run/a/b.txt"
+    assert folder.local is None
+    assert folder.logs.is_dir()
+    assert folder.logs == RunFolder("s3://bucket/run").logs
+    assert folder.logs != RunFolder("s3://bucket/other").logs
+
+
+def test_output_is_named_after_the_run_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAYSTILL_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_output(config(), "configs/tiny.yaml") == f"{tmp_path}/runs/tiny"
+    assert resolve_output(config("out"), "tiny.yaml") == f"{tmp_path}/out"
+    assert resolve_output(config("/a/../b"), "tiny.yaml") == "/b"
+    assert resolve_output(config("s3://b/x"), "tiny.yaml") == "s3://b/x"
+
+
+def test_relative_output_goes_to_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYSTILL_HOME", "/shared/raystill")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_output(config(), "tiny.yaml") == "/shared/raystill/runs/tiny"
+
+
+def test_relative_output_is_refused_where_ray_will_delete_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "session/runtime_resources/working_dir_files/_ray_pkg_1"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    monkeypatch.delenv("RAYSTILL_HOME", raising=False)
+    with pytest.raises(ConfigError, match=r"output.path: 'runs/tiny' is relative.*RAYSTILL_HOME"):
+        resolve_output(config(), "tiny.yaml")
+    assert resolve_output(config("/data/x"), "tiny.yaml") == "/data/x"
+    monkeypatch.setenv("RAYSTILL_HOME", "/shared")
+    assert resolve_output(config(), "tiny.yaml") == "/shared/runs/tiny"
+
+
+def test_inputs_are_looked_for_at_home_then_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/a.txt").touch()
+    monkeypatch.setenv("RAYSTILL_HOME", str(tmp_path / "home"))
+    assert resolve_input("a.txt") == f"{tmp_path}/home/a.txt"
+    assert resolve_input("b.txt") == "b.txt"
+    assert resolve_input("s3://a.txt") == "s3://a.txt"
