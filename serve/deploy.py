@@ -1,0 +1,188 @@
+"""Placing the teacher: its Serve application, the wait for it, and its end.
+
+Where it sits: the driver deploys and waits; the stream finds the application by name. HTTP stays
+off, and no row ever passes through the driver.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+
+from raystill.cluster.config import RunConfig
+from raystill.cluster.placement import describe, teacher_bundles
+from raystill.cluster.problems import RunError
+from raystill.serve.config import ReplicasConfig
+from raystill.serve.teacher import ReplicaSettings, Teacher
+from raystill.serve.vllm_engine import PROBE_TIMEOUT_S
+
+APP_NAME = "teacher"
+DEPLOYMENT = "Teacher"
+POLL_S = 0.5
+MAX_STARTS = 2  # of one replica, before the deployment counts as failed
+UPSCALE_DELAY_S = 10.0
+DOWNSCALE_DELAY_S = 120.0
+SHUTDOWN_TIMEOUT_S = 10.0
+# Requests beside groups that a busy replica must still take: info, identity.
+OTHER_REQUESTS = 2
+
+_logs: Path | None = None
+
+
+def deploy_teacher(
+    config: RunConfig, model_folder: str, coordinator: Any, logs: Path | None
+) -> None:
+    """Start the deployment and return at once; ``wait_for_teacher`` waits for its first replica.
+
+    Args:
+        config: The run's configuration.
+        model_folder: The teacher's folder; a node that lacks it loads ``teacher.model`` itself.
+        coordinator: Handle of the coordinator actor that gets the counters, or None.
+        logs: Folder of ``teacher-<n>.log``, or None to leave output with Ray's own logs.
+    """
+    global _logs
+    _logs = logs
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0 or config.teacher.accelerator_type
+    settings = ReplicaSettings(
+        config=config,
+        model_folder=model_folder,
+        coordinator=coordinator,
+        logs=None if logs is None else str(logs),
+        gpus=_gpus(config, bool(has_gpus)),
+        replicas_per_node=_replicas_per_node(config),
+    )
+    serve.start(proxy_location="Disabled")
+    options = deployment_options(config, bool(has_gpus))
+    deployment = serve.deployment(Teacher, name=DEPLOYMENT, **options)
+    target = serve.RunTarget(deployment.bind(settings), name=APP_NAME, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def deployment_options(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
+    """Options of the Serve deployment: replicas, requests in flight, health, resources."""
+    teacher = config.teacher
+    options: dict[str, Any] = {
+        "max_ongoing_requests": teacher.target_ongoing_requests + OTHER_REQUESTS,
+        "health_check_period_s": 10.0,
+        "health_check_timeout_s": PROBE_TIMEOUT_S + 15.0,
+        "graceful_shutdown_timeout_s": SHUTDOWN_TIMEOUT_S,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "max_constructor_retry_count": MAX_STARTS,
+    }
+    replicas = teacher.num_replicas
+    if isinstance(replicas, ReplicasConfig):
+        options["autoscaling_config"] = {
+            "min_replicas": replicas.min,
+            "initial_replicas": max(1, replicas.min),
+            "max_replicas": replicas.max,
+            "target_ongoing_requests": teacher.target_ongoing_requests,
+            "upscale_delay_s": UPSCALE_DELAY_S,
+            "downscale_delay_s": DOWNSCALE_DELAY_S,
+        }
+    else:
+        options["num_replicas"] = replicas
+    return {**options, **_resources(config, has_gpus)}
+
+
+def wait_for_teacher(
+    timeout_s: float, on_wait: Callable[[float], None] | None = None
+) -> dict[str, Any]:
+    """Wait until a replica answers, and return its ``info()``.
+
+    Args:
+        timeout_s: The longest wait, seconds.
+        on_wait: Called about twice a second with the seconds waited so far.
+
+    Raises:
+        RunError: the replica cannot start or be placed in time; names its log file.
+    """
+    started = time.monotonic()
+    while (waited := time.monotonic() - started) < timeout_s:
+        told = serve.status().applications.get(APP_NAME)
+        state = "NOT_STARTED" if told is None else str(told.status.value)
+        if state == "RUNNING":
+            remaining = max(1.0, timeout_s - waited)
+            return teacher_handle().info.remote().result(timeout_s=remaining)
+        if state in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise RunError(f"the teacher did not start: {_cause(told)}{_log_hint()}")
+        if on_wait is not None:
+            on_wait(waited)
+        time.sleep(POLL_S)
+    raise RunError(
+        f"the teacher was not up within teacher.startup_timeout_s ({timeout_s:.0f} s); the cluster "
+        f"has {describe(ray.cluster_resources())}, of which free "
+        f"{describe(ray.available_resources())}; free or add resources, or raise the time "
+        f"limit{_log_hint()}"
+    )
+
+
+def teacher_handle() -> Any:
+    """Serve's handle of the deployed teacher."""
+    return serve.get_app_handle(APP_NAME)
+
+
+def shutdown_teacher() -> None:
+    """End the teacher's replicas, and Serve itself where nobody else uses it."""
+    if APP_NAME in serve.status().applications:
+        serve.delete(APP_NAME)
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+def _gpus(config: RunConfig, has_gpus: bool) -> int:
+    """GPUs of one replica; 0 on a cluster without any."""
+    return round(sum(bundle.get("GPU", 0) for bundle in teacher_bundles(config, has_gpus)))
+
+
+def _resources(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
+    """Where a replica's processes go.
+
+    A replica that stays within one node holds everything itself and starts vLLM's workers as its
+    children. With pipeline stages, which may lie on several nodes, it holds a placement group, and
+    vLLM places one Ray worker in each bundle.
+    """
+    bundles = teacher_bundles(config, has_gpus)
+    accelerator = config.teacher.accelerator_type
+    if config.teacher.pipeline_parallel_size > 1 and len(bundles) > 1:
+        return {
+            "ray_actor_options": {"num_cpus": 1, "num_gpus": 0},
+            "placement_group_bundles": bundles,
+            "placement_group_strategy": "PACK",
+        }
+    total = {name: sum(b.get(name, 0.0) for b in bundles) for name in bundles[0]}
+    actor: dict[str, Any] = {"num_cpus": total.pop("CPU"), "num_gpus": total.pop("GPU", 0)}
+    actor["resources"] = {n: v for n, v in total.items() if not n.startswith("accelerator_type:")}
+    if accelerator is not None:
+        actor["accelerator_type"] = accelerator
+    return {"ray_actor_options": actor}
+
+
+def _replicas_per_node(config: RunConfig) -> int:
+    """Replicas that may come to share one node's cores, were they spread evenly."""
+    nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
+    return math.ceil(config.teacher.max_replicas / max(1, len(nodes)))
+
+
+def _cause(told: Any) -> str:
+    """The last telling line of what Serve says about a failed application."""
+    text = "\n".join([*(d.message for d in told.deployments.values()), told.message])
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if _looks_like_error(line)]
+    return (errors or lines or ["no reason was given"])[-1]
+
+
+def _looks_like_error(line: str) -> bool:
+    name = line.split(":", 1)[0]
+    return ":" in line and name.rsplit(".", 1)[-1].endswith(("Error", "Exception", "Exit"))
+
+
+def _log_hint() -> str:
+    """Where the whole story is."""
+    if _logs is None:
+        return ""
+    written = sorted(_logs.glob("teacher-*.log"))
+    return f"; the whole output is in {written[0] if written else _logs / 'ray'}"

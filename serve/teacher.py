@@ -1,0 +1,248 @@
+"""The teacher replica: one engine behind Ray Serve that answers groups of prompts.
+
+Where it sits: ``deploy.py`` places it; the stream's answer stage and the held-out task call
+``sample`` with a group's prompt ids and get an Arrow table back. *Unblocks*: the student, by way
+of the stream. *Reports*: what it did, to the coordinator, after each group.
+"""
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raystill.cluster.config import RunConfig
+from raystill.cluster.logs import redirect_output
+from raystill.cluster.placement import share_of_cores, teacher_cores
+from raystill.serve.answers import Answer, answers_table
+from raystill.serve.identity import identity_of
+from raystill.serve.sampling import resolve_sampling
+from raystill.serve.synthetic_engine import SyntheticEngine
+from raystill.serve.vllm_engine import EngineSettings, VllmEngine, engine_is_dead, prepare_process
+
+EXIT_ENGINE_DEAD = 70
+
+
+class Engine(Protocol):
+    """What the replica asks of an engine."""
+
+    name: str
+    version: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+
+    async def start(self) -> None: ...
+    async def sample(
+        self, prompt_ids: list[NDArray[np.int32]], kind: str, top_k: int
+    ) -> list[Answer]: ...
+    async def probe(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ReplicaSettings:
+    """Everything a replica is told. ``logs`` is None where output stays with Ray's own logs."""
+
+    config: RunConfig
+    model_folder: str
+    coordinator: Any
+    logs: str | None
+    gpus: int
+    replicas_per_node: int
+
+
+class BusyClock:
+    """Wall time during which at least one group was in flight."""
+
+    def __init__(self) -> None:
+        self._in_flight = 0
+        self._since = 0.0
+        self._busy_s = 0.0
+
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        """Marks one group in flight."""
+        if self._in_flight == 0:
+            self._since = time.monotonic()
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._busy_s += time.monotonic() - self._since
+
+    def take(self) -> float:
+        """Busy seconds since the last call."""
+        now = time.monotonic()
+        if self._in_flight:
+            self._busy_s += now - self._since
+            self._since = now
+        taken, self._busy_s = self._busy_s, 0.0
+        return taken
+
+
+class Teacher:
+    """A Serve deployment's class; a replica is ready when its engine has loaded the model."""
+
+    async def __init__(
+        self, settings: ReplicaSettings, rank: tuple[int, int] | None = None
+    ) -> None:
+        """``rank``: (replica number, replica number on this node); default: asked of Serve."""
+        self._settings = settings
+        number, number_on_node = rank if rank is not None else _serve_rank()
+        self._log: str | None = None
+        if settings.logs is not None:
+            self._log = str(Path(settings.logs) / f"teacher-{number}.log")
+            redirect_output(self._log)
+        self._busy = BusyClock()
+        self._identity: str | None = None
+        self._engine = build_engine(settings, number, number_on_node)
+        await self._engine.start()
+
+    async def sample(self, prompts: pa.Table, kind: str, top_k: int) -> pa.Table:
+        """Answer each row of ``prompts`` (column ``prompt_ids``): an ``answer_schema`` table."""
+        groups = prompt_arrays(prompts)
+        with self._busy.group():
+            answers = await self._ask(groups, kind, top_k)
+            table = await asyncio.to_thread(answers_table, answers, kind, top_k)
+        self._report(groups, answers)
+        return table
+
+    async def identity(self) -> str:
+        """The teacher's identity, worked out from the files this replica has loaded."""
+        if self._identity is None:
+            teacher, folder = self._settings.config.teacher, self._settings.model_folder
+            self._identity = await asyncio.to_thread(identity_of, teacher, folder)
+        return self._identity
+
+    async def info(self) -> dict[str, Any]:
+        """Which engine answers, and what it can take."""
+        engine = self._engine
+        return {
+            "engine": engine.name,
+            "version": engine.version,
+            "dtype": engine.dtype,
+            "vocab_size": engine.vocab_size,
+            "max_model_len": engine.max_model_len,
+            "gpus": self._settings.gpus,
+            "cores": sorted(os.sched_getaffinity(0)),
+            "log": self._log,
+            "pid": os.getpid(),
+            "notices": notices(engine, self._settings.gpus),
+        }
+
+    async def check_health(self) -> None:
+        """Called by Serve: one token within a time limit, else the replica is replaced."""
+        try:
+            await self._engine.probe()
+        except Exception as error:
+            self._exit_if_engine_died(error)
+            raise
+
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.close()
+
+    async def _ask(self, groups: list[NDArray[np.int32]], kind: str, top_k: int) -> list[Answer]:
+        try:
+            return await self._engine.sample(groups, kind, top_k)
+        except Exception as error:
+            self._exit_if_engine_died(error)
+            raise
+
+    def _exit_if_engine_died(self, error: Exception) -> None:
+        """End the process, so that callers see an actor that died and Serve starts another."""
+        if self._engine.name == "vllm" and engine_is_dead(error):
+            print(f"the engine died ({error}); this replica exits", flush=True)
+            os._exit(EXIT_ENGINE_DEAD)
+
+    def _report(self, prompts: list[NDArray[np.int32]], answers: list[Answer]) -> None:
+        coordinator = self._settings.coordinator
+        if coordinator is None:
+            return
+        answered = [(p, a) for p, a in zip(prompts, answers, strict=True) if a.error is None]
+        counters = {
+            "teacher_rows": len(answered),
+            "teacher_prompt_tokens": sum(len(p) for p, _ in answered),
+            "teacher_response_tokens": sum(len(a.response_ids) for _, a in answered),
+            "teacher_busy_s": self._busy.take(),
+        }
+        coordinator.add.remote(counters)
+
+
+def build_engine(settings: ReplicaSettings, number: int, number_on_node: int) -> Engine:
+    """The configured engine, in a process prepared for it."""
+    config = settings.config
+    teacher = config.teacher
+    sampling = resolve_sampling(teacher, settings.model_folder)
+    if teacher.engine == "synthetic":
+        return SyntheticEngine(teacher.synthetic, sampling, teacher.max_model_len)
+    cores = None
+    if settings.gpus == 0:
+        available = sorted(os.sched_getaffinity(0))
+        cores = share_of_cores(
+            teacher_cores(config, available), number_on_node, settings.replicas_per_node
+        )
+    prepare_process(cores)
+    folder_is_here = os.path.isdir(settings.model_folder)
+    if folder_is_here:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    root_seed = config.section_seeds()["engine"] if teacher.seed is None else teacher.seed
+    return VllmEngine(
+        EngineSettings(
+            teacher=teacher,
+            model=settings.model_folder if folder_is_here else teacher.model,
+            sampling=sampling,
+            seed=root_seed + number,  # replicas must not draw the same numbers
+            max_top_k=max(config.signal.top_k, config.evaluation.top_k),
+            cores=cores,
+        )
+    )
+
+
+def prompt_arrays(prompts: pa.Table) -> list[NDArray[np.int32]]:
+    """The prompt ids of each row, as views on the table's own buffer."""
+    ids: list[NDArray[np.int32]] = []
+    for chunk in prompts["prompt_ids"].chunks:
+        offsets = chunk.offsets.to_numpy()
+        values = chunk.values.to_numpy(zero_copy_only=False)
+        ids += [values[a:b] for a, b in itertools.pairwise(offsets)]
+    return ids
+
+
+def notices(engine: Engine, gpus: int) -> list[str]:
+    """What the owner of the run may want to change."""
+    if gpus or engine.dtype != "bfloat16" or cpu_has_bfloat16():
+        return []
+    return [
+        "teacher.dtype is bfloat16 but this CPU has no bfloat16 instructions (avx512_bf16, "
+        "amx_bf16), so it is emulated; teacher.dtype: float32 answers about 3 times as fast"
+    ]
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 natively; True where Linux does not tell x86 flags."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
+    return "avx2" not in flags or "bf16" in flags
+
+
+def _serve_rank() -> tuple[int, int]:
+    """This replica's number in the deployment, and on its node."""
+    from ray import serve
+
+    rank = serve.get_replica_context().rank
+    return rank.rank, rank.local_rank
