@@ -1,0 +1,218 @@
+"""The run's coordinator: row credits, dropped rows, counters and stop flag, in one small actor.
+
+It carries no rows. *Consumes*: the source asks it for credits, the answer stage reports drops, the
+teacher and the workers report counters, rank 0 publishes what the restored weights have learned.
+*Waits for it*: the source (credits), the driver (held-out rows, snapshots), the workers (stop).
+
+A row is *ahead* from the moment its group gets credits until a worker takes its block off the
+iterator or it is dropped; ``ahead`` never exceeds ``max_rows_ahead``. An attempt is one life of
+the worker group: ``publish`` starts it, and calls that name an older one change nothing.
+"""
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+from raystill.cluster.problems import RunError
+
+
+class Coordinator:
+    """State of one run, as an async actor (see ``start_coordinator``); plain to test without Ray.
+
+    ``max_rows_ahead`` rows may be ahead; of ``num_rows`` (one epoch) a share of
+    ``max_drop_fraction`` may be dropped.
+    """
+
+    def __init__(self, max_rows_ahead: int, num_rows: int, max_drop_fraction: float) -> None:
+        self._max_rows_ahead = max_rows_ahead
+        self._num_rows = num_rows
+        self._max_dropped = int(max_drop_fraction * num_rows + 1e-9)
+        self._max_drop_fraction = max_drop_fraction
+        self._changed = asyncio.Condition()
+        self._held_out = asyncio.Event()
+        self._published: dict[str, Any] | None = None
+        self._attempt = 0
+        self._granted: set[int] = set()
+        self._ahead = 0
+        self._max_ahead = 0
+        self._dropped: dict[int, str] = {}
+        self._counters: Counter[str] = Counter()
+        self._progress: dict[str, Any] = {}
+        self._evaluation: dict[str, Any] = {}
+        self._phase = "start"
+        self._outcome: str | None = None
+        self._error: str | None = None
+        self._stop = 0
+
+    # What rank 0 says before anybody iterates
+
+    async def publish(self, epoch: int, step: int, ledger: dict[str, Any]) -> int:
+        """Start an attempt from a restored checkpoint (or from nothing); returns its number.
+
+        Credits start afresh. Drops since that checkpoint are forgotten: their rows are asked again.
+        """
+        async with self._changed:
+            self._attempt += 1
+            self._published = {
+                "attempt": self._attempt,
+                "epoch": epoch,
+                "step": step,
+                "ledger": ledger,
+            }
+            self._granted = set()
+            self._ahead = 0
+            self._dropped = {
+                position: reason
+                for reason, positions in ledger.get("dropped", {}).items()
+                for position in positions
+            }
+            self._changed.notify_all()
+            return self._attempt
+
+    async def published(self) -> dict[str, Any] | None:
+        """``{attempt, epoch, step, ledger}`` of the newest attempt; None before the first."""
+        return self._published
+
+    # Credits
+
+    async def acquire(self, attempt: int, rows: int, group: int) -> bool:
+        """Credits for the rows of a group; waits for room. False: stop emitting.
+
+        ``group`` names the group by its first position, so that a source that Ray runs again gets
+        its old credits back instead of taking them twice.
+        """
+        if rows > self._max_rows_ahead:
+            raise RunError(
+                f"a group of {rows} rows can never fit into max_rows_ahead "
+                f"({self._max_rows_ahead}); raise stream.max_rows_ahead or lower stream.group_rows"
+            )
+        async with self._changed:
+            if self._current(attempt) and group in self._granted:
+                return True
+            await self._changed.wait_for(
+                lambda: not self._current(attempt) or self._ahead + rows <= self._max_rows_ahead
+            )
+            if not self._current(attempt):
+                return False
+            self._granted.add(group)
+            self._ahead += rows
+            self._max_ahead = max(self._max_ahead, self._ahead)
+            return True
+
+    async def taken(self, attempt: int, rows: int) -> None:
+        """A worker took a block of so many rows off its iterator: they are no longer ahead."""
+        await self._give_back(attempt, rows)
+
+    async def dropped(self, attempt: int, positions: list[int], reasons: list[str]) -> None:
+        """Rows that will not come. Their credits return, once; RunError beyond the limit."""
+        if not self._current(attempt):
+            return
+        new = {p: r for p, r in zip(positions, reasons, strict=True) if p not in self._dropped}
+        self._dropped.update(new)
+        await self._give_back(attempt, len(new))
+        if len(self._dropped) > self._max_dropped:
+            raise RunError(self._too_many_dropped())
+
+    async def dropped_positions(self) -> dict[int, str]:
+        """Reason of each position dropped in this epoch."""
+        return dict(self._dropped)
+
+    # What the parts report, and the driver reads
+
+    async def add(self, counters: dict[str, float]) -> None:
+        """Add to the run's counters (rows asked, teacher tokens, busy seconds, ...)."""
+        self._counters.update(counters)
+
+    async def progress(self, metrics: dict[str, Any]) -> None:
+        """The newest step's metrics, from rank 0."""
+        self._progress = dict(metrics)
+
+    async def evaluated(self, figures: dict[str, Any]) -> None:
+        """The newest evaluation's figures, from rank 0."""
+        self._evaluation = dict(figures)
+
+    async def phase(self, name: str) -> None:
+        """What the run is doing now, in a word."""
+        self._phase = name
+
+    async def held_out_ready(self) -> None:
+        """The held-out rows are answered and written."""
+        self._held_out.set()
+
+    async def wait_held_out(self) -> None:
+        """Wait until the held-out rows are answered."""
+        await self._held_out.wait()
+
+    async def request_stop(self, signum: int) -> None:
+        """Ask the workers to finish their step, checkpoint and return."""
+        self._stop = int(signum)
+
+    async def stop_requested(self) -> int:
+        """Number of the signal that asked for a stop; 0: none."""
+        return self._stop
+
+    async def finished(self, outcome: str) -> None:
+        """The run is over (``completed`` or ``stopped``): nobody gets further credits."""
+        async with self._changed:
+            self._outcome = outcome
+            self._changed.notify_all()
+
+    async def failed(self, message: str) -> None:
+        """Keep the first error a part of the run stopped with, for the driver to print."""
+        self._error = self._error or message
+
+    async def snapshot(self) -> dict[str, Any]:
+        """All a view or a summary needs, as plain values."""
+        return {
+            "phase": self._phase,
+            "attempt": self._attempt,
+            "counters": dict(self._counters),
+            "ahead": self._ahead,
+            "max_ahead": self._max_ahead,
+            "progress": dict(self._progress),
+            "evaluation": dict(self._evaluation),
+            "dropped": dict(Counter(self._dropped.values())),
+            "outcome": self._outcome,
+            "error": self._error,
+            "stop": self._stop,
+        }
+
+    def _current(self, attempt: int) -> bool:
+        return attempt == self._attempt and self._outcome is None
+
+    async def _give_back(self, attempt: int, rows: int) -> None:
+        async with self._changed:
+            if attempt != self._attempt:
+                return
+            self._ahead -= rows
+            assert self._ahead >= 0, f"{-self._ahead} more rows came back than were handed out"
+            self._changed.notify_all()
+
+    def _too_many_dropped(self) -> str:
+        reasons = Counter(self._dropped.values()).most_common()
+        named = ", ".join(f"{count} {reason}" for reason, count in reasons)
+        return (
+            f"{len(self._dropped)} of {self._num_rows} rows were dropped ({named}), more than the "
+            f"{self._max_dropped} that stream.max_drop_fraction ({self._max_drop_fraction:g}) "
+            "allows; mend or remove those prompts, or raise stream.max_drop_fraction"
+        )
+
+
+def start_coordinator(
+    run_name: str, max_rows_ahead: int, num_rows: int, max_drop_fraction: float
+) -> Any:
+    """Start the actor on this node and return its handle; it dies with the driver.
+
+    A new driver makes a new one: credits and counters of a dead driver mean nothing.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Coordinator).options(
+        name=f"raystill-coordinator-{run_name}",
+        num_cpus=0,
+        max_restarts=0,
+        scheduling_strategy=here,
+    )
+    return actor.remote(max_rows_ahead, num_rows, max_drop_fraction)

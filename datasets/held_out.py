@@ -1,0 +1,99 @@
+"""The held-out rows: the teacher answers them once, before training; every evaluation uses them.
+
+One Ray task asks and writes, so no answer passes through the driver. *Waits for* the teacher.
+*Unblocks* the workers' first evaluation (``wait_held_out``).
+"""
+
+import asyncio
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from raystill.cluster.problems import RunError
+from raystill.cluster.run_folder import HELD_OUT, HELD_OUT_PROMPTS, RunFolder
+from raystill.datasets.answer import TeacherCalls
+from raystill.datasets.schema import row_schema
+
+EPOCH = -1
+"""Held-out rows belong to no epoch; their position is their row."""
+
+ASKED = b"rows_asked"
+"""File metadata: how many rows were asked, of which the file holds the answered."""
+
+
+@ray.remote(num_cpus=0)
+def answer_held_out(
+    folder: RunFolder,
+    app_name: str,
+    coordinator: Any,
+    top_k: int,
+    group_rows: int,
+    groups_in_flight: int = 8,
+    timeout_s: float = 600.0,
+    max_attempts: int = 4,
+) -> int:
+    """Write held_out.parquet (row_schema of ``topk``) and tell the coordinator; returns its rows.
+
+    A complete file of an earlier start is kept. RunError if the teacher answered none of them.
+    """
+    prompts = folder.read_table(HELD_OUT_PROMPTS, ["row", "source", "prompt_ids"])
+    rows = read_complete(folder, len(prompts), top_k)
+    if rows is None:
+        teacher = TeacherCalls(app_name, "topk", top_k, timeout_s, max_attempts)
+        rows = asyncio.run(_answer(teacher, prompts, top_k, group_rows, groups_in_flight))
+        if len(rows) == 0:
+            raise RunError(
+                f"the teacher answered none of the {len(prompts)} held-out prompts, so nothing "
+                "could be evaluated; choose others with evaluation.held_out_sources or "
+                "evaluation.held_out_rows"
+            )
+        folder.write_table(HELD_OUT, rows)
+        counters = {
+            "evaluation_rows_asked": len(prompts),
+            "evaluation_rows_dropped": len(prompts) - len(rows),
+        }
+        ray.get(coordinator.add.remote(counters))
+    ray.get(coordinator.held_out_ready.remote())
+    return len(rows)
+
+
+def read_complete(folder: RunFolder, num_prompts: int, top_k: int) -> pa.Table | None:
+    """The kept rows, if they answer just these prompts with this K; else None."""
+    if not folder.exists(HELD_OUT):
+        return None
+    rows = folder.read_table(HELD_OUT)
+    asked = (rows.schema.metadata or {}).get(ASKED)
+    same = asked == str(num_prompts).encode() and rows.schema.equals(row_schema("topk", top_k))
+    return rows if same and len(rows) else None
+
+
+async def _answer(
+    teacher: TeacherCalls, prompts: pa.Table, top_k: int, group_rows: int, groups_in_flight: int
+) -> pa.Table:
+    slots = asyncio.Semaphore(groups_in_flight)
+
+    async def ask(start: int) -> pa.Table:
+        async with slots:
+            group = prompts.slice(start, group_rows).combine_chunks()
+            answers = await teacher.sample(group["prompt_ids"].combine_chunks())
+            return _join(group, answers, top_k)
+
+    groups = await asyncio.gather(*(ask(i) for i in range(0, len(prompts), group_rows)))
+    schema = row_schema("topk", top_k).with_metadata({ASKED: str(len(prompts)).encode()})
+    return pa.concat_tables(groups).cast(schema) if groups else schema.empty_table()
+
+
+def _join(prompts: pa.Table, answers: pa.Table, top_k: int) -> pa.Table:
+    columns = {
+        "row": prompts["row"],
+        "position": prompts["row"],
+        "epoch": pa.array([EPOCH] * len(prompts), pa.int32()),
+        "source": prompts["source"],
+        "prompt_ids": prompts["prompt_ids"],
+    }
+    schema = row_schema("topk", top_k)
+    values = [columns[n] if n in columns else answers[n] for n in schema.names]
+    rows = pa.table(values, schema=schema)
+    return rows.filter(pc.is_null(answers["error"]))

@@ -1,0 +1,168 @@
+"""The stream from plan to workers: source, answer stage, shares.
+
+``build_stream`` is called in a dataset factory by Ray Train's controller (each start of the worker
+group builds it anew); ``UnevenShares`` deals its blocks to the workers. A delivered block is one
+group in the columns of ``datasets.schema.row_schema``, shorter where rows were dropped.
+
+What makes the row bound exact: a block is a group; the source is not fused into the answer stage,
+whose event loop its wait for credits would freeze; blocks are dealt one by one without equalising;
+workers take ``batch_size=None`` with ``prefetch_batches`` of at most 1. Ray's own limits by bytes
+are off: with blocks kept in order they could hold back the one block everybody waits for, and
+``max_rows_ahead`` already bounds what is in memory.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.train import DataConfig
+
+from raystill.cluster.config import RunConfig
+from raystill.datasets.answer import AnswerGroup
+from raystill.datasets.config import SignalConfig, StreamConfig
+from raystill.datasets.source import PlanSource
+
+GROUPS_PER_ACTOR = 64
+"""Groups one answering process has in flight at most; its threads only wait."""
+
+BACKPRESSURE = "backpressure_policies.enabled"
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """All the stream needs to know; pickled into the controller, the source and the answer stage.
+
+    ``prompt_table``: path or URI of prompts/train.parquet with ``num_rows`` rows.
+    ``groups_in_flight``: max_replicas x target_ongoing_requests of the teacher.
+    """
+
+    prompt_table: str
+    num_rows: int
+    order_seed: int
+    signal: SignalConfig
+    stream: StreamConfig
+    max_rows_ahead: int
+    rows_per_step: int
+    coordinator: Any
+    app_name: str
+    groups_in_flight: int
+    request_timeout_s: float
+
+    @classmethod
+    def from_config(
+        cls, config: RunConfig, prompt_table: str, num_rows: int, coordinator: Any, app_name: str
+    ) -> "StreamSpec":
+        """The stream of a run."""
+        teacher = config.teacher
+        return cls(
+            prompt_table=prompt_table,
+            num_rows=num_rows,
+            order_seed=config.section_seeds()["order"],
+            signal=config.signal,
+            stream=config.stream,
+            max_rows_ahead=config.rows_ahead,
+            rows_per_step=config.training.rows_per_step,
+            coordinator=coordinator,
+            app_name=app_name,
+            groups_in_flight=teacher.max_replicas * teacher.target_ongoing_requests,
+            request_timeout_s=teacher.request_timeout_s,
+        )
+
+
+class GroupsStayWhole(ExecutionCallback):
+    """Before each execution: the plan has the shape the row bound rests on, or nothing starts.
+
+    The source emits a block as soon as it holds one byte; the answer stage makes one block of one
+    block, of any size.
+    """
+
+    def before_execution_starts(self, executor: Any) -> None:
+        """Check the physical plan and set the source's block size."""
+        stages = [op for op in executor._topology if op.input_dependencies]
+        names = [op.name for op in stages]
+        fits = len(stages) >= 2 and names[0] == "ReadPlan" and "AnswerGroup" in names[1]
+        assert fits and "->" not in names[1], (
+            f"Ray Data planned the stages {names}; expected the source ReadPlan and the answer "
+            "stage as two, since a source fused into it would freeze the answers in flight"
+        )
+        stages[0].override_target_max_block_size(1)
+
+
+def stream_context(order: str) -> DataContext:
+    """Ray Data's options for the stream, from the current ones."""
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = None
+    context.execution_options.preserve_order = order == "fixed"
+    context.execution_options.verbose_progress = False
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.set_config(BACKPRESSURE, [])
+    context.execution_no_progress_timeout_s = -1  # A slow teacher or student is no failure.
+    context.custom_execution_callback_classes = [GroupsStayWhole]
+    return context
+
+
+def build_stream(spec: StreamSpec) -> Dataset:
+    """The dataset of answered rows; lazy. Whoever iterates it starts one execution."""
+    num_actors = math.ceil(spec.groups_in_flight / GROUPS_PER_ACTOR)
+    in_flight = math.ceil(spec.groups_in_flight / num_actors)
+    with DataContext.current(stream_context(spec.stream.order)):
+        groups = ray.data.read_datasource(
+            PlanSource(spec),
+            override_num_blocks=1,
+            num_cpus=0,
+            concurrency=1,
+            max_calls=1,  # Sets it apart from the answer stage: unequal arguments do not fuse.
+        )
+        return groups.map_batches(
+            AnswerGroup,
+            fn_constructor_args=(spec,),
+            batch_size=None,
+            batch_format="pyarrow",
+            num_cpus=0,
+            compute=ActorPoolStrategy(
+                size=num_actors,
+                max_tasks_in_flight_per_actor=in_flight,
+                max_concurrent_calls_per_actor=in_flight,
+            ),
+        )
+
+
+class UnevenShares(DataConfig):
+    """Deals every row: Ray Train's own shares are made equal by dropping the remainder.
+
+    Keeps the options the dataset was built with. No locality hints: they make the splitter hold
+    blocks back, which nobody would hand out credits for.
+    """
+
+    def configure(
+        self,
+        datasets: dict[str, Dataset],
+        world_size: int,
+        worker_handles: Any = None,
+        worker_node_ids: Any = None,
+        **kwargs: Any,
+    ) -> list[dict[str, Any]]:
+        """One shard of each dataset for every worker."""
+        output: list[dict[str, Any]] = [{} for _ in range(world_size)]
+        for name, dataset in datasets.items():
+            for rank, shard in enumerate(uneven_shares(dataset, world_size)):
+                output[rank][name] = shard
+        return output
+
+
+def uneven_shares(dataset: Dataset, world_size: int) -> list[Any]:
+    """Iterators over disjoint shares of all rows, one for each of ``world_size`` workers."""
+    return dataset.streaming_split(world_size, equal=False)
+
+
+def iterate_groups(shard: Any) -> Iterator[pa.Table]:
+    """A worker's groups as they come, each a table of ``row_schema``; empty ones left out."""
+    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        if len(block):
+            yield block

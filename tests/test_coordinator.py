@@ -1,0 +1,151 @@
+"""The coordinator's credits, drops and attempts, without Ray."""
+
+import asyncio
+
+import pytest
+
+from raystill.cluster.coordinator import Coordinator
+from raystill.cluster.problems import RunError
+from raystill.datasets.ledger import Ledger
+
+
+def coordinator(max_rows_ahead=16, num_rows=100, max_drop_fraction=0.1):
+    return Coordinator(max_rows_ahead, num_rows, max_drop_fraction)
+
+
+async def waits(awaitable):
+    """Whether it is still waiting after the loop has had its turns; then it is cancelled."""
+    task = asyncio.ensure_future(awaitable)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    done = task.done()
+    task.cancel()
+    return not done
+
+
+def test_credits_never_exceed_the_bound_and_return_when_a_block_is_taken():
+    async def run():
+        c = coordinator(max_rows_ahead=16)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        assert await c.acquire(attempt, 8, 0)
+        assert await c.acquire(attempt, 8, 8)
+        assert await waits(c.acquire(attempt, 1, 16))
+        third = asyncio.ensure_future(c.acquire(attempt, 8, 16))
+        await c.taken(attempt, 8)
+        assert await third
+        snapshot = await c.snapshot()
+        assert (snapshot["ahead"], snapshot["max_ahead"]) == (16, 16)
+
+    asyncio.run(run())
+
+
+def test_a_source_that_runs_again_gets_its_old_credits_back():
+    async def run():
+        c = coordinator(max_rows_ahead=16)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        assert await c.acquire(attempt, 8, 0)
+        assert await c.acquire(attempt, 8, 0)
+        assert (await c.snapshot())["ahead"] == 8
+
+    asyncio.run(run())
+
+
+def test_a_dropped_row_returns_its_credit_once():
+    async def run():
+        c = coordinator()
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        await c.acquire(attempt, 8, 0)
+        await c.dropped(attempt, [3, 5], ["empty", "too_long"])
+        await c.dropped(attempt, [3, 5], ["empty", "too_long"])
+        snapshot = await c.snapshot()
+        assert snapshot["ahead"] == 6
+        assert snapshot["dropped"] == {"empty": 1, "too_long": 1}
+        assert await c.dropped_positions() == {3: "empty", 5: "too_long"}
+
+    asyncio.run(run())
+
+
+def test_too_many_drops_stop_the_run_and_name_the_reasons():
+    async def run():
+        c = coordinator(max_drop_fraction=0.02)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        await c.acquire(attempt, 8, 0)
+        await c.dropped(attempt, [0, 1], ["empty", "too_long"])
+        with pytest.raises(RunError, match=r"3 of 100 rows .*2 too_long, 1 empty.* 2 that"):
+            await c.dropped(attempt, [2], ["too_long"])
+
+    asyncio.run(run())
+
+
+def test_a_new_attempt_starts_with_fresh_credits_and_the_ledgers_drops():
+    async def run():
+        c = coordinator(max_rows_ahead=16)
+        ledger = Ledger(100)
+        first = await c.publish(0, 0, ledger.to_dict())
+        await c.acquire(first, 16, 0)
+        await c.dropped(first, [7], ["empty"])
+        waiting = asyncio.ensure_future(c.acquire(first, 8, 16))
+        await asyncio.sleep(0)
+        ledger.mark_dropped({50: "too_long"})
+        second = await c.publish(0, 3, ledger.to_dict())
+        assert await waiting is False
+        assert second == first + 1
+        assert await c.dropped_positions() == {50: "too_long"}
+        assert await c.acquire(first, 8, 16) is False
+        await c.taken(first, 16)
+        await c.dropped(first, [9], ["empty"])
+        snapshot = await c.snapshot()
+        assert snapshot["ahead"] == 0
+        assert snapshot["dropped"] == {"too_long": 1}
+        assert (await c.published())["step"] == 3
+        assert await c.acquire(second, 8, 0)
+
+    asyncio.run(run())
+
+
+def test_a_finished_run_hands_out_no_credits():
+    async def run():
+        c = coordinator(max_rows_ahead=8)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        await c.acquire(attempt, 8, 0)
+        waiting = asyncio.ensure_future(c.acquire(attempt, 8, 8))
+        await asyncio.sleep(0)
+        await c.finished("stopped")
+        assert await waiting is False
+        assert (await c.snapshot())["outcome"] == "stopped"
+
+    asyncio.run(run())
+
+
+def test_a_group_larger_than_the_bound_is_refused_instead_of_waiting_for_ever():
+    async def run():
+        c = coordinator(max_rows_ahead=4)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        with pytest.raises(RunError, match=r"8 rows .* max_rows_ahead \(4\)"):
+            await c.acquire(attempt, 8, 0)
+
+    asyncio.run(run())
+
+
+def test_counters_add_up_and_a_snapshot_tells_all():
+    async def run():
+        c = coordinator()
+        await c.add({"rows_asked": 8, "teacher_busy_s": 0.5})
+        await c.add({"rows_asked": 8, "teacher_busy_s": 0.25})
+        await c.progress({"step": 2, "loss": 1.5})
+        await c.evaluated({"kl_nats_per_token": 2.0})
+        await c.phase("training")
+        await c.request_stop(15)
+        await c.failed("first")
+        await c.failed("second")
+        snapshot = await c.snapshot()
+        assert snapshot["counters"] == {"rows_asked": 16, "teacher_busy_s": 0.75}
+        assert snapshot["progress"]["step"] == 2
+        assert snapshot["evaluation"] == {"kl_nats_per_token": 2.0}
+        assert (snapshot["phase"], snapshot["stop"], snapshot["error"]) == ("training", 15, "first")
+        assert await c.stop_requested() == 15
+        assert await waits(c.wait_held_out())
+        await c.held_out_ready()
+        assert not await waits(c.wait_held_out())
+
+    asyncio.run(run())
