@@ -1,0 +1,206 @@
+"""Checkpoints: a resumed run goes on bit for bit; only registered folders survive a start."""
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from raystill.cluster.run_folder import RunFolder
+from raystill.datasets.ledger import Ledger
+from raystill.train.checkpoint import (
+    SNAPSHOT_FILE,
+    Checkpointer,
+    Snapshot,
+    host_copy,
+    load_model,
+    model_tensors,
+    random_state,
+    read_snapshot,
+    registered_names,
+    remove_unregistered,
+    set_random_state,
+    write_snapshot,
+)
+from raystill.train.config import TrainingConfig
+from raystill.train.optimizer import build_optimizer
+
+
+class TiedModel(nn.Module):
+    """Embedding tied to its head, a persistent and a derived buffer."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(11, 6)
+        self.mix = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("derived", torch.ones(2), persistent=False)
+
+    def forward(self, ids):
+        noise = torch.rand(6) + random.random() + np.random.rand()
+        return self.head(self.mix(self.embed(ids) * noise))
+
+
+def train(model, optimizer, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.arange(11)), torch.arange(11)).backward()
+        optimizer.step()
+        model.seen += 1
+
+
+def snapshot_of(model, optimizer, step, ledger, counts=None):
+    return Snapshot(
+        step=step,
+        epoch=0,
+        model=host_copy(model_tensors(model)),
+        optimizer=host_copy(optimizer.state_dict()),
+        random=[random_state()],
+        ledger=ledger.to_dict(),
+        counts=counts or {},
+        extra={"rows_trained": 7, "skipped_steps": 1},
+    )
+
+
+def new_run(seed):
+    model = TiedModel(seed)
+    config = TrainingConfig(weight_decay=0.1)
+    return model, build_optimizer(model, config)
+
+
+def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
+    ledger = Ledger(20)
+    ledger.mark_trained([3, 4])
+    ledger.mark_dropped({9: "empty"})
+    counts = {"pair_codes": np.array([5, 8]), "pair_counts": np.array([2, 1])}
+    model, optimizer = new_run(seed=1)
+    train(model, optimizer, steps=3)
+    write_snapshot(tmp_path / "c", snapshot_of(model, optimizer, 3, ledger, counts))
+    train(model, optimizer, steps=3)
+
+    restored, fresh = new_run(seed=2)
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    snapshot = read_snapshot(tmp_path / "c")
+    load_model(restored, snapshot.model)
+    fresh.load_state_dict(snapshot.optimizer)
+    set_random_state(snapshot.random[0])
+    train(restored, fresh, steps=3)
+
+    for name, tensor in model_tensors(model).items():
+        assert torch.equal(tensor, model_tensors(restored)[name]), name
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, fresh.state_dict()["state"][index][name]), name
+    assert Ledger.from_dict(snapshot.ledger) == ledger
+    assert (snapshot.step, snapshot.epoch) == (3, 0)
+    assert snapshot.extra == {"rows_trained": 7, "skipped_steps": 1, "world_size": 1}
+    assert snapshot.counts["pair_codes"].tolist() == [5, 8]
+
+
+def test_a_tied_weight_is_written_once_and_derived_buffers_not_at_all():
+    model, _ = new_run(seed=1)
+    names = set(model_tensors(model))
+    assert names == {"embed.weight", "mix.weight", "mix.bias", "seen"}
+
+
+def test_a_host_copy_does_not_change_with_the_model():
+    model, optimizer = new_run(seed=1)
+    train(model, optimizer, steps=1)
+    kept = snapshot_of(model, optimizer, 1, Ledger(1))
+    before = kept.model["mix.weight"].clone()
+    moment = kept.optimizer["state"][0]["exp_avg"].clone()
+    train(model, optimizer, steps=1)
+    assert torch.equal(kept.model["mix.weight"], before)
+    assert torch.equal(kept.optimizer["state"][0]["exp_avg"], moment)
+
+
+def test_a_checkpoint_of_another_model_or_format_is_refused(tmp_path):
+    model, optimizer = new_run(seed=1)
+    with pytest.raises(ValueError, match="not this student"):
+        load_model(model, {"other": torch.zeros(1)})
+    write_snapshot(tmp_path / "c", snapshot_of(model, optimizer, 0, Ledger(1)))
+    state = json.loads((tmp_path / "c" / "state.json").read_text()) | {"format_version": 99}
+    (tmp_path / "c" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="format 99"):
+        read_snapshot(tmp_path / "c")
+
+
+def register(folder, names):
+    results = [{"version": 0, "checkpoint_dir_name": name, "metrics": {}} for name in names]
+    state = {"checkpoint_results": results, "latest_checkpoint_result": results[-1]}
+    folder.write_text(f"checkpoints/{SNAPSHOT_FILE}", json.dumps(state))
+
+
+def test_folders_that_are_not_registered_are_deleted_and_nothing_else(tmp_path):
+    folder = RunFolder(str(tmp_path)).ensure()
+    for name in ("step-00000002", "step-00000004", "step-00000006", ".step-00000008.part", "best"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000009").write_text("a file is nobody's checkpoint")
+    register(folder, ["step-00000002", "step-00000004"])
+    assert registered_names(folder) == {"step-00000002", "step-00000004"}
+    assert remove_unregistered(folder) == [".step-00000008.part", "step-00000006"]
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"step-00000002", "step-00000004", "step-00000009", "best", SNAPSHOT_FILE}
+
+
+def test_without_a_snapshot_every_checkpoint_folder_goes(tmp_path):
+    folder = RunFolder(str(tmp_path)).ensure()
+    assert remove_unregistered(folder) == []
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert remove_unregistered(folder) == ["step-00000002"]
+
+
+class Reports(list):
+    """Stands for Ray Train's registration; on one rank, so everybody agrees with it."""
+
+
+def checkpointer(folder, reports, **kwargs):
+    return Checkpointer(
+        folder, first=True, agree=lambda flag: flag, report=reports.append, **kwargs
+    )
+
+
+def test_one_checkpoint_is_in_flight_and_each_is_published_once(tmp_path):
+    folder, reports = RunFolder(str(tmp_path)).ensure(), Reports()
+    model, optimizer = new_run(seed=1)
+    writer = checkpointer(folder, reports)
+    assert writer.last_step == -1
+    assert not writer.poll()
+    assert not writer.finish()
+    writer.begin(2, snapshot_of(model, optimizer, 2, Ledger(1)))
+    writer.begin(4, snapshot_of(model, optimizer, 4, Ledger(1)))
+    assert [path.rsplit("/", 1)[1] for path in reports] == ["step-00000002"]
+    assert writer.finish()
+    assert not writer.finish()
+    assert [path.rsplit("/", 1)[1] for path in reports] == ["step-00000002", "step-00000004"]
+    assert read_snapshot(reports[-1]).step == writer.last_step == 4
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_polling_publishes_only_what_is_written(tmp_path):
+    folder, reports = RunFolder(str(tmp_path)).ensure(), Reports()
+    model, optimizer = new_run(seed=1)
+    writer = checkpointer(folder, reports)
+    writer.begin(2, snapshot_of(model, optimizer, 2, Ledger(1)))
+    writer._writing.result()
+    assert writer.poll()
+    assert not writer.poll()
+    assert len(reports) == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_is_not_published(tmp_path):
+    folder, reports = RunFolder(str(tmp_path / "run")).ensure(), Reports()
+    model, optimizer = new_run(seed=1)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("a file where the folder was")
+    writer = checkpointer(folder, reports)
+    writer.begin(2, snapshot_of(model, optimizer, 2, Ledger(1)))
+    with pytest.raises(OSError):
+        writer.finish()
+    assert reports == []

@@ -1,0 +1,310 @@
+"""The student's workers under Ray Train: a run that is stopped, resumed, and measured at its end.
+
+The teacher is a stand-in deployment that answers from the prompt ids; the rest is the real stream,
+coordinator, workers and files.
+"""
+
+import json
+import math
+import sys
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+import torch
+import transformers
+from ray import serve
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM
+
+from raystill.cluster.config import RunConfig
+from raystill.cluster.coordinator import start_coordinator
+from raystill.cluster.metrics import read_lines
+from raystill.cluster.run_folder import RunFolder
+from raystill.datasets.ledger import Ledger
+from raystill.datasets.plan import epoch_order
+from raystill.datasets.schema import PROMPT_SCHEMA, answer_schema, row_schema
+from raystill.datasets.stream import StreamSpec
+from raystill.train.batch import rows_from_table
+from raystill.train.checkpoint import read_snapshot, registered_names
+from raystill.train.fit import fit
+from raystill.train.optimizer import build_optimizer
+from raystill.train.step import GlobalStep
+from raystill.train.student import build_student
+from raystill.train.student_module import StudentModule
+
+pytestmark = pytest.mark.ray
+
+VOCAB, K, NUM_ROWS, NUM_HELD_OUT, ROWS_PER_STEP = 48, 6, 37, 6, 8
+TOO_LONG = (4, 17, 18)  # Rows the stand-in cannot answer.
+APP = "stand-in"
+
+
+def answer(prompt_ids, row=None):
+    """One answer of the stand-in: from the prompt ids alone."""
+    if row in TOO_LONG or (row is None and prompt_ids[0] in TOO_LONG):
+        return {"response_ids": [], "finish_reason": "", "error": "too_long"}
+    rng = np.random.default_rng(list(prompt_ids))
+    size = int(rng.integers(1, 6))
+    p = rng.dirichlet(np.full(VOCAB, 0.2), size=size)
+    ids = np.argsort(-p, axis=1)[:, :K]
+    top = np.take_along_axis(p, ids, axis=1)
+    response = [int(rng.choice(VOCAB, p=q)) for q in p]
+    return {
+        "response_ids": response,
+        "finish_reason": "stop",
+        "error": None,
+        "sampled_logprobs": np.log(p[np.arange(size), response]).tolist(),
+        "topk_ids": ids.tolist(),
+        "topk_logprobs": np.log(top).tolist(),
+        "tail_logprob": np.log1p(-top.sum(axis=1)).tolist(),
+    }
+
+
+def prompt_of(row):
+    """Prompt ids of a row; the first names it, so that the stand-in knows whom it refuses."""
+    return [row, 1 + row % 7, 3]
+
+
+def answers_table(prompts):
+    """``answer_schema`` rows for lists of prompt ids."""
+    schema = answer_schema("topk", K)
+    answers = [answer(prompt) for prompt in prompts]
+    empty = {"response_ids": [], "finish_reason": ""}
+    columns = {
+        field.name: [a.get(field.name, empty.get(field.name, [])) for a in answers]
+        for field in schema
+    }
+    return pa.table(columns, schema=schema)
+
+
+class StandIn:
+    """Answers as the teacher does, slowly enough that a stop comes in between."""
+
+    def __init__(self, delay_s):
+        self.delay_s = delay_s
+
+    def sample(self, prompts, kind, top_k):
+        time.sleep(self.delay_s)
+        return answers_table(prompts["prompt_ids"].to_pylist())
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A local Ray with the stand-in teacher deployed."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    environment = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "OMP_NUM_THREADS": "1"}
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": environment},
+    )
+    serve.start(proxy_location="Disabled")
+    deployment = serve.deployment(StandIn, ray_actor_options={"num_cpus": 0})
+    serve.run(deployment.bind(0.3), name=APP, route_prefix=None)
+    yield
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The folder the student is cut from."""
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        num_hidden_layers=2,
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=VOCAB,
+        eos_token_id=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    words = {f"w{i}": i for i in range(VOCAB)}
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2"})
+    )
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    return folder
+
+
+def run_config(teacher, order, num_workers):
+    return RunConfig.model_validate(
+        {
+            "teacher": {"model": str(teacher), "sampling": {"max_tokens": 6, "temperature": 1.0}},
+            "student": {"layers": [1]},
+            "prompts": {"path": "unused"},
+            "signal": {"top_k": K},
+            "stream": {"group_rows": 3, "order": order, "max_drop_fraction": 0.2},
+            "training": {
+                "rows_per_step": ROWS_PER_STEP,
+                "num_workers": num_workers,
+                "learning_rate": 0.01,
+                "tokens_per_micro_batch": 16,
+                "checkpoint_every_steps": 2,
+                "export_dtype": "float32",
+            },
+            "evaluation": {"held_out_rows": 1, "top_k": K, "free_running": {"rows": 3}},
+        }
+    )
+
+
+def write_inputs(folder):
+    """What the driver writes before the student starts: prompts, and answered held-out rows."""
+    columns = {
+        "row": list(range(NUM_ROWS)),
+        "key": [bytes(16)] * NUM_ROWS,
+        "prompt_ids": [prompt_of(row) for row in range(NUM_ROWS)],
+        "source": ["s"] * NUM_ROWS,
+    }
+    folder.write_table("prompts/train.parquet", pa.table(columns, schema=PROMPT_SCHEMA))
+    folder.write_table("held_out.parquet", held_out_table())
+
+
+def held_out_table():
+    prompts = [[40 + i, 5] for i in range(NUM_HELD_OUT)]
+    answers = answers_table(prompts).to_pydict()
+    rows = list(range(NUM_HELD_OUT))
+    columns = {**answers, "row": rows, "position": rows, "prompt_ids": prompts}
+    columns |= {"epoch": [-1] * NUM_HELD_OUT, "source": ["s"] * NUM_HELD_OUT}
+    schema = row_schema("topk", K)
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
+
+
+def run_once(config, folder, teacher, name, stop_after=None):
+    """One driver's life: a coordinator of its own, ``fit`` beside the main thread; its snapshot."""
+    coordinator = start_coordinator(name, config.rows_ahead, NUM_ROWS, 0.2)
+    ray.get(coordinator.held_out_ready.remote())
+    prompts = folder.join("prompts/train.parquet")
+    spec = StreamSpec.from_config(config, prompts, NUM_ROWS, coordinator, APP)
+    outcome, errors = {}, []
+
+    def work():
+        try:
+            outcome.update(fit(config, folder, spec, coordinator, str(teacher)))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive():
+        snapshot = ray.get(coordinator.snapshot.remote())
+        if stop_after is not None and snapshot["progress"].get("step", 0) >= stop_after:
+            ray.get(coordinator.request_stop.remote(15))
+        thread.join(0.05)
+    if errors:
+        raise errors[0]
+    ray.kill(coordinator)
+    return outcome
+
+
+def last_checkpoint(folder):
+    return read_snapshot(folder.local / "checkpoints" / max(registered_names(folder)))
+
+
+def reference_student(config, teacher):
+    """The same steps in one process: rows by their position, no Ray, no restart."""
+    order = epoch_order(NUM_ROWS, config.section_seeds()["order"], 0, 3)
+    schema = row_schema("topk", K)
+    model = build_student(config, str(teacher), config.section_seeds()["student"])
+    module = StudentModule(model)
+    step = GlobalStep(
+        module,
+        build_optimizer(module, config.training),
+        config.training,
+        objective=config.objective.weights,
+        signal_kind="topk",
+        student_vocab=VOCAB,
+        total_steps=5,
+    )
+    for index in range(5):
+        positions = range(index * ROWS_PER_STEP, min((index + 1) * ROWS_PER_STEP, NUM_ROWS))
+        kept = [p for p in positions if order[p] not in TOO_LONG]
+        prompts = [prompt_of(int(order[p])) for p in kept]
+        columns = {**answers_table(prompts).to_pydict(), "prompt_ids": prompts, "position": kept}
+        columns |= {"row": [int(order[p]) for p in kept], "epoch": [0] * len(kept)}
+        columns["source"] = ["s"] * len(kept)
+        table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
+        step.run(index, rows_from_table(table), has_more=True, stop=False)
+    return model
+
+
+@pytest.mark.parametrize(("order", "num_workers"), [("fixed", 2), ("arrival", 1)])
+def test_a_stopped_run_resumes_and_trains_every_row_once(
+    cluster, teacher, tmp_path, order, num_workers
+):
+    folder = RunFolder(str(tmp_path / "run")).ensure()
+    write_inputs(folder)
+    config = run_config(teacher, order, num_workers)
+
+    stopped = run_once(config, folder, teacher, f"{order}-1", stop_after=1)
+    assert stopped["outcome"] == "stopped"
+    step = last_checkpoint(folder).step
+    assert 1 <= step < 5
+    assert [line["step"] for line in read_lines(folder, "metrics.jsonl")] == list(
+        range(1, step + 1)
+    )
+    assert not folder.exists("student")
+    (folder.local / "checkpoints" / "step-00000099").mkdir()  # Written, but never registered.
+
+    resumed = run_once(config, folder, teacher, f"{order}-2")
+    assert resumed["outcome"] == "completed"
+    assert resumed["dropped"] == {"too_long": 3}
+    assert resumed["max_ahead"] <= config.rows_ahead
+    assert not folder.exists("checkpoints/step-00000099")
+    final = last_checkpoint(folder)
+    ledger = Ledger.from_dict(final.ledger)
+    assert ledger.num_trained == NUM_ROWS - 3
+    assert len(ledger.missing()) == 0
+    lines = read_lines(folder, "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, final.step + 1))
+    assert sum(line["rows"] for line in lines) == NUM_ROWS - 3
+    before, after = read_lines(folder, "evaluation.jsonl")
+    assert (before["step"], before["when"]) == (0, "before")
+    assert (after["step"], after["when"]) == (final.step, "after")
+    assert set(after["baselines"]) == {"uniform", "unigram", "bigram"}
+    assert final.counts["pair_counts"].sum() == sum(line["tokens"] for line in lines)
+    assert len(read_lines(folder, "answers.jsonl")) == 6
+    assert (folder.logs / "student-0.log").exists()
+    check_recomputation(folder, after)
+    if order == "fixed":
+        check_same_as_reference(folder, config, teacher)
+
+
+def check_recomputation(folder, after):
+    """The figures again from ``student/`` and ``held_out.parquet`` with transformers alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder.local / "student").eval()
+    kl = nll = agree = tokens = 0
+    for row in folder.read_table("held_out.parquet").to_pylist():
+        ids = row["prompt_ids"] + row["response_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].double()
+        for t, target in enumerate(row["response_ids"]):
+            q = logits[len(row["prompt_ids"]) + t - 1].softmax(-1)
+            p = np.exp([*row["topk_logprobs"][t], row["tail_logprob"][t]])
+            q_parts = [float(q[i]) for i in row["topk_ids"][t]]
+            q_parts.append(1 - sum(q_parts))
+            kl += sum(a * math.log(a / b) for a, b in zip(p, q_parts, strict=True))
+            agree += int(q.argmax()) == row["topk_ids"][t][0]
+            nll -= math.log(q[target])
+            tokens += 1
+    assert after["num_tokens"] == tokens
+    assert after["kl_nats_per_token"] == pytest.approx(kl / tokens, rel=1e-4)
+    assert after["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
+    assert after["top1_agreement"] == pytest.approx(agree / tokens)
+
+
+def check_same_as_reference(folder, config, teacher):
+    """Two workers and a restart trained what one process trains on the same steps."""
+    trained = AutoModelForCausalLM.from_pretrained(folder.local / "student")
+    expected = dict(reference_student(config, teacher).named_parameters())
+    for name, parameter in trained.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=0, atol=2e-4, msg=name)

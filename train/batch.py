@@ -1,0 +1,240 @@
+"""From delivered Arrow rows to the padded tensors of one forward pass.
+
+The stream hands a worker tables of rows; `rows_from_table` views them as numpy arrays without a
+copy, `cut_micro_batches` groups them under a token budget, `collate` pads one group into a
+`MicroBatch`. No Ray, no vLLM.
+
+Legend: B rows, S padded length, P prompt tokens, T response tokens, N response tokens of a
+micro-batch that have a context, K teacher ids kept for each.
+
+The shift, stated once: position j of the input predicts token j + 1. Response token t (from 0) of
+a row stands at P + t, so its logits are those of position P + t - 1. The last response token
+predicts nothing and is not put in. With P = 0 token 0 has no context; it bears no loss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from raystill.train.partition import Partition, sampled_partition, topk_partition
+
+FILLER_ID = 0  # Stands in padding; masks come from lengths, so any id of the vocabulary would do.
+
+
+@dataclass(slots=True)
+class Row:
+    """One prompt with the teacher's answer; arrays are views of the delivered table.
+
+    prompt_ids int32 [P]; response_ids int32 [T], its stop token included; the signal, where the
+    kind has it: sampled_logprobs [T], topk_ids and topk_logprobs [T, K], tail_logprob [T], nats.
+    """
+
+    position: int
+    row: int
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    finish_reason: str | None = None
+    sampled_logprobs: np.ndarray | None = None
+    topk_ids: np.ndarray | None = None
+    topk_logprobs: np.ndarray | None = None
+    tail_logprob: np.ndarray | None = None
+
+    @property
+    def num_inputs(self) -> int:
+        """Tokens put into the model: all but the last."""
+        return max(0, len(self.prompt_ids) + len(self.response_ids) - 1)
+
+    @property
+    def num_targets(self) -> int:
+        """Response tokens that bear loss: all with at least one token before them."""
+        return max(0, len(self.response_ids) - (len(self.prompt_ids) == 0))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The tensors of one forward pass; rows are padded on the right.
+
+    input_ids, position_ids int64 [B, S]; attention_mask None: under causal attention no real
+    token sees what stands to its right. logit_index int64 [N] points into the B * S flattened
+    positions, targets int64 [N] are the tokens predicted there, weights float32 [N] their share
+    in the loss. padded_tokens is B * S, input_tokens how many of these are real.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    position_ids: Tensor
+    logit_index: Tensor
+    targets: Tensor
+    weights: Tensor
+    partition: Partition | None
+    num_rows: int
+    num_tokens: int
+    input_tokens: int
+    padded_tokens: int
+
+    @property
+    def model_inputs(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """What `StudentModule.forward` takes, in its order."""
+        return self.input_ids, self.attention_mask, self.position_ids, self.logit_index
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """The same micro-batch on another device."""
+        names = ("input_ids", "position_ids", "logit_index", "targets", "weights")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        partition = self.partition.to(device) if self.partition is not None else None
+        return replace(self, partition=partition, **moved)
+
+
+def rows_from_table(table: pa.Table) -> list[Row]:
+    """The rows of a delivered table (`datasets.schema.row_schema`), as views without a copy."""
+    rows: list[Row] = []
+    for batch in table.to_batches():
+        columns = set(batch.schema.names)
+        positions = batch.column("position").to_pylist()
+        numbers = batch.column("row").to_pylist()
+        reasons = batch.column("finish_reason").to_pylist()
+        lists = {
+            name: _list_views(batch.column(name), name)
+            for name in ("prompt_ids", "response_ids", *_SIGNAL_COLUMNS)
+            if name in columns
+        }
+        for i in range(batch.num_rows):
+            views = {name: values[i] for name, values in lists.items()}
+            rows.append(Row(positions[i], numbers[i], finish_reason=reasons[i], **views))
+    return rows
+
+
+_SIGNAL_COLUMNS = ("sampled_logprobs", "topk_ids", "topk_logprobs", "tail_logprob")
+
+
+def _list_views(column: pa.Array, name: str) -> list[np.ndarray]:
+    """One view a row of a list column: [T], or [T, K] for lists of fixed-size lists."""
+    if column.null_count:
+        raise ValueError(f"column {name} has {column.null_count} rows without a value; expected 0")
+    offsets = column.offsets.to_numpy()
+    values = column.values
+    if pa.types.is_fixed_size_list(values.type):
+        width = values.type.list_size
+        # .values ignores the slice of a fixed-size list, .flatten() would copy around nulls.
+        flat = values.values.slice(values.offset * width, len(values) * width)
+        array = flat.to_numpy(zero_copy_only=True).reshape(-1, width)
+    else:
+        array = values.to_numpy(zero_copy_only=True)
+    return [array[offsets[i] : offsets[i + 1]] for i in range(len(column))]
+
+
+def cut_micro_batches(rows: Sequence[Row], tokens_budget: int) -> list[list[Row]]:
+    """Groups rows of like length so that each group's B * S stays within the budget.
+
+    A pure function of the rows, whatever order they came in: longest first, equal lengths by
+    position. A row longer than the budget is alone. Rows without a loss-bearing token are left
+    out.
+    """
+    usable = [row for row in rows if row.num_targets > 0]
+    usable.sort(key=lambda row: (-row.num_inputs, row.position))
+    groups: list[list[Row]] = []
+    for row in usable:
+        if groups and (len(groups[-1]) + 1) * groups[-1][0].num_inputs <= tokens_budget:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def loss_weight(rows: Sequence[Row], normalise: str) -> float:
+    """Sum of all token weights of these rows: the rows' share of the step's denominator."""
+    if normalise == "row":
+        return float(sum(row.num_targets > 0 for row in rows))
+    return float(sum(row.num_targets for row in rows))
+
+
+def collate(
+    rows: Sequence[Row], signal_kind: str, student_vocab: int, normalise: str = "token"
+) -> MicroBatch:
+    """Pads rows (each with a loss-bearing token) into one micro-batch.
+
+    student_vocab: how many ids are outcomes of the student (its head's rows, at most what the
+    tokenizer names); teacher ids from there on count as tail, an input or target there is an
+    error. normalise: every response token weighs 1 (``token``) or 1 / its row's (``row``).
+    """
+    lengths = np.array([row.num_inputs for row in rows])
+    padded = int(lengths.max())
+    input_ids = np.full((len(rows), padded), FILLER_ID, dtype=np.int64)
+    index, targets, weights = [], [], []
+    for b, row in enumerate(rows):
+        ids = np.concatenate([row.prompt_ids, row.response_ids])
+        if ids.max() >= student_vocab or ids.min() < 0:
+            raise ValueError(
+                f"row {row.row} has token id {ids.max()} but the student's vocabulary ends at "
+                f"{student_vocab}; use a student whose tokenizer has the teacher's ids"
+            )
+        input_ids[b, : len(ids) - 1] = ids[:-1]
+        first = len(ids) - row.num_targets
+        index.append(b * padded + np.arange(first - 1, len(ids) - 1))
+        targets.append(ids[first:])
+        weight = 1.0 if normalise == "token" else 1.0 / row.num_targets
+        weights.append(np.full(row.num_targets, weight, dtype=np.float32))
+    flat_targets = torch.from_numpy(np.concatenate(targets).astype(np.int64))
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=None,
+        position_ids=torch.arange(padded).expand(len(rows), padded),
+        logit_index=torch.from_numpy(np.concatenate(index)),
+        targets=flat_targets,
+        weights=torch.from_numpy(np.concatenate(weights)),
+        partition=_partition(rows, signal_kind, student_vocab, flat_targets),
+        num_rows=len(rows),
+        num_tokens=len(flat_targets),
+        input_tokens=int(lengths.sum()),
+        padded_tokens=len(rows) * padded,
+    )
+
+
+def _partition(
+    rows: Sequence[Row], signal_kind: str, student_vocab: int, targets: Tensor
+) -> Partition | None:
+    """The rows' signal as one partition of N tokens; None for ``text``."""
+    if signal_kind == "text":
+        return None
+    if signal_kind == "sampled":
+        logprobs = _signal(rows, "sampled_logprobs")
+        return sampled_partition(targets, logprobs, student_vocab)
+    if signal_kind == "topk":
+        names = ("topk_ids", "topk_logprobs", "tail_logprob")
+        ids, logprobs, tail = (_signal(rows, name) for name in names)
+        return topk_partition(ids, logprobs, tail, student_vocab)
+    raise ValueError(f"signal {signal_kind!r} is unknown; expected text, sampled or topk")
+
+
+def _signal(rows: Sequence[Row], name: str) -> Tensor:
+    """One signal column of the loss-bearing tokens of all rows: [N] or [N, K]."""
+    parts = []
+    for row in rows:
+        values = getattr(row, name)
+        if values is None or len(values) != len(row.response_ids):
+            found = "missing" if values is None else f"{len(values)} long"
+            raise ValueError(
+                f"row {row.row}: {name} is {found}; expected one entry for each of its "
+                f"{len(row.response_ids)} response tokens; the teacher's answer is incomplete"
+            )
+        parts.append(values[len(values) - row.num_targets :])
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def dummy_micro_batch(signal_kind: str, top_k: int = 1) -> MicroBatch:
+    """One token of weight 0: the forward and backward pass of a worker that has no rows left."""
+    size = 1 if signal_kind == "sampled" else top_k
+    partition = None
+    if signal_kind != "text":
+        # All mass in the tail: any K is valid, whatever the student's vocabulary.
+        log_p = torch.full((1, size + 1), -torch.inf)
+        log_p[:, -1] = 0.0
+        partition = Partition(torch.full((1, size), -1), log_p)
+    zero = torch.zeros(1, dtype=torch.long)
+    return MicroBatch(
+        zero[None], None, zero[None], zero, zero, torch.zeros(1), partition, 0, 0, 0, 1
+    )

@@ -1,0 +1,106 @@
+"""Placing the student: a Ray Train run over the stream, resumable, outside the main thread.
+
+``fit`` blocks until the workers have ended. Ray Train keeps its registered checkpoints under
+``<run>/checkpoints`` and hands the newest to the workers of the next start.
+"""
+
+import os
+from functools import partial
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import RunConfig as TrainRunConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from raystill.cluster.config import RunConfig
+from raystill.cluster.placement import student_resources
+from raystill.cluster.problems import RunError
+from raystill.cluster.run_folder import CHECKPOINTS, RunFolder
+from raystill.datasets.stream import StreamSpec, UnevenShares, build_stream
+from raystill.train.worker import train_worker
+
+# Ranks wait for each other while the teacher answers; a slow teacher is not a dead rank.
+COLLECTIVE_TIMEOUT_S = 6 * 3600
+
+
+def fit(
+    config: RunConfig, folder: RunFolder, spec: StreamSpec, coordinator: Any, teacher_folder: str
+) -> dict[str, Any]:
+    """Train the student to the end of its rows, or to an orderly stop.
+
+    ``teacher_folder`` is a local folder that every worker's node can read. Returns the
+    coordinator's snapshot. Raises RunError with the first reason a part of the run stopped for.
+    """
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    resources = student_resources(config, has_gpus)
+    job = {
+        "config": absolute_paths(config),
+        "folder": folder,
+        "num_rows": spec.num_rows,
+        "coordinator": coordinator,
+        "teacher_folder": os.path.abspath(teacher_folder),
+    }
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=job,
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=config.training.num_workers,
+            use_gpu="GPU" in resources,
+            resources_per_worker=resources,
+            accelerator_type=config.training.accelerator_type,
+        ),
+        run_config=TrainRunConfig(
+            name=CHECKPOINTS,
+            storage_path=folder.path,
+            checkpoint_config=CheckpointConfig(num_to_keep=config.training.num_checkpoints_to_keep),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+        datasets={"train": partial(build_stream, spec)},
+        dataset_config=UnevenShares(),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise RunError(failure_message(error, coordinator, folder)) from error
+    return ray.get(coordinator.snapshot.remote())
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """``config`` with a local ``student.model`` made absolute: workers run in another folder."""
+    model = config.student.model
+    if model is None or not os.path.isdir(model):
+        return config
+    student = config.student.model_copy(update={"model": os.path.abspath(model)})
+    return config.model_copy(update={"student": student})
+
+
+def failure_message(error: Exception, coordinator: Any, folder: RunFolder) -> str:
+    """The reason a part of the run gave, else the first worker's own error, and its log file."""
+    told = ray.get(coordinator.snapshot.remote())["error"]
+    if told:
+        return str(told)
+    failures = getattr(error, "worker_failures", {})
+    if not failures:
+        return f"the student's workers could not run: {error}; see {folder.logs}/"
+    rank, failure = min(failures.items())
+    cause = root_cause(failure)
+    if isinstance(cause, RunError):
+        return str(cause)
+    return (
+        f"student worker {rank} failed: {type(cause).__name__}: {cause}; its whole output is in "
+        f"{folder.logs}/student-{rank}.log"
+    )
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The error inside Ray's wrappings (worker failure, remote call)."""
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None)
+        if isinstance(inner, BaseException):
+            error = inner
+    return error

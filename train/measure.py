@@ -1,0 +1,136 @@
+"""Measuring the student during a run: all figures of one evaluation, written where they belong.
+
+Consumes ``held_out.parquet`` and, for the baselines, the pair counts of the rows trained. Writes,
+on rank 0, one line of ``evaluation.jsonl`` and the student's own answers to ``answers.jsonl``.
+Every rank calls every method. Imports no Ray.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from raystill.cluster.config import RunConfig
+from raystill.cluster.metrics import MetricsLog, read_lines
+from raystill.cluster.run_folder import ANSWERS, EVALUATION, HELD_OUT, RunFolder
+from raystill.train.baselines import HeldOutTokens, PairCounts, measure_baselines
+from raystill.train.batch import Row, rows_from_table
+from raystill.train.evaluate import evaluate, micro_batches
+from raystill.train.free_running import FreeRunning, run_free
+from raystill.train.ranks import Ranks
+from raystill.train.student import Sampling
+from raystill.train.student_module import StudentModule
+
+logger = logging.getLogger(__name__)
+
+
+class Measurer:
+    """Measures one student of a run on its held-out rows."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        teacher_folder: str,
+        sampling: Sampling,
+        *,
+        module: StudentModule,
+        student_vocab: int,
+        device: torch.device,
+        ranks: Ranks,
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._teacher_folder = teacher_folder
+        self._module = module
+        self._student_vocab = student_vocab
+        self._device = device
+        self._ranks = ranks
+        free = config.evaluation.free_running
+        self._free_running = FreeRunning(
+            rows=free.rows,
+            max_tokens=free.max_tokens or config.teacher.sampling.max_tokens,
+            sampling=sampling,
+            seed=config.section_seeds()["evaluation"],
+            compute_dtype=module.compute_dtype,
+        )
+        self._rows: list[Row] | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        """All held-out rows, by their number, read once; they must have been answered."""
+        if self._rows is None:
+            rows = rows_from_table(self._folder.read_table(HELD_OUT).combine_chunks())
+            self._rows = sorted(rows, key=lambda row: row.row)
+        return self._rows
+
+    def discard_beyond(self, step: int) -> None:
+        """Move aside the records of steps after ``step``, which will be trained again."""
+        if self._ranks.first:
+            for name in (EVALUATION, ANSWERS):
+                MetricsLog(self._folder, name).discard_beyond(step)
+
+    def is_measured(self, step: int) -> bool:
+        """Whether ``evaluation.jsonl`` holds figures of the weights after ``step`` steps."""
+        found = False
+        if self._ranks.first:
+            found = any(r["step"] == step for r in read_lines(self._folder, EVALUATION))
+        return self._ranks.from_first(found)
+
+    def measure(
+        self, step: int, when: str, weights: str, counts: PairCounts | None = None
+    ) -> dict[str, Any]:
+        """Figures of the student after ``step`` steps; ``counts`` (rank 0) adds the baselines.
+
+        ``when`` is before, during or after; ``weights`` says which weights were measured.
+        """
+        record: dict[str, Any] = {"step": step, "when": when, "weights": weights}
+        record |= evaluate(
+            self._module,
+            self.rows,
+            tokens_budget=self._config.training.tokens_per_micro_batch,
+            student_vocab=self._student_vocab,
+            device=self._device,
+            ranks=self._ranks,
+        )
+        if self._free_running.rows > 0:
+            record |= self._run_free(step)
+        if self._ranks.first:
+            if counts is not None:
+                record["baselines"] = self._measure_baselines(counts)
+            log = MetricsLog(self._folder, EVALUATION)
+            log.append(record)
+            log.upload()
+            logger.info("evaluation %s", record)
+        return record
+
+    def _run_free(self, step: int) -> dict[str, float | None]:
+        figures, pairs = run_free(
+            self._module.model, self.rows, self._free_running, self._device, self._ranks
+        )
+        if self._ranks.first:
+            self._write_answers(step, pairs)
+        return figures
+
+    def _write_answers(self, step: int, pairs: list[tuple[Row, list[int]]]) -> None:
+        tokenizer = Tokenizer.from_file(f"{self._teacher_folder}/tokenizer.json")
+        log = MetricsLog(self._folder, ANSWERS)
+        log.discard_beyond(step - 1)  # A restart may measure the same step again.
+        for row, answer in pairs:
+            prompt = tokenizer.decode(row.prompt_ids.tolist(), skip_special_tokens=True)
+            teacher = tokenizer.decode(row.response_ids.tolist(), skip_special_tokens=True)
+            student = tokenizer.decode(answer, skip_special_tokens=True)
+            texts = {"prompt": prompt, "teacher": teacher, "student": student}
+            log.append({"step": step, "row": row.row, **texts})
+        log.upload()
+
+    def _measure_baselines(self, counts: PairCounts) -> dict[str, dict[str, float]]:
+        budget = self._config.training.tokens_per_micro_batch
+        parts = []
+        for batch in micro_batches(self.rows, budget, self._student_vocab):
+            assert batch.partition is not None, "held-out rows carry the topk signal"
+            before = batch.input_ids.flatten()[batch.logit_index]
+            ids, log_p = batch.partition.ids, batch.partition.log_p
+            parts.append(HeldOutTokens(before.numpy(), ids.numpy(), log_p.numpy()))
+        return measure_baselines(parts, counts)

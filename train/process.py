@@ -1,0 +1,32 @@
+"""A worker's process: where its output goes, which cores or device it computes on."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from ray.train.torch import get_device
+
+from raystill.cluster.config import RunConfig
+from raystill.cluster.logs import LINE_FORMAT, redirect_output
+from raystill.cluster.placement import share_of_cores, student_cores
+from raystill.cluster.run_folder import RunFolder
+
+
+def settle_process(config: RunConfig, folder: RunFolder, context: Any) -> torch.device:
+    """Send output to ``logs/student-<rank>.log``, pin to the student's cores; the device.
+
+    ``context`` is Ray Train's. On a CPU the workers of a node share the student's cores, and torch
+    runs as many threads as it got cores: beside a teacher on the other half, unpinned threads
+    would take turns with it. Threads started from here on inherit the pinning.
+    """
+    redirect_output(folder.logs / f"student-{context.get_world_rank()}.log")
+    logging.basicConfig(level=logging.INFO, format=LINE_FORMAT, force=True)
+    device = get_device()
+    assert isinstance(device, torch.device), "one device a worker"
+    if device.type == "cpu":
+        cores = student_cores(config, sorted(os.sched_getaffinity(0)))
+        mine = share_of_cores(cores, context.get_local_rank(), context.get_local_world_size())
+        os.sched_setaffinity(0, mine)
+        torch.set_num_threads(len(mine))
+    return device

@@ -1,0 +1,287 @@
+"""The student worker: what each Ray Train process does from its start to its end.
+
+``train_worker`` is the run as this process lives it: restore, publish what was learned, take rows,
+step, checkpoint, measure, finish or stop. Everything that is not order of events lives elsewhere:
+the rows of a step in ``shares``, the arithmetic of a step in ``step``, what was learned in
+``progress``, files in ``checkpoint``, figures in ``measure``.
+
+Consumes: its shard of the stream, ``held_out.parquet``. Waits for: the stream's next block, the
+other ranks. Unblocked by: the teacher's answers, the stream's end, a stop.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointUploadMode
+from torch.nn.parallel import DistributedDataParallel
+
+from raystill.cluster.config import RunConfig
+from raystill.cluster.run_folder import RunFolder
+from raystill.datasets.plan import num_steps
+from raystill.datasets.stream import iterate_groups
+from raystill.serve.sampling import resolve_sampling
+from raystill.train import checkpoint as ckpt
+from raystill.train import student as model_files
+from raystill.train.batch import Row, rows_from_table
+from raystill.train.measure import Measurer
+from raystill.train.optimizer import build_optimizer
+from raystill.train.process import settle_process
+from raystill.train.progress import Progress
+from raystill.train.ranks import Ranks
+from raystill.train.shares import StepRows
+from raystill.train.step import GlobalStep
+from raystill.train.student_module import StudentModule, resolve_compute_dtype
+
+logger = logging.getLogger(__name__)
+
+TRAINING_PRECISION = "in training precision"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is given. ``num_rows``: rows of an epoch; ``coordinator``: its handle."""
+
+    config: RunConfig
+    folder: RunFolder
+    num_rows: int
+    coordinator: Any
+    teacher_folder: str
+
+
+def train_worker(job: dict[str, Any]) -> None:
+    """Train this process's share of the run (the keys of ``job`` are ``Job``'s)."""
+    worker = Worker(Job(**job))
+    worker.restore()
+    attempt = worker.publish()
+    rows = worker.open_stream(attempt)
+    worker.measure_before(rows)
+    stopped = worker.train(rows)
+    worker.checkpoint()
+    if stopped:
+        worker.leave("stopped")
+    else:
+        worker.finish()
+        worker.leave("completed")
+
+
+class Worker:
+    """One rank of the run: the student, its optimizer, and what they have learned."""
+
+    def __init__(self, job: Job) -> None:
+        context = ray.train.get_context()
+        self.job, self.config, self.coordinator = job, job.config, job.coordinator
+        self.ranks = Ranks(context.get_world_rank(), context.get_world_size())
+        self.device = settle_process(job.config, job.folder, context)
+        self.student = self._build_student()
+        self.optimizer = build_optimizer(self.student, self.config.training)
+        self.vocab = model_files.num_outcomes(self.student.model, job.teacher_folder)
+        self.sampling = resolve_sampling(self.config.teacher, job.teacher_folder)
+        training, evaluation = self.config.training, self.config.evaluation
+        self.total_steps = num_steps(job.num_rows, training.rows_per_step) * training.epochs
+        self.measurer = Measurer(
+            self.config,
+            job.folder,
+            job.teacher_folder,
+            self.sampling,
+            module=self.student,
+            student_vocab=self.vocab,
+            device=self.device,
+            ranks=self.ranks,
+        )
+        self.progress = Progress(
+            job.folder,
+            job.coordinator,
+            first=self.ranks.first,
+            num_rows=job.num_rows,
+            total_steps=self.total_steps,
+            student_vocab=self.vocab,
+            count_pairs=evaluation.enabled and evaluation.baselines,
+            fixed_order=self.config.stream.order == "fixed",
+        )
+
+    def restore(self) -> None:
+        """Go back to the last *registered* checkpoint; without one, start from the beginning."""
+        self.phase("loading the student")
+        if self.ranks.first and (removed := ckpt.remove_unregistered(self.job.folder)):
+            logger.warning("deleted unregistered checkpoints %s", removed)
+        registered = ray.train.get_checkpoint()
+        if registered is not None:
+            with registered.as_directory() as path:
+                self._load(ckpt.read_snapshot(path))
+        self.progress.discard_later_records()
+        self.measurer.discard_beyond(self.progress.step)
+        self.global_step = self._build_step()
+        self.checkpointer = ckpt.Checkpointer(
+            self.job.folder,
+            first=self.ranks.first,
+            agree=self.ranks.from_first,
+            report=self._report,
+            last_step=-1 if registered is None else self.progress.step,
+        )
+
+    def publish(self) -> int:
+        """Tell the source what these weights have learned, before any rank iterates."""
+        attempt = None
+        if self.ranks.first:
+            p = self.progress
+            attempt = ray.get(self.coordinator.publish.remote(p.epoch, p.step, p.ledger.to_dict()))
+        return self.ranks.from_first(attempt)  # Also the barrier that holds the other ranks back.
+
+    def open_stream(self, attempt: int) -> StepRows[Row]:
+        """This rank's share of the rows; nothing is asked for until the first block is."""
+        return StepRows(
+            iterate_groups(ray.train.get_dataset_shard("train")),
+            order=self.config.stream.order,
+            rows_per_step=self.config.training.rows_per_step,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            ledger=self.progress.ledger,
+            to_rows=rows_from_table,
+            taken=lambda rows: self.coordinator.taken.remote(attempt, rows),
+        )
+
+    def measure_before(self, rows: StepRows[Row]) -> None:
+        """Figures of the untrained student, while the teacher begins with the training rows."""
+        if not self.config.evaluation.enabled:
+            return
+        ray.get(self.coordinator.wait_held_out.remote())
+        rows.start()
+        if self.progress.step == 0 and not self.measurer.is_measured(0):
+            self._measure("before", TRAINING_PRECISION)
+
+    def train(self, rows: StepRows[Row]) -> bool:
+        """Step until the rows end (False) or a stop is asked for (True); the same on all ranks."""
+        self.phase("training")
+        while True:
+            asked = self.coordinator.stop_requested.remote() if self.ranks.first else None
+            mine = rows.take(self.progress.step)
+            stop = asked is not None and ray.get(asked) != 0
+            result = self.global_step.run(self.progress.step, mine, rows.has_more, stop)
+            if result.rows == 0 and not result.any_more:
+                return False
+            self.progress.account(result, mine, rows)
+            if result.any_stop or not result.any_more:
+                return result.any_more
+            self._between_steps()
+
+    def checkpoint(self) -> None:
+        """Collect all ranks' state at this step and begin to write it."""
+        if self.checkpointer.last_step == self.progress.step:
+            return
+        mine = {"random": ckpt.random_state(self.device), **self.progress.hand_over()}
+        parts = self.ranks.gather(mine)
+        snapshot = None
+        if parts is not None:
+            dropped = ray.get(self.coordinator.dropped_positions.remote())
+            snapshot = ckpt.Snapshot(
+                model=ckpt.host_copy(ckpt.model_tensors(self.student.model)),
+                optimizer=ckpt.host_copy(self.optimizer.state_dict()),
+                random=[part["random"] for part in parts],
+                **self.progress.take_over(parts, dropped),
+            )
+        self.checkpointer.begin(self.progress.step, snapshot)
+
+    def finish(self) -> None:
+        """All rows are trained: measure the weights as exported, write the student."""
+        export_dtype = self.config.training.export_dtype
+        if self.ranks.first:
+            self.progress.require_all_done()
+        model_files.round_weights(self.student.model, model_files.DTYPES[export_dtype])
+        if self.config.evaluation.enabled:
+            self._measure("after", f"as exported ({export_dtype})")
+        self.phase("saving the student")
+        if self.ranks.first:
+            model_files.export_student(
+                self.student.model,
+                self.job.folder,
+                self.config,
+                self.job.teacher_folder,
+                self.sampling,
+            )
+
+    def leave(self, outcome: str) -> None:
+        """Publish the last checkpoint; the run is ``completed`` or ``stopped``."""
+        self.checkpointer.finish()
+        if self.progress.metrics is not None:
+            self.progress.metrics.upload()
+            ray.get(self.coordinator.finished.remote(outcome))
+
+    def phase(self, name: str) -> None:
+        """What the run is doing now, for the live view."""
+        logger.info("%s", name)
+        if self.ranks.first:
+            self.coordinator.phase.remote(name)
+
+    def _between_steps(self) -> None:
+        """What is due after this step: an evaluation, a checkpoint, or publishing one."""
+        step, evaluation = self.progress.step, self.config.evaluation
+        every = self.config.training.checkpoint_every_steps
+        if evaluation.enabled and evaluation.every_steps and step % evaluation.every_steps == 0:
+            self._measure("during", TRAINING_PRECISION)
+            self.phase("training")
+        if every and step % every == 0:
+            self.checkpoint()
+        else:
+            self.checkpointer.poll()
+
+    def _measure(self, when: str, weights: str) -> None:
+        self.phase(f"measuring the student {when} training")
+        counts = self.progress.counts if when == "after" else None
+        figures = self.measurer.measure(self.progress.step, when, weights, counts)
+        if self.ranks.first:
+            self.coordinator.evaluated.remote(figures)
+
+    def _build_student(self) -> StudentModule:
+        training = self.config.training
+        seed = self.config.section_seeds()["student"]
+        model = model_files.build_student(self.config, self.job.teacher_folder, seed)
+        dtype = resolve_compute_dtype(training.compute_dtype, self.device, training.param_dtype)
+        student = StudentModule(model.to(self.device), dtype, training.activation_checkpointing)
+        student.train()
+        return student
+
+    def _build_step(self) -> GlobalStep:
+        module: Any = self.student
+        if self.config.training.compile:
+            module = torch.compile(module, dynamic=True)
+        if self.ranks.world_size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            module = DistributedDataParallel(
+                module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        return GlobalStep(
+            module,
+            self.optimizer,
+            self.config.training,
+            objective=self.config.objective.weights,
+            signal_kind=self.config.signal.kind,
+            student_vocab=self.vocab,
+            total_steps=self.total_steps,
+            device=self.device,
+            world_size=self.ranks.world_size,
+        )
+
+    def _load(self, snapshot: ckpt.Snapshot) -> None:
+        ckpt.load_model(self.student.model, snapshot.model)
+        self.optimizer.load_state_dict(snapshot.optimizer)
+        if len(snapshot.random) == self.ranks.world_size:
+            ckpt.set_random_state(snapshot.random[self.ranks.rank], self.device)
+        self.progress.restore(
+            snapshot.step, snapshot.epoch, snapshot.ledger, snapshot.counts, snapshot.extra
+        )
+        logger.info("restored step %d", snapshot.step)
+
+    def _report(self, path: str | None) -> None:
+        """Register a written checkpoint with Ray Train; a collective call."""
+        checkpoint = None if path is None else Checkpoint(path, self.job.folder.filesystem())
+        ray.train.report(
+            {"step": self.checkpointer.last_step},
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+        if self.progress.metrics is not None:
+            self.progress.metrics.upload()
