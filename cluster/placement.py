@@ -1,0 +1,234 @@
+"""Who runs where: CPU cores, GPUs and Ray resources of the teacher and of the student.
+
+Pure arithmetic over the configuration and resource dictionaries; imports no Ray. On a node
+without GPUs the teacher's engine and the student's workers get disjoint core lists, since vLLM's
+own binding would put every engine on core 0 and both sides would take turns on it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from raystill.cluster.config import RunConfig
+from raystill.cluster.problems import Problem
+
+Resources = dict[str, float]
+SLACK = 1e-6
+
+
+def teacher_cores(config: RunConfig, available: Sequence[int]) -> tuple[int, ...]:
+    """Cores of all teacher replicas of a node: as configured, else the first half of the node's.
+
+    ``available`` holds the core ids this process may use, e.g. ``os.sched_getaffinity(0)``.
+    """
+    cores = sorted(available)
+    if config.teacher.cpu_cores is not None:
+        return _only_existing("teacher.cpu_cores", config.teacher.cpu_cores, cores)
+    return tuple(cores[: max(1, len(cores) // 2)])
+
+
+def student_cores(config: RunConfig, available: Sequence[int]) -> tuple[int, ...]:
+    """Cores of all student workers of a node: as configured, else the second half of the node's."""
+    cores = sorted(available)
+    if config.training.cpu_cores is not None:
+        return _only_existing("training.cpu_cores", config.training.cpu_cores, cores)
+    return tuple(cores[max(1, len(cores) // 2) :]) or tuple(cores)
+
+
+def share_of_cores(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
+    """The cores of one of ``count`` processes on a node; at least one, shared where too few.
+
+    Shares are contiguous and differ by at most one core, the longer ones first.
+    """
+    if len(cores) <= count:
+        return (cores[index % len(cores)],)
+    size, longer = divmod(len(cores), count)
+    index %= count
+    start = index * size + min(index, longer)
+    return tuple(cores[start : start + size + (index < longer)])
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one teacher replica or one student worker needs: bundles of Ray resources."""
+
+    who: str
+    bundles: tuple[Resources, ...] = field(default_factory=tuple)
+
+    @property
+    def total(self) -> Resources:
+        """Sum over the bundles."""
+        return add_up(self.bundles)
+
+
+def teacher_bundles(config: RunConfig, has_gpus: bool) -> list[Resources]:
+    """Placement group bundles of one replica: one for each of its GPUs; one on a CPU node.
+
+    ``teacher.resources_per_replica`` is of the whole replica and shared equally by its bundles.
+    """
+    teacher = config.teacher
+    gpus = has_gpus and teacher.engine == "vllm"
+    num_bundles = teacher.tensor_parallel_size * teacher.pipeline_parallel_size if gpus else 1
+    bundle: Resources = {"CPU": 1.0}
+    if gpus:
+        bundle["GPU"] = 1.0
+    for name, amount in teacher.resources_per_replica.items():
+        bundle[name] = amount / num_bundles
+    if teacher.accelerator_type is not None:
+        bundle[accelerator_resource(teacher.accelerator_type)] = 0.001
+    return [dict(bundle) for _ in range(num_bundles)]
+
+
+def student_resources(config: RunConfig, has_gpus: bool) -> Resources:
+    """Resources of one student worker, as ``ScalingConfig.resources_per_worker`` takes them."""
+    training = config.training
+    gpus = training.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if has_gpus else 0.0
+    resources: Resources = {"CPU": training.cpus_per_worker, **training.resources_per_worker}
+    if gpus:
+        resources["GPU"] = gpus
+    return resources
+
+
+def accelerator_resource(accelerator_type: str) -> str:
+    """Ray's own resource name for a kind of accelerator."""
+    return f"accelerator_type:{accelerator_type}"
+
+
+def requests(config: RunConfig, has_gpus: bool) -> list[Request]:
+    """Everything that must run at once for rows to flow: the fewest replicas, and all workers.
+
+    A pool that may shrink to nothing still needs one replica to answer.
+    """
+    replicas = config.teacher.num_replicas
+    fewest = replicas if isinstance(replicas, int) else max(1, replicas.min)
+    teacher = tuple(teacher_bundles(config, has_gpus))
+    student = student_resources(config, has_gpus)
+    if config.training.accelerator_type is not None:
+        student = {**student, accelerator_resource(config.training.accelerator_type): 0.001}
+    return [Request("teacher replica", teacher) for _ in range(fewest)] + [
+        Request("student worker", (student,)) for _ in range(config.training.num_workers)
+    ]
+
+
+def require(config: RunConfig, resources_total: Resources) -> list[Problem]:
+    """What the run asks for beyond ``resources_total``, resource by resource."""
+    wanted = requests(config, has_gpus=resources_total.get("GPU", 0) > 0)
+    needed = add_up(request.total for request in wanted)
+    short = [
+        name for name, amount in needed.items() if amount > resources_total.get(name, 0.0) + SLACK
+    ]
+    return [
+        Problem(
+            where=_setting_behind(config, name),
+            message=(
+                f"the run needs {name}: {_number(needed[name])} ({_who_needs(wanted, name)}) but "
+                f"the cluster has {_number(resources_total.get(name, 0.0))} and cannot grow to "
+                f"more; {_remedy(name)}"
+            ),
+        )
+        for name in short
+    ]
+
+
+def require_nodes(config: RunConfig, nodes: Sequence[Resources]) -> list[Problem]:
+    """What fits in the sum of ``nodes`` but on no set of them: bundles cannot be split.
+
+    Greedy, largest bundles first, each on the node it fills best.
+    """
+    has_gpus = any(node.get("GPU", 0) > 0 for node in nodes)
+    free = [dict(node) for node in nodes]
+    bundles = [(r.who, b) for r in requests(config, has_gpus) for b in r.bundles]
+    bundles.sort(key=lambda item: (-item[1].get("GPU", 0), -item[1].get("CPU", 0)))
+    unplaced: list[tuple[str, Resources]] = []
+    for who, bundle in bundles:
+        fitting = [node for node in free if _fits(bundle, node)]
+        if not fitting:
+            unplaced.append((who, bundle))
+            continue
+        best = min(fitting, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))
+        for name, amount in bundle.items():
+            best[name] = best.get(name, 0.0) - amount
+    if not unplaced:
+        return []
+    who, bundle = unplaced[0]
+    return [
+        Problem(
+            where="teacher" if who.startswith("teacher") else "training",
+            message=(
+                f"{len(unplaced)} of {len(bundles)} parts of the run fit on no node; the first is "
+                f"a {who} that asks for {describe(bundle)}; the nodes have "
+                f"{'; '.join(describe(node) for node in nodes)}; ask for less a replica or "
+                "worker, run fewer of them, or add larger nodes"
+            ),
+        )
+    ]
+
+
+def add_up(parts: Iterable[Resources]) -> Resources:
+    """Sum of resource dictionaries."""
+    total: Resources = {}
+    for part in parts:
+        for name, amount in part.items():
+            total[name] = total.get(name, 0.0) + amount
+    return total
+
+
+def describe(resources: Resources) -> str:
+    """A resource dictionary as a person reads it; node names, memory and markers left out."""
+    shown = {
+        name: amount
+        for name, amount in resources.items()
+        if name not in ("memory", "object_store_memory")
+        and not name.startswith(("node:", "accelerator_type:"))
+    }
+    return ", ".join(f"{name}: {_number(amount)}" for name, amount in sorted(shown.items())) or "-"
+
+
+def _fits(bundle: Resources, node: Resources) -> bool:
+    return all(amount <= node.get(name, 0.0) + SLACK for name, amount in bundle.items())
+
+
+def _number(amount: float) -> str:
+    return f"{amount:.3f}".rstrip("0").rstrip(".")
+
+
+def _only_existing(where: str, asked: Sequence[int], available: Sequence[int]) -> tuple[int, ...]:
+    missing = sorted(set(asked) - set(available))
+    if missing or not asked:
+        raise ValueError(
+            f"{where} names cores {missing or list(asked)}, but this node lends the run "
+            f"{list(available)}; name some of those, or leave {where} unset"
+        )
+    return tuple(asked)
+
+
+def _who_needs(wanted: Sequence[Request], name: str) -> str:
+    parts = []
+    for who in dict.fromkeys(request.who for request in wanted):
+        amounts = [
+            request.total[name] for request in wanted if request.who == who if name in request.total
+        ]
+        if amounts:
+            plural = "s" if len(amounts) > 1 else ""
+            parts.append(f"{len(amounts)} {who}{plural} of {_number(amounts[0])}")
+    return ", ".join(parts)
+
+
+def _setting_behind(config: RunConfig, name: str) -> str:
+    """The setting a person would change first when ``name`` is short."""
+    if name in config.teacher.resources_per_replica:
+        return "teacher.resources_per_replica"
+    if name in config.training.resources_per_worker:
+        return "training.resources_per_worker"
+    return "training.num_workers" if config.training.num_workers > 1 else "teacher.num_replicas"
+
+
+def _remedy(name: str) -> str:
+    if name == "CPU":
+        return "lower training.num_workers or teacher.num_replicas, or raise cluster.num_cpus"
+    if name == "GPU":
+        return (
+            "lower training.num_workers or the teacher's replicas and parallel sizes, or add GPUs"
+        )
+    return f"start nodes with the resource {name}, or remove it from the run file"

@@ -1,0 +1,141 @@
+#!/usr/bin/env python
+"""Raystill's driver: check the run file, serve the teacher, stream its answers, fit the student.
+
+The one command for a laptop, for ``ray job submit`` and for a cluster. It places, watches and
+reports; no row ever passes through it.
+
+    python driver.py run configs/quickstart.yaml
+    python driver.py run configs/quickstart.yaml --set training.learning_rate=1e-4
+    python driver.py check configs/quickstart.yaml
+    python driver.py report runs/quickstart
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from raystill.cluster.check import check_run_file
+from raystill.cluster.explain import describe_fields
+from raystill.cluster.problems import ConfigError, RunError, print_problems
+from raystill.cluster.run_folder import RunFolder
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The whole job; resumes by itself where the run folder has a checkpoint."""
+    checked = check_run_file(arguments.run_file, arguments.set)
+    config, folder, prepared = checked.config, checked.folder, checked.prepared
+    if checked.problems or config is None or folder is None or prepared is None:
+        return refuse(checked.problems)
+
+    from raystill.cluster import job, report
+
+    if job.is_finished(folder):
+        print(f"This run is finished; its report, from {folder.path}:")
+        report.print_report(folder)
+        return 0
+    print(prepared.describe())
+    prepared.fetch_models()
+    job.write_folder(config, folder, prepared)
+    with job.connected(config, folder):
+        if problems := job.check_on_cluster(config):
+            return refuse(problems)
+        outcome = job.distil(config, folder, prepared)
+    report.write_summary(folder, outcome)
+    if outcome.stopped_by:
+        print(f"Stopped after step {outcome.step}; resume with:\n  {resume_command(arguments)}")
+        return 128 + outcome.stopped_by
+    report.print_report(folder)
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Everything that can be known before anything is spent."""
+    checked = check_run_file(arguments.run_file, arguments.set)
+    problems = checked.problems
+    if checked.prepared is not None:
+        print(checked.prepared.describe(), flush=True)
+    if checked.config is not None and checked.folder is not None and not arguments.static:
+        from raystill.cluster import job
+
+        with job.connected(checked.config, checked.folder, for_check=True):
+            problems = [*problems, *job.check_on_cluster(checked.config)]
+    if problems:
+        return refuse(problems)
+    print("check: no problems found")
+    return 0
+
+
+def print_report(arguments: argparse.Namespace) -> int:
+    """The closing table of a run, from its folder alone."""
+    from raystill.cluster import report
+
+    report.print_report(RunFolder(arguments.run_folder))
+    return 0
+
+
+def fields(_: argparse.Namespace) -> int:
+    """Every field of a run file: type, default, meaning, and whether it may change on resuming."""
+    print(describe_fields())
+    return 0
+
+
+def refuse(problems: Sequence[object]) -> int:
+    print_problems(problems)
+    return EXIT_REFUSED
+
+
+def resume_command(arguments: argparse.Namespace) -> str:
+    words = ["python", "driver.py", "run", arguments.run_file]
+    for override in arguments.set:
+        words += ["--set", override]
+    return " ".join(words)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="driver.py",
+        description="Distil a large language model into a small one on a Ray cluster.",
+        epilog="'driver.py fields' lists every setting of a run file. Exit status: 0 done, "
+        "1 failed, 2 refused before anything was spent, 130/143 stopped by a signal "
+        "(a checkpoint was written; the same command resumes).",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, function, sentence in (
+        ("run", run, "distil; resumes by itself; a finished run prints its report"),
+        ("check", check, "find every problem before anything is spent (exit 2)"),
+    ):
+        command = commands.add_parser(name, help=sentence, description=function.__doc__)
+        command.add_argument("run_file", metavar="RUN.yaml", help="the run file")
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="A.B=C",
+            help="override one setting, e.g. training.rows_per_step=64 (value read as YAML)",
+        )
+        command.set_defaults(function=function)
+    command.add_argument("--static", action="store_true", help="only what needs no cluster")
+    command = commands.add_parser("report", help="print a run's closing table again")
+    command.add_argument("run_folder", metavar="RUN_FOLDER", help="e.g. runs/quickstart")
+    command.set_defaults(function=print_report)
+    command = commands.add_parser("fields", help="list every setting of a run file")
+    command.set_defaults(function=fields)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    try:
+        return int(arguments.function(arguments))
+    except ConfigError as error:
+        return refuse(error.problems)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""Core lists, resource requests, and what is refused because no cluster could hold it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raystill.cluster import check_cluster, placement
+from raystill.cluster.config import RunConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def config(**sections: dict) -> RunConfig:
+    base: dict = {
+        "teacher": {"model": "models/tiny-teacher"},
+        "student": {"init": "from_teacher", "layers": [0]},
+        "prompts": {"path": "prompts.jsonl"},
+    }
+    for name, values in sections.items():
+        base[name] = {**base.get(name, {}), **values}
+    return RunConfig.model_validate(base)
+
+
+def big() -> RunConfig:
+    text = (ROOT / "configs" / "cluster_8b_from_70b.yaml").read_text()
+    return RunConfig.model_validate(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize(
+    ("available", "teacher", "student"),
+    [
+        ([0, 1], (0,), (1,)),
+        ([5, 3], (3,), (5,)),
+        ([0, 1, 2, 3], (0, 1), (2, 3)),
+        ([0, 1, 2], (0,), (1, 2)),
+        ([4], (4,), (4,)),
+    ],
+)
+def test_teacher_and_student_halve_the_cores(available, teacher, student) -> None:
+    assert placement.teacher_cores(config(), available) == teacher
+    assert placement.student_cores(config(), available) == student
+
+
+def test_configured_cores_are_taken_as_they_are() -> None:
+    chosen = config(teacher={"cpu_cores": [3]}, training={"cpu_cores": [0, 2]})
+    assert placement.teacher_cores(chosen, range(4)) == (3,)
+    assert placement.student_cores(chosen, range(4)) == (0, 2)
+
+
+def test_a_core_that_the_node_lacks_is_named() -> None:
+    with pytest.raises(ValueError, match=r"teacher\.cpu_cores names cores \[7\]"):
+        placement.teacher_cores(config(teacher={"cpu_cores": [0, 7]}), [0, 1])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_cores", [4, 5, 8])
+def test_shares_of_cores_cover_them_once(num_cores: int, count: int) -> None:
+    cores = list(range(num_cores))
+    shares = [placement.share_of_cores(cores, i, count) for i in range(count)]
+    assert sorted(core for share in shares for core in share) == cores
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_more_processes_than_cores_share_them() -> None:
+    assert [placement.share_of_cores([2, 3], i, 5) for i in range(5)] == [
+        (2,), (3,), (2,), (3,), (2,),
+    ]  # fmt: skip
+
+
+def test_a_replica_on_gpus_has_a_bundle_for_each() -> None:
+    bundles = placement.teacher_bundles(big(), has_gpus=True)
+    assert bundles == [{"CPU": 1.0, "GPU": 1.0, "teacher": 1.0}] * 4
+
+
+def test_a_replica_on_a_cpu_node_has_one_bundle() -> None:
+    parallel = config(teacher={"tensor_parallel_size": 2, "resources_per_replica": {"teacher": 1}})
+    assert placement.teacher_bundles(parallel, has_gpus=False) == [{"CPU": 1.0, "teacher": 1.0}]
+
+
+def test_the_synthetic_teacher_takes_no_gpu() -> None:
+    synthetic = config(teacher={"engine": "synthetic"})
+    assert placement.teacher_bundles(synthetic, has_gpus=True) == [{"CPU": 1.0}]
+
+
+def test_a_worker_takes_a_gpu_where_there_are_any() -> None:
+    assert placement.student_resources(config(), has_gpus=True) == {"CPU": 1.0, "GPU": 1.0}
+    assert placement.student_resources(config(), has_gpus=False) == {"CPU": 1.0}
+    none = config(training={"gpus_per_worker": 0})
+    assert placement.student_resources(none, has_gpus=True) == {"CPU": 1.0}
+
+
+def test_a_run_that_fits_has_no_problem() -> None:
+    assert placement.require(config(), {"CPU": 2.0}) == []
+
+
+def test_more_workers_than_the_cluster_has_are_refused_with_both_numbers() -> None:
+    problems = placement.require(config(training={"num_workers": 64}), {"CPU": 2.0})
+    assert [problem.where for problem in problems] == ["training.num_workers"]
+    message = problems[0].message
+    assert "CPU: 65" in message
+    assert "64 student workers of 1" in message
+    assert "the cluster has 2" in message
+    assert "training.num_workers" in message
+
+
+def test_every_short_resource_is_reported() -> None:
+    problems = placement.require(big(), {"CPU": 16.0, "GPU": 8.0})
+    assert {p.where for p in problems} == {
+        "teacher.resources_per_replica", "training.resources_per_worker", "training.num_workers",
+    }  # fmt: skip
+
+
+def test_a_pool_that_may_shrink_to_nothing_still_needs_one_replica() -> None:
+    elastic = config(teacher={"num_replicas": {"min": 0, "max": 3}})
+    assert placement.require(elastic, {"CPU": 2.0}) == []
+    assert placement.require(elastic, {"CPU": 1.0}) != []
+
+
+def test_gpus_that_are_enough_in_sum_but_on_no_node_are_refused() -> None:
+    wide = config(training={"gpus_per_worker": 4})
+    pieces = [{"CPU": 8.0, "GPU": 2.0}] * 3
+    assert placement.require(wide, placement.add_up(pieces)) == []
+    problems = placement.require_nodes(wide, pieces)
+    assert len(problems) == 1
+    assert "student worker" in problems[0].message
+    assert placement.require_nodes(wide, [*pieces, {"CPU": 8.0, "GPU": 4.0}]) == []
+
+
+def node(address: str, group: str | None = None) -> dict:
+    labels = {} if group is None else {check_cluster.NODE_GROUP_LABEL: group}
+    return {"NodeManagerAddress": address, "Labels": labels, "Resources": {}}
+
+
+def test_what_an_autoscaler_may_still_add_counts_but_running_nodes_only_once() -> None:
+    groups = [check_cluster.NodeGroup("gpu", {"GPU": 8.0}, 3)]
+    grown = check_cluster.reachable_nodes([node("a", "gpu"), node("b")], groups, config())
+    assert grown == [{"GPU": 8.0}] * 2
+
+
+def test_the_autoscalers_groups_are_read_from_its_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "bootstrap.yaml"
+    file.write_text((ROOT / "ray_config.yaml").read_text())
+    command = ["python", "/x/monitor.py", "--gcs-address=1:6379", f"--autoscaling-config={file}"]
+    monkeypatch.setattr(check_cluster, "_commands_on_this_machine", lambda: iter([command]))
+    groups = check_cluster.autoscaler_groups("1:6379")
+    assert groups is not None
+    assert {group.name: group.max_count for group in groups} == {"teacher": 4, "student": 1}
+    assert check_cluster.autoscaler_groups("2:6379") is None
+
+
+def test_a_cluster_without_autoscaling_can_add_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["python", "/x/monitor.py", "--gcs-address=1:6379"]
+    monkeypatch.setattr(check_cluster, "_commands_on_this_machine", lambda: iter([command]))
+    assert check_cluster.autoscaler_groups("1:6379") == []
+
+
+def test_a_local_path_is_refused_on_several_machines(tmp_path: Path) -> None:
+    local = config(teacher={"model": str(tmp_path)})
+    assert check_cluster.check_paths(local, num_machines=1) == []
+    problems = check_cluster.check_paths(local, num_machines=2)
+    assert [p.where for p in problems] == ["output.path", "teacher.model"]
+    assert "shared_filesystem" in problems[0].message
+    shared = config(cluster={"shared_filesystem": True})
+    assert check_cluster.check_paths(shared, num_machines=2) == []
+    assert check_cluster.check_paths(big(), num_machines=6) == []
+
+
+def test_an_unknown_engine_argument_is_refused_with_the_near_miss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    known = {"max_num_partial_prefills", "swap_space"}
+    monkeypatch.setattr(check_cluster, "engine_arg_names", lambda: known)
+    wrong = config(teacher={"engine_args": {"swap_spce": 4, "swap_space": 1}})
+    problems = check_cluster.check_engine_args(wrong)
+    assert [p.where for p in problems] == ["teacher.engine_args.swap_spce"]
+    assert "'swap_space'" in problems[0].message
+    assert check_cluster.check_engine_args(config()) == []
+
+
+def test_engine_arguments_are_read_from_the_installed_vllm() -> None:
+    if not (names := check_cluster.engine_arg_names()):
+        pytest.skip("vLLM is not installed here")
+    assert {"max_num_seqs", "kv_cache_dtype", "enable_log_requests"} <= names
