@@ -103,7 +103,9 @@ class TrainingConfig(ConfigModel):
         "float32", description="Precision of parameters, optimizer and reductions."
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = identity(
-        "auto", description="Precision of matrix products; auto: bfloat16 on GPUs, else float32."
+        "auto",
+        description="Precision of matrix products; auto: bfloat16 on GPUs and CPUs with AMX, "
+        "else float32.",
     )
     strategy: Literal["ddp", "fsdp"] = operational(
         "ddp", description="ddp: a whole copy a worker; fsdp: parameters sharded (FSDP2)."

@@ -6,6 +6,8 @@ Every rank calls every method. Imports no Ray.
 """
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,14 +116,15 @@ class Measurer:
         return figures
 
     def _write_answers(self, step: int, pairs: list[tuple[Row, list[int]]]) -> None:
-        tokenizer = Tokenizer.from_file(f"{self._teacher_folder}/tokenizer.json")
         log = MetricsLog(self._folder, ANSWERS)
         log.discard_beyond(step - 1)  # A restart may measure the same step again.
+        text = text_of(self._teacher_folder)
         for row, answer in pairs:
-            prompt = tokenizer.decode(row.prompt_ids.tolist(), skip_special_tokens=True)
-            teacher = tokenizer.decode(row.response_ids.tolist(), skip_special_tokens=True)
-            student = tokenizer.decode(answer, skip_special_tokens=True)
-            texts = {"prompt": prompt, "teacher": teacher, "student": student}
+            texts = {
+                "prompt": text(row.prompt_ids.tolist()),
+                "teacher": text(row.response_ids.tolist()),
+                "student": text(answer),
+            }
             log.append({"step": step, "row": row.row, **texts})
         log.upload()
 
@@ -134,3 +137,12 @@ class Measurer:
             ids, log_p = batch.partition.ids, batch.partition.log_p
             parts.append(HeldOutTokens(before.numpy(), ids.numpy(), log_p.numpy()))
         return measure_baselines(parts, counts)
+
+
+def text_of(teacher_folder: str) -> Callable[[list[int]], str]:
+    """Text of token ids without special tokens; the ids themselves where nothing names them."""
+    path = Path(teacher_folder) / "tokenizer.json"
+    if not path.exists():
+        return lambda ids: " ".join(map(str, ids))
+    tokenizer = Tokenizer.from_file(str(path))
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)

@@ -12,7 +12,7 @@ Legend: N response tokens, K teacher ids kept for each, V student vocabulary, p 
 The temperature is 1 on both sides. Nothing is renormalised over the K ids and nothing is clamped.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,21 +56,22 @@ def objective_sums(
 ) -> ObjectiveSums:
     """All terms of the objective from one pass over the logits [N, V]; see `ObjectiveSums`."""
     partition, targets = micro_batch.partition, micro_batch.targets
+    per_token = {}
     if partition is None:
-        if "forward_kl" in weights:
-            raise ValueError("forward_kl needs the teacher's probabilities, but the signal is text")
-        log_q, log_q_target = None, -cross_entropy(logits, targets)
+        per_token["cross_entropy"] = cross_entropy(logits, targets)
     else:
         log_q, log_q_target = outcome_log_probs(logits, partition.ids, targets)
-    per_token = {}
-    for name in weights:
-        if name == "cross_entropy":
-            per_token[name] = -log_q_target
-        elif name == "forward_kl":
-            per_token[name] = _forward_kl(log_q, partition.log_p)
-        else:
-            raise ValueError(f"objective {name!r} is unknown; known: cross_entropy, forward_kl")
-    token_weights = micro_batch.weights.to(log_q_target.dtype)
+        per_token["cross_entropy"] = -log_q_target
+        if "forward_kl" in weights:
+            per_token["forward_kl"] = _forward_kl(log_q, partition.log_p)
+    unfit = sorted(set(weights) - set(per_token))
+    if unfit:
+        raise ValueError(
+            f"objective {unfit} does not fit the signal; expected of {sorted(per_token)}; "
+            "forward_kl needs the teacher's probabilities: set signal.kind: topk"
+        )
+    per_token = {name: per_token[name] for name in weights}
+    token_weights = micro_batch.weights.to(per_token[next(iter(weights))].dtype)
     sums = {name: (token_weights * value).sum() for name, value in per_token.items()}
     total = torch.stack([weights[name] * value for name, value in sums.items()]).sum()
     terms = {name: value.detach() for name, value in sums.items()}
@@ -133,44 +134,46 @@ class _OutcomeLogProbs(torch.autograd.Function):
                     + g                                            at j = target
 
     For forward KL (G = -p) these are q_j - p_j and (q_tau - p_tau) softmax(z outside)_j. Beside
-    the logits and their gradient no [N, V] tensor exists: both passes work chunk by chunk.
+    the logits and their gradient no [N, V] tensor exists: both passes work chunk by chunk, on
+    logits relative to the largest among the ids.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         dtype = _sum_dtype(logits)
         slots = _Slots(ids)
-        z = logits.gather(1, slots.ids).to(dtype)
+        z, origin = slots.gather(logits, dtype)
         hidden = slots.hide(z)
         lse_out = torch.empty(len(logits), dtype=dtype, device=logits.device)
         for rows in _chunks(logits, dtype):
-            outside = logits[rows].to(dtype, copy=True)
+            outside = logits[rows] - origin[rows]
             outside.scatter_(1, slots.ids[rows], hidden[rows])
             torch.logsumexp(outside, dim=1, out=lse_out[rows])
         inside = z.masked_fill(~slots.kept, -torch.inf)
         lse = torch.logaddexp(torch.logsumexp(inside, dim=1), lse_out)
         log_q = torch.cat([inside, lse_out[:, None]], dim=1) - lse[:, None]
-        log_q_target = logits.gather(1, targets[:, None]).squeeze(1).to(dtype) - lse
+        log_q_target = (logits.gather(1, targets[:, None]) - origin).squeeze(1) - lse
         ctx.save_for_backward(logits, ids, targets, log_q, lse_out)
         return log_q, log_q_target
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_log_q: Tensor, grad_target: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_log_q: Tensor, grad_target: Tensor) -> tuple[Tensor, None, None]:
         logits, ids, targets, log_q, lse_out = ctx.saved_tensors
         slots, dtype = _Slots(ids), log_q.dtype
         total = grad_log_q.sum(dim=1) + grad_target
         q = log_q.exp()
         outside_scale = (grad_log_q[:, -1] - total * q[:, -1])[:, None]
         inside = grad_log_q[:, :-1] - total[:, None] * q[:, :-1]
-        z = logits.gather(1, slots.ids).to(dtype)
-        inside = slots.fill(inside, (z - lse_out[:, None]).exp() * outside_scale)
+        z, origin = slots.gather(logits, dtype)
+        lse_out = lse_out.masked_fill(lse_out == -torch.inf, 0.0)[:, None]
+        inside = slots.fill(inside, (z - lse_out).exp() * outside_scale)
         grad = torch.empty_like(logits)
         for rows in _chunks(logits, dtype):
             # At the K ids this overflows where the tail is tiny; the scatter overwrites them.
             part = grad[rows] if grad.dtype == dtype else None
-            part = torch.sub(logits[rows], lse_out[rows, None], out=part)
-            part.exp_().mul_(outside_scale[rows])
+            part = torch.sub(logits[rows], origin[rows], out=part)
+            part.sub_(lse_out[rows]).exp_().mul_(outside_scale[rows])
             part.scatter_(1, slots.ids[rows], inside[rows])
             part.scatter_add_(1, targets[rows, None], grad_target[rows, None])
             if grad.dtype != dtype:
@@ -190,6 +193,16 @@ class _Slots:
         lender, self.lender_slot = ids.max(dim=1, keepdim=True)
         self.none_kept = lender == NO_ID
         self.ids = torch.where(self.kept, ids, lender).clamp_min(0)
+
+    def gather(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Logits [N, K] at the ids, relative to the largest of them, and that origin [N, 1].
+
+        Sums of logits taken from a near origin are not rounded at the logits' own magnitude.
+        """
+        z = logits.gather(1, self.ids).to(dtype)
+        origin = z.amax(dim=1, keepdim=True)
+        origin = origin.masked_fill(~torch.isfinite(origin), 0.0)
+        return z - origin, origin
 
     def hide(self, z: Tensor) -> Tensor:
         """What replaces the logits z [N, K] so that only the tail is left: -inf."""

@@ -73,8 +73,8 @@ class StepResult:
 
     def metrics(self) -> dict[str, Any]:
         """The fields of a metrics line that the step knows, flat, objectives as ``objective/*``."""
-        names = ("step", "loss", "grad_norm", "lr", "rows", "tokens", "student_s")
-        names += ("padding_fraction", "teacher_tail_mass", "student_tail_mass")
+        names = ["step", "loss", "grad_norm", "lr", "rows", "tokens", "student_s"]
+        names += ["padding_fraction", "teacher_tail_mass", "student_tail_mass"]
         terms = {f"objective/{name}": value for name, value in self.objective.items()}
         return {name: getattr(self, name) for name in names} | terms
 
@@ -135,8 +135,14 @@ class GlobalStep:
         groups = cut_micro_batches(rows, self.training.tokens_per_micro_batch)
         totals = self._gather_totals(rows, len(groups), has_more, stop)
         lr = learning_rate(step, self.total_steps, self.training)
-        common = {"step": step, "rows": totals.rows, "tokens": totals.tokens, "lr": lr}
-        common |= {"any_more": totals.any_more, "any_stop": totals.any_stop}
+        common: dict[str, Any] = {
+            "step": step,
+            "rows": totals.rows,
+            "tokens": totals.tokens,
+            "lr": lr,
+            "any_more": totals.any_more,
+            "any_stop": totals.any_stop,
+        }
         if totals.weight == 0:
             return StepResult(trained=False, **common)
         started = time.perf_counter()
@@ -144,9 +150,7 @@ class GlobalStep:
         figures = self._reduce_figures(step, sums, totals.weight)
         grad_norm = self._update(step, totals.weight, lr)
         seconds = time.perf_counter() - started
-        return StepResult(
-            trained=True, grad_norm=grad_norm, student_s=seconds, **common, **figures
-        )
+        return StepResult(trained=True, grad_norm=grad_norm, student_s=seconds, **common, **figures)
 
     def _gather_totals(
         self, rows: Sequence[Row], num_passes: int, has_more: bool, stop: bool

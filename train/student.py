@@ -47,11 +47,16 @@ LAYER_NUMBER_FIELDS = ("mlp_only_layers", "no_rope_layer_indices")
 class Sampling(Protocol):
     """The teacher's resolved sampling (serve/sampling.py), as far as the student inherits it."""
 
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float
-    stop_token_ids: tuple[int, ...]
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]: ...
 
 
 def build_student(config: RunConfig, teacher_folder: str, seed: int) -> nn.Module:

@@ -1,0 +1,89 @@
+"""A two-layer student with random weights, rows with a random signal, and its training step."""
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from raystill.train.batch import Row
+from raystill.train.config import TrainingConfig
+from raystill.train.optimizer import build_optimizer
+from raystill.train.step import GlobalStep
+from raystill.train.student_module import StudentModule
+
+torch.set_num_threads(1)  # Tensors this small make two threads wait for each other.
+
+VOCAB, TOP_K, STOP_ID = 60, 5, 2
+OBJECTIVE = {"forward_kl": 1.0, "cross_entropy": 0.3}
+NUM_STEPS = 4
+
+
+def tiny_module(dtype=torch.float32, **kwargs):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=STOP_ID,
+        eos_token_id=STOP_ID,
+        tie_word_embeddings=True,
+    )
+    return StudentModule(LlamaForCausalLM(config).to(dtype), **kwargs)
+
+
+def make_row(number, tokens=None):
+    generator = np.random.default_rng(number)
+    tokens = tokens or int(generator.integers(1, 14))
+    response = generator.integers(3, VOCAB, tokens).astype(np.int32)
+    response[-1] = STOP_ID
+    ids = np.stack([generator.permutation(VOCAB)[:TOP_K] for _ in range(tokens)]).astype(np.int32)
+    probs = generator.dirichlet(np.ones(TOP_K + 1), tokens)
+    log_p = np.log(probs).astype(np.float32)
+    return Row(
+        position=number,
+        row=number,
+        prompt_ids=generator.integers(3, VOCAB, int(generator.integers(1, 20))).astype(np.int32),
+        response_ids=response,
+        finish_reason="stop",
+        sampled_logprobs=log_p[:, 0],
+        topk_ids=ids,
+        topk_logprobs=log_p[:, :TOP_K],
+        tail_logprob=log_p[:, TOP_K],
+    )
+
+
+def make_step(module, training=None, world_size=1, **kwargs):
+    training = training or training_config()
+    inner = getattr(module, "module", module)
+    settings = dict(
+        objective=OBJECTIVE, signal_kind="topk", student_vocab=VOCAB, total_steps=NUM_STEPS
+    )
+    return GlobalStep(
+        module,
+        build_optimizer(inner, training),
+        training,
+        **(settings | kwargs),
+        world_size=world_size,
+    )
+
+
+def training_config(**kwargs):
+    settings = dict(tokens_per_micro_batch=64, learning_rate=1e-2, weight_decay=0.1)
+    return TrainingConfig(**(settings | kwargs))
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def relative_error(got, expected):
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def gradients_of_first_step(module, step, rows):
+    """Gradients as the optimizer saw them, unclipped."""
+    result = step.run(0, rows, has_more=True, stop=False)
+    return flat(p.grad for p in module.parameters()), result
