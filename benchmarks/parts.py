@@ -1,0 +1,230 @@
+"""The parts a whole run is compared with: the teacher alone, the student alone, the whole.
+
+Each part is a Ray session of its own in a child process, so that none inherits another's memory,
+caches or threads; all read the same run file with the same overrides.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+POLL_S = 0.2
+WARM_UP_STEPS = 1
+STUDENT_STEPS = 6
+
+
+@dataclass(frozen=True)
+class Side:
+    """Steady speed of one part."""
+
+    rows: int
+    seconds: float
+    tokens: int
+
+    @property
+    def rows_per_s(self) -> float:
+        return self.rows / self.seconds
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    def figures(self) -> dict[str, float]:
+        """As stored in a result."""
+        return {
+            **asdict(self),
+            "rows_per_s": self.rows_per_s,
+            "response_tokens_per_s": self.tokens_per_s,
+        }
+
+    def __str__(self) -> str:
+        return f"{self.rows_per_s:6.2f} rows/s  {self.tokens_per_s:7.1f} response tokens/s"
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole run: its steady speed, the student's waiting in it, the driver's peak memory."""
+
+    side: Side
+    wait_share: float
+    driver_peak_mb: float
+
+
+def measure_teacher_alone(run_file: str, overrides: list[str], rows_path: str) -> Side:
+    """The deployment and stream of the run with a consumer that takes every block at once."""
+    return Side(**_child("teacher", run_file, overrides, rows_path))
+
+
+def measure_student_alone(run_file: str, overrides: list[str], rows_path: str) -> Side:
+    """The run's steps on rows held in memory, in one process on the student's cores."""
+    return Side(**_child("student", run_file, overrides, rows_path))
+
+
+def run_whole(run_file: str, overrides: list[str], folder: str) -> Whole:
+    """``driver.py run`` with the overrides; figures from its metrics and its process."""
+    command = [sys.executable, "driver.py", "run", run_file, "--set", f"output.path={folder}"]
+    for override in overrides:
+        command += ["--set", override]
+    log = Path(f"{folder}.log")
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        peak_kb = 0
+        while process.poll() is None:
+            peak_kb = max(peak_kb, _peak_kb(process.pid))
+            time.sleep(POLL_S)
+    if process.returncode != 0:
+        raise SystemExit(f"the whole run failed with {process.returncode}:\n{log.read_text()}")
+    config = _config(run_file, overrides)
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    per_step = config.training.rows_per_step
+    filled = math.ceil(config.rows_ahead / per_step)
+    steady = lines[filled : len(lines) - filled]
+    seconds = steady[-1]["time"] - lines[filled - 1]["time"]
+    side = Side(
+        rows=sum(line["rows"] for line in steady),
+        tokens=sum(line["tokens"] for line in steady),
+        seconds=seconds,
+    )
+    waited = sum(line["data_wait_s"] for line in steady)
+    return Whole(side, waited / seconds, peak_kb / 1024)
+
+
+def _peak_kb(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(s.split()[1]) for s in status.splitlines() if s.startswith("VmHWM")), 0)
+
+
+def _child(part: str, run_file: str, overrides: list[str], rows_path: str) -> dict[str, Any]:
+    """Run one part in a process of its own; its last line of output is the result."""
+    command = [sys.executable, "-m", "benchmarks.parts", part, run_file, rows_path, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"{part} alone failed:\n{done.stdout}\n{done.stderr}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _config(run_file: str, overrides: list[str]) -> Any:
+    from raystill.cluster.load import load_config
+
+    return load_config(run_file, overrides)
+
+
+def teacher_part(run_file: str, rows_path: str, overrides: list[str]) -> dict[str, Any]:
+    """In a child: serve, stream, take; write the rows for the student alone."""
+    import ray
+
+    from raystill.cluster import connect, job
+    from raystill.cluster.check import check_run_file
+    from raystill.cluster.coordinator import start_coordinator
+    from raystill.cluster.run_folder import RunFolder
+    from raystill.datasets.stream import StreamSpec
+    from raystill.serve import deploy
+
+    checked = check_run_file(run_file, [*overrides, f"output.path={rows_path}.teacher"])
+    config, prepared = checked.config, checked.prepared
+    if checked.problems or config is None or prepared is None:
+        raise SystemExit("\n".join(map(str, checked.problems)))
+    folder = RunFolder(f"{rows_path}.teacher")
+    job.write_folder(config, folder, prepared)
+    connect.connect(config.cluster, folder.logs)
+    coordinator = start_coordinator("bench", config.rows_ahead, prepared.num_train_rows, 0.0)
+    deploy.deploy_teacher(config, prepared.teacher_folder, coordinator, folder.logs)
+    deploy.wait_for_teacher(config.teacher.startup_timeout_s)
+    spec = StreamSpec.from_config(
+        config,
+        folder.join("prompts/train.parquet"),
+        prepared.num_train_rows,
+        coordinator,
+        deploy.APP_NAME,
+    )
+    take = ray.remote(num_cpus=0)(_take_everything)
+    result = ray.get(take.remote(spec, coordinator, rows_path))
+    connect.disconnect()
+    return result
+
+
+def _take_everything(spec: Any, coordinator: Any, rows_path: str) -> dict[str, Any]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+    import ray
+
+    from raystill.datasets.ledger import Ledger
+    from raystill.datasets.stream import build_stream, iterate_groups, uneven_shares
+
+    ledger = Ledger(spec.num_rows).to_dict()
+    attempt = ray.get(coordinator.publish.remote(0, 0, ledger))
+    [shard] = uneven_shares(build_stream(spec), 1)
+    arrivals: list[tuple[float, int, int]] = []
+    tables = []
+    for table in iterate_groups(shard):
+        coordinator.taken.remote(attempt, len(table))
+        tokens = pc.sum(pc.list_value_length(table["response_ids"])).as_py()
+        arrivals.append((time.perf_counter(), len(table), tokens))
+        tables.append(table)
+    pq.write_table(pa.concat_tables(tables), rows_path)
+    edge = math.ceil(spec.max_rows_ahead / spec.stream.group_rows)
+    steady = arrivals[edge : len(arrivals) - edge]
+    return {
+        "rows": sum(rows for _, rows, _ in steady),
+        "tokens": sum(tokens for _, _, tokens in steady),
+        "seconds": steady[-1][0] - arrivals[edge - 1][0],
+    }
+
+
+def student_part(run_file: str, rows_path: str, overrides: list[str]) -> dict[str, Any]:
+    """In a child, on the student's cores: optimizer steps on rows in memory."""
+    import pyarrow.parquet as pq
+    import torch
+
+    from raystill.cluster.placement import student_cores
+    from raystill.train.batch import rows_from_table
+    from raystill.train.optimizer import build_optimizer
+    from raystill.train.step import GlobalStep
+    from raystill.train.student import build_student, num_outcomes
+    from raystill.train.student_module import StudentModule, resolve_compute_dtype
+
+    config = _config(run_file, overrides)
+    cores = student_cores(config, sorted(os.sched_getaffinity(0)))
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+    training = config.training
+    dtype = resolve_compute_dtype(training.compute_dtype, torch.device("cpu"), training.param_dtype)
+    student = StudentModule(build_student(config, config.teacher.model, 0), dtype)
+    student.train()
+    step = GlobalStep(
+        student,
+        build_optimizer(student, training),
+        training,
+        objective=config.objective.weights,
+        signal_kind=config.signal.kind,
+        student_vocab=num_outcomes(student.model, config.teacher.model),
+        total_steps=100,
+    )
+    rows = rows_from_table(pq.read_table(rows_path).combine_chunks())
+    per_step = training.rows_per_step
+    count = min(WARM_UP_STEPS + STUDENT_STEPS, len(rows) // per_step)
+    trained = tokens = 0
+    for number in range(count):
+        if number == WARM_UP_STEPS:
+            started = time.perf_counter()
+        result = step.run(number, rows[number * per_step : (number + 1) * per_step], True, False)
+        if number >= WARM_UP_STEPS:
+            trained += result.rows
+            tokens += result.tokens
+    return {"rows": trained, "tokens": tokens, "seconds": time.perf_counter() - started}
+
+
+if __name__ == "__main__":
+    part, run_file, rows_path, *overrides = sys.argv[1:]
+    measure = teacher_part if part == "teacher" else student_part
+    print(json.dumps(measure(run_file, rows_path, overrides)))
