@@ -94,7 +94,8 @@ class BusyClock:
 class Teacher:
     """A Serve deployment's class; a replica is ready when its engine has loaded the model."""
 
-    async def __init__(
+    # Serve awaits an asynchronous constructor, so that the engine starts within its event loop.
+    async def __init__(  # type: ignore[misc]
         self, settings: ReplicaSettings, rank: tuple[int, int] | None = None
     ) -> None:
         """``rank``: (replica number, replica number on this node); default: asked of Serve."""
