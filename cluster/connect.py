@@ -7,6 +7,7 @@ own log folder appears as ``logs/ray``.
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,8 @@ def connect(cluster: ClusterConfig, logs: Path | None) -> None:
     global _restore_output
     if _restore_output is None:
         _restore_output = quiet_driver(os.devnull if logs is None else logs / "driver.log")
+    # Errors that the cluster publishes would be printed amid the live view, whatever log_to_driver.
+    ray._private.worker.print_to_stdstream = _log_published
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
@@ -72,6 +75,11 @@ def disconnect() -> None:
 def project_root() -> Path:
     """The folder of the rooms: what workers need on their import path."""
     return Path(__file__).resolve().parent.parent
+
+
+def _log_published(data: dict[str, Any], **_: Any) -> None:
+    for line in data["lines"]:
+        logging.getLogger("ray").warning("(%s) %s", data["pid"], line)
 
 
 def _join(ray: Any, address: str) -> None:

@@ -158,8 +158,9 @@ class Coordinator:
             self._changed.notify_all()
 
     async def failed(self, message: str) -> None:
-        """Keep the first error a part of the run stopped with, for the driver to print."""
-        self._error = self._error or message
+        """Keep the first error a part of a running run stopped with, for the driver to print."""
+        if self._outcome is None:
+            self._error = self._error or message
 
     async def snapshot(self) -> dict[str, Any]:
         """All a view or a summary needs, as plain values."""

@@ -20,8 +20,9 @@ from raystill.cluster import wording
 
 Snapshot = dict[str, Any]
 PLAIN_EVERY_S = 10.0
-WINDOW_S = 20.0
-LONGEST_WINDOW_S = 120.0
+WINDOW_S = 60.0
+LEAST_S = 10.0
+LONGEST_WINDOW_S = 180.0
 PANEL_WIDTH = 78
 
 
@@ -37,24 +38,31 @@ class Pace:
         while self._seen and self._seen[0][0] < now - LONGEST_WINDOW_S:
             self._seen.popleft()
 
-    def per_second(self, name: str, window_s: float = WINDOW_S) -> float | None:
-        """Growth of one total; None until it was seen to grow.
+    def per_second(self, name: str) -> float | None:
+        """Growth of one total over the last minute; None before it has grown for ten seconds.
 
-        Totals jump by a whole group or step at a time. So the rate is taken between two jumps:
-        from the last one before the window to the newest.
+        Totals jump by groups and steps, so the minute counts from its first jump; what came with
+        that jump was made earlier.
         """
+        now = self._seen[-1][0] if self._seen else 0.0
+        jumps = [jump for jump in self._jumps(name) if jump[0] >= now - WINDOW_S]
+        if not jumps:
+            return 0.0 if self._jumps(name) else None
+        start, before = jumps[0]
+        if now - start < LEAST_S:
+            return None
+        return (self._seen[-1][1].get(name, 0.0) - before) / (now - start)
+
+    def between_jumps(self, name: str) -> float | None:
+        """Growth a second from the first to the newest jump known: steadier, slow to notice."""
         jumps = self._jumps(name)
         if len(jumps) < 2:
             return None
-        newest, value = jumps[-1]
-        inside = [jump for jump in jumps[:-1] if jump[0] >= newest - window_s]
-        start, before = inside[0] if inside else jumps[-2]
-        now = self._seen[-1][0]
-        if now - newest > window_s:  # It has stopped; let the rate fall towards 0.
-            newest = now
+        (start, before), (newest, value) = jumps[0], jumps[-1]
         return (value - before) / (newest - start) if newest > start else None
 
     def _jumps(self, name: str) -> list[tuple[float, float]]:
+        """When the total grew, and to what; oldest first."""
         jumps: list[tuple[float, float]] = []
         for moment, totals in self._seen:
             value = totals.get(name, 0.0)
@@ -84,6 +92,7 @@ class LiveView:
         self._clock = clock
         self._started = clock()
         self._phase, self._phase_began = "", self._started
+        self._phase_first_step = 0
         self._phase_seconds: dict[str, float] = {}
         self._last_line = float("-inf")
         self._live: Live | None = None
@@ -145,8 +154,8 @@ class LiveView:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds the remaining steps will take at the pace of the last two minutes."""
-        pace = self.pace.per_second("steps", LONGEST_WINDOW_S)
+        """Seconds the remaining steps will take at the pace of the last minutes."""
+        pace = self.pace.between_jumps("steps")
         if not pace or self.step >= self.total_steps:
             return None
         return (self.total_steps - self.step) / pace
@@ -154,12 +163,11 @@ class LiveView:
     def line(self) -> str:
         """The state in one plain line."""
         progress = self.snapshot.get("progress") or {}
-        if not progress:
-            return f"{self._phase} ({wording.duration(self._clock() - self._phase_began)})" + (
-                f"  {wording.plural(int(self._counter('teacher_rows')), 'row')} answered"
-                if self._counter("teacher_rows")
-                else ""
-            )
+        if self.step == self._phase_first_step:  # No steps in this phase, or none yet.
+            spent = wording.duration(self._clock() - self._phase_began)
+            answered = int(self._counter("teacher_rows"))
+            rows = f"  {wording.plural(answered, 'row')} answered" if answered else ""
+            return f"{self._phase} ({spent}){rows}"
         width = len(str(self.total_steps))
         parts = [
             f"{self._phase}  step {self.step:>{width}}/{self.total_steps}",
@@ -277,6 +285,7 @@ class LiveView:
     def _enter_phase(self, phase: str) -> None:
         self._phase_seconds = self.phases
         self._phase, self._phase_began = phase, self._clock()
+        self._phase_first_step = self.step
 
     def _print(self, text: str) -> None:
         self._last_line = self._clock()

@@ -226,7 +226,10 @@ def _setting_behind(config: RunConfig, name: str) -> str:
 
 def _remedy(name: str) -> str:
     if name == "CPU":
-        return "lower training.num_workers or teacher.num_replicas, or raise cluster.num_cpus"
+        return (
+            "lower training.num_workers or teacher.num_replicas, or give the cluster more CPUs "
+            "(a local one: cluster.num_cpus)"
+        )
     if name == "GPU":
         return (
             "lower training.num_workers or the teacher's replicas and parallel sizes, or add GPUs"

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from raystill.cluster import wording
 from raystill.cluster.metrics import Folder, read_lines
+from raystill.cluster.problems import RunError
 from raystill.cluster.summary import Figures, before_and_after, write_summary
 
 __all__ = ["print_report", "write_summary"]
@@ -46,7 +47,7 @@ FILES = (
 def print_report(folder: Folder, console: Console | None = None) -> None:
     """Print the closing table of a run that has ended, from its folder alone."""
     if not folder.exists("summary.json"):
-        raise ValueError(
+        raise RunError(
             f"{folder.path} has no summary.json: no run has ended there yet; "
             "name the folder of a run that has, e.g. runs/quickstart"
         )

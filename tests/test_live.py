@@ -82,6 +82,7 @@ def test_lines_are_never_wrapped(plain: LiveView, clock: Clock) -> None:
 def test_held_out_kl_is_shown_from_the_first_to_the_newest(plain: LiveView) -> None:
     first = {"step": 0, "kl_nats_per_token": 9.0}
     plain.update(snapshot("measuring", evaluation=first))
+    plain.update(snapshot("training", 11, evaluation=first))
     plain.update(snapshot("training", 12, evaluation={"step": 12, "kl_nats_per_token": 4.0}))
     assert "9.000 → 4.000" in plain.line()
 
@@ -103,17 +104,37 @@ def test_a_first_step_makes_no_pace_yet(plain: LiveView, clock: Clock) -> None:
     assert "left" not in plain.line()
 
 
-def test_rates_are_taken_between_jumps_and_fall_when_nothing_comes() -> None:
+def test_rates_are_of_the_last_minute_and_fall_when_nothing_comes() -> None:
     pace = Pace()
     for second in range(41):
         pace.add(float(second), {"rows": 8.0 * (second // 4)})
     assert pace.per_second("rows") == pytest.approx(2.0)
     assert pace.per_second("never") is None
-    for second in range(41, 100):
+    for second in range(41, 90):
         pace.add(float(second), {"rows": 80.0})
-    stalled = pace.per_second("rows")
-    assert stalled is not None
-    assert stalled < 0.8
+    slower = pace.per_second("rows")
+    assert slower is not None
+    assert 0 < slower < 1
+    pace.add(150.0, {"rows": 80.0})
+    assert pace.per_second("rows") == 0
+
+
+def test_a_burst_at_the_start_is_no_rate() -> None:
+    pace = Pace()
+    pace.add(0.0, {})
+    for tick in range(8):
+        pace.add(20.0 + tick * 0.1, {"rows": 8.0 * (tick + 1)})
+    assert pace.per_second("rows") is None
+
+
+def test_a_phase_without_steps_shows_its_time_and_no_old_rates(
+    plain: LiveView, clock: Clock
+) -> None:
+    plain.update(snapshot("training", step=5))
+    clock.now = 10.0
+    plain.update(snapshot("measuring", step=5))
+    clock.now = 20.0
+    assert plain.line() == "measuring (0:10)  112 rows answered"
 
 
 def test_phases_tell_how_long_each_took(plain: LiveView, clock: Clock) -> None:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from raystill.cluster import wording
+from raystill.cluster.problems import RunError
 from raystill.cluster.report import examples, print_report, question
 from raystill.cluster.run_folder import RunFolder
 from raystill.cluster.summary import before_and_after, write_summary
@@ -169,7 +170,7 @@ def test_only_files_that_exist_are_listed(folder: RunFolder) -> None:
 
 
 def test_a_folder_without_a_summary_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no summary\.json"):
+    with pytest.raises(RunError, match=r"no summary\.json"):
         print_report(RunFolder(str(tmp_path)))
 
 
