@@ -5,7 +5,6 @@ Runs after ``connect``. What an autoscaler could still add counts as there.
 
 import ast
 import contextlib
-import difflib
 import importlib.util
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import yaml
 from raystill.cluster import placement
 from raystill.cluster.config import RunConfig
 from raystill.cluster.problems import Problem
+from raystill.serve.vllm_engine import engine_argument_problems
 
 NODE_GROUP_LABEL = "ray.io/node-group"
 
@@ -46,6 +46,9 @@ def check_cluster(config: RunConfig) -> list[Problem]:
             problems = placement.require_nodes(config, [*nodes, *growth])
     machines = {node["NodeManagerAddress"] for node in alive}
     problems += check_paths(config, num_machines=len(machines) + len(growth))
+    has_gpus = any(node.get("GPU", 0) > 0 for node in [*nodes, *growth])
+    if groups is not None:
+        problems += check_parallel(config, has_gpus)
     problems += check_engine_args(config)
     return problems
 
@@ -152,17 +155,27 @@ def check_engine_args(config: RunConfig) -> list[Problem]:
                 ),
             )
         ]
-    problems = []
-    for name in sorted(set(wanted) - known):
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see vLLM's AsyncEngineArgs"
-        problems.append(
-            Problem(
-                where=f"teacher.engine_args.{name}",
-                message=f"{name!r} is not an engine argument of the installed vLLM; {hint}",
-            )
+    return [
+        Problem(where=f"teacher.engine_args.{name}", message=message)
+        for name, message in engine_argument_problems(config.teacher, known).items()
+    ]
+
+
+def check_parallel(config: RunConfig, has_gpus: bool) -> list[Problem]:
+    """A teacher spread over GPUs needs GPUs: on CPUs one process holds a replica."""
+    teacher = config.teacher
+    ranks = teacher.tensor_parallel_size * teacher.pipeline_parallel_size
+    if ranks == 1 or has_gpus or teacher.engine != "vllm":
+        return []
+    return [
+        Problem(
+            where="teacher.tensor_parallel_size",
+            message=(
+                f"times pipeline_parallel_size is {ranks}, but the cluster has no GPU and cannot "
+                "grow to one; set both to 1 and use num_replicas on CPUs"
+            ),
         )
-    return problems
+    ]
 
 
 def engine_arg_names() -> set[str]:

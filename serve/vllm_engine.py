@@ -11,8 +11,8 @@ import asyncio
 import difflib
 import itertools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,23 +75,16 @@ class EngineSettings:
     cores: tuple[int, ...] | None = None
 
 
-def engine_argument_problems(teacher: TeacherConfig) -> list[str]:
-    """What is wrong with ``teacher.engine_args``, a sentence each; imports vLLM if it is set."""
-    if not teacher.engine_args or teacher.engine != "vllm":
-        return []
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    known = {f.name for f in fields(AsyncEngineArgs)}
-    problems = []
+def engine_argument_problems(teacher: TeacherConfig, known: Set[str]) -> dict[str, str]:
+    """What is wrong with ``teacher.engine_args``, by name; ``known``: vLLM's own argument names."""
+    problems = {}
     for name in teacher.engine_args:
         if name in OWNED:
-            problems.append(
-                f"teacher.engine_args.{name} is not passed through; set {OWNED[name]} instead"
-            )
+            problems[name] = f"is not passed through; set {OWNED[name]} instead"
         elif name not in known:
             near = difflib.get_close_matches(name, known - OWNED.keys(), n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else "see vLLM's AsyncEngineArgs"
-            problems.append(f"teacher.engine_args.{name} is not an engine argument; {remedy}")
+            hint = f"did you mean {near[0]!r}?" if near else "see vLLM's AsyncEngineArgs"
+            problems[name] = f"is not an engine argument of the installed vLLM; {hint}"
     return problems
 
 
