@@ -38,10 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     print(prepared.describe())
     prepared.fetch_models()
-    job.write_folder(config, folder, prepared)
     with job.connected(config, folder):
         if problems := job.check_on_cluster(config):
             return refuse(problems)
+        job.write_folder(config, folder, prepared)
         outcome = job.distil(config, folder, prepared)
     report.write_summary(folder, outcome)
     if outcome.stopped_by:

@@ -1,6 +1,6 @@
 """How much of the slower side's speed the whole keeps: teacher alone, student alone, both.
 
-    python -m benchmarks.overlap [--rows 400] [--output benchmarks/results/overlap.json]
+    python -m benchmarks.overlap [--rows 320] [--output benchmarks/results/overlap.json]
 
 One run measures, with the same core lists, batches, rows and lengths:
 
@@ -28,7 +28,8 @@ from benchmarks.parts import (
 from benchmarks.results import machine, write_result
 
 RUN_FILE = "configs/quickstart.yaml"
-DEPTHS = (1, 4, 8, 14, 22, 30)
+DEPTHS = (1, 10, 20, 30)
+MEMORY_ROWS = 240
 RATIOS = {"teacher : student = 1 : 2": 2.0, "1 : 1": 1.0, "2 : 1": 0.5}
 
 
@@ -54,6 +55,7 @@ def settings(arguments: argparse.Namespace, layers: list[int]) -> list[str]:
         "evaluation.held_out_sources=[]",
         "evaluation.held_out_rows=0",
         "training.checkpoint_every_steps=0",
+        f"teacher.sampling.max_tokens={arguments.max_tokens}",
         f"student.layers={json.dumps(layers)}",
         *arguments.set,
     ]
@@ -61,7 +63,8 @@ def settings(arguments: argparse.Namespace, layers: list[int]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=400, help="prompts of each part")
+    parser.add_argument("--rows", type=int, default=320, help="prompts of each part")
+    parser.add_argument("--max-tokens", type=int, default=32, help="longest answer")
     parser.add_argument("--teacher-layers", type=int, default=30)
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overlap.json"))
@@ -85,7 +88,9 @@ def main() -> None:
         ]
         memory = {
             k: run_whole(
-                RUN_FILE, [*overrides(1), f"signal.top_k={k}"], f"{scratch}/memory-{k}"
+                RUN_FILE,
+                [*overrides(1), f"signal.top_k={k}", f"prompts.limit={MEMORY_ROWS}"],
+                f"{scratch}/memory-{k}",
             ).driver_peak_mb
             for k in (8, 64)
         }

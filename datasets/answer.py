@@ -68,7 +68,12 @@ class TeacherCalls:
         ) from last
 
     async def _call(self, prompts: pa.Table) -> pa.Table:
-        return await self._handle.sample.remote(prompts, self._kind, self._top_k)
+        response = self._handle.sample.remote(prompts, self._kind, self._top_k)
+        try:
+            return await response
+        except asyncio.CancelledError:  # Timed out: the replica need not go on with it.
+            response.cancel()
+            raise
 
 
 def is_fault(error: BaseException) -> bool:
@@ -121,10 +126,10 @@ class AnswerGroup:
             answers = await self._teacher.sample(prompts["prompt_ids"].combine_chunks())
             rows, counters = self._join(prompts, answers)
             await self._drop(attempt, prompts, dropped_reasons(answers, self._on_truncated))
-        except RunError as error:
-            message = plain_message(error)
+        except Exception as error:
+            message = told_to_owner(error)
             await self._coordinator.failed.remote(message)
-            raise RunError(message) from None
+            raise RunError(message) from None if isinstance(error, RunError) else error
         self._coordinator.add.remote(counters)
         return rows
 
@@ -173,10 +178,15 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def plain_message(error: BaseException) -> str:
-    """The message without the remote traceback that Ray wraps around it."""
-    cause = getattr(error, "cause", None)
-    return str(cause if isinstance(cause, BaseException) else error)
+def told_to_owner(error: BaseException) -> str:
+    """What stopped the stage, in a sentence, without the remote traceback Ray wraps around it."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(error, RunError) or isinstance(cause, RunError):
+        return str(cause)
+    return (
+        f"answering a group failed with {type(cause).__name__}: {first_line(cause)}; the teacher's "
+        "log files in the run folder say more"
+    )
 
 
 def _columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:

@@ -100,6 +100,9 @@ class FreeRunningConfig(ConfigModel):
     max_tokens: PositiveInt | None = operational(
         None, description="Longest answer, tokens; default: the teacher's max_tokens."
     )
+    during: bool = operational(
+        False, description="Also at the evaluations during training, not only before and after."
+    )
 
 
 class EvaluationConfig(ConfigModel):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 
 class Ledger:
@@ -37,7 +37,7 @@ class Ledger:
         """Reason of each dropped position."""
         return dict(self._dropped)
 
-    def mark_trained(self, positions: ArrayLike | Iterable[int]) -> None:
+    def mark_trained(self, positions: Iterable[int]) -> None:
         """Note positions as learned; an assertion fails if one was already."""
         marked = _positions(positions)
         self._check_range(marked)
@@ -109,7 +109,7 @@ class Ledger:
         )
 
 
-def _positions(values: ArrayLike | Iterable[int]) -> NDArray[np.int64]:
-    if not isinstance(values, np.ndarray):
-        values = list(values)  # type: ignore[arg-type]
-    return np.asarray(values, dtype=np.int64)
+def _positions(values: Iterable[int]) -> NDArray[np.int64]:
+    if isinstance(values, np.ndarray):
+        return values.astype(np.int64)
+    return np.array(list(values), dtype=np.int64)

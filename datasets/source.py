@@ -59,6 +59,7 @@ class PromptTable:
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
         self._held: OrderedDict[int, pa.Table] = OrderedDict()
+        self._held_bytes = 0
 
     @property
     def num_rows(self) -> int:
@@ -79,14 +80,13 @@ class PromptTable:
 
     def _row_group(self, index: int) -> pa.Table:
         if index not in self._held:
-            self._held[index] = self._file.read_row_group(index, ["row", "source", "prompt_ids"])
-            while len(self._held) > 1 and self._held_bytes() > CACHE_BYTES:
-                self._held.popitem(last=False)
+            part = self._file.read_row_group(index, ["row", "source", "prompt_ids"])
+            self._held[index] = part
+            self._held_bytes += part.nbytes
+            while len(self._held) > 1 and self._held_bytes > CACHE_BYTES:
+                self._held_bytes -= self._held.popitem(last=False)[1].nbytes
         self._held.move_to_end(index)
         return self._held[index]
-
-    def _held_bytes(self) -> int:
-        return sum(part.nbytes for part in self._held.values())
 
 
 def group_block(prompts: pa.Table, positions: Positions, attempt: int, epoch: int) -> pa.Table:

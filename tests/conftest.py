@@ -39,9 +39,9 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_serve(ray_cluster: None) -> Iterator[None]:
-    """Ray Serve on the shared cluster, without a proxy."""
+    """Ray Serve on the shared cluster, without a proxy, for one test module."""
     from ray import serve
 
     serve.start(proxy_location="Disabled")

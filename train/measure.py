@@ -50,6 +50,7 @@ class Measurer:
         self._device = device
         self._ranks = ranks
         free = config.evaluation.free_running
+        self._free_during = free.during
         self._free_running = FreeRunning(
             rows=free.rows,
             max_tokens=free.max_tokens or config.teacher.sampling.max_tokens,
@@ -96,7 +97,7 @@ class Measurer:
             device=self._device,
             ranks=self._ranks,
         )
-        if self._free_running.rows > 0:
+        if self._free_running.rows > 0 and (when != "during" or self._free_during):
             record |= self._run_free(step)
         if self._ranks.first:
             if counts is not None:

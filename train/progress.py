@@ -4,6 +4,7 @@ Each rank notes its own rows; at a checkpoint the others' notes are moved into r
 ledger and counts then cover all ranks. Imports no Ray; ``coordinator`` is an actor's handle.
 """
 
+import time
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ class Progress:
         line = result.metrics() | {
             "step": self.step,
             "epoch": self.epoch,
+            "time": time.time(),
             "tokens_per_s": result.tokens / seconds if seconds else 0.0,
             "teacher_wait_s": rows.blocked_s,
             "data_wait_s": rows.total_s,

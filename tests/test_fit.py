@@ -1,0 +1,47 @@
+"""Placing the student: what the workers are given, and what a person is told when they fail."""
+
+import os
+
+from raystill.cluster.config import RunConfig
+from raystill.cluster.problems import RunError
+from raystill.train.fit import absolute_paths, root_cause
+
+
+class Wrapped(Exception):
+    """As Ray Train wraps a worker's error, and Ray that of a remote call."""
+
+    def __init__(self, base=None, cause=None):
+        super().__init__("a traceback of many lines")
+        self._base_exc = base
+        if cause is not None:
+            self.cause = cause
+
+
+def test_the_reason_is_found_inside_rays_wrappings():
+    reason = RunError("the loss of step 3 is nan")
+    assert root_cause(Wrapped(base=Wrapped(cause=reason))) is reason
+    assert root_cause(reason) is reason
+
+
+def test_a_reason_that_names_itself_ends_the_search():
+    error = Wrapped()
+    error.cause = error
+    assert root_cause(error) is error
+
+
+def run_config(student):
+    return RunConfig.model_validate(
+        {"teacher": {"model": "t"}, "prompts": {"path": "p"}, "student": student}
+    )
+
+
+def test_a_local_student_folder_is_made_absolute_for_workers_that_run_elsewhere(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("mine")
+    local = absolute_paths(run_config({"init": "model", "model": "mine"}))
+    assert local.student.model == str(tmp_path / "mine")
+    for student in ({"init": "model", "model": "hub/name"}, {"layers": [0]}):
+        config = run_config(student)
+        assert absolute_paths(config) == config
