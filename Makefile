@@ -28,7 +28,7 @@ $(VENV)/bin/python:
 # torchvision, torchaudio and torchcodec, which do not import beside a CPU build of torch.
 $(STAMP): $(VENV)/bin/python requirements/$(VARIANT).txt requirements/dev.txt
 	@echo "installing requirements/$(VARIANT).txt (about two minutes, once)"
-	$(PIP) install --quiet --no-deps -r requirements/$(VARIANT).txt -r requirements/dev.txt
+	$(PIP) install -qq --no-deps -r requirements/$(VARIANT).txt -r requirements/dev.txt
 	@rm -f $(VENV)/.installed-* && touch $@
 
 models: $(STAMP)   ## the quickstart teacher and the tiny test model

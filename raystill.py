@@ -1,4 +1,4 @@
-"""The import namespace of the four rooms: ``raystill.cluster``, ``.serve``, ``.train``, ``.datasets``.
+"""Imports the four rooms as ``raystill.cluster``, ``.serve``, ``.train`` and ``.datasets``.
 
 The rooms are folders without ``__init__.py`` beside this file. A top-level package named
 ``datasets`` would shadow Hugging Face's in every worker, so nothing may be imported as

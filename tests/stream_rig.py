@@ -6,6 +6,7 @@ training (``StepRows``) and meet after every step, as the collective operations 
 
 import asyncio
 import json
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,27 +116,29 @@ class Row:
 
 
 class Meeting:
-    """Where the ranks of a step wait for each other; answers whether any has more."""
+    """Where the ranks of a step wait for each other; tells each whether any has more."""
 
     def __init__(self, world_size):
-        self.world_size, self.arrived = world_size, []
-        self.changed = asyncio.Condition()
-        self.decided = {}
+        self.votes, self.decision = [], False
+        self.barrier = threading.Barrier(world_size, action=self.decide, timeout=PATIENCE_S)
 
-    async def meet(self, step, has_more):
-        async with self.changed:
-            self.arrived.append(has_more)
-            if len(self.arrived) == self.world_size:
-                self.decided[step], self.arrived = any(self.arrived), []
-                self.changed.notify_all()
-            await self.changed.wait_for(lambda: step in self.decided)
-            return self.decided[step]
+    def decide(self):
+        self.decision, self.votes = any(self.votes), []
+
+    def meet(self, has_more):
+        self.votes.append(has_more)
+        self.barrier.wait()
+        return self.decision
 
 
 class Workers:
     """Workers, a thread each: a call takes one rank's rows step by step and returns what it saw."""
 
-    def train(self, shard, coordinator, meeting, attempt, order, rank, world_size, num_steps):
+    def __init__(self):
+        self.meetings = {}
+
+    def train(self, shard, coordinator, name, attempt, order, rank, world_size, num_steps):
+        meeting = self.meetings.setdefault((name, attempt), Meeting(world_size))
         tables = []
 
         def keep(table):
@@ -157,7 +160,7 @@ class Workers:
         while more and len(steps) != num_steps:
             mine = rows.take(len(steps))
             steps.append([row.position for row in mine])
-            more = ray.get(meeting.meet.remote(len(steps) - 1, rows.has_more))
+            more = meeting.meet(rows.has_more)
         return steps, tables
 
 
@@ -182,7 +185,7 @@ class Run:
         self.bound = bound or ROWS_PER_STEP + 2 * world_size * GROUP_ROWS
         self.ledger = Ledger(self.num_rows)
         drop_fraction = settings.pop("max_drop_fraction", 0.0)
-        name = f"test-{time.monotonic_ns()}"
+        self.name = name = f"test-{time.monotonic_ns()}"
         self.coordinator = start_coordinator(name, self.bound, self.num_rows, drop_fraction)
         write_prompts(RunFolder(str(folder)), f"{name}.parquet", behaviours)
         self.spec = StreamSpec(
@@ -205,8 +208,7 @@ class Run:
         """Let the workers train, at most ``num_steps``; ``wait`` brings what they saw."""
         attempt = ray.get(self.coordinator.publish.remote(0, 0, self.ledger.to_dict()))
         shards = uneven_shares(build_stream(self.spec), self.world_size)
-        meeting = ray.remote(num_cpus=0)(Meeting).remote(self.world_size)
-        common = (self.coordinator, meeting, attempt, self.order)
+        common = (self.coordinator, self.name, attempt, self.order)
         self.calls = [
             workers.train.remote(shard, *common, rank, self.world_size, num_steps)
             for rank, shard in enumerate(shards)
