@@ -195,6 +195,9 @@ def serve_teacher(
                 coordinator,
                 config.evaluation.top_k,
                 config.stream.group_rows,
+                config.teacher.max_replicas * config.teacher.target_ongoing_requests,
+                config.teacher.request_timeout_s,
+                config.stream.max_attempts,
             )
         )
 

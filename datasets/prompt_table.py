@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from raystill.cluster.config import RunConfig
     from raystill.datasets.tokenise import PromptTokeniser
 
+MIN_ROW_GROUP = 1024  # rows; smaller ones make a long footer
 ROWS_PER_CHUNK = 100_000  # list offsets are 32 bits; a chunk stays far below
 
 
@@ -61,10 +62,11 @@ class PromptTables:
         )
 
     def write(self, folder: RunFolder, group_rows: int) -> None:
-        """Write both tables; a row group is a stream group, so that each can be read alone."""
+        """Write both tables; their row groups are whole stream groups, small enough to read alone."""
+        size = max(group_rows, MIN_ROW_GROUP // group_rows * group_rows)
         for name, table in ((TRAIN_PROMPTS, self.train), (HELD_OUT_PROMPTS, self.held_out)):
             assert table.schema.equals(PROMPT_SCHEMA), f"{name} has no keys yet: call with_keys"
-            folder.write_table(name, table, row_group_size=group_rows)
+            folder.write_table(name, table, row_group_size=size)
 
 
 def build_prompt_tables(

@@ -15,6 +15,7 @@ import pytest
 from raystill.cluster.config import RunConfig
 from raystill.cluster.problems import ConfigError
 from raystill.cluster.run_folder import TRAIN_PROMPTS, RunFolder
+from raystill.datasets import prompt_table
 from raystill.datasets.config import PromptsConfig
 from raystill.datasets.keys import answer_key, answer_keys
 from raystill.datasets.prompt_table import PromptTables, build_prompt_tables
@@ -303,7 +304,9 @@ def test_a_held_out_source_that_does_not_exist_is_refused(tmp_path: Path) -> Non
         tables(tmp_path, rows, held_out_rows=2)
 
 
-def test_tables_get_keys_and_are_written_in_groups(tmp_path: Path) -> None:
+def test_tables_get_keys_and_are_written_in_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = tables(tmp_path, [(f"{i}", "a") for i in range(10)], held_out_rows=3)
     keyed = made.with_keys("t", "bfloat16", None, {"temperature": 1.0})
     assert keyed.train.schema.equals(PROMPT_SCHEMA)
@@ -312,7 +315,8 @@ def test_tables_get_keys_and_are_written_in_groups(tmp_path: Path) -> None:
         "t", "bfloat16", None, {"temperature": 1.0}, ids
     )
     folder = RunFolder(str(tmp_path / "run"))
-    keyed.write(folder, group_rows=4)
+    monkeypatch.setattr(prompt_table, "MIN_ROW_GROUP", 6)
+    keyed.write(folder, group_rows=4)  # 6 rows are one whole group of 4: row groups of 4.
     assert folder.read_table(TRAIN_PROMPTS).equals(keyed.train)
     with folder.open_input(TRAIN_PROMPTS) as stream:
         assert pq.ParquetFile(stream).num_row_groups == 2

@@ -93,23 +93,12 @@ class StandIn:
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """A local Ray with the stand-in teacher deployed."""
+def cluster(ray_serve):
+    """The shared local Ray with the stand-in teacher deployed."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    environment = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", "OMP_NUM_THREADS": "1"}
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": environment},
-    )
-    serve.start(proxy_location="Disabled")
     deployment = serve.deployment(StandIn, ray_actor_options={"num_cpus": 0})
     serve.run(deployment.bind(0.05), name=APP, route_prefix=None)
     yield
-    serve.shutdown()
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
