@@ -62,7 +62,7 @@ class PromptTables:
         )
 
     def write(self, folder: RunFolder, group_rows: int) -> None:
-        """Write both tables; their row groups are whole stream groups, small enough to read alone."""
+        """Write both tables, in row groups that are whole stream groups and can be read alone."""
         size = max(group_rows, MIN_ROW_GROUP // group_rows * group_rows)
         for name, table in ((TRAIN_PROMPTS, self.train), (HELD_OUT_PROMPTS, self.held_out)):
             assert table.schema.equals(PROMPT_SCHEMA), f"{name} has no keys yet: call with_keys"
