@@ -367,7 +367,7 @@ def test_more_workers_than_the_cluster_can_have_are_refused_beside_other_problem
     for word in ("64 student workers of 1", "the cluster has 4 and cannot grow", "lower training"):
         assert word in room
     assert not Path("runs").exists()
-    assert took < 60  # Nearly all of it is the local cluster's start.
+    assert took < 120  # Nearly all of it is the local cluster's start: a quarter of a minute.
 
 
 @pytest.mark.ray

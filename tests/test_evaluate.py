@@ -347,8 +347,11 @@ def test_measuring_a_step_again_replaces_its_answers_and_a_resumption_discards_l
 ):
     folder, measurer = measured_run
     for step in (0, 4, 4):
-        measurer.measure(step, "during", "in training precision")
+        measurer.measure(step, "after", "in training precision")
     assert [line["step"] for line in read_lines(folder, "answers.jsonl")] == [0, 0, 4, 4]
+    measurer.measure(8, "during", "in training precision")  # Its own answers are not due then.
+    assert read_lines(folder, "answers.jsonl")[-1]["step"] == 4
+    assert "stop_rate" not in read_lines(folder, "evaluation.jsonl")[-1]
     measurer.discard_beyond(2)
     assert [line["step"] for line in read_lines(folder, "answers.jsonl")] == [0, 0]
     assert [line["step"] for line in read_lines(folder, "evaluation.jsonl")] == [0]

@@ -27,7 +27,7 @@ NUM_ROWS = 48
 ROWS_PER_STEP = 4
 NUM_STEPS = NUM_ROWS // ROWS_PER_STEP
 SECONDS_PER_GROUP = 0.8
-DEADLINE_S = 150.0
+DEADLINE_S = 200.0
 TIMES = {"time", "tokens_per_s", "teacher_wait_s", "student_s", "data_wait_s"}
 
 
