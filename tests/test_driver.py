@@ -4,8 +4,10 @@ What the check finds is proved function by function in ``test_check.py``; here e
 through ``driver.py`` once, and the sentences are read as a person would read them.
 """
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -347,9 +349,25 @@ def test_a_command_that_does_not_exist_shows_the_usage(
     assert "usage: driver.py" in capsys.readouterr().err
 
 
-def test_the_command_that_resumes_is_the_command_that_was_given() -> None:
-    words = ["run", "a.yaml", "--set", "seed=3", "--set", "training.rows_per_step=8"]
-    assert driver.resume_command(driver.parse(words)) == " ".join(["python driver.py", *words])
+def test_a_terminated_run_names_the_command_that_resumes_and_exits_with_143(
+    run_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raystill.cluster import job, report
+
+    def stopped(*_: object) -> job.Outcome:
+        with job.StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return job.Outcome(snapshot={}, stopped_by=signals.received, step=7)
+
+    monkeypatch.setattr(job, "connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(job, "check_on_cluster", lambda _: [])
+    monkeypatch.setattr(job, "distil", stopped)
+    monkeypatch.setattr(report, "write_summary", lambda *_: {})
+    assert driver.main(["run", run_file, "--set", "training.rows_per_step=2"]) == 143
+    assert capsys.readouterr().out.endswith(
+        "Stopped after step 7; resume with:\n"
+        "  python driver.py run sound.yaml --set training.rows_per_step=2\n"
+    )
 
 
 @pytest.mark.ray

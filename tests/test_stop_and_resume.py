@@ -5,7 +5,6 @@ answer; prompts, stream, workers and checkpoints are the real ones. Signals go t
 """
 
 import contextlib
-import json
 import signal
 import subprocess
 import sys
@@ -95,26 +94,33 @@ def wait_for(process: subprocess.Popen[str], what: str, reached: Callable[[], bo
         time.sleep(0.05)
 
 
-@dataclass(frozen=True)
-class Stopped:
-    """One start of the run that a signal ended: its status, its words, the steps it got to."""
+def children_of(pid: int) -> set[int]:
+    """All living descendants of a process."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int(status_of(int(folder.name))[1])
+    found: set[int] = set()
+    front = {pid}
+    while front:
+        front = {child for child, parent in parents.items() if parent in front} - found
+        found |= front
+    return found
 
-    returncode: int
-    stdout: str
-    stderr: str
-    step: int
-    status: str
+
+def alive(pids: set[int]) -> set[int]:
+    """Those of the processes that still run."""
+    left = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if status_of(pid)[0] != "Z":
+                left.add(pid)
+    return left
 
 
-def run_until(run_file: Path, step: int, number: signal.Signals) -> Stopped:
-    """Start the driver, send it a signal once ``step`` has a line of metrics, wait for its end."""
-    files = RunFiles(run_file.parent / "run")
-    with started(run_file) as process:
-        wait_for(process, f"step {step}", lambda: files.steps()[-1:] >= [step])
-        process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=DEADLINE_S)
-    status = files.json("summary.json")["status"]
-    return Stopped(process.returncode, stdout, stderr, files.steps()[-1], status)
+def status_of(pid: int) -> list[str]:
+    """State, parent and so on of a process; OSError where there is none."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 @pytest.fixture(scope="module")
@@ -123,30 +129,82 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass(frozen=True)
+class Stopped:
+    """One start of the run that a signal ended: its status, its words, the steps it got to."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    steps: list[int]
+
+
+@dataclass(frozen=True)
+class Aborted(Stopped):
+    """... that a second signal ended at once."""
+
+    seconds: float
+    left_behind: set[int]
+    registered_step: int
+
+
+@dataclass(frozen=True)
 class Disturbed:
     """A run that took three starts of the same command."""
 
     files: RunFiles
     run_file: Path
-    interrupted: Stopped
-    terminated: Stopped
+    stopped: Stopped
+    status_when_stopped: str
+    aborted: Aborted
     last: subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
 def disturbed(place: Path) -> Disturbed:
     run_file = write_run_file(place / "disturbed")
-    interrupted = run_until(run_file, 2, signal.SIGINT)
-    terminated = run_until(run_file, interrupted.step + 2, signal.SIGTERM)
-    last = drive("run", run_file, cwd=ROOT)
-    return Disturbed(RunFiles(place / "disturbed" / "run"), run_file, interrupted, terminated, last)
+    files = RunFiles(place / "disturbed" / "run")
+    stopped = stop(run_file, files, after_step=2)
+    status = files.json("summary.json")["status"]
+    aborted = abort(run_file, files, after_step=stopped.steps[-1] + 3)
+    return Disturbed(files, run_file, stopped, status, aborted, drive("run", run_file))
+
+
+def stop(run_file: Path, files: RunFiles, after_step: int) -> Stopped:
+    """Start the driver, interrupt it once a step has a line of metrics, and let it end."""
+    with started(run_file) as process:
+        wait_for(process, f"step {after_step}", lambda: files.steps()[-1:] >= [after_step])
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=DEADLINE_S)
+    return Stopped(process.returncode, stdout, stderr, files.steps())
+
+
+def abort(run_file: Path, files: RunFiles, after_step: int) -> Aborted:
+    """The same with two signals in a row; waits for what the driver had started to end too."""
+    with started(run_file) as process:
+        wait_for(process, f"step {after_step}", lambda: files.steps()[-1:] >= [after_step])
+        family = children_of(process.pid)
+        start = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=DEADLINE_S)
+        seconds = time.monotonic() - start
+        deadline = time.monotonic() + 30
+        while alive(family) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        stdout, stderr = process.communicate()
+    manager = files.json("checkpoints/checkpoint_manager_snapshot.json")
+    name = manager["latest_checkpoint_result"]["checkpoint_dir_name"]
+    step = int(name.removeprefix("step-"))
+    code, left = process.returncode, alive(family)
+    return Aborted(code, stdout, stderr, files.steps(), seconds, left, step)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> RunFiles:
     """The same run at its own pace, at once."""
     run_file = write_run_file(place / "undisturbed")
-    result = drive("run", run_file, "--set", "teacher.synthetic.delay_s=0", cwd=ROOT)
+    result = drive("run", run_file, "--set", "teacher.synthetic.delay_s=0")
     assert result.returncode == 0, result.stderr
     return RunFiles(place / "undisturbed" / "run")
 
@@ -154,39 +212,48 @@ def undisturbed(place: Path) -> RunFiles:
 def test_a_stopped_run_says_how_to_resume_and_exits_as_the_signal_asks(
     disturbed: Disturbed,
 ) -> None:
-    for stopped, number in (
-        (disturbed.interrupted, signal.SIGINT),
-        (disturbed.terminated, signal.SIGTERM),
-    ):
-        assert stopped.returncode == 128 + number
-        assert "stopping: finishing the step, then a checkpoint" in stopped.stdout
-        assert f"Stopped after step {stopped.step}; resume with:" in stopped.stdout
-        assert f"  python driver.py run {disturbed.run_file}\n" in stopped.stdout
-        assert stopped.stderr == ""
-        assert stopped.status == "stopped"
-    assert 2 <= disturbed.interrupted.step < disturbed.terminated.step < NUM_STEPS
+    stopped = disturbed.stopped
+    assert stopped.returncode == 128 + signal.SIGINT
+    assert "stopping: finishing the step, then a checkpoint" in stopped.stdout
+    assert f"Stopped after step {stopped.steps[-1]}; resume with:" in stopped.stdout
+    assert f"  python driver.py run {disturbed.run_file}\n" in stopped.stdout
+    assert stopped.stderr == ""
+    assert disturbed.status_when_stopped == "stopped"
+    assert stopped.steps[-1] < NUM_STEPS // 2
+
+
+def test_a_second_signal_ends_the_driver_at_once_with_all_it_started(disturbed: Disturbed) -> None:
+    aborted = disturbed.aborted
+    assert aborted.returncode == 128 + signal.SIGTERM
+    assert aborted.seconds < 5
+    assert aborted.left_behind == set()
+    assert "Traceback" not in aborted.stderr
 
 
 def test_the_same_command_goes_on_to_the_end(disturbed: Disturbed) -> None:
     assert disturbed.last.returncode == 0, disturbed.last.stderr
-    summary = disturbed.files.json("summary.json")
-    assert summary["status"] == "completed"
-    assert summary["restarts"] == 2
+    assert disturbed.files.json("summary.json")["status"] == "completed"
     assert "] measuring the student before training" not in disturbed.last.stdout
 
 
-def test_every_row_was_trained_once_over_the_three_starts(disturbed: Disturbed) -> None:
+def test_an_orderly_stop_loses_no_step_and_an_abort_those_after_its_checkpoint(
+    disturbed: Disturbed,
+) -> None:
+    steps, registered = disturbed.aborted.steps, disturbed.aborted.registered_step
+    assert disturbed.stopped.steps[-1] <= registered < steps[-1]
+    lost = [line["step"] for line in disturbed.files.lines("metrics.discarded.jsonl")]
+    assert lost == [step for step in steps if step > registered]
+
+
+def test_every_row_was_trained_once_by_the_weights_that_were_kept(disturbed: Disturbed) -> None:
     files = disturbed.files
     assert files.steps() == list(range(1, NUM_STEPS + 1))
     assert sum(line["rows"] for line in files.lines("metrics.jsonl")) == NUM_ROWS
-    assert not (files.folder / "metrics.discarded.jsonl").exists()  # Orderly stops lose no step.
     ledger = files.json(f"checkpoints/step-{NUM_STEPS:08d}/ledger.json")
     assert (ledger["num_rows"], ledger["num_trained"]) == (NUM_ROWS, NUM_ROWS)
     summary = files.json("summary.json")
     assert summary["rows_trained"] == NUM_ROWS
-    assert summary["evaluation_rows_asked"] == 4  # They were kept.
-    # Without a store, rows that were on their way at a stop are asked for again.
-    assert NUM_ROWS <= summary["rows_asked"] <= NUM_ROWS + 2 * summary["max_rows_ahead_seen"]
+    assert summary["evaluation_rows_asked"] == 4  # Their answers were kept.
 
 
 def test_no_trace_of_the_stops_is_left_in_figures_or_weights(
@@ -205,103 +272,24 @@ def test_no_trace_of_the_stops_is_left_in_figures_or_weights(
     assert mine == other
 
 
-# Two workers, and the harder stop
-
-
-def children_of(pid: int) -> set[int]:
-    """All living descendants of a process."""
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                parents[int(folder.name)] = int(parent)
-    found, front = set(), {pid}
-    while front:
-        front = {child for child, parent in parents.items() if parent in front} - found
-        found |= front
-    return found
-
-
-def alive(pids: set[int]) -> set[int]:
-    """Those of the processes that still run."""
-    return {pid for pid in pids if Path(f"/proc/{pid}").exists() and not is_zombie(pid)}
-
-
-def is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-@dataclass(frozen=True)
-class Aborted:
-    """A run of 161 rows on two workers, ended by a second signal, and begun again."""
-
-    files: RunFiles
-    returncode: int
-    seconds: float
-    left_behind: set[int]
-    steps: list[int]
-    registered: int
-    last: subprocess.CompletedProcess[str]
-
-
-@pytest.fixture(scope="module")
-def aborted(place: Path) -> Aborted:
+def test_all_of_161_rows_are_trained_on_two_workers(place: Path) -> None:
     run_file = write_run_file(
-        place / "aborted",
+        place / "two_workers",
         teacher={"target_ongoing_requests": 2},
         prompts={"limit": 161},
         stream={"group_rows": 8},
-        training={"rows_per_step": 16, "num_workers": 2, "checkpoint_every_steps": 2},
+        training={"rows_per_step": 16, "num_workers": 2},
         evaluation={"held_out_rows": 0},
     )
-    files = RunFiles(place / "aborted" / "run")
-    with started(run_file) as process:
-        snapshot = files.folder / "checkpoints" / "checkpoint_manager_snapshot.json"
-        wait_for(process, "a checkpoint", lambda: snapshot.exists() and len(files.steps()) > 3)
-        family = children_of(process.pid)
-        start = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=DEADLINE_S)
-        seconds = time.monotonic() - start
-    deadline = time.monotonic() + 30
-    while alive(family) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    steps = files.steps()
-    registered = json.loads(snapshot.read_text())["latest_checkpoint_result"]
-    step = int(registered["checkpoint_dir_name"].removeprefix("step-"))
-    last = drive("run", run_file)
-    return Aborted(files, process.returncode, seconds, alive(family), steps, step, last)
-
-
-def test_a_second_signal_ends_the_driver_at_once_with_all_it_started(aborted: Aborted) -> None:
-    assert aborted.returncode == 128 + signal.SIGINT
-    assert aborted.seconds < 5
-    assert aborted.left_behind == set()
-
-
-def test_steps_beyond_the_checkpoint_are_trained_again_and_their_records_kept_apart(
-    aborted: Aborted,
-) -> None:
-    assert aborted.last.returncode == 0, aborted.last.stderr
-    assert 0 < aborted.registered < aborted.steps[-1]
-    discarded = [line["step"] for line in aborted.files.lines("metrics.discarded.jsonl")]
-    assert discarded == [step for step in aborted.steps if step > aborted.registered]
-
-
-def test_all_of_161_rows_are_trained_on_two_workers(aborted: Aborted) -> None:
-    files = aborted.files
+    result = drive("run", run_file, "--set", "teacher.synthetic.delay_s=0")
+    assert result.returncode == 0, result.stderr
+    files = RunFiles(place / "two_workers" / "run")
     assert files.steps() == list(range(1, 12))
-    rows = [line["rows"] for line in files.lines("metrics.jsonl")]
-    assert rows == [16] * 10 + [1]
+    assert [line["rows"] for line in files.lines("metrics.jsonl")] == [16] * 10 + [1]
     ledger = files.json("checkpoints/step-00000011/ledger.json")
     assert (ledger["num_rows"], ledger["num_trained"]) == (161, 161)
     assert files.json("checkpoints/step-00000011/state.json")["world_size"] == 2
-    assert files.json("summary.json")["rows_trained"] == 161
-    assert files.lines("evaluation.jsonl") == []
+    summary = files.json("summary.json")
+    assert (summary["rows_asked"], summary["rows_trained"]) == (161, 161)
+    assert files.lines("evaluation.jsonl") == []  # Nothing was held out.
     assert (files.folder / "student" / "model.safetensors").exists()
