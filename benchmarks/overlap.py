@@ -1,6 +1,6 @@
 """How much of the slower side's speed the whole keeps: teacher alone, student alone, both.
 
-    python -m benchmarks.overlap [--rows 320] [--output benchmarks/results/overlap.json]
+    python -m benchmarks.overlap [--rows 240] [--output benchmarks/results/overlap.json]
 
 One run measures, with the same core lists, batches, rows and lengths:
 
@@ -8,6 +8,9 @@ One run measures, with the same core lists, batches, rows and lengths:
 2. the student alone, at several depths, on the rows that came out of 1, held in memory;
 3. the whole, as ``driver.py run`` does it, at the depths whose alone speed comes nearest to twice,
    once and half the teacher's; with it the driver's peak memory.
+
+On two cores no student of this width is twice as fast as the teacher with all its slots, so the
+case 1 : 2 gives the engine four slots (``teacher.max_num_seqs``) and measures it alone again.
 
 Steady state: of 1 and 3 the rows between the filling of the pipeline and the moment the teacher
 has nothing left to start. overlap = whole / min(teacher alone, student alone), in rows/s.
@@ -28,9 +31,13 @@ from benchmarks.parts import (
 from benchmarks.results import machine, write_result
 
 RUN_FILE = "configs/quickstart.yaml"
-DEPTHS = (1, 10, 20, 30)
-MEMORY_ROWS = 240
-RATIOS = {"teacher : student = 1 : 2": 2.0, "1 : 1": 1.0, "2 : 1": 0.5}
+DEPTHS = (1, 12, 30)
+FEW_SLOTS = ["teacher.max_num_seqs=4", "teacher.target_ongoing_requests=2"]
+CASES: dict[str, tuple[float, list[str]]] = {
+    "teacher : student = 2 : 1": (0.5, []),
+    "teacher : student = 1 : 1": (1.0, []),
+    "teacher : student = 1 : 2": (2.0, FEW_SLOTS),
+}
 
 
 def nearest_depth(speeds: dict[int, float], wanted: float) -> int:
@@ -63,7 +70,7 @@ def settings(arguments: argparse.Namespace, layers: list[int]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=320, help="prompts of each part")
+    parser.add_argument("--rows", type=int, default=240, help="prompts of each part")
     parser.add_argument("--max-tokens", type=int, default=32, help="longest answer")
     parser.add_argument("--teacher-layers", type=int, default=30)
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C")
@@ -76,31 +83,32 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="raystill-bench-") as scratch:
         rows = str(Path(scratch) / "rows.parquet")
-        teacher = measure_teacher_alone(RUN_FILE, overrides(1), rows)
-        print(f"teacher alone        {teacher}", flush=True)
+        teachers = {"all slots": measure_teacher_alone(RUN_FILE, overrides(1), rows)}
+        print(f"teacher alone              {teachers['all slots']}", flush=True)
         alone: dict[int, Side] = {}
         for depth in DEPTHS:
             alone[depth] = measure_student_alone(RUN_FILE, overrides(depth), rows)
-            print(f"student alone, {depth:>2} layers  {alone[depth]}", flush=True)
-        cases = [
-            measure_case(name, ratio, teacher, alone, overrides, rows, scratch)
-            for name, ratio in RATIOS.items()
-        ]
-        memory = {
-            k: run_whole(
-                RUN_FILE,
-                [*overrides(1), f"signal.top_k={k}", f"prompts.limit={MEMORY_ROWS}"],
-                f"{scratch}/memory-{k}",
-            ).driver_peak_mb
-            for k in (8, 64)
-        }
+            print(f"student alone, {depth:>2} layers   {alone[depth]}", flush=True)
+        cases = []
+        for name, (ratio, slots) in CASES.items():
+            if slots and "few slots" not in teachers:
+                few = measure_teacher_alone(RUN_FILE, [*overrides(1), *slots], rows)
+                teachers["few slots"] = few
+                print(f"teacher alone, four slots  {few}", flush=True)
+            teacher = teachers["few slots" if slots else "all slots"]
+            speeds = {depth: side.rows_per_s for depth, side in alone.items()}
+            depth = nearest_depth(speeds, ratio * teacher.rows_per_s)
+            case = measure_case(name, depth, teacher, [*overrides(depth), *slots], rows, scratch)
+            cases.append(case)
+        narrow = run_whole(RUN_FILE, [*overrides(1), "signal.top_k=8"], f"{scratch}/narrow")
+    memory = {8: narrow.driver_peak_mb, 64: max(case["driver_peak_mb"] for case in cases)}
     print(f"driver's peak memory: {memory[8]:.0f} MB at K = 8, {memory[64]:.0f} MB at K = 64")
     worst = min(case["overlap"] for case in cases)
     print(f"worst overlap: {worst:.2f}")
     result = {
         "machine": machine(),
-        "settings": {"run_file": RUN_FILE, "overrides": overrides(1), "rows": arguments.rows},
-        "teacher_alone": teacher.figures(),
+        "settings": {"run_file": RUN_FILE, "overrides": overrides(1), "few_slots": FEW_SLOTS},
+        "teacher_alone": {name: side.figures() for name, side in teachers.items()},
         "student_alone": {depth: side.figures() for depth, side in alone.items()},
         "cases": cases,
         "driver_peak_mb": memory,
@@ -110,19 +118,11 @@ def main() -> None:
 
 
 def measure_case(
-    name: str,
-    ratio: float,
-    teacher: Side,
-    alone: dict[int, Side],
-    overrides: Any,
-    rows: str,
-    scratch: str,
+    name: str, depth: int, teacher: Side, overrides: list[str], rows: str, scratch: str
 ) -> dict[str, Any]:
-    """One ratio: the student of the right depth alone again, then the whole."""
-    speeds = {depth: side.rows_per_s for depth, side in alone.items()}
-    depth = nearest_depth(speeds, ratio * teacher.rows_per_s)
-    student = measure_student_alone(RUN_FILE, overrides(depth), rows)
-    whole = run_whole(RUN_FILE, overrides(depth), f"{scratch}/whole-{depth}")
+    """One ratio: the student of this depth alone, then the whole."""
+    student = measure_student_alone(RUN_FILE, overrides, rows)
+    whole = run_whole(RUN_FILE, overrides, f"{scratch}/whole-{depth}")
     overlap = whole.side.rows_per_s / min(teacher.rows_per_s, student.rows_per_s)
     print(
         f"{name} (student of {depth} layers, {student.rows_per_s / teacher.rows_per_s:.2f} times "
