@@ -39,7 +39,7 @@ demo: setup      ## the whole job on this machine: real teacher, real student, c
 	$(QUIET) $(BIN)/python driver.py run configs/quickstart.yaml
 
 test: setup      ## every test, real vLLM included
-	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest tests
+	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=12 tests
 
 fast: setup      ## the tests that need neither Ray nor vLLM
 	$(QUIET) $(BIN)/python -m pytest -q -m "not ray and not vllm" tests

