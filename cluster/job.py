@@ -188,7 +188,7 @@ def serve_teacher(
     """Deploy the teacher, wait for its first replica, have the held-out prompts answered."""
     coordinator.phase.remote(LOADING)
     deploy.deploy_teacher(config, prepared.teacher_folder, coordinator, folder.logs)
-    deploy.wait_for_teacher(config.teacher.startup_timeout_s, lambda _s: None)
+    deploy.wait_for_teacher(config.teacher.startup_timeout_s)
     if prepared.num_held_out_rows:
         coordinator.phase.remote(ASKING)
         ray.get(
