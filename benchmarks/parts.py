@@ -14,9 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from raystill.cluster.placement import CPU_STUDENT_ENVIRONMENT
+
 POLL_S = 0.2
 WARM_UP_STEPS = 1
-STUDENT_STEPS = 6
+STUDENT_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Side:
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds
+
+    def __add__(self, other: "Side") -> "Side":
+        return Side(
+            self.rows + other.rows, self.seconds + other.seconds, self.tokens + other.tokens
+        )
 
     def figures(self) -> dict[str, float]:
         """As stored in a result."""
@@ -84,8 +91,9 @@ def run_whole(run_file: str, overrides: list[str], folder: str) -> Whole:
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     per_step = config.training.rows_per_step
     filled = math.ceil(config.rows_ahead / per_step)
-    steady = lines[filled : len(lines) - filled]
-    seconds = steady[-1]["time"] - lines[filled - 1]["time"]
+    window = whole_flights(len(lines) - filled, filled, config.rows_in_flight // per_step)
+    steady = lines[window]
+    seconds = steady[-1]["time"] - lines[window.start - 1]["time"]
     side = Side(
         rows=sum(line["rows"] for line in steady),
         tokens=sum(line["tokens"] for line in steady),
@@ -93,6 +101,17 @@ def run_whole(run_file: str, overrides: list[str], folder: str) -> Whole:
     )
     waited = sum(line["data_wait_s"] for line in steady)
     return Whole(side, waited / seconds, peak_kb / 1024)
+
+
+def whole_flights(end: int, start: int, flight: int) -> slice:
+    """The longest window from ``start`` to ``end`` at most of a whole number of flights.
+
+    Rows asked for at once are answered at once, so rows come in bursts of one flight; a window that
+    cuts one in two counts rows without their time, or time without its rows.
+    """
+    if end - start < flight:
+        raise SystemExit(f"{end - start} parts are no whole flight of {flight}; ask for more rows")
+    return slice(start, start + (end - start) // flight * flight)
 
 
 def _peak_kb(pid: int) -> int:
@@ -106,7 +125,10 @@ def _peak_kb(pid: int) -> int:
 def _child(part: str, run_file: str, overrides: list[str], rows_path: str) -> dict[str, Any]:
     """Run one part in a process of its own; its last line of output is the result."""
     command = [sys.executable, "-m", "benchmarks.parts", part, run_file, rows_path, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = CPU_STUDENT_ENVIRONMENT if part == "student" else {}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}
+    )
     if done.returncode != 0:
         raise SystemExit(f"{part} alone failed:\n{done.stdout}\n{done.stderr}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -172,12 +194,13 @@ def _take_everything(spec: Any, coordinator: Any, rows_path: str) -> dict[str, A
         arrivals.append((time.perf_counter(), len(table), tokens))
         tables.append(table)
     pq.write_table(pa.concat_tables(tables), rows_path)
-    edge = math.ceil(spec.max_rows_ahead / spec.stream.group_rows)
-    steady = arrivals[edge : len(arrivals) - edge]
+    flight = spec.groups_in_flight
+    window = whole_flights(len(arrivals) // flight * flight, flight, flight)
+    steady = arrivals[window]
     return {
         "rows": sum(rows for _, rows, _ in steady),
         "tokens": sum(tokens for _, _, tokens in steady),
-        "seconds": steady[-1][0] - arrivals[edge - 1][0],
+        "seconds": steady[-1][0] - arrivals[window.start - 1][0],
     }
 
 

@@ -77,10 +77,20 @@ class RunConfig(ConfigModel):
 
     @property
     def rows_ahead(self) -> int:
-        """``stream.max_rows_ahead``, or its default: the bound below plus one group a request."""
+        """``stream.max_rows_ahead``, or its default: the advised bound and a second full flight.
+
+        Answers asked at once come back at once. While the student eats such a burst its rows still
+        count as ahead, and the next one must be under way at full width all the same.
+        """
         if self.stream.max_rows_ahead is not None:
             return self.stream.max_rows_ahead
-        return max(self.min_rows_ahead, self.advised_rows_ahead)
+        return max(self.min_rows_ahead, self.advised_rows_ahead + self.rows_in_flight)
+
+    @property
+    def rows_in_flight(self) -> int:
+        """Rows that the largest pool of replicas answers at once."""
+        t = self.teacher
+        return t.max_replicas * t.target_ongoing_requests * self.stream.group_rows
 
     @property
     def min_rows_ahead(self) -> int:
@@ -90,10 +100,8 @@ class RunConfig(ConfigModel):
 
     @property
     def advised_rows_ahead(self) -> int:
-        """The bound at which every replica has its groups and a step waits beside them."""
-        t, s = self.teacher, self.stream
-        in_flight = t.max_replicas * t.target_ongoing_requests * s.group_rows
-        return in_flight + 2 * self.training.rows_per_step
+        """The bound at which every replica has its groups and two steps wait beside them."""
+        return self.rows_in_flight + 2 * self.training.rows_per_step
 
     def section_seeds(self) -> dict[str, Any]:
         """Seeds of the parts, derived from the root; written into the manifest."""

@@ -59,8 +59,8 @@ class StreamConfig(ConfigModel):
     )
     max_rows_ahead: PositiveInt | None = operational(
         None,
-        description="Most rows asked for and not yet taken by a worker; default: the smallest "
-        "bound at which teacher and student both stay busy.",
+        description="Most rows asked for and not yet taken by a worker; default: twice "
+        "what all replicas answer at once, and two steps.",
     )
     order: Literal["fixed", "arrival"] = identity(
         "fixed",

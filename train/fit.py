@@ -15,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raystill.cluster.config import RunConfig
-from raystill.cluster.placement import student_resources
+from raystill.cluster.placement import CPU_STUDENT_ENVIRONMENT, student_resources
 from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import CHECKPOINTS, RunFolder
 from raystill.datasets.stream import StreamSpec, UnevenShares, build_stream
@@ -57,6 +57,7 @@ def fit(
             storage_path=folder.path,
             checkpoint_config=CheckpointConfig(num_to_keep=config.training.num_checkpoints_to_keep),
             failure_config=FailureConfig(max_failures=0),
+            worker_runtime_env={"env_vars": {} if "GPU" in resources else CPU_STUDENT_ENVIRONMENT},
         ),
         datasets={"train": partial(build_stream, spec)},
         dataset_config=UnevenShares(),
