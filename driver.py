@@ -8,6 +8,7 @@ reports; no row ever passes through it.
     python driver.py run configs/quickstart.yaml --set training.learning_rate=1e-4
     python driver.py check configs/quickstart.yaml
     python driver.py report runs/quickstart
+    python driver.py store list runs/teacher_store
 """
 
 import argparse
@@ -32,12 +33,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     from raystill.cluster import job, report
 
-    if job.is_finished(folder):
+    if job.is_finished(folder, config.training.epochs):
         print(f"This run is finished; its report, from {folder.path}:")
         report.print_report(folder)
         return 0
     print(prepared.describe())
     prepared.fetch_models()
+    print(prepared.describe_stored())
     with job.connected(config, folder):
         if problems := job.check_on_cluster(config):
             return refuse(problems)
@@ -74,6 +76,13 @@ def print_report(arguments: argparse.Namespace) -> int:
 
     report.print_report(RunFolder(arguments.run_folder))
     return 0
+
+
+def store(arguments: argparse.Namespace) -> int:
+    """List, verify, compact or prune a teacher store. Runs may read and write it meanwhile."""
+    from raystill.cluster.store_command import store_command
+
+    return store_command(arguments.action, arguments.path, arguments.teacher, arguments.dry_run)
 
 
 def fields(_: argparse.Namespace) -> int:
@@ -121,6 +130,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command = commands.add_parser("report", help="print a run's closing table again")
     command.add_argument("run_folder", metavar="RUN_FOLDER", help="e.g. runs/quickstart")
     command.set_defaults(function=print_report)
+    command = commands.add_parser(
+        "store", help="list, verify, compact or prune a teacher store", description=store.__doc__
+    )
+    command.add_argument(
+        "action",
+        choices=("list", "verify", "compact", "prune"),
+        help="list: teachers, signals, sizes; verify: read all, exit 1 on damage; compact: merge "
+        "small segments, leave duplicates out; prune: remove what is damaged",
+    )
+    command.add_argument("path", metavar="STORE", help="e.g. runs/teacher_store, or a URI")
+    command.add_argument(
+        "--teacher", metavar="IDENTITY", help="prune: also all of this teacher (first digits)"
+    )
+    command.add_argument("--dry-run", action="store_true", help="prune: only say what would go")
+    command.set_defaults(function=store)
     command = commands.add_parser("fields", help="list every setting of a run file")
     command.set_defaults(function=fields)
     return parser.parse_args(argv)

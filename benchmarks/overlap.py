@@ -105,7 +105,7 @@ def main() -> None:
         cases = []
         for name, (ratio, slots) in CASES.items():
             if slots and "few slots" not in teachers:
-                few = measure_teacher_alone(RUN_FILE, [*overrides(1), *slots], rows)
+                few = measure_teacher_alone(RUN_FILE, [*overrides(1), *slots], f"{rows}.few")
                 teachers["few slots"] = few
                 print(f"teacher alone, four slots  {few}", flush=True)
             teacher = teachers["few slots" if slots else "all slots"]

@@ -76,6 +76,7 @@ def measure_student_alone(run_file: str, overrides: list[str], rows_path: str) -
 def run_whole(run_file: str, overrides: list[str], folder: str) -> Whole:
     """``driver.py run`` with the overrides; figures from its metrics and its process."""
     command = [sys.executable, "driver.py", "run", run_file, "--set", f"output.path={folder}"]
+    command += ["--set", f"store.path={folder}-store"]  # Nothing is reused from another part.
     for override in overrides:
         command += ["--set", override]
     log = Path(f"{folder}.log")
@@ -148,10 +149,12 @@ def teacher_part(run_file: str, rows_path: str, overrides: list[str]) -> dict[st
     from raystill.cluster.check import check_run_file
     from raystill.cluster.coordinator import start_coordinator
     from raystill.cluster.run_folder import RunFolder
+    from raystill.datasets.stored_answers import Paying
     from raystill.datasets.stream import StreamSpec
     from raystill.serve import deploy
 
-    checked = check_run_file(run_file, [*overrides, f"output.path={rows_path}.teacher"])
+    written = [f"output.path={rows_path}.teacher", f"store.path={rows_path}.store"]
+    checked = check_run_file(run_file, [*overrides, *written])
     config, prepared = checked.config, checked.prepared
     if checked.problems or config is None or prepared is None:
         raise SystemExit("\n".join(map(str, checked.problems)))
@@ -167,6 +170,8 @@ def teacher_part(run_file: str, rows_path: str, overrides: list[str]) -> dict[st
         prepared.num_train_rows,
         coordinator,
         deploy.APP_NAME,
+        prepared.store_path,
+        Paying("benchmark", "training", prepared.teacher_identity, config.teacher.model),
     )
     take = ray.remote(num_cpus=0)(_take_everything)
     result = ray.get(take.remote(spec, coordinator, rows_path))

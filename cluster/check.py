@@ -14,13 +14,18 @@ from raystill.cluster.check_models import (
     kept_layers,
     tokenizer_notices,
 )
-from raystill.cluster.check_output import check_output, check_same_prompts, check_space
+from raystill.cluster.check_output import (
+    check_output,
+    check_same_prompts,
+    check_space,
+    check_store,
+)
 from raystill.cluster.config import RunConfig
 from raystill.cluster.find_model import ModelFolder, find_model
 from raystill.cluster.load import load_leniently
 from raystill.cluster.prepared import Prepared as Prepared
 from raystill.cluster.problems import ConfigError, Problem
-from raystill.cluster.run_folder import RunFolder, resolve_output
+from raystill.cluster.run_folder import RunFolder, resolve_output, resolve_store
 from raystill.datasets.prompt_table import PromptTables, build_prompt_tables
 from raystill.datasets.read_prompts import read_prompts
 from raystill.datasets.tokenise import PromptTokeniser
@@ -87,6 +92,7 @@ class StaticCheck:
         self.refused = refused
         self.problems: list[Problem] = []
         self.notices: list[str] = []
+        self.store_path = ""
 
     def run(self) -> Prepared | None:
         """Every step; None where there is no teacher or no prompts to go on with."""
@@ -103,7 +109,7 @@ class StaticCheck:
             self.problems += check_space(self.output, space)
             if not self.refused:
                 self.problems += check_same_prompts(self.output, tables.train)
-        return Prepared(self.config, tables, teacher, student, space, self.notices)
+        return Prepared(self.config, tables, teacher, student, self.store_path, space, self.notices)
 
     def known(self, *names: str) -> bool:
         """Whether all these settings, and what is in them, are the writer's."""
@@ -120,6 +126,12 @@ class StaticCheck:
         problems, notices = check_output(self.config, self.output, compare=not self.refused)
         self.problems += problems
         self.notices += notices
+        if self.known("store") and (self.config.store.path is not None or not problems):
+            try:
+                self.store_path = resolve_store(self.config, self.output)
+                self.problems += check_store(self.store_path)
+            except ConfigError as error:
+                self.problems += error.problems
 
     def look_at_models(self) -> tuple[ModelFolder | None, ModelFolder | None]:
         """Teacher and student (the teacher again with ``init: from_teacher``), and their fit."""
@@ -179,12 +191,6 @@ class StaticCheck:
 
 def check_not_yet(config: RunConfig) -> Iterator[Problem]:
     """What the configuration can say and this version cannot do."""
-    if config.training.epochs > 1:
-        yield Problem(
-            "training.epochs",
-            f"is {config.training.epochs}, but further epochs need the teacher store, which is not "
-            "in this version (each would ask the teacher again); set training.epochs: 1",
-        )
     if config.training.strategy != "ddp":
         yield Problem(
             "training.strategy",

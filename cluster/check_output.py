@@ -26,7 +26,7 @@ def check_output(
     ``compare``: whether ``config`` is whole, so that it can be held against an earlier run's.
     """
     if folder.is_local:
-        problem = why_not_writable(Path(folder.path))
+        problem = why_not_writable(Path(folder.path), "output.path")
         if problem is not None:
             return [Problem("output.path", problem)], []
         return check_earlier_run(config, folder) if compare else [], []
@@ -43,7 +43,13 @@ def check_output(
     return outcome[0], []
 
 
-def why_not_writable(path: Path) -> str | None:
+def check_store(path: str) -> list[Problem]:
+    """Can the teacher store be written? One on an object store is tried when it is first used."""
+    problem = why_not_writable(Path(path), "store.path") if "://" not in path else None
+    return [Problem("store.path", problem)] if problem is not None else []
+
+
+def why_not_writable(path: Path, setting: str) -> str | None:
     """Why the folder cannot be made or written, or None."""
     existing = path
     while not os.path.lexists(existing):
@@ -56,7 +62,7 @@ def why_not_writable(path: Path) -> str | None:
     except OSError as error:
         return (
             f"{path} cannot be written: {existing}: {error.strerror}; make it writable or set "
-            "output.path to another folder"
+            f"{setting} to another folder"
         )
 
 
@@ -75,6 +81,12 @@ def check_earlier_run(config: RunConfig, folder: RunFolder) -> list[Problem]:
         message = f"{folder.path}/{CONFIG} cannot be read by this version; set another output.path"
         return [Problem("output.path", message)]
     differences = compare_identity(earlier, config)
+    was, now = earlier.training.epochs, config.training.epochs
+    if now < was or (now > was and config.training.schedule != "constant"):
+        differences.append(
+            f"training.epochs was {was}, is {now}: they may only grow, and with training.schedule: "
+            "constant, since the others end with the epochs"
+        )
     if not differences:
         return []
     listed = "; ".join(differences)

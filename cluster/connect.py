@@ -28,7 +28,7 @@ QUIET = {
 # On a cluster of this machine alone Ray's polling takes a third of a core from teacher and student:
 # Serve's controller looks ten times a second, and nothing will preempt the one node.
 QUIET_LOCALLY = {
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1.0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 NOT_SHIPPED = [".git", ".venv", "models", "runs", "build", "tests", "docs", "benchmarks/results"]
@@ -130,6 +130,8 @@ def _start_local(ray: Any, cluster: ClusterConfig) -> None:
         _node_ip_address="127.0.0.1",
         log_to_driver=False,
     )
+    # It only carries workers' output to the driver, which does not want it.
+    ray._private.worker._global_node.kill_log_monitor()
 
 
 def local_cpus() -> int:

@@ -11,6 +11,7 @@ the worker group: ``publish`` starts it, and calls that name an older one change
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from raystill.cluster.problems import RunError
@@ -30,6 +31,9 @@ class Coordinator:
         self._max_drop_fraction = max_drop_fraction
         self._changed = asyncio.Condition()
         self._held_out = asyncio.Event()
+        self._teacher_wanted = asyncio.Event()
+        self._poison: set[int] = set()
+        self._lives = 0
         self._published: dict[str, Any] | None = None
         self._attempt = 0
         self._granted: set[int] = set()
@@ -46,13 +50,18 @@ class Coordinator:
 
     # What rank 0 says before anybody iterates
 
-    async def publish(self, epoch: int, step: int, ledger: dict[str, Any]) -> int:
-        """Start an attempt from a restored checkpoint (or from nothing); returns its number.
+    async def publish(
+        self, epoch: int, step: int, ledger: dict[str, Any], restored: bool = True
+    ) -> int:
+        """Start an attempt: a pass of the stream over what ``ledger`` lacks; returns its number.
 
-        Credits start afresh. Drops since that checkpoint are forgotten: their rows are asked again.
+        ``restored``: the worker group begins a life, from a checkpoint or from nothing; else it
+        goes on to the next epoch. Credits start afresh. Drops since the checkpoint are forgotten:
+        their rows are asked again.
         """
         async with self._changed:
             self._attempt += 1
+            self._lives += restored
             self._published = {
                 "attempt": self._attempt,
                 "epoch": epoch,
@@ -103,8 +112,14 @@ class Coordinator:
         """A worker took a block of so many rows off its iterator: they are no longer ahead."""
         await self._give_back(attempt, rows)
 
-    async def dropped(self, attempt: int, positions: list[int], reasons: list[str]) -> None:
-        """Rows that will not come. Their credits return, once; RunError beyond the limit."""
+    async def dropped(
+        self, attempt: int, positions: list[int], reasons: list[str], poison: Sequence[int] = ()
+    ) -> None:
+        """Rows that will not come. Their credits return, once; RunError beyond the limit.
+
+        ``poison``: the rows among them that are never asked again in this run.
+        """
+        self._poison.update(poison)
         if not self._current(attempt):
             return
         new = {p: r for p, r in zip(positions, reasons, strict=True) if p not in self._dropped}
@@ -116,6 +131,18 @@ class Coordinator:
     async def dropped_positions(self) -> dict[int, str]:
         """Reason of each position dropped in this epoch."""
         return dict(self._dropped)
+
+    async def poison_rows(self) -> list[int]:
+        """Rows that cost replicas each time they were asked."""
+        return sorted(self._poison)
+
+    async def want_teacher(self) -> None:
+        """Something is not in the store: the teacher is needed."""
+        self._teacher_wanted.set()
+
+    async def wait_teacher_wanted(self) -> None:
+        """Wait until the teacher is needed."""
+        await self._teacher_wanted.wait()
 
     # What the parts report, and the driver reads
 
@@ -166,7 +193,7 @@ class Coordinator:
         """All a view or a summary needs, as plain values."""
         return {
             "phase": self._phase,
-            "attempt": self._attempt,
+            "lives": self._lives,
             "counters": dict(self._counters),
             "ahead": self._ahead,
             "max_ahead": self._max_ahead,

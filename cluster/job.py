@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import ray
 
@@ -31,11 +32,13 @@ from raystill.cluster.problems import Problem, RunError
 from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.held_out import answer_held_out
 from raystill.datasets.plan import num_steps
+from raystill.datasets.store import TeacherStore, rows_paid_for
+from raystill.datasets.stored_answers import Paying
 from raystill.datasets.stream import StreamSpec
 from raystill.serve import deploy
 from raystill.train.fit import fit
 
-POLL_S = 0.5
+POLL_S = 1.0
 LOADING = "loading the teacher and the student"
 ASKING = "asking the teacher the held-out prompts"
 LOADING_STUDENT = "loading the student"
@@ -52,6 +55,7 @@ class Outcome:
     wall_s: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     prepared: Prepared | None = None
+    paid: dict[str, int] = field(default_factory=dict)
 
 
 class Background(threading.Thread):
@@ -91,20 +95,28 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-def is_finished(folder: RunFolder) -> bool:
-    """Whether the folder holds a completed run."""
-    return (
-        folder.exists("summary.json")
-        and json.loads(folder.read_text("summary.json"))["status"] == "completed"
-    )
+def is_finished(folder: RunFolder, epochs: int) -> bool:
+    """Whether the folder holds a completed run of that many epochs or more."""
+    if not folder.exists("summary.json"):
+        return False
+    told = json.loads(folder.read_text("summary.json"))
+    return told["status"] == "completed" and told["epochs"] >= epochs
 
 
 def write_folder(config: RunConfig, folder: RunFolder, prepared: Prepared) -> None:
     """Write what is known before the run: configuration, manifest, tokenised prompts."""
     folder.ensure()
     folder.write_text("config.yaml", config_text(config))
-    folder.write_text("manifest.json", json.dumps(manifest(config, prepared), indent=2) + "\n")
+    told = manifest(config, prepared) | {"run_id": run_id(folder) or uuid4().hex}
+    folder.write_text("manifest.json", json.dumps(told, indent=2) + "\n")
     prepared.keyed.write(folder, config.stream.group_rows)
+
+
+def run_id(folder: RunFolder) -> str | None:
+    """The id under which this run pays for answers, over all its starts; None before the first."""
+    if not folder.exists("manifest.json"):
+        return None
+    return json.loads(folder.read_text("manifest.json")).get("run_id")
 
 
 def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
@@ -159,15 +171,29 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Outcome:
         max_drop_fraction=config.stream.max_drop_fraction,
         num_rows=rows,
     )
-    table = folder.join("prompts/train.parquet")
-    spec = StreamSpec.from_config(config, table, rows, coordinator, deploy.APP_NAME)
-    teacher = Background("teacher", lambda: serve_teacher(config, folder, prepared, coordinator))
+    paying = Paying(
+        run=run_id(folder) or "",
+        purpose="training",
+        teacher_identity=prepared.teacher_identity,
+        teacher=config.teacher.model,
+    )
+    spec = StreamSpec.from_config(
+        config,
+        folder.join("prompts/train.parquet"),
+        rows,
+        coordinator,
+        deploy.APP_NAME,
+        prepared.store_path,
+        paying,
+    )
+    teacher = Background("teacher", lambda: serve_teacher(config, folder, prepared, spec))
     student = Background(
         "student",
         lambda: fit(config, folder, spec, coordinator, prepared.teacher_folder),
     )
-    steps = num_steps(rows, config.training.rows_per_step) * config.training.epochs
-    with StopSignals() as signals, LiveView(rows, steps, folder.path) as view:
+    epochs = config.training.epochs
+    steps = num_steps(rows, config.training.rows_per_step) * epochs
+    with StopSignals() as signals, LiveView(rows * epochs, steps, folder.path) as view:
         teacher.start()
         student.start()
         snapshot = watch(teacher, student, coordinator, signals, view, folder)
@@ -179,32 +205,43 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Outcome:
         wall_s=time.time() - started,
         phases=view.phases,
         prepared=prepared,
+        paid=rows_paid_for(TeacherStore(spec.store_path).catalogue(), paying.run),
     )
 
 
 def serve_teacher(
-    config: RunConfig, folder: RunFolder, prepared: Prepared, coordinator: Any
+    config: RunConfig, folder: RunFolder, prepared: Prepared, spec: StreamSpec
 ) -> None:
-    """Deploy the teacher, wait for its first replica, have the held-out prompts answered."""
+    """Have the held-out prompts answered; deploy the teacher if the store cannot answer all.
+
+    A teacher that seemed not to be needed is deployed when somebody asks for it: a stored answer
+    may turn out to be damaged.
+    """
+    coordinator = spec.coordinator
     coordinator.phase.remote(LOADING)
+    held_out = []
+    paying = replace(spec.paying, purpose="evaluation")
+    if prepared.num_held_out_rows:
+        ask = (folder, config, spec.store_path, paying, spec.app_name, coordinator)
+        held_out = [answer_held_out.remote(*ask)]
+    if prepared.stored.covers_all:
+        wait_until_wanted(coordinator, held_out)
     deploy.deploy_teacher(config, prepared.teacher_folder, coordinator, folder.logs)
     deploy.wait_for_teacher(config.teacher.startup_timeout_s)
-    if prepared.num_held_out_rows:
+    if held_out:
         coordinator.phase.remote(ASKING)
-        ray.get(
-            answer_held_out.remote(
-                folder,
-                deploy.APP_NAME,
-                coordinator,
-                config.evaluation.top_k,
-                config.stream.group_rows,
-                config.teacher.max_replicas * config.teacher.target_ongoing_requests,
-                config.teacher.request_timeout_s,
-                config.stream.max_attempts,
-            )
-        )
+        ray.get(held_out)
     if ray.get(coordinator.snapshot.remote())["phase"] == ASKING:  # The worker is not up yet.
         coordinator.phase.remote(LOADING_STUDENT)
+
+
+def wait_until_wanted(coordinator: Any, others: list[Any]) -> None:
+    """Wait until something is not in the store, or one of ``others`` fails; maybe for ever."""
+    wanted = coordinator.wait_teacher_wanted.remote()
+    pending = [wanted, *others]
+    while wanted in pending:
+        done, pending = ray.wait(pending)
+        ray.get(done)
 
 
 def watch(
@@ -222,6 +259,8 @@ def watch(
         view.update(snapshot)
         if teacher.error is not None:
             raise failure("the teacher", teacher.error, folder) from teacher.error
+        if snapshot["error"]:
+            raise RunError(snapshot["error"])
         if signals.received and not asked_to_stop:
             asked_to_stop = True
             if not snapshot["progress"]:

@@ -5,11 +5,24 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from raystill.cluster.config import RunConfig
 from raystill.cluster.find_model import ModelFolder, fetch_model
 from raystill.datasets.prompt_table import PromptTables
+from raystill.datasets.segment import Signal
+from raystill.datasets.store import TeacherStore
+from raystill.datasets.stored_signal import require_served
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How much of a run is in the teacher store already."""
+
+    train_rows: int
+    held_out_rows: int
+    covers_all: bool
 
 
 @dataclass
@@ -24,6 +37,7 @@ class Prepared:
     tables: PromptTables
     teacher: ModelFolder
     student: ModelFolder | None
+    store_path: str
     space_needed_bytes: int | None = None
     notices: list[str] = field(default_factory=list)
 
@@ -93,6 +107,24 @@ class Prepared:
             self.teacher_identity, dtype, teacher.quantization, self.sampling
         )
 
+    @cached_property
+    def stored(self) -> Stored:
+        """What the teacher store has of this run's rows. RunError: with a poorer signal."""
+        config, catalogue = self.config, TeacherStore(self.store_path).catalogue()
+        found = []
+        for table, wish in (
+            (self.train, Signal(config.signal.kind, config.signal.top_k)),
+            (self.held_out, Signal("topk", config.evaluation.top_k)),
+        ):
+            where = catalogue.locate(table["key"].combine_chunks())
+            held = where[where >= 0]
+            for number in np.unique(catalogue.segment[held]):
+                require_served(catalogue.entries[number].footer.origin.signal, wish)
+            found.append(len(held))
+        train, held_out = found
+        every = self.num_train_rows + self.num_held_out_rows
+        return Stored(train, held_out, covers_all=train + held_out == every)
+
     @property
     def train(self) -> pa.Table:
         """The training rows, in ``PROMPT_SCHEMA``."""
@@ -103,12 +135,21 @@ class Prepared:
         """The held-out rows, in ``PROMPT_SCHEMA``."""
         return self.keyed.held_out
 
+    def describe_stored(self) -> str:
+        """What will not be asked again, for a person."""
+        held = self.stored
+        return (
+            f"teacher store: {self.store_path} has {held.train_rows} of {self.num_train_rows} rows "
+            f"to train on, {held.held_out_rows} of {self.num_held_out_rows} held out"
+        )
+
     def describe(self) -> str:
         """What the run will do, for a person."""
         per_step = self.config.training.rows_per_step
         steps = -(-self.num_train_rows // per_step)
         lines = [
-            f"prompts: {self.num_train_rows} to train on ({steps} steps of {per_step} rows), "
+            f"prompts: {self.num_train_rows} to train on ({steps} steps of {per_step} rows"
+            f"{_times(self.config.training.epochs)}), "
             f"{self.num_held_out_rows} held out; longest {self.tables.longest_prompt_tokens} tokens"
         ]
         left_out = [f"{count} {reason}" for reason, count in sorted(self.dropped.items())]
@@ -119,3 +160,7 @@ class Prepared:
         if self.space_needed_bytes is not None:
             lines.append(f"space needed: about {self.space_needed_bytes / 2**30:.2f} GiB")
         return "\n".join(lines + [f"note: {notice}" for notice in self.notices])
+
+
+def _times(epochs: int) -> str:
+    return f", {epochs} times" if epochs > 1 else ""

@@ -34,6 +34,7 @@ SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 STUDENT = "student"
 LOGS = "logs"
+STORE = "teacher_store"
 
 TOP_LEVEL_NAMES = frozenset(
     {CONFIG, MANIFEST, METRICS, METRICS_DISCARDED, EVALUATION, ANSWERS, HELD_OUT, SUMMARY}
@@ -188,6 +189,20 @@ def resolve_output(config: "RunConfig", run_file_name: str) -> str:
     Ray deletes.
     """
     path = config.output.path or f"runs/{Path(run_file_name).stem}"
+    return _resolve_written(path, "output.path")
+
+
+def resolve_store(config: "RunConfig", output: RunFolder) -> str:
+    """The teacher store's absolute path or URI: ``store.path``, else beside the run folder.
+
+    Runs in one folder so share one store. Raises ConfigError as ``resolve_output`` does.
+    """
+    if config.store.path is None:
+        return f"{output.path.rstrip('/').rpartition('/')[0]}/{STORE}"
+    return _resolve_written(config.store.path, "store.path")
+
+
+def _resolve_written(path: str, setting: str) -> str:
     if "://" in path:
         return path
     path = os.path.expanduser(path)
@@ -198,9 +213,9 @@ def resolve_output(config: "RunConfig", run_file_name: str) -> str:
         raise ConfigError(
             [
                 Problem(
-                    "output.path",
+                    setting,
                     f"{path!r} is relative, and this Ray job's current folder ({os.getcwd()}) is "
-                    "a copy that Ray deletes; set output.path to an absolute path or a URI, or "
+                    f"a copy that Ray deletes; set {setting} to an absolute path or a URI, or "
                     "set RAYSTILL_HOME in the job's env_vars",
                 )
             ]

@@ -11,13 +11,17 @@ Figures = dict[str, Any]
 
 
 class RunOutcome(Protocol):
-    """What is needed of how the run ended (``cluster/job.py``)."""
+    """What is needed of how the run ended (``cluster/job.py``).
+
+    ``paid``: rows in segments that this run published, by purpose (training, evaluation).
+    """
 
     snapshot: dict[str, Any]
     stopped_by: int
     wall_s: float
     phases: dict[str, float]
     prepared: Any
+    paid: Mapping[str, int]
 
 
 def write_summary(folder: Folder, outcome: RunOutcome) -> Figures:
@@ -27,22 +31,24 @@ def write_summary(folder: Folder, outcome: RunOutcome) -> Figures:
     counters = Counter(snapshot.get("counters") or {})
     metrics = read_lines(folder, "metrics.jsonl")
     before, after = before_and_after(folder)
+    held_out = prepared.num_held_out_rows if prepared is not None else 0
+    trained = int(sum(line.get("rows") or 0 for line in metrics))
+    paid = outcome.paid
     answered = counters["rows_answered"] + earlier.get("rows_answered", 0)
     truncated = counters["rows_truncated"] + earlier.get("rows_truncated", 0)
     dropped = Counter(getattr(prepared, "dropped", None) or {})
     dropped.update(snapshot.get("dropped") or {})
     summary = {
         "status": "stopped" if outcome.stopped_by else "completed",
-        "rows_asked": int(counters["rows_asked"] + earlier.get("rows_asked", 0)),
-        "rows_reused": 0,
-        "rows_trained": int(sum(line.get("rows") or 0 for line in metrics)),
-        "rows_total": prepared.num_train_rows if prepared is not None else None,
+        "epochs": prepared.config.training.epochs if prepared is not None else 1,
+        "rows_asked": paid["training"],
+        "rows_reused": max(0, trained - paid["training"]),
+        "rows_trained": trained,
+        "rows_total": _rows_total(prepared),
         "rows_answered": int(answered),
         "rows_truncated": int(truncated),
-        "evaluation_rows_asked": int(
-            counters["evaluation_rows_asked"] + earlier.get("evaluation_rows_asked", 0)
-        ),
-        "evaluation_rows_reused": 0,
+        "evaluation_rows_asked": paid["evaluation"],
+        "evaluation_rows_reused": max(0, held_out - paid["evaluation"]),
         "dropped": dict(dropped),
         "duplicates": getattr(prepared, "duplicates", 0),
         "truncated_fraction": truncated / answered if answered else 0.0,
@@ -75,6 +81,11 @@ def before_and_after(folder: Folder) -> tuple[Figures | None, Figures | None]:
     return first, (last if last is not first else None)
 
 
+def _rows_total(prepared: Any) -> int | None:
+    """Rows that all epochs train together."""
+    return None if prepared is None else prepared.num_train_rows * prepared.config.training.epochs
+
+
 def _role(
     earlier: Mapping[str, Any], counters: Counter[str], role: str, names: Sequence[str]
 ) -> Figures:
@@ -84,7 +95,7 @@ def _role(
 
 def _restarts(earlier: Mapping[str, Any], snapshot: Mapping[str, Any]) -> int:
     """Lives of the worker group beyond the first, over all drivers of the run."""
-    lives = max(1, int(snapshot.get("attempt") or 1))
+    lives = max(1, int(snapshot.get("lives") or 1))
     return lives + (earlier["restarts"] if earlier else -1)
 
 

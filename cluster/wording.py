@@ -30,6 +30,15 @@ def rate(per_second: float | None) -> str:
     return f"{per_second:,.{digits}f}"
 
 
+def size(num_bytes: float) -> str:
+    """``512 B``, ``1.4 KiB``, ``3.0 GiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"
+
+
 def share(fraction: float | None) -> str:
     """``43 %``."""
     return NOTHING if fraction is None else f"{100 * fraction:.0f} %"

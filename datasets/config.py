@@ -2,8 +2,6 @@
 
 from typing import Any, Literal
 
-from pydantic import model_validator
-
 from raystill.cluster.model import ConfigModel, PositiveInt, identity, operational
 
 
@@ -81,16 +79,11 @@ class StreamConfig(ConfigModel):
 class StoreConfig(ConfigModel):
     """Where the teacher's answers are kept for later epochs, runs and students."""
 
-    path: str | None = operational(None, description="Folder or URI of the teacher store.")
-
-    @model_validator(mode="after")
-    def _not_yet(self) -> "StoreConfig":
-        if self.path is not None:
-            raise ValueError(
-                f"path is {self.path!r}, but the teacher store is not part of this version yet; "
-                "leave store.path unset: every row is asked of the teacher"
-            )
-        return self
+    path: str | None = operational(
+        None,
+        description="Folder or URI of the teacher store; default: teacher_store beside the run "
+        "folder, shared by the runs there.",
+    )
 
 
 class FreeRunningConfig(ConfigModel):

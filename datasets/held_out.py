@@ -11,10 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
+from raystill.cluster.config import RunConfig
 from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import HELD_OUT, HELD_OUT_PROMPTS, RunFolder
-from raystill.datasets.answer import TeacherCalls
 from raystill.datasets.schema import row_schema
+from raystill.datasets.segment import Signal
+from raystill.datasets.store import TeacherStore
+from raystill.datasets.stored_answers import Paying, StoredAnswers
+from raystill.datasets.teacher_calls import TeacherCalls
 
 EPOCH = -1
 """Held-out rows belong to no epoch; their position is their row."""
@@ -26,23 +30,27 @@ ASKED = b"rows_asked"
 @ray.remote(num_cpus=0)
 def answer_held_out(
     folder: RunFolder,
+    config: RunConfig,
+    store_path: str,
+    paying: Paying,
     app_name: str,
     coordinator: Any,
-    top_k: int,
-    group_rows: int,
-    groups_in_flight: int = 8,
-    timeout_s: float = 600.0,
-    max_attempts: int = 4,
 ) -> int:
     """Write held_out.parquet (row_schema of ``topk``) and tell the coordinator; returns its rows.
 
     A complete file of an earlier start is kept. RunError if the teacher answered none of them.
     """
-    prompts = folder.read_table(HELD_OUT_PROMPTS, ["row", "source", "prompt_ids"])
+    prompts = folder.read_table(HELD_OUT_PROMPTS, ["row", "key", "source", "prompt_ids"])
+    top_k, teacher, stream = config.evaluation.top_k, config.teacher, config.stream
     rows = read_complete(folder, len(prompts), top_k)
     if rows is None:
-        teacher = TeacherCalls(app_name, "topk", top_k, timeout_s, max_attempts)
-        rows = asyncio.run(_answer(teacher, prompts, top_k, group_rows, groups_in_flight))
+        wish = Signal("topk", top_k)
+        calls = TeacherCalls(
+            app_name, wish, teacher.request_timeout_s, stream.max_attempts, coordinator
+        )
+        answers = StoredAnswers(TeacherStore(store_path), prompts["key"], wish, paying, calls)
+        groups_in_flight = teacher.max_replicas * teacher.target_ongoing_requests
+        rows = asyncio.run(_answer(answers, prompts, top_k, stream.group_rows, groups_in_flight))
         if len(rows) == 0:
             raise RunError(
                 f"the teacher answered none of the {len(prompts)} held-out prompts, so nothing "
@@ -50,10 +58,7 @@ def answer_held_out(
                 "evaluation.held_out_rows"
             )
         folder.write_table(HELD_OUT, rows)
-        counters = {
-            "evaluation_rows_asked": len(prompts),
-            "evaluation_rows_dropped": len(prompts) - len(rows),
-        }
+        counters = {"evaluation_rows_dropped": len(prompts) - len(rows)}
         ray.get(coordinator.add.remote(counters))
     ray.get(coordinator.held_out_ready.remote())
     return len(rows)
@@ -70,15 +75,16 @@ def read_complete(folder: RunFolder, num_prompts: int, top_k: int) -> pa.Table |
 
 
 async def _answer(
-    teacher: TeacherCalls, prompts: pa.Table, top_k: int, group_rows: int, groups_in_flight: int
+    answers: StoredAnswers, prompts: pa.Table, top_k: int, group_rows: int, groups_in_flight: int
 ) -> pa.Table:
     slots = asyncio.Semaphore(groups_in_flight)
 
     async def ask(start: int) -> pa.Table:
         async with slots:
             group = prompts.slice(start, group_rows).combine_chunks()
-            answers = await teacher.sample(group["prompt_ids"].combine_chunks())
-            return _join(group, answers, top_k)
+            ids = group["prompt_ids"].combine_chunks()
+            said, _ = await answers.get(group["row"].to_numpy(), ids)
+            return _join(group, said, top_k)
 
     groups = await asyncio.gather(*(ask(i) for i in range(0, len(prompts), group_rows)))
     schema = row_schema("topk", top_k).with_metadata({ASKED: str(len(prompts)).encode()})

@@ -46,15 +46,20 @@ GROUP_SCHEMA = pa.schema(
 """One emitted block: a single row; its lists have one entry a row of the group."""
 
 
+def open_table(path: str) -> pq.ParquetFile:
+    """A Parquet file by path or URI."""
+    if "://" in path:
+        filesystem, path = pafs.FileSystem.from_uri(path)
+    else:
+        filesystem = pafs.LocalFileSystem()
+    return pq.ParquetFile(filesystem.open_input_file(path))
+
+
 class PromptTable:
     """Random access to a prompt table's rows by number; holds some row groups in memory."""
 
     def __init__(self, path: str) -> None:
-        if "://" in path:
-            filesystem, path = pafs.FileSystem.from_uri(path)
-        else:
-            filesystem = pafs.LocalFileSystem()
-        self._file = pq.ParquetFile(filesystem.open_input_file(path))
+        self._file = open_table(path)
         metadata = self._file.metadata
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])

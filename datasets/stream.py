@@ -26,6 +26,7 @@ from raystill.cluster.config import RunConfig
 from raystill.datasets.answer import AnswerGroup
 from raystill.datasets.config import SignalConfig, StreamConfig
 from raystill.datasets.source import PlanSource
+from raystill.datasets.stored_answers import Paying
 
 GROUPS_PER_ACTOR = 64
 """Groups one answering process has in flight at most; its threads only wait."""
@@ -38,7 +39,8 @@ class StreamSpec:
     """All the stream needs to know; pickled into the controller, the source and the answer stage.
 
     ``prompt_table``: path or URI of prompts/train.parquet with ``num_rows`` rows.
-    ``groups_in_flight``: max_replicas x target_ongoing_requests of the teacher.
+    ``groups_in_flight``: max_replicas x target_ongoing_requests of the teacher. ``store_path``:
+    the teacher store; what is asked is ``paying``'s.
     """
 
     prompt_table: str
@@ -52,10 +54,19 @@ class StreamSpec:
     app_name: str
     groups_in_flight: int
     request_timeout_s: float
+    store_path: str
+    paying: Paying
 
     @classmethod
     def from_config(
-        cls, config: RunConfig, prompt_table: str, num_rows: int, coordinator: Any, app_name: str
+        cls,
+        config: RunConfig,
+        prompt_table: str,
+        num_rows: int,
+        coordinator: Any,
+        app_name: str,
+        store_path: str,
+        paying: Paying,
     ) -> "StreamSpec":
         """The stream of a run."""
         teacher = config.teacher
@@ -71,6 +82,8 @@ class StreamSpec:
             app_name=app_name,
             groups_in_flight=teacher.max_replicas * teacher.target_ongoing_requests,
             request_timeout_s=teacher.request_timeout_s,
+            store_path=store_path,
+            paying=paying,
         )
 
 

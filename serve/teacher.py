@@ -7,6 +7,7 @@ of the stream. *Reports*: what it did, to the coordinator, after each group.
 
 import asyncio
 import itertools
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from raystill.cluster.config import RunConfig
 from raystill.cluster.logs import redirect_output
 from raystill.cluster.placement import share_of_cores, teacher_cores
+from raystill.datasets.stored_answers import ENGINE
 from raystill.serve.answers import Answer, answers_table
 from raystill.serve.identity import identity_of
 from raystill.serve.sampling import resolve_sampling
@@ -117,7 +119,7 @@ class Teacher:
             answers = await self._ask(groups, kind, top_k)
             table = await asyncio.to_thread(answers_table, answers, kind, top_k)
         self._report(groups, answers)
-        return table
+        return table.replace_schema_metadata({ENGINE: json.dumps(self._engine_facts())})
 
     async def identity(self) -> str:
         """The teacher's identity, worked out from the files this replica has loaded."""
@@ -130,16 +132,23 @@ class Teacher:
         """Which engine answers, and what it can take."""
         engine = self._engine
         return {
-            "engine": engine.name,
-            "version": engine.version,
-            "dtype": engine.dtype,
-            "vocab_size": engine.vocab_size,
+            **self._engine_facts(),
             "max_model_len": engine.max_model_len,
             "gpus": self._settings.gpus,
             "cores": sorted(os.sched_getaffinity(0)),
             "log": self._log,
             "pid": os.getpid(),
             "notices": notices(engine, self._settings.gpus),
+        }
+
+    def _engine_facts(self) -> dict[str, Any]:
+        """What is stored with every answer."""
+        engine = self._engine
+        return {
+            "engine": engine.name,
+            "version": engine.version,
+            "dtype": engine.dtype,
+            "vocab_size": engine.vocab_size,
         }
 
     async def check_health(self) -> None:

@@ -22,6 +22,7 @@ from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.config import SignalConfig, StreamConfig
 from raystill.datasets.ledger import Ledger
 from raystill.datasets.schema import PROMPT_SCHEMA, answer_schema
+from raystill.datasets.stored_answers import ENGINE, Paying
 from raystill.datasets.stream import StreamSpec, build_stream, iterate_groups, uneven_shares
 from raystill.train.shares import StepRows
 
@@ -98,7 +99,9 @@ def answers_to(rows, kind, top_k):
         ["too_long" if behaviour == UNUSABLE else None for behaviour, _ in rows],
         *([floats, ids, logprobs, floats] if kind == "topk" else []),
     ]
-    return pa.table(columns, schema=answer_schema(kind, top_k))
+    engine = {"engine": "obedient", "version": "1", "dtype": "float32", "vocab_size": 100}
+    schema = answer_schema(kind, top_k).with_metadata({ENGINE: json.dumps(engine)})
+    return pa.table(columns, schema=schema)
 
 
 def write_prompts(folder: RunFolder, name, behaviours):
@@ -106,7 +109,8 @@ def write_prompts(folder: RunFolder, name, behaviours):
     rows = list(range(len(behaviours)))
     prompts = [[int(b), row] for row, b in zip(rows, behaviours, strict=True)]
     sources = [f"source {row % 3}" for row in rows]
-    columns = [rows, [bytes(16)] * len(rows), prompts, sources]
+    keys = [row.to_bytes(16, "big") for row in rows]
+    columns = [rows, keys, prompts, sources]
     folder.write_table(name, pa.table(columns, schema=PROMPT_SCHEMA), row_group_size=32)
 
 
@@ -185,6 +189,7 @@ class Run:
         self.bound = bound or ROWS_PER_STEP + 2 * world_size * GROUP_ROWS
         self.ledger = Ledger(self.num_rows)
         drop_fraction = settings.pop("max_drop_fraction", 0.0)
+        timeout_s = settings.pop("request_timeout_s", 30.0)
         self.name = name = f"test-{time.monotonic_ns()}"
         self.coordinator = start_coordinator(name, self.bound, self.num_rows, drop_fraction)
         write_prompts(RunFolder(str(folder)), f"{name}.parquet", behaviours)
@@ -201,12 +206,14 @@ class Run:
             coordinator=self.coordinator,
             app_name=APP,
             groups_in_flight=32,
-            request_timeout_s=30.0,
+            request_timeout_s=timeout_s,
+            store_path=str(folder / f"{name}-store"),
+            paying=Paying("run", "training", "teacher", "obedient"),
         )
 
-    def start(self, workers, num_steps=None) -> "Run":
+    def start(self, workers, num_steps=None, epoch=0) -> "Run":
         """Let the workers train, at most ``num_steps``; ``wait`` brings what they saw."""
-        attempt = ray.get(self.coordinator.publish.remote(0, 0, self.ledger.to_dict()))
+        attempt = ray.get(self.coordinator.publish.remote(epoch, 0, self.ledger.to_dict()))
         shards = uneven_shares(build_stream(self.spec), self.world_size)
         common = (self.coordinator, self.name, attempt, self.order)
         self.calls = [
@@ -225,8 +232,8 @@ class Run:
             snapshot=ray.get(self.coordinator.snapshot.remote()),
         )
 
-    def stream(self, workers, num_steps=None) -> Streamed:
-        return self.start(workers, num_steps).wait()
+    def stream(self, workers, num_steps=None, epoch=0) -> Streamed:
+        return self.start(workers, num_steps, epoch).wait()
 
 
 def train_loop(config):

@@ -29,20 +29,27 @@ def write_lines(folder: RunFolder, name: str, records: list[dict]) -> None:
     folder.write_text(name, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def outcome(stopped_by: int = 0, **counters: float) -> types.SimpleNamespace:
+def outcome(stopped_by: int = 0, rows_asked: int = 0, **counters: float) -> types.SimpleNamespace:
     return types.SimpleNamespace(
         snapshot={
             "counters": counters,
             "max_ahead": 48,
             "dropped": {"too_long": 1},
-            "attempt": 1,
+            "lives": 1,
             "progress": {"step": 20},
             "evaluation": {},
         },
         stopped_by=stopped_by,
         wall_s=100.0,
         phases={"training": 80.0},
-        prepared=types.SimpleNamespace(num_train_rows=320, duplicates=3, dropped={"too_long": 2}),
+        prepared=types.SimpleNamespace(
+            num_train_rows=320,
+            num_held_out_rows=8,
+            duplicates=3,
+            dropped={"too_long": 2},
+            config=types.SimpleNamespace(training=types.SimpleNamespace(epochs=1)),
+        ),
+        paid={"training": rows_asked, "evaluation": 8},
     )
 
 
@@ -91,7 +98,7 @@ def test_the_summary_counts_rows_tokens_and_drops(folder: RunFolder) -> None:
 def test_a_resumed_run_adds_to_the_totals_of_its_earlier_part(folder: RunFolder) -> None:
     first = outcome(stopped_by=15, rows_asked=200, rows_answered=200, teacher_prompt_tokens=10)
     assert write_summary(folder, first)["status"] == "stopped"
-    second = outcome(rows_asked=150, rows_answered=120, teacher_prompt_tokens=5)
+    second = outcome(rows_asked=350, rows_answered=120, teacher_prompt_tokens=5)
     summary = write_summary(folder, second)
     assert summary["status"] == "completed"
     assert summary["rows_asked"] == 350
@@ -104,7 +111,7 @@ def test_a_resumed_run_adds_to_the_totals_of_its_earlier_part(folder: RunFolder)
 
 def test_a_restart_of_the_worker_group_is_counted(folder: RunFolder) -> None:
     ended = outcome()
-    ended.snapshot["attempt"] = 3
+    ended.snapshot["lives"] = 3
     assert write_summary(folder, ended)["restarts"] == 2
 
 

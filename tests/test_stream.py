@@ -9,10 +9,13 @@ import pyarrow as pa
 import pytest
 import ray
 
-from raystill.cluster.problems import RunError
+from raystill.cluster.config import RunConfig
 from raystill.cluster.run_folder import HELD_OUT, HELD_OUT_PROMPTS, RunFolder
 from raystill.datasets.plan import epoch_order, num_steps
 from raystill.datasets.schema import row_schema
+from raystill.datasets.segment import Signal
+from raystill.datasets.store import TeacherStore, rows_paid_for
+from raystill.datasets.stored_answers import ENGINE, Paying
 from tests import stream_rig as rig
 from tests.stream_rig import GROUP_ROWS, PLAIN, ROWS_PER_STEP, SEED, TOP_K, Run
 
@@ -95,7 +98,7 @@ def test_every_row_comes_with_its_own_answer(workers, tmp_path):
         assert table["response_ids"].to_pylist() == [[row, 1] for row in rows]
         assert table["source"].to_pylist() == [f"source {row % 3}" for row in rows]
         assert set(table["epoch"].to_pylist()) == {0}
-    counters = {"rows_asked": 40, "rows_answered": 40, "rows_truncated": 0}
+    counters = {"rows_asked": 40, "rows_reused": 0, "rows_answered": 40, "rows_truncated": 0}
     assert streamed.snapshot["counters"] == counters
 
 
@@ -176,23 +179,71 @@ def test_a_new_attempt_asks_only_for_what_the_ledger_lacks(workers, tmp_path):
     run.ledger.mark_trained([*learned, 60, 61])
     second = run.stream(workers)
     assert second.positions == sorted(set(range(num_rows)) - set(learned) - {60, 61})
-    assert second.snapshot["attempt"] == 2
+    assert second.snapshot["lives"] == 2
     assert second.snapshot["ahead"] == 0
 
 
-def test_a_dead_engine_is_asked_again_and_a_hanging_one_ends_the_run(teacher):
-    from raystill.datasets.answer import TeacherCalls
+def ask(*prompts, timeout_s=30.0):
+    from raystill.datasets.teacher_calls import TeacherCalls
 
-    async def ask(behaviour, **limits):
-        calls = TeacherCalls(rig.APP, "text", 1, **limits)
-        return await calls.sample(pa.array([[behaviour, 1000]], pa.list_(pa.int32())))
+    async def sample():
+        calls = TeacherCalls(rig.APP, Signal("text"), timeout_s, 2, None)
+        return await calls.sample(pa.array(prompts, pa.list_(pa.int32())))
 
-    answers = asyncio.run(ask(rig.FAILS_ONCE, timeout_s=30, max_attempts=2))
-    assert answers["response_ids"].to_pylist() == [[1000, 1]]
-    with pytest.raises(RunError, match=r"failed 2 times .* 1 rows .*TimeoutError.*\(0.2\)"):
-        asyncio.run(ask(rig.HANGS, timeout_s=0.2, max_attempts=2))
+    return asyncio.run(sample())
+
+
+def test_a_dead_engine_is_asked_again_and_a_mistake_is_passed_on(teacher):
+    assert ask([rig.FAILS_ONCE, 1000])["response_ids"].to_pylist() == [[1000, 1]]
     with pytest.raises(ValueError, match="a mistake in the teacher"):
-        asyncio.run(ask(rig.BROKEN, timeout_s=30, max_attempts=2))
+        ask([rig.BROKEN, 1001])
+
+
+def test_a_row_that_hangs_the_teacher_each_time_is_poison_and_the_others_are_answered(teacher):
+    answers = ask([PLAIN, 7], [rig.HANGS, 8], [PLAIN, 9], timeout_s=0.3)
+    assert answers["response_ids"].to_pylist() == [[7, 1], [], [9, 1]]
+    assert answers["error"].to_pylist() == [None, "poison", None]
+    assert b"obedient" in answers.schema.metadata[ENGINE]
+
+
+def test_a_poison_row_is_dropped_once_and_not_asked_in_the_next_epoch(workers, tmp_path):
+    behaviours = [PLAIN] * 12 + [rig.HANGS] + [PLAIN] * 11
+    settings = {"request_timeout_s": 0.5, "max_drop_fraction": 0.1}
+    run = Run(tmp_path, behaviours, "fixed", 1, **settings)
+    first = run.stream(workers)
+    assert len(first.positions) == 23
+    assert first.snapshot["dropped"] == {"poison": 1}
+    second = run.stream(workers, epoch=1)
+    assert len(second.positions) == 23
+    assert second.snapshot["dropped"] == {"poison": 1}
+    assert second.snapshot["counters"]["rows_asked"] == 24  # All but it came from the store.
+
+
+def test_further_epochs_are_read_from_the_store_in_another_order(workers, tmp_path):
+    run = Run(tmp_path, [PLAIN] * 100, "fixed", 2)
+    epochs = [run.stream(workers, epoch=epoch) for epoch in range(3)]
+    for epoch, streamed in enumerate(epochs):
+        assert streamed.positions == list(range(100))
+        order = epoch_order(100, SEED, epoch, GROUP_ROWS)
+        for table in streamed.tables:
+            assert table["row"].to_pylist() == order[table["position"].to_numpy()].tolist()
+            assert table["response_ids"].to_pylist() == [[r, 1] for r in table["row"].to_pylist()]
+    counters = epochs[-1].snapshot["counters"]
+    assert (counters["rows_asked"], counters["rows_reused"]) == (100, 200)
+    rows = {tuple(t["row"].to_pylist()) for s in epochs for t in s.tables}
+    assert len(rows) > 100 // GROUP_ROWS + 1, "the rows within groups were not shuffled anew"
+
+
+def held_out_config():
+    return RunConfig.model_validate(
+        {
+            "teacher": {"model": "none"},
+            "student": {"layers": [0]},
+            "prompts": {"path": "none.jsonl"},
+            "stream": {"group_rows": GROUP_ROWS},
+            "evaluation": {"top_k": TOP_K},
+        }
+    )
 
 
 def test_held_out_rows_are_answered_once_and_kept(teacher, tmp_path):
@@ -202,7 +253,10 @@ def test_held_out_rows_are_answered_once_and_kept(teacher, tmp_path):
     folder = RunFolder(str(tmp_path))
     rig.write_prompts(folder, HELD_OUT_PROMPTS, [PLAIN] * 20 + [rig.UNUSABLE])
     coordinator = start_coordinator("held-out", 64, 10, 0.0)
-    arguments = (folder, rig.APP, coordinator, TOP_K, GROUP_ROWS)
+    config = held_out_config()
+    paying = Paying("run", "evaluation", "teacher", "obedient")
+    store = str(tmp_path / "store")
+    arguments = (folder, config, store, paying, rig.APP, coordinator)
     assert ray.get(answer_held_out.remote(*arguments)) == 20
     ray.get(coordinator.wait_held_out.remote(), timeout=5)
     rows = folder.read_table(HELD_OUT)
@@ -212,4 +266,6 @@ def test_held_out_rows_are_answered_once_and_kept(teacher, tmp_path):
     assert set(rows["epoch"].to_pylist()) == {-1}
     assert ray.get(answer_held_out.remote(*arguments)) == 20
     counters = ray.get(coordinator.snapshot.remote())["counters"]
-    assert counters == {"evaluation_rows_asked": 21, "evaluation_rows_dropped": 1}
+    assert counters == {"evaluation_rows_dropped": 1}
+    paid = rows_paid_for(TeacherStore(store).catalogue(), "run")
+    assert paid == {"training": 0, "evaluation": 20}

@@ -27,6 +27,7 @@ from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.ledger import Ledger
 from raystill.datasets.plan import epoch_order
 from raystill.datasets.schema import PROMPT_SCHEMA, answer_schema, row_schema
+from raystill.datasets.stored_answers import ENGINE, Paying
 from raystill.datasets.stream import StreamSpec
 from raystill.train.batch import rows_from_table
 from raystill.train.checkpoint import read_snapshot, registered_names
@@ -89,7 +90,9 @@ class StandIn:
 
     def sample(self, prompts, kind, top_k):
         time.sleep(self.delay_s)
-        return answers_table(prompts["prompt_ids"].to_pylist())
+        engine = {"engine": "stand-in", "version": "1", "dtype": "float32", "vocab_size": 1000}
+        answers = answers_table(prompts["prompt_ids"].to_pylist())
+        return answers.replace_schema_metadata({ENGINE: json.dumps(engine)})
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +153,7 @@ def write_inputs(folder):
     """What the driver writes before the student starts: prompts, and answered held-out rows."""
     columns = {
         "row": list(range(NUM_ROWS)),
-        "key": [bytes(16)] * NUM_ROWS,
+        "key": [row.to_bytes(16, "big") for row in range(NUM_ROWS)],
         "prompt_ids": [prompt_of(row) for row in range(NUM_ROWS)],
         "source": ["s"] * NUM_ROWS,
     }
@@ -175,7 +178,9 @@ def run_once(config, folder, teacher, name, stop=False):
     if stop:
         ray.get(coordinator.request_stop.remote(15))
     prompts = folder.join("prompts/train.parquet")
-    spec = StreamSpec.from_config(config, prompts, NUM_ROWS, coordinator, APP)
+    paying = Paying("run", "training", "teacher", "obedient")
+    store = folder.join("store")
+    spec = StreamSpec.from_config(config, prompts, NUM_ROWS, coordinator, APP, store, paying)
     outcome, errors = {}, []
 
     def work():

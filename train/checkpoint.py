@@ -34,7 +34,7 @@ from torch import nn
 
 from raystill.cluster.run_folder import CHECKPOINTS, RunFolder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 FOLDER_NAME = re.compile(r"^step-\d{8,}$")
 PART_NAME = re.compile(r"^\.step-\d{8,}\.part$")
@@ -51,7 +51,7 @@ class Snapshot:
     random: list[dict[str, Any]]  # One a rank.
     ledger: dict[str, Any]
     counts: dict[str, np.ndarray] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)  # Numbers: rows_trained, skipped_steps.
+    extra: dict[str, Any] = field(default_factory=dict)  # Numbers, see Progress.take_over.
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

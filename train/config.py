@@ -79,6 +79,11 @@ class TrainingConfig(ConfigModel):
     rows_per_step: PositiveInt = identity(
         32, description="Rows of one optimizer step, over all workers."
     )
+    max_failures: int = operational(
+        3,
+        ge=0,
+        description="Times the workers are restarted from the last checkpoint after one has died.",
+    )
     num_workers: PositiveInt = operational(1, description="Student worker processes.")
     learning_rate: float = identity(1e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["cosine", "constant"] = identity(

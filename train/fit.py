@@ -56,7 +56,7 @@ def fit(
             name=CHECKPOINTS,
             storage_path=folder.path,
             checkpoint_config=CheckpointConfig(num_to_keep=config.training.num_checkpoints_to_keep),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=config.training.max_failures),
             worker_runtime_env={"env_vars": {} if "GPU" in resources else CPU_STUDENT_ENVIRONMENT},
         ),
         datasets={"train": partial(build_stream, spec)},

@@ -22,7 +22,8 @@ from raystill.train.step import StepResult
 class Progress:
     """Finished steps and trained rows; ``step`` counts finished steps, so it is the next's index.
 
-    ``num_rows``: rows of an epoch. ``count_pairs``: also count token pairs, for the baselines.
+    ``epoch_step`` counts those of the running epoch. ``num_rows``: rows of an epoch.
+    ``count_pairs``: also count the first epoch's token pairs, for the baselines.
     """
 
     def __init__(
@@ -32,16 +33,18 @@ class Progress:
         *,
         first: bool,
         num_rows: int,
+        epochs: int,
         total_steps: int,
         student_vocab: int,
         count_pairs: bool,
         fixed_order: bool,
     ) -> None:
-        self.step = self.epoch = self.rows_trained = self.skipped_steps = 0
+        self.step = self.epoch = self.epoch_step = self.rows_trained = self.skipped_steps = 0
         self.ledger = Ledger(num_rows)
         self.counts = PairCounts(student_vocab) if count_pairs else None
         self.metrics = MetricsLog(folder, METRICS) if first else None
         self._first = first
+        self._epochs = epochs
         self._coordinator = coordinator
         self._total_steps = total_steps
         self._fixed_order = fixed_order
@@ -52,12 +55,13 @@ class Progress:
         positions = [row.position for row in mine]
         self.ledger.mark_trained(positions)
         self._newly_trained += positions
-        if self.counts is not None:
+        if self.counts is not None and self.epoch == 0:
             self.counts.add_rows(mine)
         self.rows_trained += result.rows
         self.skipped_steps += not result.trained
         if result.rows or self._fixed_order:
             self.step += 1  # In arrival order an empty round is no step: no row was due in it.
+            self.epoch_step += 1
         counters = {"student_busy_s": result.student_s, "student_wait_s": rows.blocked_s}
         if self.metrics is not None:
             counters |= {"student_rows": result.rows, "student_tokens": result.tokens}
@@ -82,7 +86,7 @@ class Progress:
         metrics.append(line)  # A skipped step has one too; its loss is null.
         totals = {
             "total_steps": self._total_steps,
-            "rows_total": self.ledger.num_rows,
+            "rows_total": self.ledger.num_rows * self._epochs,
             "rows_trained": self.rows_trained,
             "skipped_steps": self.skipped_steps,
         }
@@ -112,8 +116,18 @@ class Progress:
             "epoch": self.epoch,
             "ledger": self.ledger.to_dict(),
             "counts": counts,
-            "extra": {"rows_trained": self.rows_trained, "skipped_steps": self.skipped_steps},
+            "extra": {
+                "epoch_step": self.epoch_step,
+                "rows_trained": self.rows_trained,
+                "skipped_steps": self.skipped_steps,
+            },
         }
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Start an epoch of which nothing is trained."""
+        self.epoch, self.epoch_step = epoch, 0
+        self.ledger = Ledger(self.ledger.num_rows)
+        self._newly_trained = []
 
     def restore(
         self,
@@ -126,6 +140,7 @@ class Progress:
         """Go on from a checkpoint's fields; rank 0 goes on with the pair counts of all ranks."""
         self.step, self.epoch = step, epoch
         self.ledger = Ledger.from_dict(ledger)
+        self.epoch_step = extra["epoch_step"]
         self.rows_trained = extra["rows_trained"]
         self.skipped_steps = extra["skipped_steps"]
         if self.counts is not None and self._first:

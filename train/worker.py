@@ -20,6 +20,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 from torch.nn.parallel import DistributedDataParallel
 
 from raystill.cluster.config import RunConfig
+from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.plan import num_steps
 from raystill.datasets.stream import iterate_groups
@@ -54,12 +55,21 @@ class Job:
 
 def train_worker(job: dict[str, Any]) -> None:
     """Train this process's share of the run (the keys of ``job`` are ``Job``'s)."""
-    worker = Worker(Job(**job))
+    try:
+        run_worker(Worker(Job(**job)))
+    except RunError as error:  # Starting again would not mend it: the driver ends the run.
+        ray.get(job["coordinator"].failed.remote(str(error)))
+        raise
+
+
+def run_worker(worker: "Worker") -> None:
+    """The order of events: restore, all epochs or up to a stop, a last checkpoint, the student."""
     worker.restore()
-    attempt = worker.publish()
-    rows = worker.open_stream(attempt)
+    rows = worker.open_stream(worker.publish(restored=True))
     worker.measure_before(rows)
     stopped = worker.train(rows)
+    while not stopped and worker.next_epoch():
+        stopped = worker.train(worker.open_stream(worker.publish(restored=False)))
     worker.checkpoint()
     if stopped:
         worker.leave("stopped")
@@ -97,6 +107,7 @@ class Worker:
             job.coordinator,
             first=self.ranks.first,
             num_rows=job.num_rows,
+            epochs=training.epochs,
             total_steps=self.total_steps,
             student_vocab=self.vocab,
             count_pairs=evaluation.enabled and evaluation.baselines,
@@ -123,12 +134,13 @@ class Worker:
             last_step=-1 if registered is None else self.progress.step,
         )
 
-    def publish(self) -> int:
+    def publish(self, restored: bool) -> int:
         """Tell the source what these weights have learned, before any rank iterates."""
         attempt = None
         if self.ranks.first:
             p = self.progress
-            attempt = ray.get(self.coordinator.publish.remote(p.epoch, p.step, p.ledger.to_dict()))
+            told = (p.epoch, p.step, p.ledger.to_dict(), restored)
+            attempt = ray.get(self.coordinator.publish.remote(*told))
         return self.ranks.from_first(attempt)  # Also the barrier that holds the other ranks back.
 
     def open_stream(self, attempt: int) -> StepRows[Row]:
@@ -158,7 +170,7 @@ class Worker:
         self.phase("training")
         while True:
             asked = self.coordinator.stop_requested.remote() if self.ranks.first else None
-            mine = rows.take(self.progress.step)
+            mine = rows.take(self.progress.epoch_step)
             stop = asked is not None and ray.get(asked) != 0
             result = self.global_step.run(self.progress.step, mine, rows.has_more, stop)
             if result.rows == 0 and not result.any_more:
@@ -167,6 +179,18 @@ class Worker:
             if result.any_stop or not result.any_more:
                 return result.any_more
             self._between_steps()
+
+    def next_epoch(self) -> bool:
+        """Close the epoch whose rows have ended; False where it was the last. Collective."""
+        if self.progress.epoch + 1 >= self.config.training.epochs:
+            return False
+        parts = self.ranks.gather(self.progress.hand_over())
+        if parts is not None:
+            dropped = ray.get(self.coordinator.dropped_positions.remote())
+            self.progress.take_over(parts, dropped)
+            self.progress.require_all_done()
+        self.progress.begin_epoch(self.progress.epoch + 1)
+        return True
 
     def checkpoint(self) -> None:
         """Collect all ranks' state at this step and begin to write it."""

@@ -1,0 +1,238 @@
+"""A segment: one Parquet file of teacher answers, with all that is needed to trust it.
+
+A segment holds whole groups, one Parquet row group each. Its footer names the teacher, the signal
+and, for every group, the run that paid for it, its rows and a checksum of each column. So a reader
+verifies exactly what it reads, and damage is told apart from an answer. Segments are shared between
+runs: row numbers, positions and epochs are not in them.
+
+Imports neither Ray nor torch. Nothing in a segment is ever unpickled.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raystill.datasets.schema import KEY_BYTES, SCHEMA_VERSION, TOKEN_IDS, signal_fields
+
+FOOTER = b"raystill.segment"
+CHECKSUM_BYTES = 8
+KINDS = ("text", "sampled", "topk")
+COMPRESSION = "zstd"
+COMPRESSION_LEVEL = 1
+
+Damage = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError)
+"""What reading a file that is not a sound segment may raise."""
+
+
+class DamagedSegment(Exception):
+    """A segment that cannot be trusted: torn, altered, gone, or not one at all; ``why`` says."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(f"segment {name}: {why}")
+        self.name = name
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What is stored of each response token: ``kind``, and K where the kind is ``topk``."""
+
+    kind: str
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"signal kind is {self.kind!r}; expected one of {', '.join(KINDS)}")
+        object.__setattr__(self, "top_k", int(self.top_k) if self.kind == "topk" else 0)
+
+    @property
+    def richness(self) -> tuple[int, int]:
+        """Order of signals: every one serves those below it."""
+        return KINDS.index(self.kind), self.top_k
+
+    def serves(self, wish: "Signal") -> bool:
+        """Whether ``wish`` follows from this signal without asking the teacher."""
+        return self.richness >= wish.richness
+
+    def __str__(self) -> str:
+        return f"topk {self.top_k}" if self.kind == "topk" else self.kind
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who answered, and how: the same for every row of a segment.
+
+    ``vocab_size`` is V of the teacher's logprobs, from which a smaller K's tail follows.
+    """
+
+    teacher_identity: str
+    teacher: str
+    engine: str
+    engine_version: str
+    dtype: str
+    vocab_size: int
+    signal: Signal
+
+
+@dataclass(frozen=True)
+class Group:
+    """One row group: the run that paid for it and what for, its rows, its columns' checksums."""
+
+    run: str
+    purpose: str  # "training" or "evaluation"
+    rows: int
+    checksums: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a segment says of itself."""
+
+    origin: Origin
+    groups: tuple[Group, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all groups."""
+        return sum(group.rows for group in self.groups)
+
+
+def segment_schema(signal: Signal) -> pa.Schema:
+    """Columns of a segment: the key, the prompt, the answer, the signal."""
+    return pa.schema(
+        [
+            pa.field("key", pa.binary(KEY_BYTES)),
+            pa.field("prompt_ids", TOKEN_IDS),
+            pa.field("response_ids", TOKEN_IDS),
+            pa.field("finish_reason", pa.string()),
+            *signal_fields(signal.kind, signal.top_k),
+        ]
+    )
+
+
+def segment_name(keys: Sequence[bytes], signal: Signal) -> str:
+    """File name of the segment of these rows: the same whoever writes it, in any order of rows."""
+    name = blake2b(str(signal).encode() + b"\0", digest_size=16)
+    for key in sorted(keys):
+        name.update(key)
+    return f"{name.hexdigest()}.parquet"
+
+
+def encode(origin: Origin, groups: Sequence[tuple[Group | tuple[str, str], pa.Table]]) -> bytes:
+    """A segment's bytes. Each group comes with its ``Group``, or with (run, purpose) if new."""
+    schema = segment_schema(origin.signal)
+    described, tables = [], []
+    for group, table in groups:
+        rows = table.select(schema.names).cast(schema).combine_chunks()
+        if isinstance(group, tuple):
+            sums = {name: checksum(rows[name]) for name in schema.names}
+            group = Group(group[0], group[1], len(rows), sums)
+        described.append(group)
+        tables.append(rows)
+    told = {
+        "schema_version": SCHEMA_VERSION,
+        "origin": asdict(origin),
+        "groups": [asdict(group) for group in described],
+    }
+    text = json.dumps(told, sort_keys=True)
+    told["footer_checksum"] = blake2b(text.encode(), digest_size=CHECKSUM_BYTES).hexdigest()
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink,
+        schema.with_metadata({FOOTER: json.dumps(told, sort_keys=True).encode()}),
+        compression=COMPRESSION,
+        compression_level=COMPRESSION_LEVEL,
+        use_dictionary=["finish_reason"],
+        write_statistics=False,
+        write_page_checksum=True,
+    ) as writer:
+        for rows in tables:
+            writer.write_table(rows, row_group_size=max(1, len(rows)))
+    return bytes(sink.getvalue())
+
+
+class SegmentFile:
+    """An open segment. Every method raises DamagedSegment where the file cannot be trusted."""
+
+    def __init__(self, source: pa.NativeFile, name: str) -> None:
+        self.name = name
+        try:
+            self._file = pq.ParquetFile(source, page_checksum_verification=True)
+            self.footer = _footer(self._file.schema_arrow.metadata or {})
+            metadata = self._file.metadata
+            found = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        except Damage as error:
+            raise DamagedSegment(name, _reason(error)) from error
+        expected = [group.rows for group in self.footer.groups]
+        if found != expected:
+            raise DamagedSegment(name, f"it has groups of {found} rows, expected {expected}")
+
+    def read(self, group: int, columns: Sequence[str]) -> pa.Table:
+        """Columns of one group, their checksums verified."""
+        try:
+            rows = self._file.read_row_group(group, list(columns)).combine_chunks()
+            told = self.footer.groups[group]
+            wrong = [n for n in columns if checksum(rows[n]) != told.checksums[n]]
+        except Damage as error:
+            raise DamagedSegment(self.name, f"group {group}: {_reason(error)}") from error
+        if wrong or len(rows) != told.rows:
+            raise DamagedSegment(
+                self.name,
+                f"group {group}: {', '.join(wrong) or 'its row count'} is not what was written",
+            )
+        return rows.select(list(columns))
+
+
+def checksum(column: pa.ChunkedArray | pa.Array) -> str:
+    """Hexadecimal blake2b-64 of a column's values, whatever its chunks and offsets."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    digest = blake2b(digest_size=CHECKSUM_BYTES)
+    _feed(digest, array)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, array: pa.Array) -> None:
+    kind = array.type
+    digest.update(f"{len(array)} {array.null_count};".encode())
+    if array.null_count:
+        digest.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+    if pa.types.is_list(kind):
+        lengths = array.value_lengths().fill_null(0)
+        digest.update(lengths.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
+        _feed(digest, array.flatten())
+    elif pa.types.is_fixed_size_list(kind):
+        _feed(digest, array.flatten())
+    elif pa.types.is_string(kind) or pa.types.is_fixed_size_binary(kind):
+        for value in array.cast(pa.large_binary()).to_pylist():
+            digest.update(b"\0" if value is None else b"%d:%b" % (len(value), value))
+    else:
+        values = array.fill_null(0) if array.null_count else array
+        digest.update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)).tobytes())
+
+
+def _footer(metadata: dict[bytes, bytes]) -> Footer:
+    if FOOTER not in metadata:
+        raise ValueError("it has no footer of a segment")
+    told = json.loads(metadata[FOOTER])
+    found = told.pop("footer_checksum")
+    text = json.dumps(told, sort_keys=True)
+    if found != blake2b(text.encode(), digest_size=CHECKSUM_BYTES).hexdigest():
+        raise ValueError("its footer is not what was written (checksum)")
+    version = told["schema_version"]
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"it has schema version {version}; this version reads {SCHEMA_VERSION}")
+    origin = told["origin"]
+    signal = Signal(**origin.pop("signal"))
+    return Footer(
+        origin=Origin(signal=signal, **origin),
+        groups=tuple(Group(**group) for group in told["groups"]),
+    )
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

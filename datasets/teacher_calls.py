@@ -1,0 +1,162 @@
+"""Asking the deployed teacher for a group of answers, whatever becomes of its replicas.
+
+A group whose replica or engine dies, or that takes too long, is asked once more elsewhere: most
+deaths are nobody's fault. Dying twice makes its rows *suspects*: they are asked one a call, and one
+at a time in this process, so that a death has one suspect. A row that was the only suspect of two
+deaths is poison: it comes back unusable, with the reason ``poison``, and the run goes on.
+
+*Waits for* the teacher, also for its next replica. *Unblocked by* its answers or its errors.
+"""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import pyarrow as pa
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+from raystill.cluster.problems import RunError
+from raystill.datasets.schema import answer_schema
+from raystill.datasets.segment import Signal
+
+logger = logging.getLogger(__name__)
+
+GROUP_ATTEMPTS = 2
+DEATHS_OF_POISON = 2
+POISON = "poison"
+LONGEST_PAUSE_S = 10.0
+POLL_S = 0.5
+
+
+class TeacherCalls:
+    """The teacher behind one application name, as one asking process sees it.
+
+    ``coordinator`` is told when the teacher is first needed, since a run whose answers are all in
+    the store does not start one; None where it runs already.
+    """
+
+    def __init__(
+        self, app_name: str, signal: Signal, timeout_s: float, max_attempts: int, coordinator: Any
+    ) -> None:
+        self._app_name = app_name
+        self._signal = signal
+        self._timeout_s = timeout_s
+        self._max_attempts = max_attempts
+        self._coordinator = coordinator
+        self._handle: Any = None
+        self._starting = asyncio.Lock()
+        self._suspect = asyncio.Lock()
+
+    async def sample(self, prompt_ids: pa.Array) -> pa.Table:
+        """Answers in the order of the prompts (answer_schema); poison rows are unusable.
+
+        RunError where the teacher cannot be reached; its own errors are passed on.
+        """
+        prompts = pa.table({"prompt_ids": prompt_ids})
+        for attempt in range(1, GROUP_ATTEMPTS + 1):
+            answers = await self._try(prompts, f"group of {len(prompts)} rows, attempt {attempt}")
+            if answers is not None:
+                return answers
+        logger.warning("asking a group of %d suspects row by row", len(prompts))
+        rows = [await self._ask_suspect(prompts.slice(i, 1)) for i in range(len(prompts))]
+        told = next((r.schema.metadata for r in rows if r.schema.metadata), None)
+        return pa.concat_tables([r.replace_schema_metadata(told) for r in rows]).combine_chunks()
+
+    async def _ask_suspect(self, prompt: pa.Table) -> pa.Table:
+        for death in range(1, DEATHS_OF_POISON + 1):
+            async with self._suspect:
+                answer = await self._try(prompt.combine_chunks(), f"suspect row, attempt {death}")
+            if answer is not None:
+                return answer
+        logger.error("poison: replicas failed each time for %s", prompt.to_pylist())
+        return unusable_answers(1, POISON, self._signal.kind, self._signal.top_k)
+
+    async def _try(self, prompts: pa.Table, what: str) -> pa.Table | None:
+        """Answers; None where the replica, its engine or the time limit went with the question.
+
+        A teacher that is not there at all is asked again, up to ``max_attempts``; then RunError.
+        """
+        handle = await self._teacher()
+        for attempt in range(1, self._max_attempts + 1):
+            try:
+                answers = await asyncio.wait_for(self._call(handle, prompts), self._timeout_s)
+            except Exception as error:
+                if is_death(error):
+                    logger.warning("%s: %r", what, error)
+                    await asyncio.sleep(min(LONGEST_PAUSE_S, 0.2))
+                    return None
+                if not is_absence(error):
+                    raise
+                logger.warning("the teacher is not there: %r", error)
+                last = error
+                await asyncio.sleep(min(LONGEST_PAUSE_S, 0.1 * 2**attempt))
+            else:
+                assert len(answers) == len(prompts), (
+                    f"the teacher gave {len(answers)} answers to {len(prompts)} prompts"
+                )
+                return answers
+        raise RunError(
+            f"the teacher could not be reached {self._max_attempts} times (last: "
+            f"{type(last).__name__}: {first_line(last)}); see the teacher's log files in the run "
+            "folder, or raise stream.max_attempts"
+        ) from last
+
+    async def _call(self, handle: Any, prompts: pa.Table) -> pa.Table:
+        response = handle.sample.remote(prompts, self._signal.kind, self._signal.top_k)
+        try:
+            return await response
+        except asyncio.CancelledError:  # Timed out: the replica need not go on with it.
+            response.cancel()
+            raise
+
+    async def _teacher(self) -> Any:
+        async with self._starting:
+            if self._handle is None:
+                if self._coordinator is not None:
+                    await self._coordinator.want_teacher.remote()
+                self._handle = await asyncio.to_thread(teacher_handle, self._app_name)
+        return self._handle
+
+
+def unusable_answers(rows: int, reason: str, kind: str, top_k: int) -> pa.Table:
+    """``rows`` answers (answer_schema) that are not there, for one reason."""
+    schema = answer_schema(kind, top_k)
+    given = {"finish_reason": None, "error": reason}
+    return pa.table({n: [given.get(n, [])] * rows for n in schema.names}, schema=schema)
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether a question may have cost its replica: replica, engine or node gone, or no answer."""
+    if isinstance(error, RayTaskError):  # Raised by the teacher's own code in a live replica.
+        return type(error.cause).__name__ == "EngineDeadError"
+    return isinstance(error, (TimeoutError, RayActorError, ObjectLostError))
+
+
+def is_absence(error: BaseException) -> bool:
+    """Whether there was nobody to take the question."""
+    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+    return isinstance(error, (BackPressureError, DeploymentUnavailableError))
+
+
+def teacher_handle(app_name: str) -> Any:
+    """Handle of the teacher's application; waits until it runs, so that loading is no time-out.
+
+    Not bounded here: the driver watches the start-up and ends the run if it takes too long.
+    """
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    while True:
+        told = serve.status().applications.get(app_name)
+        if told is not None and told.status == ApplicationStatus.RUNNING:
+            return serve.get_app_handle(app_name)
+        if told is not None and told.status == ApplicationStatus.DEPLOY_FAILED:
+            raise RunError(f"the teacher could not be deployed: {told.message}")
+        time.sleep(POLL_S)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,284 @@
+"""The teacher store: segments that are whole or refused, lookups, writers at once, upkeep."""
+
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raystill.cluster.problems import RunError
+from raystill.datasets.schema import answer_schema
+from raystill.datasets.segment import DamagedSegment, Origin, Signal, segment_name
+from raystill.datasets.store import SEGMENTS, TeacherStore, rows_paid_for
+from raystill.datasets.store_upkeep import compact, prune, verify
+from raystill.datasets.stored_signal import as_wished, require_served, stored_columns
+from raystill.serve.answers import Answer, answers_table, tail_logprob
+
+V = 300
+TOPK = Signal("topk", 16)
+
+
+def key(row: int, teacher: int = 0) -> bytes:
+    return teacher.to_bytes(8, "big") + row.to_bytes(8, "big")
+
+
+def origin(signal: Signal = TOPK, teacher: str = "abc") -> Origin:
+    return Origin(teacher, "models/teacher", "vllm", "0.32.0", "float32", V, signal)
+
+
+def said(row: int, signal: Signal, salt: int = 0) -> Answer:
+    """What a teacher might say to a row; the logprobs are of one distribution whatever K."""
+    generator = np.random.default_rng([row, salt])
+    length = int(generator.integers(1, 9))
+    logits = generator.normal(0, 3, (length, V))
+    logprobs = (logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float32)
+    order = np.argsort(-logprobs, axis=-1, kind="stable")
+    fields = {}
+    if signal.kind != "text":
+        fields["sampled_logprobs"] = logprobs[:, 0]
+    if signal.kind == "topk":
+        ids = order[:, : signal.top_k]
+        best = np.take_along_axis(logprobs, ids, -1)
+        fields |= {"topk_ids": ids.astype(np.int32), "topk_logprobs": best}
+        fields["tail_logprob"] = tail_logprob(best, V)
+    return Answer(order[:, 0].astype(np.int32), "stop", **fields)
+
+
+def answers(rows: list[int], signal: Signal = TOPK, salt: int = 0) -> pa.Table:
+    return answers_table([said(r, signal, salt) for r in rows], signal.kind, signal.top_k)
+
+
+def segment(rows: list[int], signal: Signal = TOPK, salt: int = 0, teacher: int = 0) -> pa.Table:
+    told = answers(rows, signal, salt).drop_columns(["error"])
+    prompts = pa.array([[row, 1] for row in rows], pa.list_(pa.int32()))
+    keys = pa.array([key(row, teacher) for row in rows], pa.binary(16))
+    columns = dict(zip(told.column_names, told.columns, strict=True))
+    return pa.table({"key": keys, "prompt_ids": prompts, **columns})
+
+
+def keys_of(rows: list[int]) -> pa.Array:
+    return pa.array([key(row) for row in rows], pa.binary(16))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TeacherStore:
+    return TeacherStore(str(tmp_path / "store"))
+
+
+def publish(store: TeacherStore, rows: list[int], run: str = "run", **what) -> str:
+    signal = what.pop("signal", TOPK)
+    told = origin(signal, what.pop("identity", "abc"))
+    return store.publish(
+        told, (run, what.pop("purpose", "training")), segment(rows, signal, **what)
+    )[0]
+
+
+def path_of(store: TeacherStore, name: str) -> Path:
+    return Path(store.path) / SEGMENTS / name
+
+
+class TestReading:
+    def test_rows_come_back_bit_for_bit_in_the_order_asked(self, store: TeacherStore) -> None:
+        publish(store, [3, 1, 2])
+        publish(store, [7, 8])
+        catalogue = store.catalogue()
+        where = catalogue.locate(keys_of([8, 1, 99, 3, 7]))
+        assert where.tolist()[2] == -1
+        found = store.read(catalogue, where[where >= 0], stored_columns(TOPK))
+        assert as_wished(found, TOPK, TOPK, V).equals(answers([8, 1, 3, 7]))
+
+    @pytest.mark.parametrize(
+        "wish",
+        [TOPK, Signal("topk", 5), Signal("topk", 1), Signal("sampled"), Signal("text")],
+        ids=str,
+    )
+    def test_a_poorer_wish_is_served_exactly_as_if_asked_for(
+        self, store: TeacherStore, wish: Signal
+    ) -> None:
+        rows = list(range(20))
+        publish(store, rows)
+        catalogue = store.catalogue()
+        found = store.read(catalogue, catalogue.locate(keys_of(rows)), stored_columns(wish))
+        served = as_wished(found, TOPK, wish, V)
+        assert served.schema.equals(answer_schema(wish.kind, wish.top_k))
+        assert served.equals(answers(rows, wish))
+
+    def test_a_richer_wish_is_refused_with_the_remedy(self) -> None:
+        with pytest.raises(RunError, match=r"topk 16, and topk 32 is wished.*lower the wish"):
+            require_served(TOPK, Signal("topk", 32))
+        require_served(TOPK, Signal("text"))
+
+    def test_the_richest_answer_to_a_key_is_served(self, store: TeacherStore) -> None:
+        publish(store, [1, 2], signal=Signal("topk", 4))
+        publish(store, [2, 1])
+        catalogue = store.catalogue()
+        assert {catalogue.signal(row) for row in catalogue.locate(keys_of([1, 2]))} == {TOPK}
+        assert (catalogue.rows, catalogue.duplicates) == (4, 2)
+
+    def test_an_empty_store_has_nothing(self, store: TeacherStore) -> None:
+        catalogue = store.catalogue()
+        assert catalogue.locate(keys_of([1])).tolist() == [-1]
+        assert (catalogue.rows, catalogue.duplicates) == (0, 0)
+
+
+class TestDamage:
+    @pytest.fixture
+    def name(self, store: TeacherStore) -> str:
+        return publish(store, list(range(8)))
+
+    def read_all(self, store: TeacherStore, name: str) -> pa.Table:
+        file = store.open(name)
+        return file.read(0, ["key", "prompt_ids", *stored_columns(TOPK)])
+
+    def test_a_byte_changed_anywhere_changes_nothing_or_is_refused_by_name(
+        self, store: TeacherStore, name: str
+    ) -> None:
+        whole, sound = path_of(store, name).read_bytes(), self.read_all(store, name)
+        generator, refused = random.Random(5), 0
+        for _ in range(400):
+            place = generator.randrange(len(whole))
+            altered = bytearray(whole)
+            altered[place] ^= 1 << generator.randrange(8)
+            path_of(store, name).write_bytes(altered)
+            try:
+                assert self.read_all(store, name).equals(sound)
+                assert store.open(name).footer.rows == 8
+            except DamagedSegment as damage:
+                assert name in str(damage)
+                refused += 1
+        assert refused > 250
+
+    def test_a_truncated_one_is_refused(self, store: TeacherStore, name: str) -> None:
+        whole = path_of(store, name).read_bytes()
+        for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+            path_of(store, name).write_bytes(whole[:length])
+            with pytest.raises(DamagedSegment, match=name):
+                store.open(name)
+        assert list(store.catalogue().refused) == [name]
+        assert list(verify(store)) == [name]
+
+    def test_a_deleted_one_is_refused_when_it_is_read(self, store: TeacherStore, name: str) -> None:
+        catalogue = store.catalogue()
+        path_of(store, name).unlink()
+        with pytest.raises(DamagedSegment, match=name):
+            store.read(catalogue, catalogue.locate(keys_of([1])), ["response_ids"])
+
+    def test_publishing_its_rows_again_replaces_it(self, store: TeacherStore, name: str) -> None:
+        path_of(store, name).write_bytes(b"PAR1 and not much else")
+        assert publish(store, list(range(8)), salt=1) == name
+        assert self.read_all(store, name).equals(segment(list(range(8)), salt=1).combine_chunks())
+        assert verify(store) == {}
+
+    def test_prune_removes_it_and_nothing_else(self, store: TeacherStore, name: str) -> None:
+        other = publish(store, [50, 51])
+        path_of(store, name).write_bytes(b"")
+        stale = path_of(store, ".old.part")
+        stale.write_bytes(b"half")
+        os.utime(stale, (1, 1))
+        path_of(store, ".new.part").write_bytes(b"somebody's")
+        damaged = verify(store)
+        assert prune(store, damaged, None, dry_run=True) == sorted([name, stale.name])
+        assert path_of(store, name).exists()
+        prune(store, damaged, None, dry_run=False)
+        left = {path.name for path in path_of(store, "").iterdir()}
+        assert left == {other, ".new.part"}
+
+    def test_prune_can_remove_a_teacher(self, store: TeacherStore, name: str) -> None:
+        publish(store, [1], teacher=9, identity="def")
+        assert prune(store, {}, "ab", dry_run=False) == [name]
+        assert store.catalogue().rows == 1
+
+
+class TestWriting:
+    def test_the_first_of_two_writers_counts(self, store: TeacherStore) -> None:
+        first = segment([1, 2])
+        store.publish(origin(), ("a", "training"), first)
+        second = segment([2, 1], salt=1)
+        name, published = store.publish(origin(), ("b", "training"), second)
+        assert published["key"].to_pylist() == [key(2), key(1)]
+        assert published["response_ids"].to_pylist() == first["response_ids"].to_pylist()[::-1]
+        assert store.names() == [name]
+        assert rows_paid_for(store.catalogue(), "a") == {"training": 2, "evaluation": 0}
+        assert rows_paid_for(store.catalogue(), "b") == {"training": 0, "evaluation": 0}
+
+    def test_many_processes_write_the_same_rows_at_once(self, store: TeacherStore) -> None:
+        with multiprocessing.get_context("spawn").Pool(4) as pool:
+            told = pool.starmap(write_many, [(store.path, salt) for salt in range(4)])
+        assert len(store.names()) == 10
+        assert verify(store) == {}
+        assert all(rows == told[0] for rows in told), "the writers passed on different answers"
+
+    def test_the_name_depends_on_rows_and_signal_alone(self) -> None:
+        assert segment_name([key(1), key(2)], TOPK) == segment_name([key(2), key(1)], TOPK)
+        assert segment_name([key(1)], TOPK) != segment_name([key(1)], Signal("topk", 8))
+        assert Signal("text", 64) == Signal("text")
+
+    def test_no_space_harms_nothing_that_is_published(self, tmp_path: Path) -> None:
+        small = tmp_path / "small"
+        small.mkdir()
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(small)],
+            capture_output=True, check=False,
+        )  # fmt: skip
+        if mounted.returncode != 0:
+            pytest.skip("a tmpfs cannot be mounted here")
+        try:
+            store = TeacherStore(str(small))
+            before = 0
+            with pytest.raises(OSError, match="No space left"):
+                for number in range(1000):
+                    publish(store, list(range(8 * number, 8 * number + 8)))
+                    before += 8
+            assert verify(store) == {}
+            assert store.catalogue().rows == before
+            shutil.rmtree(path_of(store, store.names()[0]), ignore_errors=True)
+            assert not [n for n in os.listdir(path_of(store, "")) if n.endswith(".part")]
+        finally:
+            subprocess.run(["umount", str(small)], check=True)
+
+
+def write_many(path: str, salt: int) -> list:
+    store = TeacherStore(path)
+    kept = []
+    for start in range(0, 40, 4):
+        rows = list(range(start, start + 4))
+        _, published = store.publish(origin(), (f"run{salt}", "training"), segment(rows, salt=salt))
+        kept += published["response_ids"].to_pylist()
+    return kept
+
+
+class TestCompacting:
+    def test_every_row_once_with_its_run_and_its_answer(self, store: TeacherStore) -> None:
+        publish(store, [1, 2, 3], run="a")
+        publish(store, [4, 5], run="b", purpose="evaluation")
+        publish(store, [5, 6], run="b")
+        publish(store, [2, 9], run="c", salt=1)
+        publish(store, [1, 7], run="c", signal=Signal("topk", 4))
+        before = store.catalogue()
+        where = before.locate(keys_of([1, 2, 3, 4, 5, 6, 7, 9]))
+        columns = ["response_ids", "finish_reason"]
+        served = store.read(before, where, columns)
+        done = compact(store)
+        assert (done.merged, done.into, done.duplicates) == (5, 2, 3)
+        after = store.catalogue()
+        assert (after.rows, after.duplicates, after.refused) == (8, 0, {})
+        again = store.read(after, after.locate(keys_of([1, 2, 3, 4, 5, 6, 7, 9])), columns)
+        assert again.equals(served)
+        assert verify(store) == {}
+        assert compact(store).merged == 0
+        paid = [rows_paid_for(after, run) for run in "abc"]
+        assert sum(sum(by_purpose.values()) for by_purpose in paid) == 8
+
+    def test_a_damaged_segment_is_left_alone(self, store: TeacherStore) -> None:
+        bad = publish(store, [1])
+        publish(store, [2])
+        publish(store, [3])
+        path_of(store, bad).write_bytes(b"x")
+        assert compact(store).merged == 2
+        assert path_of(store, bad).exists()
+        assert store.catalogue().rows == 2
