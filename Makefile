@@ -13,7 +13,7 @@ TINY := models/tiny-teacher
 QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
 CODE := driver.py raystill.py cluster serve train datasets tests benchmarks examples
 
-.PHONY: help demo test check bench setup models links lint types fast clean
+.PHONY: help demo test test-faults check bench setup models links lint types fast clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 12
@@ -35,8 +35,10 @@ models: $(STAMP)   ## the quickstart teacher and the tiny test model
 	@$(BIN)/python -m raystill.serve.quickstart_model --output $(TEACHER)
 	@$(BIN)/python -m raystill.serve.tiny_model --teacher $(TEACHER) --output $(TINY)
 
-demo: setup      ## the whole job on this machine: real teacher, real student, closing table
+demo: setup      ## the whole job on this machine: real teacher, two students, closing tables
 	$(QUIET) $(BIN)/python driver.py run configs/quickstart.yaml
+	$(QUIET) $(BIN)/python driver.py run configs/quickstart_text.yaml
+	$(QUIET) $(BIN)/python driver.py report runs/quickstart runs/quickstart_text
 
 test: setup      ## every test, real vLLM included
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=12 tests
@@ -58,8 +60,13 @@ types: setup links
 
 check: lint types fast   ## ruff, types, fast tests
 
-bench: setup     ## measure overlap, driver memory, objective; results in benchmarks/results/
+test-faults: setup   ## only the tests that kill processes and damage the store
+	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=12 tests/test_faults.py \
+		tests/test_stop_and_resume.py tests/test_store.py
+
+bench: setup     ## measure overlap, driver memory and the store; results in benchmarks/results/
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.overlap
+	$(QUIET) $(BIN)/python -m benchmarks.store
 
 clean:           ## remove what the build made (not runs/ and models/)
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache

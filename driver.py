@@ -71,10 +71,14 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def print_report(arguments: argparse.Namespace) -> int:
-    """The closing table of a run, from its folder alone."""
+    """The closing table of a run, or several runs side by side, from their folders alone."""
     from raystill.cluster import report
 
-    report.print_report(RunFolder(arguments.run_folder))
+    folders = [RunFolder(path) for path in arguments.run_folder]
+    if len(folders) == 1:
+        report.print_report(folders[0])
+    else:
+        report.print_comparison(folders)
     return 0
 
 
@@ -127,8 +131,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
         command.set_defaults(function=function)
     command.add_argument("--static", action="store_true", help="only what needs no cluster")
-    command = commands.add_parser("report", help="print a run's closing table again")
-    command.add_argument("run_folder", metavar="RUN_FOLDER", help="e.g. runs/quickstart")
+    command = commands.add_parser(
+        "report", help="print a run's closing table again, or compare several runs"
+    )
+    command.add_argument(
+        "run_folder", metavar="RUN_FOLDER", nargs="+", help="e.g. runs/quickstart"
+    )
     command.set_defaults(function=print_report)
     command = commands.add_parser(
         "store", help="list, verify, compact or prune a teacher store", description=store.__doc__

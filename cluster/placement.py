@@ -37,6 +37,8 @@ def teacher_cores(config: RunConfig, available: Sequence[int]) -> tuple[int, ...
 def student_cores(config: RunConfig, available: Sequence[int]) -> tuple[int, ...]:
     """Cores of all student workers of a node: as configured, else the second half of the node's."""
     cores = sorted(available)
+    if config.training.cpu_cores == "all":
+        return tuple(cores)
     if config.training.cpu_cores is not None:
         return _only_existing("training.cpu_cores", config.training.cpu_cores, cores)
     return tuple(cores[max(1, len(cores) // 2) :]) or tuple(cores)

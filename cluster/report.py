@@ -4,6 +4,7 @@ python driver.py report runs/quickstart
 """
 
 import json
+from collections.abc import Sequence
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
@@ -55,6 +56,28 @@ def print_report(folder: Folder, console: Console | None = None) -> None:
     with console.capture() as captured:
         _print_sections(console, folder)
     for line in captured.get().splitlines():  # Tables pad their last column; nobody needs that.
+        console.file.write(line.rstrip() + "\n")
+
+
+def print_comparison(folders: Sequence[Folder], console: Console | None = None) -> None:
+    """Print the finished students of several runs side by side, from their folders alone."""
+    console = console or Console()
+    found = []
+    for folder in folders:
+        if not folder.exists("summary.json"):
+            raise RunError(f"{folder.path} has no summary.json: no run has ended there yet")
+        first, last = before_and_after(folder)
+        summary = json.loads(folder.read_text("summary.json"))
+        found.append((wording.path(folder.path), summary, last or first or {}))
+    table = _columns(*(name for name, _, _ in found))
+    for name, label, digits, _ in (*TEACHER_FORCED, *FREE_RUNNING):
+        table.add_row(label, *(wording.figure(after.get(name), digits) for _, _, after in found))
+    for name in ("rows_trained", "rows_asked", "rows_reused", "evaluation_rows_asked"):
+        table.add_row(name, *(wording.count(summary[name]) for _, summary, _ in found))
+    table.add_row("time", *(wording.duration(summary["wall_s"]) for _, summary, _ in found))
+    with console.capture() as captured:
+        _section(console, "Finished students, on held-out prompts", table)
+    for line in captured.get().splitlines():
         console.file.write(line.rstrip() + "\n")
 
 

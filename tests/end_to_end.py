@@ -2,6 +2,7 @@
 again with numpy and ``transformers`` alone.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -61,6 +62,35 @@ class KeptRow:
     response: list[int]
     ids: np.ndarray
     log_p: np.ndarray
+
+
+def status_of(pid: int) -> list[str]:
+    """State, parent and so on of a process; OSError where there is none."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def children_of(pid: int) -> set[int]:
+    """All living descendants of a process."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int(status_of(int(folder.name))[1])
+    found: set[int] = set()
+    front = {pid}
+    while front:
+        front = {child for child, parent in parents.items() if parent in front} - found
+        found |= front
+    return found
+
+
+def named(pids: set[int], title: str) -> list[int]:
+    """Those of the processes whose command line begins with ``title``, ascending."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_text().startswith(title):
+                found.append(pid)
+    return sorted(found)
 
 
 def kept_rows(path: Path) -> list[KeptRow]:

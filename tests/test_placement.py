@@ -46,6 +46,8 @@ def test_configured_cores_are_taken_as_they_are() -> None:
     chosen = config(teacher={"cpu_cores": [3]}, training={"cpu_cores": [0, 2]})
     assert placement.teacher_cores(chosen, range(4)) == (3,)
     assert placement.student_cores(chosen, range(4)) == (0, 2)
+    everything = config(training={"cpu_cores": "all"})
+    assert placement.student_cores(everything, range(4)) == (0, 1, 2, 3)
 
 
 def test_a_core_that_the_node_lacks_is_named() -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from raystill.cluster import wording
 from raystill.cluster.problems import RunError
-from raystill.cluster.report import examples, print_report, question
+from raystill.cluster.report import examples, print_comparison, print_report, question
 from raystill.cluster.run_folder import RunFolder
 from raystill.cluster.summary import before_and_after, write_summary
 
@@ -208,3 +208,20 @@ def test_figures_are_worded_for_people(tmp_path: Path, monkeypatch: pytest.Monke
     assert wording.path(str(tmp_path / "runs" / "x")) == "runs/x"
     assert wording.path("/elsewhere/x") == "/elsewhere/x"
     assert wording.path("s3://bucket/x") == "s3://bucket/x"
+
+
+def test_several_runs_are_put_side_by_side(folder: RunFolder, tmp_path: Path) -> None:
+    write_summary(folder, outcome(rows_asked=320))
+    other = RunFolder(str(tmp_path / "runs" / "text")).ensure()
+    write_lines(other, "evaluation.jsonl", [BEFORE, {**AFTER, "kl_nats_per_token": 2.25}])
+    write_lines(other, "metrics.jsonl", [{"step": 1, "loss": 1.0, "rows": 320}])
+    write_summary(other, outcome(rows_asked=0))
+    file = io.StringIO()
+    print_comparison([folder, other], Console(file=file, width=120))
+    shown = file.getvalue()
+    (kl,) = (line for line in shown.splitlines() if "KL(teacher" in line)
+    assert kl.split()[-2:] == ["1.500", "2.250"]
+    (asked,) = (line for line in shown.splitlines() if line.strip().startswith("rows_asked"))
+    assert asked.split() == ["rows_asked", "320", "0"]
+    with pytest.raises(RunError, match=r"nowhere has no summary\.json"):
+        print_comparison([folder, RunFolder(str(tmp_path / "nowhere"))])

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.end_to_end import ROOT, TEACHER, RunFiles, drive
+from raystill.datasets.store import TeacherStore
+from tests.end_to_end import ROOT, TEACHER, RunFiles, children_of, drive, status_of
 
 pytestmark = pytest.mark.ray
 
@@ -96,20 +97,6 @@ def wait_for(process: subprocess.Popen[str], what: str, reached: Callable[[], bo
         time.sleep(0.05)
 
 
-def children_of(pid: int) -> set[int]:
-    """All living descendants of a process."""
-    parents: dict[int, int] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parents[int(folder.name)] = int(status_of(int(folder.name))[1])
-    found: set[int] = set()
-    front = {pid}
-    while front:
-        front = {child for child, parent in parents.items() if parent in front} - found
-        found |= front
-    return found
-
-
 def alive(pids: set[int]) -> dict[int, str]:
     """Those of the processes that still run, with their names; Ray's node agents left out."""
     left = {}
@@ -119,11 +106,6 @@ def alive(pids: set[int]) -> dict[int, str]:
             if status_of(pid)[0] != "Z" and name not in LINGERING:
                 left[pid] = name
     return left
-
-
-def status_of(pid: int) -> list[str]:
-    """State, parent and so on of a process; OSError where there is none."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +134,14 @@ class Aborted(Stopped):
 
 @dataclass(frozen=True)
 class Disturbed:
-    """A run that took three starts of the same command."""
+    """A run that took four starts of the same command."""
 
     files: RunFiles
     run_file: Path
     stopped: Stopped
     status_when_stopped: str
     aborted: Aborted
+    killed: Aborted
     last: subprocess.CompletedProcess[str]
 
 
@@ -169,7 +152,9 @@ def disturbed(place: Path) -> Disturbed:
     stopped = stop(run_file, files, after_step=2)
     status = files.json("summary.json")["status"]
     aborted = abort(run_file, files, after_step=stopped.steps[-1] + 3)
-    return Disturbed(files, run_file, stopped, status, aborted, drive("run", run_file))
+    killed = abort(run_file, files, aborted.registered_step + 2, signal.SIGKILL)
+    last = drive("run", run_file)
+    return Disturbed(files, run_file, stopped, status, aborted, killed, last)
 
 
 def stop(run_file: Path, files: RunFiles, after_step: int) -> Stopped:
@@ -181,15 +166,17 @@ def stop(run_file: Path, files: RunFiles, after_step: int) -> Stopped:
     return Stopped(process.returncode, stdout, stderr, files.steps())
 
 
-def abort(run_file: Path, files: RunFiles, after_step: int) -> Aborted:
+def abort(
+    run_file: Path, files: RunFiles, after_step: int, how: int = signal.SIGTERM
+) -> Aborted:
     """The same with two signals in a row; waits for what the driver had started to end too."""
     with started(run_file) as process:
         wait_for(process, f"step {after_step}", lambda: files.steps()[-1:] >= [after_step])
         family = children_of(process.pid)
         start = time.monotonic()
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(how)
         time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(how)
         process.wait(timeout=DEADLINE_S)
         seconds = time.monotonic() - start
         deadline = time.monotonic() + 30
@@ -242,10 +229,21 @@ def test_the_same_command_goes_on_to_the_end(disturbed: Disturbed) -> None:
 def test_an_orderly_stop_loses_no_step_and_an_abort_those_after_its_checkpoint(
     disturbed: Disturbed,
 ) -> None:
-    steps, registered = disturbed.aborted.steps, disturbed.aborted.registered_step
-    assert disturbed.stopped.steps[-1] <= registered < steps[-1]
+    aborted, killed = disturbed.aborted, disturbed.killed
+    assert disturbed.stopped.steps[-1] <= aborted.registered_step < aborted.steps[-1]
     lost = [line["step"] for line in disturbed.files.lines("metrics.discarded.jsonl")]
-    assert lost == [step for step in steps if step > registered]
+    gone = [[s for s in end.steps if s > end.registered_step] for end in (aborted, killed)]
+    assert lost == gone[0] + gone[1]
+
+
+def test_a_killed_driver_leaves_nothing_behind_and_nothing_is_paid_for_twice(
+    disturbed: Disturbed,
+) -> None:
+    assert disturbed.killed.returncode == -signal.SIGKILL
+    assert disturbed.killed.left_behind == {}
+    assert disturbed.files.json("summary.json")["rows_asked"] == NUM_ROWS
+    catalogue = TeacherStore(str(disturbed.files.folder.parent / "teacher_store")).catalogue()
+    assert (catalogue.rows, catalogue.duplicates) == (NUM_ROWS + 4, 0)
 
 
 def test_every_row_was_trained_once_by_the_weights_that_were_kept(disturbed: Disturbed) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from raystill.cluster.problems import RunError
+from raystill.cluster.store_command import store_command
 from raystill.datasets.schema import answer_schema
 from raystill.datasets.segment import DamagedSegment, Origin, Signal, segment_name
 from raystill.datasets.store import SEGMENTS, TeacherStore, rows_paid_for
@@ -282,3 +283,25 @@ class TestCompacting:
         assert compact(store).merged == 2
         assert path_of(store, bad).exists()
         assert store.catalogue().rows == 2
+
+
+class TestCommand:
+    def test_list_and_verify_say_what_is_there(self, store: TeacherStore, capsys) -> None:
+        publish(store, [1, 2, 3])
+        publish(store, [3, 4], signal=Signal("text"))
+        assert store_command("list", store.path) == 0
+        shown = capsys.readouterr().out
+        for words in ("models/teacher", "vllm 0.32.0 float32", "topk 16", "5 rows", "duplicates 1"):
+            assert words in shown
+        assert store_command("verify", store.path) == 0
+        bad = store.names()[0]
+        path_of(store, bad).write_bytes(b"")
+        assert store_command("verify", store.path) == 1
+        assert bad in capsys.readouterr().out
+        assert store_command("prune", store.path) == 0
+        assert store_command("compact", store.path) == 0
+        assert "1 file removed" in capsys.readouterr().out
+
+    def test_a_store_that_is_not_there_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(RunError, match="no teacher store at"):
+            store_command("list", str(tmp_path / "none"))

@@ -130,8 +130,10 @@ class TrainingConfig(ConfigModel):
         None, ge=0, description="GPUs of one worker; default: 1 where the cluster has GPUs, else 0."
     )
     cpus_per_worker: float = operational(1.0, gt=0, description="CPUs of one worker.")
-    cpu_cores: tuple[int, ...] | None = operational(
-        None, description="Cores of the workers on a CPU node; default: the second half."
+    cpu_cores: tuple[int, ...] | Literal["all"] | None = operational(
+        None,
+        description="Cores of the workers on a CPU node; default: the second half. all: every "
+        "core, for a run whose answers are all in the store.",
     )
     resources_per_worker: dict[str, float] = operational(
         {}, description="Custom Ray resources a worker asks for, e.g. {student: 1}."

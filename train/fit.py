@@ -5,6 +5,7 @@
 """
 
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,11 +27,18 @@ COLLECTIVE_TIMEOUT_S = 6 * 3600
 
 
 def fit(
-    config: RunConfig, folder: RunFolder, spec: StreamSpec, coordinator: Any, teacher_folder: str
+    config: RunConfig,
+    folder: RunFolder,
+    spec: StreamSpec,
+    coordinator: Any,
+    teacher_folder: str,
+    loop: Callable[[dict[str, Any]], None] = train_worker,
 ) -> dict[str, Any]:
     """Train the student to the end of its rows, or to an orderly stop.
 
-    ``teacher_folder`` is a local folder that every worker's node can read. Returns the
+    ``teacher_folder`` is a local folder that every worker's node can read. ``loop`` is what each
+    worker runs. A worker that dies is restarted with its group, from the last checkpoint, up to
+    ``training.max_failures`` times; what its code raises as RunError is final. Returns the
     coordinator's snapshot. Raises RunError with the first reason a part of the run stopped for.
     """
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
@@ -43,7 +51,7 @@ def fit(
         "teacher_folder": os.path.abspath(teacher_folder),
     }
     trainer = TorchTrainer(
-        train_worker,
+        loop,
         train_loop_config=job,
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(

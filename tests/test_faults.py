@@ -1,0 +1,232 @@
+"""Every kind of process killed in one run, and each row still trained once an epoch, paid for once.
+
+The teacher's engine is synthetic, behind the real deployment; stream, store, workers, checkpoints
+are the real ones. A counting student proves it without trusting the ledger.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import ray
+
+from raystill.cluster.config import RunConfig
+from raystill.cluster.coordinator import start_coordinator
+from raystill.cluster.metrics import read_lines
+from raystill.cluster.run_folder import RunFolder
+from raystill.datasets.ledger import Ledger
+from raystill.datasets.schema import PROMPT_SCHEMA
+from raystill.datasets.segment import DamagedSegment
+from raystill.datasets.store import SEGMENTS, TeacherStore, rows_paid_for
+from raystill.datasets.store_upkeep import verify
+from raystill.datasets.stored_answers import Paying
+from raystill.datasets.stream import StreamSpec
+from raystill.serve import deploy
+from raystill.train.checkpoint import read_snapshot, registered_names
+from raystill.train.fit import fit
+from tests import counting_student
+from tests.end_to_end import TEACHER, children_of, named
+
+pytestmark = pytest.mark.ray
+
+NUM_ROWS, EPOCHS, GROUP_ROWS, ROWS_PER_STEP = 161, 3, 8, 16
+GROUPS_IN_FLIGHT = 4
+PATIENCE_S = 240
+KINDS = {
+    "replica": "ray::ServeReplica:teacher",
+    "worker": "ray::RayTrainWorker",
+    "answer stage": "ray::MapWorker(MapBatches(AnswerGroup))",
+    "source": "ray::ReadPlan",
+    "splitter": "ray::SplitCoordinator",
+}
+
+
+def config_of(order: str, num_workers: int) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "teacher": {
+                "model": str(TEACHER),
+                "engine": "synthetic",
+                "synthetic": {"vocab_size": 49152, "response_tokens": 8, "delay_s": 0.3},
+                "target_ongoing_requests": GROUPS_IN_FLIGHT,
+                "num_replicas": 1,
+                "sampling": {"max_tokens": 8},
+            },
+            "student": {"layers": [0]},
+            "prompts": {"path": "unused"},
+            "signal": {"top_k": 8},
+            "stream": {"group_rows": GROUP_ROWS, "order": order},
+            "training": {
+                "epochs": EPOCHS,
+                "schedule": "constant",
+                "rows_per_step": ROWS_PER_STEP,
+                "num_workers": num_workers,
+                "cpus_per_worker": 0.5,
+                "checkpoint_every_steps": 2,
+                "max_failures": 20,
+            },
+        }
+    )
+
+
+@dataclass
+class Chaos:
+    """Kills one process of a kind each time the run has got a little further."""
+
+    coordinator: object
+    kinds: list[str]
+    seed: int
+    killed: list[str] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        generator = random.Random(self.seed)
+        for kind in self.kinds:
+            before = self.rows()
+            while not self.over.is_set() and self.rows() < before + ROWS_PER_STEP:
+                time.sleep(0.1)
+            time.sleep(generator.uniform(0, 0.5))
+            while not self.over.is_set() and not self.kill(kind, generator):
+                time.sleep(0.05)  # Between two lives of it.
+
+    def rows(self) -> int:
+        """Rows the student was given so far, repeated ones included."""
+        counters = ray.get(self.coordinator.snapshot.remote())["counters"]
+        return counters.get("student_rows", 0)
+
+    def kill(self, kind: str, generator: random.Random) -> bool:
+        pids = named(children_of(os.getpid()), KINDS[kind])
+        if not pids:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(generator.choice(pids), signal.SIGKILL)
+            self.killed.append(kind)
+        return True
+
+
+@dataclass
+class Ended:
+    """What a run left."""
+
+    folder: RunFolder
+    store: TeacherStore
+    snapshot: dict
+    killed: list[str]
+
+
+def run_through(place: Path, config: RunConfig, kinds: list[str], seed: int) -> Ended:
+    """A counting run on the shared cluster, with its processes killed one after another."""
+    folder = RunFolder(str(place / "run")).ensure()
+    columns = {
+        "row": list(range(NUM_ROWS)),
+        "key": [row.to_bytes(16, "big") for row in range(NUM_ROWS)],
+        "prompt_ids": [[5 + row, 7] for row in range(NUM_ROWS)],
+        "source": ["s"] * NUM_ROWS,
+    }
+    folder.write_table("prompts/train.parquet", pa.table(columns, schema=PROMPT_SCHEMA))
+    coordinator = start_coordinator(f"chaos-{place.name}", config.rows_ahead, NUM_ROWS, 0.0)
+    store = TeacherStore(str(place / "store"))
+    prompts = folder.join("prompts/train.parquet")
+    paying = Paying("run", "training", "identity", "synthetic")
+    where = (prompts, NUM_ROWS, coordinator, deploy.APP_NAME, store.path, paying)
+    spec = StreamSpec.from_config(config, *where)
+    chaos = Chaos(coordinator, kinds, seed)
+    watcher = threading.Thread(target=chaos.run)
+    deploy.deploy_teacher(config, str(TEACHER), coordinator, None)
+    watcher.start()
+    try:
+        arguments = (config, folder, spec, coordinator, str(TEACHER))
+        snapshot = fit_beside(arguments)
+    finally:
+        chaos.over.set()
+        watcher.join()
+        deploy.serve.delete(deploy.APP_NAME)
+        ray.kill(coordinator)
+    return Ended(folder, store, snapshot, chaos.killed)
+
+
+def fit_beside(arguments: tuple) -> dict:
+    """``fit`` outside the main thread, as in the driver."""
+    outcome: dict = {}
+
+    def work() -> None:
+        try:
+            outcome["snapshot"] = fit(*arguments, loop=counting_student.counting_worker)
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive(), "the run did not end"
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["snapshot"]
+
+
+def check_exact(ended: Ended) -> None:
+    """Each row stepped over once an epoch; each paid for once; nothing missing or damaged."""
+    counts = ended.folder.read_text(counting_student.COUNTS)
+    assert counts == str([float(EPOCHS)] * NUM_ROWS)
+    catalogue = ended.store.catalogue()
+    assert (catalogue.rows, catalogue.duplicates, catalogue.refused) == (NUM_ROWS, 0, {})
+    assert verify(ended.store) == {}
+    assert rows_paid_for(catalogue, "run")["training"] == NUM_ROWS
+    lines = read_lines(ended.folder, "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    assert sum(line["rows"] for line in lines) == NUM_ROWS * EPOCHS
+    last = read_snapshot(ended.folder.local / "checkpoints" / max(registered_names(ended.folder)))
+    assert (last.epoch, Ledger.from_dict(last.ledger).num_trained) == (EPOCHS - 1, NUM_ROWS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def by_value(ray_serve):
+    """Workers cannot import the tests."""
+    ray.cloudpickle.register_pickle_by_value(counting_student)
+    yield
+    ray.cloudpickle.unregister_pickle_by_value(counting_student)
+
+
+def test_five_faults_of_five_kinds_lose_and_repeat_no_row(tmp_path: Path) -> None:
+    ended = run_through(tmp_path, config_of("fixed", 2), list(KINDS), seed=11)
+    assert sorted(ended.killed) == sorted(KINDS), "the run ended before all faults had come"
+    check_exact(ended)
+    told = ended.snapshot["counters"]
+    in_flight = len(KINDS) * GROUPS_IN_FLIGHT * GROUP_ROWS
+    assert NUM_ROWS <= told["teacher_rows"] <= NUM_ROWS + in_flight
+    assert ended.snapshot["lives"] > 1
+
+
+def test_damage_done_to_the_store_between_epochs_is_asked_again(tmp_path: Path) -> None:
+    """A run on a store of which segments were altered, cut and deleted."""
+    config = config_of("arrival", 1)
+    first = run_through(tmp_path / "first", config, [], seed=0)
+    check_exact(first)
+    store = first.store
+    rows = {entry.name: entry.footer.rows for entry in store.catalogue().entries}
+    altered, cut, gone, *_ = (Path(store.path) / SEGMENTS / name for name in sorted(rows))
+    data = bytearray(altered.read_bytes())
+    data[len(data) // 3] ^= 1
+    altered.write_bytes(data)
+    cut.write_bytes(cut.read_bytes()[:-7])
+    gone.unlink()
+    bad = {*verify(store), gone.name}
+    assert bad == {altered.name, cut.name, gone.name}
+    (tmp_path / "second").mkdir()
+    os.rename(store.path, tmp_path / "second" / "store")
+    second = run_through(tmp_path / "second", config, [], seed=0)
+    assert second.snapshot["counters"]["teacher_rows"] == sum(rows[name] for name in bad)
+    check_exact(second)
+
+
+def test_a_segment_that_cannot_be_trusted_names_itself(tmp_path: Path) -> None:
+    store = TeacherStore(str(tmp_path))
+    with pytest.raises(DamagedSegment, match=r"segment none\.parquet"):
+        store.open("none.parquet")
