@@ -13,7 +13,7 @@ TINY := models/tiny-teacher
 QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
 CODE := driver.py raystill.py cluster serve train datasets tests benchmarks examples
 
-.PHONY: help demo test test-faults check bench setup models links lint types fast clean
+.PHONY: help demo test test-faults chaos check bench setup models links lint types fast clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 12
@@ -63,6 +63,9 @@ check: lint types fast   ## ruff, types, fast tests
 test-faults: setup   ## only the tests that kill processes and damage the store
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=12 tests/test_faults.py \
 		tests/test_stop_and_resume.py tests/test_store.py
+
+chaos: setup     ## long runs of faults, fixed seeds and a fresh one (about half an hour)
+	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -s -m chaos tests/test_faults.py
 
 bench: setup     ## measure overlap, driver memory and the store; results in benchmarks/results/
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.overlap

@@ -134,9 +134,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command = commands.add_parser(
         "report", help="print a run's closing table again, or compare several runs"
     )
-    command.add_argument(
-        "run_folder", metavar="RUN_FOLDER", nargs="+", help="e.g. runs/quickstart"
-    )
+    command.add_argument("run_folder", metavar="RUN_FOLDER", nargs="+", help="e.g. runs/quickstart")
     command.set_defaults(function=print_report)
     command = commands.add_parser(
         "store", help="list, verify, compact or prune a teacher store", description=store.__doc__

@@ -33,6 +33,9 @@ class PromptsConfig(ConfigModel):
         description="Longer prompts are dropped and counted; default: the context.",
     )
     limit: PositiveInt | None = identity(None, description="Use only the first so many prompts.")
+    samples_per_prompt: PositiveInt = identity(
+        1, description="Answers asked for each training prompt; each is a row of its own."
+    )
 
     @property
     def paths(self) -> tuple[str, ...]:

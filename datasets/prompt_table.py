@@ -34,7 +34,8 @@ class PromptTables:
 
     ``train`` and ``held_out`` number their rows from 0 and have the columns of ``PROMPT_SCHEMA``
     but ``key``, which :meth:`with_keys` adds once the teacher's identity is known.
-    ``dropped`` counts by reason; ``first_dropped`` says where the first of each was.
+    ``dropped`` counts by reason; ``first_dropped`` says where the first of each was. ``train`` holds
+    its prompts ``samples`` times over, one whole pass after another.
     """
 
     train: pa.Table
@@ -44,6 +45,7 @@ class PromptTables:
     first_dropped: Mapping[str, str]
     num_read: int
     longest_prompt_tokens: int
+    samples: int = 1
 
     @property
     def num_dropped(self) -> int:
@@ -57,8 +59,8 @@ class PromptTables:
         asked = (teacher_identity, dtype, quantization, sampling)
         return replace(
             self,
-            train=_with_keys(self.train, asked),
-            held_out=_with_keys(self.held_out, asked),
+            train=_with_keys(self.train, asked, self.samples),
+            held_out=_with_keys(self.held_out, asked, 1),
         )
 
     def write(self, folder: RunFolder, group_rows: int) -> None:
@@ -97,14 +99,16 @@ def build_prompt_tables(
         seen.add(digest)
         kept.append(index)
     train, held_out = split_rows(config, [raws[index].source for index in kept], raws)
+    samples = config.prompts.samples_per_prompt
     return PromptTables(
-        train=_table([kept[i] for i in train], ids, raws),
+        train=_table([kept[i] for i in train] * samples, ids, raws),
         held_out=_table([kept[i] for i in held_out], ids, raws),
         dropped=dropped,
         duplicates=duplicates,
         first_dropped=first_dropped,
         num_read=len(raws),
         longest_prompt_tokens=max((len(ids[i]) for i in kept), default=0),
+        samples=samples,
     )
 
 
@@ -172,7 +176,13 @@ def _token_lists(prompts: list[np.ndarray]) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, np.concatenate(prompts), type=TOKEN_IDS)
 
 
-def _with_keys(table: pa.Table, asked: tuple[str, str, str | None, dict[str, Any]]) -> pa.Table:
-    prompts = (row.values.to_numpy() for row in table["prompt_ids"])
-    keys = pa.array(answer_keys(*asked, prompts), PROMPT_SCHEMA.field("key").type)
-    return table.append_column(PROMPT_SCHEMA.field("key"), keys).select(PROMPT_SCHEMA.names)
+def _with_keys(
+    table: pa.Table, asked: tuple[str, str, str | None, dict[str, Any]], samples: int
+) -> pa.Table:
+    num_prompts = len(table) // samples
+    keys: list[bytes] = []
+    for sample in range(samples):
+        rows = table["prompt_ids"].slice(sample * num_prompts, num_prompts)
+        keys += answer_keys(*asked, (row.values.to_numpy() for row in rows), sample)
+    column = pa.array(keys, PROMPT_SCHEMA.field("key").type)
+    return table.append_column(PROMPT_SCHEMA.field("key"), column).select(PROMPT_SCHEMA.names)

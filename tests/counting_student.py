@@ -6,6 +6,7 @@ stream, shares, epochs, checkpoints, restarts.
 """
 
 import json
+import time
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ from raystill.train.step import GlobalStep
 from raystill.train.worker import Job, Worker, run_worker
 
 COUNTS = "counts.json"
+SECONDS_PER_STEP = 0.2
+"""So that there is a step to be in the middle of."""
 
 
 class CountingStep(GlobalStep):
     """The real step around another loss: the gradients of all ranks are summed, not averaged."""
 
     def _accumulate(self, groups: list, num_passes: int) -> torch.Tensor:
+        time.sleep(SECONDS_PER_STEP)
         self.optimizer.zero_grad()
         rows = torch.tensor([row.row for group in groups for row in group], dtype=torch.int64)
         loss = -self.module[rows].sum()

@@ -38,7 +38,8 @@ pytestmark = pytest.mark.ray
 
 NUM_ROWS, EPOCHS, GROUP_ROWS, ROWS_PER_STEP = 161, 3, 8, 16
 GROUPS_IN_FLIGHT = 4
-PATIENCE_S = 240
+PATIENCE_S = 1200
+LONG_RUN = 24  # Faults of a chaos run.
 KINDS = {
     "replica": "ray::ServeReplica:teacher",
     "worker": "ray::RayTrainWorker",
@@ -48,7 +49,7 @@ KINDS = {
 }
 
 
-def config_of(order: str, num_workers: int) -> RunConfig:
+def config_of(order: str, num_workers: int, epochs: int = EPOCHS) -> RunConfig:
     return RunConfig.model_validate(
         {
             "teacher": {
@@ -64,13 +65,13 @@ def config_of(order: str, num_workers: int) -> RunConfig:
             "signal": {"top_k": 8},
             "stream": {"group_rows": GROUP_ROWS, "order": order},
             "training": {
-                "epochs": EPOCHS,
+                "epochs": epochs,
                 "schedule": "constant",
                 "rows_per_step": ROWS_PER_STEP,
                 "num_workers": num_workers,
                 "cpus_per_worker": 0.5,
                 "checkpoint_every_steps": 2,
-                "max_failures": 20,
+                "max_failures": 100,
             },
         }
     )
@@ -119,6 +120,7 @@ class Ended:
     store: TeacherStore
     snapshot: dict
     killed: list[str]
+    epochs: int
 
 
 def run_through(place: Path, config: RunConfig, kinds: list[str], seed: int) -> Ended:
@@ -149,7 +151,7 @@ def run_through(place: Path, config: RunConfig, kinds: list[str], seed: int) -> 
         watcher.join()
         deploy.serve.delete(deploy.APP_NAME)
         ray.kill(coordinator)
-    return Ended(folder, store, snapshot, chaos.killed)
+    return Ended(folder, store, snapshot, chaos.killed, config.training.epochs)
 
 
 def fit_beside(arguments: tuple) -> dict:
@@ -174,16 +176,16 @@ def fit_beside(arguments: tuple) -> dict:
 def check_exact(ended: Ended) -> None:
     """Each row stepped over once an epoch; each paid for once; nothing missing or damaged."""
     counts = ended.folder.read_text(counting_student.COUNTS)
-    assert counts == str([float(EPOCHS)] * NUM_ROWS)
+    assert counts == str([float(ended.epochs)] * NUM_ROWS)
     catalogue = ended.store.catalogue()
     assert (catalogue.rows, catalogue.duplicates, catalogue.refused) == (NUM_ROWS, 0, {})
     assert verify(ended.store) == {}
     assert rows_paid_for(catalogue, "run")["training"] == NUM_ROWS
     lines = read_lines(ended.folder, "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    assert sum(line["rows"] for line in lines) == NUM_ROWS * EPOCHS
+    assert sum(line["rows"] for line in lines) == NUM_ROWS * ended.epochs
     last = read_snapshot(ended.folder.local / "checkpoints" / max(registered_names(ended.folder)))
-    assert (last.epoch, Ledger.from_dict(last.ledger).num_trained) == (EPOCHS - 1, NUM_ROWS)
+    assert (last.epoch, Ledger.from_dict(last.ledger).num_trained) == (ended.epochs - 1, NUM_ROWS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -202,6 +204,20 @@ def test_five_faults_of_five_kinds_lose_and_repeat_no_row(tmp_path: Path) -> Non
     in_flight = len(KINDS) * GROUPS_IN_FLIGHT * GROUP_ROWS
     assert NUM_ROWS <= told["teacher_rows"] <= NUM_ROWS + in_flight
     assert ended.snapshot["lives"] > 1
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(PATIENCE_S)
+@pytest.mark.parametrize("seed", [1, 2, int(os.environ.get("CHAOS_SEED", time.time()))])
+@pytest.mark.parametrize("order", ["fixed", "arrival"])
+def test_a_long_run_of_faults(tmp_path: Path, order: str, seed: int) -> None:
+    generator = random.Random(seed)
+    kinds = [*KINDS, *generator.choices(list(KINDS), k=LONG_RUN - len(KINDS))]
+    generator.shuffle(kinds)
+    print(f"order {order}, CHAOS_SEED={seed}: {', '.join(kinds)}")
+    ended = run_through(tmp_path, config_of(order, 2, epochs=8), kinds, seed)
+    assert set(ended.killed) == set(KINDS) and len(ended.killed) >= 20
+    check_exact(ended)
 
 
 def test_damage_done_to_the_store_between_epochs_is_asked_again(tmp_path: Path) -> None:

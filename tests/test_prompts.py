@@ -247,14 +247,18 @@ def test_a_folder_that_cannot_tokenise_says_why(tmp_path: Path) -> None:
 
 
 def tables(
-    tmp_path: Path, rows: list[tuple[str, str]], longest: int = 8, **evaluation: Any
+    tmp_path: Path,
+    rows: list[tuple[str, str]],
+    longest: int = 8,
+    samples: int = 1,
+    **evaluation: Any,
 ) -> PromptTables:
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": p, "source": s}) for p, s in rows))
     settings = {
         "teacher": {"model": str(MODEL)},
         "student": {"layers": [0]},
-        "prompts": {"path": str(path), "chat_template": False},
+        "prompts": {"path": str(path), "chat_template": False, "samples_per_prompt": samples},
         "evaluation": evaluation,
     }
     config = RunConfig.model_validate(settings)
@@ -322,6 +326,21 @@ def test_tables_get_keys_and_are_written_in_groups(
         assert pq.ParquetFile(stream).num_row_groups == 2
     with pytest.raises(AssertionError, match="with_keys"):
         made.write(folder, group_rows=4)
+
+
+def test_each_sample_of_a_prompt_is_a_row_with_a_key_of_its_own(tmp_path: Path) -> None:
+    rows = [(f"{i}", "a") for i in range(5)]
+    made = tables(tmp_path, rows, samples=3, held_out_rows=1)
+    keyed = made.with_keys("t", "float32", None, {})
+    assert (made.train.num_rows, made.held_out.num_rows) == (12, 1)
+    assert texts(made.train) == texts(made.train.slice(0, 4)) * 3
+    assert made.train["row"].to_pylist() == list(range(12))
+    ids = np.array(made.train["prompt_ids"][1].as_py(), dtype=np.int32)
+    expected = [answer_key("t", "float32", None, {}, ids, sample) for sample in range(3)]
+    assert [keyed.train["key"][row].as_py() for row in (1, 5, 9)] == expected
+    assert len(set(keyed.train["key"].to_pylist())) == 12
+    once = tables(tmp_path, rows, held_out_rows=1).with_keys("t", "float32", None, {})
+    assert keyed.train["key"].to_pylist()[:4] == once.train["key"].to_pylist()
 
 
 def test_a_key_changes_with_all_that_decides_an_answer() -> None:

@@ -166,9 +166,7 @@ def stop(run_file: Path, files: RunFiles, after_step: int) -> Stopped:
     return Stopped(process.returncode, stdout, stderr, files.steps())
 
 
-def abort(
-    run_file: Path, files: RunFiles, after_step: int, how: int = signal.SIGTERM
-) -> Aborted:
+def abort(run_file: Path, files: RunFiles, after_step: int, how: int = signal.SIGTERM) -> Aborted:
     """The same with two signals in a row; waits for what the driver had started to end too."""
     with started(run_file) as process:
         wait_for(process, f"step {after_step}", lambda: files.steps()[-1:] >= [after_step])
