@@ -13,6 +13,7 @@ import argparse
 import resource
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ def measure_formats() -> list[dict[str, Any]]:
             ]
         arrow = sum(table.nbytes for table in tables)
         for codec, options in CODECS.items():
-            written, write_s = timed(lambda o=options: [written_bytes(t, o) for t in tables])
-            _, read_s = timed(lambda w=written: [pq.read_table(pa.BufferReader(b)) for b in w])
+            written, write_s = timed(partial(write_all, tables, options))
+            _, read_s = timed(partial(read_all, written))
             found.append(
                 {
                     "precision": precision,
@@ -83,6 +84,14 @@ def measure_formats() -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def write_all(tables: list[pa.Table], options: dict[str, Any]) -> list[bytes]:
+    return [written_bytes(table, options) for table in tables]
+
+
+def read_all(written: list[bytes]) -> list[pa.Table]:
+    return [pq.read_table(pa.BufferReader(data)) for data in written]
 
 
 def written_bytes(table: pa.Table, options: dict[str, Any]) -> bytes:

@@ -34,8 +34,8 @@ class PromptTables:
 
     ``train`` and ``held_out`` number their rows from 0 and have the columns of ``PROMPT_SCHEMA``
     but ``key``, which :meth:`with_keys` adds once the teacher's identity is known.
-    ``dropped`` counts by reason; ``first_dropped`` says where the first of each was. ``train`` holds
-    its prompts ``samples`` times over, one whole pass after another.
+    ``dropped`` counts by reason; ``first_dropped`` says where the first of each was. ``train``
+    holds its prompts ``samples`` times over, one whole pass after another.
     """
 
     train: pa.Table
