@@ -21,7 +21,7 @@ class RunOutcome(Protocol):
     wall_s: float
     phases: dict[str, float]
     prepared: Any
-    paid: Mapping[str, int]
+    paid: dict[str, int]
 
 
 def write_summary(folder: Folder, outcome: RunOutcome) -> Figures:
