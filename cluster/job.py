@@ -38,7 +38,7 @@ from raystill.datasets.stream import StreamSpec
 from raystill.serve import deploy
 from raystill.train.fit import fit
 
-POLL_S = 1.0
+POLL_S = 0.5
 LOADING = "loading the teacher and the student"
 ASKING = "asking the teacher the held-out prompts"
 LOADING_STUDENT = "loading the student"

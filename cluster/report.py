@@ -68,7 +68,8 @@ def print_comparison(folders: Sequence[Folder], console: Console | None = None) 
             raise RunError(f"{folder.path} has no summary.json: no run has ended there yet")
         first, last = before_and_after(folder)
         summary = json.loads(folder.read_text("summary.json"))
-        found.append((wording.path(folder.path), summary, last or first or {}))
+        name = folder.path.rstrip("/").rpartition("/")[2]
+        found.append((name, summary, last or first or {}))
     table = _columns(*(name for name, _, _ in found))
     for name, label, digits, _ in (*TEACHER_FORCED, *FREE_RUNNING):
         table.add_row(label, *(wording.figure(after.get(name), digits) for _, _, after in found))

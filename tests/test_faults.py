@@ -222,7 +222,7 @@ def test_a_long_run_of_faults(tmp_path: Path, order: str, seed: int) -> None:
 
 def test_damage_done_to_the_store_between_epochs_is_asked_again(tmp_path: Path) -> None:
     """A run on a store of which segments were altered, cut and deleted."""
-    config = config_of("arrival", 1, epochs=1)
+    config = config_of("arrival", 2, epochs=1)
     first = run_through(tmp_path / "first", config, [], seed=0)
     check_exact(first)
     store = first.store

@@ -269,26 +269,3 @@ def test_no_trace_of_the_stops_is_left_in_figures_or_weights(
         for files in (disturbed.files, undisturbed)
     )
     assert mine == other
-
-
-def test_all_of_161_rows_are_trained_on_two_workers(place: Path) -> None:
-    run_file = write_run_file(
-        place / "two_workers",
-        teacher={"target_ongoing_requests": 2},
-        prompts={"limit": 161},
-        stream={"group_rows": 8},
-        training={"rows_per_step": 16, "num_workers": 2},
-        evaluation={"held_out_rows": 0},
-    )
-    result = drive("run", run_file, "--set", "teacher.synthetic.delay_s=0")
-    assert result.returncode == 0, result.stderr
-    files = RunFiles(place / "two_workers" / "run")
-    assert files.steps() == list(range(1, 12))
-    assert [line["rows"] for line in files.lines("metrics.jsonl")] == [16] * 10 + [1]
-    ledger = files.json("checkpoints/step-00000011/ledger.json")
-    assert (ledger["num_rows"], ledger["num_trained"]) == (161, 161)
-    assert files.json("checkpoints/step-00000011/state.json")["world_size"] == 2
-    summary = files.json("summary.json")
-    assert (summary["rows_asked"], summary["rows_trained"]) == (161, 161)
-    assert files.lines("evaluation.jsonl") == []  # Nothing was held out.
-    assert (files.folder / "student" / "model.safetensors").exists()

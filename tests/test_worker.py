@@ -254,13 +254,6 @@ def test_a_stopped_run_on_two_workers_resumes_and_trains_what_one_process_would(
         torch.testing.assert_close(parameter, expected[name], rtol=0, atol=2e-4, msg=name)
 
 
-def test_rows_taken_as_they_arrive_are_all_trained(cluster, teacher, tmp_path):
-    folder = RunFolder(str(tmp_path / "run")).ensure()
-    write_inputs(folder)
-    config = run_config(teacher, "arrival", num_workers=2, rows_per_step=7)
-    check_completed(config, folder, run_once(config, folder, teacher, "arrival"))
-
-
 def check_completed(config, folder, snapshot):
     """Every row trained or dropped once, every step recorded once, every file there."""
     assert snapshot["outcome"] == "completed"
