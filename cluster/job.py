@@ -100,7 +100,7 @@ def is_finished(folder: RunFolder, epochs: int) -> bool:
     if not folder.exists("summary.json"):
         return False
     told = json.loads(folder.read_text("summary.json"))
-    return told["status"] == "completed" and told["epochs"] >= epochs
+    return told["status"] == "completed" and told.get("epochs", 1) >= epochs
 
 
 def write_folder(config: RunConfig, folder: RunFolder, prepared: Prepared) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raystill.datasets.schema import KEY_BYTES, SCHEMA_VERSION, TOKEN_IDS, signal_fields
@@ -186,6 +187,19 @@ class SegmentFile:
                 f"group {group}: {', '.join(wrong) or 'its row count'} is not what was written",
             )
         return rows.select(list(columns))
+
+    def rows_of(self, keys: pa.ChunkedArray, columns: Sequence[str]) -> pa.Table:
+        """Columns of the rows of ``keys``, in their order, from all groups."""
+        names = ["key", *(column for column in columns if column != "key")]
+        groups = range(len(self.footer.groups))
+        rows = pa.concat_tables([self.read(i, names) for i in groups]).combine_chunks()
+        there = rows["key"].combine_chunks()
+        index = pc.index_in(keys.combine_chunks().cast(there.type), value_set=there)
+        if index.null_count:
+            raise DamagedSegment(
+                self.name, f"it lacks {index.null_count} of the rows it is named for"
+            )
+        return rows.take(index).select(list(columns))
 
 
 def checksum(column: pa.ChunkedArray | pa.Array) -> str:

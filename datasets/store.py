@@ -28,10 +28,8 @@ from raystill.datasets.schema import KEY_BYTES
 from raystill.datasets.segment import (
     DamagedSegment,
     Footer,
-    Group,
     Origin,
     SegmentFile,
-    Signal,
     encode,
     segment_name,
 )
@@ -78,10 +76,6 @@ class Catalogue:
         """Stored row of each of ``keys`` [N], -1 where there is none."""
         found = pc.index_in(keys.cast(KEYS), value_set=self.keys)
         return np.asarray(found.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
-
-    def signal(self, row: int) -> Signal:
-        """The signal stored row ``row`` has."""
-        return self.entries[self.segment[row]].footer.origin.signal
 
 
 class TeacherStore:
@@ -172,23 +166,11 @@ class TeacherStore:
         if self.folder.is_local:
             if not self._link(name, data):
                 with suppress(DamagedSegment):
-                    return name, self.read_segment(name, rows["key"], rows.column_names)
+                    return name, self.open(name).rows_of(rows["key"], rows.column_names)
                 self.folder.write_bytes(f"{SEGMENTS}/{name}", data)
         else:
             self.folder.write_bytes(f"{SEGMENTS}/{name}", data)
         return name, rows
-
-    def read_segment(self, name: str, keys: pa.ChunkedArray, columns: Sequence[str]) -> pa.Table:
-        """The rows of ``keys`` of one segment, in their order. Raises DamagedSegment."""
-        file = self.open(name)
-        names = ["key", *(column for column in columns if column != "key")]
-        groups = range(len(file.footer.groups))
-        rows = pa.concat_tables([file.read(i, names) for i in groups]).combine_chunks()
-        there = rows["key"].combine_chunks()
-        index = pc.index_in(keys.combine_chunks().cast(KEYS), value_set=there)
-        if index.null_count:
-            raise DamagedSegment(name, f"it lacks {index.null_count} of the rows it is named for")
-        return rows.take(index).select(list(columns))
 
     def _keys(self, name: str) -> tuple[Entry, list[pa.Array]] | DamagedSegment:
         try:
@@ -246,6 +228,3 @@ def rows_paid_for(catalogue: Catalogue, run: str) -> dict[str, int]:
             if group.run == run:
                 paid[group.purpose] += group.rows
     return paid
-
-
-__all__ = ["Catalogue", "Entry", "Group", "TeacherStore", "rows_paid_for"]

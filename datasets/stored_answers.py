@@ -130,12 +130,12 @@ class StoredAnswers:
         if not self._store.exists(name):
             return None, none
         try:
-            columns = stored_columns(self._wish)
-            found = self._store.read_segment(name, pa.chunked_array([keys]), columns)
-            origin = self._store.open(name).footer.origin
+            file = self._store.open(name)
+            found = file.rows_of(pa.chunked_array([keys]), stored_columns(self._wish))
         except DamagedSegment as damage:
             logger.warning("%s; its rows are asked again", damage)
             return None, none
+        origin = file.footer.origin
         return as_wished(found, origin.signal, self._wish, origin.vocab_size), ~none
 
     async def _ask(self, rows: NDArray[np.int64], prompt_ids: pa.Array) -> pa.Table:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 GROUP_ATTEMPTS = 2
 DEATHS_OF_POISON = 2
 POISON = "poison"
+PAUSE_AFTER_DEATH_S = 0.2
 LONGEST_PAUSE_S = 10.0
 POLL_S = 0.5
 
@@ -84,7 +85,7 @@ class TeacherCalls:
             except Exception as error:
                 if is_death(error):
                     logger.warning("%s: %r", what, error)
-                    await asyncio.sleep(min(LONGEST_PAUSE_S, 0.2))
+                    await asyncio.sleep(PAUSE_AFTER_DEATH_S)
                     return None
                 if not is_absence(error):
                     raise

@@ -118,7 +118,8 @@ class TestReading:
         publish(store, [1, 2], signal=Signal("topk", 4))
         publish(store, [2, 1])
         catalogue = store.catalogue()
-        assert {catalogue.signal(row) for row in catalogue.locate(keys_of([1, 2]))} == {TOPK}
+        segments = catalogue.segment[catalogue.locate(keys_of([1, 2]))]
+        assert {catalogue.entries[s].footer.origin.signal for s in segments} == {TOPK}
         assert (catalogue.rows, catalogue.duplicates) == (4, 2)
 
     def test_an_empty_store_has_nothing(self, store: TeacherStore) -> None:

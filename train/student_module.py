@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 # Each scales or bends the logits after the head, which this module would leave out.
 LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
@@ -94,3 +95,16 @@ class StudentModule(nn.Module):
         if self.compute_dtype == self.param_dtype:
             return nullcontext()
         return torch.autocast(device_type, dtype=self.compute_dtype)
+
+
+def parallel_module(
+    student: StudentModule, device: torch.device, world_size: int, compiled: bool
+) -> nn.Module:
+    """The student as a step runs it: compiled if asked, in DDP where there are several workers."""
+    module: Any = torch.compile(student, dynamic=True) if compiled else student
+    if world_size > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        module = DistributedDataParallel(
+            module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    return module

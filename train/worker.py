@@ -15,9 +15,7 @@ from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.train import Checkpoint, CheckpointUploadMode
-from torch.nn.parallel import DistributedDataParallel
 
 from raystill.cluster.config import RunConfig
 from raystill.cluster.problems import RunError
@@ -35,7 +33,7 @@ from raystill.train.progress import Progress
 from raystill.train.ranks import Ranks
 from raystill.train.shares import StepRows
 from raystill.train.step import GlobalStep
-from raystill.train.student_module import StudentModule, resolve_compute_dtype
+from raystill.train.student_module import StudentModule, parallel_module, resolve_compute_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -219,12 +217,9 @@ class Worker:
             self._measure("after", f"as exported ({export_dtype})")
         self.phase("saving the student")
         if self.ranks.first:
+            job = self.job
             model_files.export_student(
-                self.student.model,
-                self.job.folder,
-                self.config,
-                self.job.teacher_folder,
-                self.sampling,
+                self.student.model, job.folder, self.config, job.teacher_folder, self.sampling
             )
 
     def leave(self, outcome: str) -> None:
@@ -260,33 +255,25 @@ class Worker:
             self.coordinator.evaluated.remote(figures)
 
     def _build_student(self) -> StudentModule:
-        training = self.config.training
-        seed = self.config.section_seeds()["student"]
-        model = model_files.build_student(self.config, self.job.teacher_folder, seed)
+        training, seeds = self.config.training, self.config.section_seeds()
+        model = model_files.build_student(self.config, self.job.teacher_folder, seeds["student"])
         dtype = resolve_compute_dtype(training.compute_dtype, self.device, training.param_dtype)
         student = StudentModule(model.to(self.device), dtype, training.activation_checkpointing)
         student.train()
         return student
 
     def _build_step(self) -> GlobalStep:
-        module: Any = self.student
-        if self.config.training.compile:
-            module = torch.compile(module, dynamic=True)
-        if self.ranks.world_size > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            module = DistributedDataParallel(
-                module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+        training, world_size = self.config.training, self.ranks.world_size
         return GlobalStep(
-            module,
+            parallel_module(self.student, self.device, world_size, training.compile),
             self.optimizer,
-            self.config.training,
+            training,
             objective=self.config.objective.weights,
             signal_kind=self.config.signal.kind,
             student_vocab=self.vocab,
             total_steps=self.total_steps,
             device=self.device,
-            world_size=self.ranks.world_size,
+            world_size=world_size,
         )
 
     def _load(self, snapshot: ckpt.Snapshot) -> None:
