@@ -10,11 +10,15 @@ the worker group: ``publish`` starts it, and calls that name an older one change
 """
 
 import asyncio
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
 from raystill.cluster.problems import RunError
+
+
+PHASES_KEPT = 16
+"""More than can begin between two looks of the driver."""
 
 
 class Coordinator:
@@ -43,7 +47,7 @@ class Coordinator:
         self._counters: Counter[str] = Counter()
         self._progress: dict[str, Any] = {}
         self._evaluation: dict[str, Any] = {}
-        self._phase = "start"
+        self._phases: deque[tuple[int, str]] = deque(maxlen=PHASES_KEPT)
         self._outcome: str | None = None
         self._error: str | None = None
         self._stop = 0
@@ -158,9 +162,11 @@ class Coordinator:
         """The newest evaluation's figures, from rank 0."""
         self._evaluation = dict(figures)
 
-    async def phase(self, name: str) -> None:
-        """What the run is doing now, in a word."""
-        self._phase = name
+    async def phase(self, name: str, after: str | None = None) -> None:
+        """What the run is doing from now on, in a few words; with ``after``: if it did that."""
+        number, present = self._phases[-1] if self._phases else (0, "")
+        if name != present and after in (None, present):
+            self._phases.append((number + 1, name))
 
     async def held_out_ready(self) -> None:
         """The held-out rows are answered and written."""
@@ -190,9 +196,12 @@ class Coordinator:
             self._error = self._error or message
 
     async def snapshot(self) -> dict[str, Any]:
-        """All a view or a summary needs, as plain values."""
+        """All a view or a summary needs, as plain values.
+
+        ``phases``: (number, name) of the newest ones, the last is the present one.
+        """
         return {
-            "phase": self._phase,
+            "phases": list(self._phases),
             "lives": self._lives,
             "counters": dict(self._counters),
             "ahead": self._ahead,

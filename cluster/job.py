@@ -231,8 +231,7 @@ def serve_teacher(
     if held_out:
         coordinator.phase.remote(ASKING)
         ray.get(held_out)
-    if ray.get(coordinator.snapshot.remote())["phase"] == ASKING:  # The worker is not up yet.
-        coordinator.phase.remote(LOADING_STUDENT)
+        coordinator.phase.remote(LOADING_STUDENT, after=ASKING)  # Unless the worker is up.
 
 
 def wait_until_wanted(coordinator: Any, others: list[Any]) -> None:

@@ -1,6 +1,6 @@
 """The live view: what the run does now, on a terminal as one panel, elsewhere as plain lines.
 
-Consumes the coordinator's snapshots (``phase counters ahead max_ahead progress evaluation
+Consumes the coordinator's snapshots (``phases counters ahead max_ahead progress evaluation
 dropped``) that the driver's main thread polls; it asks nobody itself.
 """
 
@@ -93,6 +93,7 @@ class LiveView:
         self._started = clock()
         self._phase, self._phase_began = "", self._started
         self._phase_first_step = 0
+        self._phases_seen = 0
         self._phase_seconds: dict[str, float] = {}
         self._last_line = float("-inf")
         self._live: Live | None = None
@@ -118,15 +119,13 @@ class LiveView:
         if evaluation and not self.first_evaluation:
             self.first_evaluation = dict(evaluation)
         self.pace.add(now, {**(snapshot.get("counters") or {}), "steps": float(self.step)})
-        phase = snapshot.get("phase") or ""
-        changed = bool(phase) and phase != self._phase
-        if changed:
+        begun = [p for p in snapshot.get("phases") or () if p[0] > self._phases_seen]
+        for number, phase in begun:  # Short ones begin and end between two snapshots.
+            self._phases_seen = number
             self._enter_phase(phase)
-        if self._live is not None:
-            return
-        if changed:
-            self._print(phase)
-        elif phase and now - self._last_line >= PLAIN_EVERY_S:
+            if self._live is None:
+                self._print(phase)
+        if self._live is None and self._phase and now - self._last_line >= PLAIN_EVERY_S:
             self._print(self.line())
 
     def note(self, text: str) -> None:

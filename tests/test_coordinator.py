@@ -134,7 +134,9 @@ def test_counters_add_up_and_a_snapshot_tells_all():
         await c.add({"rows_asked": 8, "teacher_busy_s": 0.25})
         await c.progress({"step": 2, "loss": 1.5})
         await c.evaluated({"kl_nats_per_token": 2.0})
-        await c.phase("training")
+        for name in ("loading", "training", "training"):
+            await c.phase(name)
+        await c.phase("loading again", after="loading")
         await c.request_stop(15)
         await c.failed("first")
         await c.failed("second")
@@ -142,7 +144,8 @@ def test_counters_add_up_and_a_snapshot_tells_all():
         assert snapshot["counters"] == {"rows_asked": 16, "teacher_busy_s": 0.75}
         assert snapshot["progress"]["step"] == 2
         assert snapshot["evaluation"] == {"kl_nats_per_token": 2.0}
-        assert (snapshot["phase"], snapshot["stop"], snapshot["error"]) == ("training", 15, "first")
+        assert (snapshot["stop"], snapshot["error"]) == (15, "first")
+        assert snapshot["phases"] == [(1, "loading"), (2, "training")]
         assert await c.stop_requested() == 15
         assert await waits(c.wait_held_out())
         await c.held_out_ready()

@@ -17,13 +17,19 @@ from tests.end_to_end import ROOT, TEACHER, RunFiles, children_of, named
 pytestmark = [pytest.mark.ray, pytest.mark.vllm]
 
 NUM_ROWS, NUM_HELD_OUT, ROWS_PER_STEP = 64, 4, 4
+MAX_TOKENS = 48
 NUM_STEPS = NUM_ROWS // ROWS_PER_STEP
 DEADLINE_S = 240.0
 
 
 def test_a_killed_engine_and_a_killed_worker_cost_no_row(tmp_path: Path) -> None:
     config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
-    config["teacher"] |= {"model": str(TEACHER), "target_ongoing_requests": 2}
+    config["teacher"] |= {
+        "model": str(TEACHER),
+        "target_ongoing_requests": 1,
+        "max_num_seqs": 1,  # Answers one by one: the run must last until both are killed.
+        "sampling": config["teacher"]["sampling"] | {"max_tokens": MAX_TOKENS},
+    }
     config["prompts"] |= {
         "path": str(ROOT / config["prompts"]["path"]),
         "limit": NUM_ROWS + NUM_HELD_OUT,

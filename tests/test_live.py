@@ -22,6 +22,10 @@ class Clock:
         return self.now
 
 
+BEGUN: list[str] = []
+"""Phases of all tests so far: a phase's number is its place in it."""
+
+
 def snapshot(phase: str, step: int = 0, **more: object) -> dict:
     progress = {"step": step, "loss": 2.5, "data_wait_s": 1.0, "student_s": 3.0} if step else {}
     counters = {
@@ -30,7 +34,10 @@ def snapshot(phase: str, step: int = 0, **more: object) -> dict:
         "student_rows": step * 16,
         "student_tokens": step * 160,
     }
-    base = {"phase": phase, "counters": counters, "ahead": 32, "progress": progress}
+    if BEGUN[-1:] != [phase]:
+        BEGUN.append(phase)
+    phases = [(len(BEGUN), phase)] if phase else []
+    base = {"phases": phases, "counters": counters, "ahead": 32, "progress": progress}
     return base | {"evaluation": {}, "dropped": {}} | more
 
 

@@ -97,6 +97,16 @@ def wait_for(process: subprocess.Popen[str], what: str, reached: Callable[[], bo
         time.sleep(0.05)
 
 
+def wait_for_step(process: subprocess.Popen[str], files: RunFiles, step: int) -> None:
+    """Until this start of the run has a line of that step; an earlier start's does not count."""
+    began = time.time()
+
+    def reached() -> bool:
+        return any(s["step"] >= step and s["time"] > began for s in files.lines("metrics.jsonl"))
+
+    wait_for(process, f"step {step}", reached)
+
+
 def alive(pids: set[int]) -> dict[int, str]:
     """Those of the processes that still run, with their names; Ray's node agents left out."""
     left = {}
@@ -160,7 +170,7 @@ def disturbed(place: Path) -> Disturbed:
 def stop(run_file: Path, files: RunFiles, after_step: int) -> Stopped:
     """Start the driver, interrupt it once a step has a line of metrics, and let it end."""
     with started(run_file) as process:
-        wait_for(process, f"step {after_step}", lambda: files.steps()[-1:] >= [after_step])
+        wait_for_step(process, files, after_step)
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=DEADLINE_S)
     return Stopped(process.returncode, stdout, stderr, files.steps())
@@ -169,7 +179,7 @@ def stop(run_file: Path, files: RunFiles, after_step: int) -> Stopped:
 def abort(run_file: Path, files: RunFiles, after_step: int, how: int = signal.SIGTERM) -> Aborted:
     """The same with two signals in a row; waits for what the driver had started to end too."""
     with started(run_file) as process:
-        wait_for(process, f"step {after_step}", lambda: files.steps()[-1:] >= [after_step])
+        wait_for_step(process, files, after_step)
         family = children_of(process.pid)
         start = time.monotonic()
         process.send_signal(how)
