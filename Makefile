@@ -62,9 +62,10 @@ types: setup links
 
 check: lint types fast   ## ruff, types, fast tests
 
-test-faults: setup   ## only the tests that kill processes and damage the store
-	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=12 tests/test_faults.py \
-		tests/test_stop_and_resume.py tests/test_store.py
+test-faults: setup   ## every fault: processes killed, nodes lost, disks full (about 15 minutes)
+	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=12 -m "not chaos" \
+		tests/test_store.py tests/test_faults.py tests/test_stop_and_resume.py \
+		tests/test_engine_death.py tests/test_no_space.py tests/test_node_loss.py
 
 chaos: setup     ## long runs of faults, fixed seeds and a fresh one (about half an hour)
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -s -m chaos tests/test_faults.py

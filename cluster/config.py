@@ -95,7 +95,7 @@ class RunConfig(ConfigModel):
     @property
     def min_rows_ahead(self) -> int:
         """The bound under which a step could never be filled (design 6)."""
-        workers = self.training.num_workers
+        workers = self.training.max_workers
         return self.training.rows_per_step + 2 * workers * self.stream.group_rows
 
     @property

@@ -16,7 +16,6 @@ from typing import Any
 
 from raystill.cluster.problems import RunError
 
-
 PHASES_KEPT = 16
 """More than can begin between two looks of the driver."""
 

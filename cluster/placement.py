@@ -106,7 +106,7 @@ def accelerator_resource(accelerator_type: str) -> str:
 
 
 def requests(config: RunConfig, has_gpus: bool) -> list[Request]:
-    """Everything that must run at once for rows to flow: the fewest replicas, and all workers.
+    """Everything that must run at once for rows to flow: the fewest replicas and workers.
 
     A pool that may shrink to nothing still needs one replica to answer.
     """
@@ -117,7 +117,7 @@ def requests(config: RunConfig, has_gpus: bool) -> list[Request]:
     if config.training.accelerator_type is not None:
         student = {**student, accelerator_resource(config.training.accelerator_type): 0.001}
     return [Request("teacher replica", teacher) for _ in range(fewest)] + [
-        Request("student worker", (student,)) for _ in range(config.training.num_workers)
+        Request("student worker", (student,)) for _ in range(config.training.min_workers)
     ]
 
 
@@ -231,7 +231,7 @@ def _setting_behind(config: RunConfig, name: str) -> str:
         return "teacher.resources_per_replica"
     if name in config.training.resources_per_worker:
         return "training.resources_per_worker"
-    return "training.num_workers" if config.training.num_workers > 1 else "teacher.num_replicas"
+    return "training.num_workers" if config.training.min_workers > 1 else "teacher.num_replicas"
 
 
 def _remedy(name: str) -> str:

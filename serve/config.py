@@ -33,6 +33,9 @@ class SyntheticConfig(ConfigModel):
     vocab_size: PositiveInt = identity(1024, description="Number of ids answers are drawn from.")
     response_tokens: PositiveInt = identity(16, description="Length of every answer, in tokens.")
     delay_s: float = operational(0.0, ge=0, description="Time one group takes, in seconds.")
+    poison_token: int | None = identity(
+        None, ge=0, description="A prompt that holds this id ends its replica's process."
+    )
 
 
 class ReplicasConfig(ConfigModel):

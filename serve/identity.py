@@ -47,7 +47,7 @@ def teacher_identity(folder: str | PathLike[str]) -> str:
 def identity_of(teacher: TeacherConfig, folder: str | PathLike[str]) -> str:
     """``teacher_identity`` for a model; of the synthetic engine, a hash of what it answers by."""
     if teacher.engine == "synthetic":
-        answers_by = teacher.synthetic.model_dump(exclude={"delay_s"})
+        answers_by = teacher.synthetic.model_dump(exclude={"delay_s", "poison_token"})
         return hashlib.sha256(json.dumps(["synthetic", answers_by]).encode()).hexdigest()
     return teacher_identity(folder)
 

@@ -10,6 +10,7 @@ Legend: B rows of a group, T response tokens, K ids kept, V vocabulary, r decay 
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ from raystill.serve.config import SyntheticConfig
 from raystill.serve.sampling import ResolvedSampling
 
 UNBOUNDED = 2**31 - 1
+EXIT_POISONED = 71
 Float64Array = NDArray[np.float64]
 Int64Array = NDArray[np.int64]
 
@@ -54,6 +56,9 @@ class SyntheticEngine:
         self, prompt_ids: Sequence[NDArray[np.int32]], kind: str, top_k: int
     ) -> list[Answer]:
         """Answer a group; see ``Answer`` for shapes. ``text`` and ``sampled`` ignore ``top_k``."""
+        poison = self._config.poison_token
+        if poison is not None and any(poison in prompt for prompt in prompt_ids):
+            os._exit(EXIT_POISONED)
         if self._config.delay_s:
             await asyncio.sleep(self._config.delay_s)
         reasons = [refusal(p, self.max_model_len, UNBOUNDED) for p in prompt_ids]

@@ -57,6 +57,7 @@ STEP_FIELDS = {
     "teacher_wait_s",
     "student_s",
     "data_wait_s",
+    "workers",
     "padding_fraction",
     "teacher_tail_mass",
     "student_tail_mass",

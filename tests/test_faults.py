@@ -5,6 +5,7 @@ are the real ones. A counting student proves it without trusting the ledger.
 """
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -39,6 +40,7 @@ pytestmark = pytest.mark.ray
 NUM_ROWS, EPOCHS, GROUP_ROWS, ROWS_PER_STEP = 161, 3, 8, 16
 GROUPS_IN_FLIGHT = 4
 PATIENCE_S = 1200
+POISON_ROW = 70
 LONG_RUN = 24  # Faults of a chaos run.
 KINDS = {
     "replica": "ray::ServeReplica:teacher",
@@ -133,7 +135,8 @@ def run_through(place: Path, config: RunConfig, kinds: list[str], seed: int) -> 
         "source": ["s"] * NUM_ROWS,
     }
     folder.write_table("prompts/train.parquet", pa.table(columns, schema=PROMPT_SCHEMA))
-    coordinator = start_coordinator(f"chaos-{place.name}", config.rows_ahead, NUM_ROWS, 0.0)
+    drops = config.stream.max_drop_fraction
+    coordinator = start_coordinator(f"chaos-{place.name}", config.rows_ahead, NUM_ROWS, drops)
     store = TeacherStore(str(place / "store"))
     prompts = folder.join("prompts/train.parquet")
     paying = Paying("run", "training", "identity", "synthetic")
@@ -220,6 +223,23 @@ def test_a_long_run_of_faults(tmp_path: Path, order: str, seed: int) -> None:
     check_exact(ended)
 
 
+@pytest.mark.faults
+def test_a_row_that_kills_its_replica_each_time_is_dropped_and_the_others_are_not(
+    tmp_path: Path,
+) -> None:
+    """Real replicas die of it; every other row of its group, and of those beside it, is trained."""
+    config = config_of("arrival", 2, epochs=2).model_dump()
+    config["teacher"]["synthetic"]["poison_token"] = 5 + POISON_ROW
+    config["stream"]["max_drop_fraction"] = 1 / NUM_ROWS
+    ended = run_through(tmp_path, RunConfig.model_validate(config), [], seed=0)
+    counts = json.loads(ended.folder.read_text(counting_student.COUNTS))
+    assert counts == [0.0 if row == POISON_ROW else 2.0 for row in range(NUM_ROWS)]
+    assert ended.snapshot["dropped"] == {"poison": 1}
+    catalogue = ended.store.catalogue()
+    assert (catalogue.rows, catalogue.duplicates) == (NUM_ROWS - 1, 0)
+
+
+@pytest.mark.faults
 def test_damage_done_to_the_store_between_epochs_is_asked_again(tmp_path: Path) -> None:
     """A run on a store of which segments were altered, cut and deleted."""
     config = config_of("arrival", 2, epochs=1)

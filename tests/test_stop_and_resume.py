@@ -1,110 +1,35 @@
 """A run stopped by signals and begun again, beside one that nobody disturbed.
 
-The teacher is synthetic, so that its pace can be set and the same question always has the same
-answer; prompts, stream, workers and checkpoints are the real ones. Signals go to the driver only.
+Signals go to the driver only.
 """
 
 import contextlib
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from raystill.datasets.store import TeacherStore
-from tests.end_to_end import ROOT, TEACHER, RunFiles, children_of, drive, status_of
+from tests.end_to_end import RunFiles, children_of, drive, status_of
+from tests.synthetic_run import (
+    DEADLINE_S,
+    NUM_HELD_OUT,
+    NUM_ROWS,
+    NUM_STEPS,
+    started,
+    wait_for_step,
+    write_run_file,
+)
 
 pytestmark = pytest.mark.ray
 
-NUM_ROWS = 48
-ROWS_PER_STEP = 4
-NUM_STEPS = NUM_ROWS // ROWS_PER_STEP
-SECONDS_PER_GROUP = 0.8
-DEADLINE_S = 200.0
 # They look for their dead node for up to a minute, and do no harm.
 LINGERING = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
 TIMES = {"time", "tokens_per_s", "teacher_wait_s", "student_s", "data_wait_s"}
-
-
-def write_run_file(folder: Path, **changes: dict[str, Any]) -> Path:
-    """A synthetic run of 48 rows, held to one optimizer step in 0.8 seconds."""
-    config: dict[str, dict[str, Any]] = {
-        "teacher": {
-            "model": str(TEACHER),
-            "engine": "synthetic",
-            "synthetic": {
-                "vocab_size": 49152,
-                "response_tokens": 8,
-                "delay_s": SECONDS_PER_GROUP,
-            },
-            "max_model_len": 256,
-            "target_ongoing_requests": 1,
-            "sampling": {"max_tokens": 8},
-        },
-        "student": {"layers": [0]},
-        "prompts": {
-            "path": str(ROOT / "examples" / "prompts" / "quickstart.jsonl"),
-            "limit": NUM_ROWS + 4,
-        },
-        "signal": {"top_k": 8},
-        "stream": {"group_rows": 4, "order": "fixed"},
-        "training": {
-            "rows_per_step": ROWS_PER_STEP,
-            "learning_rate": 1e-3,
-            "checkpoint_every_steps": 3,
-            "compute_dtype": "float32",
-            "export_dtype": "float32",
-        },
-        "evaluation": {"held_out_rows": 4, "top_k": 8, "free_running": {"rows": 2}},
-        "cluster": {"num_cpus": 4},
-        "output": {"path": str(folder / "run")},
-    }
-    for section, values in changes.items():
-        config[section] |= values
-    folder.mkdir(parents=True, exist_ok=True)
-    run_file = folder / "synthetic.yaml"
-    run_file.write_text(yaml.safe_dump(config))
-    return run_file
-
-
-@contextmanager
-def started(run_file: Path) -> Iterator[subprocess.Popen[str]]:
-    """The driver on its way; killed should a test leave it behind."""
-    command = [sys.executable, str(ROOT / "driver.py"), "run", str(run_file)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def wait_for(process: subprocess.Popen[str], what: str, reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not reached():
-        assert process.poll() is None, f"the driver ended before {what}: {process.communicate()}"
-        assert time.monotonic() < deadline, f"{what} did not come in {DEADLINE_S:.0f} s"
-        time.sleep(0.05)
-
-
-def wait_for_step(process: subprocess.Popen[str], files: RunFiles, step: int) -> None:
-    """Until this start of the run has a line of that step; an earlier start's does not count."""
-    began = time.time()
-
-    def reached() -> bool:
-        return any(s["step"] >= step and s["time"] > began for s in files.lines("metrics.jsonl"))
-
-    wait_for(process, f"step {step}", reached)
 
 
 def alive(pids: set[int]) -> dict[int, str]:
@@ -251,7 +176,7 @@ def test_a_killed_driver_leaves_nothing_behind_and_nothing_is_paid_for_twice(
     assert disturbed.killed.left_behind == {}
     assert disturbed.files.json("summary.json")["rows_asked"] == NUM_ROWS
     catalogue = TeacherStore(str(disturbed.files.folder.parent / "teacher_store")).catalogue()
-    assert (catalogue.rows, catalogue.duplicates) == (NUM_ROWS + 4, 0)
+    assert (catalogue.rows, catalogue.duplicates) == (NUM_ROWS + NUM_HELD_OUT, 0)
 
 
 def test_every_row_was_trained_once_by_the_weights_that_were_kept(disturbed: Disturbed) -> None:
@@ -262,7 +187,7 @@ def test_every_row_was_trained_once_by_the_weights_that_were_kept(disturbed: Dis
     assert (ledger["num_rows"], ledger["num_trained"]) == (NUM_ROWS, NUM_ROWS)
     summary = files.json("summary.json")
     assert summary["rows_trained"] == NUM_ROWS
-    assert summary["evaluation_rows_asked"] == 4  # Their answers were kept.
+    assert summary["evaluation_rows_asked"] == NUM_HELD_OUT  # Their answers were kept.
 
 
 def test_no_trace_of_the_stops_is_left_in_figures_or_weights(

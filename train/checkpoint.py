@@ -29,9 +29,11 @@ from typing import Any
 import numpy as np
 import pyarrow.fs as pafs
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import CHECKPOINTS, RunFolder
 
 FORMAT_VERSION = 2
@@ -211,11 +213,27 @@ class Checkpointer:
         self._writing, self._in_flight = None, False
 
     def _write(self, snapshot: Snapshot) -> str:
-        """Write the folder whole: under a name of its own first, or in a local copy."""
+        """Write the folder whole. Raises RunError where it cannot be: no space, no permission."""
         name = f"step-{snapshot.step:08d}"
+        try:
+            return self._write_whole(name, snapshot)
+        except (OSError, RuntimeError, SafetensorError) as error:  # As its files' writers say it.
+            if self._folder.is_local:
+                shutil.rmtree(self._part(name), ignore_errors=True)
+            raise RunError(
+                f"the checkpoint of step {snapshot.step} could not be written to "
+                f"{self._folder.join(CHECKPOINTS)} ({error}); make room or mend it, and start the "
+                "run again: it goes on from the last checkpoint that was"
+            ) from error
+
+    def _part(self, name: str) -> Path:
+        return Path(self._folder.root, CHECKPOINTS, f".{name}.part")
+
+    def _write_whole(self, name: str, snapshot: Snapshot) -> str:
+        """Under a name of its own first, or in a local copy."""
         filesystem, target = self._folder.filesystem(), f"{self._folder.root}/{CHECKPOINTS}/{name}"
         if self._folder.is_local:
-            part = Path(target).with_name(f".{name}.part")
+            part = self._part(name)
             shutil.rmtree(part, ignore_errors=True)
             write_snapshot(part, snapshot)
             os.replace(part, target)

@@ -84,7 +84,17 @@ class TrainingConfig(ConfigModel):
         ge=0,
         description="Times the workers are restarted from the last checkpoint after one has died.",
     )
-    num_workers: PositiveInt = operational(1, description="Student worker processes.")
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = operational(
+        1,
+        description="Student worker processes; [min, max]: as many as the cluster has room for, "
+        "more or fewer as nodes come and go.",
+    )
+    resize_every_s: float = operational(
+        60.0,
+        gt=0,
+        description="Seconds between looks for room for more workers, with [min, max]; growing "
+        "restarts the workers from the last checkpoint.",
+    )
     learning_rate: float = identity(1e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["cosine", "constant"] = identity(
         "cosine", description="Learning rate after warm-up."
@@ -139,3 +149,27 @@ class TrainingConfig(ConfigModel):
         {}, description="Custom Ray resources a worker asks for, e.g. {student: 1}."
     )
     accelerator_type: str | None = operational(None, description="Ray accelerator type, e.g. H100.")
+
+    @model_validator(mode="after")
+    def _bounds_of_workers(self) -> "TrainingConfig":
+        if self.min_workers > self.max_workers:
+            raise ValueError(
+                f"num_workers is {list(self._worker_bounds)}, expected [min, max]; "
+                f"set it to [{self.max_workers}, {self.min_workers}]"
+            )
+        return self
+
+    @property
+    def _worker_bounds(self) -> tuple[int, int]:
+        fixed = isinstance(self.num_workers, int)
+        return (self.num_workers, self.num_workers) if fixed else self.num_workers
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers the run goes on with."""
+        return self._worker_bounds[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers the run has at a time."""
+        return self._worker_bounds[1]

@@ -56,6 +56,7 @@ def fit(
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=config.training.num_workers,
+            elastic_resize_monitor_interval_s=config.training.resize_every_s,
             use_gpu="GPU" in resources,
             resources_per_worker=resources,
             accelerator_type=config.training.accelerator_type,

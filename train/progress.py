@@ -32,6 +32,7 @@ class Progress:
         coordinator: Any,
         *,
         first: bool,
+        world_size: int,
         num_rows: int,
         epochs: int,
         total_steps: int,
@@ -44,6 +45,7 @@ class Progress:
         self.counts = PairCounts(student_vocab) if count_pairs else None
         self.metrics = MetricsLog(folder, METRICS) if first else None
         self._first = first
+        self._world_size = world_size
         self._epochs = epochs
         self._coordinator = coordinator
         self._total_steps = total_steps
@@ -79,6 +81,7 @@ class Progress:
             "step": self.step,
             "epoch": self.epoch,
             "time": time.time(),
+            "workers": self._world_size,
             "tokens_per_s": result.tokens / seconds if seconds else 0.0,
             "teacher_wait_s": rows.blocked_s,
             "data_wait_s": rows.total_s,

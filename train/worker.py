@@ -9,6 +9,7 @@ Consumes: its shard of the stream, ``held_out.parquet``. Waits for: the stream's
 other ranks. Unblocked by: the teacher's answers, the stream's end, a stop.
 """
 
+import errno
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,15 @@ def train_worker(job: dict[str, Any]) -> None:
     except RunError as error:  # Starting again would not mend it: the driver ends the run.
         ray.get(job["coordinator"].failed.remote(str(error)))
         raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        message = (
+            f"no space is left for the run folder {job['folder'].path} ({error}); make room, and "
+            "start the run again: it goes on from its last checkpoint"
+        )
+        ray.get(job["coordinator"].failed.remote(message))
+        raise RunError(message) from error
 
 
 def run_worker(worker: "Worker") -> None:
@@ -104,6 +114,7 @@ class Worker:
             job.folder,
             job.coordinator,
             first=self.ranks.first,
+            world_size=self.ranks.world_size,
             num_rows=job.num_rows,
             epochs=training.epochs,
             total_steps=self.total_steps,

@@ -1,0 +1,193 @@
+"""Nodes that come and go under a run: the workers' group follows, and no row is lost or repeated.
+
+Several Ray nodes on this machine, each with an address of its own, and the driver as a process on
+the head. The teacher is synthetic and slow; everything else is the real thing. The student is
+float64, so that its weights can be held against those of a run that nothing happened to.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file
+
+from raystill.datasets.store import TeacherStore
+from raystill.train.config import TrainingConfig
+from raystill.train.optimizer import learning_rate
+from tests.end_to_end import ROOT, TEACHER, RunFiles, drive
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+
+NUM_ROWS, GROUP_ROWS, ROWS_PER_STEP = 320, 4, 8
+NUM_STEPS = NUM_ROWS // ROWS_PER_STEP
+SECONDS_PER_GROUP = 3.0
+PATIENCE_S = 300.0
+SAME = 1e-10  # relative, float64: other cuts of the same steps
+
+
+def write_run_file(folder: Path, num_workers: Any, **cluster: Any) -> Path:
+    """A run of 40 steps whose answers take about two minutes from one replica."""
+    config = {
+        "teacher": {
+            "model": str(TEACHER),
+            "engine": "synthetic",
+            "synthetic": {
+                "vocab_size": 49152,
+                "response_tokens": 8,
+                "delay_s": SECONDS_PER_GROUP,
+            },
+            "max_model_len": 256,
+            "num_replicas": 1,
+            "target_ongoing_requests": 2,
+            "sampling": {"max_tokens": 8},
+        },
+        "student": {"init": "from_teacher", "layers": [0]},
+        "prompts": {
+            "path": str(ROOT / "examples" / "prompts" / "quickstart.jsonl"),
+            "limit": NUM_ROWS,
+        },
+        "signal": {"top_k": 8},
+        "stream": {"group_rows": GROUP_ROWS, "order": "fixed"},
+        "training": {
+            "num_workers": num_workers,
+            "resize_every_s": 2.0,
+            "rows_per_step": ROWS_PER_STEP,
+            "learning_rate": 1e-3,
+            "warmup_steps": 2,
+            "checkpoint_every_steps": 2,
+            "param_dtype": "float64",
+            "num_checkpoints_to_keep": 1,
+        },
+        "cluster": cluster,
+        "output": {"path": str(folder / "run")},
+    }
+    folder.mkdir(parents=True)
+    run_file = folder / "run.yaml"
+    run_file.write_text(yaml.safe_dump(config))
+    return run_file
+
+
+@contextmanager
+def cluster_of_nodes() -> Iterator[Callable[..., Any]]:
+    """A head for the driver; yields what adds a node with a resource of its own kind.
+
+    The head alone has this machine's address, so that the driver joins there.
+    """
+    address = iter(f"127.0.0.{n}" for n in range(2, 20))
+    memory = 100 << 20
+    head = {"num_cpus": 2, "object_store_memory": memory}
+    cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
+
+    def add(kind: str) -> Any:
+        return cluster.add_node(
+            num_cpus=1,
+            resources={kind: 1},
+            node_ip_address=next(address),
+            object_store_memory=memory,
+        )
+
+    add.cluster = cluster
+    try:
+        yield add
+    finally:
+        cluster.shutdown()
+
+
+class Watched:
+    """The driver on the cluster, and what its metrics say so far."""
+
+    def __init__(self, run_file: Path, address: str) -> None:
+        self.files = RunFiles(run_file.parent / "run")
+        self.output = run_file.parent / "output"
+        environment = {**os.environ, "RAY_ADDRESS": address}
+        environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "driver.py"), "run", str(run_file)],
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait(self, what: str, reached: Callable[[list[dict[str, Any]]], bool]) -> None:
+        """Until the metrics show it; fails where the driver ends before, or after a long time."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not reached(self.files.lines("metrics.jsonl")):
+            assert self.process.poll() is None, f"ended before {what}: {self.output.read_text()}"
+            assert time.monotonic() < deadline, f"no {what}: {self.output.read_text()}"
+            time.sleep(0.2)
+
+    def wait_for_workers(self, count: int) -> None:
+        """Until three steps were made by so many workers."""
+        self.wait(
+            f"three steps of {count} workers",
+            lambda lines: [line["workers"] for line in lines[-3:]] == [count] * 3,
+        )
+
+
+def test_workers_follow_the_nodes_that_come_and_go(tmp_path: Path) -> None:
+    """One worker, a node comes, two workers; the replica's node goes, then a worker's node goes."""
+    run_file = write_run_file(tmp_path / "nodes", [1, 2], shared_filesystem=True)
+    config = yaml.safe_load(run_file.read_text())
+    config["teacher"]["resources_per_replica"] = {"teacher": 1}
+    config["training"]["resources_per_worker"] = {"student": 1}
+    run_file.write_text(yaml.safe_dump(config))
+    with cluster_of_nodes() as add:
+        teacher, _ = add("teacher"), add("student")
+        run = Watched(run_file, add.cluster.address)
+        try:
+            run.wait_for_workers(1)
+            second = add("student")
+            run.wait_for_workers(2)
+            add("teacher")
+            step = run.files.steps()[-1]
+            add.cluster.remove_node(teacher, allow_graceful=False)
+            run.wait("steps from another replica", lambda lines: lines[-1]["step"] >= step + 6)
+            add.cluster.remove_node(second, allow_graceful=False)
+            run.wait_for_workers(1)
+            code = run.process.wait(timeout=PATIENCE_S)
+        finally:
+            if run.process.poll() is None:
+                run.process.kill()
+                run.process.wait()
+    assert code == 0, run.output.read_text()
+    check(run.files)
+    assert run.files.json("summary.json")["restarts"] >= 2
+    quiet = write_run_file(tmp_path / "quiet", 1)
+    result = drive("run", quiet, "--set", "teacher.synthetic.delay_s=0")
+    assert result.returncode == 0, result.stderr
+    mine, other = weights(run.files), weights(RunFiles(tmp_path / "quiet" / "run"))
+    assert mine.keys() == other.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == torch.float64
+        torch.testing.assert_close(tensor, other[name], rtol=SAME, atol=SAME)
+
+
+def check(files: RunFiles) -> None:
+    """Every step of the surviving weights is there once, whole, at its learning rate."""
+    lines = files.lines("metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+    assert [line["rows"] for line in lines] == [ROWS_PER_STEP] * NUM_STEPS
+    training = TrainingConfig(learning_rate=1e-3, warmup_steps=2, rows_per_step=ROWS_PER_STEP)
+    expected = [learning_rate(step, NUM_STEPS, training) for step in range(NUM_STEPS)]
+    assert [line["lr"] for line in lines] == pytest.approx(expected, rel=1e-12)
+    summary = files.json("summary.json")
+    assert summary["rows_trained"] == summary["rows_asked"] == NUM_ROWS
+    catalogue = TeacherStore(str(files.folder.parent / "teacher_store")).catalogue()
+    assert (catalogue.rows, catalogue.duplicates, catalogue.refused) == (NUM_ROWS, 0, {})
+
+
+def weights(files: RunFiles) -> dict[str, torch.Tensor]:
+    """The last checkpoint's tensors, in the training precision."""
+    folder = files.folder / "checkpoints" / f"step-{NUM_STEPS:08d}"
+    return load_file(folder / "model.safetensors")
