@@ -108,7 +108,8 @@ class StaticCheck:
         if self.output is not None and not any(p.where == "output.path" for p in self.problems):
             self.problems += check_space(self.output, space)
             if not self.refused:
-                self.problems += check_same_prompts(self.output, tables.train)
+                setting = self.config.prompts.files_setting
+                self.problems += check_same_prompts(self.output, tables.train, setting)
         return Prepared(self.config, tables, teacher, student, self.store_path, space, self.notices)
 
     def known(self, *names: str) -> bool:
@@ -236,7 +237,7 @@ def check_dropped(config: RunConfig, tables: PromptTables, longest: int) -> Iter
     }
     for reason, count in sorted(tables.dropped.items()):
         yield Problem(
-            "prompts.path",
+            config.prompts.files_setting,
             f"{count} of {tables.num_read} prompts are {meanings[reason]} (the first is "
             f"{tables.first_dropped[reason]}); {remedies[reason]}or let them be dropped with "
             f"stream.max_drop_fraction ({allowed}, needs {tables.num_dropped / tables.num_read:.4f}"

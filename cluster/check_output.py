@@ -99,8 +99,11 @@ def check_earlier_run(config: RunConfig, folder: RunFolder) -> list[Problem]:
     ]
 
 
-def check_same_prompts(folder: RunFolder, train: pa.Table) -> list[Problem]:
-    """A resumed run must find the rows it began with: its ledger counts them by number."""
+def check_same_prompts(folder: RunFolder, train: pa.Table, setting: str) -> list[Problem]:
+    """A resumed run must find the rows it began with: its ledger counts them by number.
+
+    ``setting`` names the prompts' files.
+    """
     if not folder.exists(TRAIN_PROMPTS):
         return []
     before = folder.read_table(TRAIN_PROMPTS, columns=["prompt_ids", "source"])
@@ -108,7 +111,7 @@ def check_same_prompts(folder: RunFolder, train: pa.Table) -> list[Problem]:
         return []
     return [
         Problem(
-            "prompts.path",
+            setting,
             f"the prompts are not those that {folder.path} began with ({before.num_rows} rows, now "
             f"{train.num_rows}); restore the files, or set output.path to a new folder",
         )

@@ -105,7 +105,7 @@ class RunConfig(ConfigModel):
 
     def section_seeds(self) -> dict[str, Any]:
         """Seeds of the parts, derived from the root; written into the manifest."""
-        names = ("order", "engine", "student", "held_out", "evaluation")
+        names = ("order", "engine", "student", "held_out", "evaluation", "weights")
         return {
             name: (self.seed * 1_000_003 + i * 7_919 + 17) % 2**31 for i, name in enumerate(names)
         }

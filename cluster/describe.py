@@ -38,7 +38,7 @@ class Field:
 
 
 def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[Field]:
-    """Every setting below ``model``, in the order of the run file."""
+    """Every setting below ``model``, in the order of the run file; ``a[].b``: of a list's entry."""
     for name, info in model.model_fields.items():
         inner = _inner_model(info.annotation)
         if inner is not None and not _is_union(info.annotation):
@@ -54,13 +54,19 @@ def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[Fie
             kind,
         )
         if inner is not None:
-            yield from fields(inner, f"{prefix}{name}.")
+            entry = "[]" if _is_list(info.annotation) else ""
+            yield from fields(inner, f"{prefix}{name}{entry}.")
 
 
 def section_model(dotted: str) -> type[BaseModel] | None:
-    """The model of the section with that dotted name, or None if it is not a section."""
+    """The model of the section with that dotted name, or None if it is not a section.
+
+    A list of sections has that of its entries, which are named by their number.
+    """
     model: type[BaseModel] | None = RunConfig
     for name in dotted.split(".") if dotted else []:
+        if name.isdecimal():
+            continue
         if model is None or name not in model.model_fields:
             return None
         model = _inner_model(model.model_fields[name].annotation)
@@ -113,7 +119,7 @@ def problems_of(
             found.setdefault(where, []).append(f"is missing; set {where} ({_sentence(where)})")
         elif item["type"] == "value_error":
             found.setdefault(where, []).append(str(item["ctx"]["error"]))
-        elif not (isinstance(_value_at(data, where), dict) and _takes_mapping(where)):
+        elif not (isinstance(value_at(data, where), dict) and _takes_mapping(where)):
             found.setdefault(where, [])  # a mapping is judged by its keys, not as a number
             wishes.setdefault(where, []).append(_wish(item["msg"]))
     return [
@@ -127,7 +133,7 @@ def _wrong_value(where: str, wishes: dict[str, list[str]], data: dict[str, Any])
     if where not in wishes:
         return []
     expected = " or ".join(dict.fromkeys(wishes[where]))
-    return [f"is {_value_at(data, where)!r}; expected {expected} ({_sentence(where)})"]
+    return [f"is {value_at(data, where)!r}; expected {expected} ({_sentence(where)})"]
 
 
 def _wish(message: str) -> str:
@@ -182,7 +188,9 @@ def dotted(item: Any) -> str:
 def _takes_mapping(where: str) -> bool:
     """Whether the setting is a number or the like, or else a section."""
     info = field_info(where)
-    return info is not None and _inner_model(info.annotation) is not None
+    if info is None or _is_list(info.annotation):
+        return False
+    return _inner_model(info.annotation) is not None
 
 
 def _sentence(where: str) -> str:
@@ -191,7 +199,8 @@ def _sentence(where: str) -> str:
     return (info.description or "").rstrip(".") if info is not None else where
 
 
-def _value_at(data: Any, where: str) -> Any:
+def value_at(data: Any, where: str) -> Any:
+    """What stands at a dotted key of mappings and lists; None where nothing does."""
     for part in where.split("."):
         if isinstance(data, dict):
             data = data.get(part)
@@ -214,6 +223,13 @@ def _inner_model(annotation: Any) -> type[BaseModel] | None:
 
 def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) in (Union, types.UnionType)
+
+
+def _is_list(annotation: Any) -> bool:
+    """A list, or a union of one and anything else."""
+    return get_origin(annotation) is tuple or (
+        _is_union(annotation) and any(_is_list(part) for part in get_args(annotation))
+    )
 
 
 def _bounds_text(info: FieldInfo | None) -> str:

@@ -13,9 +13,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raystill.cluster.config import RunConfig
-from raystill.cluster.describe import dotted, problems_of, section_model
+from raystill.cluster.describe import dotted, problems_of, section_model, value_at
 from raystill.cluster.problems import ConfigError, Problem
 from raystill.cluster.strict_yaml import parse_yaml
+from raystill.datasets.config import spell_out_prompts
 
 # What stands in for a required section that cannot be used, so that the others are still checked.
 STAND_INS: dict[str, dict[str, Any]] = {
@@ -91,7 +92,7 @@ def read_run_file(path: str | Path) -> tuple[dict[str, Any] | None, list[Problem
     if not isinstance(data, dict):
         kind = "empty" if data is None else f"a {type(data).__name__}"
         return None, [Problem(where, f"is {kind}; expected a mapping of sections (teacher: ...)")]
-    return data, []
+    return _spelled_out(data), []
 
 
 def apply_override(data: dict[str, Any], override: str) -> list[Problem]:
@@ -104,18 +105,34 @@ def apply_override(data: dict[str, Any], override: str) -> list[Problem]:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
         return [Problem(f"--set {override}", f"the value is not valid YAML: {_reason(error)}")]
-    *parents, leaf = key.split(".")
-    section = data
-    for depth, name in enumerate(parents):
-        inner = section.get(name)
-        if inner is None or not isinstance(inner, dict):
-            if inner is not None and section_model(".".join(parents[: depth + 1])) is None:
-                message = f"{'.'.join(parents[: depth + 1])} is {inner!r}, which has no keys"
-                return [Problem(f"--set {override}", message + "; set it whole")]
-            inner = section[name] = {}
+    names = key.split(".")
+    section: Any = data
+    for depth, name in enumerate(names):
+        above = ".".join(names[:depth])
+        if isinstance(section, list) and not (name.isdecimal() and int(name) < len(section)):
+            message = f"{above} has {len(section)} entries, numbered from 0, and no {name!r}"
+            return [Problem(f"--set {override}", f"{message}; set one of these, or {above} whole")]
+        place = int(name) if isinstance(section, list) else name
+        if depth == len(names) - 1:
+            section[place] = value
+            break
+        inner = value_at(section, name)
+        if not isinstance(inner, dict | list):
+            here = ".".join(names[: depth + 1])
+            if inner is not None and section_model(here) is None:
+                message = f"{here} is {inner!r}, which has no keys; set it whole"
+                return [Problem(f"--set {override}", message)]
+            inner = section[place] = {}
         section = inner
-    section[leaf] = value
+    _spelled_out(data)
     return []
+
+
+def _spelled_out(data: dict[str, Any]) -> dict[str, Any]:
+    """The data with sections in their long form, in place: overrides and errors speak of that."""
+    if "prompts" in data:
+        data["prompts"] = spell_out_prompts(data["prompts"])
+    return data
 
 
 def config_text(config: RunConfig) -> str:
@@ -158,12 +175,13 @@ def _take_out(data: dict[str, Any], item: Any, whole: bool) -> set[str]:
     if whole or not rest or not isinstance(data.get(first), dict):
         _stand_in(data, first)
         return set() if unknown and not whole else {first}
-    path, section = [first], data[first]
-    while len(rest) > 1 and isinstance(section.get(rest[0]), dict):
-        path.append(rest[0])
-        section = section[rest.pop(0)]
-    section.pop(rest[0], None)  # gone already where several errors are about one value
-    return set() if unknown else {".".join([*path, rest[0]])}
+    names = [first, *rest]
+    for depth in range(len(rest), 0, -1):
+        section = value_at(data, ".".join(names[:depth]))
+        if isinstance(section, dict):  # an entry of a list goes with the list
+            section.pop(names[depth], None)  # gone where several errors are about one value
+            break
+    return set() if unknown else {".".join(names[: depth + 1])}
 
 
 def _stand_in(data: dict[str, Any], section: str) -> None:

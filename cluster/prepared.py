@@ -152,6 +152,7 @@ class Prepared:
             f"{_times(self.config.training.epochs)}), "
             f"{self.num_held_out_rows} held out; longest {self.tables.longest_prompt_tokens} tokens"
         ]
+        lines += self._describe_sources()
         left_out = [f"{count} {reason}" for reason, count in sorted(self.dropped.items())]
         if self.duplicates:
             left_out.append(f"{self.duplicates} duplicates")
@@ -160,6 +161,24 @@ class Prepared:
         if self.space_needed_bytes is not None:
             lines.append(f"space needed: about {self.space_needed_bytes / 2**30:.2f} GiB")
         return "\n".join(lines + [f"note: {notice}" for notice in self.notices])
+
+    def _describe_sources(self) -> list[str]:
+        """Where there are several sources: a line for each."""
+        sources = self.config.prompts.sources or ()
+        if len(sources) < 2:
+            return []
+        train, held_out = (
+            dict(zip(counts.field("values").to_pylist(), counts.field("counts"), strict=True))
+            for counts in (
+                table["source"].value_counts()
+                for table in (self.tables.train, self.tables.held_out)
+            )
+        )
+        return [
+            f"  {source.name}: {train.get(source.name, 0)} to train on (weight "
+            f"{source.weight:g}), {held_out.get(source.name, 0)} held out"
+            for source in sources
+        ]
 
 
 def _times(epochs: int) -> str:

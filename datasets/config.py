@@ -1,17 +1,61 @@
 """Configuration of the prompts and of the stream that carries rows from teacher to student."""
 
+from collections import Counter
 from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
 
 from raystill.cluster.model import ConfigModel, PositiveInt, identity, operational
 
+FileFormat = Literal["auto", "jsonl", "json", "csv", "text", "parquet"]
+
+
+class SourceConfig(ConfigModel):
+    """One of several sources of prompts; what it leaves unset is that of the prompts section."""
+
+    name: str = identity(
+        description="Fills the rows' source, whatever the file says; unlike every other name."
+    )
+    path: str | tuple[str, ...] = identity(
+        description="File, glob, list of them, or URI, as in prompts.path."
+    )
+    weight: float = identity(
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Rows of an epoch for each training prompt, times samples_per_prompt: 2 asks "
+        "for two samples of each, 0.25 for one of a quarter of them, chosen by seed.",
+    )
+    format: FileFormat | None = identity(
+        None, description="Format of the files; default: prompts.format."
+    )
+    prompt_field: str | None = identity(
+        None, description="Field that holds plain prompt text; default: prompts.prompt_field."
+    )
+    messages_field: str | None = identity(
+        None, description="Field that holds chat messages; default: prompts.messages_field."
+    )
+    limit: PositiveInt | None = identity(
+        None, description="Use only the first so many prompts of this source."
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _has_a_name(cls, name: str) -> str:
+        if not name.strip():
+            raise ValueError(f"is {name!r}, which is blank; set it to a name for these rows")
+        return name
+
 
 class PromptsConfig(ConfigModel):
-    """What the teacher is asked."""
+    """What the teacher is asked; a bare list stands for its sources."""
 
-    path: str | tuple[str, ...] = identity(
-        description="File, glob, list of them, or URI: .jsonl .json .csv .txt .parquet."
+    path: str | tuple[str, ...] | None = identity(
+        None,
+        description="File, glob, list of them, or URI: .jsonl .json .csv .txt .parquet. "
+        "Needed, unless there are sources.",
     )
-    format: Literal["auto", "jsonl", "json", "csv", "text", "parquet"] = identity(
+    format: FileFormat = identity(
         "auto", description="Format of the files; auto goes by the file name's ending."
     )
     prompt_field: str = identity("prompt", description="Field that holds plain prompt text.")
@@ -36,11 +80,57 @@ class PromptsConfig(ConfigModel):
     samples_per_prompt: PositiveInt = identity(
         1, description="Answers asked for each training prompt; each is a row of its own."
     )
+    sources: tuple[SourceConfig, ...] | None = identity(
+        None, description="In place of path: a list of named sources, each with a weight."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, section: Any) -> Any:
+        return spell_out_prompts(section)
+
+    @field_validator("sources")
+    @classmethod
+    def _can_be_told_apart(
+        cls, sources: tuple[SourceConfig, ...] | None
+    ) -> tuple[SourceConfig, ...] | None:
+        if sources is None:
+            return None
+        if not sources:
+            raise ValueError("is an empty list; name one or more sources, or set prompts.path")
+        counts = Counter(source.name for source in sources)
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            raise ValueError(
+                f"has the name {twice[0]!r} {counts[twice[0]]} times, but a name stands for one "
+                "source; rename the others, or list their files under one path"
+            )
+        return sources
+
+    @model_validator(mode="after")
+    def _path_or_sources(self) -> "PromptsConfig":
+        if self.path is None and self.sources is None:
+            raise ValueError(
+                "has neither path nor sources; set prompts.path to the prompts' files, or "
+                "prompts.sources to a list of {name, path, weight}"
+            )
+        if self.path is not None and self.sources is not None:
+            names = ", ".join(source.name for source in self.sources)
+            raise ValueError(
+                f"has path ({self.path!r}) and sources ({names}), of which just one can say what "
+                "is asked; remove the other, or set it to null"
+            )
+        return self
 
     @property
-    def paths(self) -> tuple[str, ...]:
-        """The path setting as a tuple."""
-        return (self.path,) if isinstance(self.path, str) else self.path
+    def files_setting(self) -> str:
+        """The setting that names the files."""
+        return "prompts.path" if self.sources is None else "prompts.sources"
+
+
+def spell_out_prompts(section: Any) -> Any:
+    """The long form of a prompts section: a bare list is short for ``{sources: [...]}``."""
+    return {"sources": section} if isinstance(section, list | tuple) else section
 
 
 class SignalConfig(ConfigModel):

@@ -1,4 +1,4 @@
-"""Which files hold the prompts: paths, globs, folders and URIs, each with its format."""
+"""Which files hold the prompts: sources, and their paths, globs, folders and URIs."""
 
 import difflib
 import fnmatch
@@ -12,7 +12,7 @@ import pyarrow.fs as pafs
 
 from raystill.cluster.problems import Problem
 from raystill.cluster.run_folder import resolve_input
-from raystill.datasets.config import PromptsConfig
+from raystill.datasets.config import PromptsConfig, SourceConfig
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -28,10 +28,61 @@ GLOB_SIGNS = frozenset("*?[")
 
 
 @dataclass(frozen=True)
+class PromptSource:
+    """What is read in one go: some files, and how their rows are to be understood.
+
+    ``where`` is the dotted key of its settings. ``name`` is None where ``prompts.path`` is set:
+    each row then says in ``source_field`` what source it is of.
+    """
+
+    where: str
+    name: str | None
+    paths: tuple[str, ...]
+    format: str
+    prompt_field: str
+    messages_field: str
+    source_field: str
+    limit: int | None
+
+    def problem(self, message: str) -> Problem:
+        """Something wrong with ``path``."""
+        return Problem(f"{self.where}.path", self.of(message))
+
+    def of(self, text: str) -> str:
+        """The text with the source's name before it, if it has one."""
+        return text if self.name is None else f"source {self.name!r}: {text}"
+
+
+def prompt_sources(prompts: PromptsConfig) -> list[PromptSource]:
+    """The sources in the order they are read in; one without a name for ``prompts.path``."""
+
+    def source(where: str, name: str | None, own: PromptsConfig | SourceConfig) -> PromptSource:
+        assert own.path is not None, f"{where} has no path"
+        return PromptSource(
+            where=where,
+            name=name,
+            paths=(own.path,) if isinstance(own.path, str) else own.path,
+            format=own.format or prompts.format,
+            prompt_field=own.prompt_field or prompts.prompt_field,
+            messages_field=own.messages_field or prompts.messages_field,
+            source_field=prompts.source_field,
+            limit=own.limit,
+        )
+
+    if prompts.sources is None:
+        return [source("prompts", None, prompts)]
+    return [
+        source(f"prompts.sources.{number}", own.name, own)
+        for number, own in enumerate(prompts.sources)
+    ]
+
+
+@dataclass(frozen=True)
 class PromptFile:
-    """One file: its name as shown, its format, and where to open it."""
+    """One file: its name as shown, its source, its format, and where to open it."""
 
     name: str
+    source: PromptSource
     format: str
     filesystem: pafs.FileSystem
     path: str
@@ -48,32 +99,30 @@ class PromptFile:
         return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
 
 
-def find_files(prompts: PromptsConfig) -> tuple[list[PromptFile], list[Problem]]:
-    """Every file that ``prompts.path`` names, in order, and what of it was not found."""
+def find_files(source: PromptSource) -> tuple[list[PromptFile], list[Problem]]:
+    """Every file that the source's ``path`` names, in order, and what of it was not found."""
     files: list[PromptFile] = []
     problems: list[Problem] = []
-    if not prompts.paths:
-        problems.append(Problem("prompts.path", "is empty; name at least one file"))
-    for pattern in prompts.paths:
+    if not source.paths:
+        problems.append(source.problem("is empty; name at least one file"))
+    for pattern in source.paths:
         try:
             filesystem, found, globbed = _expand(pattern)
         except (OSError, pa.ArrowException, ImportError, ValueError) as error:
-            problems.append(Problem("prompts.path", f"{pattern!r} cannot be opened: {error}"))
+            problems.append(source.problem(f"{pattern!r} cannot be opened: {error}"))
             continue
         if not found:
-            problems.append(Problem("prompts.path", _not_found(pattern, globbed)))
+            problems.append(source.problem(_not_found(pattern, globbed)))
         for path in found:
-            kind = prompts.format if prompts.format != "auto" else format_of(path)
+            kind = source.format if source.format != "auto" else format_of(path)
             name = path if "://" not in pattern else f"{pattern.split('://')[0]}://{path}"
             if kind is None:
+                endings = ", ".join(FORMATS)
                 problems.append(
-                    Problem(
-                        "prompts.path",
-                        f"{name!r} ends in none of {', '.join(FORMATS)}; set prompts.format",
-                    )
+                    source.problem(f"{name!r} ends in none of {endings}; set {source.where}.format")
                 )
                 continue
-            files.append(PromptFile(name, kind, filesystem, path, globbed))
+            files.append(PromptFile(source.of(name), source, kind, filesystem, path, globbed))
     return files, problems
 
 

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from raystill.cluster.problems import ConfigError, Problem
 from raystill.cluster.run_folder import HELD_OUT_PROMPTS, TRAIN_PROMPTS, RunFolder
 from raystill.datasets.keys import answer_keys
 from raystill.datasets.read_prompts import RawPrompt, read_prompts
 from raystill.datasets.schema import PROMPT_SCHEMA, TOKEN_IDS
+from raystill.datasets.weights import list_rows, samples_asked
 
 if TYPE_CHECKING:
     from raystill.cluster.config import RunConfig
@@ -35,7 +37,8 @@ class PromptTables:
     ``train`` and ``held_out`` number their rows from 0 and have the columns of ``PROMPT_SCHEMA``
     but ``key``, which :meth:`with_keys` adds once the teacher's identity is known.
     ``dropped`` counts by reason; ``first_dropped`` says where the first of each was. ``train``
-    holds its prompts ``samples`` times over, one whole pass after another.
+    holds a prompt once for each sample that is asked of it, and ``samples`` the sample number of
+    each of its rows: first all rows of sample 0, then those of sample 1, and so on.
     """
 
     train: pa.Table
@@ -45,7 +48,7 @@ class PromptTables:
     first_dropped: Mapping[str, str]
     num_read: int
     longest_prompt_tokens: int
-    samples: int = 1
+    samples: NDArray[np.int64]
 
     @property
     def num_dropped(self) -> int:
@@ -60,7 +63,7 @@ class PromptTables:
         return replace(
             self,
             train=_with_keys(self.train, asked, self.samples),
-            held_out=_with_keys(self.held_out, asked, 1),
+            held_out=_with_keys(self.held_out, asked, np.zeros(len(self.held_out), np.int64)),
         )
 
     def write(self, folder: RunFolder, group_rows: int) -> None:
@@ -77,7 +80,7 @@ def build_prompt_tables(
     """Read, tokenise, drop, and split. Raises ConfigError with everything that is wrong.
 
     A prompt of more than ``max_prompt_tokens`` is dropped as ``too_long``, one of no tokens as
-    ``empty``; of equal prompts the first stays.
+    ``empty``; of equal prompts the first stays. Weights count for what is not held out.
     """
     raws = read_prompts(config.prompts)
     ids = tokeniser.encode_many(raws)
@@ -99,9 +102,15 @@ def build_prompt_tables(
         seen.add(digest)
         kept.append(index)
     train, held_out = split_rows(config, [raws[index].source for index in kept], raws)
-    samples = config.prompts.samples_per_prompt
+    asked = samples_asked(
+        config.prompts,
+        config.section_seeds()["weights"],
+        [ids[kept[i]] for i in train],
+        [raws[kept[i]].source for i in train],
+    )
+    rows, samples = list_rows(asked)
     return PromptTables(
-        train=_table([kept[i] for i in train] * samples, ids, raws),
+        train=_table([kept[i] for i in train[rows]], ids, raws),
         held_out=_table([kept[i] for i in held_out], ids, raws),
         dropped=dropped,
         duplicates=duplicates,
@@ -177,12 +186,16 @@ def _token_lists(prompts: list[np.ndarray]) -> pa.ListArray:
 
 
 def _with_keys(
-    table: pa.Table, asked: tuple[str, str, str | None, dict[str, Any]], samples: int
+    table: pa.Table,
+    asked: tuple[str, str, str | None, dict[str, Any]],
+    samples: NDArray[np.int64],
 ) -> pa.Table:
-    num_prompts = len(table) // samples
     keys: list[bytes] = []
-    for sample in range(samples):
-        rows = table["prompt_ids"].slice(sample * num_prompts, num_prompts)
+    for run in np.split(np.arange(len(table)), np.flatnonzero(np.diff(samples)) + 1):
+        if not len(run):
+            continue
+        rows = table["prompt_ids"].slice(run[0], len(run))
+        sample = int(samples[run[0]])
         keys += answer_keys(*asked, (row.values.to_numpy() for row in rows), sample)
     column = pa.array(keys, PROMPT_SCHEMA.field("key").type)
     return table.append_column(PROMPT_SCHEMA.field("key"), column).select(PROMPT_SCHEMA.names)

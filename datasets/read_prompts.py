@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from raystill.cluster.problems import ConfigError, Problem
 from raystill.datasets.config import PromptsConfig
-from raystill.datasets.prompt_files import PromptFile, find_files
+from raystill.datasets.prompt_files import PromptFile, PromptSource, find_files, prompt_sources
 
 MAX_PROBLEMS_PER_FILE = 5
 DEFAULT_SOURCE = "prompts"
@@ -42,22 +42,45 @@ class BrokenRow(ValueError):
 
 
 def read_prompts(prompts: PromptsConfig) -> list[RawPrompt]:
-    """All prompts, in the order of the files. Raises ConfigError with everything that is wrong."""
-    files, problems = find_files(prompts)
+    """All prompts, in the order of the sources and of their files.
+
+    Raises ConfigError with everything that is wrong.
+    """
+    problems: list[Problem] = []
+    found = []
+    for source in prompt_sources(prompts):
+        files, missing = find_files(source)
+        problems += missing
+        found.append((source, files, not missing))
+    read: list[RawPrompt] = []
+    for source, files, complete in found:
+        limits = [] if prompts.limit is None else [prompts.limit - len(read)]
+        limits += [] if source.limit is None else [source.limit]
+        if 0 in limits:
+            break
+        before = len(problems)
+        mine = _read_files(files, min(limits, default=None), problems)
+        if complete and not mine and len(problems) == before:
+            problems.append(source.problem(f"{', '.join(source.paths)}: no prompts in there"))
+        read += mine
+    if problems:
+        raise ConfigError(problems)
+    return read
+
+
+def _read_files(
+    files: list[PromptFile], limit: int | None, problems: list[Problem]
+) -> list[RawPrompt]:
+    """The first ``limit`` prompts of these files; what is wrong is added to ``problems``."""
     read: list[RawPrompt] = []
     for file in files:
         before = len(read)
-        room = None if prompts.limit is None else prompts.limit - len(read)
+        room = None if limit is None else limit - len(read)
         if room == 0:
             break
-        found = _read_file(file, prompts, problems)
-        read.extend(itertools.islice(found, room))
+        read.extend(itertools.islice(_read_file(file, problems), room))
         if len(read) == before and not file.globbed and not _named(problems, file):
             problems.append(Problem(file.name, "holds no prompts; expected one or more rows"))
-    if not problems and not read:
-        problems.append(Problem("prompts.path", f"{', '.join(prompts.paths)}: no prompts in there"))
-    if problems:
-        raise ConfigError(problems)
     return read
 
 
@@ -65,9 +88,7 @@ def _named(problems: list[Problem], file: PromptFile) -> bool:
     return any(problem.where.startswith(file.name) for problem in problems)
 
 
-def _read_file(
-    file: PromptFile, prompts: PromptsConfig, problems: list[Problem]
-) -> Iterator[RawPrompt]:
+def _read_file(file: PromptFile, problems: list[Problem]) -> Iterator[RawPrompt]:
     """The file's prompts; what cannot be read is added to ``problems``."""
     broken = 0
     try:
@@ -75,7 +96,7 @@ def _read_file(
             try:
                 if isinstance(row, BrokenRow):
                     raise row
-                yield as_prompt(row, where, prompts)
+                yield as_prompt(row, where, file.source)
             except BrokenRow as error:
                 broken += 1
                 if broken <= MAX_PROBLEMS_PER_FILE:
@@ -89,28 +110,28 @@ def _read_file(
         problems.append(Problem(file.name, f"{broken - MAX_PROBLEMS_PER_FILE} more broken rows"))
 
 
-def as_prompt(row: Any, where: str, prompts: PromptsConfig) -> RawPrompt:
+def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
     """A row as a prompt. Raises BrokenRow."""
     if isinstance(row, str):
-        return RawPrompt(row, None, DEFAULT_SOURCE, where)
+        return RawPrompt(row, None, source.name or DEFAULT_SOURCE, where)
     if not isinstance(row, dict):
-        raise BrokenRow(f"is {_short(row)}; expected an object with {prompts.prompt_field!r}")
-    source = row.get(prompts.source_field)
-    source = DEFAULT_SOURCE if source is None else str(source)
-    messages, text = row.get(prompts.messages_field), row.get(prompts.prompt_field)
+        raise BrokenRow(f"is {_short(row)}; expected an object with {source.prompt_field!r}")
+    family = row.get(source.source_field) if source.name is None else source.name
+    family = DEFAULT_SOURCE if family is None else str(family)
+    messages, text = row.get(source.messages_field), row.get(source.prompt_field)
     if isinstance(text, list):  # a prompt given as messages
         messages, text = messages or text, None
     if messages is not None:
-        return RawPrompt(None, as_messages(messages), source, where)
+        return RawPrompt(None, as_messages(messages), family, where)
     if isinstance(text, str):
-        return RawPrompt(text, None, source, where)
+        return RawPrompt(text, None, family, where)
     if text is None:
         keys = ", ".join(str(key) for key in list(row)[:12])
         raise BrokenRow(
-            f"has neither {prompts.prompt_field!r} nor {prompts.messages_field!r} (it has: {keys});"
-            " set prompts.prompt_field or prompts.messages_field to the field to use"
+            f"has neither {source.prompt_field!r} nor {source.messages_field!r} (it has: {keys}); "
+            f"set {source.where}.prompt_field or {source.where}.messages_field to the field to use"
         )
-    raise BrokenRow(f"{prompts.prompt_field!r} is {_short(text)}; expected text")
+    raise BrokenRow(f"{source.prompt_field!r} is {_short(text)}; expected text")
 
 
 def as_messages(messages: Any) -> list[dict[str, Any]]:
@@ -172,7 +193,7 @@ def _json(file: PromptFile) -> Iterator[tuple[str, Any]]:
         where = f"{file.name}, line {error.lineno}"
         message = f"is not JSON ({error.msg} at column {error.colno}); expected one list of rows"
         if error.msg == "Extra data":
-            message += " (one object a line is JSONL: set prompts.format: jsonl)"
+            message += f" (one object a line is JSONL: set {file.source.where}.format: jsonl)"
         yield where, BrokenRow(message)
         return
     if not isinstance(rows, list):
