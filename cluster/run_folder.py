@@ -182,6 +182,14 @@ class RunFolder:
             raise
 
 
+def no_space_left(folder: RunFolder, error: BaseException) -> str:
+    """What the owner of a run whose disk is full should do."""
+    return (
+        f"no space is left for the run folder {folder.path} ({error}); make room, and start the "
+        "run again: it goes on from its last checkpoint"
+    )
+
+
 def resolve_output(config: "RunConfig", run_file_name: str) -> str:
     """The run folder's absolute path or URI: ``output.path``, else ``runs/<name of the run file>``.
 

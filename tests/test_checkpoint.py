@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.ledger import Ledger
 from raystill.train.checkpoint import (
-    SNAPSHOT_FILE,
     Checkpointer,
     Snapshot,
     host_copy,
@@ -20,13 +20,17 @@ from raystill.train.checkpoint import (
     model_tensors,
     random_state,
     read_snapshot,
-    registered_names,
-    remove_unregistered,
     set_random_state,
     write_snapshot,
 )
 from raystill.train.config import TrainingConfig
 from raystill.train.optimizer import build_optimizer
+from raystill.train.register import (
+    SNAPSHOT_FILE,
+    mend_register,
+    registered_names,
+    remove_unregistered,
+)
 
 
 class TiedModel(nn.Module):
@@ -194,6 +198,29 @@ def test_polling_publishes_only_what_is_written(tmp_path):
     assert len(reports) == 1
 
 
+@pytest.mark.parametrize("torn", ["", '{"ray_version": "2.60', '{"ray_version": "1.0"}'])
+def test_a_list_of_checkpoints_that_ray_would_refuse_is_made_anew(tmp_path, torn):
+    """A full disk leaves an empty or half list; an upgrade leaves another version's."""
+    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
+        _CheckpointManagerState,
+    )
+
+    folder = RunFolder(str(tmp_path / "run")).ensure()
+    model, optimizer = new_run(seed=1)
+    for step in (2, 4):
+        snapshot = snapshot_of(model, optimizer, step, Ledger(1))
+        write_snapshot(folder.local / "checkpoints" / f"step-{step:08d}", snapshot)
+    (folder.local / "checkpoints" / "step-00000006").mkdir()  # Not whole.
+    folder.write_text(f"checkpoints/{SNAPSHOT_FILE}", torn)
+    assert mend_register(folder) is not None
+    assert registered_names(folder) == {"step-00000002", "step-00000004"}
+    state = json.loads(folder.read_text(f"checkpoints/{SNAPSHOT_FILE}"))
+    parsed = _CheckpointManagerState.parse_obj(state)
+    assert parsed.latest_checkpoint_result.checkpoint_dir_name == "step-00000004"
+    assert parsed.json() == folder.read_text(f"checkpoints/{SNAPSHOT_FILE}").replace(" ", "")
+    assert mend_register(folder) is None
+
+
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_is_not_published(tmp_path):
     folder, reports = RunFolder(str(tmp_path / "run")).ensure(), Reports()
     model, optimizer = new_run(seed=1)
@@ -201,6 +228,6 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_is_not_published(
     (tmp_path / "run").write_text("a file where the folder was")
     writer = checkpointer(folder, reports)
     writer.begin(2, snapshot_of(model, optimizer, 2, Ledger(1)))
-    with pytest.raises(OSError):
+    with pytest.raises(RunError, match=r"checkpoint of step 2 could not be written.*make room"):
         writer.finish()
     assert reports == []

@@ -30,8 +30,9 @@ from raystill.datasets.store_upkeep import verify
 from raystill.datasets.stored_answers import Paying
 from raystill.datasets.stream import StreamSpec
 from raystill.serve import deploy
-from raystill.train.checkpoint import read_snapshot, registered_names
+from raystill.train.checkpoint import read_snapshot
 from raystill.train.fit import fit
+from raystill.train.register import registered_names
 from tests import counting_student
 from tests.end_to_end import TEACHER, children_of, named
 

@@ -10,7 +10,8 @@ import pytest
 from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.store import TeacherStore
 from raystill.datasets.store_upkeep import verify
-from raystill.train.checkpoint import read_snapshot, registered_names
+from raystill.train.checkpoint import read_snapshot
+from raystill.train.register import registered_names
 from tests.end_to_end import RunFiles, drive
 from tests.synthetic_run import (
     DEADLINE_S,
@@ -22,7 +23,7 @@ from tests.synthetic_run import (
     write_run_file,
 )
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(900)]
 
 DISK_MIB = 512
 

@@ -25,7 +25,7 @@ from raystill.train.config import TrainingConfig
 from raystill.train.optimizer import learning_rate
 from tests.end_to_end import ROOT, TEACHER, RunFiles, drive
 
-pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(900)]
 
 NUM_ROWS, GROUP_ROWS, ROWS_PER_STEP = 320, 4, 8
 NUM_STEPS = NUM_ROWS // ROWS_PER_STEP

@@ -2,9 +2,7 @@
 
 A checkpoint is copied to host memory at one step, on rank 0, while all ranks stand at that step;
 a thread writes it; it is published at a later step, at which all ranks report it to Ray Train. One
-is in flight at a time. Only a published (registered) checkpoint is ever resumed from: the newest
-*folder* may be ahead of it, and folders that the manager's snapshot does not name are deleted at
-start-up, since their step will be trained again.
+is in flight at a time. Only a published checkpoint is ever resumed from (``register``).
 
 ``<run>/checkpoints/step-<finished steps>/`` holds ``model.safetensors`` (parameters and persistent
 buffers in the training precision), ``optimizer.pt`` and ``random.pt`` (plain tensors and numbers,
@@ -17,7 +15,6 @@ Consumes: the ranks' states. Waits for: nothing, except ``finish``, which waits 
 import json
 import os
 import random
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -35,11 +32,9 @@ from torch import nn
 
 from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import CHECKPOINTS, RunFolder
+from raystill.train.register import STATE_FILE
 
 FORMAT_VERSION = 2
-SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
-FOLDER_NAME = re.compile(r"^step-\d{8,}$")
-PART_NAME = re.compile(r"^\.step-\d{8,}\.part$")
 
 
 @dataclass
@@ -115,13 +110,13 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
         "world_size": len(snapshot.random),
         **snapshot.extra,
     }
-    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
 
 
 def read_snapshot(folder: str | Path) -> Snapshot:
     """Read what :func:`write_snapshot` wrote, into host memory."""
     folder = Path(folder)
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / STATE_FILE).read_text())
     version = state.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise ValueError(
@@ -239,32 +234,14 @@ class Checkpointer:
             os.replace(part, target)
         else:
             with tempfile.TemporaryDirectory() as temporary:
-                write_snapshot(Path(temporary) / name, snapshot)
+                local = Path(temporary) / name
+                write_snapshot(local, snapshot)
+                os.rename(local / STATE_FILE, Path(temporary) / STATE_FILE)
                 filesystem.create_dir(target, recursive=True)
-                pafs.copy_files(
-                    str(Path(temporary) / name), target, destination_filesystem=filesystem
-                )
+                for source in (
+                    str(local),
+                    temporary,
+                ):  # Last what says: whole.
+                    pafs.copy_files(source, target, destination_filesystem=filesystem)
+                    shutil.rmtree(local, ignore_errors=True)
         return target
-
-
-def registered_names(folder: RunFolder) -> set[str]:
-    """Names of the checkpoint folders that Ray Train's manager knows; empty before the first."""
-    name = f"{CHECKPOINTS}/{SNAPSHOT_FILE}"
-    if not folder.exists(name):
-        return set()
-    state = json.loads(folder.read_text(name))
-    results = [*state.get("checkpoint_results", []), state.get("latest_checkpoint_result")]
-    return {result["checkpoint_dir_name"] for result in results if result}
-
-
-def remove_unregistered(folder: RunFolder) -> list[str]:
-    """Delete checkpoint folders that are not registered, and half-written ones; their names."""
-    filesystem, root = folder.filesystem(), f"{folder.root}/{CHECKPOINTS}"
-    registered = registered_names(folder)
-    removed = []
-    for info in filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True)):
-        stray = FOLDER_NAME.match(info.base_name) and info.base_name not in registered
-        if info.type == pafs.FileType.Directory and (stray or PART_NAME.match(info.base_name)):
-            filesystem.delete_dir(info.path)
-            removed.append(info.base_name)
-    return sorted(removed)

@@ -161,8 +161,8 @@ class TrainingConfig(ConfigModel):
 
     @property
     def _worker_bounds(self) -> tuple[int, int]:
-        fixed = isinstance(self.num_workers, int)
-        return (self.num_workers, self.num_workers) if fixed else self.num_workers
+        n = self.num_workers
+        return (n, n) if isinstance(n, int) else n
 
     @property
     def min_workers(self) -> int:

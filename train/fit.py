@@ -4,6 +4,8 @@
 ``<run>/checkpoints`` and hands the newest to the workers of the next start.
 """
 
+import errno
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -18,9 +20,12 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from raystill.cluster.config import RunConfig
 from raystill.cluster.placement import CPU_STUDENT_ENVIRONMENT, student_resources
 from raystill.cluster.problems import RunError
-from raystill.cluster.run_folder import CHECKPOINTS, RunFolder
+from raystill.cluster.run_folder import CHECKPOINTS, RunFolder, no_space_left
 from raystill.datasets.stream import StreamSpec, UnevenShares, build_stream
+from raystill.train.register import mend_register
 from raystill.train.worker import train_worker
+
+logger = logging.getLogger(__name__)
 
 # Ranks wait for each other while the teacher answers; a slow teacher is not a dead rank.
 COLLECTIVE_TIMEOUT_S = 6 * 3600
@@ -50,6 +55,8 @@ def fit(
         "coordinator": coordinator,
         "teacher_folder": os.path.abspath(teacher_folder),
     }
+    if why := mend_register(folder):
+        logger.warning("the list of checkpoints was made anew: %s", why)
     trainer = TorchTrainer(
         loop,
         train_loop_config=job,
@@ -92,6 +99,8 @@ def failure_message(error: Exception, coordinator: Any, folder: RunFolder) -> st
     told = ray.get(coordinator.snapshot.remote())["error"]
     if told:
         return str(told)
+    if os.strerror(errno.ENOSPC) in str(error):  # In Ray Train's controller.
+        return no_space_left(folder, error)
     failures = getattr(error, "worker_failures", {})
     if not failures:
         return f"the student's workers could not run: {error}; see {folder.logs}/"

@@ -20,7 +20,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from raystill.cluster.config import RunConfig
 from raystill.cluster.problems import RunError
-from raystill.cluster.run_folder import RunFolder
+from raystill.cluster.run_folder import RunFolder, no_space_left
 from raystill.datasets.plan import num_steps
 from raystill.datasets.stream import iterate_groups
 from raystill.serve.sampling import resolve_sampling
@@ -32,6 +32,7 @@ from raystill.train.optimizer import build_optimizer
 from raystill.train.process import settle_process
 from raystill.train.progress import Progress
 from raystill.train.ranks import Ranks
+from raystill.train.register import remove_unregistered
 from raystill.train.shares import StepRows
 from raystill.train.step import GlobalStep
 from raystill.train.student_module import StudentModule, parallel_module, resolve_compute_dtype
@@ -62,10 +63,7 @@ def train_worker(job: dict[str, Any]) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        message = (
-            f"no space is left for the run folder {job['folder'].path} ({error}); make room, and "
-            "start the run again: it goes on from its last checkpoint"
-        )
+        message = no_space_left(job["folder"], error)
         ray.get(job["coordinator"].failed.remote(message))
         raise RunError(message) from error
 
@@ -126,7 +124,7 @@ class Worker:
     def restore(self) -> None:
         """Go back to the last *registered* checkpoint; without one, start from the beginning."""
         self.phase("loading the student")
-        if self.ranks.first and (removed := ckpt.remove_unregistered(self.job.folder)):
+        if self.ranks.first and (removed := remove_unregistered(self.job.folder)):
             logger.warning("deleted unregistered checkpoints %s", removed)
         registered = ray.train.get_checkpoint()
         if registered is not None:
