@@ -10,16 +10,14 @@ from dataclasses import dataclass, field
 from raystill.cluster.check_models import (
     check_student,
     check_teacher,
-    count_parameters,
-    kept_layers,
     tokenizer_notices,
 )
 from raystill.cluster.check_output import (
     check_output,
     check_same_prompts,
-    check_space,
     check_store,
 )
+from raystill.cluster.check_space import check_space, space_needed, store_space_notices
 from raystill.cluster.config import RunConfig
 from raystill.cluster.find_model import ModelFolder, find_model
 from raystill.cluster.load import load_leniently
@@ -29,10 +27,6 @@ from raystill.cluster.run_folder import RunFolder, resolve_output, resolve_store
 from raystill.datasets.prompt_table import PromptTables, build_prompt_tables
 from raystill.datasets.read_prompts import read_prompts
 from raystill.datasets.tokenise import PromptTokeniser
-
-ADAMW_BYTES = {"float32": 12, "float64": 24}  # a parameter and its two moments
-EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-SIGNAL_BYTES = 8  # an id and a logprob
 
 
 @dataclass
@@ -105,6 +99,8 @@ class StaticCheck:
         if teacher is None or tables is None:
             return None
         space = space_needed(self.config, student, tables) if student is not None else None
+        if self.store_path:
+            self.notices += store_space_notices(self.config, self.store_path, tables)
         if self.output is not None and not any(p.where == "output.path" for p in self.problems):
             self.problems += check_space(self.output, space)
             if not self.refused:
@@ -275,16 +271,3 @@ def cut_answers(config: RunConfig, tables: PromptTables, teacher: ModelFolder) -
             f"{context - tables.longest_prompt_tokens} of {config.teacher.sampling.max_tokens} "
             f"tokens in a context of {context}"
         )
-
-
-def space_needed(config: RunConfig, student: ModelFolder, tables: PromptTables) -> int | None:
-    """Bytes the run folder will take: checkpoints (one more while writing), export, held-out."""
-    kept = kept_layers(config, student) if config.student.init == "from_teacher" else None
-    parameters = count_parameters(student, kept)
-    if parameters is None:
-        return None
-    training = config.training
-    checkpoints = (training.num_checkpoints_to_keep + 1) * ADAMW_BYTES[training.param_dtype]
-    tokens = tables.held_out.num_rows * config.teacher.sampling.max_tokens
-    held_out = tokens * config.evaluation.top_k * SIGNAL_BYTES
-    return parameters * (checkpoints + EXPORT_BYTES[training.export_dtype]) + held_out

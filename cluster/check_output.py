@@ -1,7 +1,6 @@
 """The static check of the run folder: can it be written, is it this run's, is there space?"""
 
 import os
-import shutil
 import tempfile
 import threading
 from pathlib import Path
@@ -114,26 +113,6 @@ def check_same_prompts(folder: RunFolder, train: pa.Table, setting: str) -> list
             setting,
             f"the prompts are not those that {folder.path} began with ({before.num_rows} rows, now "
             f"{train.num_rows}); restore the files, or set output.path to a new folder",
-        )
-    ]
-
-
-def check_space(folder: RunFolder, needed_bytes: int | None) -> list[Problem]:
-    """Is there room for what the run will write? Object stores are taken to have it."""
-    if needed_bytes is None or not folder.is_local:
-        return []
-    existing = Path(folder.path)
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free >= needed_bytes:
-        return []
-    return [
-        Problem(
-            "output.path",
-            f"{folder.path} will need about {needed_bytes / 2**30:.1f} GiB, but {existing} has "
-            f"{free / 2**30:.1f} GiB free; free some, lower training.num_checkpoints_to_keep, or "
-            "set another output.path",
         )
     ]
 

@@ -65,15 +65,23 @@ class Ledger:
         return np.flatnonzero(left).astype(np.int64)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form: one bit a row, compressed, and the dropped positions by reason."""
-        bits = zlib.compress(np.packbits(self._trained).tobytes())
+        """JSON-able form: how far all is done, a bit a row beyond that, and what was dropped.
+
+        In ``fixed`` order nothing is done beyond, so there are no bits: the holes of what is done
+        are the dropped positions. ``dropped``: positions by reason.
+        """
+        missing, trained = self.missing(), np.flatnonzero(self._trained)
+        done_until = int(missing[0]) if missing.size else self.num_rows
+        beyond = self._trained[done_until : trained[-1] + 1 if trained.size else 0]
+        bits = zlib.compress(np.packbits(beyond).tobytes()) if beyond.size else b""
         by_reason: dict[str, list[int]] = {}
         for position, reason in sorted(self._dropped.items()):
             by_reason.setdefault(reason, []).append(position)
         return {
             "num_rows": self.num_rows,
             "num_trained": self.num_trained,
-            "trained_bits": base64.b64encode(bits).decode("ascii"),
+            "done_until": done_until,
+            "trained_beyond": base64.b64encode(bits).decode("ascii"),
             "dropped": by_reason,
         }
 
@@ -81,17 +89,22 @@ class Ledger:
     def from_dict(cls, data: Mapping[str, Any]) -> "Ledger":
         """Inverse of ``to_dict``; ValueError if the counts do not agree."""
         ledger = cls(int(data["num_rows"]))
-        packed = np.frombuffer(zlib.decompress(base64.b64decode(data["trained_bits"])), np.uint8)
-        if packed.size != -(-ledger.num_rows // 8):
-            raise ValueError(f"the ledger holds {packed.size} bytes for {ledger.num_rows} rows")
-        ledger._trained = np.unpackbits(packed, count=ledger.num_rows).astype(bool)
+        dropped = {p: reason for reason, ps in data["dropped"].items() for p in ps}
+        done_until, beyond = int(data["done_until"]), base64.b64decode(data["trained_beyond"])
+        ledger._trained[:done_until] = True
+        ledger._trained[_positions(p for p in dropped if p < done_until)] = False
+        if beyond:
+            bits = np.unpackbits(np.frombuffer(zlib.decompress(beyond), np.uint8))
+            room = ledger.num_rows - done_until
+            if bits.size >= room + 8 or bits[room:].any():
+                raise ValueError(f"the ledger has more bits ({bits.size}) than rows left ({room})")
+            ledger._trained[done_until : done_until + bits.size] |= bits[:room].astype(bool)
         if ledger.num_trained != data["num_trained"]:
             raise ValueError(
                 f"the ledger says {data['num_trained']} rows were trained on, but its bits hold "
                 f"{ledger.num_trained}; the checkpoint is damaged, resume from an earlier one"
             )
-        for reason, positions in data["dropped"].items():
-            ledger.mark_dropped(dict.fromkeys(positions, reason))
+        ledger.mark_dropped(dropped)
         return ledger
 
     def __eq__(self, other: object) -> bool:

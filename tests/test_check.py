@@ -288,6 +288,28 @@ def test_too_little_space_is_a_problem(run_file: Path, monkeypatch: pytest.Monke
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert "will need about" in only(run_file)
+    notices = check_run_file(str(run_file)).notices
+    assert any("the teacher's answers may take up to" in notice for notice in notices)
+
+
+def test_one_number_changed_in_the_teacher_makes_every_key_new(
+    run_file: Path, tmp_path: Path
+) -> None:
+    def keys(*overrides: str) -> set[bytes]:
+        prepared = check_run_file(str(run_file), overrides).prepared
+        assert prepared is not None
+        return {*prepared.train["key"].to_pylist(), *prepared.held_out["key"].to_pylist()}
+
+    changed = Path(shutil.copytree(TINY, tmp_path / "changed", symlinks=False))
+    from safetensors.torch import load_file, save_file
+
+    weights = changed / "model.safetensors"
+    tensors = load_file(weights)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert keys() == keys() and len(keys()) == 12
+    assert not keys() & keys(f"teacher.model={changed}")
 
 
 def test_a_hub_model_that_is_nowhere_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:

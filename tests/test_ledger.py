@@ -63,8 +63,19 @@ def test_a_damaged_ledger_is_refused():
     data = ledger.to_dict() | {"num_trained": 2}
     with pytest.raises(ValueError, match="resume from an earlier one"):
         Ledger.from_dict(data)
-    with pytest.raises(ValueError, match="2 bytes for 160 rows"):
-        Ledger.from_dict(ledger.to_dict() | {"num_rows": 160})
+    ledger.mark_trained([12])
+    with pytest.raises(ValueError, match="more bits"):
+        Ledger.from_dict(ledger.to_dict() | {"num_rows": 4})
+
+
+def test_in_fixed_order_it_is_a_number_and_the_holes():
+    ledger = Ledger(1000)
+    ledger.mark_trained(p for p in range(600) if p != 7)
+    ledger.mark_dropped({7: "empty"})
+    told = ledger.to_dict()
+    assert (told["done_until"], told["trained_beyond"]) == (600, "")
+    assert told["dropped"] == {"empty": [7]}
+    assert Ledger.from_dict(told) == ledger
 
 
 def test_a_million_rows_fit_in_a_small_file():

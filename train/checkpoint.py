@@ -34,7 +34,7 @@ from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import CHECKPOINTS, RunFolder
 from raystill.train.register import STATE_FILE
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass

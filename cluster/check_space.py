@@ -1,0 +1,70 @@
+"""Will what a run writes fit: the run folder on its disk, the teacher's answers on the store's."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from raystill.cluster.check_models import count_parameters, kept_layers
+from raystill.cluster.config import RunConfig
+from raystill.cluster.find_model import ModelFolder
+from raystill.cluster.problems import Problem
+from raystill.cluster.run_folder import RunFolder
+from raystill.datasets.prompt_table import PromptTables
+
+ADAMW_BYTES = {"float32": 12, "float64": 24}  # a parameter and its two moments
+EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SIGNAL_BYTES = 8  # an id and a logprob
+STORED_TOKEN_BYTES = 6.1  # the same compressed, as benchmarks/results/store.json has it
+
+
+def space_needed(config: RunConfig, student: ModelFolder, tables: PromptTables) -> int | None:
+    """Bytes the run folder will take: checkpoints (one more while writing), export, held-out."""
+    kept = kept_layers(config, student) if config.student.init == "from_teacher" else None
+    parameters = count_parameters(student, kept)
+    if parameters is None:
+        return None
+    training = config.training
+    checkpoints = (training.num_checkpoints_to_keep + 1) * ADAMW_BYTES[training.param_dtype]
+    tokens = tables.held_out.num_rows * config.teacher.sampling.max_tokens
+    held_out = tokens * config.evaluation.top_k * SIGNAL_BYTES
+    return parameters * (checkpoints + EXPORT_BYTES[training.export_dtype]) + held_out
+
+
+def check_space(folder: RunFolder, needed_bytes: int | None) -> list[Problem]:
+    """Is there room for what the run will write? Object stores are taken to have it."""
+    free = free_bytes(folder)
+    if needed_bytes is None or free is None or free >= needed_bytes:
+        return []
+    return [
+        Problem(
+            "output.path",
+            f"{folder.path} will need about {needed_bytes / 2**30:.1f} GiB, but its disk has "
+            f"{free / 2**30:.1f} GiB free; free some, lower training.num_checkpoints_to_keep, or "
+            "set another output.path",
+        )
+    ]
+
+
+def store_space_notices(config: RunConfig, store_path: str, tables: PromptTables) -> Iterator[str]:
+    """Where the store's disk might fill: if no answer is stored yet and all are of full length."""
+    sampling, held_out_k = config.teacher.sampling, config.evaluation.top_k
+    kept = {"text": 0, "sampled": 0, "topk": config.signal.top_k}[config.signal.kind]
+    tokens = sampling.max_tokens * STORED_TOKEN_BYTES
+    train = tables.train.num_rows * tokens * (1 + kept)
+    most = train + tables.held_out.num_rows * tokens * (1 + held_out_k)
+    free = free_bytes(RunFolder(store_path))
+    if free is not None and free < most:
+        yield (
+            f"the teacher's answers may take up to {most / 2**30:.1f} GiB in {store_path}, which "
+            f"has {free / 2**30:.1f} GiB free; a full disk stops the run, what is stored stays"
+        )
+
+
+def free_bytes(folder: RunFolder) -> int | None:
+    """Room on the disk where a folder is or will be; None for an object store."""
+    if not folder.is_local:
+        return None
+    existing = Path(folder.path)
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
