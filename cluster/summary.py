@@ -53,7 +53,7 @@ def write_summary(folder: Folder, outcome: RunOutcome) -> Figures:
         "duplicates": getattr(prepared, "duplicates", 0),
         "truncated_fraction": truncated / answered if answered else 0.0,
         "teacher": _role(
-            earlier, counters, "teacher", ("prompt_tokens", "response_tokens", "busy_s")
+            earlier, counters, "teacher", ("rows", "prompt_tokens", "response_tokens", "busy_s")
         ),
         "student": _role(earlier, counters, "student", ("tokens", "busy_s", "wait_s")),
         "wall_s": outcome.wall_s + earlier.get("wall_s", 0.0),
