@@ -233,7 +233,7 @@ def student_part(run_file: str, rows_path: str, overrides: list[str]) -> dict[st
         student,
         build_optimizer(student, training),
         training,
-        objective=config.objective.weights,
+        objective=config.objective,
         signal_kind=config.signal.kind,
         student_vocab=num_outcomes(student.model, config.teacher.model),
         total_steps=100,

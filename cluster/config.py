@@ -67,11 +67,11 @@ class RunConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _signal_fits_objective(self) -> "RunConfig":
-        if self.objective.forward_kl > 0 and self.signal.kind == "text":
+        unfit = [f"objective.{name}" for name in self.objective.divergences]
+        if unfit and self.signal.kind == "text":
             raise ValueError(
-                f"objective.forward_kl is {self.objective.forward_kl} but signal.kind is 'text', "
-                "which has no teacher probabilities; set signal.kind: topk, or train with "
-                "objective.cross_entropy alone"
+                f"{', '.join(unfit)} needs the teacher's probabilities, but signal.kind is 'text', "
+                "which has none; set signal.kind: topk, or train with objective.cross_entropy alone"
             )
         return self
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from raystill.train.step import GlobalStep
+from raystill.train.step import NUM_FIXED_FIGURES, GlobalStep
 from raystill.train.worker import Job, Worker, run_worker
 
 COUNTS = "counts.json"
@@ -32,7 +32,7 @@ class CountingStep(GlobalStep):
         loss.backward()
         if self.world_size > 1:
             dist.all_reduce(self.module.grad)
-        sums = torch.zeros(len(self._term_names) + 5, dtype=torch.float64)
+        sums = torch.zeros(len(self._term_names) + NUM_FIXED_FIGURES, dtype=torch.float64)
         sums[-1] = 1  # Padded tokens, which the padding fraction is divided by.
         return sums
 
@@ -61,12 +61,13 @@ class CountingWorker(Worker):
         step.module = self.student.model.counts
         step.optimizer = self.optimizer
         step.training = self.config.training
-        step.objective = self.config.objective.weights
+        step.objective = self.config.objective
         step.signal_kind = self.config.signal.kind
         step.total_steps = self.total_steps
         step.device = self.device
         step.world_size = self.ranks.world_size
-        step._term_names = sorted(step.objective)
+        step._warned_at = 0
+        step._term_names = sorted(step.objective.weights)
         return step
 
 

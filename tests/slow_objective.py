@@ -1,18 +1,35 @@
 """The obvious way to the objectives, slow and in float64, and inputs to hold both ways against.
 
-The formulas take the full softmax and sum what lies outside the ids.
+The formulas take the full softmax, sum what lies outside the ids, and are those of the textbooks.
 """
 
 import math
 
 import torch
 
-from raystill.train.objective import forward_kl
+from raystill.train.config import TERMS, ObjectiveConfig
+from raystill.train.objective import divergences, on_partition
 from raystill.train.partition import NO_ID, Partition, topk_partition
 
 torch.set_num_threads(1)  # Tensors this small make two threads wait for each other.
 
 VOCAB, TOKENS, TOP_K = 60, 7, 8
+BETA, ALPHA, FLOOR = 0.3, 0.1, 1e-6
+EVERYTHING = ObjectiveConfig(
+    **dict.fromkeys(TERMS, 1.0),
+    jsd_beta=BETA,
+    skew_alpha=ALPHA,
+)
+DIVERGENCES = EVERYTHING.divergences
+
+
+def on(name, logits, partition):
+    """The divergence of that name as the project computes it, [N]."""
+    return on_partition(divergences(EVERYTHING)[name], logits, partition)
+
+
+def forward_kl(logits, partition):
+    return on("forward_kl", logits, partition)
 
 
 def slow_log_q(logits, ids):
@@ -26,7 +43,40 @@ def slow_log_q(logits, ids):
     return torch.cat([inside, tail[:, None]], dim=1)
 
 
+def kl(a, b):
+    """KL(a || b) of two vectors of probabilities."""
+    used = a > 0
+    return (a[used] * (a[used] / b[used]).log()).sum()
+
+
+def slow_divergence(name, p, q):
+    """One token's divergence of the teacher's p from the student's q, [M] probabilities each."""
+    if name == "forward_kl":
+        return kl(p, q)
+    if name == "reverse_kl":
+        lifted = p.clone()
+        lifted[-1] = max(p[-1].item(), min(q[-1].item(), FLOOR))
+        return kl(q, lifted) + lifted.sum() - q.sum()
+    if name == "jsd":
+        return BETA * kl(p, BETA * p + (1 - BETA) * q) + (1 - BETA) * kl(
+            q, BETA * p + (1 - BETA) * q
+        )
+    if name == "skew_forward_kl":
+        return kl(p, ALPHA * p + (1 - ALPHA) * q)
+    if name == "skew_reverse_kl":
+        return kl(q, ALPHA * q + (1 - ALPHA) * p)
+    assert name == "total_variation", name
+    return (p - q).abs().sum() / 2
+
+
+def slow(name, logits, partition):
+    """The divergence of that name for every token, [N], from the whole softmax."""
+    q, p = slow_log_q(logits, partition.ids).exp(), partition.log_p.double().exp()
+    return torch.stack([slow_divergence(name, p[t], q[t]) for t in range(len(p))])
+
+
 def slow_forward_kl(logits, partition):
+    # Not through q: where all of it is in the tail, q underflows and its logarithm does not.
     log_q, p = slow_log_q(logits, partition.ids), partition.log_p.double().exp()
     terms = []
     for token in range(len(p)):

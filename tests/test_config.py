@@ -18,6 +18,7 @@ from raystill.cluster.load import (
     load_leniently,
 )
 from raystill.cluster.problems import ConfigError, Problem, print_problems
+from raystill.train.config import TERMS
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 SMALL: dict[str, Any] = {
@@ -133,6 +134,33 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
         "run file",
     }
     assert "signal.kind is 'text'" in problems["run file"]
+
+
+@pytest.mark.parametrize("name", [name for name in TERMS if name != "cross_entropy"])
+def test_a_divergence_without_teacher_probabilities_is_refused_with_the_remedy(
+    tmp_path: Path, name: str
+) -> None:
+    path = write(tmp_path, objective={name: 0.5, "cross_entropy": 1.0}, signal={"kind": "text"})
+    (message,) = refused(path).values()
+    assert f"objective.{name} " in message
+    assert "set signal.kind: topk" in message and "objective.cross_entropy alone" in message
+    assert load_config(path, ["signal.kind=sampled"]).objective.divergences == [name]
+    assert load_config(path, [f"objective.{name}=0"]).objective.weights == {"cross_entropy": 1.0}
+
+
+@pytest.mark.parametrize("name", ["jsd_beta", "skew_alpha"])
+@pytest.mark.parametrize("value", ["0", "1", "-0.5", ".nan"])
+def test_the_ends_of_a_mixture_are_refused_and_point_to_the_two_kls(
+    tmp_path: Path, name: str, value: str
+) -> None:
+    problems = refused(write(tmp_path), "objective.jsd=1", f"objective.{name}={value}")
+    assert list(problems) == [f"objective.{name}"]
+    assert "forward_kl or reverse_kl" in problems[f"objective.{name}"]
+
+
+def test_an_objective_without_a_weight_names_the_terms(tmp_path: Path) -> None:
+    message = refused(write(tmp_path, objective={"jsd_beta": 0.2}))["objective"]
+    assert all(name in message for name in TERMS)
 
 
 def test_what_is_usable_is_kept_for_further_checks(tmp_path: Path) -> None:

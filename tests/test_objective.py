@@ -7,20 +7,24 @@ import torch
 
 from raystill.train import objective
 from raystill.train.batch import MicroBatch
+from raystill.train.config import ObjectiveConfig
 from raystill.train.objective import (
     cross_entropy,
-    forward_kl,
     objective_sums,
     outcome_log_probs,
     partition_metrics,
 )
 from raystill.train.partition import NO_ID, Partition
 from tests.slow_objective import (
+    DIVERGENCES,
+    EVERYTHING,
     TOKENS,
     TOP_K,
     VOCAB,
     assert_matches_slow,
+    forward_kl,
     gradient,
+    on,
     random_logits,
     slow_forward_kl,
     slow_log_q,
@@ -131,7 +135,7 @@ def test_sums_are_the_weighted_terms_from_one_pass(target_in_ids):
     targets = partition.ids[:, 2] if target_in_ids else random_logits(0).argmin(dim=1)
     weights = torch.linspace(0.0, 1.5, TOKENS)
     batch = micro_batch(partition, targets, weights)
-    terms = {"forward_kl": 0.7, "cross_entropy": 0.2}
+    terms = ObjectiveConfig(forward_kl=0.7, cross_entropy=0.2)
 
     sums = objective_sums(terms, random_logits(1), batch)
     _, grad = gradient(lambda z: objective_sums(terms, z, batch).total, random_logits(1))
@@ -152,14 +156,26 @@ def test_sums_are_the_weighted_terms_from_one_pass(target_in_ids):
     )
 
 
+def test_the_sum_of_all_terms_is_that_of_the_terms_apart():
+    partition = teacher_partition(random_logits(0), TOP_K)
+    partition.log_p[2, -1] = -30.0
+    targets, weights = random_logits(0).argmin(dim=1), torch.linspace(0.0, 1.5, TOKENS)
+    sums = objective_sums(EVERYTHING, random_logits(1), micro_batch(partition, targets, weights))
+    for name in DIVERGENCES:
+        alone = (weights * on(name, random_logits(1), partition)).sum()
+        torch.testing.assert_close(sums.terms[name], alone)
+    torch.testing.assert_close(sums.total, torch.stack(list(sums.terms.values())).sum())
+    assert sums.floored_tokens == 1
+
+
 def test_a_text_signal_has_cross_entropy_only():
     targets = torch.arange(TOKENS)
     batch = micro_batch(None, targets, torch.ones(TOKENS))
-    sums = objective_sums({"cross_entropy": 2.0}, random_logits(1), batch)
+    sums = objective_sums(ObjectiveConfig(cross_entropy=2), random_logits(1), batch)
     torch.testing.assert_close(sums.total, 2 * cross_entropy(random_logits(1), targets).sum())
     assert sums.student_tail_mass is None
-    with pytest.raises(ValueError, match="forward_kl needs the teacher's probabilities"):
-        objective_sums({"forward_kl": 1.0}, random_logits(1), batch)
+    with pytest.raises(ValueError, match=r"forward_kl.*needs the teacher's probabilities"):
+        objective_sums(ObjectiveConfig(forward_kl=1), random_logits(1), batch)
 
 
 def test_metrics_worked_by_hand():

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from raystill.train.batch import collate, cut_micro_batches, dummy_micro_batch
+from raystill.train.config import TERMS, ObjectiveConfig
 from raystill.train.objective import objective_sums
 from raystill.train.step import NonFiniteLossError
 from tests.tiny_student import (
@@ -115,7 +116,7 @@ def test_the_stop_token_bears_loss_though_it_is_the_padding_token_too():
     batch = collate([row], "topk", VOCAB)
     module = tiny_module()
     assert module.model.config.pad_token_id == STOP_ID and batch.targets[-1] == STOP_ID
-    step = make_step(module, objective={"cross_entropy": 1.0}, total_steps=60)
+    step = make_step(module, objective=ObjectiveConfig(cross_entropy=1), total_steps=60)
 
     def stop_probability():
         with torch.no_grad():
@@ -156,6 +157,29 @@ def test_gradients_are_clipped_after_the_division():
     grads, result = gradients_of_first_step(module, step, [make_row(1), make_row(2)])
     assert result.grad_norm > 1e-3
     assert grads.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_every_objective_is_reported_and_the_floor_counted():
+    rows = [make_row(i) for i in range(4)]
+    rows[1].tail_logprob = np.full_like(rows[1].tail_logprob, -30.0)
+    terms = dict.fromkeys(TERMS, 1.0)
+    result = make_step(tiny_module(), objective=ObjectiveConfig(**terms)).run(0, rows, True, False)
+    assert set(result.objective) == set(TERMS)
+    assert result.loss == pytest.approx(sum(result.objective.values()), rel=1e-6)
+    assert result.metrics()["floored_tokens"] == len(rows[1].response_ids)
+    plain = make_step(tiny_module()).run(0, rows, True, False)
+    assert "floored_tokens" not in plain.metrics()
+
+
+@pytest.mark.parametrize(("name", "warned"), [("forward_kl", False), ("jsd", True)])
+def test_mass_outside_the_top_k_is_warned_of_once_in_a_while(caplog, name, warned):
+    step = make_step(tiny_module(), objective=ObjectiveConfig(**{name: 1.0}), total_steps=300)
+    for number in (0, 1, 150):
+        result = step.run(number, [make_row(1)], has_more=True, stop=False)
+        assert result.student_tail_mass > 0.1
+    found = [r.getMessage() for r in caplog.records if "outside the teacher's top K" in r.message]
+    assert len(found) == (2 if warned else 0)
+    assert all("jsd" in message and "signal.top_k" in message for message in found)
 
 
 def run_all_steps(module, step, shares):

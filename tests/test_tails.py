@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-from raystill.train.objective import forward_kl, outcome_log_probs, partition_metrics
+from raystill.train.objective import outcome_log_probs, partition_metrics
 from raystill.train.partition import NO_ID, Partition, topk_partition
 from tests.slow_objective import (
     TOKENS,
     TOP_K,
     VOCAB,
     assert_matches_slow,
+    forward_kl,
     gradient,
     random_logits,
     slow_log_q,

@@ -213,7 +213,7 @@ def reference_student(config, teacher):
         module,
         build_optimizer(module, config.training),
         config.training,
-        objective=config.objective.weights,
+        objective=config.objective,
         signal_kind="topk",
         student_vocab=VOCAB,
         total_steps=5,

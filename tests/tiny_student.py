@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raystill.train.batch import Row
-from raystill.train.config import TrainingConfig
+from raystill.train.config import ObjectiveConfig, TrainingConfig
 from raystill.train.optimizer import build_optimizer
 from raystill.train.step import GlobalStep
 from raystill.train.student_module import StudentModule
@@ -13,7 +13,7 @@ from raystill.train.student_module import StudentModule
 torch.set_num_threads(1)  # Tensors this small make two threads wait for each other.
 
 VOCAB, TOP_K, STOP_ID = 60, 5, 2
-OBJECTIVE = {"forward_kl": 1.0, "cross_entropy": 0.3}
+OBJECTIVE = ObjectiveConfig(forward_kl=1.0, cross_entropy=0.3)
 NUM_STEPS = 4
 
 

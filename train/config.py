@@ -6,6 +6,17 @@ from pydantic import model_validator
 
 from raystill.cluster.model import ConfigModel, PositiveInt, identity, operational
 
+TERMS = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "cross_entropy",
+)
+"""What an objective is a weighted sum of."""
+
 
 class StudentConfig(ConfigModel):
     """The model that is trained, and where its first weights come from."""
@@ -56,6 +67,42 @@ class ObjectiveConfig(ConfigModel):
     forward_kl: float = identity(
         0.0, ge=0, description="Weight of KL(teacher || student) on the signal's partition."
     )
+    reverse_kl: float = identity(
+        0.0, ge=0, description="Weight of KL(student || teacher) on the signal's partition."
+    )
+    jsd: float = identity(
+        0.0,
+        ge=0,
+        description="Weight of the Jensen-Shannon divergence: jsd_beta KL(teacher || mixture) + "
+        "(1 - jsd_beta) KL(student || mixture).",
+    )
+    jsd_beta: float = identity(
+        0.5,
+        gt=0,
+        lt=1,
+        description="The teacher's share in jsd's mixture; instead of the ends 0 and 1 give "
+        "forward_kl or reverse_kl a weight.",
+    )
+    skew_forward_kl: float = identity(
+        0.0,
+        ge=0,
+        description="Weight of KL(teacher || skew_alpha teacher + (1 - skew_alpha) student).",
+    )
+    skew_reverse_kl: float = identity(
+        0.0,
+        ge=0,
+        description="Weight of KL(student || skew_alpha student + (1 - skew_alpha) teacher).",
+    )
+    skew_alpha: float = identity(
+        0.1,
+        gt=0,
+        lt=1,
+        description="What a skew divergence mixes of its first distribution into its second; "
+        "instead of the end 0 give forward_kl or reverse_kl a weight (at 1 nothing is learned).",
+    )
+    total_variation: float = identity(
+        0.0, ge=0, description="Weight of half the sum of |teacher - student|: 1 - acceptance."
+    )
     cross_entropy: float = identity(
         0.0, ge=0, description="Weight of cross entropy on the response tokens."
     )
@@ -63,13 +110,21 @@ class ObjectiveConfig(ConfigModel):
     @model_validator(mode="after")
     def _something(self) -> "ObjectiveConfig":
         if not self.weights:
-            raise ValueError("every weight is 0; give forward_kl or cross_entropy a weight")
+            *others, last = TERMS
+            raise ValueError(
+                f"every weight is 0; give {', '.join(others)} or {last} a weight above 0"
+            )
         return self
 
     @property
     def weights(self) -> dict[str, float]:
         """Terms with a weight above zero, by name."""
-        return {name: w for name, w in self.model_dump().items() if w > 0}
+        return {name: weight for name in TERMS if (weight := getattr(self, name)) > 0}
+
+    @property
+    def divergences(self) -> list[str]:
+        """Terms in use that compare the student with the teacher's probabilities."""
+        return [name for name in self.weights if name != "cross_entropy"]
 
 
 class TrainingConfig(ConfigModel):

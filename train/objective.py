@@ -6,20 +6,28 @@ typed tensors in, one value a token out; the division by the step's global weigh
 Legend: N response tokens, K teacher ids kept for each, V student vocabulary, p teacher, q student
 (softmax of the logits over all V), tau the tail outcome. Everything in nats.
 
-    forward_kl    KL(p || q) = sum_{i<=K} p_i (log p_i - log q_i) + p_tau (log p_tau - log q_tau)
+    a divergence  d(p, q) over the K ids and tau, as `divergence` defines it
     cross_entropy -log q_target
 
 The temperature is 1 on both sides. Nothing is renormalised over the K ids and nothing is clamped.
 """
 
+import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from raystill.train import divergence
 from raystill.train.batch import MicroBatch
+from raystill.train.config import ObjectiveConfig
+from raystill.train.divergence import Divergence
 from raystill.train.partition import NO_ID, Partition
+
+LOG_FLOOR = math.log(1e-6)
+"""The teacher's tail is the engine's noise below this (nats): see `floored`."""
 
 # A chunk of logits is read several times; on a CPU it should stay in the core's cache meanwhile.
 CPU_CHUNK_BYTES = 1 << 20
@@ -31,18 +39,33 @@ class ObjectiveSums(NamedTuple):
 
     total: what is differentiated, sum over terms of term weight x term. terms: each term alone,
     without its term weight, detached. The tail masses are of the partition; None without one.
+    floored_tokens: how many tokens of a weight above 0 used the floor; None without reverse_kl.
     """
 
     total: Tensor
     terms: dict[str, Tensor]
     teacher_tail_mass: Tensor | None
     student_tail_mass: Tensor | None
+    floored_tokens: Tensor | None
 
 
-def forward_kl(logits: Tensor, partition: Partition) -> Tensor:
-    """KL(teacher || student) on the partition, [N] nats: logits [N, V] of any float dtype."""
+def divergences(objective: ObjectiveConfig) -> dict[str, Divergence]:
+    """The divergences in use over a partition, by name, with their parameters."""
+    parameters = {
+        "jsd": {"beta": objective.jsd_beta},
+        "skew_forward_kl": {"alpha": objective.skew_alpha},
+        "skew_reverse_kl": {"alpha": objective.skew_alpha},
+    }
+    functions = {name: getattr(divergence, name) for name in objective.divergences}
+    if "reverse_kl" in functions:
+        functions["reverse_kl"] = _floored_reverse_kl
+    return {name: partial(f, **parameters.get(name, {})) for name, f in functions.items()}
+
+
+def on_partition(d: Divergence, logits: Tensor, partition: Partition) -> Tensor:
+    """The divergence of each token on the partition, [N] nats: logits [N, V] of any float dtype."""
     log_q, _ = outcome_log_probs(logits, partition.ids)
-    return _forward_kl(log_q, partition.log_p)
+    return _Differentiable.apply(log_q, partition.log_p.to(log_q.dtype), d)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -51,35 +74,70 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -log_q[:, 0]
 
 
+def floored(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """log_p [N, K + 1] as `reverse_kl`, which divides by p, takes it; and where that differs, [N].
+
+    A teacher's tail is 1 minus a sum, or what float32 left of it: below 1e-6 its logarithm says
+    nothing, and it can be exactly 0. There any mass of the student up to the floor counts as
+    agreement, and mass above it is compared with the floor: p_tau is raised to min(q_tau, 1e-6).
+    So a student equal to its teacher still has 0, no value falls below 0, values and gradients are
+    continuous, and what is reported is a lower bound of what it would be without a floor. The K
+    ids keep their own logarithms, however small, except where the teacher gave one no mass at all.
+    """
+    floor = log_q.clamp_max(LOG_FLOOR)
+    noise = log_p == -torch.inf
+    noise[:, -1] = True
+    raised = noise & (log_p < floor)
+    return torch.where(raised, floor, log_p), raised.any(dim=1)
+
+
+def _floored_reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    return divergence.reverse_kl(floored(log_p, log_q)[0], log_q)
+
+
 def objective_sums(
-    weights: dict[str, float], logits: Tensor, micro_batch: MicroBatch
+    objective: ObjectiveConfig, logits: Tensor, micro_batch: MicroBatch
 ) -> ObjectiveSums:
     """All terms of the objective from one pass over the logits [N, V]; see `ObjectiveSums`."""
-    partition, targets = micro_batch.partition, micro_batch.targets
-    per_token = {}
+    partition, targets, weights = micro_batch.partition, micro_batch.targets, objective.weights
     if partition is None:
-        per_token["cross_entropy"] = cross_entropy(logits, targets)
-    else:
-        log_q, log_q_target = outcome_log_probs(logits, partition.ids, targets)
-        per_token["cross_entropy"] = -log_q_target
-        if "forward_kl" in weights:
-            per_token["forward_kl"] = _forward_kl(log_q, partition.log_p)
-    unfit = sorted(set(weights) - set(per_token))
-    if unfit:
-        raise ValueError(
-            f"objective {unfit} does not fit the signal; expected of {sorted(per_token)}; "
-            "forward_kl needs the teacher's probabilities: set signal.kind: topk"
-        )
+        require_partition(objective)
+        per_token = {"cross_entropy": cross_entropy(logits, targets)}
+        return _weighted_sums(objective, per_token, micro_batch.weights)
+    log_q, log_q_target = outcome_log_probs(logits, partition.ids, targets)
+    log_p = partition.log_p.to(log_q.dtype)
+    per_token = {"cross_entropy": -log_q_target}
+    for name, d in divergences(objective).items():
+        per_token[name] = _Differentiable.apply(log_q, log_p, d)
     per_token = {name: per_token[name] for name in weights}
-    token_weights = micro_batch.weights.to(per_token[next(iter(weights))].dtype)
-    sums = {name: (token_weights * value).sum() for name, value in per_token.items()}
-    total = torch.stack([weights[name] * value for name, value in sums.items()]).sum()
+    sums = _weighted_sums(objective, per_token, micro_batch.weights)
+    token_weights, log_q = micro_batch.weights.to(log_q.dtype), log_q.detach()
+    num_floored = None
+    if "reverse_kl" in weights:
+        num_floored = (floored(log_p, log_q)[1] & (token_weights > 0)).sum()
+    return sums._replace(
+        teacher_tail_mass=(token_weights * log_p[:, -1].exp()).sum(),
+        student_tail_mass=(token_weights * log_q[:, -1].exp()).sum(),
+        floored_tokens=num_floored,
+    )
+
+
+def require_partition(objective: ObjectiveConfig) -> None:
+    """Raises ValueError where the objective has a term that a `text` signal cannot serve."""
+    if objective.divergences:
+        raise ValueError(
+            f"objective {objective.divergences} does not fit the signal; expected cross_entropy "
+            "alone: a divergence needs the teacher's probabilities; set signal.kind: topk"
+        )
+
+
+def _weighted_sums(
+    objective: ObjectiveConfig, per_token: dict[str, Tensor], weights: Tensor
+) -> ObjectiveSums:
+    sums = {name: (weights.to(value.dtype) * value).sum() for name, value in per_token.items()}
+    total = torch.stack([objective.weights[name] * value for name, value in sums.items()]).sum()
     terms = {name: value.detach() for name, value in sums.items()}
-    if partition is None:
-        return ObjectiveSums(total, terms, None, None)
-    teacher_tail = (token_weights * partition.log_p[:, -1].exp()).sum()
-    student_tail = (token_weights * log_q[:, -1].detach().exp()).sum()
-    return ObjectiveSums(total, terms, teacher_tail, student_tail)
+    return ObjectiveSums(total, terms, None, None, None)
 
 
 @torch.no_grad()
@@ -94,18 +152,27 @@ def partition_metrics(logits: Tensor, partition: Partition, targets: Tensor) -> 
     best = log_p[:, :-1].argmax(dim=1, keepdim=True)
     teacher_best = partition.ids.gather(1, best).squeeze(1)
     return {
-        "kl": _forward_kl(log_q, log_p),
+        "kl": divergence.forward_kl(log_p, log_q)[0],
         "acceptance": torch.minimum(log_p, log_q).exp().sum(dim=1),
         "top1": (logits.argmax(dim=1) == teacher_best).to(log_q.dtype),
         "nll": -log_q_target,
     }
 
 
-def _forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """sum_i p_i (log p_i - log q_i) over K + 1 outcomes; an outcome with p = 0 adds 0."""
-    log_p = log_p.to(log_q.dtype)
-    p = log_p.exp()
-    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(dim=1)
+class _Differentiable(torch.autograd.Function):
+    """A divergence [N] whose gradient reaches log_q [N, K + 1]; log_p is data."""
+
+    @staticmethod
+    def forward(ctx: Any, log_q: Tensor, log_p: Tensor, d: Divergence) -> Tensor:
+        value, grad = d(log_p, log_q)
+        ctx.save_for_backward(grad)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * upstream[:, None], None, None
 
 
 def outcome_log_probs(

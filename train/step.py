@@ -15,6 +15,7 @@ hold different shares:
    multiplication by world_size / W, before clipping, gives the gradient of the loss.
 """
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -36,9 +37,16 @@ from raystill.train.batch import (
     dummy_micro_batch,
     loss_weight,
 )
-from raystill.train.config import TrainingConfig
+from raystill.train.config import ObjectiveConfig, TrainingConfig
 from raystill.train.objective import objective_sums
 from raystill.train.optimizer import learning_rate
+
+logger = logging.getLogger(__name__)
+
+TAIL_MASS_TO_WARN_OF = 0.1
+WARN_EVERY_STEPS = 100
+NUM_FIXED_FIGURES = 6
+"""Sums of a pass beside the terms: total, two tail masses; floored, input and padded tokens."""
 
 
 class NonFiniteLossError(RunError):
@@ -50,10 +58,10 @@ class StepResult:
     """What one step did, the same on every rank except ``student_s``.
 
     loss and objective in nats per unit of weight; tail masses are weighted means over tokens (None
-    for the text signal); student_s: seconds from when all ranks had their rows; any_more: a rank
-    holds or expects rows of later steps; any_stop: a rank was asked to stop. ``trained`` is False
-    for a step without weight (no rows, or none with a loss-bearing token): the weights did not
-    change.
+    for the text signal); floored_tokens: as in `ObjectiveSums`; student_s: seconds from when all
+    ranks had their rows; any_more: a rank holds or expects rows of later steps; any_stop: a rank
+    was asked to stop. ``trained`` is False for a step without weight (no rows, or none with a
+    loss-bearing token): the weights did not change.
     """
 
     step: int
@@ -69,12 +77,14 @@ class StepResult:
     padding_fraction: float = 0.0
     teacher_tail_mass: float | None = None
     student_tail_mass: float | None = None
+    floored_tokens: int | None = None
     student_s: float = 0.0
 
     def metrics(self) -> dict[str, Any]:
         """The fields of a metrics line that the step knows, flat, objectives as ``objective/*``."""
         names = ["step", "loss", "grad_norm", "lr", "rows", "tokens", "student_s"]
         names += ["padding_fraction", "teacher_tail_mass", "student_tail_mass"]
+        names += ["floored_tokens"] if self.floored_tokens is not None else []
         terms = {f"objective/{name}": value for name, value in self.objective.items()}
         return {name: getattr(self, name) for name in names} | terms
 
@@ -100,7 +110,7 @@ class GlobalStep:
         optimizer: torch.optim.Optimizer,
         training: TrainingConfig,
         *,
-        objective: dict[str, float],
+        objective: ObjectiveConfig,
         signal_kind: str,
         student_vocab: int,
         total_steps: int,
@@ -109,8 +119,7 @@ class GlobalStep:
     ) -> None:
         """module: a `StudentModule`, in DDP when world_size > 1 (its process group is used).
 
-        objective: term weights by name (`ObjectiveConfig.weights`); student_vocab as in
-        `batch.collate`; total_steps: length of the learning-rate schedule.
+        student_vocab as in `batch.collate`; total_steps: length of the learning-rate schedule.
         """
         is_ddp = isinstance(module, DistributedDataParallel)
         assert world_size == 1 or is_ddp, "with several workers the student must be wrapped in DDP"
@@ -124,7 +133,8 @@ class GlobalStep:
         self.device = torch.device(device)
         self.world_size = world_size
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self._term_names = sorted(objective)
+        self._warned_at = -WARN_EVERY_STEPS
+        self._term_names = sorted(objective.weights)
 
     def run(self, step: int, rows: Sequence[Row], has_more: bool, stop: bool) -> StepResult:
         """Trains on the rows of ``step`` (from 0) that this rank holds; all ranks call it.
@@ -177,7 +187,9 @@ class GlobalStep:
         The last pass is the one that DDP reduces in, on all ranks alike.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(len(self._term_names) + 5, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(
+            len(self._term_names) + NUM_FIXED_FIGURES, dtype=torch.float64, device=self.device
+        )
         for i in range(num_passes):
             if i < len(groups):
                 batch = collate(
@@ -195,16 +207,16 @@ class GlobalStep:
         return self.module.no_sync()
 
     def _forward_backward(self, batch: MicroBatch) -> Tensor:
-        """One pass; returns (total, terms..., tail masses, input tokens, padded tokens)."""
+        """One pass; returns (total, terms..., tail masses, floored, input and padded tokens)."""
         sums = objective_sums(self.objective, self.module(*batch.model_inputs), batch)
         sums.total.backward()
         zero = sums.total.new_zeros(())
-        tails = [
-            zero if mass is None else mass
-            for mass in (sums.teacher_tail_mass, sums.student_tail_mass)
+        others = [
+            zero if value is None else value
+            for value in (sums.teacher_tail_mass, sums.student_tail_mass, sums.floored_tokens)
         ]
         terms = [sums.terms[name] for name in self._term_names]
-        figures = torch.stack([sums.total.detach(), *terms, *tails]).double()
+        figures = torch.stack([f.double() for f in (sums.total.detach(), *terms, *others)])
         lengths = figures.new_tensor([batch.input_tokens, batch.padded_tokens])
         return torch.cat([figures, lengths])
 
@@ -213,7 +225,7 @@ class GlobalStep:
         if self.world_size > 1:
             dist.all_reduce(sums)
         total, *rest = sums.tolist()
-        terms, (teacher_tail, student_tail, inputs, padded) = rest[:-4], rest[-4:]
+        terms, (teacher_tail, student_tail, floored, inputs, padded) = rest[:-5], rest[-5:]
         loss = total / weight
         objective = {n: s / weight for n, s in zip(self._term_names, terms, strict=True)}
         if not math.isfinite(loss):
@@ -223,13 +235,33 @@ class GlobalStep:
                 "last checkpoint"
             )
         has_tail = self.signal_kind != "text"
+        self._warn_of_tail(step, student_tail / weight)
         return {
             "loss": loss,
             "objective": objective,
             "padding_fraction": 1.0 - inputs / padded,
             "teacher_tail_mass": teacher_tail / weight if has_tail else None,
             "student_tail_mass": student_tail / weight if has_tail else None,
+            "floored_tokens": int(floored) if "reverse_kl" in self._term_names else None,
         }
+
+    def _warn_of_tail(self, step: int, student_tail: float) -> None:
+        """Only forward KL's error is bounded by the *teacher's* tail; the others' by both."""
+        others = [name for name in self.objective.divergences if name != "forward_kl"]
+        if not others or self.signal_kind != "topk" or student_tail <= TAIL_MASS_TO_WARN_OF:
+            return
+        first = self.world_size == 1 or dist.get_rank() == 0
+        if first and step - self._warned_at >= WARN_EVERY_STEPS:
+            self._warned_at = step
+            logger.warning(
+                "step %d: %.2f of the student's mass is outside the teacher's top K, whose shape "
+                "there is not known: the gradient of %s is rough; raise signal.top_k, or train "
+                "with objective.forward_kl until student_tail_mass is below %s",
+                step,
+                student_tail,
+                ", ".join(others),
+                TAIL_MASS_TO_WARN_OF,
+            )
 
     def _update(self, step: int, weight: float, lr: float) -> float:
         """Step 3: the one division by the global weight, clipping, the optimizer; the norm."""

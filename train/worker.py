@@ -277,7 +277,7 @@ class Worker:
             parallel_module(self.student, self.device, world_size, training.compile),
             self.optimizer,
             training,
-            objective=self.config.objective.weights,
+            objective=self.config.objective,
             signal_kind=self.config.signal.kind,
             student_vocab=self.vocab,
             total_steps=self.total_steps,
