@@ -15,7 +15,8 @@ case 1 : 2 gives the engine four slots (``teacher.max_num_seqs``) and measures i
 Steady state: of 1 and 3 whole flights (the rows answered at once, which come in bursts), after the
 first, and in 3 between the filling of the stream and the moment the teacher has nothing left to
 start. The student alone is measured before and after the whole, since shared machines drift.
-overlap = whole / min(teacher alone, student alone), in rows/s.
+overlap = whole / min(teacher alone, student alone), in rows/s. Beside it stands the same against
+both run at the same time with nothing between them: what they lose there is the machine's doing.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any
 
 from benchmarks.parts import (
     Side,
+    measure_side_by_side,
     measure_student_alone,
     measure_teacher_alone,
     run_whole,
@@ -154,10 +156,14 @@ def measure_case(
     whole = run_whole(RUN_FILE, overrides, f"{scratch}/whole-{depth}-{teacher.rows}")
     student = before + measure_student_alone(RUN_FILE, overrides, rows)
     overlap = whole.side.rows_per_s / min(teacher.rows_per_s, student.rows_per_s)
+    beside = measure_side_by_side(RUN_FILE, overrides, rows)
+    of_machine = whole.side.rows_per_s / min(side.rows_per_s for side in beside)
     print(
         f"{name} (student of {depth} layers, {student.rows_per_s / teacher.rows_per_s:.2f} times "
         f"the teacher)\n  student alone  {student}\n  whole          {whole.side}\n"
-        f"  overlap {overlap:.2f}; student waited {whole.wait_share:.0%} of the steady time",
+        f"  side by side   {beside[0]} (teacher)\n                 {beside[1]} (student)\n"
+        f"  overlap {overlap:.2f}, of the slower side by side {of_machine:.2f}; "
+        f"student waited {whole.wait_share:.0%} of the steady time",
         flush=True,
     )
     return {
@@ -166,7 +172,9 @@ def measure_case(
         "student_over_teacher": student.rows_per_s / teacher.rows_per_s,
         "student_alone": student.figures(),
         "whole": whole.side.figures(),
+        "side_by_side": {"teacher": beside[0].figures(), "student": beside[1].figures()},
         "overlap": overlap,
+        "overlap_of_side_by_side": of_machine,
         "student_wait_share": whole.wait_share,
         "driver_peak_mb": whole.driver_peak_mb,
     }

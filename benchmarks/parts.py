@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,24 @@ def measure_student_alone(run_file: str, overrides: list[str], rows_path: str) -
     return Side(**_child("student", run_file, overrides, rows_path))
 
 
+def measure_side_by_side(run_file: str, overrides: list[str], rows_path: str) -> tuple[Side, Side]:
+    """Teacher alone and student alone at the same time, with nothing between them.
+
+    What they lose against being alone is the machine's doing (shared caches, memory, hardware
+    threads, Ray's own processes), not the stream's.
+    """
+    until = Path(f"{rows_path}.beside.done")
+    until.unlink(missing_ok=True)
+    with ThreadPoolExecutor(1) as pool:
+        student = pool.submit(_child, "student", run_file, overrides, rows_path, str(until))
+        try:
+            fresh = f"{rows_path}.{time.monotonic_ns()}"  # With a store that holds nothing yet.
+            teacher = _child("teacher", run_file, overrides, fresh)
+        finally:
+            until.touch()
+        return Side(**teacher), Side(**student.result())
+
+
 def run_whole(run_file: str, overrides: list[str], folder: str) -> Whole:
     """``driver.py run`` with the overrides; figures from its metrics and its process."""
     command = [sys.executable, "driver.py", "run", run_file, "--set", f"output.path={folder}"]
@@ -123,9 +142,12 @@ def _peak_kb(pid: int) -> int:
     return next((int(s.split()[1]) for s in status.splitlines() if s.startswith("VmHWM")), 0)
 
 
-def _child(part: str, run_file: str, overrides: list[str], rows_path: str) -> dict[str, Any]:
+def _child(
+    part: str, run_file: str, overrides: list[str], rows_path: str, until: str = ""
+) -> dict[str, Any]:
     """Run one part in a process of its own; its last line of output is the result."""
-    command = [sys.executable, "-m", "benchmarks.parts", part, run_file, rows_path, *overrides]
+    words = [part, run_file, rows_path, until, *overrides]
+    command = [sys.executable, "-m", "benchmarks.parts", *words]
     environment = CPU_STUDENT_ENVIRONMENT if part == "student" else {}
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **environment}
@@ -209,8 +231,11 @@ def _take_everything(spec: Any, coordinator: Any, rows_path: str) -> dict[str, A
     }
 
 
-def student_part(run_file: str, rows_path: str, overrides: list[str]) -> dict[str, Any]:
-    """In a child, on the student's cores: optimizer steps on rows in memory."""
+def student_part(run_file: str, rows_path: str, overrides: list[str], until: str) -> dict[str, Any]:
+    """In a child, on the student's cores: optimizer steps on rows in memory.
+
+    ``until``: a file; where it is named, the steps go on, on the same rows, until it is there.
+    """
     import pyarrow.parquet as pq
     import torch
 
@@ -240,19 +265,24 @@ def student_part(run_file: str, rows_path: str, overrides: list[str]) -> dict[st
     )
     rows = rows_from_table(pq.read_table(rows_path).combine_chunks())
     per_step = training.rows_per_step
-    count = min(WARM_UP_STEPS + STUDENT_STEPS, len(rows) // per_step)
-    trained = tokens = 0
-    for number in range(count):
+    in_rows = len(rows) // per_step
+    trained = tokens = number = 0
+    while not os.path.exists(until) if until else number < WARM_UP_STEPS + STUDENT_STEPS:
         if number == WARM_UP_STEPS:
             started = time.perf_counter()
-        result = step.run(number, rows[number * per_step : (number + 1) * per_step], True, False)
-        if number >= WARM_UP_STEPS:
+        first = number % in_rows * per_step
+        result = step.run(number, rows[first : first + per_step], True, False)
+        number += 1
+        if number > WARM_UP_STEPS:
             trained += result.rows
             tokens += result.tokens
     return {"rows": trained, "tokens": tokens, "seconds": time.perf_counter() - started}
 
 
 if __name__ == "__main__":
-    part, run_file, rows_path, *overrides = sys.argv[1:]
-    measure = teacher_part if part == "teacher" else student_part
-    print(json.dumps(measure(run_file, rows_path, overrides)))
+    part, run_file, rows_path, until, *overrides = sys.argv[1:]
+    if part == "teacher":
+        told = teacher_part(run_file, rows_path, overrides)
+    else:
+        told = student_part(run_file, rows_path, overrides, until)
+    print(json.dumps(told))
