@@ -20,6 +20,7 @@ from raystill.cluster.placement import CPU_STUDENT_ENVIRONMENT
 POLL_S = 0.2
 WARM_UP_STEPS = 1
 STUDENT_STEPS = 10
+REPLAY_WARM_UP_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,12 @@ def measure_side_by_side(run_file: str, overrides: list[str], rows_path: str) ->
         return Side(**teacher), Side(**student.result())
 
 
-def run_whole(run_file: str, overrides: list[str], folder: str) -> Whole:
-    """``driver.py run`` with the overrides; figures from its metrics and its process."""
+def run_whole(run_file: str, overrides: list[str], folder: str, bursts: bool = True) -> Whole:
+    """``driver.py run`` with the overrides; figures from its metrics and its process.
+
+    ``bursts``: rows come from a teacher; else from the store, where all steps but the first few are
+    steady.
+    """
     command = [sys.executable, "driver.py", "run", run_file, "--set", f"output.path={folder}"]
     command += ["--set", f"store.path={folder}-store"]  # Nothing is reused from another part.
     for override in overrides:
@@ -111,7 +116,9 @@ def run_whole(run_file: str, overrides: list[str], folder: str) -> Whole:
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     per_step = config.training.rows_per_step
     filled = math.ceil(config.rows_ahead / per_step)
-    window = whole_flights(len(lines) - filled, filled, config.rows_in_flight // per_step)
+    window = slice(REPLAY_WARM_UP_STEPS, len(lines))
+    if bursts:
+        window = whole_flights(len(lines) - filled, filled, config.rows_in_flight // per_step)
     steady = lines[window]
     seconds = steady[-1]["time"] - lines[window.start - 1]["time"]
     side = Side(

@@ -48,7 +48,7 @@ def main() -> None:
             overrides = settings(arguments.rows, depth)
             before = measure_student_alone(RUN_FILE, overrides, rows)
             stored = [*overrides, f"store.path={rows}.store"]
-            whole = run_whole(RUN_FILE, stored, f"{scratch}/replay-{depth}")
+            whole = run_whole(RUN_FILE, stored, f"{scratch}/replay-{depth}", bursts=False)
             student = before + measure_student_alone(RUN_FILE, overrides, rows)
             ratio = whole.side.rows_per_s / student.rows_per_s
             print(
