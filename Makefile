@@ -62,7 +62,7 @@ types: setup links
 
 check: lint types fast   ## ruff, types, fast tests
 
-test-faults: setup   ## every fault: processes killed, nodes lost, disks full (about 15 minutes)
+test-faults: setup   ## every fault: processes killed, nodes lost, disks full (about 20 minutes)
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=12 -m "not chaos" \
 		tests/test_store.py tests/test_faults.py tests/test_stop_and_resume.py \
 		tests/test_engine_death.py tests/test_no_space.py tests/test_node_loss.py
@@ -70,11 +70,12 @@ test-faults: setup   ## every fault: processes killed, nodes lost, disks full (a
 chaos: setup     ## long runs of faults, fixed seeds and a fresh one (about 20 minutes)
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -s -m chaos tests/test_faults.py
 
-bench: setup     ## measure overlap, memory, store, replay, restart; results in benchmarks/results/
+bench: setup     ## measure overlap, memory, store, replay, restart, loss; results in benchmarks/results/
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.overlap
 	$(QUIET) $(BIN)/python -m benchmarks.store
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.replay
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.restart
+	$(QUIET) $(BIN)/python -m benchmarks.objective
 
 clean:           ## remove what the build made (not runs/ and models/)
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache

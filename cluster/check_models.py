@@ -13,9 +13,8 @@ from raystill.cluster.config import RunConfig
 from raystill.cluster.find_model import ModelFolder, read_object
 from raystill.cluster.problems import ConfigError, Problem
 from raystill.datasets.tokenise import load_tokenizer, read_settings
+from raystill.train.logit_transform import logit_transform
 
-# Settings that change the logits after the head, and the value at which they change nothing.
-LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
 NAMED_TOKENS = ("bos", "eos", "pad")
 
 
@@ -66,14 +65,10 @@ def check_student(config: RunConfig, teacher: ModelFolder, student: ModelFolder)
         if not student.has_weights and not _is_in_hub_cache(student):
             message = f"the folder {student.name!r} has no *.safetensors; name one with weights"
             problems.append(Problem(where, message))
-    for name, harmless in LOGIT_SETTINGS.items():
-        value = student.config.get(name)
-        if value is not None and value != harmless:
-            message = (
-                f"{student.name} sets {name}: {value}, which changes logits after the head and is "
-                "not supported for a student in this version; choose another student"
-            )
-            problems.append(Problem(where, message))
+    try:
+        logit_transform(student.config)
+    except ValueError as error:
+        problems.append(Problem(where, f"{student.name}: {error}"))
     if student.config.get("quantization_config"):
         message = f"{student.name} has quantised weights, which cannot be trained; name a plain one"
         problems.append(Problem(where, message))

@@ -8,7 +8,8 @@ import math
 import torch
 
 from raystill.train.config import TERMS, ObjectiveConfig
-from raystill.train.objective import divergences, on_partition
+from raystill.train.head_loss import OutputHead, head_loss
+from raystill.train.objective import TokenObjective, divergences, on_partition
 from raystill.train.partition import NO_ID, Partition, topk_partition
 
 torch.set_num_threads(1)  # Tensors this small make two threads wait for each other.
@@ -41,6 +42,12 @@ def slow_log_q(logits, ids):
     tail = torch.logsumexp(log_q.masked_fill(~outside, -math.inf), dim=1)
     inside = log_q.gather(1, ids.clamp_min(0)).masked_fill(ids == NO_ID, -math.inf)
     return torch.cat([inside, tail[:, None]], dim=1)
+
+
+def loss_on_logits(objective, logits, batch):
+    """The sums of a micro-batch from its logits [N, V]: hidden states of a head that is 1."""
+    head = OutputHead(torch.eye(logits.shape[1], dtype=logits.dtype), compute_dtype=logits.dtype)
+    return head_loss(logits, head, TokenObjective(objective, batch))
 
 
 def kl(a, b):

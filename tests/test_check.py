@@ -209,10 +209,9 @@ def test_a_student_with_the_same_ids_is_accepted(run_file: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0"),
-        ({"logits_scaling": 8.0}, "logits_scaling: 8.0"),
-        ({"logit_scale": 0.0625}, "logit_scale: 0.0625"),
-        ({"text_config": {"final_logit_softcapping": 30.0}}, "final_logit_softcapping"),
+        ({"final_logit_softcapping": -30.0}, "final_logit_softcapping is -30.0"),
+        ({"logits_scaling": 0}, "logits_scaling is 0"),
+        ({"text_config": {"logit_scale": "large"}}, "logit_scale is 'large'"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"max_position_embeddings": 16}, "takes at most 16 tokens"),
     ],
@@ -224,9 +223,9 @@ def test_students_this_version_cannot_train_are_refused(
     assert words in only(run_file, *STUDENT, f"student.model={folder}")
 
 
-def test_harmless_logit_settings_are_accepted(run_file: Path, tmp_path: Path) -> None:
+def test_logits_may_be_scaled_and_capped(run_file: Path, tmp_path: Path) -> None:
     folder = make_model(
-        tmp_path / "student", final_logit_softcapping=None, logit_scale=1.0, logits_scaling=1
+        tmp_path / "student", final_logit_softcapping=30.0, logit_scale=0.0625, logits_scaling=8
     )
     assert problems(run_file, *STUDENT, f"student.model={folder}") == []
 

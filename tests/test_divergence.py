@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raystill.train import divergence
-from raystill.train.objective import floored, outcome_log_probs
+from raystill.train.objective import floored
+from raystill.train.outcomes import outcome_log_probs
 from raystill.train.partition import NO_ID, Partition, sampled_partition
 from tests.slow_objective import (
     DIVERGENCES,

@@ -5,15 +5,14 @@ import math
 import pytest
 import torch
 
-from raystill.train import objective
+from raystill.train import outcomes
 from raystill.train.batch import MicroBatch
 from raystill.train.config import ObjectiveConfig
 from raystill.train.objective import (
     cross_entropy,
-    objective_sums,
-    outcome_log_probs,
     partition_metrics,
 )
+from raystill.train.outcomes import outcome_log_probs
 from raystill.train.partition import NO_ID, Partition
 from tests.slow_objective import (
     DIVERGENCES,
@@ -24,6 +23,7 @@ from tests.slow_objective import (
     assert_matches_slow,
     forward_kl,
     gradient,
+    loss_on_logits,
     on,
     random_logits,
     slow_forward_kl,
@@ -98,7 +98,7 @@ def test_chunks_do_not_change_a_bit(monkeypatch, rows_per_chunk):
     partition = teacher_partition(random_logits(0), TOP_K, dtype=torch.float32)
     logits = random_logits(1, torch.float32)
     expected = gradient(lambda z: forward_kl(z, partition), logits)
-    monkeypatch.setattr(objective, "CPU_CHUNK_BYTES", rows_per_chunk * VOCAB * 4)
+    monkeypatch.setattr(outcomes, "CPU_BLOCK_BYTES", rows_per_chunk * VOCAB * 4)
     got = gradient(lambda z: forward_kl(z, partition), logits)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
@@ -137,8 +137,8 @@ def test_sums_are_the_weighted_terms_from_one_pass(target_in_ids):
     batch = micro_batch(partition, targets, weights)
     terms = ObjectiveConfig(forward_kl=0.7, cross_entropy=0.2)
 
-    sums = objective_sums(terms, random_logits(1), batch)
-    _, grad = gradient(lambda z: objective_sums(terms, z, batch).total, random_logits(1))
+    sums = loss_on_logits(terms, random_logits(1), batch)
+    _, grad = gradient(lambda z: loss_on_logits(terms, z, batch).total, random_logits(1))
 
     def apart(z):
         return weights * (0.7 * slow_forward_kl(z, partition) + 0.2 * cross_entropy(z, targets))
@@ -160,7 +160,7 @@ def test_the_sum_of_all_terms_is_that_of_the_terms_apart():
     partition = teacher_partition(random_logits(0), TOP_K)
     partition.log_p[2, -1] = -30.0
     targets, weights = random_logits(0).argmin(dim=1), torch.linspace(0.0, 1.5, TOKENS)
-    sums = objective_sums(EVERYTHING, random_logits(1), micro_batch(partition, targets, weights))
+    sums = loss_on_logits(EVERYTHING, random_logits(1), micro_batch(partition, targets, weights))
     for name in DIVERGENCES:
         alone = (weights * on(name, random_logits(1), partition)).sum()
         torch.testing.assert_close(sums.terms[name], alone)
@@ -171,11 +171,11 @@ def test_the_sum_of_all_terms_is_that_of_the_terms_apart():
 def test_a_text_signal_has_cross_entropy_only():
     targets = torch.arange(TOKENS)
     batch = micro_batch(None, targets, torch.ones(TOKENS))
-    sums = objective_sums(ObjectiveConfig(cross_entropy=2), random_logits(1), batch)
+    sums = loss_on_logits(ObjectiveConfig(cross_entropy=2), random_logits(1), batch)
     torch.testing.assert_close(sums.total, 2 * cross_entropy(random_logits(1), targets).sum())
     assert sums.student_tail_mass is None
     with pytest.raises(ValueError, match=r"forward_kl.*needs the teacher's probabilities"):
-        objective_sums(ObjectiveConfig(forward_kl=1), random_logits(1), batch)
+        loss_on_logits(ObjectiveConfig(forward_kl=1), random_logits(1), batch)
 
 
 def test_metrics_worked_by_hand():

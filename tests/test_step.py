@@ -14,8 +14,8 @@ import torch
 
 from raystill.train.batch import collate, cut_micro_batches, dummy_micro_batch
 from raystill.train.config import TERMS, ObjectiveConfig
-from raystill.train.objective import objective_sums
 from raystill.train.step import NonFiniteLossError
+from tests.slow_objective import loss_on_logits
 from tests.tiny_student import (
     OBJECTIVE,
     STOP_ID,
@@ -92,7 +92,7 @@ def logit_gradients(batch):
     """Gradients of the objective on all [B * S, V] logits of a micro-batch."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(batch.padded_tokens, VOCAB, generator=generator, requires_grad=True)
-    objective_sums(OBJECTIVE, logits[batch.logit_index], batch).total.backward()
+    loss_on_logits(OBJECTIVE, logits[batch.logit_index], batch).total.backward()
     return logits.grad
 
 
@@ -120,7 +120,7 @@ def test_the_stop_token_bears_loss_though_it_is_the_padding_token_too():
 
     def stop_probability():
         with torch.no_grad():
-            return torch.softmax(module(*batch.model_inputs), dim=1)[-1, STOP_ID].item()
+            return torch.softmax(module.logits(batch), dim=1)[-1, STOP_ID].item()
 
     before = stop_probability()
     for number in range(60):

@@ -1,11 +1,25 @@
 """What the step sees of the student, and the optimizer: positions, precision, decay, schedule."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from raystill.train.batch import collate
+from raystill.train.config import ObjectiveConfig
 from raystill.train.optimizer import build_optimizer, learning_rate
 from raystill.train.student_module import StudentModule, resolve_compute_dtype
+from tests.slow_objective import BETA, slow
 from tests.tiny_student import (
     STOP_ID,
     VOCAB,
@@ -25,16 +39,15 @@ def test_what_stands_in_the_padding_changes_nothing():
         padding[b, : row.num_inputs] = False
     assert padding.any()
     module = tiny_module(torch.float64)
-    inputs = list(batch.model_inputs)
-    before = module(*inputs)
-    inputs[0] = batch.input_ids.masked_fill(padding, STOP_ID)
-    assert torch.equal(module(*inputs), before)
+    before = module.logits(batch)
+    filled = replace(batch, input_ids=batch.input_ids.masked_fill(padding, STOP_ID))
+    assert torch.equal(module.logits(filled), before)
 
 
 def test_the_head_runs_on_the_response_positions_only():
     batch = collate([make_row(i) for i in range(4)], "topk", VOCAB)
     module = tiny_module()
-    logits = module(*batch.model_inputs)
+    logits = module.logits(batch)
     assert logits.shape == (batch.num_tokens, VOCAB) and logits.dtype == torch.float32
     full = module.model(input_ids=batch.input_ids).logits.flatten(0, 1)
     torch.testing.assert_close(logits, full[batch.logit_index])
@@ -59,11 +72,59 @@ def test_compute_precision_follows_the_device_and_the_parameters():
     assert resolve_compute_dtype("auto", gpu, "float64") == torch.float64
 
 
-def test_a_student_that_bends_its_logits_is_refused():
-    model = tiny_module().model
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match=r"final_logit_softcapping is 30\.0"):
+SMALL = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    pad_token_id=0,
+)
+
+
+def build(kind):
+    torch.manual_seed(0)
+    if kind == "gemma2":
+        model = Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=1.5))
+    elif kind == "cohere":
+        model = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=3.0))
+    elif kind == "granite":
+        model = GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=0.25))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=kind == "tied"))
+    return model.double()
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "gemma2", "cohere", "granite"])
+def test_students_of_every_kind_train_as_their_own_logits_say(kind):
+    student = StudentModule(build(kind)).train()
+    batch = collate([make_row(i) for i in range(3)], "topk", VOCAB)
+    own = student.model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.logit_index]
+    torch.testing.assert_close(student.logits(batch), own, rtol=1e-6, atol=1e-9)
+    nll = torch.nn.functional.cross_entropy(own, batch.targets, reduction="sum")
+    loss = nll + slow("jsd", own, batch.partition).sum()
+    parameters = list(student.parameters())
+    expected = torch.autograd.grad(loss, parameters)
+    objective = ObjectiveConfig(cross_entropy=1.0, jsd=1.0, jsd_beta=BETA)
+    found = torch.autograd.grad(student(batch, objective).total, parameters)
+    for got, wanted in zip(found, expected, strict=True):
+        assert relative_error(got, wanted) < 1e-6
+
+
+def test_a_student_whose_logits_are_made_another_way_is_refused():
+    model = build("untied")
+    forward = model.forward
+    model.forward = lambda **inputs: _doubled(forward(**inputs))
+    with pytest.raises(ValueError, match="LlamaForCausalLM differ from its output head's"):
         StudentModule(model)
+
+
+def _doubled(output):
+    output.logits = 2 * output.logits
+    return output
 
 
 def test_activation_checkpointing_changes_no_gradient():

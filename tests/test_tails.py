@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from raystill.train.objective import outcome_log_probs, partition_metrics
+from raystill.train.objective import partition_metrics
+from raystill.train.outcomes import outcome_log_probs
 from raystill.train.partition import NO_ID, Partition, topk_partition
 from tests.slow_objective import (
     TOKENS,

@@ -76,11 +76,6 @@ class MicroBatch:
     input_tokens: int
     padded_tokens: int
 
-    @property
-    def model_inputs(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """What `StudentModule.forward` takes, in its order."""
-        return self.input_ids, self.attention_mask, self.position_ids, self.logit_index
-
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same micro-batch on another device."""
         names = ("input_ids", "position_ids", "logit_index", "targets", "weights")

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from raystill.train.batch import MicroBatch, Row, collate, cut_micro_batches
 from raystill.train.objective import partition_metrics
 from raystill.train.ranks import Ranks
+from raystill.train.student_module import StudentModule
 
 BOUND = "partition of K ids and a tail: KL is a lower, acceptance an upper bound"
 SUMS = ("kl", "top1", "acceptance", "nll")
@@ -33,7 +33,7 @@ def micro_batches(
 
 @torch.no_grad()
 def evaluate(
-    module: nn.Module,
+    module: StudentModule,
     rows: Sequence[Row],
     *,
     tokens_budget: int,
@@ -41,7 +41,7 @@ def evaluate(
     device: torch.device,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Teacher-forced figures of ``module`` (a ``StudentModule``) on ``rows``, on every rank.
+    """Teacher-forced figures of ``module`` on ``rows``, on every rank.
 
     ``rows`` are all held-out rows, the same on every rank; each takes every world_size-th.
     Raises ValueError where the rows hold no token to measure.
@@ -53,10 +53,12 @@ def evaluate(
         mine = rows[ranks.rank :: ranks.world_size]
         for batch in micro_batches(mine, tokens_budget, student_vocab):
             moved = batch.to(device)
-            logits = module(*moved.model_inputs)
-            values = partition_metrics(logits, moved.partition, moved.targets)
-            for name in SUMS:
-                sums[name] += values[name].double().sum().item()
+            assert moved.partition is not None, "held-out rows carry the topk signal"
+            for tokens, logits in module.logit_chunks(moved):
+                part = moved.partition[tokens]
+                values = partition_metrics(logits, part, moved.targets[tokens])
+                for name in SUMS:
+                    sums[name] += values[name].double().sum().item()
             sums["tokens"] += batch.num_tokens
     finally:
         module.train(was_training)

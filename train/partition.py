@@ -26,6 +26,10 @@ class Partition:
     ids: Tensor
     log_p: Tensor
 
+    def __getitem__(self, tokens: slice) -> "Partition":
+        """The partition of some of the tokens."""
+        return Partition(self.ids[tokens], self.log_p[tokens])
+
     def to(self, device: torch.device | str) -> "Partition":
         """The same partition on another device."""
         return Partition(

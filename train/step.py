@@ -38,7 +38,6 @@ from raystill.train.batch import (
     loss_weight,
 )
 from raystill.train.config import ObjectiveConfig, TrainingConfig
-from raystill.train.objective import objective_sums
 from raystill.train.optimizer import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -208,7 +207,7 @@ class GlobalStep:
 
     def _forward_backward(self, batch: MicroBatch) -> Tensor:
         """One pass; returns (total, terms..., tail masses, floored, input and padded tokens)."""
-        sums = objective_sums(self.objective, self.module(*batch.model_inputs), batch)
+        sums = self.module(batch, self.objective)
         sums.total.backward()
         zero = sums.total.new_zeros(())
         others = [

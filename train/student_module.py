@@ -1,12 +1,14 @@
-"""The student as the step sees it: token ids in, logits of the response positions out.
+"""The student as the step sees it: a micro-batch in, the sums of its objective out.
 
 Wraps a Hugging Face causal language model: the body runs on all positions, the output head only
-on those that predict a response token, so no [B, S, V] tensor exists. This module (not the
-Hugging Face model) is what DDP wraps.
+on those that predict a response token, and there chunk by chunk (`head_loss`), so neither a
+[B, S, V] nor an [N, V] tensor exists. This module (not the Hugging Face model) is what DDP wraps:
+DDP reduces the gradients of what its forward pass used, so the head's loss is part of that.
 
 Legend: B rows, S padded length, D hidden size, N response tokens, V vocabulary.
 """
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,8 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Each scales or bends the logits after the head, which this module would leave out.
-LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
+from raystill.train.batch import MicroBatch
+from raystill.train.config import ObjectiveConfig
+from raystill.train.head_loss import OutputHead, head_loss
+from raystill.train.logit_transform import logit_transform
+from raystill.train.objective import ObjectiveSums, TokenObjective
 
 
 def resolve_compute_dtype(name: str, device: torch.device, param_dtype: str) -> torch.dtype:
@@ -38,7 +43,7 @@ def _has_amx() -> bool:
 
 
 class StudentModule(nn.Module):
-    """A causal language model whose forward returns logits [N, V] at chosen positions only."""
+    """A causal language model whose forward pass returns the sums of an objective."""
 
     def __init__(
         self,
@@ -48,19 +53,14 @@ class StudentModule(nn.Module):
     ) -> None:
         """compute_dtype: precision of matrix products (autocast); None: that of the parameters.
 
-        Raises ValueError for a model that transforms its logits after the head.
+        Raises ValueError for a model whose logits are not those of its head, as far as is known.
         """
         super().__init__()
-        for name, neutral in LOGIT_TRANSFORMS.items():
-            value = getattr(model.config, name, None)
-            if value not in (None, neutral):
-                raise ValueError(
-                    f"the student's {name} is {value}; students whose logits are transformed "
-                    "after the head are not supported; choose another student"
-                )
         self.model = model
         self.param_dtype = next(model.parameters()).dtype
         self.compute_dtype = compute_dtype or self.param_dtype
+        self.transform = logit_transform(model.config.get_text_config().to_dict())
+        require_known_head(model, self.head(self.param_dtype))
         if activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -69,32 +69,67 @@ class StudentModule(nn.Module):
         """Rows of the output head."""
         return self.model.get_output_embeddings().weight.shape[0]
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor,
-        logit_index: Tensor,
-    ) -> Tensor:
-        """Logits [N, V] in the compute precision, which the objective widens chunk by chunk.
+    def forward(self, batch: MicroBatch, objective: ObjectiveConfig) -> ObjectiveSums:
+        """The sums over the micro-batch's N tokens; their total is differentiable."""
+        tokens = TokenObjective(objective, batch)
+        return head_loss(self.hidden_states(batch), self.head(), tokens)
 
-        input_ids, position_ids int64 [B, S]; attention_mask None for right-padded rows;
-        logit_index int64 [N] into the B * S flattened positions.
-        """
-        with self._autocast(input_ids.device.type):
+    def hidden_states(self, batch: MicroBatch) -> Tensor:
+        """What the head is given, [N, D], at the positions that predict a response token."""
+        with self._autocast(batch.input_ids.device.type):
             hidden = self.model.get_decoder()(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
                 use_cache=False,
             ).last_hidden_state
-            chosen = hidden.flatten(0, 1).index_select(0, logit_index)
-            return self.model.get_output_embeddings()(chosen)
+            return hidden.flatten(0, 1).index_select(0, batch.logit_index)
+
+    def head(self, compute_dtype: torch.dtype | None = None) -> OutputHead:
+        """The output head with the parameters it has now (sharded ones are gathered in forward)."""
+        head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        return OutputHead(head.weight, bias, self.transform, compute_dtype or self.compute_dtype)
+
+    def logit_chunks(self, batch: MicroBatch) -> Iterator[tuple[slice, Tensor]]:
+        """Logits [n, V] of all N tokens, chunk by chunk, for measuring: no gradient."""
+        with torch.no_grad():
+            return self.head().logit_chunks(self.hidden_states(batch))
+
+    def logits(self, batch: MicroBatch) -> Tensor:
+        """Logits [N, V] of all tokens at once, for small vocabularies: no gradient."""
+        return torch.cat([z for _, z in self.logit_chunks(batch)])
 
     def _autocast(self, device_type: str) -> Any:
         if self.compute_dtype == self.param_dtype:
             return nullcontext()
         return torch.autocast(device_type, dtype=self.compute_dtype)
+
+
+@torch.no_grad()
+def require_known_head(model: Any, head: OutputHead) -> None:
+    """Compares the model's own logits of four tokens with the head's; ValueError if they differ.
+
+    Some architectures scale hidden states or logits by settings of their own: leaving that out
+    would train another model than the one that is exported.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        ids = torch.arange(4, device=head.weight.device)[None]
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    finally:
+        model.train(was_training)
+    found = torch.cat([z.float() for _, z in head.logit_chunks(hidden)])
+    allowed = 0.03 if head.weight.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+    if difference > allowed:
+        raise ValueError(
+            f"the logits of {type(model).__name__} differ from its output head's by "
+            f"{float(difference):.2g} of their size; expected at most {allowed}: it changes hidden "
+            "states or logits in a way that is not known here; choose another student"
+        )
 
 
 def parallel_module(
