@@ -35,15 +35,10 @@ def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
     every = EPOCHS * NUM_ROWS
     first = asked(tmp_path, "three_epochs", limit, *epochs)
     assert first == (NUM_ROWS, every - NUM_ROWS, every, NUM_ROWS)
-    second = asked(
-        tmp_path,
-        "second_student_fewer_ids",
-        limit,
-        "signal.top_k=4",
-        "objective={cross_entropy: 1.0}",
-    )
-    assert second == (0, NUM_ROWS, NUM_ROWS, 0)
-    longer = asked(tmp_path, "longer_list", f"prompts.limit={NUM_ROWS + MORE}")
-    assert longer == (MORE, NUM_ROWS, NUM_ROWS + MORE, MORE)
+    # A second student: fewer ids of each token, another objective, and a longer list.
+    longer = f"prompts.limit={NUM_ROWS + MORE}"
+    objective = "objective={cross_entropy: 1.0}"
+    second = asked(tmp_path, "second_student", longer, "signal.top_k=4", objective)
+    assert second == (MORE, NUM_ROWS, NUM_ROWS + MORE, MORE)
     catalogue = TeacherStore(str(tmp_path / "store")).catalogue()
     assert (catalogue.rows, catalogue.duplicates) == (NUM_ROWS + MORE, 0)
