@@ -10,6 +10,7 @@ import torch
 from raystill.train.config import TERMS, ObjectiveConfig
 from raystill.train.head_loss import OutputHead, head_loss
 from raystill.train.objective import TokenObjective, divergences, on_partition
+from raystill.train.outcomes import outcome_log_probs
 from raystill.train.partition import NO_ID, Partition, topk_partition
 
 torch.set_num_threads(1)  # Tensors this small make two threads wait for each other.
@@ -31,6 +32,11 @@ def on(name, logits, partition):
 
 def forward_kl(logits, partition):
     return on("forward_kl", logits, partition)
+
+
+def cross_entropy(logits, targets):
+    """-log q of the targets [N] as the project computes it, [N]."""
+    return -outcome_log_probs(logits, targets[:, None])[0][:, 0]
 
 
 def slow_log_q(logits, ids):

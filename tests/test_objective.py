@@ -9,7 +9,6 @@ from raystill.train import outcomes
 from raystill.train.batch import MicroBatch
 from raystill.train.config import ObjectiveConfig
 from raystill.train.objective import (
-    cross_entropy,
     partition_metrics,
 )
 from raystill.train.outcomes import outcome_log_probs
@@ -21,6 +20,7 @@ from tests.slow_objective import (
     TOP_K,
     VOCAB,
     assert_matches_slow,
+    cross_entropy,
     forward_kl,
     gradient,
     loss_on_logits,

@@ -70,12 +70,6 @@ def on_partition(d: Divergence, logits: Tensor, partition: Partition) -> Tensor:
     return _Differentiable.apply(log_q, partition.log_p.to(log_q.dtype), d)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log q of the targets, [N] nats: logits [N, V], targets int64 [N]."""
-    log_q, _ = outcome_log_probs(logits, targets[:, None])
-    return -log_q[:, 0]
-
-
 def floored(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """log_p [N, K + 1] as `reverse_kl`, which divides by p, takes it; and where that differs, [N].
 
@@ -139,7 +133,10 @@ class TokenObjective:
                 grad_log_q.add_(grad, alpha=weight)
         weights = self.token_weights[rows].to(z.dtype)
         put_gradient(z, outcomes, targets, grad_log_q * weights[:, None], grad_target * weights)
-        figures += [log_p[:, -1].exp(), log_q[:, -1].exp(), floored(log_p, log_q)[1].to(z.dtype)]
+        used_floor = torch.zeros_like(weights)
+        if "reverse_kl" in self.divergences:
+            used_floor = floored(log_p, log_q)[1].to(z.dtype)
+        figures += [log_p[:, -1].exp(), log_q[:, -1].exp(), used_floor]
         return torch.stack(figures, dim=1)
 
     def total(self, figures: Tensor) -> Tensor:

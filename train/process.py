@@ -1,16 +1,21 @@
-"""A worker's process: where its output goes, which cores or device it computes on."""
+"""A worker's process: where its output goes, which cores or device it has, what ends the run."""
 
+import errno
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import ray
 import torch
 from ray.train.torch import get_device
 
 from raystill.cluster.config import RunConfig
 from raystill.cluster.logs import LINE_FORMAT, redirect_output
 from raystill.cluster.placement import share_of_cores, student_cores
-from raystill.cluster.run_folder import RunFolder
+from raystill.cluster.problems import RunError
+from raystill.cluster.run_folder import RunFolder, no_space_left
 
 
 def settle_process(config: RunConfig, folder: RunFolder, context: Any) -> torch.device:
@@ -30,3 +35,17 @@ def settle_process(config: RunConfig, folder: RunFolder, context: Any) -> torch.
         os.sched_setaffinity(0, mine)
         torch.set_num_threads(len(mine))
     return device
+
+
+@contextmanager
+def final_errors_told(coordinator: Any, folder: RunFolder) -> Iterator[None]:
+    """Errors that starting again would not mend (RunError, a full disk) end the run: it is told."""
+    try:
+        yield
+    except (RunError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno != errno.ENOSPC:
+                raise
+            error = RunError(no_space_left(folder, error))
+        ray.get(coordinator.failed.remote(str(error)))
+        raise error

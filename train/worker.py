@@ -9,7 +9,6 @@ Consumes: its shard of the stream, ``held_out.parquet``. Waits for: the stream's
 other ranks. Unblocked by: the teacher's answers, the stream's end, a stop.
 """
 
-import errno
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,7 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from raystill.cluster.config import RunConfig
-from raystill.cluster.problems import RunError
-from raystill.cluster.run_folder import RunFolder, no_space_left
+from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.plan import num_steps
 from raystill.datasets.stream import iterate_groups
 from raystill.serve.sampling import resolve_sampling
@@ -29,7 +27,7 @@ from raystill.train import student as model_files
 from raystill.train.batch import Row, rows_from_table
 from raystill.train.measure import Measurer
 from raystill.train.optimizer import build_optimizer
-from raystill.train.process import settle_process
+from raystill.train.process import final_errors_told, settle_process
 from raystill.train.progress import Progress
 from raystill.train.ranks import Ranks
 from raystill.train.register import remove_unregistered
@@ -55,17 +53,8 @@ class Job:
 
 def train_worker(job: dict[str, Any]) -> None:
     """Train this process's share of the run (the keys of ``job`` are ``Job``'s)."""
-    try:
+    with final_errors_told(job["coordinator"], job["folder"]):
         run_worker(Worker(Job(**job)))
-    except RunError as error:  # Starting again would not mend it: the driver ends the run.
-        ray.get(job["coordinator"].failed.remote(str(error)))
-        raise
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        message = no_space_left(job["folder"], error)
-        ray.get(job["coordinator"].failed.remote(message))
-        raise RunError(message) from error
 
 
 def run_worker(worker: "Worker") -> None:
