@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.store import TeacherStore
 from raystill.datasets.store_upkeep import verify
 from raystill.train.checkpoint import read_snapshot
-from raystill.train.register import registered_names
 from tests.end_to_end import RunFiles, drive
 from tests.synthetic_run import (
     DEADLINE_S,
@@ -69,9 +67,9 @@ def test_a_full_disk_ends_the_run_in_words_and_room_lets_it_go_on(
     assert "Traceback" not in stderr
     assert "make room" in stderr and str(small_disk) in stderr
     assert verify(store) == {}
-    folder = RunFolder(str(places["run"]))
-    for name in registered_names(folder):
-        assert read_snapshot(folder.local / "checkpoints" / name).step >= 3
+    # Ray's own list of them may be torn; the folders are whole.
+    kept = [read_snapshot(path).step for path in (places["run"] / "checkpoints").glob("step-*")]
+    assert 3 in kept
     os.unlink(filler)
     arguments = [part for override in overrides for part in ("--set", override)]
     again = drive("run", run_file, *arguments)

@@ -16,64 +16,46 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from raystill.datasets.store import TeacherStore
 from raystill.train.config import TrainingConfig
 from raystill.train.optimizer import learning_rate
-from tests.end_to_end import ROOT, TEACHER, RunFiles, drive
+from tests.end_to_end import ROOT, RunFiles, drive
+from tests.synthetic_run import write_run_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(900)]
 
-NUM_ROWS, GROUP_ROWS, ROWS_PER_STEP = 320, 4, 8
+NUM_ROWS, ROWS_PER_STEP = 320, 8
 NUM_STEPS = NUM_ROWS // ROWS_PER_STEP
 SECONDS_PER_GROUP = 3.0
 PATIENCE_S = 300.0
 SAME = 1e-10  # relative, float64: other cuts of the same steps
 
 
-def write_run_file(folder: Path, num_workers: Any, **cluster: Any) -> Path:
+def write_slow_run(folder: Path, num_workers: Any, **changes: Any) -> Path:
     """A run of 40 steps whose answers take about two minutes from one replica."""
-    config = {
-        "teacher": {
-            "model": str(TEACHER),
-            "engine": "synthetic",
-            "synthetic": {
-                "vocab_size": 49152,
-                "response_tokens": 8,
-                "delay_s": SECONDS_PER_GROUP,
-            },
-            "max_model_len": 256,
-            "num_replicas": 1,
-            "target_ongoing_requests": 2,
-            "sampling": {"max_tokens": 8},
-        },
-        "student": {"init": "from_teacher", "layers": [0]},
-        "prompts": {
-            "path": str(ROOT / "examples" / "prompts" / "quickstart.jsonl"),
-            "limit": NUM_ROWS,
-        },
-        "signal": {"top_k": 8},
-        "stream": {"group_rows": GROUP_ROWS, "order": "fixed"},
-        "training": {
-            "num_workers": num_workers,
-            "resize_every_s": 2.0,
-            "rows_per_step": ROWS_PER_STEP,
-            "learning_rate": 1e-3,
-            "warmup_steps": 2,
-            "checkpoint_every_steps": 2,
-            "param_dtype": "float64",
-            "num_checkpoints_to_keep": 1,
-        },
-        "cluster": cluster,
-        "output": {"path": str(folder / "run")},
+    synthetic = {"vocab_size": 49152, "response_tokens": 8, "delay_s": SECONDS_PER_GROUP}
+    training = {
+        "num_workers": num_workers,
+        "resize_every_s": 2.0,
+        "rows_per_step": ROWS_PER_STEP,
+        "warmup_steps": 2,
+        "checkpoint_every_steps": 2,
+        "param_dtype": "float64",
+        "num_checkpoints_to_keep": 1,
+        **changes.pop("training", {}),
     }
-    folder.mkdir(parents=True)
-    run_file = folder / "run.yaml"
-    run_file.write_text(yaml.safe_dump(config))
-    return run_file
+    teacher = {"synthetic": synthetic, "target_ongoing_requests": 2, **changes.pop("teacher", {})}
+    return write_run_file(
+        folder,
+        teacher=teacher,
+        prompts={"limit": NUM_ROWS},
+        training=training,
+        evaluation={"held_out_rows": 0},
+        **changes,
+    )
 
 
 @contextmanager
@@ -137,11 +119,13 @@ class Watched:
 
 def test_workers_follow_the_nodes_that_come_and_go(tmp_path: Path) -> None:
     """One worker, a node comes, two workers; the replica's node goes, then a worker's node goes."""
-    run_file = write_run_file(tmp_path / "nodes", [1, 2], shared_filesystem=True)
-    config = yaml.safe_load(run_file.read_text())
-    config["teacher"]["resources_per_replica"] = {"teacher": 1}
-    config["training"]["resources_per_worker"] = {"student": 1}
-    run_file.write_text(yaml.safe_dump(config))
+    run_file = write_slow_run(
+        tmp_path / "nodes",
+        [1, 2],
+        teacher={"resources_per_replica": {"teacher": 1}},
+        training={"resources_per_worker": {"student": 1}},
+        cluster={"shared_filesystem": True},
+    )
     with cluster_of_nodes() as add:
         teacher, _ = add("teacher"), add("student")
         run = Watched(run_file, add.cluster.address)
@@ -163,7 +147,7 @@ def test_workers_follow_the_nodes_that_come_and_go(tmp_path: Path) -> None:
     assert code == 0, run.output.read_text()
     check(run.files)
     assert run.files.json("summary.json")["restarts"] >= 2
-    quiet = write_run_file(tmp_path / "quiet", 1)
+    quiet = write_slow_run(tmp_path / "quiet", 1)
     result = drive("run", quiet, "--set", "teacher.synthetic.delay_s=0")
     assert result.returncode == 0, result.stderr
     mine, other = weights(run.files), weights(RunFiles(tmp_path / "quiet" / "run"))
