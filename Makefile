@@ -28,7 +28,8 @@ $(VENV)/bin/python:
 # torchvision, torchaudio and torchcodec, which do not import beside a CPU build of torch.
 $(STAMP): $(VENV)/bin/python requirements/$(VARIANT).txt requirements/dev.txt
 	@echo "installing requirements/$(VARIANT).txt (about two minutes, once)"
-	$(PIP) install -qq --no-deps -r requirements/$(VARIANT).txt -r requirements/dev.txt
+	$(PIP) install -qq --no-compile --no-deps -r requirements/$(VARIANT).txt -r requirements/dev.txt
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # As pip would, on every core; test data may not compile.
 	@rm -f $(VENV)/.installed-* && touch $@
 
 models: $(STAMP)   ## the quickstart teacher and the tiny test model
@@ -42,11 +43,12 @@ demo-second: demo   ## then a second student from the same answers, and both sid
 	$(QUIET) $(BIN)/python driver.py run configs/quickstart_text.yaml
 	$(QUIET) $(BIN)/python driver.py report runs/quickstart runs/quickstart_text
 
-test: setup      ## every test, real vLLM included
-	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=12 tests
+test: fast       ## every test, real vLLM included
+	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=16 \
+		-m "(ray or vllm) and not chaos and not faults" tests
 
-fast: setup      ## the tests that need neither Ray nor vLLM
-	$(QUIET) $(BIN)/python -m pytest -q -m "not ray and not vllm" tests
+fast: setup      ## the tests that need neither Ray nor vLLM, a process for each core
+	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not ray and not vllm" tests
 
 links:           ## a tree of links through which type checkers and editors see raystill.*
 	@mkdir -p build/links/raystill && cp raystill.py build/links/raystill/__init__.py
