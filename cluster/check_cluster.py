@@ -17,7 +17,7 @@ import yaml
 from raystill.cluster import placement
 from raystill.cluster.config import RunConfig
 from raystill.cluster.problems import Problem
-from raystill.serve.vllm_engine import engine_argument_problems
+from raystill.serve.engine_arguments import engine_argument_problems
 
 NODE_GROUP_LABEL = "ray.io/node-group"
 

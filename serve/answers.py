@@ -3,7 +3,8 @@
 Where it sits: an engine makes one ``Answer`` a row from what it decoded; ``answers_table`` turns a
 group of them into the table the stream carries. Imports neither Ray nor vLLM nor torch.
 
-Legend: T response tokens of a row, K teacher ids kept for each token, V vocabulary.
+Legend: T response tokens of a row, K teacher ids kept for each token, V vocabulary, D hidden size;
+the width of a signal is K for ``topk``, D for ``hidden``.
 Logprobs are nats of the teacher's raw (untempered) full vocabulary.
 """
 
@@ -33,10 +34,11 @@ class Answer:
 
     response_ids: Int32Array = field(default_factory=_no_ids)  # [T], its stop token included
     finish_reason: str | None = None  # "stop" or "length"; None for an unusable row
-    sampled_logprobs: Float32Array | None = None  # [T]; sampled and topk
+    sampled_logprobs: Float32Array | None = None  # [T]; all but text (NaN: scored for hidden)
     topk_ids: Int32Array | None = None  # [T, K]; topk
     topk_logprobs: Float32Array | None = None  # [T, K], descending; topk
     tail_logprob: Float32Array | None = None  # [T], log(1 - sum top-K p); topk
+    hidden: NDArray[np.uint16] | None = None  # [T, D] bfloat16 bits, after the final norm; hidden
     error: str | None = None  # the reason an unusable row is dropped for
 
 
@@ -53,6 +55,24 @@ def refusal(prompt_ids: Int32Array, max_model_len: int, vocab_size: int) -> str 
     if int(prompt_ids.min()) < 0 or int(prompt_ids.max()) >= vocab_size:
         return "invalid_ids"
     return None
+
+
+def score_refusal(
+    prompt_ids: Int32Array, response_ids: Int32Array, max_model_len: int, vocab_size: int
+) -> str | None:
+    """The reason a given response cannot be scored, or None; ``refusal``'s words.
+
+    The last response token is not put in, but the engine wants room for one token more than it is
+    given: P + T may be ``max_model_len``.
+    """
+    if len(response_ids) == 0:
+        return "empty"
+    reason = refusal(prompt_ids, max_model_len, vocab_size)
+    if reason is not None:
+        return reason
+    if len(prompt_ids) + len(response_ids) > max_model_len:
+        return "too_long"
+    return refusal(response_ids, max_model_len + 1, vocab_size)
 
 
 def tail_logprob(topk_logprobs: Float32Array, vocab_size: int) -> Float32Array:
@@ -82,7 +102,7 @@ def tail_logprob(topk_logprobs: Float32Array, vocab_size: int) -> Float32Array:
     return np.minimum(tail, bound).astype(np.float32)
 
 
-def answers_table(answers: Sequence[Answer], kind: str, top_k: int) -> pa.Table:
+def answers_table(answers: Sequence[Answer], kind: str, width: int) -> pa.Table:
     """One row an answer, in order, as ``answer_schema``; unusable rows hold empty lists.
 
     Built from flat arrays: the number of Python objects goes with rows, not with tokens.
@@ -93,46 +113,34 @@ def answers_table(answers: Sequence[Answer], kind: str, top_k: int) -> pa.Table:
     lengths = [0 if a.error is not None else len(a.response_ids) for a in answers]
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     usable = [a for a in answers if a.error is None]
-
-    def lists(name: str, dtype: type, width: int | None = None) -> pa.Array:
-        return pa.ListArray.from_arrays(offsets, _flat_values(usable, name, dtype, width))
-
-    columns = [
-        lists("response_ids", np.int32),
-        pa.array([a.finish_reason for a in answers], pa.string()),
-        pa.array([a.error for a in answers], pa.string()),
-    ]
-    if kind != "text":
-        columns.append(lists("sampled_logprobs", np.float32))
-    if kind == "topk":
-        columns.append(lists("topk_ids", np.int32, top_k))
-        columns.append(lists("topk_logprobs", np.float32, top_k))
-        columns.append(lists("tail_logprob", np.float32))
-    schema = answer_schema(kind, top_k)
-    arrays = [c.cast(f.type) for c, f in zip(columns, schema, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=schema)
+    columns = {
+        "finish_reason": pa.array([a.finish_reason for a in answers], pa.string()),
+        "error": pa.array([a.error for a in answers], pa.string()),
+    }
+    schema = answer_schema(kind, width)
+    for column in schema:
+        if column.name not in columns:
+            values = _flat_values(usable, column, width)
+            columns[column.name] = pa.ListArray.from_arrays(offsets, values, type=column.type)
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
-def _flat_values(answers: Sequence[Answer], name: str, dtype: type, width: int | None) -> pa.Array:
-    """One field of all answers end to end; lists of ``width`` where it is given."""
+def _flat_values(answers: Sequence[Answer], column: pa.Field, width: int) -> pa.Array:
+    """One list column's values of all answers end to end: a token's number, K numbers or state."""
+    inner = column.type.value_type
+    shape = (width,) if pa.types.is_nested(inner) or pa.types.is_fixed_size_binary(inner) else ()
     parts = []
     for answer in answers:
-        values = getattr(answer, name)
-        expected = (
-            (len(answer.response_ids),)
-            if width is None
-            else (
-                len(answer.response_ids),
-                width,
-            )
-        )
+        values, expected = getattr(answer, column.name), (len(answer.response_ids), *shape)
         if values is None or values.shape != expected:
             found = "nothing" if values is None else f"shape {values.shape}"
-            raise ValueError(f"{name} of an answer has {found}, expected shape {expected}")
+            raise ValueError(f"{column.name} of an answer has {found}, expected shape {expected}")
         parts.append(values.reshape(-1))
-    flat = pa.array(np.concatenate(parts).astype(dtype, copy=False) if parts else [], _arrow(dtype))
-    return flat if width is None else pa.FixedSizeListArray.from_arrays(flat, width)
-
-
-def _arrow(dtype: type) -> pa.DataType:
-    return pa.int32() if dtype is np.int32 else pa.float32()
+    flat = np.concatenate(parts) if parts else np.empty(0)
+    if pa.types.is_fixed_size_binary(inner):
+        states = np.ascontiguousarray(flat, "<u2")
+        return pa.Array.from_buffers(inner, len(states) // width, [None, pa.py_buffer(states)])
+    if pa.types.is_fixed_size_list(inner):
+        numbers = pa.array(flat, inner.value_type)
+        return pa.FixedSizeListArray.from_arrays(numbers, type=inner)
+    return pa.array(flat, inner)

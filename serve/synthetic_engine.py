@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from raystill.serve.answers import Answer, refusal
+from raystill.serve.answers import Answer, Int32Array, refusal, score_refusal
 from raystill.serve.config import SyntheticConfig
 from raystill.serve.sampling import ResolvedSampling
 
@@ -52,19 +52,29 @@ class SyntheticEngine:
     async def start(self) -> None:
         """Nothing to load."""
 
-    async def sample(
-        self, prompt_ids: Sequence[NDArray[np.int32]], kind: str, top_k: int
-    ) -> list[Answer]:
-        """Answer a group; see ``Answer`` for shapes. ``text`` and ``sampled`` ignore ``top_k``."""
-        poison = self._config.poison_token
-        if poison is not None and any(poison in prompt for prompt in prompt_ids):
-            os._exit(EXIT_POISONED)
-        if self._config.delay_s:
-            await asyncio.sleep(self._config.delay_s)
+    async def sample(self, prompt_ids: Sequence[Int32Array], kind: str, width: int) -> list[Answer]:
+        """Answer a group; see ``Answer`` for shapes. Only ``topk`` has a use for ``width``, K."""
+        await self._take_time(prompt_ids)
         reasons = [refusal(p, self.max_model_len, UNBOUNDED) for p in prompt_ids]
         usable = [p for p, reason in zip(prompt_ids, reasons, strict=True) if reason is None]
-        answered = iter(self._answer(usable, kind, top_k) if usable else [])
+        answered = iter(self._answer(usable, kind, width) if usable else [])
         return [Answer(error=r) if r is not None else next(answered) for r in reasons]
+
+    async def score(
+        self,
+        prompt_ids: Sequence[Int32Array],
+        response_ids: Sequence[Int32Array],
+        kind: str,
+        width: int,
+        at: Sequence[Int32Array] | None = None,
+    ) -> list[Answer]:
+        """The signal of given responses, as if they had been drawn. ValueError with ``at``."""
+        if at is not None:
+            raise ValueError("the synthetic engine names the K best ids only")
+        await self._take_time(prompt_ids)
+        return [
+            self._score(*pair, kind, width) for pair in zip(prompt_ids, response_ids, strict=True)
+        ]
 
     async def probe(self) -> None:
         """Always in health."""
@@ -72,13 +82,41 @@ class SyntheticEngine:
     def close(self) -> None:
         """Nothing to free."""
 
-    def _answer(self, prompts: Sequence[NDArray[np.int32]], kind: str, top_k: int) -> list[Answer]:
+    async def _take_time(self, prompt_ids: Sequence[Int32Array]) -> None:
+        poison = self._config.poison_token
+        if poison is not None and any(poison in prompt for prompt in prompt_ids):
+            os._exit(EXIT_POISONED)
+        if self._config.delay_s:
+            await asyncio.sleep(self._config.delay_s)
+
+    def _score(self, prompt: Int32Array, response: Int32Array, kind: str, width: int) -> Answer:
+        reason = score_refusal(prompt, response, self.max_model_len, UNBOUNDED)
+        if reason is not None:
+            return Answer(error=reason)
+        ids = np.asarray(response, np.int64)[None]
+        last = np.concatenate([prompt[-1:], response[:-1]]).astype(np.int64)[None]
+        first, decay = self._state_after(last)
+        if response[-1] in self._sampling.stop_token_ids:  # As it ends an answer of its own.
+            first[:, -1] = ids[:, -1]
+        return self._signal(ids, first, decay, "stop", kind, width)[0]
+
+    def _answer(self, prompts: Sequence[Int32Array], kind: str, top_k: int) -> list[Answer]:
         num_tokens = min(self._config.response_tokens, self._sampling.max_tokens)
         stopped = num_tokens == self._config.response_tokens
         first, decay, ranks = self._draw(prompts, num_tokens, stopped)
         ids = (first + ranks) % self.vocab_size
-        sampled = self._logprobs(ranks, decay)
-        finish = "stop" if stopped else "length"
+        return self._signal(ids, first, decay, "stop" if stopped else "length", kind, top_k)
+
+    def _signal(
+        self,
+        ids: Int64Array,
+        first: Int64Array,
+        decay: Float64Array,
+        finish: str,
+        kind: str,
+        top_k: int,
+    ) -> list[Answer]:
+        """Answers from their tokens, rank-0 ids and decays, each [B, T]."""
         signal = {}
         if kind == "topk":
             rank = np.arange(top_k)
@@ -86,18 +124,18 @@ class SyntheticEngine:
             signal["topk_logprobs"] = self._logprobs(rank, decay[..., None])
             signal["tail_logprob"] = self._tail(decay, top_k)
         if kind != "text":
-            signal["sampled_logprobs"] = sampled
+            signal["sampled_logprobs"] = self._logprobs((ids - first) % self.vocab_size, decay)
         arrays = {
             name: values.astype(np.int32 if name == "topk_ids" else np.float32)
             for name, values in signal.items()
         }
         return [
-            Answer(ids[b].astype(np.int32), finish, **{n: v[b] for n, v in arrays.items()})
-            for b in range(len(prompts))
+            Answer(row.astype(np.int32), finish, **{n: v[b] for n, v in arrays.items()})
+            for b, row in enumerate(ids)
         ]
 
     def _draw(
-        self, prompts: Sequence[NDArray[np.int32]], num_tokens: int, stopped: bool
+        self, prompts: Sequence[Int32Array], num_tokens: int, stopped: bool
     ) -> tuple[Int64Array, Float64Array, Int64Array]:
         """Rank-0 ids, decays and drawn ranks, each [B, T]."""
         shape = (len(prompts), num_tokens)
@@ -106,13 +144,17 @@ class SyntheticEngine:
         decay = np.empty(shape)
         last = np.array([int(p[-1]) for p in prompts], np.int64)
         for t in range(num_tokens):
-            first[:, t] = (7 * last + 3) % self.vocab_size
-            decay[:, t] = 0.3 + 0.6 * ((last * 2_654_435_761) % 2**32) / 2**32
+            first[:, t], decay[:, t] = self._state_after(last)
             ranks[:, t] = self._rank_of(uniforms[:, t], decay[:, t])
             if stopped and t == num_tokens - 1:
                 first[:, t], ranks[:, t] = self._sampling.stop_token_ids[0], 0
             last = (first[:, t] + ranks[:, t]) % self.vocab_size
         return first, decay, ranks
+
+    def _state_after(self, last: Int64Array) -> tuple[Int64Array, Float64Array]:
+        """Rank-0 ids and decays of what follows the ids ``last``."""
+        decay = 0.3 + 0.6 * ((last * 2_654_435_761) % 2**32) / 2**32
+        return (7 * last + 3) % self.vocab_size, decay
 
     def _rank_of(self, uniform: Float64Array, decay: Float64Array) -> Int64Array:
         """Inverse of the cumulative distribution 1 - r^(j+1), over 1 - r^V."""
@@ -138,7 +180,7 @@ class SyntheticEngine:
         return outside - np.log1p(-np.exp(self.vocab_size * log_decay))
 
 
-def _uniforms(prompt_ids: NDArray[np.int32], num_tokens: int) -> Float64Array:
+def _uniforms(prompt_ids: Int32Array, num_tokens: int) -> Float64Array:
     """Uniform draws in [0, 1) that depend on the prompt's ids alone, [T]."""
     digest = hashlib.blake2b(np.asarray(prompt_ids, "<i4").tobytes(), digest_size=8).digest()
     return np.random.default_rng(int.from_bytes(digest, "little")).random(num_tokens)

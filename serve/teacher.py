@@ -1,8 +1,8 @@
 """The teacher replica: one engine behind Ray Serve that answers groups of prompts.
 
 Where it sits: ``deploy.py`` places it; the stream's answer stage and the held-out task call
-``sample`` with a group's prompt ids and get an Arrow table back. *Unblocks*: the student, by way
-of the stream. *Reports*: what it did, to the coordinator, after each group.
+``sample`` or ``score`` with a group's rows and get an Arrow table back. *Unblocks*: the student, by
+way of the stream. *Reports*: what it did, to the coordinator, after each group.
 """
 
 import asyncio
@@ -10,9 +10,9 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,12 +25,14 @@ from raystill.cluster.logs import redirect_output
 from raystill.cluster.placement import share_of_cores, teacher_cores
 from raystill.datasets.stored_answers import ENGINE
 from raystill.serve.answers import Answer, answers_table
+from raystill.serve.engine_arguments import EngineSettings, prepare_process
 from raystill.serve.identity import identity_of
-from raystill.serve.sampling import resolve_sampling
+from raystill.serve.sampling import ResolvedSampling, resolve_sampling
 from raystill.serve.synthetic_engine import SyntheticEngine
-from raystill.serve.vllm_engine import EngineSettings, VllmEngine, engine_is_dead, prepare_process
+from raystill.serve.vllm_engine import VllmEngine, engine_is_dead
 
 EXIT_ENGINE_DEAD = 70
+Ids = list[NDArray[np.int32]]
 
 
 class Engine(Protocol):
@@ -43,8 +45,9 @@ class Engine(Protocol):
     max_model_len: int
 
     async def start(self) -> None: ...
-    async def sample(
-        self, prompt_ids: list[NDArray[np.int32]], kind: str, top_k: int
+    async def sample(self, prompt_ids: Ids, kind: str, width: int) -> list[Answer]: ...
+    async def score(
+        self, prompt_ids: Ids, response_ids: Ids, kind: str, width: int, at: Ids | None
     ) -> list[Answer]: ...
     async def probe(self) -> None: ...
     def close(self) -> None: ...
@@ -109,17 +112,27 @@ class Teacher:
             redirect_output(self._log)
         self._busy = BusyClock()
         self._identity: str | None = None
-        self._engine = build_engine(settings, number, number_on_node)
+        teacher, folder = settings.config.teacher, settings.model_folder
+        self._sampling = resolve_sampling(teacher, folder)
+        self._engine = build_engine(settings, self._sampling, number, number_on_node)
         await self._engine.start()
 
-    async def sample(self, prompts: pa.Table, kind: str, top_k: int) -> pa.Table:
+    async def sample(self, prompts: pa.Table, kind: str, width: int) -> pa.Table:
         """Answer each row of ``prompts`` (column ``prompt_ids``): an ``answer_schema`` table."""
-        groups = prompt_arrays(prompts)
-        with self._busy.group():
-            answers = await self._ask(groups, kind, top_k)
-            table = await asyncio.to_thread(answers_table, answers, kind, top_k)
-        self._report(groups, answers)
-        return table.replace_schema_metadata({ENGINE: json.dumps(self._engine_facts())})
+        groups = ids_of(prompts, "prompt_ids")
+        return await self._table(groups, kind, width, self._engine.sample(groups, kind, width))
+
+    async def score(self, rows: pa.Table, kind: str, width: int) -> pa.Table:
+        """The signal of given responses, as ``answer_schema``, with the responses as they came.
+
+        rows: ``prompt_ids``, ``response_ids`` and, to have the teacher's logprobs at ids of the
+        caller's choice with ``topk``, ``ids``: K of them for each response token, distinct.
+        ``finish_reason`` is ``stop`` where the last id is one that ends this teacher's answers.
+        """
+        prompts, responses = ids_of(rows, "prompt_ids"), ids_of(rows, "response_ids")
+        at = ids_of(rows, "ids") if "ids" in rows.column_names else None
+        scored = self._engine.score(prompts, responses, kind, width, at)
+        return await self._table(prompts, kind, width, self._with_reason(scored))
 
     async def identity(self) -> str:
         """The teacher's identity, worked out from the files this replica has loaded."""
@@ -164,12 +177,28 @@ class Teacher:
         if engine is not None:
             engine.close()
 
-    async def _ask(self, groups: list[NDArray[np.int32]], kind: str, top_k: int) -> list[Answer]:
-        try:
-            return await self._engine.sample(groups, kind, top_k)
-        except Exception as error:
-            self._exit_if_engine_died(error)
-            raise
+    async def _with_reason(self, scored: Awaitable[list[Answer]]) -> list[Answer]:
+        stops = self._sampling.stop_token_ids
+        return [
+            a
+            if a.error
+            else replace(a, finish_reason="stop" if a.response_ids[-1] in stops else "length")
+            for a in await scored
+        ]
+
+    async def _table(
+        self, prompts: Ids, kind: str, width: int, asked: Awaitable[list[Answer]]
+    ) -> pa.Table:
+        """What the engine says, counted and as Arrow."""
+        with self._busy.group():
+            try:
+                answers = await asked
+            except Exception as error:
+                self._exit_if_engine_died(error)
+                raise
+            table = await asyncio.to_thread(answers_table, answers, kind, width)
+        self._report(prompts, answers)
+        return table.replace_schema_metadata({ENGINE: json.dumps(self._engine_facts())})
 
     def _exit_if_engine_died(self, error: Exception) -> None:
         """End the process, so that callers see an actor that died and Serve starts another."""
@@ -177,7 +206,7 @@ class Teacher:
             print(f"the engine died ({error}); this replica exits", flush=True)
             os._exit(EXIT_ENGINE_DEAD)
 
-    def _report(self, prompts: list[NDArray[np.int32]], answers: list[Answer]) -> None:
+    def _report(self, prompts: Ids, answers: list[Answer]) -> None:
         coordinator = self._settings.coordinator
         if coordinator is None:
             return
@@ -191,11 +220,12 @@ class Teacher:
         coordinator.add.remote(counters)
 
 
-def build_engine(settings: ReplicaSettings, number: int, number_on_node: int) -> Engine:
+def build_engine(
+    settings: ReplicaSettings, sampling: ResolvedSampling, number: int, number_on_node: int
+) -> Engine:
     """The configured engine, in a process prepared for it."""
     config = settings.config
     teacher = config.teacher
-    sampling = resolve_sampling(teacher, settings.model_folder)
     if teacher.engine == "synthetic":
         return SyntheticEngine(teacher.synthetic, sampling, teacher.max_model_len)
     cores = None
@@ -221,13 +251,17 @@ def build_engine(settings: ReplicaSettings, number: int, number_on_node: int) ->
     )
 
 
-def prompt_arrays(prompts: pa.Table) -> list[NDArray[np.int32]]:
-    """The prompt ids of each row, as views on the table's own buffer."""
-    ids: list[NDArray[np.int32]] = []
-    for chunk in prompts["prompt_ids"].chunks:
-        offsets = chunk.offsets.to_numpy()
-        values = chunk.values.to_numpy(zero_copy_only=False)
-        ids += [values[a:b] for a, b in itertools.pairwise(offsets)]
+def ids_of(rows: pa.Table, name: str) -> Ids:
+    """The ids of each row, as views on the table's own buffer: [T], or [T, K] of lists of K."""
+    ids: Ids = []
+    for chunk in rows[name].chunks:
+        offsets, values = chunk.offsets.to_numpy(), chunk.values
+        if pa.types.is_fixed_size_list(values.type):
+            width = values.type.list_size
+            array = values.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+        else:
+            array = values.to_numpy(zero_copy_only=False)
+        ids += [array[a:b] for a, b in itertools.pairwise(offsets)]
     return ids
 
 

@@ -1,147 +1,40 @@
 """vLLM's async engine as a teacher: token ids in, token ids and their distributions out.
 
-Where it sits: inside one Serve replica; the only module that imports vllm, and only once the
-replica's process has been prepared for it. *Consumes* groups of prompt ids from ``Teacher``;
-*waits for* the engine's decoding; the signal is taken from decoding itself, with no second pass.
+Where it sits: inside one Serve replica, whose process has been prepared for it; vllm is imported
+when the engine starts. *Consumes* groups of prompt ids from ``Teacher``; *waits for* the engine.
+What is sampled has its signal from decoding itself, what is scored from one prefill.
 
-Legend: P prompt tokens, T response tokens, K teacher ids kept for each token.
+Legend: P prompt tokens, T response tokens, K teacher ids kept for each token, D hidden size.
 """
 
 import asyncio
-import difflib
 import itertools
-import os
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raystill.serve.answers import Answer, refusal, tail_logprob
-from raystill.serve.config import TeacherConfig
-from raystill.serve.sampling import ResolvedSampling
+from raystill.serve.answers import Answer, refusal, score_refusal
+from raystill.serve.capture import Wish
+from raystill.serve.engine_arguments import EngineSettings, engine_arguments
+from raystill.serve.logprob_arrays import answer_of, keep_arrays
+from raystill.serve.scores import hidden_states, scored_answer
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
     from vllm.sampling_params import SamplingParams
 
-GIB = 2**30
-CPU_KV_CACHE_GIB = 2.0
+Ids = NDArray[np.int32]
+
 PROBE_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 5.0
-
-OWNED = {
-    "model": "teacher.model",
-    "tokenizer": "teacher.model, whose tokenizer is used",
-    "revision": "teacher.revision",
-    "tokenizer_revision": "teacher.revision",
-    "trust_remote_code": "teacher.trust_remote_code",
-    "dtype": "teacher.dtype",
-    "quantization": "teacher.quantization",
-    "max_model_len": "teacher.max_model_len",
-    "tensor_parallel_size": "teacher.tensor_parallel_size",
-    "pipeline_parallel_size": "teacher.pipeline_parallel_size",
-    "data_parallel_size": "teacher.num_replicas",
-    "distributed_executor_backend": "teacher.tensor_parallel_size and pipeline_parallel_size",
-    "gpu_memory_utilization": "teacher.gpu_memory_utilization",
-    "kv_cache_memory_bytes": "teacher.kv_cache_gib",
-    "max_num_seqs": "teacher.max_num_seqs",
-    "max_num_batched_tokens": "teacher.max_num_batched_tokens",
-    "enforce_eager": "teacher.enforce_eager",
-    "seed": "teacher.seed",
-    "max_logprobs": "signal.top_k and evaluation.top_k",
-    "logprobs_mode": "nothing: the signal is always of the untempered teacher",
-    "generation_config": "teacher.sampling",
-    "override_generation_config": "teacher.sampling",
-    "runner": "nothing: a teacher generates",
-    "convert": "nothing: a teacher generates",
-    "model_weights": "teacher.model",
-    "hf_overrides": "another teacher.model: they change what the identity is taken of",
-    "skip_tokenizer_init": "nothing: vLLM's start needs the tokenizer",
-}
-"""Engine arguments that a typed setting (named here) or this module decides."""
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """What one engine needs to know; ``cores`` is None where GPUs do the work."""
-
-    teacher: TeacherConfig
-    model: str  # local folder, or Hub id where the node has no such folder
-    sampling: ResolvedSampling
-    seed: int
-    max_top_k: int
-    cores: tuple[int, ...] | None = None
-
-
-def engine_argument_problems(teacher: TeacherConfig, known: Set[str]) -> dict[str, str]:
-    """What is wrong with ``teacher.engine_args``, by name; ``known``: vLLM's own argument names."""
-    problems = {}
-    for name in teacher.engine_args:
-        if name in OWNED:
-            problems[name] = f"is not passed through; set {OWNED[name]} instead"
-        elif name not in known:
-            near = difflib.get_close_matches(name, known - OWNED.keys(), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "see vLLM's AsyncEngineArgs"
-            problems[name] = f"is not an engine argument of the installed vLLM; {hint}"
-    return problems
-
-
-def prepare_process(cores: Sequence[int] | None) -> None:
-    """Set this process up for vLLM: cores, threads, telemetry. Must come before vllm is imported.
-
-    The replica's own threads are moved to the engine's cores too, so that its event loop does not
-    take turns with the student on the student's. Children inherit both.
-    """
-    os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
-    if cores is None:
-        return
-    for thread in os.listdir("/proc/self/task"):
-        try:
-            os.sched_setaffinity(int(thread), cores)
-        except ProcessLookupError:
-            continue  # the thread has ended
-    os.environ["OMP_NUM_THREADS"] = str(len(cores))
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-    # One process less to start and to hold in memory: the engine core runs the model itself.
-    # vLLM then binds no threads on its own; the mask inherited from here does.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-
-
-def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
-    """Keyword arguments of vLLM's ``AsyncEngineArgs``."""
-    teacher, on_cpu = settings.teacher, settings.cores is not None
-    kv_cache_gib = teacher.kv_cache_gib or (CPU_KV_CACHE_GIB if on_cpu else None)
-    eager = teacher.enforce_eager if teacher.enforce_eager is not None else on_cpu
-    arguments: dict[str, Any] = {
-        "model": settings.model,
-        "trust_remote_code": teacher.trust_remote_code,
-        "dtype": teacher.dtype,
-        "quantization": teacher.quantization,
-        "max_model_len": teacher.max_model_len,
-        "tensor_parallel_size": teacher.tensor_parallel_size,
-        "pipeline_parallel_size": teacher.pipeline_parallel_size,
-        "gpu_memory_utilization": teacher.gpu_memory_utilization,
-        # An explicit size lets the CPU build skip its warm-up.
-        "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * GIB),
-        # One place more than rows are let in: the health probe must never queue behind them.
-        "max_num_seqs": teacher.max_num_seqs + 1,
-        "max_num_batched_tokens": teacher.max_num_batched_tokens,
-        "enforce_eager": eager,
-        "seed": settings.seed,
-        "max_logprobs": settings.max_top_k,
-        "disable_log_stats": True,
-    }
-    if not os.path.isdir(settings.model):
-        arguments["revision"] = teacher.revision
-    if teacher.pipeline_parallel_size > 1 and not on_cpu:
-        arguments["distributed_executor_backend"] = "ray"
-    return {**arguments, **teacher.engine_args}
+NUM_LOGPROBS = {"text": None, "sampled": 0, "hidden": 0}
 
 
 class VllmEngine:
-    """One vLLM engine; at most ``teacher.max_num_seqs`` rows decode at a time, others queue."""
+    """One vLLM engine; at most ``teacher.max_num_seqs`` rows are in it at a time, others queue."""
 
     name = "vllm"
 
@@ -158,26 +51,79 @@ class VllmEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        keep_arrays()
         arguments = AsyncEngineArgs(**engine_arguments(self._settings))
         self._engine = AsyncLLM.from_engine_args(arguments)
+        await self._engine.collective_rpc("raystill_capture")
         model = self._engine.model_config
         self.version = vllm.__version__
         self.vocab_size = int(model.get_vocab_size())
+        self.hidden_size = int(model.get_hidden_size())
         self.max_model_len = int(model.max_model_len)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
-    async def sample(
-        self, prompt_ids: Sequence[NDArray[np.int32]], kind: str, top_k: int
-    ) -> list[Answer]:
-        """Answer a group; see ``Answer`` for shapes. ``text`` and ``sampled`` ignore ``top_k``.
+    async def sample(self, prompt_ids: Sequence[Ids], kind: str, width: int) -> list[Answer]:
+        """Answer a group; see ``Answer`` for shapes. Only ``topk`` has a use for ``width``, K.
 
         Raises:
             EngineDeadError: the engine's process has ended; nothing more will come from it.
         """
-        parameters = self._parameters(kind, top_k)
-        return list(
-            await asyncio.gather(*(self._row(ids, kind, top_k, parameters) for ids in prompt_ids))
-        )
+        parameters = self._parameters(width if kind == "topk" else NUM_LOGPROBS[kind])
+        wishes: list[Wish | None] = [None] * len(prompt_ids)
+        if kind == "hidden":
+            wishes = [Wish(self._tag(), len(ids) - 1, "hidden") for ids in prompt_ids]
+        reasons = [refusal(ids, self.max_model_len, self.vocab_size) for ids in prompt_ids]
+        with self._unclaimed(wishes) as claim:
+            outputs = await self._run(prompt_ids, reasons, wishes, parameters)
+            answers = [
+                Answer(error=output)
+                if isinstance(output, str)
+                else answer_of(output, kind, width, self.vocab_size)
+                for output in outputs
+            ]
+            if kind != "hidden":
+                return answers
+            blobs = await claim([len(answer.response_ids) for answer in answers])
+        return [
+            hidden_states(a, blob, self.hidden_size) for a, blob in zip(answers, blobs, strict=True)
+        ]
+
+    async def score(
+        self,
+        prompt_ids: Sequence[Ids],
+        response_ids: Sequence[Ids],
+        kind: str,
+        width: int,
+        at: Sequence[Ids] | None = None,
+    ) -> list[Answer]:
+        """The signal of given responses, by prefill; ``finish_reason`` is the caller's to say.
+
+        at: int32 [T, K] a row, distinct within a token: with ``topk``, the ids to be named in
+        place of the K best, in this order. The head is not run for ``hidden``, so its
+        ``sampled_logprobs`` are NaN. Raises EngineDeadError as ``sample`` does.
+        """
+        pairs = list(zip(prompt_ids, response_ids, at or [None] * len(prompt_ids), strict=True))
+        reasons = [score_refusal(p, r, self.max_model_len, self.vocab_size) for p, r, _ in pairs]
+        outputs: list[Any] = reasons
+        blobs = [b""] * len(pairs)
+        if kind != "text":
+            wishes = [self._wish_to_score(*pair, kind, width) for pair in pairs]
+            inputs = [np.concatenate([prompt, response[:-1]]) for prompt, response, _ in pairs]
+            parameters = self._parameters(None, max_tokens=1, temperature=0.0, min_p=0.0)
+            # Cached tokens would pass by the model, and their hidden states with them.
+            parameters.skip_reading_prefix_cache = True
+            with self._unclaimed(wishes) as claim:
+                outputs = await self._run(inputs, reasons, wishes, parameters)
+                usable = [not isinstance(output, str) for output in outputs]
+                lengths = [len(r) * ok for (_, r, _), ok in zip(pairs, usable, strict=True)]
+                blobs = await claim(lengths)
+        sizes = {"width": width, "vocab_size": self.vocab_size, "hidden_size": self.hidden_size}
+        return [
+            Answer(error=output)
+            if isinstance(output, str)
+            else scored_answer(response, blob, kind, ids, **sizes)
+            for (_, response, ids), output, blob in zip(pairs, outputs, blobs, strict=True)
+        ]
 
     async def probe(self) -> None:
         """One token from the engine, within a time limit: sees a dead engine and a hung one.
@@ -200,7 +146,20 @@ class VllmEngine:
             self._engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
             self._engine = None
 
-    def _parameters(self, kind: str, top_k: int, **changes: Any) -> "SamplingParams":
+    def _tag(self) -> str:
+        return f"wish-{next(self._numbers)}"
+
+    def _wish_to_score(
+        self, prompt: Ids, response: Ids, at: Ids | None, kind: str, width: int
+    ) -> Wish:
+        targets = np.ascontiguousarray(response, "<i4").tobytes()
+        first = len(prompt) - 1
+        if at is None:
+            return Wish(self._tag(), first, kind, width if kind == "topk" else 0, targets)
+        ids = np.ascontiguousarray(at, "<i4").tobytes()
+        return Wish(self._tag(), first, "at", width, targets, ids)
+
+    def _parameters(self, num_logprobs: int | None, **changes: Any) -> "SamplingParams":
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         sampling = self._settings.sampling
@@ -213,7 +172,7 @@ class VllmEngine:
             # Only the resolved ids stop an answer: vLLM's own eos rule reads other files.
             "ignore_eos": True,
             "stop_token_ids": list(sampling.stop_token_ids),
-            "logprobs": {"text": None, "sampled": 0, "topk": top_k}[kind],
+            "logprobs": num_logprobs,
             "flat_logprobs": True,
             "detokenize": False,
             "output_kind": RequestOutputKind.FINAL_ONLY,
@@ -221,21 +180,54 @@ class VllmEngine:
         # No seed here: a request's own seed crashes the CPU build under chunked prefill.
         return SamplingParams(**{**settings, **changes})
 
-    async def _row(
-        self, prompt_ids: NDArray[np.int32], kind: str, top_k: int, parameters: "SamplingParams"
-    ) -> Answer:
-        reason = refusal(prompt_ids, self.max_model_len, self.vocab_size)
-        if reason is not None:
-            return Answer(error=reason)
-        async with self._slots:
-            output = await self._generate(prompt_ids.tolist(), parameters)
-            self._rows_finished += 1
-        if output.finish_reason not in ("stop", "length"):
-            return Answer(error=f"engine_{output.finish_reason}")
-        return answer_of(output, kind, top_k, self.vocab_size)
+    async def _run(
+        self,
+        inputs: Sequence[Ids],
+        reasons: Sequence[str | None],
+        wishes: Sequence[Wish | None],
+        parameters: "SamplingParams",
+    ) -> "list[CompletionOutput | str]":
+        """The finished output of every row, or the reason that it has none."""
+
+        async def run_row(ids: Ids, reason: str | None, wish: Wish | None) -> Any:
+            if reason is not None:
+                return reason
+            mine = parameters
+            if wish is not None:
+                mine = parameters.clone()
+                mine.extra_args = wish.extra_args()
+            async with self._slots:
+                output = await self._generate(ids.tolist(), mine)
+                self._rows_finished += 1
+            ended = output.finish_reason in ("stop", "length")
+            return output if ended else f"engine_{output.finish_reason}"
+
+        return list(await asyncio.gather(*map(run_row, inputs, reasons, wishes)))
+
+    @contextmanager
+    def _unclaimed(self, wishes: Sequence[Wish | None]) -> Iterator[Any]:
+        """Gives the coroutine that takes what the workers kept for ``wishes``, by the rows' T.
+
+        What is left when the block is left (a cancelled call, an error) is dropped there.
+        """
+        tags = [wish.tag for wish in wishes if wish is not None]
+        claimed = False
+
+        async def claim(lengths: list[int]) -> list[bytes]:
+            nonlocal claimed
+            told = await self._engine.collective_rpc("raystill_take", args=(tags, lengths))
+            claimed = True
+            return next(blobs for blobs in told if blobs is not None)
+
+        try:
+            yield claim
+        finally:
+            if tags and not claimed:
+                drop = self._engine.collective_rpc("raystill_drop", args=(tags,))
+                self._dropping = asyncio.ensure_future(drop)
 
     async def _one_token(self) -> None:
-        parameters = self._parameters("text", 0, max_tokens=1, temperature=0.0, min_p=0.0)
+        parameters = self._parameters(None, max_tokens=1, temperature=0.0, min_p=0.0)
         await self._generate([0], parameters)
 
     async def _generate(
@@ -247,33 +239,6 @@ class VllmEngine:
         async for output in self._engine.generate(prompt, parameters, request_id=request):
             final = output
         return final.outputs[0]
-
-
-def answer_of(output: "CompletionOutput", kind: str, top_k: int, vocab_size: int) -> Answer:
-    """vLLM's finished output as arrays, straight from its flat lists.
-
-    A position's K + 1 entries are the drawn token's, then the K best in descending order.
-    """
-    num_tokens = len(output.token_ids)
-    ids = np.fromiter(output.token_ids, np.int32, num_tokens)
-    if kind == "text":
-        return Answer(ids, output.finish_reason)
-    flat, width = output.logprobs, 1 + (top_k if kind == "topk" else 0)
-    size = num_tokens * width
-    logprobs = np.fromiter(flat.logprobs, np.float32, size).reshape(num_tokens, width)
-    sampled = logprobs[:, 0].copy()
-    if kind == "sampled":
-        return Answer(ids, output.finish_reason, sampled)
-    token_ids = np.fromiter(flat.token_ids, np.int32, size).reshape(num_tokens, width)
-    best = logprobs[:, 1:].copy()
-    return Answer(
-        ids,
-        output.finish_reason,
-        sampled,
-        topk_ids=token_ids[:, 1:].copy(),
-        topk_logprobs=best,
-        tail_logprob=tail_logprob(best, vocab_size),
-    )
 
 
 def engine_is_dead(error: BaseException) -> bool:

@@ -11,12 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raystill.datasets.schema import answer_schema
-from raystill.serve.answers import Answer, answers_table, refusal, tail_logprob
+from raystill.serve.answers import (
+    Answer,
+    answers_table,
+    refusal,
+    score_refusal,
+    tail_logprob,
+)
 from raystill.serve.config import TeacherConfig
 from raystill.serve.identity import identity_of, teacher_identity
 from raystill.serve.sampling import resolve_sampling
 
-KINDS = ["text", "sampled", "topk"]
+KINDS = ["text", "sampled", "topk", "hidden"]
 
 
 def descending(probabilities: list[float]) -> np.ndarray:
@@ -78,6 +84,7 @@ def an_answer(num_tokens: int, top_k: int, seed: int = 0) -> Answer:
         rng.integers(0, 99, (num_tokens, top_k)).astype(np.int32),
         -rng.random((num_tokens, top_k)).astype(np.float32),
         -rng.random(num_tokens).astype(np.float32),
+        rng.integers(0, 2**16, (num_tokens, top_k)).astype(np.uint16),
     )
 
 
@@ -93,6 +100,8 @@ def test_a_table_holds_each_answer_in_order_with_empty_lists_for_errors(kind: st
             continue
         rows = table[name].to_pylist()
         assert rows[1] == []
+        if name == "hidden":
+            rows = [[np.frombuffer(state, "<u2") for state in row] for row in rows]
         np.testing.assert_array_equal(np.array(rows[0], np.float32), getattr(answers[0], name))
         np.testing.assert_array_equal(np.array(rows[2], np.float32), getattr(answers[2], name))
 
@@ -213,3 +222,11 @@ def test_lists_of_a_table_are_flat_buffers() -> None:
     column = table["topk_ids"].combine_chunks()
     assert isinstance(column, pa.ListArray)
     assert column.flatten().flatten().to_numpy(zero_copy_only=True).shape == (18,)
+
+
+def test_given_responses_that_cannot_be_scored_name_their_reason() -> None:
+    ids = np.array([1, 2, 3], np.int32)
+    assert score_refusal(ids, ids, max_model_len=6, vocab_size=4) is None
+    assert score_refusal(ids, ids, 5, 4) == "too_long"
+    assert score_refusal(ids, ids[:0], 6, 4) == score_refusal(ids[:0], ids, 6, 4) == "empty"
+    assert score_refusal(ids[:2], ids, 6, 3) == "invalid_ids"

@@ -12,10 +12,14 @@ import pytest
 
 from raystill.cluster.config import RunConfig
 from raystill.datasets.schema import answer_schema
+from raystill.serve.engine_arguments import (
+    EngineSettings,
+    engine_argument_problems,
+    engine_arguments,
+)
 from raystill.serve.sampling import resolve_sampling
 from raystill.serve.synthetic_engine import SyntheticEngine
-from raystill.serve.teacher import BusyClock, ReplicaSettings, Teacher, prompt_arrays
-from raystill.serve.vllm_engine import EngineSettings, engine_argument_problems, engine_arguments
+from raystill.serve.teacher import BusyClock, ReplicaSettings, Teacher, ids_of
 
 VOCAB = 40
 TOKENS = 12
@@ -92,6 +96,17 @@ def test_synthetic_tokens_are_drawn_from_their_signal() -> None:
     assert abs((np.concatenate(ranks) == 0).mean() - best.mean()) < 0.03
 
 
+@pytest.mark.parametrize("max_tokens", [TOKENS, 5])
+def test_scoring_a_synthetic_answer_says_what_sampling_it_said(max_tokens: int) -> None:
+    engine = synthetic(run_config(sampling={"max_tokens": max_tokens}))
+    answers = ask(engine, PROMPTS)
+    given = [np.array(p, np.int32) for p in PROMPTS], [a.response_ids for a in answers]
+    for scored, answer in zip(asyncio.run(engine.score(*given, "topk", 8)), answers, strict=True):
+        assert (scored.error is None) == (answer.error is None)
+        for name in ("response_ids", "sampled_logprobs", "topk_ids", "topk_logprobs"):
+            np.testing.assert_array_equal(getattr(scored, name), getattr(answer, name))
+
+
 def test_a_synthetic_answer_ends_with_its_stop_token_or_is_cut() -> None:
     whole = ask(synthetic(run_config()), PROMPTS)[0]
     assert (whole.finish_reason, whole.response_ids[-1]) == ("stop", VOCAB - 1)
@@ -112,7 +127,7 @@ def test_busy_time_counts_overlapping_groups_once() -> None:
 
 def test_prompt_ids_of_a_sliced_table_are_read_right() -> None:
     table = pa.concat_tables([prompt_table(PROMPTS), prompt_table(PROMPTS[:2])]).slice(1, 5)
-    assert [ids.tolist() for ids in prompt_arrays(table)] == [*PROMPTS[1:], PROMPTS[0]]
+    assert [ids.tolist() for ids in ids_of(table, "prompt_ids")] == [*PROMPTS[1:], PROMPTS[0]]
 
 
 class Counters:

@@ -1,0 +1,86 @@
+"""vLLM's logprobs as the arrays they arrive in, from its output path to ``Answer``.
+
+vLLM's front end turns every logprob into a Python number, K + 1 a token. `keep_arrays` has it keep
+the arrays of requests that need no text instead. Pinned to vLLM 0.32: where the parts that are
+replaced have moved, `keep_arrays` fails.
+
+Legend: T response tokens, K teacher ids kept for each token.
+"""
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raystill.serve.answers import Answer, tail_logprob
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
+
+UPDATE_PARAMETERS = ["self", "logprobs_lists"]
+CREATE_PARAMETERS = ["flat_logprobs"]
+
+
+def keep_arrays() -> None:
+    """Change this process's vLLM; once is enough. RuntimeError where it is not the one known."""
+    import vllm
+    from vllm.logprobs import FlatLogprobs
+    from vllm.v1.engine import logprobs as module
+
+    processor, create = module.LogprobsProcessor, module.create_sample_logprobs
+    if getattr(create, "keeps_arrays", False):
+        return
+    update = processor._update_sample_logprobs
+    found = [list(inspect.signature(f).parameters) for f in (update, create)]
+    if found != [UPDATE_PARAMETERS, CREATE_PARAMETERS]:
+        raise RuntimeError(
+            f"vLLM {vllm.__version__} collects logprobs by functions of {found}, expected "
+            f"{[UPDATE_PARAMETERS, CREATE_PARAMETERS]}; install the pinned vllm"
+        )
+
+    class Arrays(FlatLogprobs):
+        """The arrays [1, K + 1] of every position: ids and logprobs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def create_sample_logprobs(flat_logprobs: bool) -> Any:
+        return Arrays() if flat_logprobs else create(flat_logprobs)
+
+    def update_sample_logprobs(self: Any, logprobs_lists: Any) -> None:
+        if isinstance(self.logprobs, Arrays) and self.tokenizer is None:
+            lists = logprobs_lists
+            self.logprobs.arrays.append((lists.logprob_token_ids, lists.logprobs))
+        else:
+            update(self, logprobs_lists)
+
+    create_sample_logprobs.keeps_arrays = True  # type: ignore[attr-defined]
+    module.create_sample_logprobs = create_sample_logprobs
+    processor._update_sample_logprobs = update_sample_logprobs
+
+
+def answer_of(output: "CompletionOutput", kind: str, top_k: int, vocab_size: int) -> Answer:
+    """vLLM's finished output as arrays; a ``hidden`` answer still lacks its hidden states.
+
+    A position's K + 1 entries are the drawn token's, then the K best in descending order.
+    """
+    num_tokens = len(output.token_ids)
+    ids = np.fromiter(output.token_ids, np.int32, num_tokens)
+    if kind == "text":
+        return Answer(ids, output.finish_reason)
+    arrays, width = output.logprobs.arrays, 1 + (top_k if kind == "topk" else 0)
+    logprobs = np.concatenate([part[:, :width] for _, part in arrays])
+    assert logprobs.shape == (num_tokens, width), f"{logprobs.shape} of {num_tokens} tokens"
+    sampled = logprobs[:, 0].astype(np.float32)
+    if kind != "topk":
+        return Answer(ids, output.finish_reason, sampled)
+    best = logprobs[:, 1:].astype(np.float32)
+    return Answer(
+        ids,
+        output.finish_reason,
+        sampled,
+        topk_ids=np.concatenate([part[:, 1:width] for part, _ in arrays]).astype(np.int32),
+        topk_logprobs=best,
+        tail_logprob=tail_logprob(best, vocab_size),
+    )
