@@ -201,6 +201,7 @@ def teacher_part(run_file: str, rows_path: str, overrides: list[str]) -> dict[st
         deploy.APP_NAME,
         prepared.store_path,
         Paying("benchmark", "training", prepared.teacher_identity, config.teacher.model),
+        prepared.signal,
     )
     take = ray.remote(num_cpus=0)(_take_everything)
     result = ray.get(take.remote(spec, coordinator, rows_path))

@@ -25,7 +25,8 @@ from benchmarks.results import machine, write_result
 from raystill.datasets.ledger import Ledger
 from raystill.datasets.plan import epoch_order, remaining_groups
 from raystill.datasets.schema import KEY_BYTES
-from raystill.datasets.segment import Origin, Signal, encode, segment_name, segment_schema
+from raystill.datasets.segment import Origin, encode, segment_name, segment_schema
+from raystill.datasets.signal import Signal
 from raystill.datasets.store import SEGMENTS, TeacherStore
 from raystill.serve.answers import Answer, answers_table, tail_logprob
 

@@ -185,6 +185,7 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Outcome:
         deploy.APP_NAME,
         prepared.store_path,
         paying,
+        prepared.signal,
     )
     teacher = Background("teacher", lambda: serve_teacher(config, folder, prepared, spec))
     student = Background(

@@ -11,7 +11,7 @@ import pyarrow as pa
 from raystill.cluster.config import RunConfig
 from raystill.cluster.find_model import ModelFolder, fetch_model
 from raystill.datasets.prompt_table import PromptTables
-from raystill.datasets.segment import Signal
+from raystill.datasets.signal import Signal, signal_of
 from raystill.datasets.store import TeacherStore
 from raystill.datasets.stored_signal import require_served
 
@@ -96,6 +96,11 @@ class Prepared:
         return asdict(resolve_sampling(self.config.teacher, self.teacher_folder))
 
     @cached_property
+    def signal(self) -> Signal:
+        """What is wished of each response token of the training rows."""
+        return signal_of(self.config.signal, self.teacher.config)
+
+    @cached_property
     def keyed(self) -> PromptTables:
         """The prompt tables with their keys."""
         teacher = self.config.teacher
@@ -113,7 +118,7 @@ class Prepared:
         config, catalogue = self.config, TeacherStore(self.store_path).catalogue()
         found = []
         for table, wish in (
-            (self.train, Signal(config.signal.kind, config.signal.top_k)),
+            (self.train, self.signal),
             (self.held_out, Signal("topk", config.evaluation.top_k)),
         ):
             where = catalogue.locate(table["key"].combine_chunks())

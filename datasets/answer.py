@@ -14,7 +14,6 @@ import ray
 
 from raystill.cluster.problems import RunError
 from raystill.datasets.schema import row_schema
-from raystill.datasets.segment import Signal
 from raystill.datasets.source import open_table
 from raystill.datasets.store import TeacherStore
 from raystill.datasets.stored_answers import StoredAnswers
@@ -37,17 +36,16 @@ class AnswerGroup:
     def __init__(self, spec: "StreamSpec") -> None:
         self._coordinator = spec.coordinator
         self._on_truncated = spec.stream.on_truncated
-        self._kind, self._top_k = spec.signal.kind, spec.signal.top_k
-        self._schema = row_schema(spec.signal.kind, spec.signal.top_k)
-        wish = Signal(spec.signal.kind, spec.signal.top_k)
+        self._signal = spec.signal
+        self._schema = row_schema(spec.signal.kind, spec.signal.width)
         self._answers = StoredAnswers(
             TeacherStore(spec.store_path),
             open_table(spec.prompt_table).read(["key"])["key"],
-            wish,
+            spec.signal,
             spec.paying,
             TeacherCalls(
                 spec.app_name,
-                wish,
+                spec.signal,
                 spec.request_timeout_s,
                 spec.stream.max_attempts,
                 spec.coordinator,
@@ -80,7 +78,7 @@ class AnswerGroup:
         if not bad.any():
             return await self._answers.get(numbers, ids)
         good = np.flatnonzero(~bad)
-        empty = unusable_answers(int(bad.sum()), POISON, self._kind, self._top_k)
+        empty = unusable_answers(int(bad.sum()), POISON, self._signal)
         if not len(good):
             return empty, {}
         answers, counters = await self._answers.get(numbers[good], ids.take(pa.array(good)))

@@ -136,10 +136,14 @@ def spell_out_prompts(section: Any) -> Any:
 class SignalConfig(ConfigModel):
     """What the teacher says about each response token."""
 
-    kind: Literal["text", "sampled", "topk"] = identity(
-        "topk", description="text: tokens only; sampled: their logprobs; topk: K best and the tail."
+    kind: Literal["text", "sampled", "topk", "hidden"] = identity(
+        "topk",
+        description="text: tokens only; sampled: their logprobs; topk: K best and the tail; "
+        "hidden: the teacher's last hidden state, from which the whole vocabulary follows.",
     )
-    top_k: PositiveInt = identity(64, description="K: ids and logprobs kept for each token.")
+    top_k: PositiveInt = identity(
+        64, description="K: ids and logprobs kept for each token, with kind topk."
+    )
 
 
 class StreamConfig(ConfigModel):

@@ -15,7 +15,7 @@ from raystill.cluster.config import RunConfig
 from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import HELD_OUT, HELD_OUT_PROMPTS, RunFolder
 from raystill.datasets.schema import row_schema
-from raystill.datasets.segment import Signal
+from raystill.datasets.signal import Signal
 from raystill.datasets.store import TeacherStore
 from raystill.datasets.stored_answers import Paying, StoredAnswers
 from raystill.datasets.teacher_calls import TeacherCalls

@@ -1,6 +1,7 @@
 """Arrow types of prompts, answers and streamed rows: the one place that names their columns.
 
-Legend: P prompt tokens, T response tokens, K teacher ids kept for each token.
+Legend: P prompt tokens, T response tokens, K teacher ids kept for each token, D the teacher's
+hidden size. The width of a signal is K (``topk``), D (``hidden``) or 0.
 """
 
 import pyarrow as pa
@@ -21,26 +22,31 @@ PROMPT_SCHEMA = pa.schema(
 )
 
 
-def signal_fields(kind: str, top_k: int) -> list[pa.Field]:
+def signal_fields(kind: str, width: int) -> list[pa.Field]:
     """Columns a signal of this kind adds to an answer; each list has T entries a row.
 
     ``sampled_logprobs``: nats, raw full vocabulary. ``topk_ids``/``topk_logprobs``: [T][K], nats
     of the full vocabulary, never renormalised, descending. ``tail_logprob``: log(1 - sum top-K p).
+    ``hidden``: [T] of 2 D bytes, the bfloat16 bits (little endian) of the state after the final
+    norm, at the position the response token was drawn from. A number a component would have Parquet
+    write a level for each.
     """
     if kind == "text":
         return []
     fields = [pa.field("sampled_logprobs", TOKEN_FLOATS)]
     if kind == "topk":
         fields += [
-            pa.field("topk_ids", pa.list_(pa.list_(pa.int32(), top_k))),
-            pa.field("topk_logprobs", pa.list_(pa.list_(pa.float32(), top_k))),
+            pa.field("topk_ids", pa.list_(pa.list_(pa.int32(), width))),
+            pa.field("topk_logprobs", pa.list_(pa.list_(pa.float32(), width))),
             pa.field("tail_logprob", TOKEN_FLOATS),
         ]
+    if kind == "hidden":
+        fields.append(pa.field("hidden", pa.list_(pa.binary(2 * width))))
     return fields
 
 
-def answer_schema(kind: str, top_k: int) -> pa.Schema:
-    """What ``sample`` returns, one row a prompt, in the order asked.
+def answer_schema(kind: str, width: int) -> pa.Schema:
+    """What ``sample`` and ``score`` return, one row a prompt, in the order asked.
 
     ``error`` is null for a usable row, else the reason it is dropped for (the lists are empty).
     ``response_ids`` ends with the stop token that ended it; a row cut by ``length`` has none.
@@ -50,12 +56,12 @@ def answer_schema(kind: str, top_k: int) -> pa.Schema:
             pa.field("response_ids", TOKEN_IDS),
             pa.field("finish_reason", pa.string()),
             pa.field("error", pa.string()),
-            *signal_fields(kind, top_k),
+            *signal_fields(kind, width),
         ]
     )
 
 
-def row_schema(kind: str, top_k: int) -> pa.Schema:
+def row_schema(kind: str, width: int) -> pa.Schema:
     """What the stream delivers to a worker: plan columns, the prompt, the answer."""
     return pa.schema(
         [
@@ -66,6 +72,6 @@ def row_schema(kind: str, top_k: int) -> pa.Schema:
             pa.field("prompt_ids", TOKEN_IDS),
             pa.field("response_ids", TOKEN_IDS),
             pa.field("finish_reason", pa.string()),
-            *signal_fields(kind, top_k),
+            *signal_fields(kind, width),
         ]
     )

@@ -20,10 +20,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raystill.datasets.schema import KEY_BYTES, SCHEMA_VERSION, TOKEN_IDS, signal_fields
+from raystill.datasets.signal import Signal
 
 FOOTER = b"raystill.segment"
 CHECKSUM_BYTES = 8
-KINDS = ("text", "sampled", "topk")
+AFTER_FINAL_NORM = "after the final norm"
 COMPRESSION = "zstd"
 COMPRESSION_LEVEL = 1
 
@@ -40,35 +41,11 @@ class DamagedSegment(Exception):
 
 
 @dataclass(frozen=True)
-class Signal:
-    """What is stored of each response token: ``kind``, and K where the kind is ``topk``."""
-
-    kind: str
-    top_k: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"signal kind is {self.kind!r}; expected one of {', '.join(KINDS)}")
-        object.__setattr__(self, "top_k", int(self.top_k) if self.kind == "topk" else 0)
-
-    @property
-    def richness(self) -> tuple[int, int]:
-        """Order of signals: every one serves those below it."""
-        return KINDS.index(self.kind), self.top_k
-
-    def serves(self, wish: "Signal") -> bool:
-        """Whether ``wish`` follows from this signal without asking the teacher."""
-        return self.richness >= wish.richness
-
-    def __str__(self) -> str:
-        return f"topk {self.top_k}" if self.kind == "topk" else self.kind
-
-
-@dataclass(frozen=True)
 class Origin:
     """Who answered, and how: the same for every row of a segment.
 
     ``vocab_size`` is V of the teacher's logprobs, from which a smaller K's tail follows.
+    ``hidden_is`` says which state a ``hidden`` signal is; None with the other kinds.
     """
 
     teacher_identity: str
@@ -78,6 +55,16 @@ class Origin:
     dtype: str
     vocab_size: int
     signal: Signal
+    hidden_is: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.signal.kind != "hidden":
+            return
+        if self.hidden_is not in (None, AFTER_FINAL_NORM):
+            raise ValueError(
+                f"its hidden states are those {self.hidden_is}; expected {AFTER_FINAL_NORM}"
+            )
+        object.__setattr__(self, "hidden_is", AFTER_FINAL_NORM)
 
 
 @dataclass(frozen=True)
@@ -111,7 +98,7 @@ def segment_schema(signal: Signal) -> pa.Schema:
             pa.field("prompt_ids", TOKEN_IDS),
             pa.field("response_ids", TOKEN_IDS),
             pa.field("finish_reason", pa.string()),
-            *signal_fields(signal.kind, signal.top_k),
+            *signal_fields(signal.kind, signal.width),
         ]
     )
 
@@ -210,7 +197,8 @@ def checksum(column: pa.ChunkedArray | pa.Array) -> str:
     return digest.hexdigest()
 
 
-def _feed(digest: Any, array: pa.Array) -> None:
+def _feed(digest: Any, array: pa.Array, nested: bool = False) -> None:
+    """Values by their buffers; strings and keys, of which a row has one, each with its length."""
     kind = array.type
     digest.update(f"{len(array)} {array.null_count};".encode())
     if array.null_count:
@@ -218,15 +206,28 @@ def _feed(digest: Any, array: pa.Array) -> None:
     if pa.types.is_list(kind):
         lengths = array.value_lengths().fill_null(0)
         digest.update(lengths.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
-        _feed(digest, array.flatten())
+        _feed(digest, array.flatten(), nested=True)
     elif pa.types.is_fixed_size_list(kind):
-        _feed(digest, array.flatten())
+        _feed(digest, array.flatten(), nested=True)
+    elif pa.types.is_fixed_size_binary(kind) and nested:
+        digest.update(_bytes_of(array))
     elif pa.types.is_string(kind) or pa.types.is_fixed_size_binary(kind):
         for value in array.cast(pa.large_binary()).to_pylist():
             digest.update(b"\0" if value is None else b"%d:%b" % (len(value), value))
     else:
         values = array.fill_null(0) if array.null_count else array
         digest.update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)).tobytes())
+
+
+def _bytes_of(array: pa.FixedSizeBinaryArray) -> memoryview:
+    """The values of fixed-size binaries end to end, as they lie in their buffer; none is null."""
+    if array.null_count:
+        raise ValueError(f"{array.null_count} of {len(array)} states are null; expected none")
+    if not len(array):
+        return memoryview(b"")
+    width = array.type.byte_width
+    start = array.offset * width
+    return memoryview(array.buffers()[1])[start : start + len(array) * width]
 
 
 def _footer(metadata: dict[bytes, bytes]) -> Footer:
@@ -240,10 +241,10 @@ def _footer(metadata: dict[bytes, bytes]) -> Footer:
     version = told["schema_version"]
     if version != SCHEMA_VERSION:
         raise ValueError(f"it has schema version {version}; this version reads {SCHEMA_VERSION}")
-    origin = told["origin"]
-    signal = Signal(**origin.pop("signal"))
+    origin, signal = told["origin"], told["origin"].pop("signal")
+    width = signal.get("width", signal.get("top_k", 0))  # ``top_k`` before there was ``hidden``.
     return Footer(
-        origin=Origin(signal=signal, **origin),
+        origin=Origin(signal=Signal(signal["kind"], width), **origin),
         groups=tuple(Group(**group) for group in told["groups"]),
     )
 

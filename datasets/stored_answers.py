@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from raystill.cluster.problems import RunError
 from raystill.datasets.schema import answer_schema
-from raystill.datasets.segment import DamagedSegment, Origin, Signal, segment_name
+from raystill.datasets.segment import DamagedSegment, Origin, segment_name
+from raystill.datasets.signal import Signal
 from raystill.datasets.store import Catalogue, TeacherStore
 from raystill.datasets.stored_signal import as_wished, require_served, stored_columns
 from raystill.datasets.teacher_calls import TeacherCalls
@@ -77,7 +78,7 @@ class StoredAnswers:
             parts.append(await self._ask(rows[missing], prompts))
             places.append(missing)
         back = np.argsort(np.concatenate(places))
-        schema = answer_schema(self._wish.kind, self._wish.top_k)
+        schema = answer_schema(self._wish.kind, self._wish.width)
         whole = pa.concat_tables([part.cast(schema) for part in parts])
         asked = len(rows) - int(held.sum())
         return whole.take(pa.array(back)), {"rows_asked": asked, "rows_reused": int(held.sum())}

@@ -8,14 +8,14 @@ import pyarrow as pa
 
 from raystill.cluster.problems import RunError
 from raystill.datasets.schema import TOKEN_FLOATS, answer_schema, signal_fields
-from raystill.datasets.segment import Signal
+from raystill.datasets.signal import Signal
 from raystill.serve.answers import tail_logprob
 
 
 def stored_columns(wish: Signal) -> list[str]:
     """Columns of a segment that ``wish`` is made from (beside the key)."""
     names = ["response_ids", "finish_reason"]
-    return names + [field.name for field in signal_fields(wish.kind, wish.top_k)]
+    return names + [field.name for field in signal_fields(wish.kind, wish.width)]
 
 
 def as_wished(rows: pa.Table, stored: Signal, wish: Signal, vocab_size: int) -> pa.Table:
@@ -32,15 +32,17 @@ def as_wished(rows: pa.Table, stored: Signal, wish: Signal, vocab_size: int) -> 
     if wish.kind == "topk":
         ids, logprobs = rows["topk_ids"].combine_chunks(), rows["topk_logprobs"].combine_chunks()
         tail = rows["tail_logprob"]
-        if stored.top_k != wish.top_k:
-            ids, _ = _first(ids, stored.top_k, wish.top_k)
-            logprobs, values = _first(logprobs, stored.top_k, wish.top_k)
+        if stored.width != wish.width:
+            ids, _ = _first(ids, stored.width, wish.width)
+            logprobs, values = _first(logprobs, stored.width, wish.width)
             offsets = rows["topk_ids"].combine_chunks().offsets
             tail = pa.ListArray.from_arrays(
                 _from_zero(offsets), pa.array(tail_logprob(values, vocab_size)), type=TOKEN_FLOATS
             )
         columns |= {"topk_ids": ids, "topk_logprobs": logprobs, "tail_logprob": tail}
-    schema = answer_schema(wish.kind, wish.top_k)
+    if wish.kind == "hidden":
+        columns["hidden"] = rows["hidden"]
+    schema = answer_schema(wish.kind, wish.width)
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 

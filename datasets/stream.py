@@ -24,7 +24,8 @@ from ray.train import DataConfig
 
 from raystill.cluster.config import RunConfig
 from raystill.datasets.answer import AnswerGroup
-from raystill.datasets.config import SignalConfig, StreamConfig
+from raystill.datasets.config import StreamConfig
+from raystill.datasets.signal import Signal
 from raystill.datasets.source import PlanSource
 from raystill.datasets.stored_answers import Paying
 
@@ -46,7 +47,7 @@ class StreamSpec:
     prompt_table: str
     num_rows: int
     order_seed: int
-    signal: SignalConfig
+    signal: Signal
     stream: StreamConfig
     max_rows_ahead: int
     rows_per_step: int
@@ -67,6 +68,7 @@ class StreamSpec:
         app_name: str,
         store_path: str,
         paying: Paying,
+        signal: Signal,
     ) -> "StreamSpec":
         """The stream of a run."""
         teacher = config.teacher
@@ -74,7 +76,7 @@ class StreamSpec:
             prompt_table=prompt_table,
             num_rows=num_rows,
             order_seed=config.section_seeds()["order"],
-            signal=config.signal,
+            signal=signal,
             stream=config.stream,
             max_rows_ahead=config.rows_ahead,
             rows_per_step=config.training.rows_per_step,

@@ -18,7 +18,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from raystill.cluster.problems import RunError
 from raystill.datasets.schema import answer_schema
-from raystill.datasets.segment import Signal
+from raystill.datasets.signal import Signal
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class TeacherCalls:
             if answer is not None:
                 return answer
         logger.error("poison: replicas failed each time for %s", prompt.to_pylist())
-        return unusable_answers(1, POISON, self._signal.kind, self._signal.top_k)
+        return unusable_answers(1, POISON, self._signal)
 
     async def _try(self, prompts: pa.Table, what: str) -> pa.Table | None:
         """Answers; None where the replica, its engine or the time limit went with the question.
@@ -104,7 +104,7 @@ class TeacherCalls:
         ) from last
 
     async def _call(self, handle: Any, prompts: pa.Table) -> pa.Table:
-        response = handle.sample.remote(prompts, self._signal.kind, self._signal.top_k)
+        response = handle.sample.remote(prompts, self._signal.kind, self._signal.width)
         try:
             return await response
         except asyncio.CancelledError:  # Timed out: the replica need not go on with it.
@@ -120,9 +120,9 @@ class TeacherCalls:
         return self._handle
 
 
-def unusable_answers(rows: int, reason: str, kind: str, top_k: int) -> pa.Table:
+def unusable_answers(rows: int, reason: str, signal: Signal) -> pa.Table:
     """``rows`` answers (answer_schema) that are not there, for one reason."""
-    schema = answer_schema(kind, top_k)
+    schema = answer_schema(signal.kind, signal.width)
     given = {"finish_reason": None, "error": reason}
     return pa.table({n: [given.get(n, [])] * rows for n in schema.names}, schema=schema)
 

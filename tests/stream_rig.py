@@ -19,9 +19,10 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from raystill.cluster.coordinator import start_coordinator
 from raystill.cluster.run_folder import RunFolder
-from raystill.datasets.config import SignalConfig, StreamConfig
+from raystill.datasets.config import StreamConfig
 from raystill.datasets.ledger import Ledger
 from raystill.datasets.schema import PROMPT_SCHEMA, answer_schema
+from raystill.datasets.signal import Signal
 from raystill.datasets.stored_answers import ENGINE, Paying
 from raystill.datasets.stream import StreamSpec, build_stream, iterate_groups, uneven_shares
 from raystill.train.shares import StepRows
@@ -197,7 +198,7 @@ class Run:
             prompt_table=str(folder / f"{name}.parquet"),
             num_rows=self.num_rows,
             order_seed=SEED,
-            signal=SignalConfig(kind=settings.pop("kind", "topk"), top_k=TOP_K),
+            signal=Signal(settings.pop("kind", "topk"), TOP_K),
             stream=StreamConfig(
                 group_rows=GROUP_ROWS, order=order, max_drop_fraction=drop_fraction, **settings
             ),

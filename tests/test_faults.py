@@ -25,6 +25,7 @@ from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.ledger import Ledger
 from raystill.datasets.schema import PROMPT_SCHEMA
 from raystill.datasets.segment import DamagedSegment
+from raystill.datasets.signal import signal_of
 from raystill.datasets.store import SEGMENTS, TeacherStore, rows_paid_for
 from raystill.datasets.store_upkeep import verify
 from raystill.datasets.stored_answers import Paying
@@ -142,7 +143,7 @@ def run_through(place: Path, config: RunConfig, kinds: list[str], seed: int) -> 
     prompts = folder.join("prompts/train.parquet")
     paying = Paying("run", "training", "identity", "synthetic")
     where = (prompts, NUM_ROWS, coordinator, deploy.APP_NAME, store.path, paying)
-    spec = StreamSpec.from_config(config, *where)
+    spec = StreamSpec.from_config(config, *where, signal_of(config.signal, {}))
     chaos = Chaos(coordinator, kinds, seed)
     watcher = threading.Thread(target=chaos.run)
     deploy.deploy_teacher(config, str(TEACHER), coordinator, None)

@@ -1,20 +1,35 @@
 """The teacher store: segments that are whole or refused, lookups, writers at once, upkeep."""
 
+import json
 import multiprocessing
 import os
 import random
 import shutil
 import subprocess
+from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raystill.cluster.problems import RunError
 from raystill.cluster.store_command import store_command
+from raystill.datasets.config import SignalConfig
 from raystill.datasets.schema import answer_schema
-from raystill.datasets.segment import DamagedSegment, Origin, Signal, segment_name
+from raystill.datasets.segment import (
+    FOOTER,
+    DamagedSegment,
+    Origin,
+    SegmentFile,
+    checksum,
+    encode,
+    segment_name,
+)
+from raystill.datasets.signal import Signal, signal_of
 from raystill.datasets.store import SEGMENTS, TeacherStore, rows_paid_for
 from raystill.datasets.store_upkeep import compact, prune, verify
 from raystill.datasets.stored_signal import as_wished, require_served, stored_columns
@@ -22,6 +37,7 @@ from raystill.serve.answers import Answer, answers_table, tail_logprob
 
 V = 300
 TOPK = Signal("topk", 16)
+HIDDEN = Signal("hidden", 6)
 
 
 def key(row: int, teacher: int = 0) -> bytes:
@@ -43,7 +59,7 @@ def said(row: int, signal: Signal, salt: int = 0) -> Answer:
     if signal.kind != "text":
         fields["sampled_logprobs"] = logprobs[:, 0]
     if signal.kind == "topk":
-        ids = order[:, : signal.top_k]
+        ids = order[:, : signal.width]
         best = np.take_along_axis(logprobs, ids, -1)
         fields |= {"topk_ids": ids.astype(np.int32), "topk_logprobs": best}
         fields["tail_logprob"] = tail_logprob(best, V)
@@ -51,7 +67,25 @@ def said(row: int, signal: Signal, salt: int = 0) -> Answer:
 
 
 def answers(rows: list[int], signal: Signal = TOPK, salt: int = 0) -> pa.Table:
-    return answers_table([said(r, signal, salt) for r in rows], signal.kind, signal.top_k)
+    if signal.kind == "hidden":
+        told = answers_table([said(r, Signal("sampled"), salt) for r in rows], "sampled", 0)
+        states = hidden_states(rows, told["response_ids"].combine_chunks())
+        return told.append_column(answer_schema("hidden", signal.width).field("hidden"), states)
+    return answers_table([said(r, signal, salt) for r in rows], signal.kind, signal.width)
+
+
+def hidden_states(rows: list[int], like: pa.ListArray) -> pa.ListArray:
+    """Random bfloat16 bits for each token of ``like``, by row."""
+    lengths = like.value_lengths().to_pylist()
+    bits = [
+        np.random.default_rng(row).integers(0, 2**16, (length, HIDDEN.width), np.uint16)
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+    flat = pa.py_buffer(np.concatenate(bits).astype("<u2"))
+    width = pa.binary(2 * HIDDEN.width)
+    return pa.ListArray.from_arrays(
+        like.offsets, pa.FixedSizeBinaryArray.from_buffers(width, sum(lengths), [None, flat])
+    )
 
 
 def segment(rows: list[int], signal: Signal = TOPK, salt: int = 0, teacher: int = 0) -> pa.Table:
@@ -83,6 +117,34 @@ def path_of(store: TeacherStore, name: str) -> Path:
     return Path(store.path) / SEGMENTS / name
 
 
+def test_what_serves_what_is_a_partial_order_within_that_of_richness() -> None:
+    text, sampled, other = Signal("text"), Signal("sampled"), Signal("hidden", 7)
+    ladder = [text, sampled, Signal("topk", 4), TOPK]
+    for place, signal in enumerate(ladder):
+        assert [signal.serves(wish) for wish in ladder] == [i <= place for i in range(4)]
+    everything = [*ladder, HIDDEN, other]
+    assert [HIDDEN.serves(wish) for wish in everything] == [True, True, False, False, True, False]
+    assert not any(signal.serves(HIDDEN) for signal in [*ladder, other])
+    for signal in everything:
+        for wish in everything:
+            assert not signal.serves(wish) or signal.richness >= wish.richness
+    with pytest.raises(ValueError, match="width of a hidden signal is 0"):
+        Signal("hidden")
+
+
+def test_the_signal_asked_for_has_the_teachers_hidden_size() -> None:
+    def asked(teacher: dict[str, Any], **signal: Any) -> Signal:
+        return signal_of(SignalConfig(**signal), teacher)
+
+    assert asked({}, kind="topk", top_k=3) == Signal("topk", 3)
+    assert asked({}, kind="sampled") == Signal("sampled")
+    assert asked({"hidden_size": 576}, kind="hidden") == Signal("hidden", 576)
+    assert asked({"text_config": {"hidden_size": 8}}, kind="hidden") == Signal("hidden", 8)
+    assert asked({"n_embd": 768}, kind="hidden") == Signal("hidden", 768)
+    with pytest.raises(ValueError, match=r"names no hidden_size.*set signal\.kind: topk"):
+        asked({"vocab_size": 3}, kind="hidden")
+
+
 class TestReading:
     def test_rows_come_back_bit_for_bit_in_the_order_asked(self, store: TeacherStore) -> None:
         publish(store, [3, 1, 2])
@@ -101,12 +163,21 @@ class TestReading:
     def test_a_poorer_wish_is_served_exactly_as_if_asked_for(
         self, store: TeacherStore, wish: Signal
     ) -> None:
+        self.served(store, TOPK, wish)
+
+    @pytest.mark.parametrize("wish", [HIDDEN, Signal("sampled"), Signal("text")], ids=str)
+    def test_hidden_states_serve_themselves_and_what_is_stored_beside_them(
+        self, store: TeacherStore, wish: Signal
+    ) -> None:
+        self.served(store, HIDDEN, wish)
+
+    def served(self, store: TeacherStore, stored: Signal, wish: Signal) -> None:
         rows = list(range(20))
-        publish(store, rows)
+        publish(store, rows, signal=stored)
         catalogue = store.catalogue()
         found = store.read(catalogue, catalogue.locate(keys_of(rows)), stored_columns(wish))
-        served = as_wished(found, TOPK, wish, V)
-        assert served.schema.equals(answer_schema(wish.kind, wish.top_k))
+        served = as_wished(found, stored, wish, V)
+        assert served.schema.equals(answer_schema(wish.kind, wish.width))
         assert served.equals(answers(rows, wish))
 
     def test_a_richer_wish_is_refused_with_the_remedy(self) -> None:
@@ -126,6 +197,63 @@ class TestReading:
         catalogue = store.catalogue()
         assert catalogue.locate(keys_of([1])).tolist() == [-1]
         assert (catalogue.rows, catalogue.duplicates) == (0, 0)
+
+
+class TestFooter:
+    def rewritten(self, data: bytes, change: Callable[[dict[str, Any]], object]) -> pa.Buffer:
+        """The segment with another footer, its checksum right; the columns as they are."""
+        file = pq.ParquetFile(pa.BufferReader(data))
+        told = json.loads(file.schema_arrow.metadata[FOOTER])
+        del told["footer_checksum"]
+        change(told)
+        text = json.dumps(told, sort_keys=True)
+        told["footer_checksum"] = blake2b(text.encode(), digest_size=8).hexdigest()
+        sink = pa.BufferOutputStream()
+        rows = file.read().replace_schema_metadata({FOOTER: json.dumps(told, sort_keys=True)})
+        pq.write_table(rows, sink)
+        return sink.getvalue()
+
+    def test_one_from_before_hidden_states_is_read(self) -> None:
+        data = encode(origin(), [(("run", "training"), segment([1, 2]))])
+
+        def as_before(told: dict[str, Any]) -> None:
+            signal = told["origin"]["signal"]
+            signal["top_k"] = signal.pop("width")
+            del told["origin"]["hidden_is"]
+
+        file = SegmentFile(pa.BufferReader(self.rewritten(data, as_before)), "old")
+        assert file.footer == SegmentFile(pa.BufferReader(data), "new").footer
+        assert file.footer.origin == origin()
+        assert file.read(0, ["topk_ids"]).equals(segment([1, 2]).select(["topk_ids"]))
+
+    def test_it_says_which_hidden_state_it_holds_and_another_is_refused(self) -> None:
+        data = encode(origin(HIDDEN), [(("run", "training"), segment([1, 2], HIDDEN))])
+        told = SegmentFile(pa.BufferReader(data), "new").footer.origin
+        assert told.hidden_is == "after the final norm"
+        assert origin().hidden_is is None
+
+        def other_state(told: dict[str, Any]) -> None:
+            told["origin"]["hidden_is"] = "before the final norm"
+
+        with pytest.raises(DamagedSegment, match="those before the final norm; expected after"):
+            SegmentFile(pa.BufferReader(self.rewritten(data, other_state)), "other")
+
+    def test_the_checksum_of_states_is_of_their_values_alone(self) -> None:
+        like = answers(list(range(12)), TOPK)["response_ids"].combine_chunks()
+        states = hidden_states(list(range(12)), like)
+        part = states.slice(3, 5)
+        assert part.flatten().offset > 0
+        whole = pa.array(part.to_pylist(), states.type)
+        chunks = pa.chunked_array([part.slice(0, 2), part.slice(2)])
+        assert checksum(part) == checksum(whole) == checksum(chunks)
+        assert checksum(part) != checksum(states.slice(4, 5))
+        assert checksum(pa.array([], states.type)) != checksum(pa.array([[]], states.type))
+
+    def test_checksums_are_what_they_were_when_older_segments_were_written(self) -> None:
+        logprobs = [[[-0.5, -1.0]], [], [[-2.0, -3.5]]]
+        lists = pa.array(logprobs, pa.list_(pa.list_(pa.float32(), 2)))
+        assert checksum(keys_of([1, 2, 3])) == "501ffc080f014ab1"
+        assert checksum(lists) == "78049016215d212a"
 
 
 class TestDamage:

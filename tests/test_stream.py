@@ -13,7 +13,7 @@ from raystill.cluster.config import RunConfig
 from raystill.cluster.run_folder import HELD_OUT, HELD_OUT_PROMPTS, RunFolder
 from raystill.datasets.plan import epoch_order, num_steps
 from raystill.datasets.schema import row_schema
-from raystill.datasets.segment import Signal
+from raystill.datasets.signal import Signal
 from raystill.datasets.store import TeacherStore, rows_paid_for
 from raystill.datasets.stored_answers import ENGINE, Paying
 from tests import stream_rig as rig

@@ -27,6 +27,7 @@ from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.ledger import Ledger
 from raystill.datasets.plan import epoch_order
 from raystill.datasets.schema import PROMPT_SCHEMA, answer_schema, row_schema
+from raystill.datasets.signal import signal_of
 from raystill.datasets.stored_answers import ENGINE, Paying
 from raystill.datasets.stream import StreamSpec
 from raystill.train.batch import rows_from_table
@@ -181,7 +182,9 @@ def run_once(config, folder, teacher, name, stop=False):
     prompts = folder.join("prompts/train.parquet")
     paying = Paying("run", "training", "teacher", "obedient")
     store = folder.join("store")
-    spec = StreamSpec.from_config(config, prompts, NUM_ROWS, coordinator, APP, store, paying)
+    spec = StreamSpec.from_config(
+        config, prompts, NUM_ROWS, coordinator, APP, store, paying, signal_of(config.signal, {})
+    )
     outcome, errors = {}, []
 
     def work():
