@@ -12,8 +12,10 @@ reports; no row ever passes through it.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from raystill.cluster.check import check_run_file
 from raystill.cluster.explain import describe_fields
@@ -167,5 +169,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
+def leave(code: int) -> NoReturn:
+    """End this process; at once where a thread of a failed run is still inside a call to Ray, whose
+    clean-up at exit would crash under it.
+    """
+    job = sys.modules.get("raystill.cluster.job")
+    if job is not None and job.threads_left():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

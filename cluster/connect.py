@@ -68,12 +68,17 @@ def connect(cluster: ClusterConfig, logs: Path | None) -> None:
         _link_session_logs(ray, logs)
 
 
-def disconnect() -> None:
-    """Leave the cluster, ending it if this process started it; the output is as before."""
+def disconnect(in_use: bool = False) -> None:
+    """Leave the cluster, ending it if this process started it; the output is as before.
+
+    in_use: a thread of this process is inside a call to Ray. Shutting down under it would crash
+    the process, so the connection, and a cluster of this process's own, end with the process.
+    """
     import ray
 
     try:
-        ray.shutdown()
+        if not in_use:
+            ray.shutdown()
     finally:
         _give_back_output()
 

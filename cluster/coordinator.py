@@ -50,6 +50,7 @@ class Coordinator:
         self._outcome: str | None = None
         self._error: str | None = None
         self._stop = 0
+        self._closed = False
 
     # What rank 0 says before anybody iterates
 
@@ -143,9 +144,15 @@ class Coordinator:
         """Something is not in the store: the teacher is needed."""
         self._teacher_wanted.set()
 
-    async def wait_teacher_wanted(self) -> None:
-        """Wait until the teacher is needed."""
+    async def wait_teacher_wanted(self) -> bool:
+        """Wait until the teacher is needed (True), or will not be any more."""
         await self._teacher_wanted.wait()
+        return not self._closed
+
+    async def close(self) -> None:
+        """The driver is about to leave: whoever waits for a wish for the teacher is let go."""
+        self._closed = True
+        self._teacher_wanted.set()
 
     # What the parts report, and the driver reads
 

@@ -39,6 +39,7 @@ from raystill.serve import deploy
 from raystill.train.fit import fit
 
 POLL_S = 0.5
+LEAVE_S = 5.0
 LOADING = "loading the teacher and the student"
 ASKING = "asking the teacher the held-out prompts"
 LOADING_STUDENT = "loading the student"
@@ -71,6 +72,14 @@ class Background(threading.Thread):
             self.work()
         except BaseException as error:
             self.error = error
+
+
+def threads_left(timeout_s: float = 0.0) -> list[Background]:
+    """Background threads that still run after a wait of up to ``timeout_s`` for each."""
+    threads = [t for t in threading.enumerate() if isinstance(t, Background)]
+    for thread in threads:
+        thread.join(timeout_s)
+    return [thread for thread in threads if thread.is_alive()]
 
 
 class StopSignals:
@@ -153,7 +162,7 @@ def connected(config: RunConfig, folder: RunFolder, *, for_check: bool = False) 
     try:
         yield
     finally:
-        connect.disconnect()
+        connect.disconnect(in_use=bool(threads_left(LEAVE_S)))
 
 
 def check_on_cluster(config: RunConfig) -> list[Problem]:
@@ -197,8 +206,11 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Outcome:
     with StopSignals() as signals, LiveView(rows * epochs, steps, folder.path) as view:
         teacher.start()
         student.start()
-        snapshot = watch(teacher, student, coordinator, signals, view, folder)
-    deploy.shutdown_teacher()
+        try:
+            snapshot = watch(teacher, student, coordinator, signals, view, folder)
+        finally:
+            coordinator.close.remote()
+            deploy.shutdown_teacher()
     return Outcome(
         snapshot=snapshot,
         stopped_by=signals.received if snapshot["outcome"] != "completed" else 0,
@@ -225,8 +237,8 @@ def serve_teacher(
     if prepared.num_held_out_rows:
         ask = (folder, config, spec.store_path, paying, spec.app_name, coordinator)
         held_out = [answer_held_out.remote(*ask)]
-    if prepared.stored.covers_all:
-        wait_until_wanted(coordinator, held_out)
+    if prepared.stored.covers_all and not wait_until_wanted(coordinator, held_out):
+        return
     deploy.deploy_teacher(config, prepared.teacher_folder, coordinator, folder.logs)
     deploy.wait_for_teacher(config.teacher.startup_timeout_s)
     if held_out:
@@ -235,13 +247,14 @@ def serve_teacher(
         coordinator.phase.remote(LOADING_STUDENT, after=ASKING)  # Unless the worker is up.
 
 
-def wait_until_wanted(coordinator: Any, others: list[Any]) -> None:
-    """Wait until something is not in the store, or one of ``others`` fails; maybe for ever."""
+def wait_until_wanted(coordinator: Any, others: list[Any]) -> bool:
+    """Wait until something is not in the store, or the run is over: False. Raises as ``others``."""
     wanted = coordinator.wait_teacher_wanted.remote()
     pending = [wanted, *others]
     while wanted in pending:
         done, pending = ray.wait(pending)
         ray.get(done)
+    return bool(ray.get(wanted))
 
 
 def watch(

@@ -152,3 +152,15 @@ def test_counters_add_up_and_a_snapshot_tells_all():
         assert not await waits(c.wait_held_out())
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_who_waits_for_a_wish_for_the_teacher_is_let_go_when_the_driver_leaves(wanted):
+    async def run():
+        c = coordinator()
+        waiting = asyncio.ensure_future(c.wait_teacher_wanted())
+        assert await waits(asyncio.shield(waiting))
+        await (c.want_teacher() if wanted else c.close())
+        assert await waiting == wanted
+
+    asyncio.run(run())
