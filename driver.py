@@ -14,12 +14,13 @@ reports; no row ever passes through it.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from raystill.cluster.check import check_run_file
 from raystill.cluster.explain import describe_fields
 from raystill.cluster.problems import ConfigError, RunError, print_problems
+from raystill.cluster.redact import redact, redact_uncaught_errors
 from raystill.cluster.run_folder import RunFolder
 
 EXIT_FAILED = 1
@@ -36,12 +37,12 @@ def run(arguments: argparse.Namespace) -> int:
     from raystill.cluster import job, report
 
     if job.is_finished(folder, config.training.epochs):
-        print(f"This run is finished; its report, from {folder.path}:")
+        say(f"This run is finished; its report, from {folder.path}:")
         report.print_report(folder)
         return 0
-    print(prepared.describe())
+    say(prepared.describe())
     prepared.fetch_models()
-    print(prepared.describe_stored())
+    say(prepared.describe_stored())
     with job.connected(config, folder):
         if problems := job.check_on_cluster(config):
             return refuse(problems)
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         outcome = job.distil(config, folder, prepared)
     report.write_summary(folder, outcome)
     if outcome.stopped_by:
-        print(f"Stopped after step {outcome.step}; resume with:\n  {resume_command(arguments)}")
+        say(f"Stopped after step {outcome.step}; resume with:\n  {resume_command(arguments)}")
         return 128 + outcome.stopped_by
     report.print_report(folder)
     return 0
@@ -60,7 +61,7 @@ def check(arguments: argparse.Namespace) -> int:
     checked = check_run_file(arguments.run_file, arguments.set)
     problems = checked.problems
     if checked.prepared is not None:
-        print(checked.prepared.describe(), flush=True)
+        say(checked.prepared.describe())
     if checked.config is not None and checked.folder is not None and not arguments.static:
         from raystill.cluster import job
 
@@ -97,6 +98,10 @@ def fields(_: argparse.Namespace) -> int:
     return 0
 
 
+def say(text: str) -> None:
+    print(redact(text), flush=True)
+
+
 def refuse(problems: Sequence[object]) -> int:
     print_problems(problems)
     return EXIT_REFUSED
@@ -109,6 +114,25 @@ def resume_command(arguments: argparse.Namespace) -> str:
     return " ".join(words)
 
 
+def add_run_command(
+    commands: Any, name: str, function: Callable[..., int], sentence: str
+) -> argparse.ArgumentParser:
+    """A command on a run file and its overrides."""
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=sentence, description=function.__doc__
+    )
+    command.add_argument("run_file", metavar="RUN.yaml", help="the run file")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="override one setting, e.g. training.rows_per_step=64 (value read as YAML)",
+    )
+    command.set_defaults(function=function)
+    return command
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="driver.py",
@@ -118,20 +142,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "(a checkpoint was written; the same command resumes).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, function, sentence in (
-        ("run", run, "distil; resumes by itself; a finished run prints its report"),
-        ("check", check, "find every problem before anything is spent (exit 2)"),
-    ):
-        command = commands.add_parser(name, help=sentence, description=function.__doc__)
-        command.add_argument("run_file", metavar="RUN.yaml", help="the run file")
-        command.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="A.B=C",
-            help="override one setting, e.g. training.rows_per_step=64 (value read as YAML)",
-        )
-        command.set_defaults(function=function)
+    add_run_command(
+        commands, "run", run, "distil; resumes by itself; a finished run prints its report"
+    )
+    command = add_run_command(
+        commands, "check", check, "find every problem before anything is spent (exit 2)"
+    )
     command.add_argument("--static", action="store_true", help="only what needs no cluster")
     command = commands.add_parser(
         "report", help="print a run's closing table again, or compare several runs"
@@ -165,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return refuse(error.problems)
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return EXIT_FAILED
 
 
@@ -182,4 +198,5 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    redact_uncaught_errors()
     leave(main())

@@ -5,9 +5,7 @@ outcome, a failure in either thread, or a signal. The main thread only watches; 
 """
 
 import json
-import os
 import platform
-import signal
 import subprocess
 import threading
 import time
@@ -29,7 +27,9 @@ from raystill.cluster.coordinator import start_coordinator
 from raystill.cluster.live import LiveView
 from raystill.cluster.load import config_text
 from raystill.cluster.problems import Problem, RunError
+from raystill.cluster.redact import redacted
 from raystill.cluster.run_folder import RunFolder
+from raystill.cluster.signals import StopSignals
 from raystill.datasets.held_out import answer_held_out
 from raystill.datasets.plan import num_steps
 from raystill.datasets.store import TeacherStore, rows_paid_for
@@ -82,28 +82,6 @@ def threads_left(timeout_s: float = 0.0) -> list[Background]:
     return [thread for thread in threads if thread.is_alive()]
 
 
-class StopSignals:
-    """Turns the first SIGINT/SIGTERM into a flag, and lets the second end the process."""
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._old: dict[int, Any] = {}
-
-    def _on_signal(self, number: int, _frame: Any) -> None:
-        if self.received:
-            os._exit(128 + number)
-        self.received = number
-
-    def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-
 def is_finished(folder: RunFolder, epochs: int) -> bool:
     """Whether the folder holds a completed run of that many epochs or more."""
     if not folder.exists("summary.json"):
@@ -117,7 +95,7 @@ def write_folder(config: RunConfig, folder: RunFolder, prepared: Prepared) -> No
     folder.ensure()
     folder.write_text("config.yaml", config_text(config))
     told = manifest(config, prepared) | {"run_id": run_id(folder) or uuid4().hex}
-    folder.write_text("manifest.json", json.dumps(told, indent=2) + "\n")
+    folder.write_text("manifest.json", json.dumps(redacted(told), indent=2) + "\n")
     prepared.keyed.write(folder, config.stream.group_rows)
 
 

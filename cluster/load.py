@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from raystill.cluster.config import RunConfig
 from raystill.cluster.describe import dotted, problems_of, section_model, value_at
 from raystill.cluster.problems import ConfigError, Problem
+from raystill.cluster.redact import redacted
 from raystill.cluster.strict_yaml import parse_yaml
 from raystill.datasets.config import spell_out_prompts
 
@@ -136,14 +137,18 @@ def _spelled_out(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_text(config: RunConfig) -> str:
-    """The resolved configuration as YAML, every default written out; loads back to the same."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved configuration as YAML, every default written out; loads back to the same.
+
+    Credentials are left out: a copy is for reading and comparing, and nobody runs it.
+    """
+    told = redacted(config.model_dump(mode="json"))
+    return yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
 
 
 def identity_of(config: BaseModel, prefix: str = "") -> dict[str, Any]:
     """The settings that make a run this run and not another: dotted key to JSON value."""
     values: dict[str, Any] = {}
-    dumped = config.model_dump(mode="json")
+    dumped = redacted(config.model_dump(mode="json"))  # An earlier run's copy has no credentials.
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
         extra = info.json_schema_extra

@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from raystill.cluster.redact import redact_log_records
+
 NOISY_LOGGERS = ("ray", "ray.serve", "ray.data", "ray.train", "vllm", "transformers", "py.warnings")
 LINE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -38,6 +40,7 @@ def redirect_output(path: str | os.PathLike[str]) -> Path:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    redact_log_records()
     return target
 
 
@@ -52,6 +55,7 @@ def quiet_driver(path: str | os.PathLike[str]) -> Callable[[], None]:
     handler = logging.FileHandler(target)
     handler.setFormatter(logging.Formatter(LINE_FORMAT))
     undo = [_reroute(logging.getLogger(name), handler) for name in NOISY_LOGGERS]
+    undo.append(redact_log_records())
     capture_was_off = warnings.showwarning is _PLAIN_SHOWWARNING
     logging.captureWarnings(True)
     undo.append(_redirect_native_errors(target))

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from raystill.cluster.redact import redact
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -45,4 +47,4 @@ def print_problems(problems: Sequence[object]) -> None:
     number = f"{len(problems)} problem{'' if len(problems) == 1 else 's'}"
     print(f"{number}, nothing was started:", file=sys.stderr)
     for problem in problems:
-        print(f"  - {problem}", file=sys.stderr)
+        print(f"  - {redact(str(problem))}", file=sys.stderr)

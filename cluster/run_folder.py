@@ -17,6 +17,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raystill.cluster.problems import ConfigError, Problem
+from raystill.cluster.redact import redact
 
 if TYPE_CHECKING:
     from raystill.cluster.config import RunConfig
@@ -53,7 +54,7 @@ class RunFolder:
         self.path = path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
     def __repr__(self) -> str:
-        return f"RunFolder({self.path!r})"
+        return f"RunFolder({redact(self.path)!r})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RunFolder) and self.path == other.path

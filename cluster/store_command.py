@@ -9,6 +9,7 @@ from rich.table import Table
 
 from raystill.cluster import wording
 from raystill.cluster.problems import RunError
+from raystill.cluster.redact import redact
 from raystill.datasets.segment import Origin
 from raystill.datasets.store import TeacherStore
 from raystill.datasets.store_upkeep import compact, prune, verify
@@ -32,7 +33,7 @@ def store_command(action: str, path: str, teacher: str | None = None, dry_run: b
         return 0
     damaged = verify(store, _progress("verifying"))
     for why in damaged.values():
-        print(f"  - {why}")
+        print(redact(f"  - {why}"))
     if action == "prune":
         names = prune(store, damaged, teacher, dry_run)
         said = "would be removed" if dry_run else "removed"
@@ -73,7 +74,7 @@ def _list(store: TeacherStore) -> int:
         f"{wording.count(catalogue.duplicates)}; refused segments {len(catalogue.refused)}"
     )
     for why in catalogue.refused.values():
-        print(f"  - {why}")
+        print(redact(f"  - {why}"))
     return 0
 
 

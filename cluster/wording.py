@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from raystill.cluster.redact import redact
+
 NOTHING = "-"
 
 
@@ -52,9 +54,12 @@ def figure(number: float | None, digits: int = 3) -> str:
 
 
 def path(name: str) -> str:
-    """A path as short as it can be typed here: relative where it lies below this folder."""
+    """A path as short as it can be typed here: relative where it lies below this folder.
+
+    A URI is shown without credentials.
+    """
     if "://" in name:
-        return name
+        return redact(name)
     here = os.path.relpath(name)
     return name if here.startswith("..") else here
 

@@ -58,7 +58,7 @@ def write_run_file(folder: Path, **changes: dict[str, Any]) -> Path:
         "output": {"path": str(folder / "run")},
     }
     for section, values in changes.items():
-        config[section] |= values
+        config[section] = config.get(section, {}) | values
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / "synthetic.yaml"
     run_file.write_text(yaml.safe_dump(config))
