@@ -9,6 +9,7 @@ reports; no row ever passes through it.
     python driver.py check configs/quickstart.yaml
     python driver.py report runs/quickstart
     python driver.py store list runs/teacher_store
+    python driver.py submit configs/quickstart.yaml --address http://127.0.0.1:8265
 """
 
 import argparse
@@ -73,6 +74,24 @@ def check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def submit(arguments: argparse.Namespace) -> int:
+    """Run it on a cluster as a Ray job: ship this folder, show the job's log, pass signals on."""
+    from raystill.cluster.submit import Submission
+    from raystill.cluster.submit import submit as submit_job
+
+    return submit_job(
+        Submission(
+            run_file=arguments.run_file,
+            address=arguments.address,
+            overrides=arguments.set,
+            working_dir=arguments.working_dir,
+            stop_wait_s=arguments.stop_wait_s,
+            python=arguments.python,
+            variables=arguments.env,
+        )
+    )
+
+
 def print_report(arguments: argparse.Namespace) -> int:
     """The closing table of a run, or several runs side by side, from their folders alone."""
     from raystill.cluster import report
@@ -133,6 +152,32 @@ def add_run_command(
     return command
 
 
+def add_submit_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--address", required=True, metavar="URL", help="its dashboard, e.g. http://127.0.0.1:8265"
+    )
+    command.add_argument(
+        "--working-dir", default=".", metavar="FOLDER", help="the code that is shipped (default: .)"
+    )
+    command.add_argument(
+        "--stop-wait-s",
+        type=int,
+        default=900,
+        metavar="N",
+        help="seconds a stopped job has for its checkpoint before Ray kills it (default: 900)",
+    )
+    command.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="a variable of the job; without a value this shell's, e.g. HF_TOKEN",
+    )
+    command.add_argument(
+        "--python", default="python", help="the cluster's Python with the pinned packages"
+    )
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="driver.py",
@@ -149,6 +194,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         commands, "check", check, "find every problem before anything is spent (exit 2)"
     )
     command.add_argument("--static", action="store_true", help="only what needs no cluster")
+    add_submit_options(add_run_command(commands, "submit", submit, "run it on a cluster, as a job"))
     command = commands.add_parser(
         "report", help="print a run's closing table again, or compare several runs"
     )

@@ -31,7 +31,10 @@ QUIET_LOCALLY = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1.0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-NOT_SHIPPED = [".git", ".venv", "models", "runs", "build", "tests", "docs", "benchmarks/results"]
+NOT_SHIPPED = [
+    *(".git", ".venv", "models", "runs", "build", "tests", "docs", "benchmarks/results"),
+    *("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"),
+]
 
 # Ray's libraries read these when they are imported, so they are set before.
 for _name, _value in QUIET.items():

@@ -15,6 +15,7 @@ PLACES_RAY = {
     "cluster/connect.py",
     "cluster/coordinator.py",
     "cluster/job.py",
+    "cluster/submit.py",
     "datasets/answer.py",
     "datasets/teacher_calls.py",
     "datasets/held_out.py",
