@@ -17,7 +17,7 @@ from raystill.train.config import ObjectiveConfig, StudentConfig, TrainingConfig
 
 
 class ClusterConfig(ConfigModel):
-    """The Ray cluster the run uses, and how long it is waited for."""
+    """The Ray cluster the run uses."""
 
     address: str | None = operational(
         None, description="Ray address; default: RAY_ADDRESS if set, else a local cluster."
@@ -30,9 +30,6 @@ class ClusterConfig(ConfigModel):
     )
     shared_filesystem: bool = operational(
         False, description="Local paths mean the same folder on every node (NFS and the like)."
-    )
-    wait_timeout_s: float = operational(
-        900.0, gt=0, description="Longest wait for resources, seconds."
     )
     dashboard: bool = operational(
         False, description="Start Ray's dashboard on loopback with a local cluster."

@@ -23,6 +23,7 @@ HINTS = {
     "stop_sequences": "stop strings are not supported; set teacher.sampling.stop_token_ids",
     "batch_size": "set training.rows_per_step (rows of one optimizer step, all workers)",
     "lr": "did you mean training.learning_rate?",
+    "wait_timeout_s": "set training.startup_timeout_s and teacher.startup_timeout_s",
 }
 
 

@@ -30,6 +30,7 @@ from raystill.cluster.problems import Problem, RunError
 from raystill.cluster.redact import redacted
 from raystill.cluster.run_folder import RunFolder
 from raystill.cluster.signals import StopSignals
+from raystill.cluster.waiting import Waits
 from raystill.datasets.held_out import answer_held_out
 from raystill.datasets.plan import num_steps
 from raystill.datasets.store import TeacherStore, rows_paid_for
@@ -185,7 +186,7 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Outcome:
         teacher.start()
         student.start()
         try:
-            snapshot = watch(teacher, student, coordinator, signals, view, folder)
+            snapshot = watch(config, teacher, student, coordinator, signals, view, folder)
         finally:
             coordinator.close.remote()
             deploy.shutdown_teacher()
@@ -236,6 +237,7 @@ def wait_until_wanted(coordinator: Any, others: list[Any]) -> bool:
 
 
 def watch(
+    config: RunConfig,
     teacher: Background,
     student: Background,
     coordinator: Any,
@@ -244,7 +246,7 @@ def watch(
     folder: RunFolder,
 ) -> dict[str, Any]:
     """Show the run until the student has ended; raise what went wrong in either thread."""
-    asked_to_stop = False
+    asked_to_stop, waits = False, Waits(config)
     while student.is_alive():
         snapshot = ray.get(coordinator.snapshot.remote())
         view.update(snapshot)
@@ -252,6 +254,11 @@ def watch(
             raise failure("the teacher", teacher.error, folder) from teacher.error
         if snapshot["error"]:
             raise RunError(snapshot["error"])
+        for line in waits.look(teacher.is_alive()):
+            view.note(line)
+        if signals.received and waits.without_workers:
+            view.note("stopping: no worker has a place, so no newer checkpoint can be written")
+            return snapshot
         if signals.received and not asked_to_stop:
             asked_to_stop = True
             if not snapshot["progress"]:

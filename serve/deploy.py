@@ -14,8 +14,9 @@ import ray
 from ray import serve
 
 from raystill.cluster.config import RunConfig
-from raystill.cluster.placement import describe, teacher_bundles
+from raystill.cluster.placement import add_up, describe, teacher_bundles
 from raystill.cluster.problems import RunError
+from raystill.cluster.wording import plural
 from raystill.serve.config import ReplicasConfig
 from raystill.serve.teacher import ReplicaSettings, Teacher
 from raystill.serve.vllm_engine import PROBE_TIMEOUT_S
@@ -31,6 +32,7 @@ SHUTDOWN_TIMEOUT_S = 10.0
 OTHER_REQUESTS = 2
 
 _logs: Path | None = None
+_asked = ""
 
 
 def deploy_teacher(
@@ -44,7 +46,7 @@ def deploy_teacher(
         coordinator: Handle of the coordinator actor that gets the counters, or None.
         logs: Folder of ``teacher-<n>.log``, or None to leave output with Ray's own logs.
     """
-    global _logs
+    global _logs, _asked
     _logs = logs
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0 or config.teacher.accelerator_type
     settings = ReplicaSettings(
@@ -55,6 +57,7 @@ def deploy_teacher(
         gpus=_gpus(config, bool(has_gpus)),
         replicas_per_node=_replicas_per_node(config),
     )
+    _asked = asked_for(config, bool(has_gpus))
     serve.start(proxy_location="Disabled")
     options = deployment_options(config, bool(has_gpus))
     deployment = serve.deployment(Teacher, name=DEPLOYMENT, **options)
@@ -115,9 +118,26 @@ def wait_for_teacher(
     raise RunError(
         f"the teacher was not up within teacher.startup_timeout_s ({timeout_s:.0f} s); the cluster "
         f"has {describe(ray.cluster_resources())}, of which free "
-        f"{describe(ray.available_resources())}; free or add resources, or raise the time "
-        f"limit{_log_hint()}"
+        f"{describe(ray.available_resources())}, and the teacher asks for {_asked}; free or add "
+        f"resources, or raise the time limit{_log_hint()}"
     )
+
+
+def asked_for(config: RunConfig, has_gpus: bool) -> str:
+    """The first replicas and their resources, in words: ``2 replicas of CPU: 4, GPU: 4 each``."""
+    replicas = config.teacher.num_replicas
+    first = max(1, replicas.min) if isinstance(replicas, ReplicasConfig) else replicas
+    return (
+        f"{plural(first, 'replica')} of {describe(add_up(teacher_bundles(config, has_gpus)))} each"
+    )
+
+
+def waits_for_resources() -> bool:
+    """Whether a starting replica has been without a place for half a minute, as Serve tells it."""
+    told = serve.status().applications.get(APP_NAME)
+    if told is None or told.status.value != "DEPLOYING":
+        return False
+    return any("to be scheduled" in deployment.message for deployment in told.deployments.values())
 
 
 def teacher_handle() -> Any:

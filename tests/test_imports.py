@@ -16,6 +16,7 @@ PLACES_RAY = {
     "cluster/coordinator.py",
     "cluster/job.py",
     "cluster/submit.py",
+    "cluster/waiting.py",
     "datasets/answer.py",
     "datasets/teacher_calls.py",
     "datasets/held_out.py",

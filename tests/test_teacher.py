@@ -291,8 +291,11 @@ def test_a_teacher_no_node_can_hold_says_what_there_is(ray_serve: None, tmp_path
     waits: list[float] = []
     try:
         deploy.deploy_teacher(config, "nowhere", None, None)
-        with pytest.raises(RunError, match=r"startup_timeout_s \(3 s\); the cluster has CPU"):
+        with pytest.raises(
+            RunError, match=r"startup_timeout_s \(3 s\); the cluster has CPU"
+        ) as told:
             deploy.wait_for_teacher(3.0, waits.append)
     finally:
         serve.delete(deploy.APP_NAME)
+    assert "the teacher asks for 1 replica of CPU: 1, moon: 1 each" in str(told.value)
     assert waits and waits == sorted(waits)

@@ -150,6 +150,12 @@ class TrainingConfig(ConfigModel):
         description="Seconds between looks for room for more workers, with [min, max]; growing "
         "restarts the workers from the last checkpoint.",
     )
+    startup_timeout_s: float = operational(
+        1800.0,
+        gt=0,
+        description="Longest wait for the workers' places, seconds: at the start, and when nodes "
+        "have gone.",
+    )
     learning_rate: float = identity(1e-4, gt=0, description="Peak learning rate.")
     schedule: Literal["cosine", "constant"] = identity(
         "cosine", description="Learning rate after warm-up."
