@@ -62,13 +62,14 @@ def kl(a, b):
     return (a[used] * (a[used] / b[used]).log()).sum()
 
 
-def slow_divergence(name, p, q):
+def slow_divergence(name, p, q, has_tail=True):
     """One token's divergence of the teacher's p from the student's q, [M] probabilities each."""
     if name == "forward_kl":
         return kl(p, q)
     if name == "reverse_kl":
         lifted = p.clone()
-        lifted[-1] = max(p[-1].item(), min(q[-1].item(), FLOOR))
+        if has_tail:
+            lifted[-1] = max(p[-1].item(), min(q[-1].item(), FLOOR))
         return kl(q, lifted) + lifted.sum() - q.sum()
     if name == "jsd":
         return BETA * kl(p, BETA * p + (1 - BETA) * q) + (1 - BETA) * kl(

@@ -102,6 +102,58 @@ def test_rows_are_views_of_the_tables_buffers():
     assert column.null_count == 0
 
 
+def hidden_table(width=4):
+    """Three rows of 2, 0 and 3 response tokens whose hidden states count up from 0."""
+    lengths = (2, 0, 3)
+    bits = np.arange(sum(lengths) * width, dtype=np.uint16).reshape(-1, width)
+    parts = np.split(bits, np.cumsum(lengths)[:-1])
+    columns = {
+        "row": [0, 1, 2],
+        "position": [0, 1, 2],
+        "prompt_ids": [[1]] * 3,
+        "response_ids": [[5] * n for n in lengths],
+        "finish_reason": ["stop"] * 3,
+        "sampled_logprobs": [[-1.0] * n for n in lengths],
+    }
+    hidden = [[state.tobytes() for state in part] for part in parts]
+    table = pa.table(columns)
+    return table.append_column("hidden", pa.array(hidden, pa.list_(pa.binary(2 * width)))), bits
+
+
+def test_hidden_states_are_views_of_the_tables_buffers():
+    table, bits = hidden_table()
+    rows = rows_from_table(table)
+    assert [row.hidden.shape for row in rows] == [(2, 4), (0, 4), (3, 4)]
+    np.testing.assert_array_equal(np.concatenate([row.hidden for row in rows]), bits)
+    address = table.column("hidden").chunk(0).values.buffers()[1].address
+    assert rows[2].hidden.ctypes.data == address + bits[:2].nbytes
+    assert rows[2].hidden.dtype == np.uint16
+    (last,) = rows_from_table(table.slice(2))
+    np.testing.assert_array_equal(last.hidden, bits[2:])
+    assert rows_from_table(table.slice(1, 1))[0].hidden.shape == (0, 4)
+
+
+def test_hidden_states_reach_the_micro_batch_as_bfloat16():
+    table, _ = hidden_table()
+    states = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rows = [row for row in rows_from_table(table) if len(row.response_ids)]
+    for row, part in zip(rows, states.split([2, 3]), strict=True):
+        row.hidden = part.view(torch.uint16).numpy()
+    batch = collate(rows, "hidden", 60)
+    assert torch.equal(batch.teacher_hidden, states) and batch.partition is None
+    without_context = rows[1]
+    without_context.prompt_ids = without_context.prompt_ids[:0]
+    assert torch.equal(collate(rows, "hidden", 60).teacher_hidden, states[[0, 1, 3, 4]])
+    moved = batch.to("meta")
+    assert moved.teacher_hidden.device.type == "meta"
+    rows[0].hidden = np.full((2, 4), 0x7FC0, np.uint16)
+    with pytest.raises(ValueError, match=r"hidden state of token 0.*ask it again"):
+        collate(rows, "hidden", 60)
+    rows[0].hidden = None
+    with pytest.raises(ValueError, match=r"hidden is missing; expected one entry for each"):
+        collate(rows, "hidden", 60)
+
+
 def test_a_missing_signal_is_named():
     table = make_table(2)
     column = pa.array([None, [0.5]], pa.list_(pa.float32()))
@@ -207,9 +259,10 @@ def test_an_incomplete_signal_is_refused():
         collate([make_row(7, [11], [12])], "sampled", 60)
 
 
-@pytest.mark.parametrize("kind", ["text", "sampled", "topk"])
+@pytest.mark.parametrize("kind", ["text", "sampled", "topk", "hidden"])
 def test_a_dummy_is_one_token_without_weight(kind):
     batch = dummy_micro_batch(kind, 4)
     assert batch.weights.tolist() == [0.0]
     assert (batch.num_rows, batch.num_tokens) == (0, 0)
-    assert (batch.partition is None) == (kind == "text")
+    assert (batch.partition is None) == (kind in ("text", "hidden"))
+    assert kind != "hidden" or batch.teacher_hidden.tolist() == [[0.0] * 4]

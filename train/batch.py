@@ -5,7 +5,7 @@ copy, `cut_micro_batches` groups them under a token budget, `collate` pads one g
 `MicroBatch`. No Ray, no vLLM.
 
 Legend: B rows, S padded length, P prompt tokens, T response tokens, N response tokens of a
-micro-batch that have a context, K teacher ids kept for each.
+micro-batch that have a context, K teacher ids kept for each, D the teacher's hidden size.
 
 The shift, stated once: position j of the input predicts token j + 1. Response token t (from 0) of
 a row stands at P + t, so its logits are those of position P + t - 1. The last response token
@@ -30,7 +30,8 @@ class Row:
     """One prompt with the teacher's answer; arrays are views of the delivered table.
 
     prompt_ids int32 [P]; response_ids int32 [T], its stop token included; the signal, where the
-    kind has it: sampled_logprobs [T], topk_ids and topk_logprobs [T, K], tail_logprob [T], nats.
+    kind has it: sampled_logprobs [T], topk_ids and topk_logprobs [T, K], tail_logprob [T], nats;
+    hidden uint16 [T, D], the bits of bfloat16.
     """
 
     position: int
@@ -42,6 +43,7 @@ class Row:
     topk_ids: np.ndarray | None = None
     topk_logprobs: np.ndarray | None = None
     tail_logprob: np.ndarray | None = None
+    hidden: np.ndarray | None = None
 
     @property
     def num_inputs(self) -> int:
@@ -61,7 +63,8 @@ class MicroBatch:
     input_ids, position_ids int64 [B, S]; attention_mask None: under causal attention no real
     token sees what stands to its right. logit_index int64 [N] points into the B * S flattened
     positions, targets int64 [N] are the tokens predicted there, weights float32 [N] their share
-    in the loss. padded_tokens is B * S, input_tokens how many of these are real.
+    in the loss. padded_tokens is B * S, input_tokens how many of these are real. The teacher's
+    word is ``partition``, or for a ``hidden`` signal teacher_hidden, bfloat16 [N, D].
     """
 
     input_ids: Tensor
@@ -75,10 +78,12 @@ class MicroBatch:
     num_tokens: int
     input_tokens: int
     padded_tokens: int
+    teacher_hidden: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same micro-batch on another device."""
-        names = ("input_ids", "position_ids", "logit_index", "targets", "weights")
+        names = ["input_ids", "position_ids", "logit_index", "targets", "weights"]
+        names += ["teacher_hidden"] if self.teacher_hidden is not None else []
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         partition = self.partition.to(device) if self.partition is not None else None
         return replace(self, partition=partition, **moved)
@@ -103,11 +108,14 @@ def rows_from_table(table: pa.Table) -> list[Row]:
     return rows
 
 
-_SIGNAL_COLUMNS = ("sampled_logprobs", "topk_ids", "topk_logprobs", "tail_logprob")
+_SIGNAL_COLUMNS = ("sampled_logprobs", "topk_ids", "topk_logprobs", "tail_logprob", "hidden")
 
 
 def _list_views(column: pa.Array, name: str) -> list[np.ndarray]:
-    """One view a row of a list column: [T], or [T, K] for lists of fixed-size lists."""
+    """One view a row of a list column: [T], or [T, K] for lists of fixed-size lists.
+
+    Of fixed-size binary values (2 bytes a component) uint16 [T, D].
+    """
     if column.null_count:
         raise ValueError(f"column {name} has {column.null_count} rows without a value; expected 0")
     offsets = column.offsets.to_numpy()
@@ -117,9 +125,22 @@ def _list_views(column: pa.Array, name: str) -> list[np.ndarray]:
         # .values ignores the slice of a fixed-size list, .flatten() would copy around nulls.
         flat = values.values.slice(values.offset * width, len(values) * width)
         array = flat.to_numpy(zero_copy_only=True).reshape(-1, width)
+    elif pa.types.is_fixed_size_binary(values.type):
+        array = _components(values)
     else:
         array = values.to_numpy(zero_copy_only=True)
     return [array[offsets[i] : offsets[i + 1]] for i in range(len(column))]
+
+
+def _components(values: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """uint16 [length, D] of fixed-size binary values, a view."""
+    width = values.type.byte_width // 2
+    buffer = values.buffers()[1]
+    if buffer is None or len(values) == 0:
+        return np.empty((0, width), dtype=np.uint16)
+    first = values.offset * width
+    flat = np.frombuffer(buffer, dtype=np.uint16)[first : first + len(values) * width]
+    return flat.reshape(-1, width)
 
 
 def cut_micro_batches(rows: Sequence[Row], tokens_budget: int) -> list[list[Row]]:
@@ -186,27 +207,41 @@ def collate(
         num_tokens=len(flat_targets),
         input_tokens=int(lengths.sum()),
         padded_tokens=len(rows) * padded,
+        teacher_hidden=_teacher_hidden(rows) if signal_kind == "hidden" else None,
     )
 
 
 def _partition(
     rows: Sequence[Row], signal_kind: str, student_vocab: int, targets: Tensor
 ) -> Partition | None:
-    """The rows' signal as one partition of N tokens; None for ``text``."""
-    if signal_kind == "text":
+    """The rows' signal as one partition of N tokens; None for ``text`` and ``hidden``."""
+    if signal_kind in ("text", "hidden"):
         return None
     if signal_kind == "sampled":
-        logprobs = _signal(rows, "sampled_logprobs")
+        logprobs = signal_column(rows, "sampled_logprobs")
         return sampled_partition(targets, logprobs, student_vocab)
     if signal_kind == "topk":
         names = ("topk_ids", "topk_logprobs", "tail_logprob")
-        ids, logprobs, tail = (_signal(rows, name) for name in names)
+        ids, logprobs, tail = (signal_column(rows, name) for name in names)
         return topk_partition(ids, logprobs, tail, student_vocab)
-    raise ValueError(f"signal {signal_kind!r} is unknown; expected text, sampled or topk")
+    raise ValueError(f"signal {signal_kind!r} is unknown; expected text, sampled, topk or hidden")
 
 
-def _signal(rows: Sequence[Row], name: str) -> Tensor:
-    """One signal column of the loss-bearing tokens of all rows: [N] or [N, K]."""
+def _teacher_hidden(rows: Sequence[Row]) -> Tensor:
+    """bfloat16 [N, D]. Raises ValueError where a component is no number."""
+    hidden = signal_column(rows, "hidden").view(torch.bfloat16)
+    finite = torch.isfinite(hidden).all(dim=1)
+    if not bool(finite.all()):
+        token = int((~finite).nonzero()[0, 0])
+        raise ValueError(
+            f"the teacher's hidden state of token {token} has a component that is infinite or no "
+            "number; expected finite ones; the teacher's answer is broken, ask it again"
+        )
+    return hidden
+
+
+def signal_column(rows: Sequence[Row], name: str) -> Tensor:
+    """One signal column of the loss-bearing tokens of all rows: [N], [N, K] or [N, D]."""
     parts = []
     for row in rows:
         values = getattr(row, name)
@@ -220,16 +255,21 @@ def _signal(rows: Sequence[Row], name: str) -> Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def dummy_micro_batch(signal_kind: str, top_k: int = 1) -> MicroBatch:
-    """One token of weight 0: the forward and backward pass of a worker that has no rows left."""
-    size = 1 if signal_kind == "sampled" else top_k
-    partition = None
-    if signal_kind != "text":
+def dummy_micro_batch(signal_kind: str, width: int = 1) -> MicroBatch:
+    """One token of weight 0: the forward and backward pass of a worker that has no rows left.
+
+    width: D of a ``hidden`` signal; any K will do for ``topk``.
+    """
+    partition = hidden = None
+    if signal_kind == "hidden":
+        hidden = torch.zeros(1, width, dtype=torch.bfloat16)
+    elif signal_kind != "text":
         # All mass in the tail: any K is valid, whatever the student's vocabulary.
+        size = 1 if signal_kind == "sampled" else width
         log_p = torch.full((1, size + 1), -torch.inf)
         log_p[:, -1] = 0.0
         partition = Partition(torch.full((1, size), -1), log_p)
     zero = torch.zeros(1, dtype=torch.long)
     return MicroBatch(
-        zero[None], None, zero[None], zero, zero, torch.zeros(1), partition, 0, 0, 0, 1
+        zero[None], None, zero[None], zero, zero, torch.zeros(1), partition, 0, 0, 0, 1, hidden
     )

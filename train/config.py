@@ -107,6 +107,19 @@ class ObjectiveConfig(ConfigModel):
         0.0, ge=0, description="Weight of cross entropy on the response tokens."
     )
 
+    temperature: float = identity(
+        1.0,
+        gt=0,
+        le=100,
+        description="Divides both sides' logits in every divergence, not in cross_entropy; other "
+        "than 1 with signal.kind: hidden only.",
+    )
+    temperature_squared: bool = identity(
+        False,
+        description="Multiply divergences by the squared temperature, so that their gradients keep "
+        "their size.",
+    )
+
     @model_validator(mode="after")
     def _something(self) -> "ObjectiveConfig":
         if not self.weights:
@@ -120,6 +133,13 @@ class ObjectiveConfig(ConfigModel):
     def weights(self) -> dict[str, float]:
         """Terms with a weight above zero, by name."""
         return {name: weight for name in TERMS if (weight := getattr(self, name)) > 0}
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """What each term in use is multiplied by: its weight, and T^2 for a divergence if asked."""
+        squared = self.temperature**2 if self.temperature_squared else 1.0
+        weights = self.weights.items()
+        return {name: w if name == "cross_entropy" else w * squared for name, w in weights}
 
     @property
     def divergences(self) -> list[str]:

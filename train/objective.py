@@ -10,7 +10,8 @@ Legend: N response tokens, K teacher ids kept for each, V student vocabulary, p 
     a divergence  d(p, q) over the K ids and tau, as `divergence` defines it
     cross_entropy -log q_target
 
-The temperature is 1 on both sides. Nothing is renormalised over the K ids and nothing is clamped.
+The temperature is 1 on both sides; `hidden_objective` has the full vocabulary, and the temperature.
+Nothing is renormalised over the K ids and nothing is clamped.
 """
 
 import math
@@ -36,7 +37,8 @@ class ObjectiveSums(NamedTuple):
     """Sums over one micro-batch's tokens, each token times its weight.
 
     total: what is differentiated, sum over terms of term weight x term. terms: each term alone,
-    without its term weight, detached. The tail masses are of the partition; None without one.
+    without its term weight, detached. The tail masses are of the outcome that holds all ids without
+    one of their own (for a `hidden` signal the padding, mostly 0); None for the `text` signal.
     floored_tokens: how many tokens of a weight above 0 used the floor; None without reverse_kl.
     """
 
@@ -91,16 +93,48 @@ def _floored_reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return divergence.reverse_kl(floored(log_p, log_q)[0], log_q)
 
 
-class TokenObjective:
-    """The objective on the tokens of one micro-batch (a `head_loss.ChunkObjective`).
+class WeightedTerms:
+    """The terms of an objective on one micro-batch, and their sums over its tokens.
 
     Figures of a token, one column each: the terms in the order of ``names``, the teacher's and the
-    student's tail mass, and 1 where the floor was used. A `text` signal is the partition {target,
-    rest} of which only the target's probability is used; its tail masses mean nothing.
+    student's tail mass, and 1 where the floor was used. ``factors``: what each term is multiplied
+    by in the total, its weight and, if asked for, the squared temperature.
+    """
+
+    def __init__(self, objective: ObjectiveConfig, micro_batch: MicroBatch) -> None:
+        self.targets = micro_batch.targets
+        self.token_weights = micro_batch.weights
+        self.factors = objective.factors
+        self.names = list(self.factors)
+
+    def total(self, figures: Tensor) -> Tensor:
+        """Sum over tokens and terms of token weight x factor x term."""
+        factors = figures.new_tensor(list(self.factors.values()))
+        return (self._weighted(figures[:, : len(self.names)]).sum(dim=0) * factors).sum()
+
+    def sums(self, total: Tensor, figures: Tensor) -> ObjectiveSums:
+        """All sums of the micro-batch; ``total`` is the one that is differentiable."""
+        *terms, teacher, student = self._weighted(figures[:, :-1]).sum(dim=0).unbind()
+        named = dict(zip(self.names, terms, strict=True))
+        used = None
+        if "reverse_kl" in named:
+            used = (figures[:, -1] * (self.token_weights > 0)).sum()
+        return ObjectiveSums(total, named, teacher, student, used)
+
+    def _weighted(self, figures: Tensor) -> Tensor:
+        return figures * self.token_weights.to(figures.dtype)[:, None]
+
+
+class TokenObjective(WeightedTerms):
+    """The objective on the tokens of one micro-batch (a `head_loss.ChunkObjective`).
+
+    A `text` signal is the partition {target, rest} of which only the target's probability is used;
+    its tail masses mean nothing.
     """
 
     def __init__(self, objective: ObjectiveConfig, micro_batch: MicroBatch) -> None:
         """Raises ValueError where the objective has a term that a `text` signal cannot serve."""
+        super().__init__(objective, micro_batch)
         if micro_batch.partition is None and objective.divergences:
             raise ValueError(
                 f"objective {objective.divergences} does not fit the signal; expected "
@@ -108,10 +142,6 @@ class TokenObjective:
                 "signal.kind: topk"
             )
         self.partition = micro_batch.partition
-        self.targets = micro_batch.targets
-        self.token_weights = micro_batch.weights
-        self.term_weights = objective.weights
-        self.names = list(objective.weights)
         self.divergences = divergences(objective)
 
     def differentiate(self, z: Tensor, rows: slice) -> Tensor:
@@ -123,7 +153,7 @@ class TokenObjective:
         log_p = torch.zeros_like(log_q) if partition is None else partition.log_p[rows].to(z.dtype)
         grad_log_q, grad_target = torch.zeros_like(log_q), torch.zeros_like(outcomes.log_q_target)
         figures = []
-        for name, weight in self.term_weights.items():
+        for name, weight in self.factors.items():
             if name == "cross_entropy":
                 figures.append(-outcomes.log_q_target)
                 grad_target -= weight
@@ -139,24 +169,12 @@ class TokenObjective:
         figures += [log_p[:, -1].exp(), log_q[:, -1].exp(), used_floor]
         return torch.stack(figures, dim=1)
 
-    def total(self, figures: Tensor) -> Tensor:
-        """Sum over tokens and terms of token weight x term weight x term."""
-        factors = figures.new_tensor(list(self.term_weights.values()))
-        return (self._weighted(figures[:, : len(self.names)]).sum(dim=0) * factors).sum()
-
     def sums(self, total: Tensor, figures: Tensor) -> ObjectiveSums:
-        """All sums of the micro-batch; ``total`` is the one that is differentiable."""
-        *terms, teacher, student = self._weighted(figures[:, :-1]).sum(dim=0).unbind()
-        named = dict(zip(self.names, terms, strict=True))
+        """As of every objective; without a partition there are no tails."""
+        sums = super().sums(total, figures)
         if self.partition is None:
-            return ObjectiveSums(total, named, None, None, None)
-        used = None
-        if "reverse_kl" in named:
-            used = (figures[:, -1] * (self.token_weights > 0)).sum()
-        return ObjectiveSums(total, named, teacher, student, used)
-
-    def _weighted(self, figures: Tensor) -> Tensor:
-        return figures * self.token_weights.to(figures.dtype)[:, None]
+            return sums._replace(teacher_tail_mass=None, student_tail_mass=None)
+        return sums
 
 
 @torch.no_grad()

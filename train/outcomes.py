@@ -162,7 +162,11 @@ class _Slots:
 
 
 def _blocks(z: Tensor) -> list[slice]:
-    """Row slices of z [n, V] that have about the block size in the precision of the sums."""
-    limit = CPU_BLOCK_BYTES if z.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    return row_blocks(z, CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES)
+
+
+def row_blocks(z: Tensor, cpu_bytes: int, device_bytes: int) -> list[slice]:
+    """Row slices of z [n, V] that have about the given size in the precision of the sums."""
+    limit = cpu_bytes if z.device.type == "cpu" else device_bytes
     rows = max(1, limit // (z.shape[1] * sum_dtype(z.dtype).itemsize))
     return [slice(start, start + rows) for start in range(0, len(z), rows)]
