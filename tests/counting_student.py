@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from raystill.train.batch_maker import BatchMaker
 from raystill.train.step import NUM_FIXED_FIGURES, GlobalStep
 from raystill.train.worker import Job, Worker, run_worker
 
@@ -66,6 +67,10 @@ class CountingWorker(Worker):
         step.total_steps = self.total_steps
         step.device = self.device
         step.world_size = self.ranks.world_size
+        step.teacher = None
+        step.batches = BatchMaker(
+            step.objective, step.training, step.signal_kind, self.vocab, None, self.device
+        )
         step._warned_at = 0
         step._term_names = sorted(step.objective.weights)
         return step

@@ -4,7 +4,6 @@ Run as a script this file is one of two gloo workers (see `two_workers`).
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,11 +22,13 @@ from tests.tiny_student import (
     VOCAB,
     flat,
     gradients_of_first_step,
+    join_workers,
     make_row,
     make_step,
     relative_error,
     tiny_module,
     training_config,
+    two_workers,
 )
 
 # Rows of each step held by rank 0 and rank 1: uneven, rank 1 empty at step 1, rank 0 at step 2.
@@ -204,25 +205,8 @@ def train(dtype, rank=0, world_size=1):
     return {"grads": grads, "parameters": flat(inner.parameters()), "figures": figures}
 
 
-def two_workers(folder):
-    """Two gloo processes running this file; returns what each of them saved."""
-    root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment)
-        for rank in range(2)
-    ]
-    try:
-        codes = [process.wait(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
 def test_two_workers_with_uneven_and_empty_shares_train_as_one(tmp_path):
-    ranks = two_workers(tmp_path)
+    ranks = two_workers(__file__, tmp_path)
     for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
         alone = train(dtype)
         for rank in ranks:
@@ -238,10 +222,7 @@ def test_two_workers_with_uneven_and_empty_shares_train_as_one(tmp_path):
 
 
 def worker_main(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+    join_workers(rank, folder)
     found = {"float32": train(torch.float32, rank, 2), "float64": train(torch.float64, rank, 2)}
     module = torch.nn.parallel.DistributedDataParallel(tiny_module())
     if rank == 1:

@@ -23,11 +23,12 @@ from transformers import (
     PhiForCausalLM,
 )
 
+from raystill.cluster.config import RunConfig
 from raystill.cluster.find_model import ModelFolder
 from raystill.cluster.problems import RunError
 from raystill.train import teacher_head as module
 from raystill.train.head_tensors import find_head, stored_tensors
-from raystill.train.teacher_head import read_teacher_head
+from raystill.train.teacher_head import head_of_signal, read_teacher_head
 
 MODELS = Path(__file__).resolve().parents[1] / "models"
 VOCAB = 40
@@ -153,6 +154,24 @@ def test_a_head_that_is_not_there_or_is_quantised_is_refused(tmp_path, tensors, 
     with pytest.raises(ValueError, match=words) as error:
         read_teacher_head(tmp_path / "model", VOCAB)
     assert "signal.kind: topk" in str(error.value)
+
+
+def test_a_worker_reads_the_head_with_the_hidden_signal_only(tmp_path):
+    config = RunConfig.model_validate(
+        {
+            "teacher": {"model": "m", "dtype": "float32"},
+            "student": {"layers": [0]},
+            "prompts": {"path": "p"},
+            "signal": {"kind": "hidden"},
+        }
+    )
+    cpu, signal = torch.device("cpu"), config.signal
+    head = head_of_signal(config, str(MODELS / "tiny-teacher"), 49_000, torch.float32, cpu)
+    assert (head.num_outcomes, len(head.weight), head.most_gap) == (49_000, 49_152, 0.02)
+    topk = config.model_copy(update={"signal": signal.model_copy(update={"kind": "topk"})})
+    assert head_of_signal(topk, str(tmp_path), 49_000, torch.float32, cpu) is None
+    with pytest.raises(RunError, match=r"output head cannot be read: .* has 0 output heads"):
+        head_of_signal(config, str(tmp_path), 49_000, torch.float32, cpu)
 
 
 def test_without_weights_the_index_says_where_the_head_is(tmp_path):

@@ -1,5 +1,10 @@
 """A two-layer student with random weights, rows with a random signal, and its training step."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -9,10 +14,12 @@ from raystill.train.config import ObjectiveConfig, TrainingConfig
 from raystill.train.optimizer import build_optimizer
 from raystill.train.step import GlobalStep
 from raystill.train.student_module import StudentModule
+from raystill.train.teacher_head import TeacherHead
 
 torch.set_num_threads(1)  # Tensors this small make two threads wait for each other.
 
 VOCAB, TOP_K, STOP_ID = 60, 5, 2
+TEACHER_VOCAB, TEACHER_HIDDEN = 64, 8
 OBJECTIVE = ObjectiveConfig(forward_kl=1.0, cross_entropy=0.3)
 NUM_STEPS = 4
 
@@ -52,6 +59,50 @@ def make_row(number, tokens=None):
         topk_ids=ids,
         topk_logprobs=log_p[:, :TOP_K],
         tail_logprob=log_p[:, TOP_K],
+    )
+
+
+def tiny_teacher(dtype=torch.float32):
+    """A head with four rows more than the student's; its logits are of the size of real ones."""
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(TEACHER_VOCAB, TEACHER_HIDDEN, generator=generator).to(dtype)
+    return TeacherHead(weight, compute_dtype=dtype, num_outcomes=VOCAB, most_gap=0.02)
+
+
+def make_hidden_row(number, tokens=None):
+    """`make_row` with hidden states, and the log probabilities that follow from them."""
+    row = make_row(number, tokens)
+    generator = torch.Generator().manual_seed(number)
+    hidden = torch.randn(len(row.response_ids), TEACHER_HIDDEN, generator=generator).bfloat16()
+    log_p = torch.log_softmax(hidden.float() @ tiny_teacher().weight.T, dim=1)
+    drawn = torch.from_numpy(row.response_ids).long()
+    row.hidden = hidden.view(torch.uint16).numpy()
+    row.sampled_logprobs = log_p.gather(1, drawn[:, None]).squeeze(1).numpy()
+    return row
+
+
+def two_workers(script, folder):
+    """Two gloo processes running a test file as a script; what each of them saved."""
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, script, str(rank), str(folder)], env=environment)
+        for rank in range(2)
+    ]
+    try:
+        codes = [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def join_workers(rank, folder):
+    """The process group of `two_workers`, in a worker."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
 
 

@@ -161,21 +161,33 @@ def cut_micro_batches(rows: Sequence[Row], tokens_budget: int) -> list[list[Row]
     return groups
 
 
-def loss_weight(rows: Sequence[Row], normalise: str) -> float:
+def row_weight(row: Row, normalise: str, truncated_rows: float = 1.0) -> float:
+    """Sum of the token weights of one row.
+
+    normalise: each loss-bearing token weighs 1 (``token``), or the row does (``row``);
+    truncated_rows: what a row cut off by its length is multiplied by.
+    """
+    weight = truncated_rows if row.finish_reason == "length" else 1.0
+    return weight * (row.num_targets if normalise == "token" else row.num_targets > 0)
+
+
+def loss_weight(rows: Sequence[Row], normalise: str, truncated_rows: float = 1.0) -> float:
     """Sum of all token weights of these rows: the rows' share of the step's denominator."""
-    if normalise == "row":
-        return float(sum(row.num_targets > 0 for row in rows))
-    return float(sum(row.num_targets for row in rows))
+    return float(sum(row_weight(row, normalise, truncated_rows) for row in rows))
 
 
 def collate(
-    rows: Sequence[Row], signal_kind: str, student_vocab: int, normalise: str = "token"
+    rows: Sequence[Row],
+    signal_kind: str,
+    student_vocab: int,
+    normalise: str = "token",
+    truncated_rows: float = 1.0,
 ) -> MicroBatch:
     """Pads rows (each with a loss-bearing token) into one micro-batch.
 
     student_vocab: how many ids are outcomes of the student (its head's rows, at most what the
     tokenizer names); teacher ids from there on count as tail, an input or target there is an
-    error. normalise: every response token weighs 1 (``token``) or 1 / its row's (``row``).
+    error. normalise, truncated_rows: as in `row_weight`, of which every token has its share.
     """
     lengths = np.array([row.num_inputs for row in rows])
     padded = int(lengths.max())
@@ -192,7 +204,7 @@ def collate(
         first = len(ids) - row.num_targets
         index.append(b * padded + np.arange(first - 1, len(ids) - 1))
         targets.append(ids[first:])
-        weight = 1.0 if normalise == "token" else 1.0 / row.num_targets
+        weight = row_weight(row, normalise, truncated_rows) / row.num_targets
         weights.append(np.full(row.num_targets, weight, dtype=np.float32))
     flat_targets = torch.from_numpy(np.concatenate(targets).astype(np.int64))
     return MicroBatch(

@@ -61,6 +61,21 @@ class StudentConfig(ConfigModel):
         return self
 
 
+class TokenWeightsConfig(ConfigModel):
+    """How much each response token counts; the sum of all weights is what a step's loss is over."""
+
+    truncated_rows: float = identity(
+        1.0, ge=0, le=100, description="Weight of rows whose answer was cut off by max_tokens."
+    )
+    by: Literal["none", "entropy", "confidence"] = identity(
+        "none",
+        description="Shares a row's weight among its tokens in proportion to the teacher's entropy "
+        "(over ids and tail, so with a truncated signal a lower bound) or to its best id's "
+        "probability (with kind sampled the drawn id's); each row keeps its sum. With kind hidden "
+        "this takes the teacher's logits once more.",
+    )
+
+
 class ObjectiveConfig(ConfigModel):
     """What the student minimises: a weighted sum; a weight of 0 leaves a term out."""
 
@@ -118,6 +133,10 @@ class ObjectiveConfig(ConfigModel):
         False,
         description="Multiply divergences by the squared temperature, so that their gradients keep "
         "their size.",
+    )
+
+    token_weights: TokenWeightsConfig = identity(
+        TokenWeightsConfig(), description="How much each response token counts."
     )
 
     @model_validator(mode="after")

@@ -8,7 +8,8 @@ A step is global [the same step at any number of workers]. With w the token weig
 objective, the loss is sum over all ranks of w d / W, W = sum over all ranks of w. So that ranks may
 hold different shares:
 
-1. all ranks learn (rows, tokens, weight, micro-batches, has more, stop) of all ranks;
+1. all ranks learn (rows, tokens, weight, micro-batches, has more, stop) of all ranks, and with the
+   first rows of a ``hidden`` signal how far its states are from what the teacher said;
 2. each runs as many forward and backward passes as the rank with most, its own first, then
    dummies of one token and weight 0: every rank enters DDP's reduction as often as the others;
 3. gradients of the undivided sums accumulate; DDP reduces at the last pass and *averages*, so one
@@ -29,16 +30,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raystill.cluster.problems import RunError
-from raystill.train.batch import (
-    MicroBatch,
-    Row,
-    collate,
-    cut_micro_batches,
-    dummy_micro_batch,
-    loss_weight,
-)
+from raystill.train.batch import MicroBatch, Row
+from raystill.train.batch_maker import BatchMaker
 from raystill.train.config import ObjectiveConfig, TrainingConfig
 from raystill.train.optimizer import learning_rate
+from raystill.train.teacher_head import TeacherHead
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +94,7 @@ class _Totals:
     num_passes: int
     any_more: bool
     any_stop: bool
+    teacher_gap: float
 
 
 class GlobalStep:
@@ -115,10 +112,12 @@ class GlobalStep:
         total_steps: int,
         device: torch.device | str = "cpu",
         world_size: int = 1,
+        teacher: TeacherHead | None = None,
     ) -> None:
         """module: a `StudentModule`, in DDP when world_size > 1 (its process group is used).
 
-        student_vocab as in `batch.collate`; total_steps: length of the learning-rate schedule.
+        student_vocab as in `batch.collate`; total_steps: length of the learning-rate schedule;
+        teacher: the head of the teacher, on the device, with the ``hidden`` signal only.
         """
         is_ddp = isinstance(module, DistributedDataParallel)
         assert world_size == 1 or is_ddp, "with several workers the student must be wrapped in DDP"
@@ -127,10 +126,13 @@ class GlobalStep:
         self.training = training
         self.objective = objective
         self.signal_kind = signal_kind
-        self.student_vocab = student_vocab
         self.total_steps = total_steps
         self.device = torch.device(device)
         self.world_size = world_size
+        self.teacher = teacher
+        self.batches = BatchMaker(
+            objective, training, signal_kind, student_vocab, teacher, self.device
+        )
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self._warned_at = -WARN_EVERY_STEPS
         self._term_names = sorted(objective.weights)
@@ -138,11 +140,14 @@ class GlobalStep:
     def run(self, step: int, rows: Sequence[Row], has_more: bool, stop: bool) -> StepResult:
         """Trains on the rows of ``step`` (from 0) that this rank holds; all ranks call it.
 
-        Raises NonFiniteLossError, on every rank and before the weights change, where the loss or
-        the gradient is not finite.
+        Raises, on every rank and before the weights change, NonFiniteLossError where the loss or
+        the gradient is not finite, and RunError where a ``hidden`` signal's states and the
+        teacher's head do not give the log probabilities that the teacher gave.
         """
-        groups = cut_micro_batches(rows, self.training.tokens_per_micro_batch)
-        totals = self._gather_totals(rows, len(groups), has_more, stop)
+        groups = self.batches.cut(rows)
+        totals = self._gather_totals(rows, groups, has_more, stop)
+        if self.teacher is not None:
+            self.teacher.require_agreement(totals.teacher_gap)
         lr = learning_rate(step, self.total_steps, self.training)
         common: dict[str, Any] = {
             "step": step,
@@ -162,12 +167,12 @@ class GlobalStep:
         return StepResult(trained=True, grad_norm=grad_norm, student_s=seconds, **common, **figures)
 
     def _gather_totals(
-        self, rows: Sequence[Row], num_passes: int, has_more: bool, stop: bool
+        self, rows: Sequence[Row], groups: list[list[Row]], has_more: bool, stop: bool
     ) -> _Totals:
         """Step 1: one all-gather tells every rank what all ranks hold."""
         tokens = sum(row.num_targets for row in rows)
-        weight = loss_weight(rows, self.training.normalise)
-        mine = [len(rows), tokens, weight, num_passes, has_more, stop]
+        weight, gap = self.batches.weight(rows), self.batches.teacher_gap(groups)
+        mine = [len(rows), tokens, weight, len(groups), has_more, stop, gap]
         local = torch.tensor(mine, dtype=torch.float64, device=self.device)
         gathered = [local]
         if self.world_size > 1:
@@ -175,9 +180,9 @@ class GlobalStep:
             dist.all_gather(gathered, local)
         table = torch.stack(gathered).cpu()
         num_rows, num_tokens, weight = table[:, :3].sum(dim=0).tolist()
-        passes, more, stopped = table[:, 3:].amax(dim=0).tolist()
+        passes, more, stopped, gap = table[:, 3:].amax(dim=0).tolist()
         return _Totals(
-            int(num_rows), int(num_tokens), weight, int(passes), bool(more), bool(stopped)
+            int(num_rows), int(num_tokens), weight, int(passes), bool(more), bool(stopped), gap
         )
 
     def _accumulate(self, groups: list[list[Row]], num_passes: int) -> Tensor:
@@ -190,14 +195,9 @@ class GlobalStep:
             len(self._term_names) + NUM_FIXED_FIGURES, dtype=torch.float64, device=self.device
         )
         for i in range(num_passes):
-            if i < len(groups):
-                batch = collate(
-                    groups[i], self.signal_kind, self.student_vocab, self.training.normalise
-                )
-            else:
-                batch = dummy_micro_batch(self.signal_kind)
+            batch = self.batches.make(groups[i]) if i < len(groups) else self.batches.dummy()
             with self._reduction(is_last=i == num_passes - 1):
-                sums += self._forward_backward(batch.to(self.device))
+                sums += self._forward_backward(batch)
         return sums
 
     def _reduction(self, is_last: bool) -> Any:
@@ -207,7 +207,7 @@ class GlobalStep:
 
     def _forward_backward(self, batch: MicroBatch) -> Tensor:
         """One pass; returns (total, terms..., tail masses, floored, input and padded tokens)."""
-        sums = self.module(batch, self.objective)
+        sums = self.module(batch, self.objective, self.teacher)
         sums.total.backward()
         zero = sums.total.new_zeros(())
         others = [

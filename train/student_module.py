@@ -18,9 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raystill.train.batch import MicroBatch
 from raystill.train.config import ObjectiveConfig
-from raystill.train.head_loss import OutputHead, head_loss
+from raystill.train.head_loss import ChunkObjective, OutputHead, head_loss
+from raystill.train.hidden_objective import HiddenObjective
 from raystill.train.logit_transform import logit_transform
 from raystill.train.objective import ObjectiveSums, TokenObjective
+from raystill.train.teacher_head import TeacherHead
 
 
 def resolve_compute_dtype(name: str, device: torch.device, param_dtype: str) -> torch.dtype:
@@ -69,9 +71,18 @@ class StudentModule(nn.Module):
         """Rows of the output head."""
         return self.model.get_output_embeddings().weight.shape[0]
 
-    def forward(self, batch: MicroBatch, objective: ObjectiveConfig) -> ObjectiveSums:
-        """The sums over the micro-batch's N tokens; their total is differentiable."""
-        tokens = TokenObjective(objective, batch)
+    def forward(
+        self, batch: MicroBatch, objective: ObjectiveConfig, teacher: TeacherHead | None = None
+    ) -> ObjectiveSums:
+        """The sums over the micro-batch's N tokens; their total is differentiable.
+
+        teacher: the head that a ``hidden`` signal's states belong to.
+        """
+        tokens: ChunkObjective
+        if teacher is None:
+            tokens = TokenObjective(objective, batch)
+        else:
+            tokens = HiddenObjective(objective, batch, teacher)
         return head_loss(self.hidden_states(batch), self.head(), tokens)
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:

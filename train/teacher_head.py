@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from raystill.cluster.config import RunConfig
 from raystill.cluster.find_model import ModelFolder
 from raystill.cluster.problems import RunError
 from raystill.train.head_loss import OutputHead
@@ -85,6 +86,22 @@ class TeacherHead(OutputHead):
                 f"the signal's hidden states have {hidden.shape[1]} components, but the output "
                 f"head in {self.name} takes {self.hidden_size}; correct teacher.model"
             )
+
+
+def head_of_signal(
+    config: RunConfig,
+    folder: str,
+    student_vocab: int,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+) -> TeacherHead | None:
+    """The head that the run's signal needs: None unless its kind is ``hidden``. Raises RunError."""
+    if config.signal.kind != "hidden":
+        return None
+    try:
+        return read_teacher_head(folder, student_vocab, compute_dtype, device, config.teacher.dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RunError(f"the teacher's output head cannot be read: {error}") from error
 
 
 def read_teacher_head(

@@ -34,6 +34,7 @@ from raystill.train.register import remove_unregistered
 from raystill.train.shares import StepRows
 from raystill.train.step import GlobalStep
 from raystill.train.student_module import StudentModule, parallel_module, resolve_compute_dtype
+from raystill.train.teacher_head import head_of_signal
 
 logger = logging.getLogger(__name__)
 
@@ -262,6 +263,7 @@ class Worker:
 
     def _build_step(self) -> GlobalStep:
         training, world_size = self.config.training, self.ranks.world_size
+        dtype, folder = self.student.compute_dtype, self.job.teacher_folder
         return GlobalStep(
             parallel_module(self.student, self.device, world_size, training.compile),
             self.optimizer,
@@ -272,6 +274,7 @@ class Worker:
             total_steps=self.total_steps,
             device=self.device,
             world_size=world_size,
+            teacher=head_of_signal(self.config, folder, self.vocab, dtype, self.device),
         )
 
     def _load(self, snapshot: ckpt.Snapshot) -> None:
