@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         if problems := job.check_on_cluster(config):
             return refuse(problems)
         job.write_folder(config, folder, prepared)
-        outcome = job.distil(config, folder, prepared)
+        outcome = job.distil(config, folder, prepared, probe=not arguments.skip_probe)
     report.write_summary(folder, outcome)
     if outcome.stopped_by:
         say(f"Stopped after step {outcome.step}; resume with:\n  {resume_command(arguments)}")
@@ -187,8 +187,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "(a checkpoint was written; the same command resumes).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    add_run_command(
+    command = add_run_command(
         commands, "run", run, "distil; resumes by itself; a finished run prints its report"
+    )
+    command.add_argument(
+        "--skip-probe",
+        action="store_true",
+        help="train without comparing the served teacher with the plain model first",
     )
     command = add_run_command(
         commands, "check", check, "find every problem before anything is spent (exit 2)"

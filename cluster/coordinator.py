@@ -35,6 +35,8 @@ class Coordinator:
         self._changed = asyncio.Condition()
         self._held_out = asyncio.Event()
         self._teacher_wanted = asyncio.Event()
+        self._may_train = asyncio.Event()
+        self._may_train.set()
         self._poison: set[int] = set()
         self._lives = 0
         self._published: dict[str, Any] | None = None
@@ -181,6 +183,18 @@ class Coordinator:
     async def wait_held_out(self) -> None:
         """Wait until the held-out rows are answered."""
         await self._held_out.wait()
+
+    async def hold_training(self) -> None:
+        """No step before ``release_training``: the teacher is still being probed."""
+        self._may_train.clear()
+
+    async def release_training(self) -> None:
+        """The probe is content."""
+        self._may_train.set()
+
+    async def wait_may_train(self) -> None:
+        """Wait until nothing holds the first step back."""
+        await self._may_train.wait()
 
     async def request_stop(self, signum: int) -> None:
         """Ask the workers to finish their step, checkpoint and return."""

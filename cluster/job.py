@@ -26,6 +26,7 @@ from raystill.cluster.config import RunConfig
 from raystill.cluster.coordinator import start_coordinator
 from raystill.cluster.live import LiveView
 from raystill.cluster.load import config_text
+from raystill.cluster.probe import is_due, probe_teacher
 from raystill.cluster.problems import Problem, RunError
 from raystill.cluster.redact import redacted
 from raystill.cluster.run_folder import RunFolder
@@ -149,8 +150,11 @@ def check_on_cluster(config: RunConfig) -> list[Problem]:
     return check_cluster(config)
 
 
-def distil(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Outcome:
-    """Serve the teacher, stream its answers, fit the student; returns when all is written."""
+def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool = True) -> Outcome:
+    """Serve the teacher, stream its answers, fit the student; returns when all is written.
+
+    probe: compare the served teacher with the plain model before the first step, where it is due.
+    """
     started = time.time()
     rows = prepared.num_train_rows
     coordinator = start_coordinator(
@@ -175,7 +179,11 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Outcome:
         paying,
         prepared.signal,
     )
-    teacher = Background("teacher", lambda: serve_teacher(config, folder, prepared, spec))
+    served = not prepared.stored.covers_all
+    probe = probe and served and is_due(config, folder, prepared.teacher_folder)
+    if probe:
+        coordinator.hold_training.remote()
+    teacher = Background("teacher", lambda: serve_teacher(config, folder, prepared, spec, probe))
     student = Background(
         "student",
         lambda: fit(config, folder, spec, coordinator, prepared.teacher_folder),
@@ -202,9 +210,9 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Outcome:
 
 
 def serve_teacher(
-    config: RunConfig, folder: RunFolder, prepared: Prepared, spec: StreamSpec
+    config: RunConfig, folder: RunFolder, prepared: Prepared, spec: StreamSpec, probe: bool
 ) -> None:
-    """Have the held-out prompts answered; deploy the teacher if the store cannot answer all.
+    """Deploy the teacher if the store cannot answer all; held-out prompts answered; the probe.
 
     A teacher that seemed not to be needed is deployed when somebody asks for it: a stored answer
     may turn out to be damaged.
@@ -224,6 +232,8 @@ def serve_teacher(
         coordinator.phase.remote(ASKING)
         ray.get(held_out)
         coordinator.phase.remote(LOADING_STUDENT, after=ASKING)  # Unless the worker is up.
+    if probe:
+        ray.get(probe_teacher.remote(folder, config, prepared.teacher_folder, coordinator))
 
 
 def wait_until_wanted(coordinator: Any, others: list[Any]) -> bool:

@@ -31,6 +31,7 @@ METRICS_DISCARDED = "metrics.discarded.jsonl"
 EVALUATION = "evaluation.jsonl"
 ANSWERS = "answers.jsonl"
 HELD_OUT = "held_out.parquet"
+PROBE = "probe.json"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 STUDENT = "student"
@@ -38,7 +39,7 @@ LOGS = "logs"
 STORE = "teacher_store"
 
 TOP_LEVEL_NAMES = frozenset(
-    {CONFIG, MANIFEST, METRICS, METRICS_DISCARDED, EVALUATION, ANSWERS, HELD_OUT, SUMMARY}
+    {CONFIG, MANIFEST, METRICS, METRICS_DISCARDED, EVALUATION, ANSWERS, HELD_OUT, PROBE, SUMMARY}
     | {"prompts", CHECKPOINTS, STUDENT, LOGS}
 )
 

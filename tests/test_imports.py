@@ -15,6 +15,7 @@ PLACES_RAY = {
     "cluster/connect.py",
     "cluster/coordinator.py",
     "cluster/job.py",
+    "cluster/probe.py",
     "cluster/submit.py",
     "cluster/waiting.py",
     "datasets/answer.py",

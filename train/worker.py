@@ -154,13 +154,14 @@ class Worker:
         )
 
     def measure_before(self, rows: StepRows[Row]) -> None:
-        """Figures of the untrained student, while the teacher begins with the training rows."""
+        """Figures of the untrained student, while the teacher is probed and begins to answer."""
         if not self.config.evaluation.enabled:
             return
         ray.get(self.coordinator.wait_held_out.remote())
         rows.start()
         if self.progress.step == 0 and not self.measurer.is_measured(0):
             self._measure("before", TRAINING_PRECISION)
+        ray.get(self.coordinator.wait_may_train.remote())
 
     def train(self, rows: StepRows[Row]) -> bool:
         """Step until the rows end (False) or a stop is asked for (True); the same on all ranks."""
