@@ -27,6 +27,7 @@ from raystill.cluster.run_folder import RunFolder, resolve_output, resolve_store
 from raystill.datasets.prompt_table import PromptTables, build_prompt_tables
 from raystill.datasets.read_prompts import read_prompts
 from raystill.datasets.tokenise import PromptTokeniser
+from raystill.datasets.usable_prompts import UNBOUNDED
 
 
 @dataclass
@@ -100,7 +101,7 @@ class StaticCheck:
             return None
         space = space_needed(self.config, student, tables) if student is not None else None
         if self.store_path:
-            self.notices += store_space_notices(self.config, self.store_path, tables)
+            self.notices += store_space_notices(self.config, self.store_path, tables, teacher)
         if self.output is not None and not any(p.where == "output.path" for p in self.problems):
             self.problems += check_space(self.output, space)
             if not self.refused:
@@ -174,13 +175,14 @@ class StaticCheck:
         except ConfigError as error:
             self.problems += error.problems
             return None
-        longest = max_prompt_tokens(config, teacher)
+        context = context_tokens(config, teacher)
+        longest = min(context - 1, config.prompts.max_prompt_tokens or context)
         try:
-            tables = build_prompt_tables(config, tokeniser, longest)
+            tables = build_prompt_tables(config, tokeniser, longest, context)
         except ConfigError as error:
             self.problems += error.problems
             return None
-        self.problems += check_dropped(config, tables, longest)
+        self.problems += check_dropped(config, tables, longest, context)
         self.problems += check_answers_fit(config, tables, student)
         self.notices += cut_answers(config, tables, teacher)
         return tables
@@ -214,30 +216,34 @@ def check_rows_ahead(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def max_prompt_tokens(config: RunConfig, teacher: ModelFolder) -> int:
-    """Longest prompt that is asked: what the context allows with one answer token, or less."""
+def context_tokens(config: RunConfig, teacher: ModelFolder) -> int:
+    """Longest prompt and answer together. A prompt that is asked leaves room for one token."""
     limits = [config.teacher.max_model_len, teacher.context_tokens]
-    context = min((limit for limit in limits if limit is not None), default=2**31 - 1)
-    return min(context - 1, config.prompts.max_prompt_tokens or context)
+    return min((limit for limit in limits if limit is not None), default=UNBOUNDED)
 
 
-def check_dropped(config: RunConfig, tables: PromptTables, longest: int) -> Iterator[Problem]:
+def check_dropped(
+    config: RunConfig, tables: PromptTables, longest: int, context: int
+) -> Iterator[Problem]:
     """Are more prompts unusable than the run file allows?"""
     allowed = config.stream.max_drop_fraction
     if tables.num_dropped <= allowed * tables.num_read:
         return
-    meanings = {"too_long": f"longer than {longest} tokens", "empty": "without any token"}
-    remedies = {
-        "too_long": "shorten them, raise teacher.max_model_len where the model allows, ",
-        "empty": "remove them, ",
+    meanings = {
+        "too_long": f"longer than {longest} tokens",
+        "empty": "without any token",
+        "response_too_long": f"longer than {context} tokens with their response",
+        "empty_response": "without a response",
     }
+    shorten = "shorten them, raise teacher.max_model_len where the model allows, "
+    remedies = {"too_long": shorten, "response_too_long": shorten}
     for reason, count in sorted(tables.dropped.items()):
         yield Problem(
             config.prompts.files_setting,
             f"{count} of {tables.num_read} prompts are {meanings[reason]} (the first is "
-            f"{tables.first_dropped[reason]}); {remedies[reason]}or let them be dropped with "
-            f"stream.max_drop_fraction ({allowed}, needs {tables.num_dropped / tables.num_read:.4f}"
-            " or more)",
+            f"{tables.first_dropped[reason]}); {remedies.get(reason, 'remove them, ')}or let them "
+            f"be dropped with stream.max_drop_fraction ({allowed}, needs "
+            f"{tables.num_dropped / tables.num_read:.4f} or more)",
         )
 
 
@@ -248,7 +254,7 @@ def check_answers_fit(
     if student is None or config.student.init == "from_teacher":
         return
     limit = student.context_tokens
-    longest = tables.longest_prompt_tokens + config.teacher.sampling.max_tokens
+    longest = tables.longest_row(config.teacher.sampling.max_tokens)
     if config.teacher.max_model_len is not None:
         longest = min(longest, config.teacher.max_model_len)
     if limit is not None and longest > limit:
@@ -262,12 +268,10 @@ def check_answers_fit(
 
 def cut_answers(config: RunConfig, tables: PromptTables, teacher: ModelFolder) -> Iterator[str]:
     """A notice where the context can cut answers before ``max_tokens`` does."""
-    limits = [config.teacher.max_model_len, teacher.context_tokens]
-    context = min((limit for limit in limits if limit is not None), default=None)
-    longest = tables.longest_prompt_tokens + config.teacher.sampling.max_tokens
-    if context is not None and longest > context:
+    context, longest = context_tokens(config, teacher), tables.longest_asked_prompt
+    max_tokens = config.teacher.sampling.max_tokens
+    if longest is not None and longest + max_tokens > context:
         yield (
-            f"the longest prompt ({tables.longest_prompt_tokens} tokens) leaves its answer "
-            f"{context - tables.longest_prompt_tokens} of {config.teacher.sampling.max_tokens} "
-            f"tokens in a context of {context}"
+            f"the longest prompt ({longest} tokens) leaves its answer {context - longest} of "
+            f"{max_tokens} tokens in a context of {context}"
         )

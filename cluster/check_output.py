@@ -105,8 +105,9 @@ def check_same_prompts(folder: RunFolder, train: pa.Table, setting: str) -> list
     """
     if not folder.exists(TRAIN_PROMPTS):
         return []
-    before = folder.read_table(TRAIN_PROMPTS, columns=["prompt_ids", "source"])
-    if before.combine_chunks().equals(train.select(before.column_names).combine_chunks()):
+    before = folder.read_table(TRAIN_PROMPTS)
+    shared = [n for n in ("prompt_ids", "source", "response_ids") if n in before.column_names]
+    if before.select(shared).combine_chunks().equals(train.select(shared).combine_chunks()):
         return []
     return [
         Problem(

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from raystill.cluster.check_models import count_parameters, kept_layers
@@ -10,10 +11,12 @@ from raystill.cluster.find_model import ModelFolder
 from raystill.cluster.problems import Problem
 from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.prompt_table import PromptTables
+from raystill.datasets.signal import signal_of
 
 ADAMW_BYTES = {"float32": 12, "float64": 24}  # a parameter and its two moments
 EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SIGNAL_BYTES = 8  # an id and a logprob
+HIDDEN_BYTES = 2  # of a component of a state; noise in its low bits hardly compresses
 STORED_TOKEN_BYTES = 6.1  # the same compressed, as benchmarks/results/store.json has it
 
 
@@ -25,7 +28,7 @@ def space_needed(config: RunConfig, student: ModelFolder, tables: PromptTables) 
         return None
     training = config.training
     checkpoints = (training.num_checkpoints_to_keep + 1) * ADAMW_BYTES[training.param_dtype]
-    tokens = tables.held_out.num_rows * config.teacher.sampling.max_tokens
+    tokens = tables.response_tokens("held_out", config.teacher.sampling.max_tokens)
     held_out = tokens * config.evaluation.top_k * SIGNAL_BYTES
     return parameters * (checkpoints + EXPORT_BYTES[training.export_dtype]) + held_out
 
@@ -45,19 +48,34 @@ def check_space(folder: RunFolder, needed_bytes: int | None) -> list[Problem]:
     ]
 
 
-def store_space_notices(config: RunConfig, store_path: str, tables: PromptTables) -> Iterator[str]:
+def store_space_notices(
+    config: RunConfig, store_path: str, tables: PromptTables, teacher: ModelFolder
+) -> Iterator[str]:
     """Where the store's disk might fill: if no answer is stored yet and all are of full length."""
-    sampling, held_out_k = config.teacher.sampling, config.evaluation.top_k
-    kept = {"text": 0, "sampled": 0, "topk": config.signal.top_k}[config.signal.kind]
-    tokens = sampling.max_tokens * STORED_TOKEN_BYTES
-    train = tables.train.num_rows * tokens * (1 + kept)
-    most = train + tables.held_out.num_rows * tokens * (1 + held_out_k)
+    train, held_out = (
+        tables.response_tokens(name, config.teacher.sampling.max_tokens)
+        for name in ("train", "held_out")
+    )
+    most = train * _stored_token_bytes(config, teacher)
+    most += held_out * STORED_TOKEN_BYTES * (1 + config.evaluation.top_k)
     free = free_bytes(RunFolder(store_path))
     if free is not None and free < most:
         yield (
             f"the teacher's answers may take up to {most / 2**30:.1f} GiB in {store_path}, which "
             f"has {free / 2**30:.1f} GiB free; a full disk stops the run, what is stored stays"
         )
+
+
+def _stored_token_bytes(config: RunConfig, teacher: ModelFolder) -> float:
+    """Bytes a response token of a training row takes in the store."""
+    if config.signal.kind == "topk":
+        return STORED_TOKEN_BYTES * (1 + config.signal.top_k)
+    if config.signal.kind == "hidden":
+        with suppress(ValueError):  # Which another check reports.
+            return (
+                STORED_TOKEN_BYTES + HIDDEN_BYTES * signal_of(config.signal, teacher.config).width
+            )
+    return STORED_TOKEN_BYTES
 
 
 def free_bytes(folder: RunFolder) -> int | None:

@@ -114,9 +114,9 @@ def dropped_reasons(answers: pa.Table, on_truncated: str) -> pa.Array:
 
 
 def unpack_group(block: pa.Table) -> pa.Table:
-    """The rows of a one-row group block: position, row, epoch, source, prompt_ids."""
+    """The rows of a one-row group block: position, row, epoch, source, prompt and response ids."""
     assert len(block) == 1, f"a group is one row, but the block has {len(block)}"
-    names = ("position", "row", "source", "prompt_ids")
+    names = ("position", "row", "source", "prompt_ids", "response_ids")
     columns = {name: block[name].combine_chunks().flatten() for name in names}
     epoch = pa.array([block["epoch"][0].as_py()] * len(columns["row"]), pa.int32())
     return pa.table({**columns, "epoch": epoch})

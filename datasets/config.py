@@ -35,6 +35,9 @@ class SourceConfig(ConfigModel):
     messages_field: str | None = identity(
         None, description="Field that holds chat messages; default: prompts.messages_field."
     )
+    response_field: str | None = identity(
+        None, description="Field that holds the response; default: prompts.response_field."
+    )
     limit: PositiveInt | None = identity(
         None, description="Use only the first so many prompts of this source."
     )
@@ -61,6 +64,11 @@ class PromptsConfig(ConfigModel):
     prompt_field: str = identity("prompt", description="Field that holds plain prompt text.")
     messages_field: str = identity(
         "messages", description="Field that holds chat messages [{role, content}, ...]."
+    )
+    response_field: str | None = identity(
+        None,
+        description="Field that holds the response to the prompt, text of whoever wrote it: the "
+        "teacher scores it and writes none. Default: the teacher answers.",
     )
     source_field: str = identity("source", description="Field that names a row's source.")
     system: str | None = identity(
@@ -120,6 +128,23 @@ class PromptsConfig(ConfigModel):
                 f"has path ({self.path!r}) and sources ({names}), of which just one can say what "
                 "is asked; remove the other, or set it to null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _given_responses_come_once(self) -> "PromptsConfig":
+        own: list[tuple[str, str | None, float]] = [
+            (f"sources.{number}.", source.response_field, source.weight)
+            for number, source in enumerate(self.sources or ())
+        ]
+        for where, field, weight in own or [("", None, 1.0)]:
+            field = field or self.response_field
+            if field is not None and weight * self.samples_per_prompt > 1:
+                weighed = f"{where}weight ({weight:g}) times " if where else ""
+                raise ValueError(
+                    f"has {weighed}samples_per_prompt ({self.samples_per_prompt}) above 1, but "
+                    f"response_field ({field!r}) gives each prompt its one response; lower them "
+                    "to 1, or set response_field to null"
+                )
         return self
 
     @property

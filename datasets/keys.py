@@ -1,7 +1,8 @@
 """The name of an answer: what was asked of which teacher under which sampling, in 16 bytes.
 
 A key holds everything that decides what an answer may be, and nothing that only decides how it
-is fetched or stored (signal, K, engine version, parallelism, seed).
+is fetched or stored (signal, K, engine version, parallelism, seed). A response that came with its
+prompt was not drawn: its key holds the response in place of the sampling.
 """
 
 import json
@@ -50,14 +51,41 @@ def answer_keys(
         "sampling": {name: _canonical(value) for name, value in sampling.items()},
         "sample": sample,
     }
+    return _keys(asked, (_bytes(ids) for ids in prompts))
+
+
+def given_keys(
+    teacher_identity: str,
+    dtype: str,
+    quantization: str | None,
+    prompts: Iterable[np.ndarray],
+    responses: Iterable[np.ndarray],
+) -> list[bytes]:
+    """Keys of responses ``[T]`` that were given with their prompts ``[P]``, to be scored."""
+    asked = {
+        "version": KEY_VERSION,
+        "teacher": teacher_identity,
+        "dtype": dtype,
+        "quantization": quantization,
+        "response": "given",
+    }
+    pairs = zip(prompts, responses, strict=True)
+    return _keys(asked, (len(p).to_bytes(8, "little") + _bytes(p) + _bytes(r) for p, r in pairs))
+
+
+def _keys(asked: dict[str, Any], contents: Iterable[bytes]) -> list[bytes]:
     text = json.dumps(asked, sort_keys=True, separators=(",", ":"), allow_nan=False)
     common = blake2b(text.encode() + b"\0", digest_size=KEY_BYTES)
     keys = []
-    for ids in prompts:
+    for content in contents:
         key = common.copy()
-        key.update(np.ascontiguousarray(ids, dtype="<i4").tobytes())
+        key.update(content)
         keys.append(key.digest())
     return keys
+
+
+def _bytes(ids: np.ndarray) -> bytes:
+    return np.ascontiguousarray(ids, dtype="<i4").tobytes()
 
 
 def _canonical(value: Any) -> Any:

@@ -41,6 +41,7 @@ class PromptSource:
     format: str
     prompt_field: str
     messages_field: str
+    response_field: str | None
     source_field: str
     limit: int | None
 
@@ -65,6 +66,7 @@ def prompt_sources(prompts: PromptsConfig) -> list[PromptSource]:
             format=own.format or prompts.format,
             prompt_field=own.prompt_field or prompts.prompt_field,
             messages_field=own.messages_field or prompts.messages_field,
+            response_field=own.response_field or prompts.response_field,
             source_field=prompts.source_field,
             limit=own.limit,
         )

@@ -6,20 +6,21 @@ keys and writes the tables into the run folder, where the stream reads them.
 
 import difflib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.cluster.problems import ConfigError, Problem
 from raystill.cluster.run_folder import HELD_OUT_PROMPTS, TRAIN_PROMPTS, RunFolder
-from raystill.datasets.keys import answer_keys
+from raystill.datasets.keys import answer_keys, given_keys
 from raystill.datasets.read_prompts import RawPrompt, read_prompts
 from raystill.datasets.schema import PROMPT_SCHEMA, TOKEN_IDS
+from raystill.datasets.usable_prompts import UNBOUNDED, UsablePrompts, sort_prompts
 from raystill.datasets.weights import list_rows, samples_asked
 
 if TYPE_CHECKING:
@@ -50,6 +51,25 @@ class PromptTables:
     longest_prompt_tokens: int
     samples: NDArray[np.int64]
 
+    def response_tokens(self, name: str, max_tokens: int) -> int:
+        """Most response tokens of ``train`` or ``held_out``: those given, else ``max_tokens``."""
+        return int(pc.sum(_lengths(getattr(self, name), max_tokens)[1]).as_py() or 0)
+
+    def longest_row(self, max_tokens: int) -> int:
+        """Longest prompt with its response: the one it came with, else of ``max_tokens``."""
+        both = (_lengths(table, max_tokens) for table in (self.train, self.held_out))
+        return max(pc.max(pc.add(*lengths)).as_py() or 0 for lengths in both)
+
+    @property
+    def longest_asked_prompt(self) -> int | None:
+        """Tokens of the longest prompt the teacher is to answer; None where none is."""
+        asked = (
+            table["prompt_ids"].filter(table["response_ids"].is_null())
+            for table in (self.train, self.held_out)
+        )
+        longest = (pc.max(pc.list_value_length(prompts)).as_py() for prompts in asked)
+        return max((tokens for tokens in longest if tokens is not None), default=None)
+
     @property
     def num_dropped(self) -> int:
         """Rows left out as unusable (duplicates apart)."""
@@ -75,48 +95,35 @@ class PromptTables:
 
 
 def build_prompt_tables(
-    config: "RunConfig", tokeniser: "PromptTokeniser", max_prompt_tokens: int
+    config: "RunConfig",
+    tokeniser: "PromptTokeniser",
+    max_prompt_tokens: int,
+    context_tokens: int = UNBOUNDED,
 ) -> PromptTables:
     """Read, tokenise, drop, and split. Raises ConfigError with everything that is wrong.
 
-    A prompt of more than ``max_prompt_tokens`` is dropped as ``too_long``, one of no tokens as
-    ``empty``; of equal prompts the first stays. Weights count for what is not held out.
+    ``sort_prompts`` says what is dropped, at more than ``max_prompt_tokens`` or ``context_tokens``;
+    of equal prompts the first stays. Weights count for what is not held out.
     """
     raws = read_prompts(config.prompts)
-    ids = tokeniser.encode_many(raws)
-    kept: list[int] = []
-    seen: set[bytes] = set()
-    dropped: Counter[str] = Counter()
-    first_dropped: dict[str, str] = {}
-    duplicates = 0
-    for index, prompt in enumerate(ids):
-        reason = _why_unusable(prompt, max_prompt_tokens)
-        if reason is not None:
-            dropped[reason] += 1
-            first_dropped.setdefault(reason, f"{raws[index].where}: {len(prompt)} tokens")
-            continue
-        digest = blake2b(prompt.tobytes(), digest_size=16).digest()
-        if digest in seen:
-            duplicates += 1
-            continue
-        seen.add(digest)
-        kept.append(index)
+    usable = sort_prompts(raws, config, tokeniser, max_prompt_tokens, context_tokens)
+    kept = usable.kept
     train, held_out = split_rows(config, [raws[index].source for index in kept], raws)
     asked = samples_asked(
         config.prompts,
         config.section_seeds()["weights"],
-        [ids[kept[i]] for i in train],
+        [usable.ids[kept[i]] for i in train],
         [raws[kept[i]].source for i in train],
     )
     rows, samples = list_rows(asked)
     return PromptTables(
-        train=_table([kept[i] for i in train[rows]], ids, raws),
-        held_out=_table([kept[i] for i in held_out], ids, raws),
-        dropped=dropped,
-        duplicates=duplicates,
-        first_dropped=first_dropped,
+        train=_table([kept[i] for i in train[rows]], usable),
+        held_out=_table([kept[i] for i in held_out], usable),
+        dropped=usable.dropped,
+        duplicates=usable.duplicates,
+        first_dropped=usable.first_dropped,
         num_read=len(raws),
-        longest_prompt_tokens=max((len(ids[i]) for i in kept), default=0),
+        longest_prompt_tokens=max((len(usable.ids[i]) for i in kept), default=0),
         samples=samples,
     )
 
@@ -153,12 +160,6 @@ def split_rows(
     return train, np.sort(random.permutation(held_out)[: evaluation.max_rows])
 
 
-def _why_unusable(prompt: np.ndarray, max_prompt_tokens: int) -> str | None:
-    if len(prompt) == 0:
-        return "empty"
-    return "too_long" if len(prompt) > max_prompt_tokens else None
-
-
 def _no_source(source: str, names: set[str]) -> str:
     near = difflib.get_close_matches(source, sorted(names), n=1)
     hint = f"did you mean {near[0]!r}?" if near else "use one of them"
@@ -166,23 +167,39 @@ def _no_source(source: str, names: set[str]) -> str:
     return f"{source!r} is no source of these prompts ({listed}); {hint}"
 
 
-def _table(indices: Sequence[int], ids: list[np.ndarray], raws: list[RawPrompt]) -> pa.Table:
+def _lengths(table: pa.Table, max_tokens: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Tokens of each prompt and, at most, of its response."""
+    prompts, responses = (pc.list_value_length(table[n]) for n in ("prompt_ids", "response_ids"))
+    return prompts.cast(pa.int64()), responses.fill_null(max_tokens).cast(pa.int64())
+
+
+def _table(indices: Sequence[int], usable: UsablePrompts) -> pa.Table:
     chunks = [indices[i : i + ROWS_PER_CHUNK] for i in range(0, len(indices), ROWS_PER_CHUNK)]
+
+    def lists(ids: Sequence[np.ndarray | None]) -> pa.ChunkedArray:
+        return pa.chunked_array(
+            [_token_lists([ids[i] for i in chunk]) for chunk in chunks], TOKEN_IDS
+        )
+
     columns = {
         "row": pa.array(np.arange(len(indices)), pa.int64()),
-        "prompt_ids": pa.chunked_array(
-            [_token_lists([ids[i] for i in chunk]) for chunk in chunks], TOKEN_IDS
-        ),
-        "source": pa.array([raws[i].source for i in indices], pa.string()),
+        "prompt_ids": lists(usable.ids),
+        "source": pa.array([usable.raws[i].source for i in indices], pa.string()),
+        "response_ids": lists(usable.responses),
     }
     without_key = pa.schema([field for field in PROMPT_SCHEMA if field.name != "key"])
     return pa.table(columns, schema=without_key)
 
 
-def _token_lists(prompts: list[np.ndarray]) -> pa.ListArray:
-    offsets = np.zeros(len(prompts) + 1, dtype=np.int32)
-    np.cumsum([len(prompt) for prompt in prompts], out=offsets[1:])
-    return pa.ListArray.from_arrays(offsets, np.concatenate(prompts), type=TOKEN_IDS)
+def _token_lists(rows: list[np.ndarray | None]) -> pa.ListArray:
+    """Lists of token ids; None is null."""
+    lengths = [0 if ids is None else len(ids) for ids in rows]
+    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    there = [ids for ids in rows if ids is not None]
+    values = np.concatenate(there) if there else np.empty(0, np.int32)
+    mask = pa.array([ids is None for ids in rows], pa.bool_()) if len(there) < len(rows) else None
+    return pa.ListArray.from_arrays(offsets, values, type=TOKEN_IDS, mask=mask)
 
 
 def _with_keys(
@@ -190,12 +207,21 @@ def _with_keys(
     asked: tuple[str, str, str | None, dict[str, Any]],
     samples: NDArray[np.int64],
 ) -> pa.Table:
-    keys: list[bytes] = []
-    for run in np.split(np.arange(len(table)), np.flatnonzero(np.diff(samples)) + 1):
-        if not len(run):
-            continue
-        rows = table["prompt_ids"].slice(run[0], len(run))
-        sample = int(samples[run[0]])
-        keys += answer_keys(*asked, (row.values.to_numpy() for row in rows), sample)
+    """``asked``: teacher identity, dtype, quantization, sampling."""
+    keys = np.empty(len(table), object)
+    given = table["response_ids"].is_valid().to_numpy()
+    for sample in np.unique(samples[~given]):
+        mine = np.flatnonzero(~given & (samples == sample))
+        keys[mine] = answer_keys(*asked, _ids(table["prompt_ids"], mine), int(sample))
+    mine = np.flatnonzero(given)
+    prompts, responses = (_ids(table[name], mine) for name in ("prompt_ids", "response_ids"))
+    keys[mine] = given_keys(*asked[:3], prompts, responses)
     column = pa.array(keys, PROMPT_SCHEMA.field("key").type)
     return table.append_column(PROMPT_SCHEMA.field("key"), column).select(PROMPT_SCHEMA.names)
+
+
+def _ids(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> Iterator[np.ndarray]:
+    """The token ids of those rows, ascending, one after the other."""
+    for start in range(0, len(rows), ROWS_PER_CHUNK):
+        part = column.take(pa.array(rows[start : start + ROWS_PER_CHUNK]))
+        yield from (row.values.to_numpy() for row in part)

@@ -28,13 +28,14 @@ class RawPrompt:
     """One prompt as it was written.
 
     Exactly one of ``text`` and ``messages`` is set; ``source`` names the family it belongs to;
-    ``where`` is the file and line it came from.
+    ``where`` is the file and line it came from; ``response`` is what it came with to be scored.
     """
 
     text: str | None
     messages: list[dict[str, Any]] | None
     source: str
     where: str
+    response: str | None = None
 
 
 class BrokenRow(ValueError):
@@ -112,19 +113,20 @@ def _read_file(file: PromptFile, problems: list[Problem]) -> Iterator[RawPrompt]
 
 def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
     """A row as a prompt. Raises BrokenRow."""
-    if isinstance(row, str):
+    if isinstance(row, str) and source.response_field is None:
         return RawPrompt(row, None, source.name or DEFAULT_SOURCE, where)
     if not isinstance(row, dict):
         raise BrokenRow(f"is {_short(row)}; expected an object with {source.prompt_field!r}")
+    response = _response(row, source)
     family = row.get(source.source_field) if source.name is None else source.name
     family = DEFAULT_SOURCE if family is None else str(family)
     messages, text = row.get(source.messages_field), row.get(source.prompt_field)
     if isinstance(text, list):  # a prompt given as messages
         messages, text = messages or text, None
     if messages is not None:
-        return RawPrompt(None, as_messages(messages), family, where)
+        return RawPrompt(None, as_messages(messages), family, where, response)
     if isinstance(text, str):
-        return RawPrompt(text, None, family, where)
+        return RawPrompt(text, None, family, where, response)
     if text is None:
         keys = ", ".join(str(key) for key in list(row)[:12])
         raise BrokenRow(
@@ -132,6 +134,22 @@ def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
             f"set {source.where}.prompt_field or {source.where}.messages_field to the field to use"
         )
     raise BrokenRow(f"{source.prompt_field!r} is {_short(text)}; expected text")
+
+
+def _response(row: dict[str, Any], source: PromptSource) -> str | None:
+    """The response that came with the prompt, empty where there is none in its field."""
+    if source.response_field is None:
+        return None
+    response = row.get(source.response_field, BrokenRow)
+    if response is BrokenRow:
+        keys = ", ".join(str(key) for key in list(row)[:12])
+        raise BrokenRow(
+            f"has no {source.response_field!r} (it has: {keys}); set {source.where}.response_field "
+            "to the field to use, or to null for the teacher to answer"
+        )
+    if not isinstance(response, str | None):
+        raise BrokenRow(f"{source.response_field!r} is {_short(response)}; expected text")
+    return response or ""
 
 
 def as_messages(messages: Any) -> list[dict[str, Any]]:

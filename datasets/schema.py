@@ -18,8 +18,10 @@ PROMPT_SCHEMA = pa.schema(
         pa.field("key", pa.binary(KEY_BYTES), nullable=False),
         pa.field("prompt_ids", TOKEN_IDS, nullable=False),
         pa.field("source", pa.string(), nullable=False),
+        pa.field("response_ids", TOKEN_IDS),
     ]
 )
+"""``response_ids`` is null unless the prompt came with a response, which the teacher scores."""
 
 
 def signal_fields(kind: str, width: int) -> list[pa.Field]:

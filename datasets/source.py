@@ -1,7 +1,8 @@
 """The source of the stream: one ordered read task that emits the plan group by group.
 
 *Consumes* the prompt table and what rank 0 published. *Waits for* credits before each group.
-*Unblocked by* a worker that takes a block, or by dropped rows. It emits prompt ids only.
+*Unblocked by* a worker that takes a block, or by dropped rows. It emits prompt ids, and the ids of
+responses that came with their prompts, only.
 
 A block is one row that holds a whole group in lists: Ray Data cuts blocks by bytes between rows,
 and emits a block as soon as it is over its size limit of one byte, so a group leaves at once and
@@ -30,6 +31,7 @@ from raystill.datasets.schema import TOKEN_IDS
 if TYPE_CHECKING:
     from raystill.datasets.stream import StreamSpec
 
+COLUMNS = ("row", "source", "prompt_ids", "response_ids")
 CACHE_BYTES = 256 << 20
 """Decoded Parquet row groups the source keeps, in bytes."""
 
@@ -41,6 +43,7 @@ GROUP_SCHEMA = pa.schema(
         pa.field("row", pa.list_(pa.int64())),
         pa.field("source", pa.list_(pa.string())),
         pa.field("prompt_ids", pa.list_(TOKEN_IDS)),
+        pa.field("response_ids", pa.list_(TOKEN_IDS)),
     ]
 )
 """One emitted block: a single row; its lists have one entry a row of the group."""
@@ -72,7 +75,7 @@ class PromptTable:
         return int(self._starts[-1])
 
     def take(self, rows: Positions) -> pa.Table:
-        """Rows by number, in the order asked: columns row, source, prompt_ids."""
+        """Rows by number, in the order asked: COLUMNS."""
         wanted = np.searchsorted(self._starts, rows, side="right") - 1
         ids = np.unique(wanted)
         parts = [self._row_group(int(i)) for i in ids]
@@ -85,7 +88,7 @@ class PromptTable:
 
     def _row_group(self, index: int) -> pa.Table:
         if index not in self._held:
-            part = self._file.read_row_group(index, ["row", "source", "prompt_ids"])
+            part = self._file.read_row_group(index, list(COLUMNS))
             self._held[index] = part
             self._held_bytes += part.nbytes
             while len(self._held) > 1 and self._held_bytes > CACHE_BYTES:
@@ -106,7 +109,7 @@ def group_block(prompts: pa.Table, positions: Positions, attempt: int, epoch: in
         pa.array([attempt], pa.int64()),
         pa.array([epoch], pa.int32()),
         pack(pa.array(positions, pa.int64())),
-        *(pack(prompts[name]) for name in ("row", "source", "prompt_ids")),
+        *(pack(prompts[name]) for name in COLUMNS),
     ]
     return pa.table(columns, schema=GROUP_SCHEMA)
 

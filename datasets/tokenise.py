@@ -67,7 +67,25 @@ class PromptTokeniser:
             more = [Problem("prompts", f"{len(problems) - 5} more")] if len(problems) > 5 else []
             raise ConfigError(problems[:5] + more)
         # A chat template writes the special tokens itself.
-        special = self._template is None
+        return self._encode(texts, special=self._template is None)
+
+    def encode_responses(
+        self, texts: Sequence[str], stop_token_ids: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Token ids ``int32[T]`` of given responses, each ending with a stop token; none of ``""``.
+
+        The one that is appended is the tokenizer's own end token, if it is one of them, since that
+        ends a turn of chat; else the first.
+        """
+        end = token_text(self.settings.get("eos_token"))
+        own = None if end is None else self.tokenizer.token_to_id(end)
+        stop = stop_token_ids[0] if own is None or own not in stop_token_ids else own
+        return [
+            ids if not len(ids) or ids[-1] in stop_token_ids else np.append(ids, np.int32(stop))
+            for ids in self._encode(texts, special=False)
+        ]
+
+    def _encode(self, texts: Sequence[str], special: bool) -> list[np.ndarray]:
         ids: list[np.ndarray] = []
         for start in range(0, len(texts), BATCH_PROMPTS):
             batch = texts[start : start + BATCH_PROMPTS]

@@ -111,7 +111,7 @@ def write_prompts(folder: RunFolder, name, behaviours):
     prompts = [[int(b), row] for row, b in zip(rows, behaviours, strict=True)]
     sources = [f"source {row % 3}" for row in rows]
     keys = [row.to_bytes(16, "big") for row in rows]
-    columns = [rows, keys, prompts, sources]
+    columns = [rows, keys, prompts, sources, [None] * len(rows)]
     folder.write_table(name, pa.table(columns, schema=PROMPT_SCHEMA), row_group_size=32)
 
 

@@ -135,6 +135,7 @@ def run_through(place: Path, config: RunConfig, kinds: list[str], seed: int) -> 
         "key": [row.to_bytes(16, "big") for row in range(NUM_ROWS)],
         "prompt_ids": [[5 + row, 7] for row in range(NUM_ROWS)],
         "source": ["s"] * NUM_ROWS,
+        "response_ids": [None] * NUM_ROWS,
     }
     folder.write_table("prompts/train.parquet", pa.table(columns, schema=PROMPT_SCHEMA))
     drops = config.stream.max_drop_fraction

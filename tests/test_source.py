@@ -13,7 +13,9 @@ from raystill.datasets.schema import PROMPT_SCHEMA, answer_schema
 @pytest.fixture
 def prompts(tmp_path):
     rows = list(range(50))
-    columns = [rows, [bytes(16)] * 50, [[row] * (row % 4) for row in rows], ["a", "b"] * 25]
+    prompts = [[row] * (row % 4) for row in rows]
+    given = [[row, 1] if row % 2 else None for row in rows]
+    columns = [rows, [bytes(16)] * 50, prompts, ["a", "b"] * 25, given]
     folder = RunFolder(str(tmp_path))
     folder.write_table("prompts.parquet", pa.table(columns, schema=PROMPT_SCHEMA), 7)
     return source.PromptTable(folder.join("prompts.parquet"))
@@ -46,6 +48,7 @@ def test_a_group_travels_as_one_row_and_comes_out_whole(prompts):
     assert group["epoch"].to_pylist() == [1, 1, 1]
     assert group["prompt_ids"].to_pylist() == [[5], [3, 3, 3], []]
     assert group["source"].to_pylist() == ["b", "b", "a"]
+    assert group["response_ids"].to_pylist() == [[5, 1], [3, 1], None]
 
 
 def test_truncated_rows_are_dropped_only_on_request_and_errors_always():

@@ -158,6 +158,7 @@ def write_inputs(folder):
         "key": [row.to_bytes(16, "big") for row in range(NUM_ROWS)],
         "prompt_ids": [prompt_of(row) for row in range(NUM_ROWS)],
         "source": ["s"] * NUM_ROWS,
+        "response_ids": [None] * NUM_ROWS,
     }
     folder.write_table("prompts/train.parquet", pa.table(columns, schema=PROMPT_SCHEMA))
     folder.write_table("held_out.parquet", held_out_table())
