@@ -34,7 +34,7 @@ from raystill.cluster.signals import StopSignals
 from raystill.cluster.waiting import Waits
 from raystill.datasets.held_out import answer_held_out
 from raystill.datasets.plan import num_steps
-from raystill.datasets.store import TeacherStore, rows_paid_for
+from raystill.datasets.store import Paid, TeacherStore, rows_paid_for
 from raystill.datasets.stored_answers import Paying
 from raystill.datasets.stream import StreamSpec
 from raystill.serve import deploy
@@ -58,7 +58,7 @@ class Outcome:
     wall_s: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     prepared: Prepared | None = None
-    paid: dict[str, int] = field(default_factory=dict)
+    paid: dict[str, Paid] = field(default_factory=dict)
 
 
 class Background(threading.Thread):

@@ -13,15 +13,18 @@ from raystill.cluster.find_model import ModelFolder, fetch_model
 from raystill.datasets.prompt_table import PromptTables
 from raystill.datasets.signal import Signal, signal_of
 from raystill.datasets.store import TeacherStore
-from raystill.datasets.stored_signal import require_served
 
 
 @dataclass(frozen=True)
 class Stored:
-    """How much of a run is in the teacher store already."""
+    """How much of a run needs no teacher any more, and how many rows it has but to score.
+
+    Rows that are neither are asked. ``covers_all``: the teacher is not needed.
+    """
 
     train_rows: int
     held_out_rows: int
+    to_score: int
     covers_all: bool
 
 
@@ -114,21 +117,25 @@ class Prepared:
 
     @cached_property
     def stored(self) -> Stored:
-        """What the teacher store has of this run's rows. RunError: with a poorer signal."""
-        config, catalogue = self.config, TeacherStore(self.store_path).catalogue()
-        found = []
+        """What the teacher store, or the prompts themselves, have of this run's rows."""
+        catalogue = TeacherStore(self.store_path).catalogue()
+        told, to_score = [], 0
         for table, wish in (
             (self.train, self.signal),
-            (self.held_out, Signal("topk", config.evaluation.top_k)),
+            (self.held_out, Signal("topk", self.config.evaluation.top_k)),
         ):
-            where = catalogue.locate(table["key"].combine_chunks())
-            held = where[where >= 0]
-            for number in np.unique(catalogue.segment[held]):
-                require_served(catalogue.entries[number].footer.origin.signal, wish)
-            found.append(len(held))
-        train, held_out = found
+            view = catalogue.serving(wish)
+            where = view.locate(table["key"].combine_chunks())
+            serves = [entry.footer.origin.signal.serves(wish) for entry in view.entries]
+            held, served = where >= 0, np.zeros(len(where), bool)
+            served[held] = np.array(serves, bool)[view.segment[where[held]]]
+            given = table["response_ids"].is_valid().to_numpy()
+            if wish.kind == "text":
+                served |= given
+            told.append(int(served.sum()))
+            to_score += int(((held | given) & ~served).sum())
         every = self.num_train_rows + self.num_held_out_rows
-        return Stored(train, held_out, covers_all=train + held_out == every)
+        return Stored(told[0], told[1], to_score, covers_all=sum(told) == every)
 
     @property
     def train(self) -> pa.Table:
@@ -146,6 +153,11 @@ class Prepared:
         return (
             f"teacher store: {self.store_path} has {held.train_rows} of {self.num_train_rows} rows "
             f"to train on, {held.held_out_rows} of {self.num_held_out_rows} held out"
+            + (
+                f"; {held.to_score} more have their answer, which is scored"
+                if held.to_score
+                else ""
+            )
         )
 
     def describe(self) -> str:

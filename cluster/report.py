@@ -33,6 +33,7 @@ FREE_RUNNING = (
     ("length_ratio", "length, student / teacher", 2, 1.0),
     ("repeated_4gram_share", "repeated 4-grams", 2, "teacher_repeated_4gram_share"),
 )
+ROWS = ("rows_trained", "rows_asked", "rows_scored", "rows_reused", "evaluation_rows_asked")
 FILES = (
     ("student", "the finished model, a Hugging Face folder"),
     ("metrics.jsonl", "one line a step"),
@@ -73,8 +74,8 @@ def print_comparison(folders: Sequence[Folder], console: Console | None = None) 
     table = _columns(*(name for name, _, _ in found))
     for name, label, digits, _ in (*TEACHER_FORCED, *FREE_RUNNING):
         table.add_row(label, *(wording.figure(after.get(name), digits) for _, _, after in found))
-    for name in ("rows_trained", "rows_asked", "rows_reused", "evaluation_rows_asked"):
-        table.add_row(name, *(wording.count(summary[name]) for _, summary, _ in found))
+    for name in ROWS:
+        table.add_row(name, *(wording.count(summary.get(name, 0)) for _, summary, _ in found))
     table.add_row("time", *(wording.duration(summary["wall_s"]) for _, summary, _ in found))
     with console.capture() as captured:
         _section(console, "Finished students, on held-out prompts", table)
@@ -216,11 +217,11 @@ def _totals_table(summary: Figures) -> Table:
     trained, total = summary["rows_trained"], summary.get("rows_total")
     of_all = "" if total is None else f" of {wording.count(total)}"
     table.add_row("rows trained", f"{wording.count(trained)}{of_all}")
-    table.add_row(
-        "rows asked",
-        f"{wording.count(summary['rows_asked'])} for training, "
-        f"{wording.count(summary['evaluation_rows_asked'])} held out",
-    )
+    for done in ("asked", "scored"):
+        numbers = [summary.get(f"{kind}_{done}", 0) for kind in ("rows", "evaluation_rows")]
+        if done == "asked" or any(numbers):
+            train, held_out = map(wording.count, numbers)
+            table.add_row(f"rows {done}", f"{train} for training, {held_out} held out")
     table.add_row(
         "left out",
         f"dropped {wording.reasons(summary['dropped'])}, "

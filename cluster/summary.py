@@ -13,7 +13,8 @@ Figures = dict[str, Any]
 class RunOutcome(Protocol):
     """What is needed of how the run ended (``cluster/job.py``).
 
-    ``paid``: rows in segments that this run published, by purpose (training, evaluation).
+    ``paid``: rows in segments that this run published, by purpose (training, evaluation): ``asked``
+    and ``scored`` ones (``datasets.store.Paid``).
     """
 
     snapshot: dict[str, Any]
@@ -21,7 +22,7 @@ class RunOutcome(Protocol):
     wall_s: float
     phases: dict[str, float]
     prepared: Any
-    paid: dict[str, int]
+    paid: dict[str, Any]
 
 
 def write_summary(folder: Folder, outcome: RunOutcome) -> Figures:
@@ -33,7 +34,7 @@ def write_summary(folder: Folder, outcome: RunOutcome) -> Figures:
     before, after = before_and_after(folder)
     held_out = prepared.num_held_out_rows if prepared is not None else 0
     trained = int(sum(line.get("rows") or 0 for line in metrics))
-    paid = outcome.paid
+    training, evaluation = outcome.paid["training"], outcome.paid["evaluation"]
     answered = counters["rows_answered"] + earlier.get("rows_answered", 0)
     truncated = counters["rows_truncated"] + earlier.get("rows_truncated", 0)
     dropped = Counter(getattr(prepared, "dropped", None) or {})
@@ -41,14 +42,16 @@ def write_summary(folder: Folder, outcome: RunOutcome) -> Figures:
     summary = {
         "status": "stopped" if outcome.stopped_by else "completed",
         "epochs": prepared.config.training.epochs if prepared is not None else 1,
-        "rows_asked": paid["training"],
-        "rows_reused": max(0, trained - paid["training"]),
+        "rows_asked": training.asked,
+        "rows_scored": training.scored,
+        "rows_reused": max(0, trained - training.asked - training.scored),
         "rows_trained": trained,
         "rows_total": _rows_total(prepared),
         "rows_answered": int(answered),
         "rows_truncated": int(truncated),
-        "evaluation_rows_asked": paid["evaluation"],
-        "evaluation_rows_reused": max(0, held_out - paid["evaluation"]),
+        "evaluation_rows_asked": evaluation.asked,
+        "evaluation_rows_scored": evaluation.scored,
+        "evaluation_rows_reused": max(0, held_out - evaluation.asked - evaluation.scored),
         "dropped": dict(dropped),
         "duplicates": getattr(prepared, "duplicates", 0),
         "truncated_fraction": truncated / answered if answered else 0.0,

@@ -73,15 +73,18 @@ class AnswerGroup:
     async def _answer(self, prompts: pa.Table) -> tuple[pa.Table, dict[str, float]]:
         """The group's answers; rows that were poison in this run are not asked again."""
         numbers = prompts["row"].to_numpy()
-        ids = prompts["prompt_ids"].combine_chunks()
+        ids, given = (prompts[n].combine_chunks() for n in ("prompt_ids", "response_ids"))
         bad = np.isin(numbers, list(self._poison))
         if not bad.any():
-            return await self._answers.get(numbers, ids)
+            return await self._answers.get(numbers, ids, given)
         good = np.flatnonzero(~bad)
         empty = unusable_answers(int(bad.sum()), POISON, self._signal)
         if not len(good):
             return empty, {}
-        answers, counters = await self._answers.get(numbers[good], ids.take(pa.array(good)))
+        places = pa.array(good)
+        answers, counters = await self._answers.get(
+            numbers[good], ids.take(places), given.take(places)
+        )
         back = np.argsort(np.concatenate([good, np.flatnonzero(bad)]))
         return pa.concat_tables([answers, empty]).take(pa.array(back)), counters
 

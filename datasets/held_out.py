@@ -40,7 +40,7 @@ def answer_held_out(
 
     A complete file of an earlier start is kept. RunError if the teacher answered none of them.
     """
-    prompts = folder.read_table(HELD_OUT_PROMPTS, ["row", "key", "source", "prompt_ids"])
+    prompts = folder.read_table(HELD_OUT_PROMPTS)
     top_k, teacher, stream = config.evaluation.top_k, config.teacher, config.stream
     rows = read_complete(folder, len(prompts), top_k)
     if rows is None:
@@ -82,8 +82,8 @@ async def _answer(
     async def ask(start: int) -> pa.Table:
         async with slots:
             group = prompts.slice(start, group_rows).combine_chunks()
-            ids = group["prompt_ids"].combine_chunks()
-            said, _ = await answers.get(group["row"].to_numpy(), ids)
+            ids, given = (group[n].combine_chunks() for n in ("prompt_ids", "response_ids"))
+            said, _ = await answers.get(group["row"].to_numpy(), ids, given)
             return _join(group, said, top_k)
 
     groups = await asyncio.gather(*(ask(i) for i in range(0, len(prompts), group_rows)))

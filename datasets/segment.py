@@ -68,13 +68,28 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Group:
-    """One row group: the run that paid for it and what for, its rows, its columns' checksums."""
+class Payer:
+    """The run that paid for a group, and what for: the teacher answered it, or ``scored`` it."""
 
     run: str
     purpose: str  # "training" or "evaluation"
+    scored: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """One row group: who paid for it, its rows, its columns' checksums."""
+
+    run: str
+    purpose: str
     rows: int
     checksums: dict[str, str]
+    scored: bool = False
+
+    @property
+    def payer(self) -> Payer:
+        """Who paid for it, and what for."""
+        return Payer(self.run, self.purpose, self.scored)
 
 
 @dataclass(frozen=True)
@@ -111,15 +126,15 @@ def segment_name(keys: Sequence[bytes], signal: Signal) -> str:
     return f"{name.hexdigest()}.parquet"
 
 
-def encode(origin: Origin, groups: Sequence[tuple[Group | tuple[str, str], pa.Table]]) -> bytes:
-    """A segment's bytes. Each group comes with its ``Group``, or with (run, purpose) if new."""
+def encode(origin: Origin, groups: Sequence[tuple[Group | Payer, pa.Table]]) -> bytes:
+    """A segment's bytes. Each group comes with its ``Group``, or with its ``Payer`` if new."""
     schema = segment_schema(origin.signal)
     described, tables = [], []
     for group, table in groups:
         rows = table.select(schema.names).cast(schema).combine_chunks()
-        if isinstance(group, tuple):
+        if isinstance(group, Payer):
             sums = {name: checksum(rows[name]) for name in schema.names}
-            group = Group(group[0], group[1], len(rows), sums)
+            group = Group(group.run, group.purpose, len(rows), sums, group.scored)
         described.append(group)
         tables.append(rows)
     told = {

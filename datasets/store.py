@@ -12,6 +12,7 @@ Legend: N rows looked for, S rows stored.
 
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -29,10 +30,12 @@ from raystill.datasets.segment import (
     DamagedSegment,
     Footer,
     Origin,
+    Payer,
     SegmentFile,
     encode,
     segment_name,
 )
+from raystill.datasets.signal import Signal
 
 SEGMENTS = "segments"
 READERS = 8
@@ -52,7 +55,13 @@ class Catalogue:
     """What a store held when it was looked through: where each key is, and what was refused.
 
     Row s is stored in ``entries[segment[s]]``, group ``group[s]``, place ``place[s]``; the richest
-    signal first, then by name, so that the first of several answers to a key is the one served.
+    signal first, then by name. Of several answers to a key the first is the one that counts.
+
+    As a rule they say the same and differ in their signal, since a poorer one is enriched by
+    scoring it. Two runs that asked at once may have stored two answers, though. Then each wish
+    still has one answer, the first that serves it (``serving``), the same for every reader of the
+    store; where none does, the first of all is the one that is scored. But a wish that follows from
+    ``hidden`` alone and one that follows from ``topk`` alone may then be told different answers.
     """
 
     entries: list[Entry] = field(default_factory=list)
@@ -69,8 +78,40 @@ class Catalogue:
 
     @property
     def duplicates(self) -> int:
-        """Rows beyond the first of each key."""
-        return self.rows - len(self.keys.unique())
+        """Rows that no wish is served from."""
+        return self.rows - int(self.counting().sum())
+
+    def counting(self) -> NDArray[np.bool_]:
+        """Which rows count for some wish, [S]: no other row of the key comes first and serves
+        whatever they serve, be it by the same answer or by another.
+        """
+        signals = [entry.footer.origin.signal for entry in self.entries]
+        counting = np.zeros(self.rows, bool)
+        for wish in set(signals):
+            mine = self._rows_of([signal == wish for signal in signals])
+            serving = self._rows_of([signal.serves(wish) for signal in signals])
+            first = pc.index_in(self.keys.take(mine), value_set=self.keys.take(serving))
+            counting[mine] = serving.to_numpy()[first.to_numpy()] == mine.to_numpy()
+        return counting
+
+    def serving(self, wish: Signal) -> "Catalogue":
+        """The same with the segments first that ``wish`` is served from; else in this order."""
+        serves = np.array([e.footer.origin.signal.serves(wish) for e in self.entries], bool)
+        order = np.argsort(~serves, kind="stable")
+        number = np.argsort(order).astype(np.int32)
+        rows = np.argsort(number[self.segment], kind="stable")
+        return Catalogue(
+            entries=[self.entries[index] for index in order],
+            refused=self.refused,
+            keys=self.keys.take(pa.array(rows)),
+            segment=number[self.segment][rows],
+            group=self.group[rows],
+            place=self.place[rows],
+        )
+
+    def _rows_of(self, entries: list[bool]) -> pa.Int64Array:
+        """Numbers of the rows of those entries, ascending."""
+        return pa.array(np.flatnonzero(np.array(entries, bool)[self.segment]), pa.int64())
 
     def locate(self, keys: pa.Array) -> NDArray[np.int64]:
         """Stored row of each of ``keys`` [N], -1 where there is none."""
@@ -152,17 +193,15 @@ class TeacherStore:
         back = np.argsort(np.concatenate(order))
         return pa.concat_tables(parts).take(pa.array(back)).combine_chunks()
 
-    def publish(
-        self, origin: Origin, group: tuple[str, str], rows: pa.Table
-    ) -> tuple[str, pa.Table]:
+    def publish(self, origin: Origin, payer: Payer, rows: pa.Table) -> tuple[str, pa.Table]:
         """Write one group's answers; (name, the rows that are published under it).
 
-        ``group``: the run that paid and its purpose. Where another writer was first, the rows are
-        those it published; a damaged segment of the name is replaced.
+        Where another writer was first, the rows are those it published; a damaged segment of the
+        name is replaced.
         """
         keys = rows["key"].to_pylist()
         name = segment_name(keys, origin.signal)
-        data = encode(origin, [(group, rows)])
+        data = encode(origin, [(payer, rows)])
         if self.folder.is_local:
             if not self._link(name, data):
                 with suppress(DamagedSegment):
@@ -220,11 +259,19 @@ def _catalogue(read: list[tuple[Entry, list[pa.Array]]], refused: dict[str, str]
     )
 
 
-def rows_paid_for(catalogue: Catalogue, run: str) -> dict[str, int]:
-    """Rows in segments that ``run`` published, by purpose."""
-    paid = {"training": 0, "evaluation": 0}
+@dataclass(frozen=True)
+class Paid:
+    """Rows in segments that a run published: answers it asked for, and those it had scored."""
+
+    asked: int = 0
+    scored: int = 0
+
+
+def rows_paid_for(catalogue: Catalogue, run: str) -> dict[str, Paid]:
+    """What ``run`` has paid for, by purpose."""
+    rows: Counter[tuple[str, bool]] = Counter()
     for entry in catalogue.entries:
         for group in entry.footer.groups:
             if group.run == run:
-                paid[group.purpose] += group.rows
-    return paid
+                rows[group.purpose, group.scored] += group.rows
+    return {p: Paid(rows[p, False], rows[p, True]) for p in ("training", "evaluation")}

@@ -16,6 +16,7 @@ from raystill.datasets.segment import (
     DamagedSegment,
     Group,
     Origin,
+    Payer,
     encode,
     segment_name,
     segment_schema,
@@ -60,17 +61,18 @@ def verify(store: TeacherStore, progress: Told | None = None) -> dict[str, str]:
 def compact(store: TeacherStore, progress: Told | None = None) -> Compacted:
     """Merge small segments of one origin, group by group, and leave duplicate rows out.
 
+    Origins differ in their signal too, so two signals of a key stay two segments; a row goes only
+    where another that stays serves every wish it serves.
     A merged segment is published before those it replaces are removed, so every row can be read
     at any moment; a run that finds one of those gone looks the store through again. Damaged
     segments are left where they are.
     """
     catalogue = store.catalogue()
-    first = np.zeros(catalogue.rows, bool)
-    first[np.unique(catalogue.locate(catalogue.keys))] = True
-    batches = list(_batches(catalogue, first))
+    counting = catalogue.counting()
+    batches = list(_batches(catalogue, counting))
     merged = into = 0
     for number, (origin, segments) in enumerate(batches, 1):
-        groups = [g for segment in segments for g in _kept(store, catalogue, segment, first)]
+        groups = [g for segment in segments for g in _kept(store, catalogue, segment, counting)]
         old = [catalogue.entries[segment].name for segment in segments]
         new = None
         if groups:
@@ -84,7 +86,7 @@ def compact(store: TeacherStore, progress: Told | None = None) -> Compacted:
         merged, into = merged + len(old), into + (new is not None)
         if progress is not None:
             progress(number, len(batches))
-    return Compacted(merged, into, int((~first).sum()))
+    return Compacted(merged, into, int((~counting).sum()))
 
 
 def prune(
@@ -116,12 +118,12 @@ def remove(store: TeacherStore, name: str) -> None:
         store.folder.filesystem().delete_file(f"{store.folder.root}/{SEGMENTS}/{name}")
 
 
-def _batches(catalogue: Catalogue, first: np.ndarray) -> Iterator[tuple[Origin, list[int]]]:
+def _batches(catalogue: Catalogue, counting: np.ndarray) -> Iterator[tuple[Origin, list[int]]]:
     """Segments to merge: of one origin, up to COMPACT_ROWS, or single ones with duplicates."""
     by_origin: dict[Origin, list[int]] = {}
     for number, entry in enumerate(catalogue.entries):
         by_origin.setdefault(entry.footer.origin, []).append(number)
-    spoilt = set(catalogue.segment[~first].tolist())
+    spoilt = set(catalogue.segment[~counting].tolist())
     for origin, segments in by_origin.items():
         batch: list[int] = []
         rows = 0
@@ -138,8 +140,8 @@ def _batches(catalogue: Catalogue, first: np.ndarray) -> Iterator[tuple[Origin, 
 
 
 def _kept(
-    store: TeacherStore, catalogue: Catalogue, segment: int, first: np.ndarray
-) -> Iterator[tuple[Group | tuple[str, str], pa.Table]]:
+    store: TeacherStore, catalogue: Catalogue, segment: int, counting: np.ndarray
+) -> Iterator[tuple[Group | Payer, pa.Table]]:
     """The segment's groups without rows that another answer to the same key is served for."""
     entry = catalogue.entries[segment]
     file = store.open(entry.name)
@@ -147,8 +149,8 @@ def _kept(
     mine = np.flatnonzero(catalogue.segment == segment)
     for number, group in enumerate(entry.footer.groups):
         rows = file.read(number, columns)
-        keep = first[mine[catalogue.group[mine] == number]]
+        keep = counting[mine[catalogue.group[mine] == number]]
         if keep.all():
             yield group, rows
         elif keep.any():
-            yield (group.run, group.purpose), rows.filter(pa.array(keep))
+            yield group.payer, rows.filter(pa.array(keep))

@@ -2,14 +2,15 @@
 
 The promise: no published answer is ever asked for again. So an answer is published before it is
 passed on, and before anything is asked the name that its segment would get is looked for, since an
-earlier try of this very group may have published it.
+earlier try of this very group may have published it. An answer that is stored with a poorer signal
+than is wished is *scored*: the teacher reads it and says the signal of just these tokens. So is a
+response that came with its prompt.
 
 Blocking work runs in threads; one object serves many groups at a time.
 """
 
 import asyncio
 import json
-import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +19,13 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.cluster.problems import RunError
-from raystill.datasets.schema import answer_schema
-from raystill.datasets.segment import DamagedSegment, Origin, segment_name
+from raystill.datasets.schema import TOKEN_IDS, answer_schema
+from raystill.datasets.segment import Origin, Payer
 from raystill.datasets.signal import Signal
-from raystill.datasets.store import Catalogue, TeacherStore
-from raystill.datasets.stored_signal import as_wished, require_served, stored_columns
+from raystill.datasets.store import TeacherStore
+from raystill.datasets.store_view import Part, StoreView, in_order
+from raystill.datasets.stored_signal import as_wished, stored_columns
 from raystill.datasets.teacher_calls import TeacherCalls
-
-logger = logging.getLogger(__name__)
 
 ENGINE = b"raystill.engine"
 """Metadata of the teacher's answers: JSON with engine, version, dtype, vocab_size."""
@@ -56,113 +56,86 @@ class StoredAnswers:
         teacher: TeacherCalls,
     ) -> None:
         self._store = store
-        self._keys = keys.combine_chunks()
+        self._view = StoreView(store, keys, wish)
         self._wish = wish
         self._paying = paying
         self._teacher = teacher
-        self._refused: set[str] = set()
-        self._look_through()
 
     async def get(
-        self, rows: NDArray[np.int64], prompt_ids: pa.Array
+        self, rows: NDArray[np.int64], prompt_ids: pa.Array, given: pa.Array | None = None
     ) -> tuple[pa.Table, dict[str, float]]:
-        """Answers (answer_schema of the wish) in the order of ``rows``, and what to count."""
-        stored, held = await asyncio.to_thread(self._from_store, rows)
-        parts, places = [], []
-        if stored is not None:
-            parts.append(stored)
-            places.append(np.flatnonzero(held))
-        if not held.all():
-            missing = np.flatnonzero(~held)
-            prompts = prompt_ids.take(pa.array(missing))
-            parts.append(await self._ask(rows[missing], prompts))
-            places.append(missing)
-        back = np.argsort(np.concatenate(places))
-        schema = answer_schema(self._wish.kind, self._wish.width)
-        whole = pa.concat_tables([part.cast(schema) for part in parts])
-        asked = len(rows) - int(held.sum())
-        return whole.take(pa.array(back)), {"rows_asked": asked, "rows_reused": int(held.sum())}
+        """Answers (answer_schema of the wish) in the order of ``rows``, and what to count.
 
-    def _look_through(self) -> None:
-        catalogue = self._store.catalogue(without=self._refused)
-        for name, why in catalogue.refused.items():
-            logger.warning("%s; its rows are looked for elsewhere, or asked again", why)
-            self._refused.add(name)
-        self._view = catalogue, catalogue.locate(self._keys)
-
-    def _from_store(self, rows: NDArray[np.int64]) -> tuple[pa.Table | None, NDArray[np.bool_]]:
-        """The stored answers of those rows that have one, and which they are."""
-        while True:
-            catalogue, located = self._view  # Another group's thread may look through again.
-            where = located[rows]
-            held = where >= 0
-            if not held.any():
-                return self._first_try(rows)
-            try:
-                return self._read(catalogue, where[held]), held
-            except DamagedSegment as damage:
-                logger.warning("%s; its rows are looked for elsewhere, or asked again", damage)
-                self._refused.add(damage.name)
-                self._look_through()
-
-    def _read(self, catalogue: Catalogue, where: NDArray[np.int64]) -> pa.Table:
-        """Stored rows as wished, in order."""
-        segments = catalogue.segment[where]
-        parts, places = [], []
-        for number in np.unique(segments):
-            origin = catalogue.entries[number].footer.origin
-            require_served(origin.signal, self._wish)
-            mine = np.flatnonzero(segments == number)
-            columns = stored_columns(self._wish)
-            part = self._store.read(catalogue, where[mine], columns)
-            parts.append(as_wished(part, origin.signal, self._wish, origin.vocab_size))
-            places.append(mine)
-        back = np.argsort(np.concatenate(places))
-        return pa.concat_tables(parts).take(pa.array(back))
-
-    def _first_try(self, rows: NDArray[np.int64]) -> tuple[pa.Table | None, NDArray[np.bool_]]:
-        """What an earlier try of just these rows has published since the store was looked through.
-
-        Only whole groups are looked for: a retried group asks for what its first try asked for.
+        ``given``: the response ids that rows came with, null where the teacher is to answer.
         """
-        none = np.zeros(len(rows), bool)
-        keys = self._keys.take(pa.array(rows))
-        name = segment_name(keys.to_pylist(), self._wish)
-        if not self._store.exists(name):
-            return None, none
-        try:
-            file = self._store.open(name)
-            found = file.rows_of(pa.chunked_array([keys]), stored_columns(self._wish))
-        except DamagedSegment as damage:
-            logger.warning("%s; its rows are asked again", damage)
-            return None, none
-        origin = file.footer.origin
-        return as_wished(found, origin.signal, self._wish, origin.vocab_size), ~none
+        given = pa.nulls(len(rows), TOKEN_IDS) if given is None else given
+        found = await asyncio.to_thread(self._view.look_up, rows, given)
+        parts = list(found.answered)
+        scored, said = found.to_score
+        asked = found.to_ask
+        if len(scored):
+            prompts = prompt_ids.take(pa.array(scored))
+            parts.append((scored, await self._score(rows[scored], prompts, said)))
+        if len(asked):
+            prompts = prompt_ids.take(pa.array(asked))
+            parts.append((asked, await self._ask(rows[asked], prompts)))
+        _, answers = in_order(parts, answer_schema(self._wish.kind, self._wish.width))
+        reused = len(rows) - len(asked) - len(scored)
+        return answers, {
+            "rows_asked": len(asked),
+            "rows_scored": len(scored),
+            "rows_reused": reused,
+        }
 
     async def _ask(self, rows: NDArray[np.int64], prompt_ids: pa.Array) -> pa.Table:
         answers = await self._teacher.sample(prompt_ids)
+        return await self._keep(rows, prompt_ids, answers, scored=False)
+
+    async def _score(
+        self, rows: NDArray[np.int64], prompt_ids: pa.Array, said: pa.Table
+    ) -> pa.Table:
+        """The signal for what was said. An answer's own reason to end stands: the teacher that
+        scores it sees its last token alone.
+        """
+        answers = await self._teacher.score(prompt_ids, said["response_ids"].combine_chunks())
+        usable = pc.is_null(answers["error"])
+        assert answers["response_ids"].filter(usable).equals(said["response_ids"].filter(usable)), (
+            "the teacher scored other responses than it was given"
+        )
+        reasons = pc.coalesce(said["finish_reason"], answers["finish_reason"])
+        place = answers.schema.get_field_index("finish_reason")
+        kept = pc.if_else(usable, reasons, pa.scalar(None, pa.string()))
+        return await self._keep(
+            rows, prompt_ids, answers.set_column(place, "finish_reason", kept), scored=True
+        )
+
+    async def _keep(
+        self, rows: NDArray[np.int64], prompt_ids: pa.Array, answers: pa.Table, scored: bool
+    ) -> pa.Table:
+        """Publish the usable ones; the answers with what is published in their places."""
         usable = pc.is_null(answers["error"]).combine_chunks()
         if not pc.any(usable).as_py():
             return answers
-        keys = self._keys.take(pa.array(rows)).filter(usable)
+        keys = self._view.keys_of(rows).filter(usable)
         answered = answers.filter(usable).select(stored_columns(self._wish))
         columns = dict(zip(answered.column_names, answered.columns, strict=True))
         segment = pa.table({"key": keys, "prompt_ids": prompt_ids.filter(usable), **columns})
         origin = self._origin(answers)
-        published = await asyncio.to_thread(self._publish, origin, segment)
+        payer = Payer(self._paying.run, self._paying.purpose, scored)
+        published = await asyncio.to_thread(self._publish, origin, payer, segment)
         if published is segment:
             return answers
         kept = as_wished(published, origin.signal, self._wish, origin.vocab_size)
         good = usable.to_numpy(zero_copy_only=False)
-        back = np.argsort(np.concatenate([np.flatnonzero(good), np.flatnonzero(~good)]))
-        unusable = answers.filter(pc.invert(usable)).cast(kept.schema)
-        return pa.concat_tables([kept, unusable]).take(pa.array(back))
+        parts: list[Part] = [
+            (np.flatnonzero(good), kept),
+            (np.flatnonzero(~good), answers.filter(pc.invert(usable))),
+        ]
+        return in_order(parts, kept.schema)[1]
 
-    def _publish(self, origin: Origin, rows: pa.Table) -> pa.Table:
+    def _publish(self, origin: Origin, payer: Payer, rows: pa.Table) -> pa.Table:
         try:
-            _, published = self._store.publish(
-                origin, (self._paying.run, self._paying.purpose), rows
-            )
+            _, published = self._store.publish(origin, payer, rows)
         except OSError as error:
             raise RunError(
                 f"the teacher's answers could not be stored in {self._store.path} ({error}); make "

@@ -6,7 +6,6 @@ Legend: T response tokens, K' stored ids of a token, K wished.
 import numpy as np
 import pyarrow as pa
 
-from raystill.cluster.problems import RunError
 from raystill.datasets.schema import TOKEN_FLOATS, answer_schema, signal_fields
 from raystill.datasets.signal import Signal
 from raystill.serve.answers import tail_logprob
@@ -44,16 +43,6 @@ def as_wished(rows: pa.Table, stored: Signal, wish: Signal, vocab_size: int) -> 
         columns["hidden"] = rows["hidden"]
     schema = answer_schema(wish.kind, wish.width)
     return pa.table([columns[name] for name in schema.names], schema=schema)
-
-
-def require_served(stored: Signal, wish: Signal) -> None:
-    """RunError where the store has an answer whose signal is poorer than what is wished."""
-    if not stored.serves(wish):
-        raise RunError(
-            f"the store holds answers with the signal {stored}, and {wish} is wished; asking again "
-            "would give other answers, and scoring the stored ones is not part of this version; "
-            f"lower the wish to {stored}, or set another store.path"
-        )
 
 
 def _first(lists: pa.ListArray, stored: int, wished: int) -> tuple[pa.ListArray, np.ndarray]:

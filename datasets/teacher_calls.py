@@ -54,26 +54,37 @@ class TeacherCalls:
 
         RunError where the teacher cannot be reached; its own errors are passed on.
         """
-        prompts = pa.table({"prompt_ids": prompt_ids})
+        return await self._ask("sample", pa.table({"prompt_ids": prompt_ids}))
+
+    async def score(self, prompt_ids: pa.Array, response_ids: pa.Array) -> pa.Table:
+        """The signal for responses that are there already; as :meth:`sample`."""
+        columns = {"prompt_ids": prompt_ids, "response_ids": response_ids}
+        return await self._ask("score", pa.table(columns))
+
+    async def _ask(self, method: str, rows: pa.Table) -> pa.Table:
+        """Answers to a group; ``method``: the teacher's, which takes ``rows``."""
         for attempt in range(1, GROUP_ATTEMPTS + 1):
-            answers = await self._try(prompts, f"group of {len(prompts)} rows, attempt {attempt}")
+            what = f"{method}: group of {len(rows)} rows, attempt {attempt}"
+            answers = await self._try(method, rows, what)
             if answers is not None:
                 return answers
-        logger.warning("asking a group of %d suspects row by row", len(prompts))
-        rows = [await self._ask_suspect(prompts.slice(i, 1)) for i in range(len(prompts))]
-        told = next((r.schema.metadata for r in rows if r.schema.metadata), None)
-        return pa.concat_tables([r.replace_schema_metadata(told) for r in rows]).combine_chunks()
+        logger.warning("asking a group of %d suspects row by row", len(rows))
+        parts = [await self._ask_suspect(method, rows.slice(i, 1)) for i in range(len(rows))]
+        told = next((part.schema.metadata for part in parts if part.schema.metadata), None)
+        whole = pa.concat_tables([part.replace_schema_metadata(told) for part in parts])
+        return whole.combine_chunks()
 
-    async def _ask_suspect(self, prompt: pa.Table) -> pa.Table:
+    async def _ask_suspect(self, method: str, row: pa.Table) -> pa.Table:
         for death in range(1, DEATHS_OF_POISON + 1):
+            what = f"{method}: suspect row, attempt {death}"
             async with self._suspect:
-                answer = await self._try(prompt.combine_chunks(), f"suspect row, attempt {death}")
+                answer = await self._try(method, row.combine_chunks(), what)
             if answer is not None:
                 return answer
-        logger.error("poison: replicas failed each time for %s", prompt.to_pylist())
+        logger.error("poison: replicas failed each time for %s", row.to_pylist())
         return unusable_answers(1, POISON, self._signal)
 
-    async def _try(self, prompts: pa.Table, what: str) -> pa.Table | None:
+    async def _try(self, method: str, rows: pa.Table, what: str) -> pa.Table | None:
         """Answers; None where the replica, its engine or the time limit went with the question.
 
         A teacher that is not there at all is asked again, up to ``max_attempts``; then RunError.
@@ -81,7 +92,8 @@ class TeacherCalls:
         handle = await self._teacher()
         for attempt in range(1, self._max_attempts + 1):
             try:
-                answers = await asyncio.wait_for(self._call(handle, prompts), self._timeout_s)
+                call = self._call(handle, method, rows)
+                answers = await asyncio.wait_for(call, self._timeout_s)
             except Exception as error:
                 if is_death(error):
                     logger.warning("%s: %r", what, error)
@@ -93,8 +105,8 @@ class TeacherCalls:
                 last = error
                 await asyncio.sleep(min(LONGEST_PAUSE_S, 0.1 * 2**attempt))
             else:
-                assert len(answers) == len(prompts), (
-                    f"the teacher gave {len(answers)} answers to {len(prompts)} prompts"
+                assert len(answers) == len(rows), (
+                    f"the teacher gave {len(answers)} answers to {len(rows)} rows"
                 )
                 return answers
         raise RunError(
@@ -103,8 +115,8 @@ class TeacherCalls:
             "folder, or raise stream.max_attempts"
         ) from last
 
-    async def _call(self, handle: Any, prompts: pa.Table) -> pa.Table:
-        response = handle.sample.remote(prompts, self._signal.kind, self._signal.width)
+    async def _call(self, handle: Any, method: str, rows: pa.Table) -> pa.Table:
+        response = getattr(handle, method).remote(rows, self._signal.kind, self._signal.width)
         try:
             return await response
         except asyncio.CancelledError:  # Timed out: the replica need not go on with it.

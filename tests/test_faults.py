@@ -26,7 +26,7 @@ from raystill.datasets.ledger import Ledger
 from raystill.datasets.schema import PROMPT_SCHEMA
 from raystill.datasets.segment import DamagedSegment
 from raystill.datasets.signal import signal_of
-from raystill.datasets.store import SEGMENTS, TeacherStore, rows_paid_for
+from raystill.datasets.store import SEGMENTS, Paid, TeacherStore, rows_paid_for
 from raystill.datasets.store_upkeep import verify
 from raystill.datasets.stored_answers import Paying
 from raystill.datasets.stream import StreamSpec
@@ -186,7 +186,7 @@ def check_exact(ended: Ended) -> None:
     catalogue = ended.store.catalogue()
     assert (catalogue.rows, catalogue.duplicates, catalogue.refused) == (NUM_ROWS, 0, {})
     assert verify(ended.store) == {}
-    assert rows_paid_for(catalogue, "run")["training"] == NUM_ROWS
+    assert rows_paid_for(catalogue, "run")["training"] == Paid(NUM_ROWS)
     lines = read_lines(ended.folder, "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert sum(line["rows"] for line in lines) == NUM_ROWS * ended.epochs

@@ -13,6 +13,7 @@ from raystill.cluster.problems import RunError
 from raystill.cluster.report import examples, print_comparison, print_report, question
 from raystill.cluster.run_folder import RunFolder
 from raystill.cluster.summary import before_and_after, write_summary
+from raystill.datasets.store import Paid
 
 BEFORE = {"step": 0, "kl_nats_per_token": 8.0, "top1_agreement": 0.05, "acceptance": 0.1}
 BEFORE |= {"perplexity": 35000.0, "num_tokens": 900, "bound": "KL is a lower bound"}
@@ -49,7 +50,7 @@ def outcome(stopped_by: int = 0, rows_asked: int = 0, **counters: float) -> type
             dropped={"too_long": 2},
             config=types.SimpleNamespace(training=types.SimpleNamespace(epochs=1)),
         ),
-        paid={"training": rows_asked, "evaluation": 8},
+        paid={"training": Paid(rows_asked), "evaluation": Paid(8)},
     )
 
 

@@ -24,15 +24,16 @@ from raystill.datasets.segment import (
     FOOTER,
     DamagedSegment,
     Origin,
+    Payer,
     SegmentFile,
     checksum,
     encode,
     segment_name,
 )
 from raystill.datasets.signal import Signal, signal_of
-from raystill.datasets.store import SEGMENTS, TeacherStore, rows_paid_for
+from raystill.datasets.store import SEGMENTS, Paid, TeacherStore, rows_paid_for
 from raystill.datasets.store_upkeep import compact, prune, verify
-from raystill.datasets.stored_signal import as_wished, require_served, stored_columns
+from raystill.datasets.stored_signal import as_wished, stored_columns
 from raystill.serve.answers import Answer, answers_table, tail_logprob
 
 V = 300
@@ -109,7 +110,9 @@ def publish(store: TeacherStore, rows: list[int], run: str = "run", **what) -> s
     signal = what.pop("signal", TOPK)
     told = origin(signal, what.pop("identity", "abc"))
     return store.publish(
-        told, (run, what.pop("purpose", "training")), segment(rows, signal, **what)
+        told,
+        Payer(run, what.pop("purpose", "training"), what.pop("scored", False)),
+        segment(rows, signal, **what),
     )[0]
 
 
@@ -180,11 +183,6 @@ class TestReading:
         assert served.schema.equals(answer_schema(wish.kind, wish.width))
         assert served.equals(answers(rows, wish))
 
-    def test_a_richer_wish_is_refused_with_the_remedy(self) -> None:
-        with pytest.raises(RunError, match=r"topk 16, and topk 32 is wished.*lower the wish"):
-            require_served(TOPK, Signal("topk", 32))
-        require_served(TOPK, Signal("text"))
-
     def test_the_richest_answer_to_a_key_is_served(self, store: TeacherStore) -> None:
         publish(store, [1, 2], signal=Signal("topk", 4))
         publish(store, [2, 1])
@@ -193,10 +191,30 @@ class TestReading:
         assert {catalogue.entries[s].footer.origin.signal for s in segments} == {TOPK}
         assert (catalogue.rows, catalogue.duplicates) == (4, 2)
 
-    def test_an_empty_store_has_nothing(self, store: TeacherStore) -> None:
+    def test_each_wish_finds_its_own_of_two_signals(self, store: TeacherStore) -> None:
+        for signal in (Signal("topk", 4), HIDDEN, TOPK, Signal("sampled")):
+            publish(store, [1, 2], signal=signal)
+        publish(store, [2, 3], signal=Signal("text"))
         catalogue = store.catalogue()
-        assert catalogue.locate(keys_of([1])).tolist() == [-1]
-        assert (catalogue.rows, catalogue.duplicates) == (0, 0)
+        assert catalogue.counting().sum() == 5  # Hidden and topk 16 of 1 and 2, and 3.
+        assert (catalogue.rows, catalogue.duplicates) == (10, 5)
+
+        def found(wish: Signal, row: int) -> Signal:
+            view = catalogue.serving(wish)
+            (where,) = view.locate(keys_of([row]))
+            (read,) = store.read(view, np.array([where]), ["key"])["key"].to_pylist()
+            assert read == key(row)
+            return view.entries[view.segment[where]].footer.origin.signal
+
+        assert found(TOPK, 1) == found(Signal("topk", 4), 2) == TOPK
+        assert found(HIDDEN, 1) == found(Signal("sampled"), 1) == found(Signal("text"), 2) == HIDDEN
+        assert found(Signal("topk", 17), 1) == HIDDEN  # To be scored: nothing serves it.
+        assert found(TOPK, 3) == Signal("text")
+
+    def test_an_empty_store_has_nothing(self, store: TeacherStore) -> None:
+        for catalogue in (store.catalogue(), store.catalogue().serving(TOPK)):
+            assert catalogue.locate(keys_of([1])).tolist() == [-1]
+            assert (catalogue.rows, catalogue.duplicates) == (0, 0)
 
 
 class TestFooter:
@@ -214,7 +232,7 @@ class TestFooter:
         return sink.getvalue()
 
     def test_one_from_before_hidden_states_is_read(self) -> None:
-        data = encode(origin(), [(("run", "training"), segment([1, 2]))])
+        data = encode(origin(), [(Payer("run", "training"), segment([1, 2]))])
 
         def as_before(told: dict[str, Any]) -> None:
             signal = told["origin"]["signal"]
@@ -227,7 +245,7 @@ class TestFooter:
         assert file.read(0, ["topk_ids"]).equals(segment([1, 2]).select(["topk_ids"]))
 
     def test_it_says_which_hidden_state_it_holds_and_another_is_refused(self) -> None:
-        data = encode(origin(HIDDEN), [(("run", "training"), segment([1, 2], HIDDEN))])
+        data = encode(origin(HIDDEN), [(Payer("run", "training"), segment([1, 2], HIDDEN))])
         told = SegmentFile(pa.BufferReader(data), "new").footer.origin
         assert told.hidden_is == "after the final norm"
         assert origin().hidden_is is None
@@ -327,14 +345,14 @@ class TestDamage:
 class TestWriting:
     def test_the_first_of_two_writers_counts(self, store: TeacherStore) -> None:
         first = segment([1, 2])
-        store.publish(origin(), ("a", "training"), first)
+        store.publish(origin(), Payer("a", "training"), first)
         second = segment([2, 1], salt=1)
-        name, published = store.publish(origin(), ("b", "training"), second)
+        name, published = store.publish(origin(), Payer("b", "training"), second)
         assert published["key"].to_pylist() == [key(2), key(1)]
         assert published["response_ids"].to_pylist() == first["response_ids"].to_pylist()[::-1]
         assert store.names() == [name]
-        assert rows_paid_for(store.catalogue(), "a") == {"training": 2, "evaluation": 0}
-        assert rows_paid_for(store.catalogue(), "b") == {"training": 0, "evaluation": 0}
+        assert rows_paid_for(store.catalogue(), "a") == {"training": Paid(2), "evaluation": Paid()}
+        assert rows_paid_for(store.catalogue(), "b") == {"training": Paid(), "evaluation": Paid()}
 
     def test_many_processes_write_the_same_rows_at_once(self, store: TeacherStore) -> None:
         with multiprocessing.get_context("spawn").Pool(4) as pool:
@@ -377,7 +395,8 @@ def write_many(path: str, salt: int) -> list:
     kept = []
     for start in range(0, 40, 4):
         rows = list(range(start, start + 4))
-        _, published = store.publish(origin(), (f"run{salt}", "training"), segment(rows, salt=salt))
+        payer = Payer(f"run{salt}", "training")
+        _, published = store.publish(origin(), payer, segment(rows, salt=salt))
         kept += published["response_ids"].to_pylist()
     return kept
 
@@ -402,7 +421,38 @@ class TestCompacting:
         assert verify(store) == {}
         assert compact(store).merged == 0
         paid = [rows_paid_for(after, run) for run in "abc"]
-        assert sum(sum(by_purpose.values()) for by_purpose in paid) == 8
+        assert sum(rows.asked for by_purpose in paid for rows in by_purpose.values()) == 8
+
+    def test_two_signals_of_a_key_stay_two_and_every_wish_is_served_as_before(
+        self, store: TeacherStore
+    ) -> None:
+        narrow, rows = Signal("topk", 4), [1, 2, 3, 4]
+        publish(store, [1, 2], signal=HIDDEN, run="a", scored=True)
+        publish(store, [3, 4], signal=HIDDEN, salt=1)  # Another answer than the topk ones.
+        publish(store, [1, 2, 3, 4])
+        publish(store, [2], signal=narrow, salt=2)
+        publish(store, [3, 9], signal=narrow)
+        publish(store, [1, 4], signal=Signal("text"), salt=3)
+        wishes = [HIDDEN, TOPK, narrow, Signal("sampled"), Signal("text")]
+
+        def told() -> list[pa.Table]:
+            views = [store.catalogue().serving(wish) for wish in wishes]
+            where = [view.locate(keys_of(rows)) for view in views]
+            return [
+                store.read(view, found, stored_columns(Signal("sampled")))
+                for view, found in zip(views, where, strict=True)
+            ]
+
+        before = told()
+        assert not before[0].equals(before[1])
+        done = compact(store)
+        assert (done.merged, done.into, done.duplicates) == (5, 2, 4)
+        assert told() == before
+        after = store.catalogue()
+        assert (after.rows, after.duplicates) == (9, 0)
+        assert rows_paid_for(after, "a") == {"training": Paid(0, 2), "evaluation": Paid()}
+        assert verify(store) == {}
+        assert compact(store).merged == 0
 
     def test_a_damaged_segment_is_left_alone(self, store: TeacherStore) -> None:
         bad = publish(store, [1])

@@ -14,7 +14,7 @@ from raystill.cluster.run_folder import HELD_OUT, HELD_OUT_PROMPTS, RunFolder
 from raystill.datasets.plan import epoch_order, num_steps
 from raystill.datasets.schema import row_schema
 from raystill.datasets.signal import Signal
-from raystill.datasets.store import TeacherStore, rows_paid_for
+from raystill.datasets.store import Paid, TeacherStore, rows_paid_for
 from raystill.datasets.stored_answers import ENGINE, Paying
 from tests import stream_rig as rig
 from tests.stream_rig import GROUP_ROWS, PLAIN, ROWS_PER_STEP, SEED, TOP_K, Run
@@ -98,8 +98,8 @@ def test_every_row_comes_with_its_own_answer(workers, tmp_path):
         assert table["response_ids"].to_pylist() == [[row, 1] for row in rows]
         assert table["source"].to_pylist() == [f"source {row % 3}" for row in rows]
         assert set(table["epoch"].to_pylist()) == {0}
-    counters = {"rows_asked": 40, "rows_reused": 0, "rows_answered": 40, "rows_truncated": 0}
-    assert streamed.snapshot["counters"] == counters
+    counters = {"rows_asked": 40, "rows_scored": 0, "rows_reused": 0}
+    assert streamed.snapshot["counters"] == counters | {"rows_answered": 40, "rows_truncated": 0}
 
 
 def test_the_source_is_not_fused_into_the_answer_stage(teacher, tmp_path):
@@ -268,4 +268,4 @@ def test_held_out_rows_are_answered_once_and_kept(teacher, tmp_path):
     counters = ray.get(coordinator.snapshot.remote())["counters"]
     assert counters == {"evaluation_rows_dropped": 1}
     paid = rows_paid_for(TeacherStore(store).catalogue(), "run")
-    assert paid == {"training": 0, "evaluation": 20}
+    assert paid == {"training": Paid(), "evaluation": Paid(20)}
