@@ -3,7 +3,6 @@
 Reads configuration and tokenizer files only: no weights, no torch, no transformers.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,9 @@ from tokenizers import Tokenizer
 from raystill.cluster.config import RunConfig
 from raystill.cluster.find_model import ModelFolder, read_object
 from raystill.cluster.problems import ConfigError, Problem
+from raystill.datasets.signal import hidden_size
 from raystill.datasets.tokenise import load_tokenizer, read_settings
+from raystill.train.head_tensors import find_head, read_header, stored_tensors
 from raystill.train.logit_transform import logit_transform
 
 NAMED_TOKENS = ("bos", "eos", "pad")
@@ -46,6 +47,7 @@ def check_teacher(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
             f"{teacher.name} ends its answers at strings ({strings!r}), which are not supported; "
             "set stop_token_ids to the ids that end an answer",
         )
+    yield from _check_hidden(config, teacher)
     needs_weights = settings.engine == "vllm" or config.student.init == "from_teacher"
     if needs_weights and not teacher.has_weights and not _is_in_hub_cache(teacher):
         yield Problem(
@@ -143,26 +145,45 @@ def count_parameters(model: ModelFolder, layers: list[int] | None = None) -> int
         return round(total / width * kept)
     total, wanted = 0, None if layers is None else set(layers)
     for file in files:
-        for name, shape in _shapes(file):
+        for name, entry in read_header(file).items():
             layer = name.partition("layers.")[2].partition(".")[0]
             if wanted is not None and layer.isdigit() and int(layer) not in wanted:
                 continue
             size = 1
-            for extent in shape:
+            for extent in entry["shape"]:
                 size *= extent
             total += size
     return total
 
 
-def _shapes(file: Path) -> Iterator[tuple[str, list[int]]]:
-    try:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    except (OSError, ValueError, MemoryError):
+def _check_hidden(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
+    """With ``signal.kind: hidden``: are there states, and a head at the student to give them to?"""
+    if config.signal.kind != "hidden":
         return
-    for name, entry in header.items():
-        if name != "__metadata__":
-            yield name, entry["shape"]
+    if config.teacher.engine == "synthetic":
+        yield Problem(
+            "signal.kind",
+            "is 'hidden', but the synthetic engine has no hidden states; set teacher.engine: vllm, "
+            "or signal.kind: topk",
+        )
+        return
+    try:
+        size = hidden_size(teacher.config)
+        logit_transform(teacher.config)
+        if not stored_tensors(teacher.path):  # Still to be fetched, or missed elsewhere.
+            return
+        weight = find_head(teacher).weight
+    except ValueError as error:
+        yield Problem("teacher.model", str(error))
+        return
+    expected = (teacher.vocab_size or (weight.shape or (0,))[0], size)
+    if weight.shape is not None and weight.shape != expected:
+        yield Problem(
+            "teacher.model",
+            f"{teacher.name} has an output head ({weight.name}) of {list(weight.shape)}, but by "
+            f"its config.json it would have {list(expected)} (ids, hidden size), so the student "
+            "could not rebuild its logits; mend config.json, or set signal.kind: topk",
+        )
 
 
 def _check_top_k(config: RunConfig, vocabulary: int) -> Iterator[Problem]:

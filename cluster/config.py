@@ -1,5 +1,6 @@
 """The run file's whole tree, and the rules that hold between its sections."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import model_validator
@@ -64,13 +65,32 @@ class RunConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _signal_fits_objective(self) -> "RunConfig":
-        unfit = [f"objective.{name}" for name in self.objective.divergences]
-        if unfit and self.signal.kind == "text":
-            raise ValueError(
+        if reasons := list(self._unfit()):
+            raise ValueError("; ".join(reasons))
+        return self
+
+    def _unfit(self) -> Iterator[str]:
+        """What the objective wants and the signal cannot say, each with its remedy."""
+        kind, objective = self.signal.kind, self.objective
+        unfit = [f"objective.{name}" for name in objective.divergences]
+        if unfit and kind == "text":
+            yield (
                 f"{', '.join(unfit)} needs the teacher's probabilities, but signal.kind is 'text', "
                 "which has none; set signal.kind: topk, or train with objective.cross_entropy alone"
             )
-        return self
+        if objective.temperature != 1.0 and kind != "hidden":
+            yield (
+                f"objective.temperature is {objective.temperature:g}, but signal.kind is {kind!r}, "
+                "which does not say how the teacher's tail would change with it; set signal.kind: "
+                "hidden, or objective.temperature: 1"
+            )
+        by = objective.token_weights.by
+        if by != "none" and kind == "text":
+            yield (
+                f"objective.token_weights.by is {by!r}, but signal.kind is 'text', which has no "
+                "probabilities to weigh tokens by; set signal.kind: topk, or "
+                "objective.token_weights.by: none"
+            )
 
     @property
     def rows_ahead(self) -> int:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from tokenizers import Tokenizer, models
@@ -238,6 +239,67 @@ def test_folders_without_weights_or_configuration_are_refused(
     assert "has no *.safetensors" in only(run_file, *STUDENT, f"student.model={folder}")
     (folder / "config.json").unlink()
     assert "has no config.json" in only(run_file, f"teacher.model={folder}")
+
+
+HIDDEN = "signal.kind=hidden"
+
+
+def test_a_hidden_signal_of_the_tiny_teacher_is_accepted(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert problems(run_file, HIDDEN, "objective={jsd: 1, temperature: 2}") == []
+    usage = shutil.disk_usage("/")._replace(free=1 << 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    many = ["teacher.sampling.max_tokens=1000000", "evaluation.held_out_sources=[]"]
+    (notice,) = (n for n in check_run_file(str(run_file), [HIDDEN, *many]).notices if "GiB" in n)
+    # 12 rows of 1e6 tokens of 64 components of 2 bytes, and 6.1 bytes for the drawn id.
+    assert f"up to {12e6 * (2 * 64 + 6.1) / 2**30:.1f} GiB" in notice
+
+
+def test_the_synthetic_engine_has_no_hidden_states(run_file: Path) -> None:
+    problem = only(run_file, HIDDEN, "teacher.engine=synthetic")
+    assert problem.startswith("signal.kind: is 'hidden', but the synthetic engine")
+    assert "set teacher.engine: vllm, or signal.kind: topk" in problem
+
+
+def teacher_with(path: Path, config: dict[str, Any], tensors: dict[str, Any] | None = None) -> str:
+    """The tiny teacher with some of its configuration, and maybe its weights, replaced."""
+    from safetensors.numpy import save_file
+
+    shutil.copytree(TINY, path)
+    settings = json.loads((path / "config.json").read_text()) | config
+    settings = {name: value for name, value in settings.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(settings))
+    if tensors is not None:
+        save_file(tensors, path / "model.safetensors")
+    return f"teacher.model={path}"
+
+
+def test_a_teacher_whose_head_the_student_cannot_use_is_refused_with_the_remedy(
+    run_file: Path, tmp_path: Path
+) -> None:
+    head = np.zeros((49152, 64), np.float16)
+    cases = {
+        "names no hidden_size": ({"hidden_size": None}, None),
+        "it would have [49152, 96]": ({"hidden_size": 96}, None),
+        "of [49152, 64], but by its config.json it would have [49000, 64]": (
+            {"vocab_size": 49000},
+            None,
+        ),
+        "has 0 output heads": ({}, {"model.norm.weight": head[0]}),
+        "quantised output head (lm_head.qweight)": ({}, {"lm_head.qweight": head.astype("i4")}),
+        "logit_scale is 0": ({"logit_scale": 0}, {"lm_head.weight": head}),
+    }
+    for number, (words, (config, tensors)) in enumerate(cases.items()):
+        override = teacher_with(tmp_path / str(number), config, tensors)
+        found = problems(run_file, HIDDEN, override)
+        mine = [problem for problem in found if problem.startswith("teacher.model: ")]
+        assert any(words in problem for problem in mine), (words, found)
+        assert words == "logit_scale is 0" or "signal.kind: topk" in mine[0]
+        others = [problem.split(":")[0] for problem in problems(run_file, override)]
+        assert "teacher.model" not in others, "other signals need no head at the student"
+    padded = teacher_with(tmp_path / "padded", {}, {"lm_head.weight": head})
+    assert problems(run_file, HIDDEN, padded) == []
 
 
 def test_stop_strings_of_the_model_are_refused(run_file: Path, tmp_path: Path) -> None:

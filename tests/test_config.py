@@ -148,6 +148,37 @@ def test_a_divergence_without_teacher_probabilities_is_refused_with_the_remedy(
     assert load_config(path, [f"objective.{name}=0"]).objective.weights == {"cross_entropy": 1.0}
 
 
+@pytest.mark.parametrize("kind", ["text", "sampled", "topk"])
+def test_a_temperature_is_for_the_hidden_signal(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, objective={"jsd": 1, "temperature": 2}, signal={"kind": "hidden"})
+    assert load_config(path).objective.temperature == 2
+    (message,) = refused(path, f"signal.kind={kind}").values()
+    assert f"objective.temperature is 2, but signal.kind is '{kind}'" in message
+    assert "set signal.kind: hidden, or objective.temperature: 1" in message
+    assert ("objective.jsd needs" in message) == (kind == "text"), "all reasons at once"
+    assert load_config(path, [f"signal.kind={kind}", "objective={forward_kl: 0, cross_entropy: 1}"])
+
+
+def test_a_temperature_that_nothing_would_see_is_refused(tmp_path: Path) -> None:
+    objective = {"cross_entropy": 1, "temperature": 0.5}
+    message = refused(write(tmp_path, objective=objective, signal={"kind": "hidden"}))["objective"]
+    assert "temperature is 0.5" in message and "give a divergence a weight" in message
+    for value in ("0", "-1", ".nan", ".inf"):
+        problems = refused(write(tmp_path), f"objective.temperature={value}")
+        assert list(problems) == ["objective.temperature"]
+
+
+def test_tokens_are_weighed_by_what_the_signal_says(tmp_path: Path) -> None:
+    weights = {"by": "entropy", "truncated_rows": 0}
+    path = write(tmp_path, objective={"cross_entropy": 1, "token_weights": weights})
+    assert load_config(path).objective.token_weights.truncated_rows == 0
+    (message,) = refused(path, "signal.kind=text").values()
+    assert "objective.token_weights.by is 'entropy', but signal.kind is 'text'" in message
+    assert "objective.token_weights.by: none" in message
+    problems = refused(path, "objective.token_weights.by=loss")
+    assert list(problems) == ["objective.token_weights.by"]
+
+
 @pytest.mark.parametrize("name", ["jsd_beta", "skew_alpha"])
 @pytest.mark.parametrize("value", ["0", "1", "-0.5", ".nan"])
 def test_the_ends_of_a_mixture_are_refused_and_point_to_the_two_kls(

@@ -140,11 +140,16 @@ class ObjectiveConfig(ConfigModel):
     )
 
     @model_validator(mode="after")
-    def _something(self) -> "ObjectiveConfig":
+    def _consistent(self) -> "ObjectiveConfig":
         if not self.weights:
             *others, last = TERMS
             raise ValueError(
                 f"every weight is 0; give {', '.join(others)} or {last} a weight above 0"
+            )
+        if self.temperature != 1.0 and not self.divergences:
+            raise ValueError(
+                f"temperature is {self.temperature:g}, which changes divergences only, and just "
+                "cross_entropy has a weight; set temperature: 1, or give a divergence a weight"
             )
         return self
 

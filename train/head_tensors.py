@@ -83,7 +83,8 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     except (OSError, ValueError, MemoryError):
         return {}
-    return {name: entry for name, entry in header.items() if name != "__metadata__"}
+    entries = header.items() if isinstance(header, dict) else ()
+    return {name: entry for name, entry in entries if name != "__metadata__"}
 
 
 def _named(names: Iterable[str], modules: tuple[str, ...]) -> list[str]:
