@@ -26,11 +26,13 @@ from raystill.cluster.config import RunConfig
 from raystill.cluster.coordinator import start_coordinator
 from raystill.cluster.live import LiveView
 from raystill.cluster.load import config_text
+from raystill.cluster.metrics import MetricsLog
 from raystill.cluster.probe import is_due, probe_teacher
 from raystill.cluster.problems import Problem, RunError
 from raystill.cluster.redact import redacted
-from raystill.cluster.run_folder import RunFolder
+from raystill.cluster.run_folder import TIMELINE, RunFolder
 from raystill.cluster.signals import StopSignals
+from raystill.cluster.timeline import Timeline
 from raystill.cluster.waiting import Waits
 from raystill.datasets.held_out import answer_held_out
 from raystill.datasets.plan import num_steps
@@ -257,9 +259,11 @@ def watch(
 ) -> dict[str, Any]:
     """Show the run until the student has ended; raise what went wrong in either thread."""
     asked_to_stop, waits = False, Waits(config)
+    timeline = Timeline(MetricsLog(folder, TIMELINE), deploy.num_replicas)
     while student.is_alive():
         snapshot = ray.get(coordinator.snapshot.remote())
         view.update(snapshot)
+        timeline.look(snapshot)
         if teacher.error is not None:
             raise failure("the teacher", teacher.error, folder) from teacher.error
         if snapshot["error"]:
@@ -281,6 +285,7 @@ def watch(
         raise failure("the student", student.error, folder) from student.error
     snapshot = ray.get(coordinator.snapshot.remote())
     view.update(snapshot)
+    timeline.close(snapshot)
     return snapshot
 
 

@@ -41,6 +41,7 @@ FILES = (
     ("answers.jsonl", "what teacher and student wrote"),
     ("held_out.parquet", "the rows they were measured on"),
     ("summary.json", "the totals of this table"),
+    ("timeline.jsonl", "who was busy when"),
     ("checkpoints", "to resume from"),
     ("logs", "what Ray, Serve and vLLM printed"),
 )
@@ -263,6 +264,8 @@ def _time_table(summary: Figures) -> Table:
     )
     for phase, seconds in summary["phases"].items():
         table.add_row(Text(f"  {phase}"), wording.duration(seconds))
+    if summary.get("bottleneck"):
+        table.add_row("bottleneck", summary["bottleneck"])
     if summary["restarts"]:
         table.add_row("resumed", wording.plural(summary["restarts"], "time"))
     return table

@@ -33,6 +33,7 @@ ANSWERS = "answers.jsonl"
 HELD_OUT = "held_out.parquet"
 PROBE = "probe.json"
 SUMMARY = "summary.json"
+TIMELINE = "timeline.jsonl"
 CHECKPOINTS = "checkpoints"
 STUDENT = "student"
 LOGS = "logs"
@@ -40,7 +41,7 @@ STORE = "teacher_store"
 
 TOP_LEVEL_NAMES = frozenset(
     {CONFIG, MANIFEST, METRICS, METRICS_DISCARDED, EVALUATION, ANSWERS, HELD_OUT, PROBE, SUMMARY}
-    | {"prompts", CHECKPOINTS, STUDENT, LOGS}
+    | {TIMELINE, "prompts", CHECKPOINTS, STUDENT, LOGS}
 )
 
 JOB_PACKAGE_FOLDER = "runtime_resources/working_dir_files"

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from raystill.cluster.metrics import Folder, plain, read_lines
+from raystill.cluster.run_folder import TIMELINE
+from raystill.cluster.timeline import bottleneck
 
 Figures = dict[str, Any]
 
@@ -39,6 +41,8 @@ def write_summary(folder: Folder, outcome: RunOutcome) -> Figures:
     truncated = counters["rows_truncated"] + earlier.get("rows_truncated", 0)
     dropped = Counter(getattr(prepared, "dropped", None) or {})
     dropped.update(snapshot.get("dropped") or {})
+    ahead_seen = max(int(snapshot.get("max_ahead") or 0), earlier.get("max_rows_ahead_seen", 0))
+    max_ahead = None if prepared is None else prepared.config.rows_ahead
     summary = {
         "status": "stopped" if outcome.stopped_by else "completed",
         "epochs": prepared.config.training.epochs if prepared is not None else 1,
@@ -62,9 +66,8 @@ def write_summary(folder: Folder, outcome: RunOutcome) -> Figures:
         "wall_s": outcome.wall_s + earlier.get("wall_s", 0.0),
         "phases": _added(earlier.get("phases", {}), outcome.phases),
         "restarts": _restarts(earlier, snapshot),
-        "max_rows_ahead_seen": max(
-            int(snapshot.get("max_ahead") or 0), earlier.get("max_rows_ahead_seen", 0)
-        ),
+        "max_rows_ahead_seen": ahead_seen,
+        "bottleneck": bottleneck(read_lines(folder, TIMELINE), ahead_seen, max_ahead),
         "evaluation": {"before": before, "after": after},
         "baselines": _baselines(folder, snapshot),
         "skipped_steps": sum(line.get("loss") is None for line in metrics),

@@ -140,6 +140,13 @@ def waits_for_resources() -> bool:
     return any("to be scheduled" in deployment.message for deployment in told.deployments.values())
 
 
+def num_replicas() -> int:
+    """Replicas that answer now; 0 where the teacher was not deployed."""
+    told = serve.status().applications.get(APP_NAME)
+    deployment = None if told is None else told.deployments.get(DEPLOYMENT)
+    return 0 if deployment is None else int(deployment.replica_states.get("RUNNING", 0))
+
+
 def teacher_handle() -> Any:
     """Serve's handle of the deployed teacher."""
     return serve.get_app_handle(APP_NAME)

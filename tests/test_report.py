@@ -48,7 +48,7 @@ def outcome(stopped_by: int = 0, rows_asked: int = 0, **counters: float) -> type
             num_held_out_rows=8,
             duplicates=3,
             dropped={"too_long": 2},
-            config=types.SimpleNamespace(training=types.SimpleNamespace(epochs=1)),
+            config=types.SimpleNamespace(training=types.SimpleNamespace(epochs=1), rows_ahead=48),
         ),
         paid={"training": Paid(rows_asked), "evaluation": Paid(8)},
     )
@@ -108,6 +108,17 @@ def test_a_resumed_run_adds_to_the_totals_of_its_earlier_part(folder: RunFolder)
     assert summary["phases"] == {"training": 160.0}
     assert summary["restarts"] == 1
     assert summary["dropped"] == {"too_long": 3}
+
+
+def test_the_bottleneck_is_in_the_summary_and_in_the_table(folder: RunFolder) -> None:
+    window = {"phase": "training", "seconds": 10.0, "replicas": 1, "workers": 1, "rows_ahead": 48}
+    window |= {"teacher_rows": 8, "teacher_busy_s": 10.0, "student_rows": 8}
+    write_lines(
+        folder, "timeline.jsonl", [window | {"student_busy_s": 6.0, "student_wait_s": 4.0}] * 13
+    )
+    said = "teacher-bound: the student waits 40 %, the teacher idles 0 %"
+    assert write_summary(folder, outcome())["bottleneck"] == said
+    assert said in " ".join(report_of(folder).split())
 
 
 def test_a_restart_of_the_worker_group_is_counted(folder: RunFolder) -> None:
