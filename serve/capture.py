@@ -222,14 +222,15 @@ def _within(pieces: list[_Piece], output: Tensor, vocab: int) -> Iterator[list[_
             part = _Piece(piece.kept, begin, end, piece.place + begin - piece.begin)
             groups.setdefault((wish.kind, wish.width), []).append(part)
     for group in groups.values():
-        part, rows = [], 0
+        chunk: list[_Piece] = []
+        rows = 0
         for piece in group:
-            if part and rows + piece.end - piece.begin > most:
-                yield part
-                part, rows = [], 0
-            part.append(piece)
+            if chunk and rows + piece.end - piece.begin > most:
+                yield chunk
+                chunk, rows = [], 0
+            chunk.append(piece)
             rows += piece.end - piece.begin
-        yield part
+        yield chunk
 
 
 def _stacked(pieces: list[_Piece], name: str, device: torch.device) -> Tensor:

@@ -102,7 +102,8 @@ class VllmEngine:
         place of the K best, in this order. The head is not run for ``hidden``, so its
         ``sampled_logprobs`` are NaN. Raises EngineDeadError as ``sample`` does.
         """
-        pairs = list(zip(prompt_ids, response_ids, at or [None] * len(prompt_ids), strict=True))
+        named: Sequence[Ids | None] = [None] * len(prompt_ids) if at is None else at
+        pairs = list(zip(prompt_ids, response_ids, named, strict=True))
         reasons = [score_refusal(p, r, self.max_model_len, self.vocab_size) for p, r, _ in pairs]
         outputs: list[Any] = reasons
         blobs = [b""] * len(pairs)

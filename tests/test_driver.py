@@ -354,7 +354,7 @@ def test_a_terminated_run_names_the_command_that_resumes_and_exits_with_143(
 ) -> None:
     from raystill.cluster import job, report
 
-    def stopped(*_: object) -> job.Outcome:
+    def stopped(*_: object, probe: bool) -> job.Outcome:
         with job.StopSignals() as signals:
             os.kill(os.getpid(), signal.SIGTERM)
         return job.Outcome(snapshot={}, stopped_by=signals.received, step=7)

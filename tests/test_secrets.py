@@ -16,6 +16,7 @@ from raystill.cluster.problems import Problem
 from raystill.cluster.redact import redact, redact_uncaught_errors, redacted
 from raystill.cluster.run_folder import RunFolder
 from raystill.cluster.wording import path
+from raystill.datasets.store import Paid
 from tests.synthetic_run import write_run_file
 
 SECRETS = {
@@ -89,7 +90,9 @@ def test_nothing_a_run_writes_holds_a_secret(run_file: Path) -> None:
     assert prepared is not None
     assert prepared.store_path == STORE  # It is used as it was given.
     job.write_folder(config, folder, prepared)
-    outcome = job.Outcome(snapshot={}, prepared=prepared, paid={"training": 0, "evaluation": 0})
+    outcome = job.Outcome(
+        snapshot={}, prepared=prepared, paid={"training": Paid(), "evaluation": Paid()}
+    )
     report.write_summary(folder, outcome)
     written = [file for file in Path(folder.path).rglob("*") if file.is_file()]
     assert {file.name for file in written} >= {"config.yaml", "manifest.json", "summary.json"}
