@@ -108,7 +108,7 @@ def test_micro_batches_sum_to_the_batch():
 
 def broken(number):
     """A row whose log probabilities are of another teacher than its hidden states."""
-    row = make_hidden_row(number)
+    row = make_hidden_row(number, tokens=16)
     row.sampled_logprobs = row.sampled_logprobs - 1
     return row
 

@@ -185,13 +185,15 @@ def test_without_weights_the_index_says_where_the_head_is(tmp_path):
 def test_another_teacher_than_the_one_that_answered_is_refused(tmp_path):
     model = build("untied").eval()
     model.save_pretrained(tmp_path)
-    hidden, logits = states_and_logits(model, torch.arange(3, 15)[None])
+    hidden, logits = states_and_logits(model, torch.arange(3, 35)[None])
     drawn = logits.argmin(dim=1)
     logprobs = torch.log_softmax(logits, dim=1).gather(1, drawn[:, None]).squeeze(1)
     head = read_teacher_head(tmp_path, VOCAB, engine_dtype="float32")
     head.require_agreement(head.mean_gap(hidden.bfloat16(), drawn, logprobs))
     with pytest.raises(RunError, match=r"by 3 nats on average; expected at most 0\.02.*teacher\.m"):
         head.require_agreement(head.mean_gap(hidden.bfloat16(), drawn, logprobs - 3))
+    one = head.mean_gap(hidden[:1].bfloat16(), drawn[:1], logprobs[:1] - 1.6)
+    assert one == pytest.approx(0.1, abs=0.01), "a token alone counts as one of sixteen"
     with pytest.raises(RunError, match="by nan nats"):
         head.require_agreement(float("nan"))
     with pytest.raises(RunError, match=r"states have 8 components.*takes 16"):

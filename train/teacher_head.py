@@ -23,8 +23,13 @@ from raystill.train.logit_transform import logit_transform
 from raystill.train.outcomes import sum_dtype
 
 MOST_GAP = {"float32": 0.02, "auto": 0.2, "bfloat16": 0.2, "float16": 0.2}
-"""Mean |rebuilt - stored| log probability of drawn tokens that precision explains, by the
-``teacher.dtype`` of the engine; ten times and more below what another head or scale gives."""
+"""Mean |rebuilt - stored| log probability of drawn tokens that precision explains, nats, by the
+engine's ``teacher.dtype``. Measured with SmolLM2-135M on 1,023 tokens: 0.005 for a float32 teacher,
+whose states the signal rounds to bfloat16; 0.025 for a bfloat16 one, which rounds its logits too.
+Logits scaled by 1.1 give 0.2 and by 2 give 2.2, states from before the final norm 8.5."""
+
+FEWEST_TOKENS = 16
+"""Fewer tokens are taken for so many: a single one's rounding can be ten times the mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +69,7 @@ class TeacherHead(OutputHead):
         for rows, z in self.logit_chunks(hidden):
             rebuilt = torch.log_softmax(z, dim=1).gather(1, drawn[rows, None]).squeeze(1)
             gaps.append((rebuilt - logprobs[rows].to(z.dtype)).abs())
-        return torch.cat(gaps).mean().item()
+        return torch.cat(gaps).sum().item() / max(FEWEST_TOKENS, len(hidden))
 
     def require_agreement(self, gap: float) -> None:
         """RunError where the states and this head cannot be of the model that answered.
