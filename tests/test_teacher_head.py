@@ -194,6 +194,10 @@ def test_another_teacher_than_the_one_that_answered_is_refused(tmp_path):
         head.require_agreement(head.mean_gap(hidden.bfloat16(), drawn, logprobs - 3))
     one = head.mean_gap(hidden[:1].bfloat16(), drawn[:1], logprobs[:1] - 1.6)
     assert one == pytest.approx(0.1, abs=0.01), "a token alone counts as one of sixteen"
+    unknown = torch.full_like(logprobs, torch.nan)
+    assert head.mean_gap(hidden.bfloat16(), drawn, unknown) == 0, "scored: no engine drew them"
+    half = torch.where(torch.arange(32) < 16, logprobs - 2, unknown)
+    assert head.mean_gap(hidden.bfloat16(), drawn, half) == pytest.approx(2, abs=0.02)
     with pytest.raises(RunError, match="by nan nats"):
         head.require_agreement(float("nan"))
     with pytest.raises(RunError, match=r"states have 8 components.*takes 16"):

@@ -62,10 +62,13 @@ class TeacherHead(OutputHead):
     def mean_gap(self, hidden: Tensor, drawn: Tensor, logprobs: Tensor) -> float:
         """Mean |rebuilt - stored| log probability, nats, of the drawn tokens.
 
-        hidden bfloat16 [N, D]; drawn int64 [N] token ids; logprobs [N] as the engine gave them.
+        hidden bfloat16 [N, D]; drawn int64 [N] token ids; logprobs [N] as the engine gave them, NaN
+        where it gave none (answers that were scored for their states): those are left out.
         """
         self._require_size(hidden)
-        gaps = []
+        known = ~logprobs.isnan()
+        hidden, drawn, logprobs = hidden[known], drawn[known], logprobs[known]
+        gaps = [logprobs.new_zeros(0)]
         for rows, z in self.logit_chunks(hidden):
             rebuilt = torch.log_softmax(z, dim=1).gather(1, drawn[rows, None]).squeeze(1)
             gaps.append((rebuilt - logprobs[rows].to(z.dtype)).abs())
