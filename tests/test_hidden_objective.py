@@ -20,7 +20,15 @@ from raystill.train.head_loss import OutputHead, head_loss
 from raystill.train.hidden_objective import HiddenObjective
 from raystill.train.logit_transform import LogitTransform
 from raystill.train.teacher_head import TeacherHead
-from tests.slow_objective import ALPHA, BETA, DIVERGENCES, EVERYTHING, slow_divergence
+from tests.slow_objective import (
+    ALPHA,
+    BETA,
+    DIVERGENCES,
+    EVERYTHING,
+    on,
+    slow_divergence,
+    teacher_partition,
+)
 from tests.test_head_loss import LargestTensor
 from tests.tiny_student import relative_error
 
@@ -220,6 +228,20 @@ def test_padding_of_the_teachers_head_alone_leaves_no_loss_where_the_rest_agrees
     )
     assert 0 < sums.teacher_tail_mass < case.batch.weights.sum()
     assert sums.student_tail_mass == 0 and sums.total.abs() < 1e-12
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_full_value_is_what_a_top_k_partition_rises_to(name):
+    case = make()
+    hidden, weight, bias = case.inputs
+    z, teacher = (hidden @ weight.T + bias).detach(), teacher_logits(case)
+    full = HiddenObjective(TERM[name], case.batch, case.teacher).differentiate(
+        z.clone(), slice(0, TOKENS)
+    )[:, 0]
+    for k in (1, 4, 20, OUTCOMES - 1, OUTCOMES):
+        part = on(name, z, teacher_partition(teacher, k))
+        assert (part <= full + 1e-12).all()
+    torch.testing.assert_close(part, full, rtol=1e-10, atol=1e-12)
 
 
 def test_a_students_padding_is_pushed_down_and_reverse_kl_counts_the_floor():

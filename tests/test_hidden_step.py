@@ -106,6 +106,16 @@ def test_micro_batches_sum_to_the_batch():
     assert found[0][1].loss == pytest.approx(found[1][1].loss, rel=1e-7)
 
 
+def test_a_row_without_a_token_of_the_response_changes_nothing():
+    empty, found = make_hidden_row(9), []
+    for name in ("response_ids", "hidden", "sampled_logprobs"):
+        setattr(empty, name, getattr(empty, name)[:0])
+    for rows in (make_rows(range(4)), [*make_rows(range(4)), empty]):
+        module = tiny_module(torch.float64)
+        found.append(gradients_of_first_step(module, hidden_step(module), rows)[0])
+    assert torch.equal(*found)
+
+
 def broken(number):
     """A row whose log probabilities are of another teacher than its hidden states."""
     row = make_hidden_row(number, tokens=16)

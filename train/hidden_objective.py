@@ -31,7 +31,7 @@ from raystill.train.teacher_head import TeacherHead
 
 # Half a dozen arrays of a block's size are in use at a time: together they stay in the cache.
 CPU_BLOCK_BYTES = 1 << 18
-DEVICE_BLOCK_BYTES = 1 << 28
+DEVICE_BLOCK_BYTES = 1 << 26
 
 
 class HiddenObjective(WeightedTerms):
