@@ -50,18 +50,33 @@ class ObedientTeacher:
         self.changed = asyncio.Condition()
         self.together = False
         self.failed = set()
+        self.rows = {"sample": 0, "score": 0}
 
     async def restart(self):
         self.finished = 0
 
     async def sample(self, prompts, kind, top_k):
         rows = prompts["prompt_ids"].to_pylist()
+        await self.ask("sample", rows)
+        return answers_to(rows, kind, top_k)
+
+    async def score(self, given, kind, top_k):
+        rows = given["prompt_ids"].to_pylist()
+        await self.ask("score", rows)
+        return answers_to(rows, kind, top_k, given["response_ids"].to_pylist())
+
+    async def ask(self, method, rows):
         await self.count(now=1)
         try:
             await self.behave({behaviour for behaviour, _ in rows}, rows[0][1])
         finally:
             await self.count(now=-1, finished=1)
-        return answers_to(rows, kind, top_k)
+        self.rows[method] += len(rows)
+
+    async def answered(self):
+        """Rows answered by each method since it was last asked."""
+        rows, self.rows = self.rows, {"sample": 0, "score": 0}
+        return rows
 
     async def count(self, now, finished=0):
         async with self.changed:
@@ -88,30 +103,34 @@ class ObedientTeacher:
             raise EngineDeadError("the engine core died")
 
 
-def answers_to(rows, kind, top_k):
-    """Answers of two tokens, [row, 1], in ``answer_schema``; none for an unusable row."""
-    tokens = [[] if behaviour == UNUSABLE else [row, 1] for behaviour, row in rows]
+def answers_to(rows, kind, top_k, given=None):
+    """Answers of two tokens, [row, 1], in ``answer_schema``; none for an unusable row.
+
+    ``given``: what is scored instead, which never was cut off as far as the teacher can see.
+    """
+    told = given or [[row, 1] for _, row in rows]
+    tokens = [[] if b == UNUSABLE else ids for (b, _), ids in zip(rows, told, strict=True)]
     floats = [[-0.5] * len(t) for t in tokens]
     ids = [[list(range(top_k))] * len(t) for t in tokens]
     logprobs = [[[-1.0] * top_k] * len(t) for t in tokens]
     columns = [
         tokens,
-        ["length" if behaviour == TRUNCATED else "stop" for behaviour, _ in rows],
+        ["length" if b == TRUNCATED and given is None else "stop" for b, _ in rows],
         ["too_long" if behaviour == UNUSABLE else None for behaviour, _ in rows],
-        *([floats, ids, logprobs, floats] if kind == "topk" else []),
+        *{"text": [], "sampled": [floats], "topk": [floats, ids, logprobs, floats]}[kind],
     ]
     engine = {"engine": "obedient", "version": "1", "dtype": "float32", "vocab_size": 100}
     schema = answer_schema(kind, top_k).with_metadata({ENGINE: json.dumps(engine)})
     return pa.table(columns, schema=schema)
 
 
-def write_prompts(folder: RunFolder, name, behaviours):
-    """A prompt table with one row for each behaviour."""
+def write_prompts(folder: RunFolder, name, behaviours, given=None):
+    """A prompt table with one row for each behaviour; ``given``: responses they came with."""
     rows = list(range(len(behaviours)))
     prompts = [[int(b), row] for row, b in zip(rows, behaviours, strict=True)]
     sources = [f"source {row % 3}" for row in rows]
     keys = [row.to_bytes(16, "big") for row in rows]
-    columns = [rows, keys, prompts, sources, [None] * len(rows)]
+    columns = [rows, keys, prompts, sources, given or [None] * len(rows)]
     folder.write_table(name, pa.table(columns, schema=PROMPT_SCHEMA), row_group_size=32)
 
 
@@ -193,9 +212,11 @@ class Run:
         timeout_s = settings.pop("request_timeout_s", 30.0)
         self.name = name = f"test-{time.monotonic_ns()}"
         self.coordinator = start_coordinator(name, self.bound, self.num_rows, drop_fraction)
-        write_prompts(RunFolder(str(folder)), f"{name}.parquet", behaviours)
+        prompts, given = f"{name}.parquet", settings.pop("given", None)
+        store = settings.pop("store", f"{name}-store")
+        write_prompts(RunFolder(str(folder)), prompts, behaviours, given)
         self.spec = StreamSpec(
-            prompt_table=str(folder / f"{name}.parquet"),
+            prompt_table=str(folder / prompts),
             num_rows=self.num_rows,
             order_seed=SEED,
             signal=Signal(settings.pop("kind", "topk"), TOP_K),
@@ -208,8 +229,8 @@ class Run:
             app_name=APP,
             groups_in_flight=32,
             request_timeout_s=timeout_s,
-            store_path=str(folder / f"{name}-store"),
-            paying=Paying("run", "training", "teacher", "obedient"),
+            store_path=str(folder / store),
+            paying=Paying(name, "training", "teacher", "obedient"),
         )
 
     def start(self, workers, num_steps=None, epoch=0) -> "Run":

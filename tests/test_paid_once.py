@@ -1,44 +1,81 @@
-"""What is asked of the teacher over epochs, students and longer lists: only what is new.
+"""What is asked of the teacher over epochs, signals, students and longer lists: only what is new.
 
 The driver as a process each time, on one store; figures are of ``summary.json``. ``teacher.rows``
 is what the replicas counted themselves.
 """
 
+import asyncio
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from raystill.cluster.load import load_config
+from raystill.cluster.run_folder import TRAIN_PROMPTS, RunFolder
+from raystill.datasets.signal import Signal
 from raystill.datasets.store import TeacherStore
+from raystill.datasets.stored_signal import as_wished, stored_columns
+from raystill.serve.answers import answers_table
+from raystill.serve.sampling import resolve_sampling
+from raystill.serve.synthetic_engine import SyntheticEngine
 from tests.end_to_end import RunFiles, drive
 from tests.synthetic_run import write_run_file
 
 pytestmark = pytest.mark.ray
 
 NUM_ROWS, MORE, EPOCHS = 24, 8, 3
+TOPK = Signal("topk", 8)
 WITHOUT_MEASURING = ["evaluation.held_out_rows=0", "teacher.synthetic.delay_s=0"]
+COUNTS = ("rows_asked", "rows_scored", "rows_reused", "rows_trained")
 
 
-def asked(place: Path, name: str, *overrides: str) -> tuple[int, int, int, int]:
-    """Run; rows asked, reused and trained by the summary, and answered by the teacher's count."""
+def told(place: Path, name: str, *overrides: str) -> tuple[int, int, int, int, int]:
+    """Run; COUNTS by the summary, and rows answered or scored by the teacher's count."""
     run_file = write_run_file(place / name)
     settings = [*WITHOUT_MEASURING, f"store.path={place / 'store'}", *overrides]
     result = drive("run", run_file, *(part for s in settings for part in ("--set", s)))
     assert result.returncode == 0, result.stdout + result.stderr
-    told = RunFiles(place / name / "run").json("summary.json")
-    names = ("rows_asked", "rows_reused", "rows_trained")
-    return *(told[n] for n in names), told["teacher"]["rows"]
+    summary = RunFiles(place / name / "run").json("summary.json")
+    return *(summary[n] for n in COUNTS), summary["teacher"]["rows"]
+
+
+def asked(place: Path, name: str) -> pa.Table:
+    """The run's training prompts."""
+    return RunFolder(str(place / name / "run")).read_table(TRAIN_PROMPTS)
+
+
+def as_if_asked(place: Path, name: str) -> pa.Table:
+    """What the run's teacher says when it is asked the run's prompts for ``TOPK``."""
+    teacher = load_config(place / name / "synthetic.yaml").teacher
+    engine = SyntheticEngine(
+        teacher.synthetic.model_copy(update={"delay_s": 0.0}),
+        resolve_sampling(teacher, teacher.model),
+        teacher.max_model_len,
+    )
+    prompts = [np.array(ids, np.int32) for ids in asked(place, name)["prompt_ids"].to_pylist()]
+    answers = asyncio.run(engine.sample(prompts, TOPK.kind, TOPK.width))
+    return answers_table(answers, TOPK.kind, TOPK.width)
 
 
 def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
     limit = f"prompts.limit={NUM_ROWS}"
     epochs = [f"training.epochs={EPOCHS}", "training.schedule=constant"]
+    text = ["signal.kind=text", "objective={cross_entropy: 1.0}"]
     every = EPOCHS * NUM_ROWS
-    first = asked(tmp_path, "three_epochs", limit, *epochs)
-    assert first == (NUM_ROWS, every - NUM_ROWS, every, NUM_ROWS)
-    # A second student: fewer ids of each token, another objective, and a longer list.
+    first = told(tmp_path, "three_epochs", limit, *epochs, *text)
+    assert first == (NUM_ROWS, 0, every - NUM_ROWS, every, NUM_ROWS)
+    # A richer signal and a longer list: what was said is scored, what was not is asked.
     longer = f"prompts.limit={NUM_ROWS + MORE}"
-    objective = "objective={cross_entropy: 1.0}"
-    second = asked(tmp_path, "second_student", longer, "signal.top_k=4", objective)
-    assert second == (MORE, NUM_ROWS, NUM_ROWS + MORE, MORE)
-    catalogue = TeacherStore(str(tmp_path / "store")).catalogue()
-    assert (catalogue.rows, catalogue.duplicates) == (NUM_ROWS + MORE, 0)
+    second = told(tmp_path, "richer", longer)
+    assert second == (MORE, NUM_ROWS, 0, NUM_ROWS + MORE, NUM_ROWS + MORE)
+    store = TeacherStore(str(tmp_path / "store"))
+    catalogue = store.catalogue().serving(TOPK)
+    assert (catalogue.rows, catalogue.duplicates) == (2 * NUM_ROWS + MORE, NUM_ROWS)
+    where = catalogue.locate(asked(tmp_path, "richer")["key"].combine_chunks())
+    found = as_wished(store.read(catalogue, where, stored_columns(TOPK)), TOPK, TOPK, 49152)
+    assert found.equals(as_if_asked(tmp_path, "richer"))
+    # A second student: fewer ids of each token, another objective. Nobody needs the teacher.
+    fewer = ["signal.top_k=4", "objective={reverse_kl: 1.0}"]
+    third = told(tmp_path, "second_student", longer, *fewer)
+    assert third == (0, 0, NUM_ROWS + MORE, NUM_ROWS + MORE, 0)

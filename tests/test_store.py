@@ -64,29 +64,13 @@ def said(row: int, signal: Signal, salt: int = 0) -> Answer:
         best = np.take_along_axis(logprobs, ids, -1)
         fields |= {"topk_ids": ids.astype(np.int32), "topk_logprobs": best}
         fields["tail_logprob"] = tail_logprob(best, V)
+    if signal.kind == "hidden":
+        fields["hidden"] = generator.integers(0, 2**16, (length, signal.width), np.uint16)
     return Answer(order[:, 0].astype(np.int32), "stop", **fields)
 
 
 def answers(rows: list[int], signal: Signal = TOPK, salt: int = 0) -> pa.Table:
-    if signal.kind == "hidden":
-        told = answers_table([said(r, Signal("sampled"), salt) for r in rows], "sampled", 0)
-        states = hidden_states(rows, told["response_ids"].combine_chunks())
-        return told.append_column(answer_schema("hidden", signal.width).field("hidden"), states)
     return answers_table([said(r, signal, salt) for r in rows], signal.kind, signal.width)
-
-
-def hidden_states(rows: list[int], like: pa.ListArray) -> pa.ListArray:
-    """Random bfloat16 bits for each token of ``like``, by row."""
-    lengths = like.value_lengths().to_pylist()
-    bits = [
-        np.random.default_rng(row).integers(0, 2**16, (length, HIDDEN.width), np.uint16)
-        for row, length in zip(rows, lengths, strict=True)
-    ]
-    flat = pa.py_buffer(np.concatenate(bits).astype("<u2"))
-    width = pa.binary(2 * HIDDEN.width)
-    return pa.ListArray.from_arrays(
-        like.offsets, pa.FixedSizeBinaryArray.from_buffers(width, sum(lengths), [None, flat])
-    )
 
 
 def segment(rows: list[int], signal: Signal = TOPK, salt: int = 0, teacher: int = 0) -> pa.Table:
@@ -257,8 +241,7 @@ class TestFooter:
             SegmentFile(pa.BufferReader(self.rewritten(data, other_state)), "other")
 
     def test_the_checksum_of_states_is_of_their_values_alone(self) -> None:
-        like = answers(list(range(12)), TOPK)["response_ids"].combine_chunks()
-        states = hidden_states(list(range(12)), like)
+        states = answers(list(range(12)), HIDDEN)["hidden"].combine_chunks()
         part = states.slice(3, 5)
         assert part.flatten().offset > 0
         whole = pa.array(part.to_pylist(), states.type)

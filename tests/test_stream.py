@@ -234,6 +234,96 @@ def test_further_epochs_are_read_from_the_store_in_another_order(workers, tmp_pa
     assert len(rows) > 100 // GROUP_ROWS + 1, "the rows within groups were not shuffled anew"
 
 
+def test_poorer_stored_answers_are_scored_and_never_sampled_again(teacher, workers, tmp_path):
+    behaviours = [rig.TRUNCATED] * 5 + [PLAIN] * 35
+    Run(tmp_path, behaviours, "fixed", 1, kind="text", store="s").stream(workers)
+    teacher.answered.remote().result()
+    run = Run(tmp_path, behaviours, "fixed", 2, store="s")
+    streamed = run.stream(workers)
+    counters = {"rows_asked": 0, "rows_scored": 40, "rows_reused": 0, "rows_answered": 40}
+    assert streamed.snapshot["counters"] == counters | {"rows_truncated": 5}  # As it was stored.
+    assert teacher.answered.remote().result() == {"sample": 0, "score": 40}
+    for table in streamed.tables:
+        assert table.schema.equals(row_schema("topk", TOP_K))
+        assert table["response_ids"].to_pylist() == [[row, 1] for row in table["row"].to_pylist()]
+    catalogue = TeacherStore(run.spec.store_path).catalogue()
+    assert (catalogue.rows, catalogue.duplicates) == (80, 40)  # The poorer ones are not needed.
+    assert rows_paid_for(catalogue, run.name)["training"] == Paid(0, 40)
+    longer = Run(tmp_path, [*behaviours, *[PLAIN] * 8], "arrival", 1, store="s").stream(workers)
+    counters = longer.snapshot["counters"]
+    assert (counters["rows_asked"], counters["rows_scored"], counters["rows_reused"]) == (8, 0, 40)
+
+
+@pytest.mark.parametrize(("kind", "scored"), [("topk", 24), ("text", 0)])
+def test_given_responses_are_scored_where_a_signal_is_wished(
+    teacher, workers, tmp_path, kind, scored
+):
+    given = [[50 + row, row, 1] if row % 2 else None for row in range(48)]
+    teacher.answered.remote().result()
+    streamed = Run(tmp_path, [PLAIN] * 48, "fixed", 1, kind=kind, given=given).stream(workers)
+    assert teacher.answered.remote().result() == {"sample": 24, "score": scored}
+    told = {
+        row: ids
+        for table in streamed.tables
+        for row, ids in zip(*(table[n].to_pylist() for n in ("row", "response_ids")), strict=True)
+    }
+    assert told == {row: ids or [row, 1] for row, ids in enumerate(given)}
+    assert all(set(t["finish_reason"].to_pylist()) == {"stop"} for t in streamed.tables)
+
+
+def stored_answers(place, rows, kind, timeout_s=30.0):
+    """The answers of so many rows; what it knows of the store it has from now."""
+    from raystill.datasets.stored_answers import StoredAnswers
+    from raystill.datasets.teacher_calls import TeacherCalls
+
+    keys = pa.chunked_array([pa.array([row.to_bytes(16, "big") for row in range(rows)])])
+    calls = TeacherCalls(rig.APP, Signal(kind, TOP_K), timeout_s, 2, None)
+    paying = Paying("run", "training", "teacher", "obedient")
+    return StoredAnswers(TeacherStore(str(place)), keys, Signal(kind, TOP_K), paying, calls)
+
+
+def test_a_retried_group_finds_all_that_its_first_try_published(teacher, tmp_path):
+    rows = np.arange(12)
+    prompts = pa.array([[PLAIN, row] for row in rows], pa.list_(pa.int32()))
+    given = pa.array([None] * 8 + [[70, row] for row in rows[8:]], pa.list_(pa.int32()))
+
+    def get(answers, count=12):
+        return asyncio.run(answers.get(rows[:count], prompts[:count], given[:count]))
+
+    get(stored_answers(tmp_path, 12, "text"), 4)
+    first, retried = (stored_answers(tmp_path, 12, "topk") for _ in range(2))
+    teacher.answered.remote().result()
+    told, counters = get(first)
+    assert counters == {"rows_asked": 4, "rows_scored": 8, "rows_reused": 0}
+    assert told["response_ids"].to_pylist() == [[r, 1] for r in rows[:8]] + given[8:].to_pylist()
+    again, counters = get(retried)
+    assert counters == {"rows_asked": 0, "rows_scored": 0, "rows_reused": 12}
+    assert again.equals(told)
+    assert teacher.answered.remote().result() == {"sample": 4, "score": 8}
+    # A scored answer that was damaged is scored again, not sampled.
+    store = TeacherStore(str(tmp_path))
+    found = store.catalogue()
+    for entry in found.entries:
+        if entry.footer.groups[0].scored:
+            store.folder.write_bytes(f"segments/{entry.name}", b"torn")
+    told, counters = get(stored_answers(tmp_path, 12, "topk"))
+    assert counters == {"rows_asked": 0, "rows_scored": 8, "rows_reused": 4}
+    assert told.equals(again)
+
+
+def test_a_row_that_cannot_be_scored_is_unusable_and_the_others_are_published(teacher, tmp_path):
+    behaviours = [PLAIN, rig.UNUSABLE, rig.HANGS, PLAIN]
+    prompts = pa.array([[b, row] for row, b in enumerate(behaviours)], pa.list_(pa.int32()))
+    given = pa.array([[row, 5] for row in range(4)], pa.list_(pa.int32()))
+    answers = stored_answers(tmp_path, 4, "sampled", timeout_s=0.3)
+    told, counters = asyncio.run(answers.get(np.arange(4), prompts, given))
+    assert told["error"].to_pylist() == [None, "too_long", "poison", None]
+    assert told["response_ids"].to_pylist() == [[0, 5], [], [], [3, 5]]
+    assert told["finish_reason"].to_pylist() == ["stop", None, None, "stop"]
+    assert counters["rows_scored"] == 4
+    assert TeacherStore(str(tmp_path)).catalogue().rows == 2
+
+
 def held_out_config():
     return RunConfig.model_validate(
         {
