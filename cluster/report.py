@@ -32,6 +32,7 @@ FREE_RUNNING = (
     ("stop_rate", "stop rate", 2, "teacher_stop_rate"),
     ("length_ratio", "length, student / teacher", 2, 1.0),
     ("repeated_4gram_share", "repeated 4-grams", 2, "teacher_repeated_4gram_share"),
+    ("kl_on_student_answers", "KL on the student's own answers", 3, 0.0),
 )
 ROWS = ("rows_trained", "rows_asked", "rows_scored", "rows_reused", "evaluation_rows_asked")
 FILES = (

@@ -218,6 +218,11 @@ class FreeRunningConfig(ConfigModel):
     during: bool = operational(
         False, description="Also at the evaluations during training, not only before and after."
     )
+    teacher_scores: bool = operational(
+        False,
+        description="Have the teacher score what the student wrote: kl_on_student_answers. It must "
+        "run for that, also where all other answers are in the store.",
+    )
 
 
 class EvaluationConfig(ConfigModel):

@@ -120,7 +120,9 @@ class Teacher:
     async def sample(self, prompts: pa.Table, kind: str, width: int) -> pa.Table:
         """Answer each row of ``prompts`` (column ``prompt_ids``): an ``answer_schema`` table."""
         groups = ids_of(prompts, "prompt_ids")
-        return await self._table(groups, kind, width, self._engine.sample(groups, kind, width))
+        table, answers = await self._table(kind, width, self._engine.sample(groups, kind, width))
+        self._report(groups, answers, written=True)
+        return table
 
     async def score(self, rows: pa.Table, kind: str, width: int) -> pa.Table:
         """The signal of given responses, as ``answer_schema``, with the responses as they came.
@@ -132,7 +134,9 @@ class Teacher:
         prompts, responses = ids_of(rows, "prompt_ids"), ids_of(rows, "response_ids")
         at = ids_of(rows, "ids") if "ids" in rows.column_names else None
         scored = self._engine.score(prompts, responses, kind, width, at)
-        return await self._table(prompts, kind, width, self._with_reason(scored))
+        table, answers = await self._table(kind, width, self._with_reason(scored))
+        self._report(prompts, answers, written=False)
+        return table
 
     async def identity(self) -> str:
         """The teacher's identity, worked out from the files this replica has loaded."""
@@ -187,9 +191,9 @@ class Teacher:
         ]
 
     async def _table(
-        self, prompts: Ids, kind: str, width: int, asked: Awaitable[list[Answer]]
-    ) -> pa.Table:
-        """What the engine says, counted and as Arrow."""
+        self, kind: str, width: int, asked: Awaitable[list[Answer]]
+    ) -> tuple[pa.Table, list[Answer]]:
+        """What the engine says, as Arrow and as it came."""
         with self._busy.group():
             try:
                 answers = await asked
@@ -197,8 +201,8 @@ class Teacher:
                 self._exit_if_engine_died(error)
                 raise
             table = await asyncio.to_thread(answers_table, answers, kind, width)
-        self._report(prompts, answers)
-        return table.replace_schema_metadata({ENGINE: json.dumps(self._engine_facts())})
+        facts = {ENGINE: json.dumps(self._engine_facts())}
+        return table.replace_schema_metadata(facts), answers
 
     def _exit_if_engine_died(self, error: Exception) -> None:
         """End the process, so that callers see an actor that died and Serve starts another."""
@@ -206,15 +210,18 @@ class Teacher:
             print(f"the engine died ({error}); this replica exits", flush=True)
             os._exit(EXIT_ENGINE_DEAD)
 
-    def _report(self, prompts: Ids, answers: list[Answer]) -> None:
+    def _report(self, prompts: Ids, answers: list[Answer], written: bool) -> None:
+        """Count what was done; responses that were not written here were read, like prompts."""
         coordinator = self._settings.coordinator
         if coordinator is None:
             return
         answered = [(p, a) for p, a in zip(prompts, answers, strict=True) if a.error is None]
+        read = sum(len(p) for p, _ in answered)
+        responses = sum(len(a.response_ids) for _, a in answered)
         counters = {
             "teacher_rows": len(answered),
-            "teacher_prompt_tokens": sum(len(p) for p, _ in answered),
-            "teacher_response_tokens": sum(len(a.response_ids) for _, a in answered),
+            "teacher_prompt_tokens": read if written else read + responses,
+            "teacher_response_tokens": responses if written else 0,
             "teacher_busy_s": self._busy.take(),
         }
         coordinator.add.remote(counters)

@@ -72,6 +72,7 @@ EVALUATION_FIELDS = {
     "stop_rate",
     "length_ratio",
     "repeated_4gram_share",
+    "kl_on_student_answers",
 }
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
 
@@ -96,6 +97,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         "learning_rate": 0.002,
         "compute_dtype": "float32",
     }
+    config["evaluation"]["free_running"]["teacher_scores"] = True
     config["output"] = {"path": str(place / "run")}
     run_file = place / "tiny.yaml"
     run_file.write_text(yaml.safe_dump(config))
@@ -165,9 +167,11 @@ def test_the_run_folder_holds_every_file(finished: Finished) -> None:
         "logs",
         "manifest.json",
         "metrics.jsonl",
+        "probe.json",
         "prompts",
         "student",
         "summary.json",
+        "timeline.jsonl",
     }
 
 
@@ -192,7 +196,7 @@ def test_the_prompts_are_kept_tokenised_and_apart(finished: Finished) -> None:
     train = pq.read_table(finished.folder / "prompts" / "train.parquet")
     held_out = pq.read_table(finished.folder / "prompts" / "held_out.parquet")
     for table, count in ((train, NUM_ROWS), (held_out, NUM_HELD_OUT)):
-        assert table.column_names == ["row", "key", "prompt_ids", "source"]
+        assert table.column_names == ["row", "key", "prompt_ids", "source", "response_ids"]
         assert table["row"].to_pylist() == list(range(count))
     keys = train["key"].to_pylist() + held_out["key"].to_pylist()
     assert len(set(keys)) == NUM_ROWS + NUM_HELD_OUT

@@ -290,6 +290,46 @@ def test_without_any_training_answer_all_three_models_are_uniform():
     assert values == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(2 / 3)] * 3)
 
 
+def scored_by(teacher, written):
+    """Rows as the teacher's ``score`` gives them, from a model here."""
+    rows = []
+    for row, ids in written:
+        inputs = torch.tensor([[*row.prompt_ids.tolist(), *ids]])
+        with torch.no_grad():
+            logprobs = teacher(inputs).logits[0].log_softmax(dim=-1)
+        best = logprobs[len(row.prompt_ids) - 1 : -1].topk(K)
+        tail = torch.log1p(-best.values.exp().sum(dim=1))
+        rows.append(
+            Row(
+                row.position,
+                row.row,
+                row.prompt_ids,
+                np.array(ids, np.int32),
+                topk_ids=best.indices.numpy().astype(np.int32),
+                topk_logprobs=best.values.numpy().astype(np.float32),
+                tail_logprob=tail.numpy().astype(np.float32),
+            )
+        )
+    return rows
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_teacher_judges_what_the_student_wrote(measured_run, same):
+    _, measurer = measured_run
+    teacher = tiny_model(seed=0 if same else 1)
+    free = measurer._config.evaluation.free_running.model_copy(update={"teacher_scores": True})
+    evaluation = measurer._config.evaluation.model_copy(update={"free_running": free})
+    measurer._config = measurer._config.model_copy(update={"evaluation": evaluation})
+    written = []
+    measurer._score = lambda pairs: written.extend(pairs) or scored_by(teacher, pairs)
+    record = measurer.measure(0, "before", "in training precision")
+    assert record["student_answer_tokens"] == sum(len(ids) for _, ids in written) > 0
+    if same:
+        assert abs(record["kl_on_student_answers"]) < 1e-6
+    else:
+        assert record["kl_on_student_answers"] > 0.1
+
+
 @pytest.fixture
 def measured_run(tmp_path):
     """A run folder with held-out rows, and a measurer of a tiny student."""

@@ -54,6 +54,7 @@ def fit(
         "num_rows": spec.num_rows,
         "coordinator": coordinator,
         "teacher_folder": os.path.abspath(teacher_folder),
+        "app_name": spec.app_name,
     }
     if why := mend_register(folder):
         logger.warning("the list of checkpoints was made anew: %s", why)

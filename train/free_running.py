@@ -22,6 +22,9 @@ from raystill.train.ranks import Ranks
 from raystill.train.student import Sampling
 
 ROWS_PER_BATCH = 16
+Written = Sequence[tuple[Row, list[int]]]
+"""Held-out rows with what the student answered, token ids."""
+
 SUMS = ("answers", "stops", "tokens", "repeated", "ngrams")
 
 

@@ -19,7 +19,7 @@ from raystill.cluster.run_folder import ANSWERS, EVALUATION, HELD_OUT, RunFolder
 from raystill.train.baselines import HeldOutTokens, PairCounts, measure_baselines
 from raystill.train.batch import Row, rows_from_table
 from raystill.train.evaluate import evaluate, micro_batches
-from raystill.train.free_running import FreeRunning, run_free
+from raystill.train.free_running import FreeRunning, Written, run_free
 from raystill.train.ranks import Ranks
 from raystill.train.student import Sampling
 from raystill.train.student_module import StudentModule
@@ -41,7 +41,12 @@ class Measurer:
         student_vocab: int,
         device: torch.device,
         ranks: Ranks,
+        score: Callable[[Written], list[Row]] | None = None,
     ) -> None:
+        """score: has the teacher score what the student wrote; needed by rank 0 where the
+        configuration wants it.
+        """
+        self._score = score
         self._config = config
         self._folder = folder
         self._teacher_folder = teacher_folder
@@ -89,14 +94,7 @@ class Measurer:
         ``when`` is before, during or after; ``weights`` says which weights were measured.
         """
         record: dict[str, Any] = {"step": step, "when": when, "weights": weights}
-        record |= evaluate(
-            self._module,
-            self.rows,
-            tokens_budget=self._config.training.tokens_per_micro_batch,
-            student_vocab=self._student_vocab,
-            device=self._device,
-            ranks=self._ranks,
-        )
+        record |= self._evaluate(self.rows)
         if self._free_running.rows > 0 and (when != "during" or self._free_during):
             record |= self._run_free(step)
         if self._ranks.first:
@@ -114,7 +112,34 @@ class Measurer:
         )
         if self._ranks.first:
             self._write_answers(step, pairs)
+        if self._config.evaluation.free_running.teacher_scores:
+            figures |= self._scored_by_teacher(pairs)
         return figures
+
+    def _scored_by_teacher(self, pairs: Written) -> dict[str, float | None]:
+        """KL(teacher || student) on the answers that rank 0 has of all ranks."""
+        rows: list[Row] = []
+        if self._ranks.first:
+            assert self._score is not None, "somebody must ask the teacher"
+            rows = self._score(pairs)
+        rows = self._ranks.from_first(rows)
+        if not any(row.num_targets for row in rows):
+            return {"kl_on_student_answers": None, "student_answer_tokens": 0}
+        told = self._evaluate(rows)
+        return {
+            "kl_on_student_answers": told["kl_nats_per_token"],
+            "student_answer_tokens": told["num_tokens"],
+        }
+
+    def _evaluate(self, rows: list[Row]) -> dict[str, Any]:
+        return evaluate(
+            self._module,
+            rows,
+            tokens_budget=self._config.training.tokens_per_micro_batch,
+            student_vocab=self._student_vocab,
+            device=self._device,
+            ranks=self._ranks,
+        )
 
     def _write_answers(self, step: int, pairs: list[tuple[Row, list[int]]]) -> None:
         log = MetricsLog(self._folder, ANSWERS)

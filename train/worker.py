@@ -11,6 +11,7 @@ other ranks. Unblocked by: the teacher's answers, the stream's end, a stop.
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -33,6 +34,7 @@ from raystill.train.ranks import Ranks
 from raystill.train.register import remove_unregistered
 from raystill.train.shares import StepRows
 from raystill.train.step import GlobalStep
+from raystill.train.student_answers import score_answers
 from raystill.train.student_module import StudentModule, parallel_module, resolve_compute_dtype
 from raystill.train.teacher_head import head_of_signal
 
@@ -43,13 +45,17 @@ TRAINING_PRECISION = "in training precision"
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is given. ``num_rows``: rows of an epoch; ``coordinator``: its handle."""
+    """What every worker is given.
+
+    num_rows: rows of an epoch; coordinator: its handle; app_name: the teacher's, in Ray Serve.
+    """
 
     config: RunConfig
     folder: RunFolder
     num_rows: int
     coordinator: Any
     teacher_folder: str
+    app_name: str
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -97,6 +103,7 @@ class Worker:
             student_vocab=self.vocab,
             device=self.device,
             ranks=self.ranks,
+            score=partial(score_answers, job.config, job.app_name, job.coordinator),
         )
         self.progress = Progress(
             job.folder,
