@@ -7,8 +7,8 @@ import ast
 import contextlib
 import importlib.util
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import yaml
 
 from raystill.cluster import placement
 from raystill.cluster.config import RunConfig
+from raystill.cluster.nodes import Node, require_nodes, what_is_asked
 from raystill.cluster.problems import Problem
 from raystill.serve.engine_arguments import engine_argument_problems
 
@@ -29,28 +30,67 @@ class NodeGroup:
     name: str
     resources: placement.Resources
     max_count: int
+    labels: dict[str, str] = field(default_factory=dict)
 
 
-def check_cluster(config: RunConfig) -> list[Problem]:
-    """Everything the connected cluster says against the run, all at once."""
+def check_cluster(config: RunConfig, tell: Callable[[str], None] | None = None) -> list[Problem]:
+    """Everything the connected cluster says against the run, all at once.
+
+    ``tell`` is given one line: what is asked for beside what there is.
+    """
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    nodes = [dict(node["Resources"]) for node in alive]
+    here = [Node(dict(node["Resources"]), node.get("Labels") or {}) for node in alive]
     groups = autoscaler_groups(ray.get_runtime_context().gcs_address)
     growth = reachable_nodes(alive, groups, config) if groups is not None else []
+    nodes = [*here, *growth]
+    if tell is not None:
+        tell(what_is_asked(config, nodes))
+    grows_out_of_sight = groups is None and _scales_out_of_sight(alive)
     problems: list[Problem] = []
-    if groups is not None or not _scales_out_of_sight(alive):
-        problems = placement.require(config, placement.add_up([*nodes, *growth]))
+    if not grows_out_of_sight:
+        problems = placement.require(config, placement.add_up(node.resources for node in nodes))
         if not problems:
-            problems = placement.require_nodes(config, [*nodes, *growth])
+            problems = require_nodes(config, nodes)
     machines = {node["NodeManagerAddress"] for node in alive}
     problems += check_paths(config, num_machines=len(machines) + len(growth))
-    has_gpus = any(node.get("GPU", 0) > 0 for node in [*nodes, *growth])
+    has_gpus = any(node.resources.get("GPU", 0) > 0 for node in nodes)
+    if not has_gpus_now(here) and (has_gpus or grows_out_of_sight):
+        problems += check_gpus_are_said(config)
     if groups is not None:
         problems += check_parallel(config, has_gpus)
+    problems += check_gpu_shares(config)
     problems += check_engine_args(config)
     return problems
+
+
+def has_gpus_now(nodes: Sequence[Node]) -> bool:
+    """Whether a GPU is there already."""
+    return any(node.resources.get("GPU", 0) > 0 for node in nodes)
+
+
+def check_gpus_are_said(config: RunConfig) -> list[Problem]:
+    """Where GPUs may come only when they are asked for, the run file must ask.
+
+    By default a run takes GPUs if the cluster has some when it starts; here it has none yet, and
+    would go on without.
+    """
+    unsaid = []
+    teacher, training = config.teacher, config.training
+    if teacher.gpus_per_replica is None and teacher.engine == "vllm":
+        ranks = teacher.tensor_parallel_size * teacher.pipeline_parallel_size
+        unsaid.append(("teacher.gpus_per_replica", ranks))
+    if training.gpus_per_worker is None:
+        unsaid.append(("training.gpus_per_worker", 1))
+    return [
+        Problem(
+            where,
+            "is unset, and the cluster has no GPU now but may grow to some, which only start when "
+            f"they are asked for; set it to {number}, or to 0 for CPUs",
+        )
+        for where, number in unsaid
+    ]
 
 
 def autoscaler_groups(gcs_address: str) -> list[NodeGroup] | None:
@@ -73,7 +113,9 @@ def autoscaler_groups(gcs_address: str) -> list[NodeGroup] | None:
         return []
     cluster = yaml.safe_load(Path(paths[0]).expanduser().read_text())
     return [
-        NodeGroup(name, dict(kind.get("resources") or {}), most)
+        NodeGroup(
+            name, dict(kind.get("resources") or {}), most, {**kind.get("labels", {}), **_own(name)}
+        )
         for name, kind in cluster["available_node_types"].items()
         if name != cluster["head_node_type"]
         and (most := int(kind.get("max_workers", cluster.get("max_workers", 0)))) > 0
@@ -82,15 +124,20 @@ def autoscaler_groups(gcs_address: str) -> list[NodeGroup] | None:
 
 def reachable_nodes(
     alive: Sequence[dict[str, Any]], groups: Sequence[NodeGroup], config: RunConfig
-) -> list[placement.Resources]:
-    """Nodes the autoscaler may still add that the run could have a use for, each as resources."""
+) -> list[Node]:
+    """Nodes the autoscaler may still add that the run could have a use for."""
     useful = sum(len(r.bundles) for r in placement.requests(config, has_gpus=True))
     running = Counter(node.get("Labels", {}).get(NODE_GROUP_LABEL) for node in alive)
-    nodes: list[placement.Resources] = []
+    nodes: list[Node] = []
     for group in groups:
         more = min(useful, max(0, group.max_count - running[group.name]))
-        nodes += [dict(group.resources) for _ in range(more)]
+        nodes += [Node(dict(group.resources), group.labels, is_here=False)] * more
     return nodes
+
+
+def _own(group: str) -> dict[str, str]:
+    """The label that Ray gives every node of a group."""
+    return {NODE_GROUP_LABEL: group}
 
 
 def _scales_out_of_sight(alive: Sequence[dict[str, Any]]) -> bool:
@@ -176,6 +223,21 @@ def check_parallel(config: RunConfig, has_gpus: bool) -> list[Problem]:
             ),
         )
     ]
+
+
+def check_gpu_shares(config: RunConfig) -> list[Problem]:
+    """Shares of a GPU that Ray or NCCL would refuse when the workers start."""
+    gpus, workers = config.training.gpus_per_worker or 0.0, config.training.max_workers
+    if gpus > 1 and gpus != int(gpus):
+        wish = "; expected whole GPUs, or a share of one below 1"
+    elif 0 < gpus < 1 and workers > 1:
+        wish = (
+            f" with {workers} workers, and NCCL refuses two ranks on one GPU; set "
+            "training.num_workers: 1, or gpus_per_worker: 1"
+        )
+    else:
+        return []
+    return [Problem("training.gpus_per_worker", f"is {gpus:g}{wish}")]
 
 
 def engine_arg_names() -> set[str]:

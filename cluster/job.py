@@ -149,7 +149,7 @@ def connected(config: RunConfig, folder: RunFolder, *, for_check: bool = False) 
 
 def check_on_cluster(config: RunConfig) -> list[Problem]:
     """The part of the check that needs the cluster's answer."""
-    return check_cluster(config)
+    return check_cluster(config, tell=lambda line: print(line, flush=True))
 
 
 def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool = True) -> Outcome:

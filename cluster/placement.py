@@ -5,7 +5,7 @@ without GPUs the teacher's engine and the student's workers get disjoint core li
 own binding would put every engine on core 0 and both sides would take turns on it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from raystill.cluster.config import RunConfig
@@ -59,10 +59,15 @@ def share_of_cores(cores: Sequence[int], index: int, count: int) -> tuple[int, .
 
 @dataclass(frozen=True)
 class Request:
-    """What one teacher replica or one student worker needs: bundles of Ray resources."""
+    """What one teacher replica or one student worker needs: bundles of Ray resources.
+
+    ``section`` of the run file asks for it; its nodes must have the labels of ``label_selector``.
+    """
 
     who: str
+    section: str
     bundles: tuple[Resources, ...] = field(default_factory=tuple)
+    label_selector: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> Resources:
@@ -73,14 +78,18 @@ class Request:
 def teacher_bundles(config: RunConfig, has_gpus: bool) -> list[Resources]:
     """Placement group bundles of one replica: one for each of its GPUs; one on a CPU node.
 
-    ``teacher.resources_per_replica`` is of the whole replica and shared equally by its bundles.
+    ``teacher.resources_per_replica`` is of the whole replica and shared equally by its bundles;
+    ``teacher.gpus_per_replica`` counts whether or not the cluster has GPUs yet.
     """
     teacher = config.teacher
-    gpus = has_gpus and teacher.engine == "vllm"
-    num_bundles = teacher.tensor_parallel_size * teacher.pipeline_parallel_size if gpus else 1
+    ranks = teacher.tensor_parallel_size * teacher.pipeline_parallel_size
+    gpus = teacher.gpus_per_replica
+    if gpus is None:
+        gpus = ranks if has_gpus and teacher.engine == "vllm" else 0.0
+    num_bundles = ranks if gpus else 1
     bundle: Resources = {"CPU": 1.0}
     if gpus:
-        bundle["GPU"] = 1.0
+        bundle["GPU"] = gpus / num_bundles
     for name, amount in teacher.resources_per_replica.items():
         bundle[name] = amount / num_bundles
     if teacher.accelerator_type is not None:
@@ -116,9 +125,9 @@ def requests(config: RunConfig, has_gpus: bool) -> list[Request]:
     student = student_resources(config, has_gpus)
     if config.training.accelerator_type is not None:
         student = {**student, accelerator_resource(config.training.accelerator_type): 0.001}
-    return [Request("teacher replica", teacher) for _ in range(fewest)] + [
-        Request("student worker", (student,)) for _ in range(config.training.min_workers)
-    ]
+    replica = Request("teacher replica", "teacher", teacher, config.teacher.label_selector)
+    worker = Request("student worker", "training", (student,), config.training.label_selector)
+    return [replica] * fewest + [worker] * config.training.min_workers
 
 
 def require(config: RunConfig, resources_total: Resources) -> list[Problem]:
@@ -141,40 +150,6 @@ def require(config: RunConfig, resources_total: Resources) -> list[Problem]:
     ]
 
 
-def require_nodes(config: RunConfig, nodes: Sequence[Resources]) -> list[Problem]:
-    """What fits in the sum of ``nodes`` but on no set of them: bundles cannot be split.
-
-    Greedy, largest bundles first, each on the node it fills best.
-    """
-    has_gpus = any(node.get("GPU", 0) > 0 for node in nodes)
-    free = [dict(node) for node in nodes]
-    bundles = [(r.who, b) for r in requests(config, has_gpus) for b in r.bundles]
-    bundles.sort(key=lambda item: (-item[1].get("GPU", 0), -item[1].get("CPU", 0)))
-    unplaced: list[tuple[str, Resources]] = []
-    for who, bundle in bundles:
-        fitting = [node for node in free if _fits(bundle, node)]
-        if not fitting:
-            unplaced.append((who, bundle))
-            continue
-        best = min(fitting, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))
-        for name, amount in bundle.items():
-            best[name] = best.get(name, 0.0) - amount
-    if not unplaced:
-        return []
-    who, bundle = unplaced[0]
-    return [
-        Problem(
-            where="teacher" if who.startswith("teacher") else "training",
-            message=(
-                f"{len(unplaced)} of {len(bundles)} parts of the run fit on no node; the first is "
-                f"a {who} that asks for {describe(bundle)}; the nodes have "
-                f"{'; '.join(describe(node) for node in nodes)}; ask for less a replica or "
-                "worker, run fewer of them, or add larger nodes"
-            ),
-        )
-    ]
-
-
 def add_up(parts: Iterable[Resources]) -> Resources:
     """Sum of resource dictionaries."""
     total: Resources = {}
@@ -193,10 +168,6 @@ def describe(resources: Resources) -> str:
         and not name.startswith(("node:", "accelerator_type:"))
     }
     return ", ".join(f"{name}: {_number(amount)}" for name, amount in sorted(shown.items())) or "-"
-
-
-def _fits(bundle: Resources, node: Resources) -> bool:
-    return all(amount <= node.get(name, 0.0) + SLACK for name, amount in bundle.items())
 
 
 def _number(amount: float) -> str:

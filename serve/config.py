@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from raystill.cluster.model import ConfigModel, PositiveInt, identity, operational
+from raystill.cluster.model import ConfigModel, LabelSelector, PositiveInt, identity, operational
 
 
 class SamplingConfig(ConfigModel):
@@ -103,13 +103,43 @@ class TeacherConfig(ConfigModel):
     resources_per_replica: dict[str, float] = operational(
         {}, description="Custom Ray resources a replica asks for, e.g. {teacher: 1}."
     )
+    gpus_per_replica: float | None = operational(
+        None,
+        ge=0,
+        description="GPUs of one replica: 0, a share of one below 1 (beside a student on a small "
+        "machine), or all of its parallel ranks; default: these where the cluster has GPUs.",
+    )
     accelerator_type: str | None = operational(None, description="Ray accelerator type, e.g. H100.")
+    label_selector: LabelSelector = operational(
+        {}, description="Labels of the nodes that replicas may run on, e.g. {role: teacher}."
+    )
     request_timeout_s: float = operational(
         600.0, gt=0, description="Longest wait for one group's answers, seconds."
     )
     startup_timeout_s: float = operational(
         1800.0, gt=0, description="Longest wait for the first replica, seconds."
     )
+
+    @model_validator(mode="after")
+    def _gpus_fit(self) -> "TeacherConfig":
+        gpus, ranks = self.gpus_per_replica, self.tensor_parallel_size * self.pipeline_parallel_size
+        if gpus is None or gpus == 0:
+            return self
+        if 0 < gpus < 1 and ranks == 1:
+            if self.gpu_memory_utilization > gpus:
+                raise ValueError(
+                    f"gpu_memory_utilization ({self.gpu_memory_utilization:g}) is more than "
+                    f"gpus_per_replica ({gpus:g}), so that what shares the GPU would find no "
+                    f"memory; set gpu_memory_utilization to {gpus:g} or less"
+                )
+            return self
+        if gpus != ranks:
+            raise ValueError(
+                f"gpus_per_replica is {gpus:g}, but tensor_parallel_size x pipeline_parallel_size "
+                f"is {ranks}, and each rank needs a GPU of its own; set gpus_per_replica to {ranks}"
+                + (", or to a share below 1" if ranks == 1 else "")
+            )
+        return self
 
     @property
     def max_replicas(self) -> int:

@@ -161,8 +161,8 @@ def shutdown_teacher() -> None:
 
 
 def _gpus(config: RunConfig, has_gpus: bool) -> int:
-    """GPUs of one replica; 0 on a cluster without any."""
-    return round(sum(bundle.get("GPU", 0) for bundle in teacher_bundles(config, has_gpus)))
+    """GPUs that one replica sees, a shared one included; 0 on a cluster without any."""
+    return math.ceil(sum(bundle.get("GPU", 0) for bundle in teacher_bundles(config, has_gpus)))
 
 
 def _resources(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
@@ -173,18 +173,21 @@ def _resources(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
     vLLM places one Ray worker in each bundle.
     """
     bundles = teacher_bundles(config, has_gpus)
-    accelerator = config.teacher.accelerator_type
+    accelerator, selector = config.teacher.accelerator_type, dict(config.teacher.label_selector)
     if config.teacher.pipeline_parallel_size > 1 and len(bundles) > 1:
         return {
             "ray_actor_options": {"num_cpus": 1, "num_gpus": 0},
             "placement_group_bundles": bundles,
             "placement_group_strategy": "PACK",
+            **({"placement_group_bundle_label_selector": [selector]} if selector else {}),
         }
     total = {name: sum(b.get(name, 0.0) for b in bundles) for name in bundles[0]}
     actor: dict[str, Any] = {"num_cpus": total.pop("CPU"), "num_gpus": total.pop("GPU", 0)}
     actor["resources"] = {n: v for n, v in total.items() if not n.startswith("accelerator_type:")}
     if accelerator is not None:
         actor["accelerator_type"] = accelerator
+    if selector:
+        actor["label_selector"] = selector
     return {"ray_actor_options": actor}
 
 

@@ -113,6 +113,7 @@ def test_pods_go_to_the_instance_types_of_the_cluster_file(
 def test_the_run_file_fits_on_the_pods(derived: dict[str, Any]) -> None:
     from raystill.cluster import placement
     from raystill.cluster.config import RunConfig
+    from raystill.cluster.nodes import Node, require_nodes
 
     config = RunConfig.model_validate(yaml.safe_load(RUN_FILE.read_text()))
     kinds = derived["available_node_types"]
@@ -120,7 +121,7 @@ def test_the_run_file_fits_on_the_pods(derived: dict[str, Any]) -> None:
         dict(kinds[name]["resources"]) for name in GROUPS for _ in range(kinds[name]["max_workers"])
     ]
     assert placement.require(config, placement.add_up(nodes)) == []
-    assert placement.require_nodes(config, nodes) == []
+    assert require_nodes(config, [Node(node) for node in nodes]) == []
     assert config.teacher.max_replicas == kinds["teacher"]["max_workers"]
 
 

@@ -1,5 +1,6 @@
 """Core lists, resource requests, and what is refused because no cluster could hold it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import yaml
 
 from raystill.cluster import check_cluster, placement
 from raystill.cluster.config import RunConfig
+from raystill.cluster.nodes import Node, matches, require_nodes, what_is_asked
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,14 +121,130 @@ def test_a_pool_that_may_shrink_to_nothing_still_needs_one_replica() -> None:
     assert placement.require(elastic, {"CPU": 1.0}) != []
 
 
+def machines(*resources: dict[str, float], **labels: str) -> list[Node]:
+    return [Node(dict(one), labels) for one in resources]
+
+
 def test_gpus_that_are_enough_in_sum_but_on_no_node_are_refused() -> None:
     wide = config(training={"gpus_per_worker": 4})
     pieces = [{"CPU": 8.0, "GPU": 2.0}] * 3
     assert placement.require(wide, placement.add_up(pieces)) == []
-    problems = placement.require_nodes(wide, pieces)
+    problems = require_nodes(wide, machines(*pieces))
     assert len(problems) == 1
     assert "student worker" in problems[0].message
-    assert placement.require_nodes(wide, [*pieces, {"CPU": 8.0, "GPU": 4.0}]) == []
+    assert "3 x CPU: 8, GPU: 2" in problems[0].message
+    assert require_nodes(wide, machines(*pieces, {"CPU": 8.0, "GPU": 4.0})) == []
+
+
+def shared(teacher: float, student: float, **training: object) -> RunConfig:
+    return config(
+        teacher={"gpus_per_replica": teacher, "gpu_memory_utilization": teacher * 0.9},
+        training={"gpus_per_worker": student, **training},
+    )
+
+
+def test_teacher_and_student_share_a_gpu_by_fractions() -> None:
+    one = machines({"CPU": 4.0, "GPU": 1.0})
+    both = shared(0.6, 0.4)
+    assert placement.teacher_bundles(both, has_gpus=True) == [{"CPU": 1.0, "GPU": 0.6}]
+    assert placement.require(both, one[0].resources) == []
+    assert require_nodes(both, one) == []
+    (problem,) = placement.require(shared(0.6, 0.5), one[0].resources)
+    assert "needs GPU: 1.1 (1 teacher replica of 0.6, 1 student worker of 0.5)" in problem.message
+    assert "the cluster has 1" in problem.message
+
+
+def test_a_share_is_of_one_gpu_and_never_of_two() -> None:
+    three = config(
+        teacher={"num_replicas": 3, "gpus_per_replica": 0.6, "gpu_memory_utilization": 0.5},
+        training={"gpus_per_worker": 0},
+    )
+    two = machines({"CPU": 8.0, "GPU": 2.0})
+    assert placement.require(three, two[0].resources) == []  # 1.8 of 2.
+    (problem,) = require_nodes(three, two)
+    assert problem.message.startswith("1 of 4 parts of the run fit on no node; the first is a")
+    assert "asks for CPU: 1, GPU: 0.6; the nodes have CPU: 8, GPU: 2;" in problem.message
+    assert require_nodes(three, machines({"CPU": 8.0, "GPU": 3.0})) == []
+
+
+@pytest.mark.parametrize(
+    ("teacher", "words"),
+    [
+        ({"gpus_per_replica": 0.5}, "gpu_memory_utilization (0.9) is more than gpus_per_replica"),
+        ({"gpus_per_replica": 2}, "tensor_parallel_size x pipeline_parallel_size is 1"),
+        ({"gpus_per_replica": 0.5, "tensor_parallel_size": 2}, "set gpus_per_replica to 2"),
+        ({"label_selector": {"role": "!!teacher"}}, "has role: '!!teacher'; expected a label"),
+    ],
+)
+def test_shares_and_selectors_that_cannot_be_are_refused(teacher: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        config(teacher=teacher)
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(0.5, 2), (1.5, 1)])
+def test_shares_that_workers_cannot_have_are_refused(gpus: float, workers: int) -> None:
+    wrong = config(training={"gpus_per_worker": gpus, "num_workers": workers})
+    (problem,) = check_cluster.check_gpu_shares(wrong)
+    assert problem.where == "training.gpus_per_worker"
+    assert f"is {gpus:g}" in problem.message
+    assert check_cluster.check_gpu_shares(config(training={"gpus_per_worker": 0.5})) == []
+
+
+def test_gpus_that_are_asked_for_count_before_there_are_any() -> None:
+    asked = config(teacher={"gpus_per_replica": 4, "tensor_parallel_size": 4})
+    assert placement.teacher_bundles(asked, has_gpus=False) == [{"CPU": 1.0, "GPU": 1.0}] * 4
+    none = config(teacher={"gpus_per_replica": 0})
+    assert placement.teacher_bundles(none, has_gpus=True) == [{"CPU": 1.0}]
+    assert [p.where for p in check_cluster.check_gpus_are_said(config())] == [
+        "teacher.gpus_per_replica", "training.gpus_per_worker",
+    ]  # fmt: skip
+    assert check_cluster.check_gpus_are_said(big()) == []
+
+
+def test_parts_go_only_to_nodes_with_their_labels() -> None:
+    apart = config(
+        teacher={"label_selector": {"role": "teacher"}},
+        training={"label_selector": {"role": "!teacher"}},
+    )
+    teachers = machines({"CPU": 4.0}, role="teacher")
+    students = machines({"CPU": 4.0}, role="student")
+    assert require_nodes(apart, [*teachers, *students]) == []
+    (problem,) = require_nodes(apart, teachers)
+    assert problem.where == "training.label_selector"
+    assert "asks for nodes on role: !teacher, and no node has these labels" in problem.message
+    assert "the nodes have CPU: 4 (role: teacher)" in problem.message
+    crowded = [*machines({"CPU": 0.5}, role="teacher"), *students]
+    (problem,) = require_nodes(apart, crowded)
+    assert problem.where == "teacher"
+    assert "asks for CPU: 1 on role: teacher" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("wish", "label", "answer"),
+    [
+        ("spot", "spot", True), ("spot", "", False), ("!spot", "", True), ("!spot", "spot", False),
+        ("in(a, b)", "b", True), ("in(a,b)", "c", False), ("!in(a, b)", "a", False),
+        ("!in(a, b)", "", True),
+    ],
+)  # fmt: skip
+def test_selectors_are_read_as_ray_reads_them(wish: str, label: str, answer: bool) -> None:
+    assert matches(wish, label) is answer
+
+
+def test_labels_that_ray_gives_are_unknown_of_a_node_to_come() -> None:
+    selector = {"ray.io/accelerator-type": "H100", "role": "teacher"}
+    assert Node({}, {"role": "teacher"}, is_here=False).has(selector)
+    assert not Node({}, {"role": "teacher"}).has(selector)
+    assert not Node({}, {"role": "student"}, is_here=False).has(selector)
+
+
+def test_what_is_asked_for_is_told_beside_what_there_is() -> None:
+    nodes = [*machines({"CPU": 8.0}), Node({"CPU": 48.0, "GPU": 4.0}, is_here=False)]
+    asked = config(teacher={"label_selector": {"role": "teacher"}}, training={"num_workers": 2})
+    assert what_is_asked(asked, nodes) == (
+        "asked for: 1 teacher replica of CPU: 1, GPU: 1 on role: teacher, 2 student workers of "
+        "CPU: 1, GPU: 1; the cluster has CPU: 8 on 1 node, and can grow by CPU: 48, GPU: 4"
+    )
 
 
 def node(address: str, group: str | None = None) -> dict:
@@ -137,7 +255,7 @@ def node(address: str, group: str | None = None) -> dict:
 def test_what_an_autoscaler_may_still_add_counts_but_running_nodes_only_once() -> None:
     groups = [check_cluster.NodeGroup("gpu", {"GPU": 8.0}, 3)]
     grown = check_cluster.reachable_nodes([node("a", "gpu"), node("b")], groups, config())
-    assert grown == [{"GPU": 8.0}] * 2
+    assert grown == [Node({"GPU": 8.0}, is_here=False)] * 2
 
 
 def test_the_autoscalers_groups_are_read_from_its_configuration(
@@ -150,6 +268,7 @@ def test_the_autoscalers_groups_are_read_from_its_configuration(
     groups = check_cluster.autoscaler_groups("1:6379")
     assert groups is not None
     assert {group.name: group.max_count for group in groups} == {"teacher": 4, "student": 1}
+    assert groups[0].labels == {"role": "teacher", check_cluster.NODE_GROUP_LABEL: "teacher"}
     assert check_cluster.autoscaler_groups("2:6379") is None
 
 

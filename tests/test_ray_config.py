@@ -84,10 +84,11 @@ def test_every_node_gets_the_pinned_gpu_packages(cluster: dict) -> None:
 
 def test_the_cluster_run_file_fits_on_the_cluster(cluster: dict, run_config) -> None:
     from raystill.cluster import placement
+    from raystill.cluster.nodes import Node, require_nodes
 
     nodes = nodes_at_most(cluster)
     assert placement.require(run_config, placement.add_up(nodes)) == []
-    assert placement.require_nodes(run_config, nodes) == []
+    assert require_nodes(run_config, [Node(node) for node in nodes]) == []
 
 
 def test_all_replicas_the_run_file_allows_fit_in_the_teacher_group(
@@ -100,6 +101,7 @@ def test_all_replicas_the_run_file_allows_fit_in_the_teacher_group(
     assert placement.add_up(bundles)["GPU"] == teacher["resources"]["GPU"]
     assert placement.add_up(bundles)["teacher"] == teacher["resources"]["teacher"]
     assert run_config.teacher.max_replicas == teacher["max_workers"]
+    assert run_config.teacher.gpus_per_replica == teacher["resources"]["GPU"]  # None at the start.
 
 
 def test_the_cluster_run_file_keeps_the_bounds_on_rows_ahead(run_config) -> None:

@@ -221,6 +221,7 @@ def head() -> Iterator[Head]:
     command = [str(RAY), "start", "--head", "--block", "--num-cpus=4", "--dashboard-host=127.0.0.1"]
     command += [f"--dashboard-port={port}", "--node-ip-address=127.0.0.1"]
     command += ["--object-store-memory=200000000", "--include-dashboard=true"]
+    command += ["--labels=role=everything"]
     for name in ("port", "ray-client-server-port", "dashboard-agent-listen-port"):
         command.append(f"--{name}={free_port()}")
     with ExitStack() as stack:
@@ -265,7 +266,10 @@ def test_a_submitted_run_is_stopped_by_ctrl_c_and_resumed_by_ray_job_submit(
 ) -> None:
     synthetic = {"vocab_size": 49152, "response_tokens": 8, "delay_s": 0.5}
     written = write_run_file(
-        head.project, teacher={"synthetic": synthetic}, output={"path": str(tmp_path / "run")}
+        head.project,
+        teacher={"synthetic": synthetic, "label_selector": {"role": "everything"}},
+        training={"label_selector": {"role": "in(everything, student)"}},
+        output={"path": str(tmp_path / "run")},
     )
     files = RunFiles(tmp_path / "run")
     with head.started(head.command(written, "--stop-wait-s", "120")) as process:
@@ -273,6 +277,7 @@ def test_a_submitted_run_is_stopped_by_ctrl_c_and_resumed_by_ray_job_submit(
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 130, out + err
+    assert "1 teacher replica of CPU: 1 on role: everything" in out
     assert "Stopped after step" in out
     assert "submitted to http://127.0.0.1:" in err
     assert "stopping raysubmit_" in err

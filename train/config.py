@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from raystill.cluster.model import ConfigModel, PositiveInt, identity, operational
+from raystill.cluster.model import ConfigModel, LabelSelector, PositiveInt, identity, operational
 
 TERMS = (
     "forward_kl",
@@ -254,6 +254,9 @@ class TrainingConfig(ConfigModel):
         {}, description="Custom Ray resources a worker asks for, e.g. {student: 1}."
     )
     accelerator_type: str | None = operational(None, description="Ray accelerator type, e.g. H100.")
+    label_selector: LabelSelector = operational(
+        {}, description="Labels of the nodes that workers may run on, e.g. {role: student}."
+    )
 
     @model_validator(mode="after")
     def _bounds_of_workers(self) -> "TrainingConfig":

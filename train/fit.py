@@ -68,6 +68,7 @@ def fit(
             use_gpu="GPU" in resources,
             resources_per_worker=resources,
             accelerator_type=config.training.accelerator_type,
+            label_selector=dict(config.training.label_selector) or None,
         ),
         run_config=TrainRunConfig(
             name=CHECKPOINTS,
