@@ -120,7 +120,7 @@ def test_the_size_of_chunks_changes_nothing(monkeypatch):
     ("num_tokens", "lengths"), [(0, []), (1, [1]), (4, [4]), (5, [3, 2]), (9, [3, 3, 3])]
 )
 def test_chunks_are_of_equal_length(monkeypatch, num_tokens, lengths):
-    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 4 * VOCAB * 4)
+    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 4 * VOCAB * 2)
     parts = chunks(num_tokens, VOCAB, torch.bfloat16, torch.device("cpu"))
     assert [len(range(num_tokens)[rows]) for rows in parts] == lengths
 
@@ -155,8 +155,9 @@ def test_a_frozen_head_costs_no_gradient_and_changes_no_other():
     hidden, weight, bias = inputs[0], inputs[1].detach(), inputs[2].detach()
     found = gradients(run((hidden, weight, bias), batch).total, [hidden])
     assert torch.equal(found[0], expected)
-    gradient_of = module._Gradients(hidden, OutputHead(weight, bias), [True, False, False])
-    assert gradient_of.weight is None and gradient_of.bias is None
+    kept = module._Gradients(hidden, OutputHead(weight, bias), [True, False, False])
+    kept.add(slice(0, 2), torch.ones(2, VOCAB).double(), hidden[:2], weight)
+    assert kept.finished()[1:] == [None, None] and kept.weight is None
 
 
 def test_a_frozen_body_still_gives_the_head_its_gradient_and_no_grad_gives_none():
@@ -202,9 +203,12 @@ def test_no_token_is_a_loss_of_zero(kind):
     assert all((g == 0).all() for g in gradients(sums.total, inputs))
 
 
+@pytest.mark.parametrize("chunk_rows", [2, 100])
 @pytest.mark.parametrize("transform", ["plain", "both"])
-def test_bfloat16_is_right_to_its_own_precision(transform):
+def test_bfloat16_is_right_to_its_own_precision(monkeypatch, transform, chunk_rows):
     # The same rounded inputs in float64; bfloat16 has 8 bits, so each product is off by up to 2^-9.
+    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", chunk_rows * VOCAB * 2)
+    monkeypatch.setattr(module, "CPU_WIDE_BYTES", VOCAB * 4)
     inputs, batch = tensors(torch.bfloat16), signal("topk")
     sums = run(inputs, batch, transform=TRANSFORMS[transform], dtype=torch.bfloat16)
     exact = dense_loss(*inputs, TRANSFORMS[transform], EVERYTHING, batch)

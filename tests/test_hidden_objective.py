@@ -150,6 +150,12 @@ def test_value_and_gradients_are_those_of_the_dense_formulas(monkeypatch, sizes,
             torch.testing.assert_close(sums.terms[term], total, rtol=1e-9, atol=1e-12)
 
 
+def figures_of(objective, z):
+    """Figures of all tokens; their logits z become gradients."""
+    objective.begin(slice(0, len(z)))
+    return objective.differentiate(z, slice(0, len(z)))
+
+
 def test_worked_by_hand_at_temperature_two():
     # z = (2 ln 3, 0), z / 2 = (ln 3, 0): q = (0.75, 0.25). Teacher (0, 0): p = (0.5, 0.5).
     # KL(p || q) = 0.5 ln(0.5 / 0.75) + 0.5 ln(0.5 / 0.25) = -0.202733 + 0.346574 = 0.143841.
@@ -159,13 +165,13 @@ def test_worked_by_hand_at_temperature_two():
     teacher = TeacherHead(torch.zeros(2, 3).double(), compute_dtype=z.dtype, num_outcomes=2)
     batch = micro_batch(torch.ones(1, 3).bfloat16(), torch.tensor([1]), torch.ones(1))
     objective = ObjectiveConfig(forward_kl=1, cross_entropy=1, temperature=2)
-    figures = HiddenObjective(objective, batch, teacher).differentiate(z, slice(0, 1))
+    figures = figures_of(HiddenObjective(objective, batch, teacher), z)
     assert figures[0].tolist() == pytest.approx([0.143841, 2.302585, 0, 0, 0], abs=1e-6)
     assert z[0].tolist() == pytest.approx([1.025, -1.025], abs=1e-9)
     z = torch.tensor([[2 * math.log(3), 0.0]], dtype=torch.float64)
     squared = ObjectiveConfig(forward_kl=1, temperature=2, temperature_squared=True)
     objective = HiddenObjective(squared, batch, teacher)
-    figures = objective.differentiate(z, slice(0, 1))
+    figures = figures_of(objective, z)
     assert z[0].tolist() == pytest.approx([0.5, -0.5], abs=1e-9)
     assert objective.total(figures).item() == pytest.approx(4 * 0.143841, abs=1e-5)
     assert objective.sums(None, figures).terms["forward_kl"].item() == pytest.approx(0.143841, 1e-5)
@@ -235,9 +241,7 @@ def test_the_full_value_is_what_a_top_k_partition_rises_to(name):
     case = make()
     hidden, weight, bias = case.inputs
     z, teacher = (hidden @ weight.T + bias).detach(), teacher_logits(case)
-    full = HiddenObjective(TERM[name], case.batch, case.teacher).differentiate(
-        z.clone(), slice(0, TOKENS)
-    )[:, 0]
+    full = figures_of(HiddenObjective(TERM[name], case.batch, case.teacher), z.clone())[:, 0]
     for k in (1, 4, 20, OUTCOMES - 1, OUTCOMES):
         part = on(name, z, teacher_partition(teacher, k))
         assert (part <= full + 1e-12).all()
@@ -285,6 +289,7 @@ def test_micro_batches_sum_to_the_batch():
 def test_no_tensor_of_all_logits_exists_forward_or_backward(monkeypatch, dtype):
     monkeypatch.setattr(chunking, "CPU_CHUNK_BYTES", 2 * 66 * 4)
     monkeypatch.setattr(module, "CPU_BLOCK_BYTES", 66 * 4)
+    monkeypatch.setattr(chunking, "CPU_WIDE_BYTES", 66 * 4)
     case = make("both", dtype, tokens=20)
     with LargestTensor() as largest:
         run(case, dtype=dtype).total.backward()
@@ -313,8 +318,11 @@ def test_logits_of_ten_thousand_stay_finite(name, sizes, dtype):
         assert all(torch.isfinite(g).all() for g in found)
 
 
-def test_bfloat16_is_right_to_its_own_precision():
+@pytest.mark.parametrize("chunk_rows", [2, 100])
+def test_bfloat16_is_right_to_its_own_precision(monkeypatch, chunk_rows):
     # The same rounded inputs in float64; each product is off by up to 2^-9 of itself.
+    monkeypatch.setattr(chunking, "CPU_CHUNK_BYTES", chunk_rows * 66 * 2)
+    monkeypatch.setattr(chunking, "CPU_WIDE_BYTES", 66 * 4)
     case = make("both", torch.bfloat16)
     sums, exact = run(case, dtype=torch.bfloat16), dense_loss(case, EVERYTHING)
     assert sums.total.dtype == torch.float32

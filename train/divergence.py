@@ -32,15 +32,16 @@ Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q): infinite where the student has no mass and the teacher has some."""
-    p, q = log_p.exp(), log_q.exp()
-    return _kl_terms(p, log_p, q, log_q).sum(dim=1), q - p
+    p = log_p.exp()
+    difference = log_q.exp().sub_(p)
+    return _times_log_ratio(p, log_p, log_q).add_(difference).sum(dim=1), difference
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p): infinite where the teacher has no mass and the student has some."""
     p, q = log_p.exp(), log_q.exp()
     log_ratio = _times_log_ratio(q, log_q, log_p)
-    return (log_ratio - q + p).sum(dim=1), log_ratio
+    return p.sub_(q).add_(log_ratio).sum(dim=1), log_ratio
 
 
 def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -48,9 +49,9 @@ def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     p, q = log_p.exp(), log_q.exp()
     log_m = _log_mixture(log_p, log_q, beta)
     # No more terms: beta (m - p) + (1 - beta) (m - q) is 0 for each outcome.
-    teacher = beta * _times_log_ratio(p, log_p, log_m)
-    student = (1 - beta) * _times_log_ratio(q, log_q, log_m)
-    return (teacher + student).sum(dim=1), student
+    teacher = _times_log_ratio(p, log_p, log_m).mul_(beta)
+    student = _times_log_ratio(q, log_q, log_m).mul_(1 - beta)
+    return teacher.add_(student).sum(dim=1), student
 
 
 def skew_forward_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -79,11 +80,11 @@ def total_variation(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 def _times_log_ratio(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
     """a (log a - log b), and 0 where a = 0."""
-    return torch.where(a > 0, a * (log_a - log_b), 0.0)
+    return (log_a - log_b).mul_(a).masked_fill_(a == 0, 0.0)
 
 
 def _kl_terms(a: Tensor, log_a: Tensor, b: Tensor, log_b: Tensor) -> Tensor:
-    return _times_log_ratio(a, log_a, log_b) - a + b
+    return _times_log_ratio(a, log_a, log_b).sub_(a).add_(b)
 
 
 def _log_mixture(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:

@@ -3,7 +3,8 @@
 `student_module` calls `head_loss` inside its forward pass (so that DDP sees the head used there).
 A chunk of tokens at a time, the logits are computed, differentiated in place and forgotten: the
 gradient is formed in the forward pass, nothing is recomputed, and the three matrix products are
-those of dense cross entropy. Memory beyond inputs and gradients is one chunk.
+those of dense cross entropy. Memory beyond inputs and gradients is one chunk, in the precision of
+the products; where softmax and sums have a wider one, a block of it is widened at a time.
 
 Legend: N response tokens, n of a chunk, D hidden size, V rows of the head, W the head's weight.
 
@@ -22,15 +23,21 @@ from torch.autograd.function import once_differentiable
 
 from raystill.train.logit_transform import UNCHANGED, LogitTransform
 from raystill.train.objective import ObjectiveSums
-from raystill.train.outcomes import sum_dtype
+from raystill.train.outcomes import row_blocks, sum_dtype
 
 # Large enough that reading W and adding to its gradient costs little beside the products.
 CPU_CHUNK_BYTES = 64 << 20
 DEVICE_CHUNK_BYTES = 512 << 20
+# What is widened at a time: rows enough for small operations on them not to matter.
+CPU_WIDE_BYTES = 4 << 20
+DEVICE_WIDE_BYTES = 256 << 20
 
 
 class ChunkObjective(Protocol):
     """An objective on the N tokens of one micro-batch, for any slice of them."""
+
+    def begin(self, rows: slice) -> None:
+        """The tokens of a chunk, all of which `differentiate` is given next, in parts."""
 
     def differentiate(self, z: Tensor, rows: slice) -> Tensor:
         """Figures [n, F] of these tokens; their logits z [n, V] become d total / d z."""
@@ -59,8 +66,9 @@ class OutputHead:
     def logit_chunks(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Logits [n, V] in the precision of sums, chunk by chunk, for measuring; hidden [N, D]."""
         weight = self.weight.to(self.compute_dtype)
-        for rows in chunks(len(hidden), len(weight), self.compute_dtype, hidden.device):
-            z = (hidden[rows].to(self.compute_dtype) @ weight.T).to(sum_dtype(self.compute_dtype))
+        dtype = sum_dtype(self.compute_dtype)
+        for rows in chunks(len(hidden), len(weight), dtype, hidden.device):
+            z = (hidden[rows].to(self.compute_dtype) @ weight.T).to(dtype)
             self.apply_transform(z)
             yield rows, z
 
@@ -128,32 +136,65 @@ class _HeadLoss(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients of hidden, weight and bias (None where not wanted), added up chunk by chunk."""
+    """Gradients of hidden, weight and bias (None where not wanted), added up chunk by chunk.
+
+    The weight's is added in the precision of sums. Where the products have a narrower one, a first
+    chunk stays as it is until there is a second: most micro-batches have one only.
+    """
 
     def __init__(self, hidden: Tensor, head: OutputHead, wanted: list[bool]) -> None:
-        dtype = sum_dtype(head.compute_dtype)
+        self.dtype = sum_dtype(head.compute_dtype)
         self.inputs = (hidden, head.weight, head.bias)
         self.hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.weight = torch.zeros_like(head.weight, dtype=dtype) if wanted[1] else None
-        self.bias = torch.zeros_like(head.bias, dtype=dtype) if wanted[2] else None
+        self.bias = torch.zeros_like(head.bias, dtype=self.dtype) if wanted[2] else None
+        self.wants_weight = wanted[1]
+        self.weight: Tensor | None = None
+        self.product: Tensor | None = None
 
     @property
     def any_wanted(self) -> bool:
-        return not (self.hidden is None and self.weight is None and self.bias is None)
+        return self.wants_weight or not (self.hidden is None and self.bias is None)
 
     def add(self, rows: slice, grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
         """grad [n, V] of hidden W^T, with the hidden [n, D] and the weight that were multiplied."""
         if self.hidden is not None:
             self.hidden[rows] = grad @ weight
-        if self.weight is not None and grad.dtype == self.weight.dtype:
+        if not self.wants_weight:
+            return
+        if grad.dtype == self.dtype:
+            if self.weight is None:
+                self.weight = torch.zeros_like(weight)
             self.weight.addmm_(grad.T, hidden)
-        elif self.weight is not None:
-            self.weight += grad.T @ hidden
+            return
+        if self.product is None:
+            self.product = grad.T @ hidden
+            return
+        if self.weight is None:
+            self.weight = self.product.to(self.dtype)
+        add_widened(self.weight, torch.mm(grad.T, hidden, out=self.product))
 
     def finished(self) -> list[Tensor | None]:
         """In the precision of what they are gradients of."""
-        pairs = zip((self.hidden, self.weight, self.bias), self.inputs, strict=True)
+        gradients = (self.hidden, self._finished_weight(), self.bias)
+        pairs = zip(gradients, self.inputs, strict=True)
         return [None if g is None or t is None else g.to(t.dtype) for g, t in pairs]
+
+    def _finished_weight(self) -> Tensor | None:
+        """The sum over all chunks, in memory that is there already where that is possible."""
+        wanted = self.inputs[1]
+        if not self.wants_weight:
+            return None
+        if self.weight is None:
+            return torch.zeros_like(wanted) if self.product is None else self.product
+        if self.product is not None and self.product.dtype == wanted.dtype:
+            return self.product.copy_(self.weight)
+        return self.weight
+
+
+def add_widened(total: Tensor, part: Tensor) -> None:
+    """Adds a narrower part [V, D] to the total, by rows that stay in the cache once widened."""
+    for rows in row_blocks(total, CPU_WIDE_BYTES, DEVICE_WIDE_BYTES):
+        total[rows] += part[rows].to(total.dtype)
 
 
 def _run_chunks(
@@ -161,38 +202,53 @@ def _run_chunks(
 ) -> Tensor:
     """Figures [N, F] of all tokens; their gradients are added to ``gradients``.
 
-    Every chunk is computed in the same memory: the products in the compute precision, and, where
-    that is narrower, a copy in the precision of sums.
+    Every chunk is computed in the same memory, in the compute precision.
     """
-    dtype, weight = sum_dtype(head.compute_dtype), head.weight.to(head.compute_dtype)
-    slices = chunks(len(hidden), len(weight), head.compute_dtype, hidden.device)
+    weight = head.weight.to(head.compute_dtype)
+    slices = chunks(len(hidden), len(weight), weight.dtype, hidden.device)
     length = slices[0].stop if slices else 0
     products = torch.empty(length, len(weight), dtype=weight.dtype, device=weight.device)
-    wide = products if weight.dtype == dtype else torch.empty_like(products, dtype=dtype)
     figures = []
     for rows in slices:
         inputs = hidden[rows].to(weight.dtype)
-        product, z = products[: len(inputs)], wide[: len(inputs)]
-        torch.mm(inputs, weight.T, out=product)
-        z.copy_(product)  # Nothing where both are one.
-        squashed = head.apply_transform(z)
-        figures.append(objective.differentiate(z, rows))
-        if not gradients.any_wanted:
-            continue
-        head.undo_transform(z, squashed)
-        if gradients.bias is not None:
-            gradients.bias += z.sum(dim=0)
-        gradients.add(rows, product.copy_(z), inputs, weight)
+        z = torch.mm(inputs, weight.T, out=products[: len(inputs)])
+        objective.begin(rows)
+        figures += _differentiate(z, rows.start, head, objective, gradients)
+        if gradients.any_wanted:
+            gradients.add(rows, z, inputs, weight)
     if not figures:  # No token: how many figures there are is known all the same.
-        return objective.differentiate(wide, slice(0, 0))
+        return objective.differentiate(products.to(gradients.dtype), slice(0, 0))
     return torch.cat(figures)
 
 
-def chunks(
-    num_tokens: int, vocab: int, compute_dtype: torch.dtype, device: torch.device
-) -> list[slice]:
+def _differentiate(
+    z: Tensor, start: int, head: OutputHead, objective: ChunkObjective, gradients: _Gradients
+) -> list[Tensor]:
+    """Figures of a chunk that begins at token ``start``; its products z [n, V] become gradients.
+
+    All at once where they have the precision of sums, else a widened block after the other.
+    """
+    narrow = z.dtype != gradients.dtype
+    blocks = row_blocks(z, CPU_WIDE_BYTES, DEVICE_WIDE_BYTES) if narrow else [slice(0, len(z))]
+    figures = []
+    for block in blocks:
+        product = z[block]
+        part = product.to(gradients.dtype)
+        squashed = head.apply_transform(part)
+        rows = slice(start + block.start, start + block.start + len(part))
+        figures.append(objective.differentiate(part, rows))
+        if gradients.any_wanted:
+            head.undo_transform(part, squashed)
+            if gradients.bias is not None:
+                gradients.bias += part.sum(dim=0)
+            if narrow:
+                product.copy_(part)
+    return figures
+
+
+def chunks(num_tokens: int, vocab: int, dtype: torch.dtype, device: torch.device) -> list[slice]:
     """Slices of equal length (the last may be shorter) whose logits are within the chunk size."""
     limit = CPU_CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES
-    most = max(1, limit // (vocab * sum_dtype(compute_dtype).itemsize))
+    most = max(1, limit // (vocab * dtype.itemsize))
     size = -(-num_tokens // max(1, -(-num_tokens // most)))
     return [slice(start, start + size) for start in range(0, num_tokens, max(1, size))]

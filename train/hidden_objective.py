@@ -54,17 +54,23 @@ class HiddenObjective(WeightedTerms):
         self.divergences = {
             has_tail: divergences(objective, has_tail=has_tail) for has_tail in (False, True)
         }
-        self._products: Tensor | None = None
+        self._memory: Tensor | None = None
+        self._products = self.hidden.new_empty(0)
+        self._first = 0
+
+    def begin(self, rows: slice) -> None:
+        """The teacher's products for the tokens of a chunk, in memory that all chunks share."""
+        hidden = self.hidden[rows]
+        if self._memory is None:  # The first chunk is the longest.
+            weight = self.teacher.weight
+            self._memory = weight.new_empty(len(hidden), len(weight))
+        self._products = self.teacher.products(hidden, self._memory[: len(hidden)])
+        self._first = rows.start
 
     def differentiate(self, z: Tensor, rows: slice) -> Tensor:
         """Figures [n, F] of some tokens; their logits z [n, V] become d total / d z."""
         figures = z.new_empty(len(z), len(self.names) + 3)
-        if len(z) == 0:
-            return figures
-        if self._products is None:  # The first chunk is the longest.
-            shape = (len(z), len(self.teacher.weight))
-            self._products = self.teacher.weight.new_empty(shape)
-        products = self.teacher.products(self.hidden[rows], self._products[: len(z)])
+        products = self._products[rows.start - self._first : rows.stop - self._first]
         targets, weights = self.targets[rows], self.token_weights[rows].to(z.dtype)
         for block in row_blocks(z, CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES):
             t = products[block].to(z.dtype)
@@ -92,7 +98,7 @@ class HiddenObjective(WeightedTerms):
         q = log_q.exp_()
         if shape is not None:
             torch.mul(shape, grad[:, size:] - total * q[:, size:], out=z[:, size:])
-        torch.sub(grad[:, :size], q[:, :size].mul_(total), out=z[:, :size])
+        torch.addcmul(grad[:, :size], q[:, :size], total, value=-1, out=z[:, :size])
         z.mul_(weights / self.temperature)
         if plain is not None:
             z.addcmul_(plain.exp_(), weights, value=self.cross_entropy)

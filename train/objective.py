@@ -107,6 +107,9 @@ class WeightedTerms:
         self.factors = objective.factors
         self.names = list(self.factors)
 
+    def begin(self, rows: slice) -> None:
+        """Nothing is to be got ready for a chunk."""
+
     def total(self, figures: Tensor) -> Tensor:
         """Sum over tokens and terms of token weight x factor x term."""
         factors = figures.new_tensor(list(self.factors.values()))
