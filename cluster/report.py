@@ -77,7 +77,9 @@ def print_comparison(folders: Sequence[Folder], console: Console | None = None) 
     for name, label, digits, _ in (*TEACHER_FORCED, *FREE_RUNNING):
         table.add_row(label, *(wording.figure(after.get(name), digits) for _, _, after in found))
     for name in ROWS:
-        table.add_row(name, *(wording.count(summary.get(name, 0)) for _, summary, _ in found))
+        numbers = [summary.get(name, 0) for _, summary, _ in found]
+        if name != "rows_scored" or any(numbers):
+            table.add_row(name, *map(wording.count, numbers))
     table.add_row("time", *(wording.duration(summary["wall_s"]) for _, summary, _ in found))
     with console.capture() as captured:
         _section(console, "Finished students, on held-out prompts", table)

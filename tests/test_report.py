@@ -96,6 +96,19 @@ def test_the_summary_counts_rows_tokens_and_drops(folder: RunFolder) -> None:
     assert summary["baselines"] == BASELINES
 
 
+def test_scored_rows_stand_apart_from_asked_and_reused_ones(folder: RunFolder) -> None:
+    enriched = outcome(rows_asked=20)
+    enriched.paid = {"training": Paid(20, 200), "evaluation": Paid(0, 5)}
+    summary = write_summary(folder, enriched)
+    names = ("rows_asked", "rows_scored", "rows_reused", "evaluation_rows_scored")
+    assert [summary[name] for name in names] == [20, 200, 100, 5]
+    shown = report_of(folder)
+    assert "rows scored" in shown
+    assert "200 for training, 5 held out" in shown
+    write_summary(folder, outcome(rows_asked=320))
+    assert "rows scored" not in report_of(folder)
+
+
 def test_a_resumed_run_adds_to_the_totals_of_its_earlier_part(folder: RunFolder) -> None:
     first = outcome(stopped_by=15, rows_asked=200, rows_answered=200, teacher_prompt_tokens=10)
     assert write_summary(folder, first)["status"] == "stopped"

@@ -341,7 +341,8 @@ def test_held_out_rows_are_answered_once_and_kept(teacher, tmp_path):
     from raystill.datasets.held_out import answer_held_out
 
     folder = RunFolder(str(tmp_path))
-    rig.write_prompts(folder, HELD_OUT_PROMPTS, [PLAIN] * 20 + [rig.UNUSABLE])
+    given = [[70 + row, 1] if row % 5 == 0 else None for row in range(21)]
+    rig.write_prompts(folder, HELD_OUT_PROMPTS, [PLAIN] * 20 + [rig.UNUSABLE], given)
     coordinator = start_coordinator("held-out", 64, 10, 0.0)
     config = held_out_config()
     paying = Paying("run", "evaluation", "teacher", "obedient")
@@ -352,10 +353,10 @@ def test_held_out_rows_are_answered_once_and_kept(teacher, tmp_path):
     rows = folder.read_table(HELD_OUT)
     assert rows.schema.equals(row_schema("topk", TOP_K))
     assert rows["row"].to_pylist() == rows["position"].to_pylist() == list(range(20))
-    assert rows["response_ids"].to_pylist() == [[row, 1] for row in range(20)]
+    assert rows["response_ids"].to_pylist() == [given[row] or [row, 1] for row in range(20)]
     assert set(rows["epoch"].to_pylist()) == {-1}
     assert ray.get(answer_held_out.remote(*arguments)) == 20
     counters = ray.get(coordinator.snapshot.remote())["counters"]
     assert counters == {"evaluation_rows_dropped": 1}
     paid = rows_paid_for(TeacherStore(store).catalogue(), "run")
-    assert paid == {"training": Paid(), "evaluation": Paid(20)}
+    assert paid == {"training": Paid(), "evaluation": Paid(16, 4)}
