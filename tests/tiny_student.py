@@ -12,8 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from raystill.train.batch import Row
 from raystill.train.config import ObjectiveConfig, TrainingConfig
 from raystill.train.optimizer import build_optimizer
+from raystill.train.sharding import shard_student, whole
 from raystill.train.step import GlobalStep
-from raystill.train.student_module import StudentModule
+from raystill.train.student import layer_list
+from raystill.train.student_module import StudentModule, parallel_module
 from raystill.train.teacher_head import TeacherHead
 
 torch.set_num_threads(1)  # Tensors this small make two threads wait for each other.
@@ -24,7 +26,7 @@ OBJECTIVE = ObjectiveConfig(forward_kl=1.0, cross_entropy=0.3)
 NUM_STEPS = 4
 
 
-def tiny_module(dtype=torch.float32, **kwargs):
+def tiny_module(dtype=torch.float32, tied=True, **kwargs):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -36,7 +38,7 @@ def tiny_module(dtype=torch.float32, **kwargs):
         max_position_embeddings=128,
         pad_token_id=STOP_ID,
         eos_token_id=STOP_ID,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     return StudentModule(LlamaForCausalLM(config).to(dtype), **kwargs)
 
@@ -60,6 +62,13 @@ def make_row(number, tokens=None):
         topk_logprobs=log_p[:, :TOP_K],
         tail_logprob=log_p[:, TOP_K],
     )
+
+
+def parallel(module, strategy):
+    """``module`` on two workers: sharded in place, or in DDP."""
+    if strategy == "fsdp":
+        shard_student(module, layer_list(module.model)[2], torch.device("cpu"), 2)
+    return parallel_module(module, torch.device("cpu"), 2, compiled=False)
 
 
 def tiny_teacher(dtype=torch.float32):
@@ -127,7 +136,7 @@ def training_config(**kwargs):
 
 
 def flat(tensors):
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+    return torch.cat([whole(tensor.detach()).flatten() for tensor in tensors])
 
 
 def relative_error(got, expected):

@@ -2,7 +2,8 @@
 
 `worker` calls `GlobalStep.run` on every rank for every step, with this rank's rows (possibly
 none). Waits for: the other ranks, in one all-gather before the work, in DDP's reduction of the
-last micro-batch, and in one all-reduce of the figures. Unblocked by: every rank calling `run`.
+last micro-batch (FSDP's gatherings and reductions of each), and in one all-reduce of the figures.
+Unblocked by: every rank calling `run`.
 
 A step is global [the same step at any number of workers]. With w the token weights and d the
 objective, the loss is sum over all ranks of w d / W, W = sum over all ranks of w. So that ranks may
@@ -11,9 +12,9 @@ hold different shares:
 1. all ranks learn (rows, tokens, weight, micro-batches, has more, stop) of all ranks, and with the
    first rows of a ``hidden`` signal how far its states are from what the teacher said;
 2. each runs as many forward and backward passes as the rank with most, its own first, then
-   dummies of one token and weight 0: every rank enters DDP's reduction as often as the others;
-3. gradients of the undivided sums accumulate; DDP reduces at the last pass and *averages*, so one
-   multiplication by world_size / W, before clipping, gives the gradient of the loss.
+   dummies of one token and weight 0: every rank enters each reduction as often as the others;
+3. gradients of the undivided sums accumulate; DDP at the last pass, FSDP at each, reduces and
+   *averages*, so one multiplication by world_size / W, before clipping, gives the loss's gradient.
 """
 
 import logging
@@ -34,6 +35,7 @@ from raystill.train.batch import MicroBatch, Row
 from raystill.train.batch_maker import BatchMaker
 from raystill.train.config import ObjectiveConfig, TrainingConfig
 from raystill.train.optimizer import learning_rate
+from raystill.train.sharding import is_sharded, whole
 from raystill.train.teacher_head import TeacherHead
 
 logger = logging.getLogger(__name__)
@@ -114,13 +116,13 @@ class GlobalStep:
         world_size: int = 1,
         teacher: TeacherHead | None = None,
     ) -> None:
-        """module: a `StudentModule`, in DDP when world_size > 1 (its process group is used).
+        """module: a `StudentModule`, in DDP or sharded when world_size > 1 (in its process group).
 
         student_vocab as in `batch.collate`; total_steps: length of the learning-rate schedule;
         teacher: the head of the teacher, on the device, with the ``hidden`` signal only.
         """
-        is_ddp = isinstance(module, DistributedDataParallel)
-        assert world_size == 1 or is_ddp, "with several workers the student must be wrapped in DDP"
+        parallel = isinstance(module, DistributedDataParallel) or is_sharded(module)
+        assert world_size == 1 or parallel, "several workers need the student in DDP or sharded"
         self.module = module
         self.optimizer = optimizer
         self.training = training
@@ -188,7 +190,7 @@ class GlobalStep:
     def _accumulate(self, groups: list[list[Row]], num_passes: int) -> Tensor:
         """Step 2: gradients of the undivided sums; returns this rank's figures, float64.
 
-        The last pass is the one that DDP reduces in, on all ranks alike.
+        The last pass is the one that DDP reduces in, on all ranks alike; FSDP reduces in each.
         """
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(
@@ -267,7 +269,9 @@ class GlobalStep:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         torch._foreach_mul_(gradients, self.world_size / weight)
         bound = self.training.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if bound is None else bound)
+        norm = whole(nn.utils.get_total_norm(gradients))
+        if bound is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, bound, norm)
         grad_norm = float(norm)
         if not math.isfinite(grad_norm):
             raise NonFiniteLossError(

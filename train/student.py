@@ -105,7 +105,7 @@ def keep_layers(model: nn.Module, layers: list[int]) -> None:
     """
     text: Any = model.config.get_text_config()
     num_layers = text.num_hidden_layers
-    owner, name, old = _layer_list(model, num_layers)
+    owner, name, old = layer_list(model)
     kept = []
     for index, layer in enumerate(layers):
         block = old[layer] if layer not in layers[:index] else copy.deepcopy(old[layer])
@@ -125,8 +125,10 @@ def keep_layers(model: nn.Module, layers: list[int]) -> None:
     text.num_hidden_layers = len(layers)
 
 
-def _layer_list(model: nn.Module, num_layers: int) -> tuple[nn.Module, str, nn.ModuleList]:
+def layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
     """The one list of decoder layers: its owner, its name there, itself."""
+    config: Any = model.config
+    num_layers = config.get_text_config().num_hidden_layers
     found = [
         (owner, name, child)
         for owner in model.modules()
@@ -136,9 +138,9 @@ def _layer_list(model: nn.Module, num_layers: int) -> tuple[nn.Module, str, nn.M
     ]
     if len(found) != 1:
         raise ValueError(
-            f"student.init is from_teacher, but {type(model).__name__} has {len(found)} lists of "
-            f"{num_layers} layers where one was expected; make the student as a folder of its own "
-            "and use init: model"
+            f"{type(model).__name__} has {len(found)} lists of {num_layers} layers where "
+            "student.init: from_teacher and training.strategy: fsdp expect one; make the student "
+            "as a folder of its own and use init: model with strategy: ddp"
         )
     return found[0]
 

@@ -2,8 +2,8 @@
 
 Wraps a Hugging Face causal language model: the body runs on all positions, the output head only
 on those that predict a response token, and there chunk by chunk (`head_loss`), so neither a
-[B, S, V] nor an [N, V] tensor exists. This module (not the Hugging Face model) is what DDP wraps:
-DDP reduces the gradients of what its forward pass used, so the head's loss is part of that.
+[B, S, V] nor an [N, V] tensor exists. This module (not the Hugging Face model) is what DDP wraps
+and FSDP's root: they reduce, or gather, what its forward pass uses, and the head's loss is in it.
 
 Legend: B rows, S padded length, D hidden size, N response tokens, V vocabulary.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from raystill.train.batch import MicroBatch
@@ -146,9 +147,9 @@ def require_known_head(model: Any, head: OutputHead) -> None:
 def parallel_module(
     student: StudentModule, device: torch.device, world_size: int, compiled: bool
 ) -> nn.Module:
-    """The student as a step runs it: compiled if asked, in DDP where there are several workers."""
+    """The student as a step runs it: compiled if asked, in DDP unless it is alone or sharded."""
     module: Any = torch.compile(student, dynamic=True) if compiled else student
-    if world_size > 1:
+    if world_size > 1 and not isinstance(student, FSDPModule):
         ids = [device.index] if device.type == "cuda" else None
         module = DistributedDataParallel(
             module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True

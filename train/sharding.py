@@ -1,0 +1,89 @@
+"""FSDP2: parameters, gradients and optimizer state of the student spread over its workers.
+
+`worker` calls `shard_student` where `training.strategy` is fsdp, before the optimizer is made; from
+then on step, checkpoint and export see DTensors where they saw tensors. A decoder layer is gathered
+when its forward or backward pass needs it and freed after it. What is outside the layers
+(embeddings, final norm, output head) is the root's: gathered once a micro-batch, before the forward
+pass, and kept until the backward pass has ended. So `head_loss` multiplies with a plain tensor,
+and the head's gradient is reduced like any other.
+
+Precision. A layer is gathered in the compute precision: autocast would round its matrices to it
+anyway, and half as much travels. The root is gathered as it is, so that the residual stream and the
+head's gradient are in float32 as they are without sharding. Every gradient is added up over the
+ranks in the precision of the parameters, at every pass, and *averaged*, as DDP does. Adding up
+unreduced gradients over the passes of a step would save traffic, but takes a whole copy of the
+gradients on every worker, which is what sharding is to avoid.
+
+Waits for: the other ranks, at every gathering, so all run equally many passes. Imports no Ray.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from raystill.train.batch import dummy_micro_batch
+from raystill.train.config import ObjectiveConfig
+from raystill.train.student_module import StudentModule
+
+
+def shard_student(
+    student: StudentModule, layers: Sequence[nn.Module], device: torch.device, world_size: int
+) -> None:
+    """Spread ``student`` over the process group, in place; collective.
+
+    layers: the decoder's. The student may be on the host: one layer at a time is whole on the
+    device, then cut.
+    """
+    mesh = init_device_mesh(device.type, (world_size,))
+    root = MixedPrecisionPolicy(cast_forward_inputs=False)
+    layer_policy = root
+    if student.compute_dtype != student.param_dtype:
+        layer_policy = MixedPrecisionPolicy(
+            student.compute_dtype, reduce_dtype=student.param_dtype, cast_forward_inputs=False
+        )
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=layer_policy)
+    fully_shard(student, mesh=mesh, mp_policy=root, reshard_after_forward=False)
+    # FSDP takes what is called first for the root, and measuring enters below it.
+    with torch.no_grad():
+        student(dummy_micro_batch("text").to(device), ObjectiveConfig(cross_entropy=1.0))
+    _parts(student)[0].reshard()
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a part of ``module`` is spread over the workers."""
+    return bool(_parts(module))
+
+
+@contextmanager
+def whole_weights(module: nn.Module) -> Iterator[None]:
+    """Within it every rank has all weights and may run any number of passes; collective.
+
+    For measuring, where ranks generate answers of different lengths. Takes the memory of all
+    weights, layers in the compute precision. Nothing to do for a module that is not sharded.
+    """
+    parts = _parts(module)
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for index, part in enumerate(parts):
+            part.reshard()
+            part.set_reshard_after_forward(index > 0, recurse=False)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """``tensor`` gathered from all ranks where it is spread over them; collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _parts(module: nn.Module) -> list[FSDPModule]:
+    """What is gathered together: the root first, then the layers."""
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
