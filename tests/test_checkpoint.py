@@ -14,10 +14,9 @@ from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.ledger import Ledger
 from raystill.train.checkpoint import (
     Checkpointer,
+    Part,
     Snapshot,
-    host_copy,
-    load_model,
-    model_tensors,
+    load_tensors,
     random_state,
     read_snapshot,
     set_random_state,
@@ -25,6 +24,8 @@ from raystill.train.checkpoint import (
 )
 from raystill.train.config import TrainingConfig
 from raystill.train.optimizer import build_optimizer
+from raystill.train.pieces import Piece, file_names, model_tensors, read_pieces, write_pieces
+from raystill.train.ranks import Ranks
 from raystill.train.register import (
     SNAPSHOT_FILE,
     mend_register,
@@ -59,17 +60,26 @@ def train(model, optimizer, steps):
         model.seen += 1
 
 
-def snapshot_of(model, optimizer, step, ledger, counts=None):
+def part_of(model, optimizer):
+    return Part.copied(model, optimizer, Ranks())
+
+
+def snapshot_of(step, ledger, counts=None):
     return Snapshot(
         step=step,
         epoch=0,
-        model=host_copy(model_tensors(model)),
-        optimizer=host_copy(optimizer.state_dict()),
         random=[random_state()],
         ledger=ledger.to_dict(),
         counts=counts or {},
         extra={"rows_trained": 7, "skipped_steps": 1},
     )
+
+
+def write(folder, model, optimizer, step, ledger, counts=None):
+    """All files of a checkpoint, at once."""
+    folder.mkdir(parents=True)
+    part_of(model, optimizer).write(folder)
+    write_snapshot(folder, snapshot_of(step, ledger, counts))
 
 
 def new_run(seed):
@@ -85,14 +95,13 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
     counts = {"pair_codes": np.array([5, 8]), "pair_counts": np.array([2, 1])}
     model, optimizer = new_run(seed=1)
     train(model, optimizer, steps=3)
-    write_snapshot(tmp_path / "c", snapshot_of(model, optimizer, 3, ledger, counts))
+    write(tmp_path / "c", model, optimizer, 3, ledger, counts)
     train(model, optimizer, steps=3)
 
     restored, fresh = new_run(seed=2)
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
     snapshot = read_snapshot(tmp_path / "c")
-    load_model(restored, snapshot.model)
-    fresh.load_state_dict(snapshot.optimizer)
+    load_tensors(tmp_path / "c", snapshot.num_files, restored, fresh)
     set_random_state(snapshot.random[0])
     train(restored, fresh, steps=3)
 
@@ -113,22 +122,63 @@ def test_a_tied_weight_is_written_once_and_derived_buffers_not_at_all():
     assert names == {"embed.weight", "mix.weight", "mix.bias", "seen"}
 
 
-def test_a_host_copy_does_not_change_with_the_model():
+def test_what_is_to_be_written_does_not_change_with_the_model():
     model, optimizer = new_run(seed=1)
     train(model, optimizer, steps=1)
-    kept = snapshot_of(model, optimizer, 1, Ledger(1))
-    before = kept.model["mix.weight"].clone()
-    moment = kept.optimizer["state"][0]["exp_avg"].clone()
+    pieces = part_of(model, optimizer).pieces
+    kept = [pieces["model"]["mix.weight"], pieces["optimizer"]["exp_avg.mix.weight"]]
+    before = [piece.tensor.clone() for piece in kept]
     train(model, optimizer, steps=1)
-    assert torch.equal(kept.model["mix.weight"], before)
-    assert torch.equal(kept.optimizer["state"][0]["exp_avg"], moment)
+    for piece, value in zip(kept, before, strict=True):
+        assert torch.equal(piece.tensor, value)
+
+
+def test_a_run_without_a_step_has_no_optimizer_state_and_is_restored_so(tmp_path):
+    write(tmp_path / "c", *new_run(seed=1), 0, Ledger(1))
+    model, optimizer = new_run(seed=2)
+    load_tensors(tmp_path / "c", 1, model, optimizer)
+    assert torch.equal(model.mix.bias, new_run(seed=1)[0].mix.bias)
+    assert not optimizer.state
+
+
+def test_pieces_of_any_cut_are_put_together_and_missing_or_strange_ones_named(tmp_path):
+    whole = {"a": torch.arange(14.0).view(7, 2), "b": torch.arange(3), "count": torch.tensor(5.0)}
+    paths = [tmp_path / name for name in file_names("model", 3)]
+    for path, start, end in zip(paths, (0, 3, 6), (3, 6, 7), strict=True):
+        pieces = {"a": Piece(whole["a"][start:end].clone(), start)}
+        pieces["b"] = Piece(whole["b"][start:end].clone(), start)  # The others have none of it.
+        if start == 0:
+            pieces["count"] = Piece(whole["count"])
+        write_pieces(path, pieces)
+    found = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
+    read_pieces(paths, found)
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    with pytest.raises(ValueError, match="lacks rows of 1 tensors, first a, in model-00001"):
+        read_pieces(paths[:2], found)
+    with pytest.raises(ValueError, match="1 tensors differ, first count"):
+        read_pieces(paths[1:], {**found, "b": torch.zeros(0)})
+    with pytest.raises(ValueError, match=r"a is \[7, 3\] here and stored in rows of \[2\]"):
+        read_pieces(paths, {**found, "a": torch.zeros(7, 3)})
+    with pytest.raises(ValueError, match="a has 5 rows here and at least 6 there"):
+        read_pieces(paths, {**found, "a": torch.zeros(5, 2)})
+
+
+def test_pytorchs_own_reader_of_distributed_checkpoints_reads_the_pieces(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    whole = torch.arange(14.0).view(7, 2)
+    for name, rows in zip(file_names("model", 2), (slice(0, 4), slice(4, 7)), strict=True):
+        write_pieces(tmp_path / name, {"a": Piece(whole[rows].clone(), rows.start)})
+    found = {"a": torch.zeros(7, 2)}
+    dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    assert torch.equal(found["a"], whole)
 
 
 def test_a_checkpoint_of_another_model_or_format_is_refused(tmp_path):
     model, optimizer = new_run(seed=1)
-    with pytest.raises(ValueError, match="not this student"):
-        load_model(model, {"other": torch.zeros(1)})
-    write_snapshot(tmp_path / "c", snapshot_of(model, optimizer, 0, Ledger(1)))
+    write(tmp_path / "c", model, optimizer, 0, Ledger(1))
+    with pytest.raises(ValueError, match=r"not this student: 5 tensors differ, first embed.weight"):
+        load_tensors(tmp_path / "c", 1, nn.Linear(6, 6, bias=False), optimizer)
     state = json.loads((tmp_path / "c" / "state.json").read_text()) | {"format_version": 99}
     (tmp_path / "c" / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match="format 99"):
@@ -165,20 +215,21 @@ class Reports(list):
 
 
 def checkpointer(folder, reports, **kwargs):
-    return Checkpointer(
-        folder, first=True, agree=lambda flag: flag, report=reports.append, **kwargs
-    )
+    return Checkpointer(folder, Ranks(), reports.append, **kwargs)
+
+
+def begin(writer, step):
+    writer.begin(step, part_of(*new_run(seed=1)), snapshot_of(step, Ledger(1)))
 
 
 def test_one_checkpoint_is_in_flight_and_each_is_published_once(tmp_path):
     folder, reports = RunFolder(str(tmp_path)).ensure(), Reports()
-    model, optimizer = new_run(seed=1)
     writer = checkpointer(folder, reports)
     assert writer.last_step == -1
     assert not writer.poll()
     assert not writer.finish()
-    writer.begin(2, snapshot_of(model, optimizer, 2, Ledger(1)))
-    writer.begin(4, snapshot_of(model, optimizer, 4, Ledger(1)))
+    begin(writer, 2)
+    begin(writer, 4)
     assert [path.rsplit("/", 1)[1] for path in reports] == ["step-00000002"]
     assert writer.finish()
     assert not writer.finish()
@@ -189,9 +240,8 @@ def test_one_checkpoint_is_in_flight_and_each_is_published_once(tmp_path):
 
 def test_polling_publishes_only_what_is_written(tmp_path):
     folder, reports = RunFolder(str(tmp_path)).ensure(), Reports()
-    model, optimizer = new_run(seed=1)
     writer = checkpointer(folder, reports)
-    writer.begin(2, snapshot_of(model, optimizer, 2, Ledger(1)))
+    begin(writer, 2)
     writer._writing.result()
     assert writer.poll()
     assert not writer.poll()
@@ -208,8 +258,7 @@ def test_a_list_of_checkpoints_that_ray_would_refuse_is_made_anew(tmp_path, torn
     folder = RunFolder(str(tmp_path / "run")).ensure()
     model, optimizer = new_run(seed=1)
     for step in (2, 4):
-        snapshot = snapshot_of(model, optimizer, step, Ledger(1))
-        write_snapshot(folder.local / "checkpoints" / f"step-{step:08d}", snapshot)
+        write(folder.local / "checkpoints" / f"step-{step:08d}", model, optimizer, step, Ledger(1))
     (folder.local / "checkpoints" / "step-00000006").mkdir()  # Not whole.
     folder.write_text(f"checkpoints/{SNAPSHOT_FILE}", torn)
     assert mend_register(folder) is not None
@@ -223,11 +272,10 @@ def test_a_list_of_checkpoints_that_ray_would_refuse_is_made_anew(tmp_path, torn
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_is_not_published(tmp_path):
     folder, reports = RunFolder(str(tmp_path / "run")).ensure(), Reports()
-    model, optimizer = new_run(seed=1)
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").write_text("a file where the folder was")
     writer = checkpointer(folder, reports)
-    writer.begin(2, snapshot_of(model, optimizer, 2, Ledger(1)))
+    begin(writer, 2)
     with pytest.raises(RunError, match=r"checkpoint of step 2 could not be written.*make room"):
         writer.finish()
     assert reports == []

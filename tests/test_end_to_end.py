@@ -287,7 +287,8 @@ def test_the_last_checkpoint_covers_every_row(finished: Finished) -> None:
     ledger = json.loads((folder / "ledger.json").read_text())
     assert (state["step"], state["rows_trained"]) == (NUM_STEPS, NUM_ROWS)
     assert (ledger["num_rows"], ledger["num_trained"]) == (NUM_ROWS, NUM_ROWS)
-    for name in ("model.safetensors", "optimizer.pt", "random.pt"):
+    one = "00001-of-00001.safetensors"
+    for name in (f"model-{one}", f"optimizer-{one}", "random.pt"):
         assert (folder / name).exists()
 
 

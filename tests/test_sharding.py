@@ -6,13 +6,25 @@ Run as a script this file is one of the two workers (see `two_workers`).
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
+from raystill.cluster.config import RunConfig
+from raystill.cluster.run_folder import RunFolder
+from raystill.train.checkpoint import Checkpointer, Part, Snapshot, load_tensors, read_snapshot
 from raystill.train.config import ObjectiveConfig
+from raystill.train.free_running import FreeRunning, generate
+from raystill.train.pieces import model_tensors
+from raystill.train.ranks import Ranks
+from raystill.train.sharding import whole_weights
+from raystill.train.student import exported_state, num_outcomes, round_weights, save_student
 from tests.tiny_student import (
+    STOP_ID,
+    VOCAB,
     flat,
     join_workers,
     make_hidden_row,
@@ -28,59 +40,116 @@ from tests.tiny_student import (
 
 # Rows of each step held by rank 0 and rank 1: uneven, rank 1 empty at step 1, rank 0 at step 2.
 SHARES = [(range(0, 9), range(9, 12)), (range(12, 17), ()), ((), range(17, 20))]
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+CPU, F64 = torch.device("cpu"), torch.float64
 # name: (student, training, signal)
 CASES = {
-    "tied, float64": (dict(dtype=F64), {}, "topk"),
-    "untied, float64": (dict(dtype=F64, tied=False), {}, "topk"),
+    "tied": (dict(dtype=F64), {}, "topk"),
+    "untied": (dict(dtype=F64, tied=False), {}, "topk"),
     "tied, hidden": (dict(dtype=F64), {}, "hidden"),
     "untied, hidden": (dict(dtype=F64, tied=False), {}, "hidden"),
-    "recomputed, float32": (dict(activation_checkpointing=True), {}, "topk"),
-    "recomputed, clipped, float64": (
-        dict(dtype=F64, activation_checkpointing=True),
-        dict(max_grad_norm=0.3),
-        "topk",
-    ),
-    "bfloat16": (dict(compute_dtype=BF16), {}, "topk"),
+    "clipped": (dict(dtype=F64), dict(max_grad_norm=0.3), "topk"),
+    "recomputed": (dict(dtype=F64, activation_checkpointing=True), {}, "topk"),
+    "float32": (dict(), {}, "topk"),
+    "bfloat16": (dict(compute_dtype=torch.bfloat16, activation_checkpointing=True), {}, "topk"),
 }
+SAMPLING = SimpleNamespace(
+    temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, stop_token_ids=(STOP_ID,)
+)
+
+
+class Training:
+    """A student of one of CASES under way, alone or as one of two workers."""
+
+    def __init__(self, case, strategy="alone", rank=0):
+        student, training, self.signal = CASES[case]
+        self.rank = None if strategy == "alone" else rank
+        self.inner = tiny_module(**student).train()
+        module = self.inner if strategy == "alone" else parallel(self.inner, strategy)
+        settings = {}
+        if self.signal == "hidden":
+            settings = dict(
+                signal_kind="hidden",
+                teacher=tiny_teacher(self.inner.param_dtype),
+                objective=ObjectiveConfig(jsd=1.0, cross_entropy=0.3),
+            )
+        config = training_config(**({"max_grad_norm": None} | training))
+        self.step = make_step(module, config, 1 if strategy == "alone" else 2, **settings)
+        self.model, self.optimizer = self.inner.model, self.step.optimizer
+
+    def run(self, number):
+        """Step ``number`` of SHARES, or this rank's part of it: its figures."""
+        share = SHARES[number]
+        numbers = [*share[0], *share[1]] if self.rank is None else share[self.rank]
+        row = make_hidden_row if self.signal == "hidden" else make_row
+        result = self.step.run(number, [row(i) for i in numbers], has_more=True, stop=False)
+        return torch.tensor([result.loss, result.grad_norm, result.rows, result.tokens])
+
+    def parameters(self):
+        return flat(self.inner.parameters())
 
 
 def train(case, strategy="alone", rank=0):
-    """All of SHARES on one worker, or this rank's part of it: what the steps came to."""
-    student, training, signal = CASES[case]
-    inner = tiny_module(**student).train()
-    module = inner if strategy == "alone" else parallel(inner, strategy)
-    hidden = {}
-    if signal == "hidden":
-        hidden = dict(
-            signal_kind="hidden",
-            teacher=tiny_teacher(inner.param_dtype),
-            objective=ObjectiveConfig(jsd=1.0, cross_entropy=0.3),
-        )
-    world_size = 1 if strategy == "alone" else 2
-    config = training_config(**({"max_grad_norm": None} | training))
-    step = make_step(module, config, world_size, **hidden)
-    row = make_hidden_row if signal == "hidden" else make_row
-    first, figures = None, []
-    for number, share in enumerate(SHARES):
-        numbers = [*share[0], *share[1]] if strategy == "alone" else share[rank]
-        result = step.run(number, [row(i) for i in numbers], has_more=True, stop=False)
-        figures.append((result.loss, result.grad_norm, result.rows, result.tokens))
-        if first is None:
-            first = flat(p.grad for p in inner.parameters())
-    sharded = all(isinstance(p, DTensor) for p in inner.parameters())
-    local = [len(p.to_local()) < len(p) for p in inner.parameters()] if sharded else []
+    """All of SHARES: what the steps came to, and what the first one saw."""
+    training = Training(case, strategy, rank)
+    figures = [training.run(0)]
+    grads = flat(p.grad for p in training.inner.parameters())
+    figures += [training.run(number) for number in range(1, len(SHARES))]
+    parameters = list(training.inner.parameters())
+    held = [p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters]
     return {
-        "grads": first,
-        "parameters": flat(inner.parameters()),
-        "figures": torch.tensor(figures),
-        "sharded": all(local) and bool(local),
+        "grads": grads,
+        "parameters": training.parameters(),
+        "figures": torch.stack(figures),
+        "held": sum(held) / sum(p.numel() for p in parameters),
     }
 
 
+def write_checkpoint(training, folder, ranks):
+    """The state after the first step, written and published by all ranks; its folder on rank 0."""
+    published = []
+    writer = Checkpointer(RunFolder(str(folder)).ensure(), ranks, published.append)
+    part = Part.copied(training.model, training.optimizer, ranks)
+    snapshot = Snapshot(1, 0, [{}] * ranks.world_size, {}, part.num_files)
+    writer.begin(1, part, snapshot if ranks.first else None)
+    assert writer.finish()
+    return published[0]
+
+
+def resume(folder, case, strategy="alone", rank=0):
+    """The student of a checkpoint, after it was measured, and after the other steps."""
+    training = Training(case, strategy, rank)
+    load_tensors(folder, read_snapshot(folder).num_files, training.model, training.optimizer)
+    found = measure(training.inner, passes=1 if rank else 3)
+    for number in range(1, len(SHARES)):
+        training.run(number)
+    return found | {"parameters": training.parameters()}
+
+
+def measure(module, passes):
+    """Logits and greedy answers, of other numbers of passes on every rank."""
+    batch = make_step(module).batches.make([make_row(i) for i in range(4)])
+    prompts = [make_row(i).prompt_ids for i in range(3)][:passes]
+    settings = FreeRunning(3, 4 * passes, SAMPLING, seed=1)
+    with whole_weights(module):
+        logits = [module.logits(batch) for _ in range(passes)]
+        answers = generate(module.model, prompts, settings, CPU)
+    return {"logits": logits[-1], "answers": [answer[:4] for answer in answers]}
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return two_workers(__file__, tmp_path_factory.mktemp("workers"))
+def folder(tmp_path_factory):
+    """Where the workers write, with a checkpoint of each case that one worker wrote."""
+    folder = tmp_path_factory.mktemp("workers")
+    for case in ("tied", "untied"):
+        training = Training(case)
+        training.run(0)
+        write_checkpoint(training, folder / "alone" / case, Ranks())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return two_workers(__file__, folder)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -91,7 +160,7 @@ def test_a_sharded_student_trains_as_ddp_and_as_one_worker(ranks, case):
     bound = 1e-10 if exact else 2e-2 if case == "bfloat16" else 2e-6
     for rank in ranks:
         sharded, ddp = rank[case]["fsdp"], rank[case]["ddp"]
-        assert sharded["sharded"] and not ddp["sharded"]
+        assert sharded["held"] == 0.5 and ddp["held"] == 1
         for other in (alone, ddp):
             assert relative_error(sharded["grads"], other["grads"]) < bound
             assert relative_error(sharded["figures"], other["figures"]) < max(bound, 1e-6)
@@ -101,12 +170,85 @@ def test_a_sharded_student_trains_as_ddp_and_as_one_worker(ranks, case):
     assert (alone["parameters"] - start).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("case", ["tied", "untied"])
+def test_a_checkpoint_is_read_by_other_numbers_of_workers_and_other_strategies(ranks, folder, case):
+    whole_run = train(case)["parameters"]
+    one = next((folder / "alone" / case / "checkpoints").iterdir())
+    two = next((folder / "fsdp" / case / "checkpoints").iterdir())
+    assert (read_snapshot(one).num_files, read_snapshot(two).num_files) == (1, 2)
+    sizes = [path.stat().st_size for path in two.glob("*-of-00002.safetensors")]
+    largest = max(path.stat().st_size for path in one.glob("optimizer-*"))
+    assert len(sizes) == 4 and max(sizes) < 0.7 * largest
+    found = [resume(two, case), resume(one, case)]
+    found += [rank[case][f"resumed {strategy}"] for rank in ranks for strategy in ("fsdp", "ddp")]
+    for each in found:
+        assert (each["parameters"] - whole_run).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("case", ["tied", "untied"])
+def test_ranks_measure_a_sharded_student_in_passes_of_their_own(ranks, folder, case):
+    expected = resume(next((folder / "alone" / case / "checkpoints").iterdir()), case)
+    for rank in ranks:
+        found = rank[case]["resumed fsdp"]
+        torch.testing.assert_close(found["logits"], expected["logits"], rtol=1e-10, atol=1e-10)
+        answers = found["answers"]
+        assert answers == expected["answers"][: len(answers)]
+    assert [len(rank[case]["resumed fsdp"]["answers"]) for rank in ranks] == [3, 1]
+
+
+@pytest.mark.parametrize("case", ["tied", "untied"])
+def test_a_sharded_student_is_exported_whole(ranks, folder, case):
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "student" / case, dtype="auto")
+    assert loaded.dtype == torch.bfloat16
+    alone = Training(case)
+    for number in range(len(SHARES)):
+        alone.run(number)
+    round_weights(alone.model, torch.bfloat16)
+    expected = model_tensors(alone.model)
+    assert model_tensors(loaded).keys() == expected.keys()
+    for name, tensor in model_tensors(loaded).items():
+        torch.testing.assert_close(tensor.to(F64), expected[name], rtol=2**-8, atol=1e-9)
+    for rank in ranks:
+        assert rank[case]["rounded"]
+
+
+def export(training, folder, rank):
+    """Rank 0 writes the student; whether its weights are those in memory, rounded."""
+    round_weights(training.model, torch.bfloat16)
+    assert num_outcomes(training.model, "no tokenizer there") == VOCAB
+    config = RunConfig.model_validate(
+        {
+            "teacher": {"model": "unused"},
+            "student": {"layers": [0]},
+            "prompts": {"path": "unused"},
+        }
+    )
+    state = exported_state(training.model, torch.bfloat16, keep=rank == 0)
+    assert bool(state) == (rank == 0)
+    if rank == 0:
+        save_student(training.model, folder, config, "no folder", SAMPLING, state)
+    parameters = training.parameters()
+    return torch.equal(parameters, parameters.bfloat16().to(F64))
+
+
 def worker_main(rank, folder):
     join_workers(rank, folder)
     found = {
         case: {strategy: train(case, strategy, rank) for strategy in ("ddp", "fsdp")}
         for case in CASES
     }
+    ranks = Ranks(rank, 2)
+    for case in ("tied", "untied"):
+        training = Training(case, "fsdp", rank)
+        training.run(0)
+        write_checkpoint(training, folder / "fsdp" / case, ranks)
+        for number in range(1, len(SHARES)):
+            training.run(number)
+        (folder / "student").mkdir(exist_ok=True)
+        found[case]["rounded"] = export(training, folder / "student" / case, rank)
+        one = next((folder / "alone" / case / "checkpoints").iterdir())
+        for strategy in ("fsdp", "ddp"):
+            found[case][f"resumed {strategy}"] = resume(one, case, strategy, rank)
     torch.save(found, folder / f"{rank}.pt")
     os._exit(0)  # What was found is written; gloo taking itself apart now and then hangs.
 

@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from raystill.train.batch import Row
 from raystill.train.config import ObjectiveConfig, TrainingConfig
 from raystill.train.optimizer import build_optimizer
-from raystill.train.sharding import shard_student, whole
+from raystill.train.pieces import whole
+from raystill.train.sharding import shard_student
 from raystill.train.step import GlobalStep
-from raystill.train.student import layer_list
 from raystill.train.student_module import StudentModule, parallel_module
 from raystill.train.teacher_head import TeacherHead
 
@@ -67,7 +67,7 @@ def make_row(number, tokens=None):
 def parallel(module, strategy):
     """``module`` on two workers: sharded in place, or in DDP."""
     if strategy == "fsdp":
-        shard_student(module, layer_list(module.model)[2], torch.device("cpu"), 2)
+        shard_student(module, torch.device("cpu"), 2)
     return parallel_module(module, torch.device("cpu"), 2, compiled=False)
 
 

@@ -21,6 +21,7 @@ from raystill.train.batch import Row, rows_from_table
 from raystill.train.evaluate import evaluate, micro_batches
 from raystill.train.free_running import FreeRunning, Written, run_free
 from raystill.train.ranks import Ranks
+from raystill.train.sharding import whole_weights
 from raystill.train.student import Sampling
 from raystill.train.student_module import StudentModule
 
@@ -94,9 +95,10 @@ class Measurer:
         ``when`` is before, during or after; ``weights`` says which weights were measured.
         """
         record: dict[str, Any] = {"step": step, "when": when, "weights": weights}
-        record |= self._evaluate(self.rows)
-        if self._free_running.rows > 0 and (when != "during" or self._free_during):
-            record |= self._run_free(step)
+        with whole_weights(self._module):  # Ranks write answers of lengths of their own.
+            record |= self._evaluate(self.rows)
+            if self._free_running.rows > 0 and (when != "during" or self._free_during):
+                record |= self._run_free(step)
         if self._ranks.first:
             if counts is not None:
                 record["baselines"] = self._measure_baselines(counts)

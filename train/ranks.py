@@ -46,6 +46,10 @@ class Ranks:
         dist.gather_object(value, box, dst=0, group=self._group)
         return box
 
+    def all(self, flag: bool) -> bool:
+        """Whether the flag is set on every rank."""
+        return self.sum({"set": float(flag)})["set"] == self.world_size
+
     def sum(self, values: dict[str, float]) -> dict[str, float]:
         """Each number summed over the ranks, in float64; the keys must be equal everywhere."""
         if self.world_size == 1:

@@ -1,8 +1,8 @@
 """FSDP2: parameters, gradients and optimizer state of the student spread over its workers.
 
-`worker` calls `shard_student` where `training.strategy` is fsdp, before the optimizer is made; from
-then on step, checkpoint and export see DTensors where they saw tensors. A decoder layer is gathered
-when its forward or backward pass needs it and freed after it. What is outside the layers
+`worker` places the student through here before the optimizer is made; where `training.strategy` is
+fsdp, step, checkpoint and export then see DTensors where they saw tensors. A decoder layer is
+gathered when its forward or backward pass needs it and freed after it. What is outside the layers
 (embeddings, final norm, output head) is the root's: gathered once a micro-batch, before the forward
 pass, and kept until the backward pass has ended. So `head_loss` multiplies with a plain tensor,
 and the head's gradient is reduced like any other.
@@ -17,27 +17,40 @@ gradients on every worker, which is what sharding is to avoid.
 Waits for: the other ranks, at every gathering, so all run equally many passes. Imports no Ray.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from raystill.train.batch import dummy_micro_batch
-from raystill.train.config import ObjectiveConfig
-from raystill.train.student_module import StudentModule
+from raystill.train.config import ObjectiveConfig, TrainingConfig
+from raystill.train.student import layer_list
+from raystill.train.student_module import StudentModule, resolve_compute_dtype
 
 
-def shard_student(
-    student: StudentModule, layers: Sequence[nn.Module], device: torch.device, world_size: int
-) -> None:
+def place_student(
+    model: nn.Module, training: TrainingConfig, device: torch.device, world_size: int
+) -> StudentModule:
+    """The student in training mode on its device: whole, or this worker's part; collective then.
+
+    One worker has nobody to share with, and trains the whole under both strategies.
+    """
+    dtype = resolve_compute_dtype(training.compute_dtype, device, training.param_dtype)
+    sharded = training.strategy == "fsdp" and world_size > 1
+    placed = model if sharded else model.to(device)
+    student = StudentModule(placed, dtype, training.activation_checkpointing).train()
+    if sharded:
+        shard_student(student, device, world_size)
+    return student
+
+
+def shard_student(student: StudentModule, device: torch.device, world_size: int) -> None:
     """Spread ``student`` over the process group, in place; collective.
 
-    layers: the decoder's. The student may be on the host: one layer at a time is whole on the
-    device, then cut.
+    It may be on the host: one layer at a time is whole on the device, then cut.
     """
     mesh = init_device_mesh(device.type, (world_size,))
     root = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -46,7 +59,7 @@ def shard_student(
         layer_policy = MixedPrecisionPolicy(
             student.compute_dtype, reduce_dtype=student.param_dtype, cast_forward_inputs=False
         )
-    for layer in layers:
+    for layer in layer_list(student.model)[2]:
         fully_shard(layer, mesh=mesh, mp_policy=layer_policy)
     fully_shard(student, mesh=mesh, mp_policy=root, reshard_after_forward=False)
     # FSDP takes what is called first for the root, and measuring enters below it.
@@ -56,12 +69,12 @@ def shard_student(
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a part of ``module`` is spread over the workers."""
+    """Whether ``module``, or a part of it, is spread over the workers."""
     return bool(_parts(module))
 
 
 @contextmanager
-def whole_weights(module: nn.Module) -> Iterator[None]:
+def whole_weights(module: StudentModule) -> Iterator[None]:
     """Within it every rank has all weights and may run any number of passes; collective.
 
     For measuring, where ranks generate answers of different lengths. Takes the memory of all
@@ -77,11 +90,6 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
         for index, part in enumerate(parts):
             part.reshard()
             part.set_reshard_after_forward(index > 0, recurse=False)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """``tensor`` gathered from all ranks where it is spread over them; collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _parts(module: nn.Module) -> list[FSDPModule]:

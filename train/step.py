@@ -35,7 +35,8 @@ from raystill.train.batch import MicroBatch, Row
 from raystill.train.batch_maker import BatchMaker
 from raystill.train.config import ObjectiveConfig, TrainingConfig
 from raystill.train.optimizer import learning_rate
-from raystill.train.sharding import is_sharded, whole
+from raystill.train.pieces import whole
+from raystill.train.sharding import is_sharded
 from raystill.train.teacher_head import TeacherHead
 
 logger = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from raystill.cluster.config import RunConfig
 from raystill.cluster.run_folder import STUDENT, RunFolder
+from raystill.train.pieces import whole
 
 DTYPES = {
     "float16": torch.float16,
@@ -166,19 +167,47 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
             tensor.copy_(tensor.to(dtype))
 
 
+def exported_state(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
+    """The state dict on the host in ``dtype``, gathered where it is sharded; collective then.
+
+    Tensors that are one in the model still are. keep: whether this rank wants it; else empty.
+    """
+    converted: dict[int, torch.Tensor] = {}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in converted:
+            gathered = whole(tensor.detach())
+            if not keep:
+                gathered = gathered.new_empty(0)
+            target = dtype if gathered.is_floating_point() else gathered.dtype
+            converted[id(tensor)] = gathered.to("cpu", target)
+        if keep:
+            state[name] = converted[id(tensor)]
+    return state
+
+
 def save_student(
-    model: nn.Module, folder: str | Path, config: RunConfig, teacher_folder: str, sampling: Sampling
+    model: nn.Module,
+    folder: str | Path,
+    config: RunConfig,
+    teacher_folder: str,
+    sampling: Sampling,
+    state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write ``model`` as a Hugging Face folder; an older one there is replaced only when whole."""
+    """Write ``model`` as a Hugging Face folder; an older one there is replaced only when whole.
+
+    state: its ``exported_state``, which a sharded model's ranks have gathered before.
+    """
+    if state is None:
+        state = exported_state(model, DTYPES[config.training.export_dtype], keep=True)
     folder = Path(folder)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    dtype = DTYPES[config.training.export_dtype]
     exported: Any = model
     kept = exported.generation_config
     exported.generation_config = GenerationConfig()  # The file is written below.
     try:
-        exported.save_pretrained(part, state_dict=_state_in(model, dtype))
+        exported.save_pretrained(part, state_dict=state)
     finally:
         exported.generation_config = kept
     _describe_weights(part / "config.json", config.training.export_dtype)
@@ -193,15 +222,27 @@ def save_student(
 
 
 def export_student(
-    model: nn.Module, run: RunFolder, config: RunConfig, teacher_folder: str, sampling: Sampling
+    model: nn.Module,
+    run: RunFolder,
+    config: RunConfig,
+    teacher_folder: str,
+    sampling: Sampling,
+    *,
+    first: bool = True,
 ) -> None:
-    """``save_student`` into the run folder's ``student/``, also where that is an object store."""
+    """``save_student`` into the run folder's ``student/``, also where that is an object store.
+
+    Called on all ranks, since a sharded model is gathered; rank 0 (``first``) writes.
+    """
+    state = exported_state(model, DTYPES[config.training.export_dtype], first)
+    if not first:
+        return
     if run.local is not None:
-        save_student(model, run.local / STUDENT, config, teacher_folder, sampling)
+        save_student(model, run.local / STUDENT, config, teacher_folder, sampling, state)
         return
     with tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary) / STUDENT
-        save_student(model, local, config, teacher_folder, sampling)
+        save_student(model, local, config, teacher_folder, sampling, state)
         filesystem, target = run.filesystem(), f"{run.root}/{STUDENT}"
         filesystem.create_dir(target, recursive=True)
         pafs.copy_files(str(local), target, destination_filesystem=filesystem)
@@ -235,16 +276,3 @@ def _describe_weights(path: Path, dtype: str) -> None:
             part["dtype"] = dtype
     settings["use_cache"] = True
     path.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def _state_in(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The state dict on the CPU in ``dtype``; tensors that share memory still do."""
-    converted: dict[tuple[int, torch.Size], torch.Tensor] = {}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if key not in converted:
-            target = dtype if tensor.is_floating_point() else tensor.dtype
-            converted[key] = tensor.detach().to("cpu", target)
-        state[name] = converted[key]
-    return state

@@ -32,10 +32,11 @@ from raystill.train.process import final_errors_told, settle_process
 from raystill.train.progress import Progress
 from raystill.train.ranks import Ranks
 from raystill.train.register import remove_unregistered
+from raystill.train.sharding import place_student
 from raystill.train.shares import StepRows
 from raystill.train.step import GlobalStep
 from raystill.train.student_answers import score_answers
-from raystill.train.student_module import StudentModule, parallel_module, resolve_compute_dtype
+from raystill.train.student_module import StudentModule, parallel_module
 from raystill.train.teacher_head import head_of_signal
 
 logger = logging.getLogger(__name__)
@@ -126,17 +127,12 @@ class Worker:
         registered = ray.train.get_checkpoint()
         if registered is not None:
             with registered.as_directory() as path:
-                self._load(ckpt.read_snapshot(path))
+                self._load(path, ckpt.read_snapshot(path))
         self.progress.discard_later_records()
         self.measurer.discard_beyond(self.progress.step)
         self.global_step = self._build_step()
-        self.checkpointer = ckpt.Checkpointer(
-            self.job.folder,
-            first=self.ranks.first,
-            agree=self.ranks.from_first,
-            report=self._report,
-            last_step=-1 if registered is None else self.progress.step,
-        )
+        last_step = -1 if registered is None else self.progress.step
+        self.checkpointer = ckpt.Checkpointer(self.job.folder, self.ranks, self._report, last_step)
 
     def publish(self, restored: bool) -> int:
         """Tell the source what these weights have learned, before any rank iterates."""
@@ -204,15 +200,15 @@ class Worker:
         mine = {"random": ckpt.random_state(self.device), **self.progress.hand_over()}
         parts = self.ranks.gather(mine)
         snapshot = None
+        part = ckpt.Part.copied(self.student.model, self.optimizer, self.ranks)
         if parts is not None:
             dropped = ray.get(self.coordinator.dropped_positions.remote())
             snapshot = ckpt.Snapshot(
-                model=ckpt.host_copy(ckpt.model_tensors(self.student.model)),
-                optimizer=ckpt.host_copy(self.optimizer.state_dict()),
-                random=[part["random"] for part in parts],
+                random=[each["random"] for each in parts],
+                num_files=part.num_files,
                 **self.progress.take_over(parts, dropped),
             )
-        self.checkpointer.begin(self.progress.step, snapshot)
+        self.checkpointer.begin(self.progress.step, part, snapshot)
 
     def finish(self) -> None:
         """All rows are trained: measure the weights as exported, write the student."""
@@ -223,11 +219,10 @@ class Worker:
         if self.config.evaluation.enabled:
             self._measure("after", f"as exported ({export_dtype})")
         self.phase("saving the student")
-        if self.ranks.first:
-            job = self.job
-            model_files.export_student(
-                self.student.model, job.folder, self.config, job.teacher_folder, self.sampling
-            )
+        job, model, first = self.job, self.student.model, self.ranks.first
+        model_files.export_student(
+            model, job.folder, self.config, job.teacher_folder, self.sampling, first=first
+        )
 
     def leave(self, outcome: str) -> None:
         """Publish the last checkpoint; the run is ``completed`` or ``stopped``."""
@@ -264,10 +259,7 @@ class Worker:
     def _build_student(self) -> StudentModule:
         training, seeds = self.config.training, self.config.section_seeds()
         model = model_files.build_student(self.config, self.job.teacher_folder, seeds["student"])
-        dtype = resolve_compute_dtype(training.compute_dtype, self.device, training.param_dtype)
-        student = StudentModule(model.to(self.device), dtype, training.activation_checkpointing)
-        student.train()
-        return student
+        return place_student(model, training, self.device, self.ranks.world_size)
 
     def _build_step(self) -> GlobalStep:
         training, world_size = self.config.training, self.ranks.world_size
@@ -285,9 +277,8 @@ class Worker:
             teacher=head_of_signal(self.config, folder, self.vocab, dtype, self.device),
         )
 
-    def _load(self, snapshot: ckpt.Snapshot) -> None:
-        ckpt.load_model(self.student.model, snapshot.model)
-        self.optimizer.load_state_dict(snapshot.optimizer)
+    def _load(self, path: str, snapshot: ckpt.Snapshot) -> None:
+        ckpt.load_tensors(path, snapshot.num_files, self.student.model, self.optimizer)
         if len(snapshot.random) == self.ranks.world_size:
             ckpt.set_random_state(snapshot.random[self.ranks.rank], self.device)
         self.progress.restore(
