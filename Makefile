@@ -13,7 +13,7 @@ TINY := models/tiny-teacher
 QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
 CODE := driver.py raystill.py cluster serve train datasets tests benchmarks examples
 
-.PHONY: help demo demo-second test test-faults chaos check bench setup models links lint types fast clean
+.PHONY: help demo test test-faults chaos check bench setup models links lint types fast clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 12
@@ -36,10 +36,8 @@ models: $(STAMP)   ## the quickstart teacher and the tiny test model
 	@$(BIN)/python -m raystill.serve.quickstart_model --output $(TEACHER)
 	@$(BIN)/python -m raystill.serve.tiny_model --teacher $(TEACHER) --output $(TINY)
 
-demo: setup      ## the whole job on this machine: real teacher, real student, closing table
+demo: setup      ## the whole job here: real teacher, a student, a second one from the same answers
 	$(QUIET) $(BIN)/python driver.py run configs/quickstart.yaml
-
-demo-second: demo   ## then a second student from the same answers, and both side by side
 	$(QUIET) $(BIN)/python driver.py run configs/quickstart_text.yaml
 	$(QUIET) $(BIN)/python driver.py report runs/quickstart runs/quickstart_text
 
@@ -78,6 +76,8 @@ bench: setup     ## measure overlap, memory, store, replay, restart, loss; resul
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.replay
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.restart
 	$(QUIET) $(BIN)/python -m benchmarks.objective
+	$(QUIET) $(BIN)/python -m benchmarks.teacher_signals
+	$(QUIET) $(BIN)/python -m benchmarks.signals
 
 clean:           ## remove what the build made (not runs/ and models/)
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache
