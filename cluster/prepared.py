@@ -17,13 +17,15 @@ from raystill.datasets.store import TeacherStore
 
 @dataclass(frozen=True)
 class Stored:
-    """How much of a run needs no teacher any more, and how many rows it has but to score.
+    """Rows that the store has as they are wished, and others that the teacher need not answer.
 
-    Rows that are neither are asked. ``covers_all``: the teacher is not needed.
+    ``given``: came with their response, of which no signal is wished. ``to_score``: have an answer,
+    stored or given, whose signal is wanted. ``covers_all``: no row needs the teacher.
     """
 
     train_rows: int
     held_out_rows: int
+    given: int
     to_score: int
     covers_all: bool
 
@@ -119,7 +121,7 @@ class Prepared:
     def stored(self) -> Stored:
         """What the teacher store, or the prompts themselves, have of this run's rows."""
         catalogue = TeacherStore(self.store_path).catalogue()
-        told, to_score = [], 0
+        told, free, to_score = [], 0, 0
         for table, wish in (
             (self.train, self.signal),
             (self.held_out, Signal("topk", self.config.evaluation.top_k)),
@@ -129,13 +131,14 @@ class Prepared:
             serves = [entry.footer.origin.signal.serves(wish) for entry in view.entries]
             held, served = where >= 0, np.zeros(len(where), bool)
             served[held] = np.array(serves, bool)[view.segment[where[held]]]
-            given = table["response_ids"].is_valid().to_numpy()
-            if wish.kind == "text":
-                served |= given
+            given = table["response_ids"].is_valid().to_numpy() & ~served
             told.append(int(served.sum()))
-            to_score += int(((held | given) & ~served).sum())
+            if wish.kind == "text":
+                free += int(given.sum())
+            else:
+                to_score += int(((held & ~served) | given).sum())
         every = self.num_train_rows + self.num_held_out_rows
-        return Stored(told[0], told[1], to_score, covers_all=sum(told) == every)
+        return Stored(told[0], told[1], free, to_score, covers_all=sum(told) + free == every)
 
     @property
     def train(self) -> pa.Table:
@@ -150,15 +153,13 @@ class Prepared:
     def describe_stored(self) -> str:
         """What will not be asked again, for a person."""
         held = self.stored
-        return (
+        said = (
             f"teacher store: {self.store_path} has {held.train_rows} of {self.num_train_rows} rows "
             f"to train on, {held.held_out_rows} of {self.num_held_out_rows} held out"
-            + (
-                f"; {held.to_score} more have their answer, which is scored"
-                if held.to_score
-                else ""
-            )
         )
+        if held.given:
+            said += f"; {held.given} came with their response"
+        return said + (f"; {held.to_score} answers are to be scored" if held.to_score else "")
 
     def describe(self) -> str:
         """What the run will do, for a person."""

@@ -74,7 +74,10 @@ def test_a_poorer_answer_is_counted_as_one_to_score_and_needs_the_teacher() -> N
     publish(run, run.held_out, Signal("topk", HELD_OUT_K))
     run = prepared()
     assert found(run) == (0, 4, 8, False)
-    assert "has 0 of 8 rows to train on, 4 of 4 held out; 8 more have" in run.describe_stored()
+    assert (
+        "has 0 of 8 rows to train on, 4 of 4 held out; 8 answers are to be scored"
+        in run.describe_stored()
+    )
     assert found(prepared(TEXT)) == (8, 4, 0, True)
     publish(run, run.train.slice(0, 6), Signal("topk", 9))
     publish(run, run.train.slice(6), Signal("hidden", 7))
@@ -88,9 +91,10 @@ def test_a_poorer_answer_is_counted_as_one_to_score_and_needs_the_teacher() -> N
 def test_given_responses_need_the_teacher_for_a_signal_only() -> None:
     assert found(prepared(WITH_RESPONSES)) == (0, 0, 12, False)
     # The held-out rows are measured against the teacher's probabilities all the same.
-    assert found(prepared(WITH_RESPONSES, TEXT)) == (8, 0, 4, False)
+    assert found(prepared(WITH_RESPONSES, TEXT)) == (0, 0, 4, False)
     run = prepared(WITH_RESPONSES, TEXT, {"evaluation": {"held_out_rows": 0}})
-    assert found(run) == (12, 0, 0, True)
+    assert found(run) == (0, 0, 0, True)
+    assert run.describe_stored().endswith("0 of 0 held out; 12 came with their response")
     run = prepared(WITH_RESPONSES)
     publish(run, run.train, Signal("topk", 8))
     assert found(prepared(WITH_RESPONSES)) == (8, 0, 4, False)
