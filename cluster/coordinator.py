@@ -5,8 +5,9 @@ teacher and the workers report counters, rank 0 publishes what the restored weig
 *Waits for it*: the source (credits), the driver (held-out rows, snapshots), the workers (stop).
 
 A row is *ahead* from the moment its group gets credits until a worker takes its block off the
-iterator or it is dropped; ``ahead`` never exceeds ``max_rows_ahead``. An attempt is one life of
-the worker group: ``publish`` starts it, and calls that name an older one change nothing.
+iterator or it is dropped; ``ahead`` never exceeds ``max_rows_ahead``. A group is *in flight* from
+its credits to its answers. An attempt is one life of the worker group: ``publish`` starts it, and
+calls that name an older one change nothing.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raystill.cluster.problems import RunError
+from raystill.datasets.ledger import Ledger
 
 PHASES_KEPT = 16
 """More than can begin between two looks of the driver."""
@@ -42,6 +44,9 @@ class Coordinator:
         self._published: dict[str, Any] | None = None
         self._attempt = 0
         self._granted: set[int] = set()
+        self._answered: set[int] = set()
+        self._rows_left = num_rows
+        self._groups_in_flight: int | None = None
         self._ahead = 0
         self._max_ahead = 0
         self._dropped: dict[int, str] = {}
@@ -74,7 +79,8 @@ class Coordinator:
                 "step": step,
                 "ledger": ledger,
             }
-            self._granted = set()
+            self._granted, self._answered = set(), set()
+            self._rows_left = len(Ledger.from_dict(ledger).missing())
             self._ahead = 0
             self._dropped = {
                 position: reason
@@ -104,15 +110,30 @@ class Coordinator:
         async with self._changed:
             if self._current(attempt) and group in self._granted:
                 return True
-            await self._changed.wait_for(
-                lambda: not self._current(attempt) or self._ahead + rows <= self._max_rows_ahead
-            )
+            await self._changed.wait_for(lambda: not self._current(attempt) or self._has_room(rows))
             if not self._current(attempt):
                 return False
             self._granted.add(group)
             self._ahead += rows
             self._max_ahead = max(self._max_ahead, self._ahead)
             return True
+
+    async def let_in_flight(self, groups: int | None) -> None:
+        """From now on at most so many groups in flight; None: as many as there are credits for."""
+        async with self._changed:
+            self._groups_in_flight = groups
+            self._changed.notify_all()
+
+    async def answered(
+        self, attempt: int, group: int, rows: int, counters: dict[str, float]
+    ) -> None:
+        """All of a group's ``rows`` have their answers or were dropped; counts as ``add``."""
+        self._counters.update(counters)
+        async with self._changed:
+            if self._current(attempt) and group not in self._answered:
+                self._answered.add(group)
+                self._rows_left -= rows
+                self._changed.notify_all()
 
     async def taken(self, attempt: int, rows: int) -> None:
         """A worker took a block of so many rows off its iterator: they are no longer ahead."""
@@ -233,6 +254,10 @@ class Coordinator:
             "error": self._error,
             "stop": self._stop,
         }
+
+    def _has_room(self, rows: int) -> bool:
+        in_flight, most = len(self._granted) - len(self._answered), self._groups_in_flight
+        return self._ahead + rows <= self._max_rows_ahead and (most is None or in_flight < most)
 
     def _current(self, attempt: int) -> bool:
         return attempt == self._attempt and self._outcome is None

@@ -20,6 +20,7 @@ from uuid import uuid4
 import ray
 
 from raystill.cluster import connect
+from raystill.cluster.appetite import Appetite
 from raystill.cluster.check import Prepared
 from raystill.cluster.check_cluster import check_cluster
 from raystill.cluster.config import RunConfig
@@ -181,6 +182,8 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool
         paying,
         prepared.signal,
     )
+    appetite = Appetite(config.teacher, config.stream.group_rows, deploy.num_replicas)
+    coordinator.let_in_flight.remote(appetite.groups_in_flight)
     served = not prepared.stored.covers_all
     probe = probe and served and is_due(config, folder, prepared.teacher_folder)
     if probe:
@@ -196,7 +199,8 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool
         teacher.start()
         student.start()
         try:
-            snapshot = watch(config, teacher, student, coordinator, signals, view, folder)
+            parts = (teacher, student, coordinator, appetite)
+            snapshot = watch(config, *parts, signals, view, folder)
         finally:
             coordinator.close.remote()
             deploy.shutdown_teacher()
@@ -253,6 +257,7 @@ def watch(
     teacher: Background,
     student: Background,
     coordinator: Any,
+    appetite: Appetite,
     signals: StopSignals,
     view: LiveView,
     folder: RunFolder,
@@ -264,6 +269,9 @@ def watch(
         snapshot = ray.get(coordinator.snapshot.remote())
         view.update(snapshot)
         timeline.look(snapshot)
+        if appetite.look(snapshot["counters"]):
+            coordinator.let_in_flight.remote(appetite.groups_in_flight)
+            view.note(appetite.told)
         if teacher.error is not None:
             raise failure("the teacher", teacher.error, folder) from teacher.error
         if snapshot["error"]:

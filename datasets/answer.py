@@ -67,7 +67,8 @@ class AnswerGroup:
             raise RunError(message) from None if isinstance(error, RunError) else error
         truncated = pc.sum(pc.equal(rows["finish_reason"], TRUNCATED)).as_py() or 0
         counters |= {"rows_answered": len(rows), "rows_truncated": truncated}
-        self._coordinator.add.remote(counters)
+        group = (prompts["position"][0].as_py(), len(prompts))
+        self._coordinator.answered.remote(attempt, *group, counters)
         return rows
 
     async def _answer(self, prompts: pa.Table) -> tuple[pa.Table, dict[str, float]]:

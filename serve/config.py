@@ -39,10 +39,16 @@ class SyntheticConfig(ConfigModel):
 
 
 class ReplicasConfig(ConfigModel):
-    """Bounds between which Ray Serve scales the teacher by the load the stream keeps on it."""
+    """Bounds between which Ray Serve scales the teacher by what the student can eat."""
 
     min: int = operational(1, ge=0, description="Fewest replicas; 0 lets an idle teacher go.")
     max: PositiveInt = operational(1, description="Most replicas.")
+    upscale_delay_s: float = operational(
+        10.0, ge=0, description="Seconds the student waits for rows before replicas are added."
+    )
+    downscale_delay_s: float = operational(
+        120.0, ge=0, description="Seconds rows wait for the student before replicas are drained."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> "ReplicasConfig":
@@ -91,7 +97,7 @@ class TeacherConfig(ConfigModel):
         SyntheticConfig(), description="Settings of the synthetic engine."
     )
     num_replicas: PositiveInt | ReplicasConfig = operational(
-        1, description="A fixed number of replicas, or {min, max} to scale between."
+        1, description="A fixed number of replicas, or {min, max} to scale between by themselves."
     )
     target_ongoing_requests: PositiveInt = operational(
         8, description="Groups one replica works on at a time; also the autoscaler's target."

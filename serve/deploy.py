@@ -25,8 +25,6 @@ APP_NAME = "teacher"
 DEPLOYMENT = "Teacher"
 POLL_S = 0.5
 MAX_STARTS = 2  # of one replica, before the deployment counts as failed
-UPSCALE_DELAY_S = 10.0
-DOWNSCALE_DELAY_S = 120.0
 SHUTDOWN_TIMEOUT_S = 10.0
 # Requests beside groups that a busy replica must still take: info, identity.
 OTHER_REQUESTS = 2
@@ -83,8 +81,8 @@ def deployment_options(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
             "initial_replicas": max(1, replicas.min),
             "max_replicas": replicas.max,
             "target_ongoing_requests": teacher.target_ongoing_requests,
-            "upscale_delay_s": UPSCALE_DELAY_S,
-            "downscale_delay_s": DOWNSCALE_DELAY_S,
+            "upscale_delay_s": replicas.upscale_delay_s,
+            "downscale_delay_s": replicas.downscale_delay_s,
         }
     else:
         options["num_replicas"] = replicas

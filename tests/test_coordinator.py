@@ -39,6 +39,33 @@ def test_credits_never_exceed_the_bound_and_return_when_a_block_is_taken():
     asyncio.run(run())
 
 
+def test_groups_in_flight_are_bounded_where_it_is_asked_for_and_leave_with_their_answers():
+    async def run():
+        c = coordinator(max_rows_ahead=64)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        await c.let_in_flight(2)
+        assert await c.acquire(attempt, 8, 0) and await c.acquire(attempt, 8, 8)
+        assert await waits(c.acquire(attempt, 8, 16))
+        assert not await waits(c.acquire(attempt, 8, 8)), "the source runs again"
+        await c.taken(attempt, 8)  # What a worker takes tells nothing of what is in flight.
+        assert await waits(c.acquire(attempt, 8, 16))
+        third = asyncio.ensure_future(c.acquire(attempt, 8, 16))
+        for _ in range(2):  # A retried block is answered twice.
+            await c.answered(attempt, 0, 8, {"rows_answered": 8})
+        assert await third
+        assert await waits(c.acquire(attempt, 8, 24))
+        fourth = asyncio.ensure_future(c.acquire(attempt, 8, 24))
+        await c.let_in_flight(None)
+        assert await fourth
+        assert (await c.snapshot())["counters"] == {"rows_answered": 16}
+        again = await c.publish(0, 0, Ledger(100).to_dict())
+        await c.let_in_flight(1)
+        await c.answered(attempt, 8, 8, {})
+        assert await c.acquire(again, 8, 0), "a new attempt has nothing in flight"
+
+    asyncio.run(run())
+
+
 def test_a_source_that_runs_again_gets_its_old_credits_back():
     async def run():
         c = coordinator(max_rows_ahead=16)
