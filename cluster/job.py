@@ -7,9 +7,8 @@ outcome, a failure in either thread, or a signal. The main thread only watches; 
 import json
 import platform
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -27,14 +26,12 @@ from raystill.cluster.config import RunConfig
 from raystill.cluster.coordinator import start_coordinator
 from raystill.cluster.live import LiveView
 from raystill.cluster.load import config_text
-from raystill.cluster.metrics import MetricsLog
 from raystill.cluster.probe import is_due, probe_teacher
-from raystill.cluster.problems import Problem, RunError
+from raystill.cluster.problems import Problem
 from raystill.cluster.redact import redacted
-from raystill.cluster.run_folder import TIMELINE, RunFolder
+from raystill.cluster.run_folder import RunFolder
 from raystill.cluster.signals import StopSignals
-from raystill.cluster.timeline import Timeline
-from raystill.cluster.waiting import Waits
+from raystill.cluster.watch import Background, threads_left, watch
 from raystill.datasets.held_out import answer_held_out
 from raystill.datasets.plan import num_steps
 from raystill.datasets.store import Paid, TeacherStore, rows_paid_for
@@ -43,7 +40,6 @@ from raystill.datasets.stream import StreamSpec
 from raystill.serve import deploy
 from raystill.train.fit import fit
 
-POLL_S = 0.5
 LEAVE_S = 5.0
 LOADING = "loading the teacher and the student"
 ASKING = "asking the teacher the held-out prompts"
@@ -62,29 +58,6 @@ class Outcome:
     phases: dict[str, float] = field(default_factory=dict)
     prepared: Prepared | None = None
     paid: dict[str, Paid] = field(default_factory=dict)
-
-
-class Background(threading.Thread):
-    """A named thread that keeps its error for the watching thread instead of printing it."""
-
-    def __init__(self, name: str, work: Callable[[], Any]) -> None:
-        super().__init__(name=name, daemon=True)
-        self.work = work
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self.work()
-        except BaseException as error:
-            self.error = error
-
-
-def threads_left(timeout_s: float = 0.0) -> list[Background]:
-    """Background threads that still run after a wait of up to ``timeout_s`` for each."""
-    threads = [t for t in threading.enumerate() if isinstance(t, Background)]
-    for thread in threads:
-        thread.join(timeout_s)
-    return [thread for thread in threads if thread.is_alive()]
 
 
 def is_finished(folder: RunFolder, epochs: int) -> bool:
@@ -250,57 +223,3 @@ def wait_until_wanted(coordinator: Any, others: list[Any]) -> bool:
         done, pending = ray.wait(pending)
         ray.get(done)
     return bool(ray.get(wanted))
-
-
-def watch(
-    config: RunConfig,
-    teacher: Background,
-    student: Background,
-    coordinator: Any,
-    appetite: Appetite,
-    signals: StopSignals,
-    view: LiveView,
-    folder: RunFolder,
-) -> dict[str, Any]:
-    """Show the run until the student has ended; raise what went wrong in either thread."""
-    asked_to_stop, waits = False, Waits(config)
-    timeline = Timeline(MetricsLog(folder, TIMELINE), deploy.num_replicas)
-    while student.is_alive():
-        snapshot = ray.get(coordinator.snapshot.remote())
-        view.update(snapshot)
-        timeline.look(snapshot)
-        if appetite.look(snapshot["counters"]):
-            coordinator.let_in_flight.remote(appetite.groups_in_flight)
-            view.note(appetite.told)
-        if teacher.error is not None:
-            raise failure("the teacher", teacher.error, folder) from teacher.error
-        if snapshot["error"]:
-            raise RunError(snapshot["error"])
-        for line in waits.look(teacher.is_alive()):
-            view.note(line)
-        if signals.received and waits.without_workers:
-            view.note("stopping: no worker has a place, so no newer checkpoint can be written")
-            return snapshot
-        if signals.received and not asked_to_stop:
-            asked_to_stop = True
-            if not snapshot["progress"]:
-                view.note("stopping: nothing was trained yet, so there is nothing to keep")
-                return snapshot
-            coordinator.request_stop.remote(signals.received)
-            view.note("stopping: finishing the step, then a checkpoint (once more to abort)")
-        student.join(POLL_S)
-    if student.error is not None:
-        raise failure("the student", student.error, folder) from student.error
-    snapshot = ray.get(coordinator.snapshot.remote())
-    view.update(snapshot)
-    timeline.close(snapshot)
-    return snapshot
-
-
-def failure(who: str, error: BaseException, folder: RunFolder) -> RunError:
-    """One sentence a person can act on, naming the log folder that holds the rest."""
-    if isinstance(error, RunError):
-        return error
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    last = lines[-1].strip() if lines else type(error).__name__
-    return RunError(f"{who} failed: {last}; the whole output is in {folder.logs}/")

@@ -1,0 +1,109 @@
+"""The driver's main thread while a run goes on: it looks at all parts, and holds no rows.
+
+Consumes the coordinator's snapshots, twice a second. Waits for: the student's thread. Unblocked
+by: its end, an error in any part, a signal, or a wait for resources that has lasted too long.
+"""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from raystill.cluster.appetite import Appetite
+from raystill.cluster.config import RunConfig
+from raystill.cluster.live import LiveView
+from raystill.cluster.metrics import MetricsLog
+from raystill.cluster.problems import RunError
+from raystill.cluster.run_folder import TIMELINE, RunFolder
+from raystill.cluster.signals import StopSignals
+from raystill.cluster.telemetry import Telemetry
+from raystill.cluster.timeline import Timeline
+from raystill.cluster.waiting import Waits
+from raystill.serve import deploy
+
+POLL_S = 0.5
+TELL_EVERY = 10  # looks: five seconds, twice as often as Ray exports
+
+
+class Background(threading.Thread):
+    """A named thread that keeps its error for the watching thread instead of printing it."""
+
+    def __init__(self, name: str, work: Callable[[], Any]) -> None:
+        super().__init__(name=name, daemon=True)
+        self.work = work
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.work()
+        except BaseException as error:
+            self.error = error
+
+
+def threads_left(timeout_s: float = 0.0) -> list[Background]:
+    """Background threads that still run after a wait of up to ``timeout_s`` for each."""
+    threads = [t for t in threading.enumerate() if isinstance(t, Background)]
+    for thread in threads:
+        thread.join(timeout_s)
+    return [thread for thread in threads if thread.is_alive()]
+
+
+def watch(
+    config: RunConfig,
+    teacher: Background,
+    student: Background,
+    coordinator: Any,
+    appetite: Appetite,
+    signals: StopSignals,
+    view: LiveView,
+    folder: RunFolder,
+) -> dict[str, Any]:
+    """Show the run until the student has ended; raise what went wrong in either thread."""
+    asked_to_stop, waits = False, Waits(config)
+    timeline = Timeline(MetricsLog(folder, TIMELINE), deploy.num_replicas)
+    telemetry, looks = Telemetry(Path(folder.path).name), 0
+    while student.is_alive():
+        snapshot = ray.get(coordinator.snapshot.remote())
+        view.update(snapshot)
+        timeline.look(snapshot)
+        if appetite.look(snapshot["counters"]):
+            coordinator.let_in_flight.remote(appetite.groups_in_flight)
+            view.note(appetite.told)
+        if looks % TELL_EVERY == 0:
+            telemetry.update(snapshot, deploy.num_replicas())
+        looks += 1
+        if teacher.error is not None:
+            raise failure("the teacher", teacher.error, folder) from teacher.error
+        if snapshot["error"]:
+            raise RunError(snapshot["error"])
+        for line in waits.look(teacher.is_alive()):
+            view.note(line)
+        if signals.received and waits.without_workers:
+            view.note("stopping: no worker has a place, so no newer checkpoint can be written")
+            return snapshot
+        if signals.received and not asked_to_stop:
+            asked_to_stop = True
+            if not snapshot["progress"]:
+                view.note("stopping: nothing was trained yet, so there is nothing to keep")
+                return snapshot
+            coordinator.request_stop.remote(signals.received)
+            view.note("stopping: finishing the step, then a checkpoint (once more to abort)")
+        student.join(POLL_S)
+    if student.error is not None:
+        raise failure("the student", student.error, folder) from student.error
+    snapshot = ray.get(coordinator.snapshot.remote())
+    view.update(snapshot)
+    timeline.close(snapshot)
+    telemetry.update(snapshot, deploy.num_replicas())
+    return snapshot
+
+
+def failure(who: str, error: BaseException, folder: RunFolder) -> RunError:
+    """One sentence a person can act on, naming the log folder that holds the rest."""
+    if isinstance(error, RunError):
+        return error
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    last = lines[-1].strip() if lines else type(error).__name__
+    return RunError(f"{who} failed: {last}; the whole output is in {folder.logs}/")
