@@ -43,6 +43,9 @@ class OutputConfig(ConfigModel):
     path: str | None = operational(
         None, description="Run folder or URI; default: runs/<name of the run file>."
     )
+    tensorboard: bool = operational(
+        False, description="Also write figures for TensorBoard, to logs/tensorboard."
+    )
 
 
 class RunConfig(ConfigModel):

@@ -19,6 +19,7 @@ from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import TIMELINE, RunFolder
 from raystill.cluster.signals import StopSignals
 from raystill.cluster.telemetry import Telemetry
+from raystill.cluster.tensorboard import TensorBoard
 from raystill.cluster.timeline import Timeline
 from raystill.cluster.waiting import Waits
 from raystill.serve import deploy
@@ -64,6 +65,7 @@ def watch(
     asked_to_stop, waits = False, Waits(config)
     timeline = Timeline(MetricsLog(folder, TIMELINE), deploy.num_replicas)
     telemetry, looks = Telemetry(Path(folder.path).name), 0
+    board = TensorBoard(folder.logs / "tensorboard") if config.output.tensorboard else None
     while student.is_alive():
         snapshot = ray.get(coordinator.snapshot.remote())
         view.update(snapshot)
@@ -71,6 +73,8 @@ def watch(
         if appetite.look(snapshot["counters"]):
             coordinator.let_in_flight.remote(appetite.groups_in_flight)
             view.note(appetite.told)
+        if board is not None:
+            board.update(snapshot)
         if looks % TELL_EVERY == 0:
             telemetry.update(snapshot, deploy.num_replicas())
         looks += 1
@@ -97,6 +101,9 @@ def watch(
     view.update(snapshot)
     timeline.close(snapshot)
     telemetry.update(snapshot, deploy.num_replicas())
+    if board is not None:
+        board.update(snapshot)
+        board.close()
     return snapshot
 
 
