@@ -105,7 +105,9 @@ def test_a_wrong_type_says_value_expectation_and_meaning(tmp_path: Path) -> None
     assert problems == {
         "training.epochs": "is 'two'; expected an integer (Passes over all rows)",
         "teacher.num_replicas": "is 'many'; expected an integer or a mapping of keys "
-        "(A fixed number of replicas, or {min, max} to scale between.)".replace(".)", ")"),
+        "(A fixed number of replicas, or {min, max} to scale between by themselves.)".replace(
+            ".)", ")"
+        ),
     }
 
 
