@@ -7,6 +7,7 @@ reports; no row ever passes through it.
     python driver.py run configs/quickstart.yaml
     python driver.py run configs/quickstart.yaml --set training.learning_rate=1e-4
     python driver.py check configs/quickstart.yaml
+    python driver.py calibrate configs/quickstart.yaml
     python driver.py report runs/quickstart
     python driver.py store list runs/teacher_store
     python driver.py submit configs/quickstart.yaml --address http://127.0.0.1:8265
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from raystill.cluster.calibrate_command import add_calibrate_options
 from raystill.cluster.check import check_run_file
 from raystill.cluster.explain import describe_fields
 from raystill.cluster.problems import ConfigError, RunError, print_problems
@@ -72,6 +74,15 @@ def check(arguments: argparse.Namespace) -> int:
         return refuse(problems)
     print("check: no problems found")
     return 0
+
+
+def calibrate(arguments: argparse.Namespace) -> int:
+    """Which signal the run needs: what each would teach, and cost, on some positions of its own
+    teacher's answers. These go to the teacher store, so that a run need not pay for them again.
+    """
+    from raystill.cluster.calibrate_command import calibrate_command
+
+    return calibrate_command(arguments, say)
 
 
 def submit(arguments: argparse.Namespace) -> int:
@@ -199,6 +210,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         commands, "check", check, "find every problem before anything is spent (exit 2)"
     )
     command.add_argument("--static", action="store_true", help="only what needs no cluster")
+    add_calibrate_options(
+        add_run_command(
+            commands, "calibrate", calibrate, "compare what each signal would teach, and cost"
+        )
+    )
     add_submit_options(add_run_command(commands, "submit", submit, "run it on a cluster, as a job"))
     command = commands.add_parser(
         "report", help="print a run's closing table again, or compare several runs"

@@ -38,10 +38,11 @@ CHECKPOINTS = "checkpoints"
 STUDENT = "student"
 LOGS = "logs"
 STORE = "teacher_store"
+CALIBRATION = "calibration"
 
 TOP_LEVEL_NAMES = frozenset(
     {CONFIG, MANIFEST, METRICS, METRICS_DISCARDED, EVALUATION, ANSWERS, HELD_OUT, PROBE, SUMMARY}
-    | {TIMELINE, "prompts", CHECKPOINTS, STUDENT, LOGS}
+    | {TIMELINE, "prompts", CHECKPOINTS, STUDENT, LOGS, CALIBRATION}
 )
 
 JOB_PACKAGE_FOLDER = "runtime_resources/working_dir_files"

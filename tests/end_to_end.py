@@ -151,3 +151,43 @@ def partition(log_q: np.ndarray, ids: np.ndarray) -> np.ndarray:
 def divergence(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
     """KL(p || q) in nats at each token, [T]."""
     return (np.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def store_hidden_states(store: Any, model: Any, keys: Any) -> None:
+    """Publish a hidden signal beside the stored answers of these keys, from the plain model.
+
+    What a teacher that scores them would have stored; its own logprobs are not known then.
+    """
+    import pyarrow as pa
+    import torch
+
+    from raystill.datasets.schema import TOKEN_FLOATS, TOKEN_IDS
+    from raystill.datasets.segment import Origin, Payer
+    from raystill.datasets.signal import Signal
+
+    catalogue = store.catalogue()
+    columns = ["prompt_ids", "response_ids", "finish_reason"]
+    rows = store.read(catalogue, catalogue.locate(keys), columns)
+    width, states, unknown = model.config.hidden_size, [], []
+    for row in rows.to_pylist():
+        with torch.no_grad():
+            ids = torch.tensor([[*row["prompt_ids"], *row["response_ids"]]])
+            found = model.get_decoder()(ids).last_hidden_state[0, len(row["prompt_ids"]) - 1 : -1]
+        states.append([state.view(torch.int16).numpy().tobytes() for state in found.bfloat16()])
+        unknown.append([float("nan")] * len(found))
+    signal = {
+        "sampled_logprobs": pa.array(unknown, TOKEN_FLOATS),
+        "hidden": pa.array(states, pa.list_(pa.binary(2 * width))),
+    }
+    table = pa.table(
+        {
+            "key": keys,
+            **{name: rows[name].cast(TOKEN_IDS) for name in columns[:2]},
+            "finish_reason": rows["finish_reason"],
+            **signal,
+        }
+    )
+    told = catalogue.entries[0].footer.origin
+    names = ("teacher_identity", "teacher", "engine", "engine_version", "dtype", "vocab_size")
+    origin = Origin(**{n: getattr(told, n) for n in names}, signal=Signal("hidden", width))
+    store.publish(origin, Payer("a test", "training", scored=True), table)

@@ -32,6 +32,7 @@ from tests.end_to_end import (
     load,
     log_probabilities,
     partition,
+    store_hidden_states,
 )
 
 pytestmark = pytest.mark.vllm
@@ -381,6 +382,39 @@ def test_the_student_answers(finished: Finished, student: Any) -> None:
     answer = student.generate(**asked, max_new_tokens=8)[0, asked["input_ids"].shape[1] :]
     assert 1 <= len(answer) <= 8
     assert isinstance(tokenizer.decode(answer), str)
+
+
+# Which signal such a run would need
+
+
+def test_signals_are_compared_at_the_untrained_and_at_the_trained_student(
+    finished: Finished, teacher: Any, tmp_path: Path
+) -> None:
+    from raystill.datasets.store import TeacherStore
+
+    keys = pq.read_table(finished.folder / "prompts" / "train.parquet")["key"].combine_chunks()
+    store_hidden_states(TeacherStore(str(finished.folder.parent / "teacher_store")), teacher, keys)
+    words = ["--positions", "48", "--cosine", "0.9", "--output", str(tmp_path)]
+    result = drive("calibrate", finished.run_file, *words, cwd=finished.run_file.parent)
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    assert "4 answers with hidden states, 0 of them from the teacher" in result.stdout
+    found = json.loads((tmp_path / "calibration.json").read_text())
+    assert (found["positions"], found["notes"]) == (48, [])
+    assert list(found["students"]) == ["initial", "trained"]
+    for student, of in found["students"].items():
+        figures = of["objectives"]["forward_kl"]["signals"]
+        shares = [f["loss_ratio"] for name, f in figures.items() if name.startswith("topk")]
+        assert shares == sorted(shares) and shares[0] > 0.01 and shares[-1] < 1
+        assert figures["hidden 64"]["cosine_parameters"] == pytest.approx(1, abs=1e-5)
+        assert figures["topk 1024"]["cosine_parameters"] > figures["topk 1"]["cosine_parameters"]
+        assert f"forward_kl, {student} student: " in result.stdout
+        cheapest = found["cheapest"][student]["forward_kl"]
+        assert figures[cheapest]["cosine_parameters"] >= 0.9
+    masses = [of["teacher_mass"] for n, of in found["signals"].items() if n.startswith("topk")]
+    assert masses == sorted(masses) and masses[-1] < 1
+    losses = [of["objectives"]["forward_kl"]["full_loss"] for of in found["students"].values()]
+    assert losses[1] < losses[0]  # The trained one came nearer.
+    assert (tmp_path / "calibration.svg").read_text().startswith("<?xml")
 
 
 SERVE = """

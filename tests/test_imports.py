@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("cluster", "serve", "train", "datasets")
 HEAVY = ("torch", "ray", "vllm", "transformers")
 PLACES_RAY = {
+    "cluster/calibrate.py",
     "cluster/check_cluster.py",
     "cluster/connect.py",
     "cluster/coordinator.py",
