@@ -125,6 +125,15 @@ def test_chunks_are_of_equal_length(monkeypatch, num_tokens, lengths):
     assert [len(range(num_tokens)[rows]) for rows in parts] == lengths
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "lengths"), [(16, [16]), (40, [40]), (50, [32, 18]), (100, [48, 48, 4])]
+)
+def test_long_chunks_have_a_length_that_products_like(monkeypatch, num_tokens, lengths):
+    monkeypatch.setattr(module, "CPU_CHUNK_BYTES", 50 * VOCAB * 4)
+    parts = chunks(num_tokens, VOCAB, torch.float32, torch.device("cpu"))
+    assert [len(range(num_tokens)[rows]) for rows in parts] == lengths
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the most numbers that any tensor made under it holds."""
 

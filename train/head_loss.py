@@ -28,8 +28,10 @@ from raystill.train.outcomes import row_blocks, sum_dtype
 # Large enough that reading W and adding to its gradient costs little beside the products.
 CPU_CHUNK_BYTES = 64 << 20
 DEVICE_CHUNK_BYTES = 512 << 20
+# Products of another number of rows can be a quarter slower (bfloat16, 682 against 672 rows).
+ROWS_AT_ONCE = 16
 # What is widened at a time: rows enough for small operations on them not to matter.
-CPU_WIDE_BYTES = 4 << 20
+CPU_WIDE_BYTES = 2 << 20
 DEVICE_WIDE_BYTES = 256 << 20
 
 
@@ -247,8 +249,14 @@ def _differentiate(
 
 
 def chunks(num_tokens: int, vocab: int, dtype: torch.dtype, device: torch.device) -> list[slice]:
-    """Slices of equal length (the last may be shorter) whose logits are within the chunk size."""
+    """Slices of equal length (the last may be shorter) whose logits are within the chunk size.
+
+    From ``ROWS_AT_ONCE`` on the length is a multiple of it.
+    """
     limit = CPU_CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES
     most = max(1, limit // (vocab * dtype.itemsize))
+    unit = ROWS_AT_ONCE if min(most, num_tokens) >= ROWS_AT_ONCE else 1
+    most -= most % unit
     size = -(-num_tokens // max(1, -(-num_tokens // most)))
+    size = min(num_tokens, size + -size % unit)
     return [slice(start, start + size) for start in range(0, num_tokens, max(1, size))]

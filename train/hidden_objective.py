@@ -54,6 +54,8 @@ class HiddenObjective(WeightedTerms):
         self.divergences = {
             has_tail: divergences(objective, has_tail=has_tail) for has_tail in (False, True)
         }
+        # Asked once: a token's weight is mostly 1, and each pass over the logits counts.
+        self.unweighted = self.temperature == 1.0 and bool((self.token_weights == 1.0).all())
         self._memory: Tensor | None = None
         self._products = self.hidden.new_empty(0)
         self._first = 0
@@ -99,7 +101,8 @@ class HiddenObjective(WeightedTerms):
         if shape is not None:
             torch.mul(shape, grad[:, size:] - total * q[:, size:], out=z[:, size:])
         torch.addcmul(grad[:, :size], q[:, :size], total, value=-1, out=z[:, :size])
-        z.mul_(weights / self.temperature)
+        if not self.unweighted:
+            z.mul_(weights / self.temperature)
         if plain is not None:
             z.addcmul_(plain.exp_(), weights, value=self.cross_entropy)
         if self.cross_entropy:
