@@ -51,6 +51,34 @@ def threads_left(timeout_s: float = 0.0) -> list[Background]:
     return [thread for thread in threads if thread.is_alive()]
 
 
+class Records:
+    """What is kept of a run while it goes on: its timeline, Ray metrics, TensorBoard events."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+        self._timeline = Timeline(MetricsLog(folder, TIMELINE), deploy.num_replicas)
+        self._telemetry = Telemetry(Path(folder.path).name)
+        wanted = config.output.tensorboard
+        self._board = TensorBoard(folder.logs / "tensorboard") if wanted else None
+        self._looks = 0
+
+    def look(self, snapshot: dict[str, Any]) -> None:
+        """Take a snapshot."""
+        self._timeline.look(snapshot)
+        if self._looks % TELL_EVERY == 0:
+            self._telemetry.update(snapshot, deploy.num_replicas())
+        self._looks += 1
+        if self._board is not None:
+            self._board.update(snapshot)
+
+    def close(self, snapshot: dict[str, Any]) -> None:
+        """Take the last one."""
+        self._timeline.close(snapshot)
+        self._telemetry.update(snapshot, deploy.num_replicas())
+        if self._board is not None:
+            self._board.update(snapshot)
+            self._board.close()
+
+
 def watch(
     config: RunConfig,
     teacher: Background,
@@ -63,21 +91,14 @@ def watch(
 ) -> dict[str, Any]:
     """Show the run until the student has ended; raise what went wrong in either thread."""
     asked_to_stop, waits = False, Waits(config)
-    timeline = Timeline(MetricsLog(folder, TIMELINE), deploy.num_replicas)
-    telemetry, looks = Telemetry(Path(folder.path).name), 0
-    board = TensorBoard(folder.logs / "tensorboard") if config.output.tensorboard else None
+    records = Records(config, folder)
     while student.is_alive():
         snapshot = ray.get(coordinator.snapshot.remote())
         view.update(snapshot)
-        timeline.look(snapshot)
         if appetite.look(snapshot["counters"]):
             coordinator.let_in_flight.remote(appetite.groups_in_flight)
             view.note(appetite.told)
-        if board is not None:
-            board.update(snapshot)
-        if looks % TELL_EVERY == 0:
-            telemetry.update(snapshot, deploy.num_replicas())
-        looks += 1
+        records.look(snapshot)
         if teacher.error is not None:
             raise failure("the teacher", teacher.error, folder) from teacher.error
         if snapshot["error"]:
@@ -99,11 +120,7 @@ def watch(
         raise failure("the student", student.error, folder) from student.error
     snapshot = ray.get(coordinator.snapshot.remote())
     view.update(snapshot)
-    timeline.close(snapshot)
-    telemetry.update(snapshot, deploy.num_replicas())
-    if board is not None:
-        board.update(snapshot)
-        board.close()
+    records.close(snapshot)
     return snapshot
 
 
