@@ -32,6 +32,7 @@ from raystill.datasets.stored_answers import Paying
 GROUPS_PER_ACTOR = 64
 """Groups one answering process has in flight at most; its threads only wait."""
 
+NODE_ID_LABEL = "ray.io/node-id"
 BACKPRESSURE = "backpressure_policies.enabled"
 
 
@@ -152,6 +153,9 @@ def build_stream(spec: StreamSpec) -> Dataset:
 class UnevenShares(DataConfig):
     """Deals every row: Ray Train's own shares are made equal by dropping the remainder.
 
+    The stream's processes stay on the workers' nodes, to which its rows go: they ask for no CPU,
+    and elsewhere one of them would keep a teacher's node from being given back.
+
     Keeps the options the dataset was built with. No locality hints: they make the splitter hold
     blocks back, which nobody would hand out credits for.
     """
@@ -167,6 +171,9 @@ class UnevenShares(DataConfig):
         """One shard of each dataset for every worker."""
         output: list[dict[str, Any]] = [{} for _ in range(world_size)]
         for name, dataset in datasets.items():
+            if worker_node_ids:
+                nodes = ",".join(sorted(set(worker_node_ids)))
+                dataset.context.execution_options.label_selector = {NODE_ID_LABEL: f"in({nodes})"}
             for rank, shard in enumerate(uneven_shares(dataset, world_size)):
                 output[rank][name] = shard
         return output
