@@ -4,10 +4,9 @@ It carries no rows. *Consumes*: the source asks it for credits, the answer stage
 teacher and the workers report counters, rank 0 publishes what the restored weights have learned.
 *Waits for it*: the source (credits), the driver (held-out rows, snapshots), the workers (stop).
 
-A row is *ahead* from the moment its group gets credits until a worker takes its block off the
-iterator or it is dropped; ``ahead`` never exceeds ``max_rows_ahead``. A group is *in flight* from
-its credits to its answers. An attempt is one life of the worker group: ``publish`` starts it, and
-calls that name an older one change nothing.
+Credits bound the rows ahead and the groups in flight (``cluster/credits.py``). An attempt is one
+pass of a life of the worker group: ``publish`` starts it, and calls that name an older one change
+nothing.
 """
 
 import asyncio
@@ -15,7 +14,8 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
-from raystill.cluster.problems import RunError
+from raystill.cluster.credits import Credits
+from raystill.cluster.drops import Drops
 from raystill.datasets.ledger import Ledger
 
 PHASES_KEPT = 16
@@ -30,26 +30,21 @@ class Coordinator:
     """
 
     def __init__(self, max_rows_ahead: int, num_rows: int, max_drop_fraction: float) -> None:
-        self._max_rows_ahead = max_rows_ahead
-        self._num_rows = num_rows
-        self._max_dropped = int(max_drop_fraction * num_rows + 1e-9)
-        self._max_drop_fraction = max_drop_fraction
+        self._credits = Credits(max_rows_ahead)
+        self._drops = Drops(num_rows, max_drop_fraction)
         self._changed = asyncio.Condition()
         self._held_out = asyncio.Event()
         self._teacher_wanted = asyncio.Event()
+        self._teacher_settled = asyncio.Event()  # Not on its way out.
+        self._teacher_settled.set()
+        self._teacher_lives = 1
+        self._let_go_in = 0  # The last attempt in which the teacher was let go.
         self._may_train = asyncio.Event()
         self._may_train.set()
         self._poison: set[int] = set()
         self._lives = 0
         self._published: dict[str, Any] | None = None
         self._attempt = 0
-        self._granted: set[int] = set()
-        self._answered: set[int] = set()
-        self._rows_left = num_rows
-        self._groups_in_flight: int | None = None
-        self._ahead = 0
-        self._max_ahead = 0
-        self._dropped: dict[int, str] = {}
         self._counters: Counter[str] = Counter()
         self._progress: dict[str, Any] = {}
         self._evaluation: dict[str, Any] = {}
@@ -73,20 +68,10 @@ class Coordinator:
         async with self._changed:
             self._attempt += 1
             self._lives += restored
-            self._published = {
-                "attempt": self._attempt,
-                "epoch": epoch,
-                "step": step,
-                "ledger": ledger,
-            }
-            self._granted, self._answered = set(), set()
-            self._rows_left = len(Ledger.from_dict(ledger).missing())
-            self._ahead = 0
-            self._dropped = {
-                position: reason
-                for reason, positions in ledger.get("dropped", {}).items()
-                for position in positions
-            }
+            told = {"epoch": epoch, "step": step, "ledger": ledger}
+            self._published = {"attempt": self._attempt, **told}
+            self._credits.begin(rows_left=len(Ledger.from_dict(ledger).missing()))
+            self._drops.begin(ledger)
             self._changed.notify_all()
             return self._attempt
 
@@ -102,26 +87,22 @@ class Coordinator:
         ``group`` names the group by its first position, so that a source that Ray runs again gets
         its old credits back instead of taking them twice.
         """
-        if rows > self._max_rows_ahead:
-            raise RunError(
-                f"a group of {rows} rows can never fit into max_rows_ahead "
-                f"({self._max_rows_ahead}); raise stream.max_rows_ahead or lower stream.group_rows"
-            )
+        self._credits.require_fit(rows)
         async with self._changed:
-            if self._current(attempt) and group in self._granted:
+            if self._current(attempt) and self._credits.has(group):
                 return True
-            await self._changed.wait_for(lambda: not self._current(attempt) or self._has_room(rows))
+            await self._changed.wait_for(
+                lambda: not self._current(attempt) or self._credits.has_room(rows)
+            )
             if not self._current(attempt):
                 return False
-            self._granted.add(group)
-            self._ahead += rows
-            self._max_ahead = max(self._max_ahead, self._ahead)
+            self._credits.grant(group, rows)
             return True
 
     async def let_in_flight(self, groups: int | None) -> None:
         """From now on at most so many groups in flight; None: as many as there are credits for."""
         async with self._changed:
-            self._groups_in_flight = groups
+            self._credits.max_in_flight = groups
             self._changed.notify_all()
 
     async def answered(
@@ -130,9 +111,8 @@ class Coordinator:
         """All of a group's ``rows`` have their answers or were dropped; counts as ``add``."""
         self._counters.update(counters)
         async with self._changed:
-            if self._current(attempt) and group not in self._answered:
-                self._answered.add(group)
-                self._rows_left -= rows
+            if self._current(attempt):
+                self._credits.answer(group, rows)
                 self._changed.notify_all()
 
     async def taken(self, attempt: int, rows: int) -> None:
@@ -149,33 +129,56 @@ class Coordinator:
         self._poison.update(poison)
         if not self._current(attempt):
             return
-        new = {p: r for p, r in zip(positions, reasons, strict=True) if p not in self._dropped}
-        self._dropped.update(new)
-        await self._give_back(attempt, len(new))
-        if len(self._dropped) > self._max_dropped:
-            raise RunError(self._too_many_dropped())
+        new = self._drops.add(dict(zip(positions, reasons, strict=True)))
+        await self._give_back(attempt, new)
+        self._drops.require_few()
 
     async def dropped_positions(self) -> dict[int, str]:
         """Reason of each position dropped in this epoch."""
-        return dict(self._dropped)
+        return dict(self._drops.reasons)
 
     async def poison_rows(self) -> list[int]:
         """Rows that cost replicas each time they were asked."""
         return sorted(self._poison)
 
-    async def want_teacher(self) -> None:
-        """Something is not in the store: the teacher is needed."""
+    async def want_teacher(self) -> int:
+        """Something is not in the store: the teacher is needed. Which of its lives will answer."""
+        await self._teacher_settled.wait()
         self._teacher_wanted.set()
+        return self._teacher_lives
 
     async def wait_teacher_wanted(self) -> bool:
         """Wait until the teacher is needed (True), or will not be any more."""
         await self._teacher_wanted.wait()
         return not self._closed
 
+    async def wait_teacher_idle(self, last_epoch: int) -> bool:
+        """Until all rows have answers: True, and wishes wait for ``teacher_gone``. False: over.
+
+        Dropped rows are asked again in the next epoch. A teacher that came back (an answer was
+        damaged) stays for the rest of the attempt.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._over or self._all_answered(last_epoch))
+            if self._over:
+                return False
+            self._let_go_in = self._attempt
+            self._teacher_settled.clear()
+            self._teacher_wanted.clear()
+            self._teacher_lives += 1
+            return True
+
+    async def teacher_gone(self) -> None:
+        """Its replicas have ended; another life begins when it is wanted."""
+        self._teacher_settled.set()
+
     async def close(self) -> None:
         """The driver is about to leave: whoever waits for a wish for the teacher is let go."""
-        self._closed = True
-        self._teacher_wanted.set()
+        async with self._changed:
+            self._closed = True
+            self._teacher_settled.set()
+            self._teacher_wanted.set()
+            self._changed.notify_all()
 
     # What the parts report, and the driver reads
 
@@ -245,19 +248,25 @@ class Coordinator:
             "phases": list(self._phases),
             "lives": self._lives,
             "counters": dict(self._counters),
-            "ahead": self._ahead,
-            "max_ahead": self._max_ahead,
+            "ahead": self._credits.ahead,
+            "max_ahead": self._credits.max_ahead,
             "progress": dict(self._progress),
             "evaluation": dict(self._evaluation),
-            "dropped": dict(Counter(self._dropped.values())),
+            "dropped": dict(self._drops.by_reason()),
             "outcome": self._outcome,
             "error": self._error,
             "stop": self._stop,
         }
 
-    def _has_room(self, rows: int) -> bool:
-        in_flight, most = len(self._granted) - len(self._answered), self._groups_in_flight
-        return self._ahead + rows <= self._max_rows_ahead and (most is None or in_flight < most)
+    @property
+    def _over(self) -> bool:
+        return self._closed or self._outcome is not None
+
+    def _all_answered(self, last_epoch: int) -> bool:
+        if self._published is None or self._attempt == self._let_go_in:
+            return False
+        asks_again = self._drops.reasons and self._published["epoch"] < last_epoch
+        return self._credits.rows_left <= 0 and not asks_again
 
     def _current(self, attempt: int) -> bool:
         return attempt == self._attempt and self._outcome is None
@@ -266,18 +275,8 @@ class Coordinator:
         async with self._changed:
             if attempt != self._attempt:
                 return
-            self._ahead -= rows
-            assert self._ahead >= 0, f"{-self._ahead} more rows came back than were handed out"
+            self._credits.give_back(rows)
             self._changed.notify_all()
-
-    def _too_many_dropped(self) -> str:
-        reasons = Counter(self._dropped.values()).most_common()
-        named = ", ".join(f"{count} {reason}" for reason, count in reasons)
-        return (
-            f"{len(self._dropped)} of {self._num_rows} rows were dropped ({named}), more than the "
-            f"{self._max_dropped} that stream.max_drop_fraction ({self._max_drop_fraction:g}) "
-            "allows; mend or remove those prompts, or raise stream.max_drop_fraction"
-        )
 
 
 def start_coordinator(

@@ -194,7 +194,8 @@ def serve_teacher(
     """Deploy the teacher if the store cannot answer all; held-out prompts answered; the probe.
 
     A teacher that seemed not to be needed is deployed when somebody asks for it: a stored answer
-    may turn out to be damaged.
+    may turn out to be damaged. When every row has its answer it is let go, and its resources with
+    it, while the student goes on.
     """
     coordinator = spec.coordinator
     coordinator.phase.remote(LOADING)
@@ -213,6 +214,15 @@ def serve_teacher(
         coordinator.phase.remote(LOADING_STUDENT, after=ASKING)  # Unless the worker is up.
     if probe:
         ray.get(probe_teacher.remote(folder, config, prepared.teacher_folder, coordinator))
+    if config.evaluation.enabled and config.evaluation.free_running.teacher_scores:
+        return  # It is to score what the finished student writes.
+    while ray.get(coordinator.wait_teacher_idle.remote(config.training.epochs - 1)):
+        deploy.end_teacher()
+        ray.get(coordinator.teacher_gone.remote())
+        if not ray.get(coordinator.wait_teacher_wanted.remote()):
+            return
+        deploy.deploy_teacher(config, prepared.teacher_folder, coordinator, folder.logs)
+        deploy.wait_for_teacher(config.teacher.startup_timeout_s)
 
 
 def wait_until_wanted(coordinator: Any, others: list[Any]) -> bool:

@@ -33,8 +33,8 @@ POLL_S = 0.5
 class TeacherCalls:
     """The teacher behind one application name, as one asking process sees it.
 
-    ``coordinator`` is told when the teacher is first needed, since a run whose answers are all in
-    the store does not start one; None where it runs already.
+    ``coordinator`` is told whenever the teacher is needed, since a run whose answers are all in the
+    store has none, and lets it go when they are; None where it runs throughout.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class TeacherCalls:
         self._max_attempts = max_attempts
         self._coordinator = coordinator
         self._handle: Any = None
+        self._life = 0
         self._starting = asyncio.Lock()
         self._suspect = asyncio.Lock()
 
@@ -124,11 +125,11 @@ class TeacherCalls:
             raise
 
     async def _teacher(self) -> Any:
+        life = 0 if self._coordinator is None else await self._coordinator.want_teacher.remote()
         async with self._starting:
-            if self._handle is None:
-                if self._coordinator is not None:
-                    await self._coordinator.want_teacher.remote()
+            if self._handle is None or life > self._life:
                 self._handle = await asyncio.to_thread(teacher_handle, self._app_name)
+                self._life = life
         return self._handle
 
 

@@ -150,10 +150,15 @@ def teacher_handle() -> Any:
     return serve.get_app_handle(APP_NAME)
 
 
-def shutdown_teacher() -> None:
-    """End the teacher's replicas, and Serve itself where nobody else uses it."""
+def end_teacher() -> None:
+    """End the teacher's replicas; Serve stays for another life."""
     if APP_NAME in serve.status().applications:
         serve.delete(APP_NAME)
+
+
+def shutdown_teacher() -> None:
+    """End the teacher's replicas, and Serve itself where nobody else uses it."""
+    end_teacher()
     if not serve.status().applications:
         serve.shutdown()
 

@@ -191,3 +191,64 @@ def test_who_waits_for_a_wish_for_the_teacher_is_let_go_when_the_driver_leaves(w
         assert await waiting == wanted
 
     asyncio.run(run())
+
+
+def all_answered(last_epoch, epoch=0, dropped=()):
+    """A coordinator of 16 rows, both groups answered, and who waits for that."""
+
+    async def begin():
+        c = coordinator(num_rows=16, max_drop_fraction=1.0)
+        idle = asyncio.ensure_future(c.wait_teacher_idle(last_epoch))
+        attempt = await c.publish(epoch, 0, Ledger(16).to_dict())
+        for group in (0, 8):
+            assert await c.acquire(attempt, 8, group)
+            assert await waits(asyncio.shield(idle))
+            gone = [p for p in dropped if group <= p < group + 8]
+            await c.dropped(attempt, gone, ["empty"] * len(gone))
+            await c.answered(attempt, group, 8, {})
+        return c, attempt, idle
+
+    return begin()
+
+
+def test_the_teacher_may_go_when_every_row_has_its_answer():
+    async def run():
+        c, attempt, idle = await all_answered(last_epoch=2)
+        assert await idle
+        assert await waits(c.wait_teacher_idle(2)), "once an attempt"
+        assert await waits(c.want_teacher()), "it is on its way out"
+        wish = asyncio.ensure_future(c.want_teacher())
+        await c.teacher_gone()
+        assert await wish == 2
+        assert await c.wait_teacher_wanted()
+        assert await c.publish(1, 2, Ledger(16).to_dict()) == attempt + 1
+        assert await waits(c.wait_teacher_idle(2)), "the next epoch has no answers yet"
+        await c.finished("completed")
+        assert not await c.wait_teacher_idle(2)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("last_epoch", "goes"), [(1, False), (0, True)])
+def test_the_teacher_stays_while_dropped_rows_will_be_asked_again(last_epoch, goes):
+    async def run():
+        c, _, idle = await all_answered(last_epoch, dropped=[3])
+        assert await waits(asyncio.shield(idle)) != goes
+        await c.close()
+        assert await idle == goes
+
+    asyncio.run(run())
+
+
+def test_what_the_weights_have_learned_needs_no_answer():
+    async def run():
+        ledger = Ledger(16)
+        ledger.mark_trained(range(12))
+        c = coordinator(num_rows=16)
+        attempt = await c.publish(0, 3, ledger.to_dict())
+        assert await waits(c.wait_teacher_idle(0))
+        await c.acquire(attempt, 4, 12)
+        await c.answered(attempt, 12, 4, {})
+        assert await c.wait_teacher_idle(0)
+
+    asyncio.run(run())
