@@ -65,7 +65,8 @@ check: lint types fast   ## ruff, types, fast tests
 test-faults: setup   ## every fault: processes killed, nodes lost, disks full (about 20 minutes)
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=12 -m "not chaos" \
 		tests/test_store.py tests/test_faults.py tests/test_stop_and_resume.py \
-		tests/test_engine_death.py tests/test_no_space.py tests/test_node_loss.py
+		tests/test_engine_death.py tests/test_no_space.py tests/test_node_loss.py \
+		tests/test_autoscaling.py tests/test_let_go.py
 
 chaos: setup     ## long runs of faults, fixed seeds and a fresh one (about 20 minutes)
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -s -m chaos tests/test_faults.py
@@ -78,6 +79,8 @@ bench: setup     ## measure overlap, memory, store, replay, restart, loss; resul
 	$(QUIET) $(BIN)/python -m benchmarks.objective
 	$(QUIET) $(BIN)/python -m benchmarks.teacher_signals
 	$(QUIET) $(BIN)/python -m benchmarks.signals
+	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.scale
+	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.startup
 
 clean:           ## remove what the build made (not runs/ and models/)
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache
