@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from raystill.datasets.store import TeacherStore
 from raystill.train.config import TrainingConfig
 from raystill.train.optimizer import learning_rate
-from tests.end_to_end import ROOT, RunFiles, drive
+from tests.end_to_end import ROOT, RunFiles, children_of, drive, named
 from tests.synthetic_run import write_run_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(900)]
@@ -31,6 +31,7 @@ NUM_ROWS, ROWS_PER_STEP = 320, 8
 NUM_STEPS = NUM_ROWS // ROWS_PER_STEP
 SECONDS_PER_GROUP = 3.0
 PATIENCE_S = 300.0
+REPLICA, WORKER = "ray::ServeReplica:teacher", "ray::RayTrainWorker"
 SAME = 1e-10  # relative, float64: other cuts of the same steps
 
 
@@ -60,7 +61,7 @@ def write_slow_run(folder: Path, num_workers: Any, **changes: Any) -> Path:
 
 @contextmanager
 def cluster_of_nodes() -> Iterator[Callable[..., Any]]:
-    """A head for the driver; yields what adds a node with a resource of its own kind.
+    """A head for the driver; yields what adds a node with one of each resource that is named.
 
     The head alone has this machine's address, so that the driver joins there.
     """
@@ -69,10 +70,10 @@ def cluster_of_nodes() -> Iterator[Callable[..., Any]]:
     head = {"num_cpus": 2, "object_store_memory": memory}
     cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
 
-    def add(kind: str) -> Any:
+    def add(*kinds: str) -> Any:
         return cluster.add_node(
-            num_cpus=1,
-            resources={kind: 1},
+            num_cpus=len(kinds),
+            resources=dict.fromkeys(kinds, 1),
             node_ip_address=next(address),
             object_store_memory=memory,
         )
@@ -117,7 +118,9 @@ class Watched:
         )
 
 
-def test_workers_follow_the_nodes_that_come_and_go(tmp_path: Path) -> None:
+def test_workers_follow_the_nodes_that_come_and_go(
+    tmp_path: Path, quiet: dict[str, torch.Tensor]
+) -> None:
     """One worker, a node comes, two workers; the replica's node goes, then a worker's node goes."""
     run_file = write_slow_run(
         tmp_path / "nodes",
@@ -145,20 +148,64 @@ def test_workers_follow_the_nodes_that_come_and_go(tmp_path: Path) -> None:
                 run.process.kill()
                 run.process.wait()
     assert code == 0, run.output.read_text()
-    check(run.files)
+    check(run.files, quiet)
     assert run.files.json("summary.json")["restarts"] >= 2
-    quiet = write_slow_run(tmp_path / "quiet", 1)
-    result = drive("run", quiet, "--set", "teacher.synthetic.delay_s=0")
+
+
+def test_three_nodes_share_the_work_and_two_go_on_when_one_is_lost(
+    tmp_path: Path, quiet: dict[str, torch.Tensor]
+) -> None:
+    """A replica and a worker on each node: every step's rows and gradients cross the nodes."""
+    synthetic = {"vocab_size": 49152, "response_tokens": 8, "delay_s": 2 * SECONDS_PER_GROUP}
+    run_file = write_slow_run(
+        tmp_path / "three",
+        [1, 3],
+        teacher={
+            "num_replicas": 3,
+            "resources_per_replica": {"teacher": 1},
+            "synthetic": synthetic,
+        },
+        training={"resources_per_worker": {"student": 1}},
+        cluster={"shared_filesystem": True},
+    )
+    with cluster_of_nodes() as add:
+        nodes = [add("teacher", "student") for _ in range(3)]
+        run = Watched(run_file, add.cluster.address)
+        try:
+            run.wait_for_workers(3)
+            for title in (REPLICA, WORKER):
+                assert [len(named(on_node(node), title)) for node in nodes] == [1, 1, 1], title
+            add.cluster.remove_node(nodes[-1], allow_graceful=False)
+            run.wait_for_workers(2)
+            for title in (REPLICA, WORKER):
+                assert [len(named(on_node(node), title)) for node in nodes[:2]] == [1, 1], title
+            code = run.process.wait(timeout=PATIENCE_S)
+        finally:
+            if run.process.poll() is None:
+                run.process.kill()
+                run.process.wait()
+    assert code == 0, run.output.read_text()
+    check(run.files, quiet)
+    assert run.files.json("summary.json")["restarts"] >= 1
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The weights of a run of one worker that nothing happened to."""
+    folder = tmp_path_factory.mktemp("quiet")
+    result = drive("run", write_slow_run(folder, 1), "--set", "teacher.synthetic.delay_s=0")
     assert result.returncode == 0, result.stderr
-    mine, other = weights(run.files), weights(RunFiles(tmp_path / "quiet" / "run"))
-    assert mine.keys() == other.keys()
-    for name, tensor in mine.items():
-        assert tensor.dtype == torch.float64
-        torch.testing.assert_close(tensor, other[name], rtol=SAME, atol=SAME)
+    return weights(RunFiles(folder / "run"))
 
 
-def check(files: RunFiles) -> None:
-    """Every step of the surviving weights is there once, whole, at its learning rate."""
+def on_node(node: Any) -> set[int]:
+    """Processes that a node's raylet has started."""
+    [raylet] = node.all_processes["raylet"]
+    return children_of(raylet.process.pid)
+
+
+def check(files: RunFiles, quiet: dict[str, torch.Tensor]) -> None:
+    """Every step is there once, whole, at its learning rate; the weights are the quiet run's."""
     lines = files.lines("metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
     assert [line["rows"] for line in lines] == [ROWS_PER_STEP] * NUM_STEPS
@@ -169,6 +216,11 @@ def check(files: RunFiles) -> None:
     assert summary["rows_trained"] == summary["rows_asked"] == NUM_ROWS
     catalogue = TeacherStore(str(files.folder.parent / "teacher_store")).catalogue()
     assert (catalogue.rows, catalogue.duplicates, catalogue.refused) == (NUM_ROWS, 0, {})
+    mine = weights(files)
+    assert mine.keys() == quiet.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == torch.float64
+        torch.testing.assert_close(tensor, quiet[name], rtol=SAME, atol=SAME)
 
 
 def weights(files: RunFiles) -> dict[str, torch.Tensor]:
