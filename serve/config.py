@@ -97,7 +97,7 @@ class TeacherConfig(ConfigModel):
         SyntheticConfig(), description="Settings of the synthetic engine."
     )
     num_replicas: PositiveInt | ReplicasConfig = operational(
-        1, description="A fixed number of replicas, or {min, max} to scale between."
+        1, description="A fixed number of replicas, or {min, max} to scale between by themselves."
     )
     target_ongoing_requests: PositiveInt = operational(
         8, description="Groups one replica works on at a time; also the autoscaler's target."
