@@ -270,6 +270,23 @@ def test_the_size_of_chunks_and_of_blocks_changes_nothing(monkeypatch):
         torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-14)
 
 
+def test_tokens_may_be_differentiated_in_any_parts_and_more_than_once():
+    case = make("both")
+    hidden, weight, bias = case.inputs
+    z = (hidden @ weight.T + bias).detach()
+    once = z.clone()
+    objective = HiddenObjective(
+        TERM["jsd"].model_copy(update={"temperature": 2}), case.batch, case.teacher
+    )
+    figures = figures_of(objective, once)
+    for parts in ([(0, TOKENS)], [(2, 4), (0, 2), (4, TOKENS + 5)], [(1, 5), (1, 3)]):
+        for start, stop in parts:
+            part = z[start:stop].clone()
+            found = objective.differentiate(part, slice(start, stop))
+            torch.testing.assert_close(found, figures[start:stop], rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(part, once[start:stop], rtol=1e-12, atol=1e-14)
+
+
 def test_micro_batches_sum_to_the_batch():
     case = make("both")
     whole = gradients(run(case).total, case.inputs)

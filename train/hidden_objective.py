@@ -56,23 +56,29 @@ class HiddenObjective(WeightedTerms):
         }
         # Asked once: a token's weight is mostly 1, and each pass over the logits counts.
         self.unweighted = self.temperature == 1.0 and bool((self.token_weights == 1.0).all())
-        self._memory: Tensor | None = None
-        self._products = self.hidden.new_empty(0)
+        self._memory = self.teacher.weight.new_empty(0, 0)
         self._first = 0
+        self._unused = range(0)
 
     def begin(self, rows: slice) -> None:
         """The teacher's products for the tokens of a chunk, in memory that all chunks share."""
-        hidden = self.hidden[rows]
-        if self._memory is None:  # The first chunk is the longest.
-            weight = self.teacher.weight
+        hidden, weight = self.hidden[rows], self.teacher.weight
+        if len(self._memory) < len(hidden):
             self._memory = weight.new_empty(len(hidden), len(weight))
-        self._products = self.teacher.products(hidden, self._memory[: len(hidden)])
-        self._first = rows.start
+        self.teacher.products(hidden, self._memory[: len(hidden)])
+        self._first, self._unused = rows.start, range(rows.start, rows.start + len(hidden))
 
     def differentiate(self, z: Tensor, rows: slice) -> Tensor:
-        """Figures [n, F] of some tokens; their logits z [n, V] become d total / d z."""
+        """Figures [n, F] of some tokens; their logits z [n, V] become d total / d z.
+
+        Tokens of no chunk that was begun, or that were differentiated in it, begin one.
+        """
         figures = z.new_empty(len(z), len(self.names) + 3)
-        products = self._products[rows.start - self._first : rows.stop - self._first]
+        stop = rows.start + len(z)  # A last slice may go beyond the last token.
+        if len(z) and not (rows.start in self._unused and stop - 1 in self._unused):
+            self.begin(rows)
+        products = self._memory[rows.start - self._first : stop - self._first]
+        self._unused = range(stop, max(stop, self._unused.stop))
         targets, weights = self.targets[rows], self.token_weights[rows].to(z.dtype)
         for block in row_blocks(z, CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES):
             t = products[block].to(z.dtype)
