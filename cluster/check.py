@@ -91,9 +91,10 @@ class StaticCheck:
 
     def run(self) -> Prepared | None:
         """Every step; None where there is no teacher or no prompts to go on with."""
-        self.problems += check_not_yet(self.config)
         if self.known("stream", "training", "teacher"):
             self.problems += check_rows_ahead(self.config)
+        if self.known("training"):
+            self.notices += sharding_notices(self.config)
         self.look_at_output()
         teacher, student = self.look_at_models()
         tables = self.look_at_prompts(teacher, student)
@@ -188,12 +189,13 @@ class StaticCheck:
         return tables
 
 
-def check_not_yet(config: RunConfig) -> Iterator[Problem]:
-    """What the configuration can say and this version cannot do."""
-    if config.training.strategy != "ddp":
-        yield Problem(
-            "training.strategy",
-            f"is {config.training.strategy!r}, which is not in this version; set it to ddp",
+def sharding_notices(config: RunConfig) -> Iterator[str]:
+    """What sharding does not do here."""
+    training = config.training
+    if training.strategy == "fsdp" and training.min_workers == 1:
+        yield (
+            "training.strategy is fsdp, but training.num_workers allows one worker: that one holds "
+            "the whole student and its optimizer's state"
         )
 
 

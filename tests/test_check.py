@@ -99,7 +99,6 @@ def test_the_check_is_fast_and_imports_nothing_heavy(run_file: Path) -> None:
         ("evaluation.top_k=50000", ["evaluation.top_k: is 50000", "49152 or less"]),
         ("store.path=/proc/store", ["store.path: /proc/store cannot be written"]),
         ("store.path=sound.yaml/store", ["sound.yaml is a file"]),
-        ("training.strategy=fsdp", ["training.strategy: is 'fsdp'", "ddp"]),
         ("student.layers=[0, 5]", ["student.layers: has [5]", "layers 0 to 1"]),
         ("student.layers=[0, 0]", ["student.layers: names [0] more than once"]),
         ("stream.max_rows_ahead=6", ["rows_per_step + 2 * num_workers * group_rows (8)", "24"]),
@@ -205,6 +204,16 @@ def test_a_student_with_the_same_ids_is_accepted(run_file: Path, tmp_path: Path)
     assert checked.prepared is not None
     assert checked.prepared.student_folder == str(same)
     assert any("eos token" in notice for notice in checked.notices)
+
+
+@pytest.mark.parametrize(("num_workers", "noticed"), [("1", True), ("2", False), ("[1, 2]", True)])
+def test_a_worker_that_may_be_alone_is_said_to_share_with_nobody(
+    run_file: Path, num_workers: str, noticed: bool
+) -> None:
+    overrides = ["training.strategy=fsdp", f"training.num_workers={num_workers}"]
+    checked = check_run_file(str(run_file), overrides)
+    assert checked.problems == []
+    assert any("training.strategy is fsdp" in notice for notice in checked.notices) == noticed
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def teacher(tmp_path_factory):
     return folder
 
 
-def run_config(teacher, order, num_workers, rows_per_step=ROWS_PER_STEP):
+def run_config(teacher, order, num_workers, rows_per_step=ROWS_PER_STEP, strategy="ddp"):
     return RunConfig.model_validate(
         {
             "teacher": {"model": str(teacher), "sampling": {"max_tokens": 6, "temperature": 1.0}},
@@ -141,6 +141,7 @@ def run_config(teacher, order, num_workers, rows_per_step=ROWS_PER_STEP):
             "training": {
                 "rows_per_step": rows_per_step,
                 "num_workers": num_workers,
+                "strategy": strategy,
                 "learning_rate": 0.01,
                 "tokens_per_micro_batch": 16,
                 "checkpoint_every_steps": 2,
@@ -239,20 +240,37 @@ def test_a_stopped_run_on_two_workers_resumes_and_trains_what_one_process_would(
 ):
     folder = RunFolder(str(tmp_path / "run")).ensure()
     write_inputs(folder)
-    config = run_config(teacher, "fixed", num_workers=2)
 
+    config = run_config(teacher, "fixed", num_workers=2, strategy="fsdp")
     stopped = run_once(config, folder, teacher, "fixed-1", stop=True)
     assert stopped["outcome"] == "stopped"
     assert last_checkpoint(folder).step == 1  # The step that was begun is finished.
+    assert last_checkpoint(folder).num_files == 2
     assert len(read_lines(folder, "metrics.jsonl")) == 1
     assert not folder.exists("student")
     (folder.local / "checkpoints" / "step-00000099").mkdir()  # Written, but never registered.
 
+    config = run_config(teacher, "fixed", num_workers=2, strategy="ddp")
     resumed = run_once(config, folder, teacher, "fixed-2")
     assert not folder.exists("checkpoints/step-00000099")
+    assert last_checkpoint(folder).num_files == 1
     assert len(registered_names(folder)) == config.training.num_checkpoints_to_keep
     check_completed(config, folder, resumed)
     check_recomputation(folder)
+    check_student(config, folder, teacher)
+
+
+def test_a_sharded_run_trains_what_one_process_would(cluster, teacher, tmp_path):
+    folder = RunFolder(str(tmp_path / "run")).ensure()
+    write_inputs(folder)
+    config = run_config(teacher, "fixed", num_workers=2, strategy="fsdp")
+    check_completed(config, folder, run_once(config, folder, teacher, "sharded"))
+    check_recomputation(folder)
+    check_student(config, folder, teacher)
+
+
+def check_student(config, folder, teacher):
+    """The finished student is what one process makes of the same rows."""
     trained = AutoModelForCausalLM.from_pretrained(folder.local / "student")
     expected = dict(reference_student(config, teacher).named_parameters())
     for name, parameter in trained.named_parameters():

@@ -228,7 +228,9 @@ class TrainingConfig(ConfigModel):
         "else float32.",
     )
     strategy: Literal["ddp", "fsdp"] = operational(
-        "ddp", description="ddp: a whole copy a worker; fsdp: parameters sharded (FSDP2)."
+        "ddp",
+        description="ddp: a whole copy a worker; fsdp: parameters, gradients and optimizer state "
+        "sharded over the workers (FSDP2), gathered whole only while the student is measured.",
     )
     activation_checkpointing: bool = operational(
         False, description="Recompute layer activations in the backward pass to save memory."
