@@ -238,6 +238,25 @@ def test_one_checkpoint_is_in_flight_and_each_is_published_once(tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+class Elsewhere(RunFolder):
+    """A folder that is treated as an object store: no renaming, whole files only."""
+
+    is_local = property(lambda self: False)
+
+
+def test_where_nothing_can_be_renamed_the_file_that_says_whole_comes_last(tmp_path):
+    folder, reports = Elsewhere(str(tmp_path)), Reports()
+    writer = checkpointer(folder, reports)
+    begin(writer, 2)
+    writer._writing.result()
+    target = tmp_path / "checkpoints" / "step-00000002"
+    assert {path.suffix for path in target.iterdir()} == {".safetensors", ".pt", ".json"}
+    assert not (target / "state.json").exists()
+    assert writer.poll() and reports == [str(target)]
+    assert read_snapshot(target).step == 2
+    load_tensors(target, 1, *new_run(seed=2))
+
+
 def test_polling_publishes_only_what_is_written(tmp_path):
     folder, reports = RunFolder(str(tmp_path)).ensure(), Reports()
     writer = checkpointer(folder, reports)

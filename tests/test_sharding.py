@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from raystill.cluster.config import RunConfig
+from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import RunFolder
 from raystill.train.checkpoint import Checkpointer, Part, Snapshot, load_tensors, read_snapshot
 from raystill.train.config import ObjectiveConfig
@@ -57,13 +58,24 @@ SAMPLING = SimpleNamespace(
 )
 
 
+def start(case):
+    """The untrained student; its norms are no powers of two, which bfloat16 would keep."""
+    module = tiny_module(**CASES[case][0]).train()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        if parameter.ndim == 1:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(0.1 * noise.to(parameter.dtype))
+    return module
+
+
 class Training:
     """A student of one of CASES under way, alone or as one of two workers."""
 
     def __init__(self, case, strategy="alone", rank=0):
-        student, training, self.signal = CASES[case]
+        _, training, self.signal = CASES[case]
         self.rank = None if strategy == "alone" else rank
-        self.inner = tiny_module(**student).train()
+        self.inner = start(case)
         module = self.inner if strategy == "alone" else parallel(self.inner, strategy)
         settings = {}
         if self.signal == "hidden":
@@ -112,7 +124,18 @@ def write_checkpoint(training, folder, ranks):
     snapshot = Snapshot(1, 0, [{}] * ranks.world_size, {}, part.num_files)
     writer.begin(1, part, snapshot if ranks.first else None)
     assert writer.finish()
-    return published[0]
+    return published
+
+
+def write_in_vain(folder, ranks):
+    """Rank 1's file cannot be written: what every rank is told."""
+    part = folder / "torn" / "checkpoints" / ".step-00000001.part"
+    (part / "model-00002-of-00002.safetensors").mkdir(parents=True, exist_ok=True)
+    training = Training("tied", "fsdp", ranks.rank)
+    try:
+        write_checkpoint(training, folder / "torn", ranks)
+    except RunError as error:
+        return str(error)
 
 
 def resume(folder, case, strategy="alone", rank=0):
@@ -157,7 +180,7 @@ def test_a_sharded_student_trains_as_ddp_and_as_one_worker(ranks, case):
     alone = train(case)
     exact = CASES[case][0].get("dtype") == F64
     # In bfloat16 the layers' norms are too, which they are not without sharding.
-    bound = 1e-10 if exact else 2e-2 if case == "bfloat16" else 2e-6
+    bound = 1e-10 if exact else 1e-2 if case == "bfloat16" else 2e-6
     for rank in ranks:
         sharded, ddp = rank[case]["fsdp"], rank[case]["ddp"]
         assert sharded["held"] == 0.5 and ddp["held"] == 1
@@ -166,8 +189,7 @@ def test_a_sharded_student_trains_as_ddp_and_as_one_worker(ranks, case):
             assert relative_error(sharded["figures"], other["figures"]) < max(bound, 1e-6)
             if exact:  # AdamW steers what is tiny in float32 by its noise.
                 assert (sharded["parameters"] - other["parameters"]).abs().max() < 1e-10
-    start = flat(tiny_module(**CASES[case][0]).parameters())
-    assert (alone["parameters"] - start).abs().max() > 1e-3
+    assert (alone["parameters"] - flat(start(case).parameters())).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("case", ["tied", "untied"])
@@ -183,6 +205,12 @@ def test_a_checkpoint_is_read_by_other_numbers_of_workers_and_other_strategies(r
     found += [rank[case][f"resumed {strategy}"] for rank in ranks for strategy in ("fsdp", "ddp")]
     for each in found:
         assert (each["parameters"] - whole_run).abs().max() < 1e-10
+
+
+def test_a_checkpoint_that_one_rank_cannot_write_is_published_by_none(ranks, folder):
+    for rank in ranks:
+        assert "checkpoint of step 1 could not be written" in rank["in vain"]
+    assert list((folder / "torn" / "checkpoints").iterdir()) == []
 
 
 @pytest.mark.parametrize("case", ["tied", "untied"])
@@ -249,6 +277,7 @@ def worker_main(rank, folder):
         one = next((folder / "alone" / case / "checkpoints").iterdir())
         for strategy in ("fsdp", "ddp"):
             found[case][f"resumed {strategy}"] = resume(one, case, strategy, rank)
+    found["in vain"] = write_in_vain(folder, ranks)
     torch.save(found, folder / f"{rank}.pt")
     os._exit(0)  # What was found is written; gloo taking itself apart now and then hangs.
 

@@ -276,7 +276,5 @@ class Checkpointer:
         if self._folder.is_local:
             os.replace(self._part, self._target)
         else:
-            path = f"{self._target}/{STATE_FILE}"
-            with self._folder.filesystem().open_output_stream(path) as stream:
-                stream.write(self._state)
+            self._folder.write_bytes(f"{CHECKPOINTS}/{self._name}/{STATE_FILE}", self._state)
         return self._target
