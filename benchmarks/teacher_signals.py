@@ -7,7 +7,7 @@ none stops early); then the same prompts with their answers are scored. All ways
 median of the rounds' ratios to the first way of the same round counts, so that a busy moment of the
 machine falls on neighbours alike.
 
-Sampling, against ``text``: ``sampled``, ``topk`` (K = 64, as arrays and as vLLM's own flat lists),
+Sampling, against ``text``: ``sampled``, ``topk`` (K = 64, as arrays and as vLLM's own flat lists, with its ranks),
 ``hidden``. Scoring, against ``prefill`` (the same tokens put in, nothing kept): ``hidden``,
 ``sampled``, ``topk``, ``topk, vLLM's lists`` (its prompt_logprobs), ``topk at ids`` (64 ids that
 the caller names). ``head`` is what the head's product, softmax and choice of K cost alone, in
@@ -112,10 +112,13 @@ class Ways:
             pairs = zip(self.asked, self.given, strict=True)
             inputs = [np.concatenate([prompt, given[:-1]]) for prompt, given in pairs]
         ours, module.create_sample_logprobs = module.create_sample_logprobs, _flat
+        ranks = self.engine._engine.collective_rpc
+        await ranks("raystill_count_ranks", args=(True,))
         try:
             await asyncio.gather(*(self.engine._generate(i.tolist(), parameters) for i in inputs))
         finally:
             module.create_sample_logprobs = ours
+            await ranks("raystill_count_ranks", args=(False,))
 
 
 def _flat(_: bool) -> Any:

@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from raystill.serve.capture import gather_logprobs
 from raystill.serve.logprob_arrays import answer_of, keep_arrays
 
 pytestmark = pytest.mark.vllm
@@ -42,3 +44,16 @@ def test_arrays_hold_what_the_flat_lists_would(kind: str, asked: int, sent: int)
         ids = np.array(flat.token_ids).reshape(6, 1 + asked)
         np.testing.assert_array_equal(answer.topk_ids, ids[:, 1:])
         np.testing.assert_array_equal(answer.topk_logprobs, expected[:, 1:])
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_logprobs_are_gathered_as_vllm_gathers_them_but_for_the_ranks(top_k: int) -> None:
+    from vllm.v1.sample.sampler import Sampler
+
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(2))
+    drawn, logprobs = torch.tensor([3, 0, 49, 7]), logits.log_softmax(dim=-1)
+    theirs = Sampler.gather_logprobs(logprobs, top_k, drawn)
+    ours = gather_logprobs(logprobs, top_k, drawn)
+    assert torch.equal(ours.logprob_token_ids, theirs.logprob_token_ids)
+    assert torch.equal(ours.logprobs, theirs.logprobs)
+    assert ours.logprob_token_ids.dtype == theirs.logprob_token_ids.dtype == torch.int32
