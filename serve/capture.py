@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raystill.serve.logprob_arrays import gather_logprobs
+
 EXTRA_ARGS = "raystill"
 RUNNER_PARTS = ("_model_forward", "input_batch", "requests", "query_start_loc", "model", "sampler")
 CPU_LOGIT_BYTES = 32 << 20
@@ -102,10 +104,7 @@ class Capture:
         self.raystill_count_ranks(False)
 
     def raystill_count_ranks(self, wanted: bool) -> None:
-        """Whether vLLM counts each drawn token's rank: a pass over the vocabulary that nobody reads.
-
-        On for comparing with plain vLLM.
-        """
+        """Whether vLLM counts drawn tokens' ranks, which nobody reads: on for comparing with it."""
         sampler = self.model_runner.sampler
         sampler.gather_logprobs = type(sampler).gather_logprobs if wanted else gather_logprobs
 
@@ -206,22 +205,6 @@ class _Keeper:
             # A preempted request begins again: what it says twice is the same.
             if piece.place <= piece.kept.covered:
                 piece.kept.covered = max(piece.kept.covered, piece.places.stop)
-
-
-def gather_logprobs(logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:
-    """vLLM's ``Sampler.gather_logprobs`` but for the ranks, which are 0.
-
-    logprobs float32 [n, V], token_ids int64 [n]; the drawn token's id and logprob, then the K best.
-    """
-    from vllm.v1.outputs import LogprobsTensors
-
-    best, ids = logprobs.topk(num_logprobs, dim=-1)
-    drawn = token_ids.unsqueeze(-1)
-    return LogprobsTensors(
-        torch.cat([drawn, ids], dim=1).to(torch.int32),
-        torch.cat([logprobs.gather(-1, drawn), best], dim=1),
-        torch.zeros_like(token_ids),
-    )
 
 
 def _wish_of(request: Any) -> Wish | None:

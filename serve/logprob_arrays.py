@@ -15,6 +15,7 @@ import numpy as np
 from raystill.serve.answers import Answer, tail_logprob
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm.outputs import CompletionOutput
 
 UPDATE_PARAMETERS = ["self", "logprobs_lists"]
@@ -58,6 +59,23 @@ def keep_arrays() -> None:
     create_sample_logprobs.keeps_arrays = True  # type: ignore[attr-defined]
     module.create_sample_logprobs = create_sample_logprobs
     processor._update_sample_logprobs = update_sample_logprobs
+
+
+def gather_logprobs(logprobs: "Tensor", num_logprobs: int, token_ids: "Tensor") -> Any:
+    """vLLM's ``Sampler.gather_logprobs`` but for the ranks, which are 0.
+
+    logprobs float32 [n, V], token_ids int64 [n]; the drawn token's id and logprob, then the K best.
+    """
+    import torch
+    from vllm.v1.outputs import LogprobsTensors
+
+    best, ids = logprobs.topk(num_logprobs, dim=-1)
+    drawn = token_ids.unsqueeze(-1)
+    return LogprobsTensors(
+        torch.cat([drawn, ids], dim=1).to(torch.int32),
+        torch.cat([logprobs.gather(-1, drawn), best], dim=1),
+        torch.zeros_like(token_ids),
+    )
 
 
 def answer_of(output: "CompletionOutput", kind: str, top_k: int, vocab_size: int) -> Answer:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from raystill.serve.capture import gather_logprobs
-from raystill.serve.logprob_arrays import answer_of, keep_arrays
+from raystill.serve.logprob_arrays import answer_of, gather_logprobs, keep_arrays
 
 pytestmark = pytest.mark.vllm
 
