@@ -10,8 +10,9 @@ machine falls on neighbours alike.
 Sampling, against ``text``: ``sampled``, ``topk`` (K = 64, as arrays, and as vLLM's own flat lists
 with its ranks), ``hidden``. Scoring, against ``prefill`` (the same tokens put in, nothing kept):
 ``hidden``, ``sampled``, ``topk``, ``topk at ids`` (64 ids that the caller names), ``topk, vLLM's
-lists`` (its prompt_logprobs). ``head`` is what the head's product, softmax and choice of K cost alone, in
-tokens a second, on the same core: no way that gives logprobs of all positions can do without it.
+lists`` (its prompt_logprobs). ``head`` is what the head's product, softmax and choice of K cost
+alone, in tokens a second, on the same core: no way that gives logprobs of all positions can do
+without it.
 """
 
 import argparse
