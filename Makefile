@@ -62,11 +62,11 @@ types: setup links
 
 check: lint types fast   ## ruff, types, fast tests
 
-test-faults: setup   ## every fault: processes killed, nodes lost, disks full (about 20 minutes)
+test-faults: setup   ## every fault: processes killed, nodes lost, disks full, jobs stopped (about 30 minutes)
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=12 -m "not chaos" \
 		tests/test_store.py tests/test_faults.py tests/test_stop_and_resume.py \
 		tests/test_engine_death.py tests/test_no_space.py tests/test_node_loss.py \
-		tests/test_autoscaling.py tests/test_let_go.py
+		tests/test_autoscaling.py tests/test_let_go.py tests/test_submit.py
 
 chaos: setup     ## long runs of faults, fixed seeds and a fresh one (about 20 minutes)
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -s -m chaos tests/test_faults.py

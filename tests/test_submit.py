@@ -261,6 +261,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_a_submitted_run_is_stopped_by_ctrl_c_and_resumed_by_ray_job_submit(
     head: Head, tmp_path: Path
 ) -> None:
@@ -316,6 +317,7 @@ time.sleep(60)
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_a_stopped_job_has_the_time_it_was_given(head: Head, tmp_path: Path) -> None:
     (tmp_path / "driver.py").write_text(SLOW_TO_STOP)  # Ray's own wait is 3 seconds.
     written = write_run_file(tmp_path)
