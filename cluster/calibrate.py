@@ -7,6 +7,7 @@ that process. The driver sees figures, never a row.
 """
 
 import asyncio
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from raystill.datasets.teacher_calls import TeacherCalls
 from raystill.serve import deploy
 from raystill.train.calibrate import objectives_to_compare
 from raystill.train.calibrator import POSITIONS_PER_ROW, Calibrator, require_answers
+from raystill.train.fit import absolute_paths
 
 INITIAL, TRAINED = "initial", "trained"
 # Every large tensor is the kernel's again when it is freed, and not kept to be used unseen by the
@@ -62,7 +64,7 @@ class Wish:
 def trained_student(folder: RunFolder, asked: str | None) -> str | None:
     """The folder that was named, else the run's own finished student, else None."""
     if asked is not None:
-        return resolve_input(asked)
+        return os.path.abspath(resolve_input(asked))
     own = f"{STUDENT}/config.json"
     return str(folder.local / STUDENT) if folder.local and folder.exists(own) else None
 
@@ -98,16 +100,13 @@ def calibrate(
 ) -> dict[str, Any]:
     """All figures, as `calibrate_report` takes them; connected to the cluster. Raises RunError."""
     rows = ask_teacher(config, prepared, wish.positions, logs, say)
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    needed = student_resources(config, has_gpus)
-    cpus, gpus = needed.pop("CPU"), needed.pop("GPU", 0)
-    place = ray.remote(Calibrator).options(
-        num_cpus=cpus,
-        num_gpus=gpus,
-        resources=needed,
-        runtime_env={"env_vars": MEASURING_ENVIRONMENT},
+    calibrator = (
+        ray.remote(Calibrator)
+        .options(**options_of_worker(config))
+        .remote(
+            absolute_paths(config), os.path.abspath(prepared.teacher_folder), rows, wish.positions
+        )
     )
-    calibrator = place.remote(config, prepared.teacher_folder, rows, wish.positions)
     objectives = objectives_to_compare(config.objective, wish.all_objectives)
     students = {INITIAL: None} | ({TRAINED: wish.student} if wish.student else {})
     found: dict[str, Any] = {"costs": {}, "students": {}}
@@ -135,6 +134,18 @@ def calibrate(
             "will do; the signals were compared at temperature 1"
         )
     return {**teacher, "cosine": wish.cosine, "notes": notes, **found}
+
+
+def options_of_worker(config: RunConfig) -> dict[str, Any]:
+    """Where a student worker would be, with memory that can be measured."""
+    needed = student_resources(config, ray.cluster_resources().get("GPU", 0) > 0)
+    options: dict[str, Any] = {"num_cpus": needed.pop("CPU"), "num_gpus": needed.pop("GPU", 0)}
+    options["resources"] = needed
+    if config.training.accelerator_type is not None:
+        options["accelerator_type"] = config.training.accelerator_type
+    if config.training.label_selector:
+        options["label_selector"] = dict(config.training.label_selector)
+    return options | {"runtime_env": {"env_vars": MEASURING_ENVIRONMENT}}
 
 
 def ask_teacher(

@@ -10,6 +10,8 @@ from raystill.cluster.check import check_run_file
 from raystill.cluster.problems import ConfigError
 from raystill.cluster.run_folder import CALIBRATION, RunFolder
 
+EXIT_INTERRUPTED = 130
+
 
 def add_calibrate_options(command: argparse.ArgumentParser) -> None:
     """What the command takes beside the run file and its overrides."""
@@ -61,7 +63,11 @@ def calibrate_command(arguments: argparse.Namespace, say: Callable[[str], None])
     with job.connected(config, output):
         if problems := job.check_on_cluster(config):
             raise ConfigError(problems)
-        found = calibrate.calibrate(config, prepared, wish, output.logs, say)
+        try:
+            found = calibrate.calibrate(config, prepared, wish, output.logs, say)
+        except KeyboardInterrupt:
+            say("stopped; what the teacher has answered is kept in the store")
+            return EXIT_INTERRUPTED
     calibrate_report.write_calibration(output, found)
     calibrate_report.print_calibration(found)
     say(f"\nwritten to {output.path}")

@@ -120,7 +120,7 @@ def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
             ["--set", "teacher.engine=synthetic", "--set", "teacher.synthetic.vocab_size=49152"],
             "teacher.engine: is 'synthetic', which has no hidden states",
         ),
-        (["--student", "nowhere"], "--student: there is no folder 'nowhere'"),
+        (["--student", "nowhere"], "--student: there is no folder"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(run_file, words, expected, capsys) -> None:

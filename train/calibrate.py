@@ -131,6 +131,8 @@ def compare_logits(
     angles = {signal: Angle() for signal in objectives}
     figures: dict[Signal, list[Tensor]] = {signal: [] for signal in objectives}
     for rows, z in head.logit_chunks(hidden):
+        for tokens in objectives.values():
+            tokens.begin(rows)
         reference = z.clone()
         figures[full].append(objectives[full].differentiate(reference, rows))
         angles[full].add(reference, reference)
