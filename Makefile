@@ -66,7 +66,7 @@ test-faults: setup   ## every fault: processes killed, nodes lost, disks full, j
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=12 -m "not chaos" \
 		tests/test_store.py tests/test_faults.py tests/test_stop_and_resume.py \
 		tests/test_engine_death.py tests/test_no_space.py tests/test_node_loss.py \
-		tests/test_autoscaling.py tests/test_let_go.py tests/test_submit.py
+		tests/test_autoscaling.py tests/test_let_go.py tests/test_submit.py tests/test_paid_once.py
 
 chaos: setup     ## long runs of faults, fixed seeds and a fresh one (about 20 minutes)
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -s -m chaos tests/test_faults.py

@@ -22,7 +22,7 @@ from raystill.serve.synthetic_engine import SyntheticEngine
 from tests.end_to_end import RunFiles, drive
 from tests.synthetic_run import write_run_file
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.faults]  # It takes minutes.
 
 NUM_ROWS, MORE, EPOCHS = 24, 8, 3
 TOPK = Signal("topk", 8)
