@@ -264,7 +264,8 @@ def test_hidden_states_rebuild_the_plain_models_whole_vocabulary(
 
 
 # Self-distillation's loss is the engine's noise alone: of float32 with the signals that hold its
-# logprobs (measured 1e-9), of the states' rounding to bfloat16 with `hidden` (measured 1.6e-4).
+# logprobs (measured 7e-9 at most; a float32 sum may end below 0), of the states' rounding to
+# bfloat16 with `hidden` (measured 1.6e-4).
 SELF_DISTILLATION = {"sampled": 1e-6, "topk": 1e-6, "hidden": 5e-4}
 
 
@@ -294,7 +295,7 @@ def test_a_student_that_is_its_teacher_has_no_loss_but_the_engines_noise(
     losses = {name: float(value) / batch.num_tokens for name, value in sums.terms.items()}
     print(kind, losses)
     assert set(losses) == set(terms)
-    assert all(0 <= loss < SELF_DISTILLATION[kind] for loss in losses.values()), losses
+    assert all(abs(loss) < SELF_DISTILLATION[kind] for loss in losses.values()), losses
 
 
 def test_a_response_that_cannot_be_scored_names_its_reason(
