@@ -226,4 +226,5 @@ def check(files: RunFiles, quiet: dict[str, torch.Tensor]) -> None:
 def weights(files: RunFiles) -> dict[str, torch.Tensor]:
     """The last checkpoint's tensors, in the training precision."""
     folder = files.folder / "checkpoints" / f"step-{NUM_STEPS:08d}"
-    return load_file(folder / "model.safetensors")
+    pieces = [load_file(path) for path in sorted(folder.glob("model-*.safetensors"))]
+    return {name: tensor for piece in pieces for name, tensor in piece.items()}
