@@ -265,8 +265,8 @@ def test_hidden_states_rebuild_the_plain_models_whole_vocabulary(
 
 # Self-distillation's loss is the engine's noise alone: of float32 with the signals that hold its
 # logprobs (measured 7e-9 at most; a float32 sum may end below 0), of the states' rounding to
-# bfloat16 with `hidden` (measured 1.6e-4).
-SELF_DISTILLATION = {"sampled": 1e-6, "topk": 1e-6, "hidden": 5e-4}
+# bfloat16 with `hidden` (measured 2.4e-5).
+SELF_DISTILLATION = {"sampled": 1e-6, "topk": 1e-6, "hidden": 2e-4}
 
 
 @pytest.mark.parametrize("kind", SELF_DISTILLATION)
