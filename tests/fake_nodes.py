@@ -29,6 +29,7 @@ from tests.end_to_end import children_of
 
 HEAD_ID = "f" * 51 + "00000"
 HEAD = "ray.head.default"
+FIRST_LOOK_S = 30.0
 IDLE_S = 6.0
 START_S = 60.0
 END_S = 20.0
@@ -73,7 +74,11 @@ class Nodes:
         return max((counts.get(kind, 0) for _, counts in self.seen), default=0)
 
     def begin_anew(self) -> None:
-        """Forget what was seen, but for the present."""
+        """Forget what was seen, but for the present; waits for the first look."""
+        deadline = time.monotonic() + FIRST_LOOK_S
+        while not self.seen:
+            assert time.monotonic() < deadline, f"no node was seen in {FIRST_LOOK_S:.0f} s"
+            time.sleep(LOOK_EVERY_S)
         self.seen = self.seen[-1:]
 
     def wait_for_head_alone(self, patience_s: float) -> float:
