@@ -155,9 +155,10 @@ def is_absence(error: BaseException) -> bool:
 
 
 def teacher_handle(app_name: str) -> Any:
-    """Handle of the teacher's application; waits until it runs, so that loading is no time-out.
+    """Handle of the teacher's application; waits until it answers, so that loading is no time-out.
 
-    Not bounded here: the driver watches the start-up and ends the run if it takes too long.
+    One replica is enough: of a fixed number, some may have no place since their node has gone. Not
+    bounded here: the driver watches the start-up and ends the run if it takes too long.
     """
     from ray import serve
     from ray.serve.schema import ApplicationStatus
@@ -165,9 +166,13 @@ def teacher_handle(app_name: str) -> Any:
     while True:
         told = serve.status().applications.get(app_name)
         if told is not None and told.status == ApplicationStatus.RUNNING:
-            return serve.get_app_handle(app_name)
+            return serve.get_app_handle(app_name)  # Without a replica too: Serve brings one.
         if told is not None and told.status == ApplicationStatus.DEPLOY_FAILED:
             raise RunError(f"the teacher could not be deployed: {told.message}")
+        if told is not None and told.status != ApplicationStatus.DELETING:
+            states = [d.replica_states for d in told.deployments.values()]
+            if any(state.get("RUNNING", 0) for state in states):
+                return serve.get_app_handle(app_name)
         time.sleep(POLL_S)
 
 

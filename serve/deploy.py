@@ -131,9 +131,11 @@ def asked_for(config: RunConfig, has_gpus: bool) -> str:
 
 
 def waits_for_resources() -> bool:
-    """Whether a starting replica has been without a place for half a minute, as Serve tells it."""
+    """Whether a replica has been without a place for half a minute, as Serve tells it: one of those
+    the run starts with, or, when all have gone with their nodes, the next one.
+    """
     told = serve.status().applications.get(APP_NAME)
-    if told is None or told.status.value != "DEPLOYING":
+    if told is None or (told.status.value != "DEPLOYING" and num_replicas() > 0):
         return False
     return any("to be scheduled" in deployment.message for deployment in told.deployments.values())
 
