@@ -83,8 +83,8 @@ def test_a_fast_student_drives_the_pool_to_its_maximum(cluster: Nodes, tmp_path:
     summary = files.json("summary.json")
     assert summary["rows_trained"] == summary["rows_asked"] == 240
     assert (cluster.most("teacher"), cluster.most("student")) == (MOST_TEACHERS, 1), str(cluster)
-    rising = [counts.get("teacher", 0) for _, counts in cluster.seen]
-    assert rising[:2] == [0, 1], f"one replica comes first: {cluster}"
+    teachers = [counts["teacher"] for _, counts in cluster.seen if "teacher" in counts]
+    assert teachers[0] == 1, f"one replica comes first: {cluster}"
     assert max(w["replicas"] for w in files.lines("timeline.jsonl")) == MOST_TEACHERS
 
 
