@@ -1,8 +1,9 @@
-"""Fields that KubeRay 1.5 to 1.7 and Kubernetes give the objects we use, as a JSON schema.
+"""Fields that KubeRay since 1.5.1 and Kubernetes give the objects we use, as a JSON schema.
 
-Written from their API references, for the parts we use; it is not the CRD. What it can find is a
-misspelt, misplaced or mistyped field. What it cannot: rules between fields, and whether a
-cluster's own KubeRay is new enough. `kubectl apply --dry-run=server` asks the cluster itself.
+For the parts we use, held once against KubeRay's CRDs and Go types (1.5 to 1.7); stricter than
+they are in places. What it can find is a misspelt, misplaced or mistyped field. What it cannot:
+rules between fields, and whether a cluster's own KubeRay is new enough. `kubectl apply
+--dry-run=server` asks the cluster itself.
 """
 
 from typing import Any
@@ -46,7 +47,6 @@ CONTAINER = record(
     resources=RESOURCES,
     ports=items(PORT),
     env=items(VARIABLE),
-    volumeMounts=items(record(("name", "mountPath"), name=TEXT, mountPath=TEXT, readOnly=FLAG)),
 )
 TOLERATION = record(
     key=TEXT,
@@ -83,7 +83,6 @@ WORKERS = record(
     minReplicas=COUNT,
     maxReplicas=COUNT,
     idleTimeoutSeconds=COUNT,
-    priority=COUNT,
     numOfHosts=COUNT,
     **GROUP,
 )
@@ -98,7 +97,7 @@ AUTOSCALER = record(
 CLUSTER_SPEC = record(
     ("headGroupSpec",),
     rayVersion=TEXT,
-    authOptions=record(mode=one_of("disabled", "token"), secretName=TEXT, enableK8sTokenAuth=FLAG),
+    authOptions=record(mode=one_of("disabled", "token")),
     enableInTreeAutoscaling=FLAG,
     autoscalerOptions=AUTOSCALER,
     headGroupSpec=HEAD,
@@ -109,7 +108,8 @@ JOB_SPEC = record(
     entrypoint=TEXT,
     runtimeEnvYAML=TEXT,
     backoffLimit=COUNT,
-    activeDeadlineSeconds=COUNT,
+    activeDeadlineSeconds={"type": "integer", "minimum": 1},
+    submitterConfig=record(backoffLimit=COUNT),
     shutdownAfterJobFinishes=FLAG,
     ttlSecondsAfterFinished=COUNT,
     submissionMode=one_of("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"),
