@@ -17,10 +17,12 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 from types import SimpleNamespace
 
 import psutil
 import pytest
+from transformers import AutoModelForCausalLM
 
 import driver
 from raystill.cluster import submit
@@ -332,6 +334,36 @@ def test_a_stopped_job_has_the_time_it_was_given(head: Head, tmp_path: Path) -> 
         process.communicate(timeout=60)
     assert process.returncode == 143
     assert saved.exists()
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.faults
+def test_the_readmes_line_trains_the_tiny_student_with_vllm(head: Head, tmp_path: Path) -> None:
+    """``ray job submit`` as the README prints it; only the address and the home are the test's."""
+    readme = (ROOT / "README.md").read_text()
+    [line] = [block for block in readme.split("```") if "--runtime-env-json" in block]
+    line = line[line.index("ray job submit") :]
+    assert "driver.py run configs/tiny.yaml" in line
+    for name in ("models", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for old, new in (
+        ("ray job submit", f"{RAY} job submit"),
+        ("http://127.0.0.1:8265", head.url),
+        ("$PWD/.venv/bin/python", sys.executable),
+        ("'$PWD'", str(tmp_path)),
+    ):
+        assert old in line
+        line = line.replace(old, new)
+    job = subprocess.Popen(
+        line, shell=True, cwd=ROOT, env=head.environment, stdout=PIPE, stderr=STDOUT, text=True
+    )
+    said, _ = job.communicate(timeout=400)
+    assert job.returncode == 0, said
+    run = tmp_path / "runs" / "tiny"
+    summary = RunFiles(run).json("summary.json")
+    assert summary["rows_trained"] == summary["rows_asked"] == 32
+    assert AutoModelForCausalLM.from_pretrained(run / "student").config.num_hidden_layers == 1
 
 
 @pytest.mark.ray
