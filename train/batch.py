@@ -2,9 +2,9 @@
 
 The stream hands a worker tables of rows; `rows_from_table` views them as numpy arrays without a
 copy, `cut_micro_batches` groups them under a token budget, `collate` pads one group into a
-`MicroBatch`. No Ray, no vLLM.
+`MicroBatch`, or packs it into one sequence. No Ray, no vLLM.
 
-Legend: B rows, S padded length, P prompt tokens, T response tokens, N response tokens of a
+Legend: B rows, S length, P prompt tokens, T response tokens, N response tokens of a
 micro-batch that have a context, K teacher ids kept for each, D the teacher's hidden size.
 
 The shift, stated once: position j of the input predicts token j + 1. Response token t (from 0) of
@@ -12,8 +12,8 @@ a row stands at P + t, so its logits are those of position P + t - 1. The last r
 predicts nothing and is not put in. With P = 0 token 0 has no context; it bears no loss.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pyarrow as pa
@@ -58,13 +58,16 @@ class Row:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The tensors of one forward pass; rows are padded on the right.
+    """The tensors of one forward pass; rows are padded on the right, or packed into one sequence.
 
-    input_ids, position_ids int64 [B, S]; attention_mask None: under causal attention no real
-    token sees what stands to its right. logit_index int64 [N] points into the B * S flattened
-    positions, targets int64 [N] are the tokens predicted there, weights float32 [N] their share
-    in the loss. padded_tokens is B * S, input_tokens how many of these are real. The teacher's
-    word is ``partition``, or for a ``hidden`` signal teacher_hidden, bfloat16 [N, D].
+    input_ids, position_ids int64 [B, S], packed [1, S]; attention_mask None: under causal
+    attention no real token sees what stands to its right, and packed rows are told apart by their
+    positions, each from 0. logit_index int64 [N] points into the flattened positions, targets
+    int64 [N] are the tokens predicted there, weights float32 [N] their share in the loss.
+    padded_tokens is how many positions there are, input_tokens how many of these are real. The
+    teacher's word is ``partition``, or for a ``hidden`` signal teacher_hidden, bfloat16 [N, D].
+    row_starts int32 [B + 1]: where each row begins among the flattened positions, and the end;
+    longest: the most inputs of a row.
     """
 
     input_ids: Tensor
@@ -79,14 +82,26 @@ class MicroBatch:
     input_tokens: int
     padded_tokens: int
     teacher_hidden: Tensor | None = None
+    row_starts: Tensor | None = None
+    longest: int = 0
+
+    @property
+    def packed(self) -> bool:
+        """Whether one sequence holds several rows."""
+        return self.num_rows > len(self.input_ids)
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same micro-batch on another device."""
-        names = ["input_ids", "position_ids", "logit_index", "targets", "weights"]
-        names += ["teacher_hidden"] if self.teacher_hidden is not None else []
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        partition = self.partition.to(device) if self.partition is not None else None
-        return replace(self, partition=partition, **moved)
+        return self.mapped(lambda tensor: tensor.to(device))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """The same micro-batch with every tensor put through ``change``."""
+        parts = {item.name: getattr(self, item.name) for item in fields(self)}
+        changed = {n: change(value) for n, value in parts.items() if isinstance(value, Tensor)}
+        if self.partition is not None:
+            kept = Partition(change(self.partition.ids), change(self.partition.log_p))
+            return replace(self, partition=kept, **changed)
+        return replace(self, **changed)
 
 
 def rows_from_table(table: pa.Table) -> list[Row]:
@@ -143,21 +158,40 @@ def _components(values: pa.FixedSizeBinaryArray) -> np.ndarray:
     return flat.reshape(-1, width)
 
 
-def cut_micro_batches(rows: Sequence[Row], tokens_budget: int) -> list[list[Row]]:
-    """Groups rows of like length so that each group's B * S stays within the budget.
+def cut_micro_batches(
+    rows: Sequence[Row], tokens_budget: int, packed: bool = False
+) -> list[list[Row]]:
+    """Groups rows so that each group's positions stay within the budget.
 
-    A pure function of the rows, whatever order they came in: longest first, equal lengths by
+    Padded, rows of like length are together, and B * S is what counts; packed, each goes to the
+    first group that has room for it (first-fit decreasing), and the sum of their lengths counts. A
+    pure function of the rows, whatever order they came in: longest first, equal lengths by
     position. A row longer than the budget is alone. Rows without a loss-bearing token are left
     out.
     """
     usable = [row for row in rows if row.num_targets > 0]
     usable.sort(key=lambda row: (-row.num_inputs, row.position))
+    if packed:
+        return _first_fit(usable, tokens_budget)
     groups: list[list[Row]] = []
     for row in usable:
         if groups and (len(groups[-1]) + 1) * groups[-1][0].num_inputs <= tokens_budget:
             groups[-1].append(row)
         else:
             groups.append([row])
+    return groups
+
+
+def _first_fit(rows: Sequence[Row], tokens_budget: int) -> list[list[Row]]:
+    groups: list[list[Row]] = []
+    room: list[int] = []
+    for row in rows:
+        at = next((i for i, left in enumerate(room) if row.num_inputs <= left), len(groups))
+        if at == len(groups):
+            groups.append([])
+            room.append(tokens_budget)
+        groups[at].append(row)
+        room[at] -= row.num_inputs
     return groups
 
 
@@ -182,35 +216,39 @@ def collate(
     student_vocab: int,
     normalise: str = "token",
     truncated_rows: float = 1.0,
+    packed: bool = False,
 ) -> MicroBatch:
-    """Pads rows (each with a loss-bearing token) into one micro-batch.
+    """Pads or packs rows (each with a loss-bearing token) into one micro-batch.
 
     student_vocab: how many ids are outcomes of the student (its head's rows, at most what the
     tokenizer names); teacher ids from there on count as tail, an input or target there is an
     error. normalise, truncated_rows: as in `row_weight`, of which every token has its share.
     """
     lengths = np.array([row.num_inputs for row in rows])
-    padded = int(lengths.max())
-    input_ids = np.full((len(rows), padded), FILLER_ID, dtype=np.int64)
+    longest = int(lengths.max())
+    widths = lengths if packed else np.full(len(rows), longest)
+    starts = np.concatenate([[0], np.cumsum(widths)])
+    shape = (1 if packed else len(rows), -1)
+    input_ids = np.full(starts[-1], FILLER_ID, dtype=np.int64)
     index, targets, weights = [], [], []
-    for b, row in enumerate(rows):
+    for start, row in zip(starts[:-1], rows, strict=True):
         ids = np.concatenate([row.prompt_ids, row.response_ids])
         if ids.max() >= student_vocab or ids.min() < 0:
             raise ValueError(
                 f"row {row.row} has token id {ids.max()} but the student's vocabulary ends at "
                 f"{student_vocab}; use a student whose tokenizer has the teacher's ids"
             )
-        input_ids[b, : len(ids) - 1] = ids[:-1]
+        input_ids[start : start + len(ids) - 1] = ids[:-1]
         first = len(ids) - row.num_targets
-        index.append(b * padded + np.arange(first - 1, len(ids) - 1))
+        index.append(start + np.arange(first - 1, len(ids) - 1))
         targets.append(ids[first:])
         weight = row_weight(row, normalise, truncated_rows) / row.num_targets
         weights.append(np.full(row.num_targets, weight, dtype=np.float32))
     flat_targets = torch.from_numpy(np.concatenate(targets).astype(np.int64))
     return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
+        input_ids=torch.from_numpy(input_ids).reshape(shape),
         attention_mask=None,
-        position_ids=torch.arange(padded).expand(len(rows), padded),
+        position_ids=torch.cat([torch.arange(int(width)) for width in widths]).reshape(shape),
         logit_index=torch.from_numpy(np.concatenate(index)),
         targets=flat_targets,
         weights=torch.from_numpy(np.concatenate(weights)),
@@ -218,8 +256,10 @@ def collate(
         num_rows=len(rows),
         num_tokens=len(flat_targets),
         input_tokens=int(lengths.sum()),
-        padded_tokens=len(rows) * padded,
+        padded_tokens=int(starts[-1]),
         teacher_hidden=_teacher_hidden(rows) if signal_kind == "hidden" else None,
+        row_starts=torch.from_numpy(starts.astype(np.int32)),
+        longest=longest,
     )
 
 

@@ -18,6 +18,7 @@ from raystill.train.batch import (
     signal_column,
 )
 from raystill.train.config import ObjectiveConfig, TrainingConfig
+from raystill.train.device_copies import DeviceCopies
 from raystill.train.teacher_head import TeacherHead
 from raystill.train.token_weights import share
 
@@ -33,20 +34,23 @@ class BatchMaker:
         student_vocab: int,
         teacher: TeacherHead | None,
         device: torch.device,
+        packed: bool = False,
     ) -> None:
-        """student_vocab as in `batch.collate`; teacher: with the ``hidden`` signal only."""
+        """student_vocab, packed as in `batch.collate`; teacher: with the ``hidden`` signal only."""
         assert (teacher is not None) == (signal_kind == "hidden"), "hidden states need their head"
         self._token_weights = objective.token_weights
         self._training = training
         self._signal_kind = signal_kind
         self._student_vocab = student_vocab
         self._teacher = teacher
-        self._device = device
+        self._copies = DeviceCopies(device)
+        self._packed = packed
         self._compared = False
 
     def cut(self, rows: Sequence[Row]) -> list[list[Row]]:
         """The rows of each forward pass."""
-        return cut_micro_batches(rows, self._training.tokens_per_micro_batch)
+        budget = self._training.tokens_per_micro_batch
+        return cut_micro_batches(rows, budget, self._packed)
 
     def weight(self, rows: Sequence[Row]) -> float:
         """Sum of the weights of all tokens of these rows."""
@@ -61,13 +65,14 @@ class BatchMaker:
             self._student_vocab,
             self._training.normalise,
             self._token_weights.truncated_rows,
+            self._packed,
         )
-        return share(batch.to(self._device), self._token_weights.by, self._teacher)
+        return share(self._copies.copy(batch), self._token_weights.by, self._teacher)
 
     def dummy(self) -> MicroBatch:
         """A pass without weight, for a rank that has fewer rows than another."""
         width = 1 if self._teacher is None else self._teacher.hidden_size
-        return dummy_micro_batch(self._signal_kind, width).to(self._device)
+        return self._copies.copy(dummy_micro_batch(self._signal_kind, width))
 
     def teacher_gap(self, groups: list[list[Row]]) -> float:
         """`TeacherHead.mean_gap` of the first micro-batch this rank is given; from then on 0."""
@@ -76,5 +81,5 @@ class BatchMaker:
         self._compared = True
         batch = self.make(groups[0])
         assert batch.teacher_hidden is not None
-        logprobs = signal_column(groups[0], "sampled_logprobs").to(self._device)
+        logprobs = signal_column(groups[0], "sampled_logprobs").to(batch.targets.device)
         return self._teacher.mean_gap(batch.teacher_hidden, batch.targets, logprobs)

@@ -217,7 +217,20 @@ class TrainingConfig(ConfigModel):
         "token", description="token: every response token counts the same; row: every row does."
     )
     tokens_per_micro_batch: PositiveInt = operational(
-        4096, description="Budget of one forward pass: padded prompt and response tokens."
+        4096,
+        description="Budget of one forward pass: prompt and response tokens, padding included.",
+    )
+    packing: bool | Literal["auto"] = operational(
+        "auto",
+        description="true: rows of a forward pass stand in one sequence without padding, none "
+        "sees another; false: padded to the longest; auto: packed with FlashAttention.",
+    )
+    attention: Literal["auto", "flash_attention_3", "flash_attention_2", "sdpa", "eager"] = (
+        operational(
+            "auto",
+            description="The student's attention; auto: FlashAttention on GPUs where it is "
+            "installed, else SDPA (eager for models that cap attention logits).",
+        )
     )
     param_dtype: Literal["float32", "float64"] = identity(
         "float32", description="Precision of parameters, optimizer and reductions."
@@ -259,6 +272,16 @@ class TrainingConfig(ConfigModel):
     label_selector: LabelSelector = operational(
         {}, description="Labels of the nodes that workers may run on, e.g. {role: student}."
     )
+
+    @model_validator(mode="after")
+    def _precision_of_attention(self) -> "TrainingConfig":
+        precision = "float64" if self.param_dtype == "float64" else self.compute_dtype
+        if self.attention.startswith("flash") and precision in ("float32", "float64"):
+            raise ValueError(
+                f"attention is {self.attention}, which computes in bfloat16, but matrix products "
+                f"are in {precision}; set compute_dtype: bfloat16, or attention: auto"
+            )
+        return self
 
     @model_validator(mode="after")
     def _bounds_of_workers(self) -> "TrainingConfig":

@@ -30,12 +30,6 @@ class Partition:
         """The partition of some of the tokens."""
         return Partition(self.ids[tokens], self.log_p[tokens])
 
-    def to(self, device: torch.device | str) -> "Partition":
-        """The same partition on another device."""
-        return Partition(
-            self.ids.to(device, non_blocking=True), self.log_p.to(device, non_blocking=True)
-        )
-
 
 def topk_partition(ids: Tensor, logprobs: Tensor, tail: Tensor, student_vocab: int) -> Partition:
     """The partition of a ``topk`` signal.

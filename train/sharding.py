@@ -17,6 +17,7 @@ gradients on every worker, which is what sharding is to avoid.
 Waits for: the other ranks, at every gathering, so all run equally many passes. Imports no Ray.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,10 +26,17 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from raystill.train.attention import (
+    require_separate_rows,
+    resolve_attention,
+    resolve_packing,
+)
 from raystill.train.batch import dummy_micro_batch
 from raystill.train.config import ObjectiveConfig, TrainingConfig
 from raystill.train.student import layer_list
 from raystill.train.student_module import StudentModule, resolve_compute_dtype
+
+logger = logging.getLogger(__name__)
 
 
 def place_student(
@@ -42,6 +50,12 @@ def place_student(
     sharded = training.strategy == "fsdp" and world_size > 1
     placed = model if sharded else model.to(device)
     student = StudentModule(placed, dtype, training.activation_checkpointing).train()
+    attention = resolve_attention(training.attention, model, device, dtype)
+    student.packed = resolve_packing(training.packing, attention, model)
+    if student.packed:
+        require_separate_rows(student, next(model.parameters()).device)
+    model.set_attn_implementation(attention)
+    logger.info("attention: %s; rows %s", attention, "packed" if student.packed else "padded")
     if sharded:
         shard_student(student, device, world_size)
     return student

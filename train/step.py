@@ -116,11 +116,12 @@ class GlobalStep:
         device: torch.device | str = "cpu",
         world_size: int = 1,
         teacher: TeacherHead | None = None,
+        packed: bool = False,
     ) -> None:
         """module: a `StudentModule`, in DDP or sharded when world_size > 1 (in its process group).
 
-        student_vocab as in `batch.collate`; total_steps: length of the learning-rate schedule;
-        teacher: the head of the teacher, on the device, with the ``hidden`` signal only.
+        student_vocab, packed as in `batch.collate`; total_steps: length of the learning-rate
+        schedule; teacher: the head of the teacher, on the device, with the ``hidden`` signal only.
         """
         parallel = isinstance(module, DistributedDataParallel) or is_sharded(module)
         assert world_size == 1 or parallel, "several workers need the student in DDP or sharded"
@@ -134,7 +135,7 @@ class GlobalStep:
         self.world_size = world_size
         self.teacher = teacher
         self.batches = BatchMaker(
-            objective, training, signal_kind, student_vocab, teacher, self.device
+            objective, training, signal_kind, student_vocab, teacher, self.device, packed
         )
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self._warned_at = -WARN_EVERY_STEPS

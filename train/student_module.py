@@ -62,6 +62,7 @@ class StudentModule(nn.Module):
         self.model = model
         self.param_dtype = next(model.parameters()).dtype
         self.compute_dtype = compute_dtype or self.param_dtype
+        self.packed = False  # `sharding.place_student` decides.
         self.transform = logit_transform(model.config.get_text_config().to_dict())
         require_known_head(model, self.head(self.param_dtype))
         if activation_checkpointing:
@@ -94,6 +95,7 @@ class StudentModule(nn.Module):
                 attention_mask=batch.attention_mask,
                 position_ids=batch.position_ids,
                 use_cache=False,
+                **self._row_bounds(batch),
             ).last_hidden_state
             return hidden.flatten(0, 1).index_select(0, batch.logit_index)
 
@@ -111,6 +113,13 @@ class StudentModule(nn.Module):
     def logits(self, batch: MicroBatch) -> Tensor:
         """Logits [N, V] of all tokens at once, for small vocabularies: no gradient."""
         return torch.cat([z for _, z in self.logit_chunks(batch)])
+
+    def _row_bounds(self, batch: MicroBatch) -> dict[str, Any]:
+        """Where packed rows begin, for FlashAttention, which else asks the device in each layer."""
+        if not batch.packed or not self.model.config._attn_implementation.startswith("flash"):
+            return {}
+        bounds = {f"cu_seq_lens_{side}": batch.row_starts for side in ("q", "k")}
+        return bounds | {f"max_length_{side}": batch.longest for side in ("q", "k")}
 
     def _autocast(self, device_type: str) -> Any:
         if self.compute_dtype == self.param_dtype:

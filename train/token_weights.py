@@ -26,9 +26,10 @@ def share(batch: MicroBatch, by: str, teacher: TeacherHead | None) -> MicroBatch
     if by == "none":
         return batch
     values = _values(batch, by, teacher).double()
-    row = batch.logit_index // batch.input_ids.shape[1]
+    assert batch.row_starts is not None, "collated"
+    row = torch.searchsorted(batch.row_starts[1:].long(), batch.logit_index, right=True)
     sums, counts = (
-        values.new_zeros(len(batch.input_ids)).index_add_(0, row, each)
+        values.new_zeros(batch.num_rows).index_add_(0, row, each)
         for each in (values, torch.ones_like(values))
     )
     mean = (sums / counts)[row]

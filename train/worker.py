@@ -275,6 +275,7 @@ class Worker:
             device=self.device,
             world_size=world_size,
             teacher=head_of_signal(self.config, folder, self.vocab, dtype, self.device),
+            packed=self.student.packed,
         )
 
     def _load(self, path: str, snapshot: ckpt.Snapshot) -> None:
