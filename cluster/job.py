@@ -26,6 +26,7 @@ from raystill.cluster.config import RunConfig
 from raystill.cluster.coordinator import start_coordinator
 from raystill.cluster.live import LiveView
 from raystill.cluster.load import config_text
+from raystill.cluster.logs import run_name, say_where
 from raystill.cluster.probe import is_due, probe_teacher
 from raystill.cluster.problems import Problem
 from raystill.cluster.redact import redacted
@@ -114,6 +115,7 @@ def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
 @contextmanager
 def connected(config: RunConfig, folder: RunFolder, *, for_check: bool = False) -> Iterator[None]:
     """Connect to the cluster (or start a local one), and leave it in order."""
+    say_where(run=run_name(folder.path), role="driver")
     connect.connect(config.cluster, None if for_check else folder.logs)
     try:
         yield
@@ -134,7 +136,7 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool
     started = time.time()
     rows = prepared.num_train_rows
     coordinator = start_coordinator(
-        Path(folder.path).name,
+        run_name(folder.path),
         max_rows_ahead=config.rows_ahead,
         max_drop_fraction=config.stream.max_drop_fraction,
         num_rows=rows,

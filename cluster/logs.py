@@ -9,6 +9,7 @@ file descriptor 2 go to the file, while tracebacks and our own messages still re
 import contextlib
 import logging
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,44 @@ from pathlib import Path
 from raystill.cluster.redact import redact_log_records
 
 NOISY_LOGGERS = ("ray", "ray.serve", "ray.data", "ray.train", "vllm", "transformers", "py.warnings")
-LINE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+LINE_FORMAT = "%(asctime)s %(levelname)s %(where)s %(name)s: %(message)s"
+_where: dict[str, object] = {"run": "-", "role": "-", "node": socket.gethostname()}
+
+
+def say_where(**labels: object) -> str:
+    """From now on the lines this process logs name these: run, role, node, step; what they name.
+
+    ``key=value`` with spaces between, which log collectors read without being told.
+    """
+    _where.update(labels)
+    return " ".join(f"{name}={value}" for name, value in _where.items())
+
+
+class LineFormatter(logging.Formatter):
+    """``LINE_FORMAT``, with what `say_where` was told."""
+
+    def __init__(self) -> None:
+        super().__init__(LINE_FORMAT)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        record.where = say_where()
+        return super().format(record)
+
+
+def log_labelled(run: str, role: str, name: str | None = None) -> None:
+    """Let a logger's lines (None: all loggers') go to standard error, labelled."""
+    say_where(run=run, role=role)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter())
+    logger = logging.getLogger(name)
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+
+
+def run_name(path: str) -> str:
+    """The run's name in log lines: the last part of its folder's path."""
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def redirect_output(path: str | os.PathLike[str]) -> Path:
@@ -53,7 +91,7 @@ def quiet_driver(path: str | os.PathLike[str]) -> Callable[[], None]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(target)
-    handler.setFormatter(logging.Formatter(LINE_FORMAT))
+    handler.setFormatter(LineFormatter())
     undo = [_reroute(logging.getLogger(name), handler) for name in NOISY_LOGGERS]
     undo.append(redact_log_records())
     capture_was_off = warnings.showwarning is _PLAIN_SHOWWARNING

@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raystill.cluster.config import RunConfig
-from raystill.cluster.logs import redirect_output
+from raystill.cluster.logs import redirect_output, run_name, say_where
 from raystill.cluster.placement import share_of_cores, teacher_cores
 from raystill.datasets.stored_answers import ENGINE
 from raystill.serve.answers import Answer, answers_table
@@ -110,6 +110,8 @@ class Teacher:
         if settings.logs is not None:
             self._log = str(Path(settings.logs) / f"teacher-{number}.log")
             redirect_output(self._log)
+            where = say_where(run=run_name(settings.config.output.path), role=f"teacher-{number}")
+            os.environ["VLLM_LOGGING_PREFIX"] = f"{where} "  # Read when the engine imports vllm.
         self._busy = BusyClock()
         self._identity: str | None = None
         teacher, folder = settings.config.teacher, settings.model_folder

@@ -1,6 +1,7 @@
 """The live view: calm plain lines without a terminal, one panel on one; and where chatter goes."""
 
 import io
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,21 @@ def test_redirected_output_goes_to_the_file_children_included(tmp_path: Path) ->
     assert done.stderr == ""
     for words in ("from python", "from native code", "from a child"):
         assert words in file.read_text()
+
+
+def test_every_line_of_a_worker_says_run_role_node_and_step() -> None:
+    done = in_a_process(
+        "import logging\n"
+        "from raystill.cluster.logs import log_labelled, run_name, say_where\n"
+        "log_labelled(run_name('s3://bucket/runs/mine/'), 'student-1')\n"
+        "logging.getLogger('raystill.train').info('loading')\n"
+        "say_where(step=12)\n"
+        "logging.getLogger('transformers').warning('old name')\n"
+    )
+    first, second = done.stderr.splitlines()
+    where = f"run=mine role=student-1 node={socket.gethostname()}"
+    assert first.endswith(f" INFO {where} raystill.train: loading")
+    assert second.endswith(f" WARNING {where} step=12 transformers: old name")
 
 
 def test_a_quiet_driver_keeps_the_terminal_for_people(tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_packing_follows_the_kernel_and_the_layers():
 
 
 def test_attention_follows_device_precision_and_model(monkeypatch):
-    model, capped = build("tied"), build("gemma2")
+    model, capped = build("tied"), StudentModule(build("gemma2")).model
     assert capped.config.attn_logit_softcapping is not None
     assert resolve_attention("auto", model, CPU, torch.float32) == "sdpa"
     assert resolve_attention("auto", capped, CPU, torch.float32) == "eager"

@@ -15,7 +15,7 @@ import torch
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from raystill.train.batch import Row, collate
-from raystill.train.student_module import StudentModule
+from raystill.train.student_module import StudentModule, has_attention_cap
 
 FLASH = {
     "flash_attention_2": is_flash_attn_2_available,
@@ -31,17 +31,15 @@ LEAK = 0.03
 def resolve_attention(name: str, model: Any, device: torch.device, dtype: torch.dtype) -> str:
     """The ``attn_implementation`` that transformers is told.
 
-    auto: FlashAttention where it is installed and can run; else what transformers chose (SDPA), but
-    eager for models that cap their attention's logits (Gemma 2), a cap that SDPA leaves out without
-    a word. Raises ValueError where the named one cannot run here.
+    auto: FlashAttention where it is installed and can run, else what the model in a `StudentModule`
+    has (SDPA, or eager where a cap needs it). Raises ValueError where the named one cannot run
+    here.
     """
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     if name == "auto":
         runs = device.type == "cuda" and dtype in HALF and model._supports_flash_attn
         installed = [kernel for kernel, is_available in FLASH.items() if is_available()]
-        other = "eager" if capped else model.config._attn_implementation
-        return installed[-1] if runs and installed else other
-    if name == "sdpa" and capped:
+        return installed[-1] if runs and installed else model.config._attn_implementation
+    if name == "sdpa" and has_attention_cap(model):
         raise ValueError(
             f"training.attention is sdpa, which leaves out the cap that {type(model).__name__} "
             "puts on its attention's logits; set training.attention: auto"

@@ -1,7 +1,6 @@
 """A worker's process: where its output goes, which cores or device it has, what ends the run."""
 
 import errno
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ import torch
 from ray.train.torch import get_device
 
 from raystill.cluster.config import RunConfig
-from raystill.cluster.logs import LINE_FORMAT, redirect_output
+from raystill.cluster.logs import log_labelled, redirect_output, run_name
 from raystill.cluster.placement import share_of_cores, student_cores
 from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import RunFolder, no_space_left
@@ -25,8 +24,9 @@ def settle_process(config: RunConfig, folder: RunFolder, context: Any) -> torch.
     runs as many threads as it got cores: beside a teacher on the other half, unpinned threads
     would take turns with it. Threads started from here on inherit the pinning.
     """
-    redirect_output(folder.logs / f"student-{context.get_world_rank()}.log")
-    logging.basicConfig(level=logging.INFO, format=LINE_FORMAT, force=True)
+    role = f"student-{context.get_world_rank()}"
+    redirect_output(folder.logs / f"{role}.log")
+    log_labelled(run_name(folder.path), role)
     device = get_device()
     assert isinstance(device, torch.device), "one device a worker"
     if device.type == "cpu":

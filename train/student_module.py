@@ -59,6 +59,8 @@ class StudentModule(nn.Module):
         Raises ValueError for a model whose logits are not those of its head, as far as is known.
         """
         super().__init__()
+        if has_attention_cap(model) and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation("eager")  # SDPA leaves the cap out, without a word.
         self.model = model
         self.param_dtype = next(model.parameters()).dtype
         self.compute_dtype = compute_dtype or self.param_dtype
@@ -125,6 +127,11 @@ class StudentModule(nn.Module):
         if self.compute_dtype == self.param_dtype:
             return nullcontext()
         return torch.autocast(device_type, dtype=self.compute_dtype)
+
+
+def has_attention_cap(model: Any) -> bool:
+    """Whether the model caps the logits of its attention, as Gemma 2 does."""
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 @torch.no_grad()

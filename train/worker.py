@@ -19,6 +19,7 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from raystill.cluster.config import RunConfig
+from raystill.cluster.logs import say_where
 from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.plan import num_steps
 from raystill.datasets.stream import iterate_groups
@@ -173,6 +174,7 @@ class Worker:
             asked = self.coordinator.stop_requested.remote() if self.ranks.first else None
             mine = rows.take(self.progress.epoch_step)
             stop = asked is not None and ray.get(asked) != 0
+            say_where(step=self.progress.step)
             result = self.global_step.run(self.progress.step, mine, rows.has_more, stop)
             if result.rows == 0 and not result.any_more:
                 return False
