@@ -27,7 +27,8 @@ def say_where(**labels: object) -> str:
 
     ``key=value`` with spaces between, which log collectors read without being told.
     """
-    _where.update(labels)
+    global _where
+    _where = _where | labels  # Other threads may be writing a line.
     return " ".join(f"{name}={value}" for name, value in _where.items())
 
 
@@ -51,6 +52,8 @@ def log_labelled(run: str, role: str, name: str | None = None) -> None:
     logger = logging.getLogger(name)
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
+    if name is None:  # It has a handler of its own.
+        _reroute(logging.getLogger("transformers"), handler)
 
 
 def run_name(path: str) -> str:

@@ -80,13 +80,25 @@ def deployment_options(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
             "min_replicas": replicas.min,
             "initial_replicas": max(1, replicas.min),
             "max_replicas": replicas.max,
-            "target_ongoing_requests": teacher.target_ongoing_requests,
+            "target_ongoing_requests": scaling_target(
+                teacher.target_ongoing_requests, replicas.max
+            ),
             "upscale_delay_s": replicas.upscale_delay_s,
             "downscale_delay_s": replicas.downscale_delay_s,
         }
     else:
         options["num_replicas"] = replicas
     return {**options, **_resources(config, has_gpus)}
+
+
+def scaling_target(groups: int, most: int) -> float:
+    """Requests a replica from which on Serve adds one: above ``groups``, which are let in flight.
+
+    Serve rounds (requests counted / target) up, and counts an answered one a moment longer: at a
+    target of just ``groups`` any such moment would add a replica. With this slack n x ``groups``
+    still ask for n replicas, for every n up to ``most``.
+    """
+    return groups * (1 + 1 / (2 * most))
 
 
 def wait_for_teacher(

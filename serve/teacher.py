@@ -110,7 +110,8 @@ class Teacher:
         if settings.logs is not None:
             self._log = str(Path(settings.logs) / f"teacher-{number}.log")
             redirect_output(self._log)
-            where = say_where(run=run_name(settings.config.output.path), role=f"teacher-{number}")
+            folder = settings.config.output.path or str(Path(settings.logs).parent)
+            where = say_where(run=run_name(folder), role=f"teacher-{number}")
             os.environ["VLLM_LOGGING_PREFIX"] = f"{where} "  # Read when the engine imports vllm.
         self._busy = BusyClock()
         self._identity: str | None = None

@@ -32,7 +32,9 @@ def cluster() -> Iterator[Nodes]:
         yield nodes
 
 
-def run_on(nodes: Nodes, folder: Path, delay_s: float, tokens: int, **changes: Any) -> RunFiles:
+def run_on(
+    nodes: Nodes, folder: Path, delay_s: float, tokens: int, upscale_delay_s: float, **changes: Any
+) -> RunFiles:
     """The driver on the cluster, to its end and until only the head is left."""
     run_file = write_run_file(
         folder,
@@ -41,7 +43,11 @@ def run_on(nodes: Nodes, folder: Path, delay_s: float, tokens: int, **changes: A
             "sampling": {"max_tokens": tokens},
             "max_model_len": 2048,
             "target_ongoing_requests": GROUPS_EACH,
-            "num_replicas": {"min": 1, "max": MOST_TEACHERS, "upscale_delay_s": 2},
+            "num_replicas": {
+                "min": 1,
+                "max": MOST_TEACHERS,
+                "upscale_delay_s": upscale_delay_s,
+            },
             "resources_per_replica": {"teacher": 1},
         },
         evaluation={"held_out_rows": 0},
@@ -79,7 +85,8 @@ def training(num_rows: int, **changes: Any) -> dict[str, Any]:
 
 def test_a_fast_student_drives_the_pool_to_its_maximum(cluster: Nodes, tmp_path: Path) -> None:
     """One replica answers 8 rows in 3 seconds; the student eats them in a tenth of one."""
-    files = run_on(cluster, tmp_path / "fast", delay_s=3.0, tokens=8, **training(240))
+    folder = tmp_path / "fast"
+    files = run_on(cluster, folder, delay_s=3.0, tokens=8, upscale_delay_s=2.0, **training(240))
     summary = files.json("summary.json")
     assert summary["rows_trained"] == summary["rows_asked"] == 240
     assert (cluster.most("teacher"), cluster.most("student")) == (MOST_TEACHERS, 1), str(cluster)
@@ -101,6 +108,7 @@ def test_a_slow_student_keeps_it_at_its_minimum_and_outlasts_it(
         tmp_path / "slow",
         delay_s=1.0,
         tokens=1024,
+        upscale_delay_s=4.0,
         **training(96, epochs=2, schedule="constant"),
     )
     summary = files.json("summary.json")

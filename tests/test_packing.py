@@ -1,6 +1,8 @@
 """Packed sequences: no row sees another, and loss and gradient are those of padded rows."""
 
+import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from raystill.train import attention
-from raystill.train.attention import require_separate_rows, resolve_attention, resolve_packing
+from raystill.train.attention import use_attention, use_packing, why_not
 from raystill.train.batch import Row, collate, cut_micro_batches
 from raystill.train.config import TrainingConfig
 from raystill.train.device_copies import DeviceCopies
@@ -51,7 +53,6 @@ def test_rows_stand_one_behind_the_other_with_positions_of_their_own():
     assert batch.targets.tolist() == [13, 14, 22, 23]
     assert batch.row_starts.tolist() == [0, 3, 5]
     assert (batch.longest, batch.input_tokens, batch.padded_tokens) == (3, 5, 5)
-    assert batch.packed and not collate([first], "text", VOCAB, packed=True).packed
 
 
 def test_the_cut_fills_each_sequence_and_takes_every_row_once():
@@ -147,47 +148,80 @@ def test_flash_attention_is_told_where_rows_begin(kind):
     assert relative_error(found[1], found[0]) < 1e-10
 
 
-def test_a_model_that_lets_packed_rows_see_each_other_is_refused():
+def test_a_model_that_lets_packed_rows_see_each_other_stays_padded(caplog):
     def unmasked(module, query, key, value, mask, **kwargs):
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
-    AttentionInterface.register("leaking", unmasked)
-    student = tiny_module()
-    require_separate_rows(student, CPU)
-    student.model.config._attn_implementation = "leaking"
-    with pytest.raises(ValueError, match="lets packed rows see each other; set"):
-        require_separate_rows(student, CPU)
+    AttentionInterface.register("leaking_flash", unmasked)
+    student = tiny_module().train()
+    assert use_packing(True, student, "sdpa", CPU)
+    assert student.training
+    student.model.config._attn_implementation = "leaking_flash"
+    with pytest.raises(ValueError, match="with the row before it; set"):
+        use_packing(True, student, "leaking_flash", CPU)
+    assert not use_packing("auto", student, "leaking_flash", CPU)
+    assert "rows are padded" in caplog.text
 
 
 def test_packing_follows_the_kernel_and_the_layers():
-    model = build("tied")
-    assert resolve_packing("auto", "flash_attention_2", model)
-    assert not resolve_packing("auto", "sdpa", model)
-    assert resolve_packing(True, "sdpa", model)
-    assert not resolve_packing(False, "flash_attention_2", model)
-    model.config.layer_types = ["chunked_attention"]
-    assert not resolve_packing("auto", "flash_attention_2", model)
+    student = StudentModule(build("tied"))
+    assert use_packing("auto", student, "flash_attention_2", CPU)
+    assert not use_packing("auto", student, "sdpa", CPU)
+    assert use_packing(True, student, "sdpa", CPU)
+    assert not use_packing(False, student, "flash_attention_2", CPU)
+    student.model.config.layer_types = ["chunked_attention"]
+    assert not use_packing("auto", student, "flash_attention_2", CPU)
     with pytest.raises(ValueError, match="layers of type chunked_attention"):
-        resolve_packing(True, "flash_attention_2", model)
+        use_packing(True, student, "flash_attention_2", CPU)
 
 
-def test_attention_follows_device_precision_and_model(monkeypatch):
+def test_attention_follows_device_precision_and_model():
     model, capped = build("tied"), StudentModule(build("gemma2")).model
     assert capped.config.attn_logit_softcapping is not None
-    assert resolve_attention("auto", model, CPU, torch.float32) == "sdpa"
-    assert resolve_attention("auto", capped, CPU, torch.float32) == "eager"
+    assert use_attention("auto", model, CPU, torch.float32) == "sdpa"
+    assert use_attention("auto", model, GPU, torch.float32) == "sdpa"
+    assert use_attention("auto", capped, CPU, torch.float32) == "eager"
     with pytest.raises(ValueError, match="leaves out the cap that Gemma2ForCausalLM"):
-        resolve_attention("sdpa", capped, CPU, torch.float32)
-    with pytest.raises(ValueError, match="needs a GPU and bfloat16"):
-        resolve_attention("flash_attention_2", model, CPU, torch.bfloat16)
-    with pytest.raises(ValueError, match="its package does not import"):
-        resolve_attention("flash_attention_2", model, GPU, torch.bfloat16)
-    monkeypatch.setitem(attention.FLASH, "flash_attention_2", lambda: True)
-    for each in (model, capped):
-        assert resolve_attention("auto", each, GPU, torch.bfloat16) == "flash_attention_2"
-    assert resolve_attention("auto", model, GPU, torch.float32) == "sdpa"
+        use_attention("sdpa", capped, CPU, torch.float32)
+    with pytest.raises(ValueError, match="it needs a GPU and bfloat16; set"):
+        use_attention("flash_attention_2", model, CPU, torch.bfloat16)
+    assert use_attention("eager", model, CPU, torch.float32) == "eager"
     with pytest.raises(ValidationError, match="attention is flash_attention_2, which computes in"):
         TrainingConfig(attention="flash_attention_2", compute_dtype="float32")
+
+
+def test_flash_attention_is_taken_where_it_can_run(monkeypatch):
+    """By stand-ins for the GPU's capability and for the packages."""
+
+    def installed(**functions):
+        for module in ("flash_attn", "flash_attn_interface"):
+            monkeypatch.setitem(sys.modules, module, functions.get(module))
+
+    def on(*capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+
+    kernel = SimpleNamespace(flash_attn_varlen_func=lambda q, k, v, softcap=0.0: None)
+    older = SimpleNamespace(flash_attn_varlen_func=lambda q, k, v: None)
+    model, capped = build("tied"), build("gemma2")
+
+    def first(model):
+        return attention._fastest(model, GPU, torch.bfloat16)
+
+    installed(flash_attn=kernel, flash_attn_interface=kernel)
+    for capability, expected in (((9, 0), "3"), ((8, 9), "2"), ((12, 0), "2"), ((7, 5), None)):
+        on(*capability)
+        assert first(model) == (expected and f"flash_attention_{expected}"), capability
+    on(9, 0)
+    model.config.attention_dropout = 0.1
+    assert first(model) == "flash_attention_2"
+    installed(flash_attn=older)
+    assert first(model) == "flash_attention_2" and first(capped) is None
+    assert "leaves out the cap" in why_not("flash_attention_2", capped, GPU, torch.bfloat16)
+    installed()
+    assert "flash_attn does not import" in why_not("flash_attention_2", model, GPU, torch.bfloat16)
+    installed(flash_attn=kernel)
+    model._compatible_flash_implementations = ["flash_attention_4"]
+    assert first(model) is None
 
 
 def test_a_capped_model_is_trained_with_its_cap():
@@ -218,6 +252,6 @@ def test_every_tensor_goes_to_the_device():
     assert torch.equal(moved.input_ids, batch.input_ids)
     meta = batch.mapped(lambda tensor: tensor.to("meta"))
     tensors = [v for v in vars(meta).values() if isinstance(v, torch.Tensor)]
-    assert len(tensors) == 6
+    assert len(tensors) == 6  # Two more are the partition's.
     assert all(t.is_meta for t in (*tensors, meta.partition.ids, meta.partition.log_p))
     assert meta.longest == batch.longest

@@ -206,7 +206,25 @@ def test_deployment_options_follow_the_configuration() -> None:
         run_config(num_replicas={"min": 0, "max": 4}, target_ongoing_requests=5), has_gpus=False
     )["autoscaling_config"]
     assert (scaled["min_replicas"], scaled["max_replicas"]) == (0, 4)
-    assert (scaled["initial_replicas"], scaled["target_ongoing_requests"]) == (1, 5)
+    assert scaled["initial_replicas"] == 1
+
+
+@pytest.mark.parametrize(("groups", "most"), [(1, 1), (2, 3), (8, 4), (1, 64), (100, 16)])
+def test_serve_wants_as_many_replicas_as_groups_are_let_in_flight_for(
+    groups: int, most: int
+) -> None:
+    """By Serve's own rounding, also while a few requests more are counted than there are."""
+    from ray.serve.autoscaling_policy import _apply_scaling_factors
+    from ray.serve.config import AutoscalingConfig
+
+    from raystill.serve.deploy import scaling_target
+
+    config = AutoscalingConfig(min_replicas=1, max_replicas=most)
+    target = scaling_target(groups, most)
+    for wanted in range(1, most + 1):
+        for counted in (wanted * groups, wanted * groups * (1 + 0.4 / most)):
+            for running in range(1, most + 1):
+                assert _apply_scaling_factors(counted / target, running, config) == wanted
 
 
 def test_a_parallel_teacher_asks_for_all_its_gpus() -> None:

@@ -85,11 +85,6 @@ class MicroBatch:
     row_starts: Tensor | None = None
     longest: int = 0
 
-    @property
-    def packed(self) -> bool:
-        """Whether one sequence holds several rows."""
-        return self.num_rows > len(self.input_ids)
-
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same micro-batch on another device."""
         return self.mapped(lambda tensor: tensor.to(device))
@@ -322,6 +317,9 @@ def dummy_micro_batch(signal_kind: str, width: int = 1) -> MicroBatch:
         log_p[:, -1] = 0.0
         partition = Partition(torch.full((1, size), -1), log_p)
     zero = torch.zeros(1, dtype=torch.long)
+    starts = torch.tensor([0, 1], dtype=torch.int32)
     return MicroBatch(
-        zero[None], None, zero[None], zero, zero, torch.zeros(1), partition, 0, 0, 0, 1, hidden
+        *(zero[None], None, zero[None], zero, zero, torch.zeros(1), partition, 0, 0, 0, 1, hidden),
+        row_starts=starts,
+        longest=1,
     )

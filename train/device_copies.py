@@ -1,8 +1,8 @@
 """Micro-batches on their way to the device, beside the work it is doing.
 
-On a GPU the host runs ahead: when the kernels of one pass are queued, the next micro-batch is
-collated, put into pinned memory and copied on a stream of its own, so the copy goes on while the
-device still computes. On a CPU there is nothing to copy.
+On a GPU the host is ahead of the device: when the kernels of one pass are queued, the next
+micro-batch is collated, put into pinned memory and copied on a stream of its own, so the copy goes
+on while the device still computes. On a CPU there is nothing to copy.
 """
 
 import torch

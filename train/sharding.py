@@ -26,11 +26,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from raystill.train.attention import (
-    require_separate_rows,
-    resolve_attention,
-    resolve_packing,
-)
+from raystill.train.attention import use_attention, use_packing
 from raystill.train.batch import dummy_micro_batch
 from raystill.train.config import ObjectiveConfig, TrainingConfig
 from raystill.train.student import layer_list
@@ -50,14 +46,12 @@ def place_student(
     sharded = training.strategy == "fsdp" and world_size > 1
     placed = model if sharded else model.to(device)
     student = StudentModule(placed, dtype, training.activation_checkpointing).train()
-    attention = resolve_attention(training.attention, model, device, dtype)
-    student.packed = resolve_packing(training.packing, attention, model)
-    if student.packed:
-        require_separate_rows(student, next(model.parameters()).device)
-    model.set_attn_implementation(attention)
-    logger.info("attention: %s; rows %s", attention, "packed" if student.packed else "padded")
+    attention = use_attention(training.attention, model, device, dtype)
     if sharded:
         shard_student(student, device, world_size)
+    with whole_weights(student):
+        student.packed = use_packing(training.packing, student, attention, device)
+    logger.info("attention: %s; rows %s", attention, "packed" if student.packed else "padded")
     return student
 
 

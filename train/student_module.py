@@ -117,8 +117,9 @@ class StudentModule(nn.Module):
         return torch.cat([z for _, z in self.logit_chunks(batch)])
 
     def _row_bounds(self, batch: MicroBatch) -> dict[str, Any]:
-        """Where packed rows begin, for FlashAttention, which else asks the device in each layer."""
-        if not batch.packed or not self.model.config._attn_implementation.startswith("flash"):
+        """Where a sequence's rows begin, or FlashAttention asks the device in each layer."""
+        one = len(batch.input_ids) == 1 and batch.row_starts is not None
+        if not one or "flash" not in self.model.config._attn_implementation:
             return {}
         bounds = {f"cu_seq_lens_{side}": batch.row_starts for side in ("q", "k")}
         return bounds | {f"max_length_{side}": batch.longest for side in ("q", "k")}
