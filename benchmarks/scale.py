@@ -4,7 +4,7 @@
 
 Each case is a Ray session of its own in a child process: so many replicas, each with eight groups
 of eight rows in flight that take four seconds, the stream of a run, and a consumer that takes every
-block at once. Measured over whole flights after the first: rows/s against the ideal (replicas x
+block at once. Measured over whole flights of the full stream: rows/s against the ideal (replicas x
 groups in flight x rows a group / delay), and from /proc the cores that each part keeps busy. The
 parts that there is one of, whatever the number of replicas, are the limits; docs/scale.md works out
 from their cost a group, a token and a replica where each of them is reached.
@@ -31,6 +31,7 @@ GROUP_ROWS, GROUPS_EACH, TOP_K = 8, 8, 64
 DELAY_S = 4.0
 SHORT, LONG = 16, 512
 FLIGHTS, FLIGHTS_WITHOUT_DELAY = 5, 40
+FILLING, EMPTYING = 2, 1
 POLL_S = 0.5
 LOOKS_A_STATUS = 20
 
@@ -68,7 +69,8 @@ def run_config(settings: dict[str, Any], folder: str) -> Any:
 def measure(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     """In a child, which stands for the driver: serve and stream; the steady time and its rows.
 
-    Steady are whole flights after the first. Times are those of ``time.time``.
+    Steady are whole flights while the stream is full: the first ones start one after the other, and
+    at the end there is nothing left to start. Times are those of ``time.time``.
     """
     import ray
 
@@ -82,7 +84,7 @@ def measure(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     config = run_config(settings, folder)
     flight = settings["replicas"] * GROUPS_EACH
     flights = FLIGHTS if settings["delay_s"] else FLIGHTS_WITHOUT_DELAY
-    num_rows = (flights + 1) * flight * GROUP_ROWS
+    num_rows = (flights + FILLING + EMPTYING) * flight * GROUP_ROWS
     prompts = write_prompts(folder, num_rows)
     connect.connect(config.cluster, None)
     coordinator = start_coordinator("bench", config.rows_ahead, num_rows, 0.0)
@@ -103,7 +105,7 @@ def measure(settings: dict[str, Any], folder: str) -> dict[str, Any]:
             deploy.num_replicas()
     arrivals = ray.get(taking)
     connect.disconnect()
-    window = whole_flights(len(arrivals) // flight * flight, flight, flight)
+    window = whole_flights(len(arrivals) - EMPTYING * flight, FILLING * flight, flight)
     return {
         "start": arrivals[window.start - 1][0],
         "end": arrivals[window.stop - 1][0],
