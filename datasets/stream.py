@@ -31,6 +31,8 @@ from raystill.datasets.stored_answers import Paying
 
 GROUPS_PER_ACTOR = 64
 """Groups one answering process has in flight at most; its threads only wait."""
+SOURCE_BUFFER_GROUPS = 256
+"""Groups that have their credits and wait for Ray Data to look at the source."""
 
 NODE_ID_LABEL = "ray.io/node-id"
 BACKPRESSURE = "backpressure_policies.enabled"
@@ -121,6 +123,9 @@ def stream_context(order: str) -> DataContext:
     context.memory_usage_poll_interval_s = None  # A thread a task, for a figure nobody reads.
     context.execution_no_progress_timeout_s = -1  # A slow teacher or student is no failure.
     context.custom_execution_callback_classes = [GroupsStayWhole]
+    # Ray Data looks at its tasks ten times a second and takes what each holds ready; of its default
+    # of 2 blocks the source would pass on ten groups a second, whatever waits for them.
+    context._max_num_blocks_in_streaming_gen_buffer = SOURCE_BUFFER_GROUPS
     return context
 
 

@@ -94,6 +94,7 @@ class ObedientTeacher:
         if LAST in behaviours:  # Answers when so many others were answered since ``restart``.
             async with self.changed:
                 await self.changed.wait_for(lambda: self.finished >= NUM_BEFORE_LAST)
+            await asyncio.sleep(1.0)  # Ray Data passes on in order what it finds ready in one look.
         if HANGS in behaviours:
             await asyncio.sleep(60)
         if BROKEN in behaviours:

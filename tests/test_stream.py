@@ -114,6 +114,16 @@ def test_the_source_is_not_fused_into_the_answer_stage(teacher, tmp_path):
     assert source.name == "ReadPlan"
 
 
+def test_the_source_may_run_ahead_by_the_name_that_ray_reads():
+    from ray.data import DataContext
+
+    from raystill.datasets.stream import SOURCE_BUFFER_GROUPS, stream_context
+
+    name = "_max_num_blocks_in_streaming_gen_buffer"
+    assert getattr(DataContext(), name) == 2, "Ray renamed it, or passes on more by itself"
+    assert getattr(stream_context("fixed"), name) == SOURCE_BUFFER_GROUPS
+
+
 @pytest.mark.parametrize("order", ["fixed", "arrival"])
 def test_groups_pass_each_other_in_arrival_order_only(teacher, workers, tmp_path, order):
     num_rows = (rig.NUM_BEFORE_LAST + 4) * GROUP_ROWS
