@@ -248,8 +248,8 @@ def student_part(run_file: str, rows_path: str, overrides: list[str], until: str
     import torch
 
     from raystill.cluster.placement import student_cores
-    from raystill.train.batch import rows_from_table
     from raystill.train.optimizer import build_optimizer
+    from raystill.train.row_views import rows_from_table
     from raystill.train.step import GlobalStep
     from raystill.train.student import build_student, num_outcomes
     from raystill.train.student_module import StudentModule, resolve_compute_dtype

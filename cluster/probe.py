@@ -40,8 +40,8 @@ def probe_teacher(
     import torch
     from transformers import AutoModelForCausalLM
 
-    from raystill.train.batch import rows_from_table
     from raystill.train.probe import agreement, disagreements
+    from raystill.train.row_views import rows_from_table
     from raystill.train.student import num_outcomes
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))

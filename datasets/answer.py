@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from raystill.cluster.logs import log_labelled
+from raystill.cluster.logs import log_labelled, run_name
 from raystill.cluster.problems import RunError
 from raystill.datasets.schema import row_schema
 from raystill.datasets.source import open_table
@@ -35,7 +35,7 @@ class AnswerGroup:
     """Ray Data's async map over groups; one instance works on many groups at a time."""
 
     def __init__(self, spec: "StreamSpec") -> None:
-        log_labelled(spec.paying.run, "answers", "raystill")
+        log_labelled(run_name(spec.prompt_table.rpartition("/prompts/")[0]), "answers", "raystill")
         self._coordinator = spec.coordinator
         self._on_truncated = spec.stream.on_truncated
         self._signal = spec.signal

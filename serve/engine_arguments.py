@@ -10,6 +10,7 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+from raystill.cluster.logs import say_where
 from raystill.serve.config import TeacherConfig
 from raystill.serve.sampling import ResolvedSampling
 
@@ -72,6 +73,11 @@ def engine_argument_problems(teacher: TeacherConfig, known: Set[str]) -> dict[st
             hint = f"did you mean {near[0]!r}?" if near else "see vLLM's AsyncEngineArgs"
             problems[name] = f"is not an engine argument of the installed vLLM; {hint}"
     return problems
+
+
+def label_replica(run: str, number: int) -> None:
+    """Lines of this process, and of vLLM, which reads it when it is imported, name the replica."""
+    os.environ["VLLM_LOGGING_PREFIX"] = f"{say_where(run=run, role=f'teacher-{number}')} "
 
 
 def prepare_process(cores: Sequence[int] | None) -> None:

@@ -21,11 +21,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raystill.cluster.config import RunConfig
-from raystill.cluster.logs import redirect_output, run_name, say_where
+from raystill.cluster.logs import redirect_output, run_name
 from raystill.cluster.placement import share_of_cores, teacher_cores
 from raystill.datasets.stored_answers import ENGINE
 from raystill.serve.answers import Answer, answers_table
-from raystill.serve.engine_arguments import EngineSettings, prepare_process
+from raystill.serve.engine_arguments import EngineSettings, label_replica, prepare_process
 from raystill.serve.identity import identity_of
 from raystill.serve.sampling import ResolvedSampling, resolve_sampling
 from raystill.serve.synthetic_engine import SyntheticEngine
@@ -110,9 +110,7 @@ class Teacher:
         if settings.logs is not None:
             self._log = str(Path(settings.logs) / f"teacher-{number}.log")
             redirect_output(self._log)
-            folder = settings.config.output.path or str(Path(settings.logs).parent)
-            where = say_where(run=run_name(folder), role=f"teacher-{number}")
-            os.environ["VLLM_LOGGING_PREFIX"] = f"{where} "  # Read when the engine imports vllm.
+            label_replica(run_name(str(Path(settings.logs).parent)), number)
         self._busy = BusyClock()
         self._identity: str | None = None
         teacher, folder = settings.config.teacher, settings.model_folder

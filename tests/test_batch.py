@@ -12,9 +12,9 @@ from raystill.train.batch import (
     cut_micro_batches,
     dummy_micro_batch,
     loss_weight,
-    rows_from_table,
 )
 from raystill.train.partition import NO_ID
+from raystill.train.row_views import rows_from_table
 
 TOP_K = 3
 

@@ -275,8 +275,9 @@ def test_a_student_that_is_its_teacher_has_no_loss_but_the_engines_noise(
 ) -> None:
     import torch
 
-    from raystill.train.batch import collate, rows_from_table
+    from raystill.train.batch import collate
     from raystill.train.config import ObjectiveConfig
+    from raystill.train.row_views import rows_from_table
     from raystill.train.student_module import StudentModule
     from raystill.train.teacher_head import read_teacher_head
 

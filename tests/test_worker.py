@@ -30,11 +30,11 @@ from raystill.datasets.schema import PROMPT_SCHEMA, answer_schema, row_schema
 from raystill.datasets.signal import signal_of
 from raystill.datasets.stored_answers import ENGINE, Paying
 from raystill.datasets.stream import StreamSpec
-from raystill.train.batch import rows_from_table
 from raystill.train.checkpoint import read_snapshot
 from raystill.train.fit import fit
 from raystill.train.optimizer import build_optimizer
 from raystill.train.register import registered_names
+from raystill.train.row_views import rows_from_table
 from raystill.train.step import GlobalStep
 from raystill.train.student import build_student
 from raystill.train.student_module import StudentModule

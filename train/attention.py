@@ -110,6 +110,11 @@ def _fastest(model: Any, device: torch.device, dtype: torch.dtype) -> str | None
     return None
 
 
+def wants_packing(packing: bool | str, attention: str) -> bool:
+    """Whether rows are to be packed if the model allows it."""
+    return packing is True or (packing == "auto" and "flash" in attention)
+
+
 def use_packing(
     packing: bool | str, student: StudentModule, attention: str, device: torch.device
 ) -> bool:
@@ -118,7 +123,7 @@ def use_packing(
     The model is tried on two packed rows: all ranks call this with whole weights. Where it would
     mix rows they stay padded with auto, and ValueError is raised where packing is wanted.
     """
-    if not (packing is True or (packing == "auto" and "flash" in attention)):
+    if not wants_packing(packing, attention):
         return False
     why = _mixing_layers(student.model) or _mixing_rows(student, device)
     if why is None:

@@ -17,9 +17,10 @@ from raystill.datasets.signal import Signal
 from raystill.datasets.signal_bytes import bytes_per_token
 from raystill.serve.answers import answers_table
 from raystill.train import calibrate
-from raystill.train.batch import rows_from_table, signal_column
+from raystill.train.batch import signal_column
 from raystill.train.config import ObjectiveConfig
 from raystill.train.positions import Positions, pick, read_positions
+from raystill.train.row_views import rows_from_table
 from raystill.train.student import build_student, num_outcomes
 from raystill.train.student_module import StudentModule
 from raystill.train.teacher_head import TeacherHead, read_teacher_head

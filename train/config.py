@@ -222,8 +222,7 @@ class TrainingConfig(ConfigModel):
     )
     packing: bool | Literal["auto"] = operational(
         "auto",
-        description="true: rows of a forward pass stand in one sequence without padding, none "
-        "sees another; false: padded to the longest; auto: packed with FlashAttention.",
+        description="Rows of a pass in one sequence, none sees another; auto: with FlashAttention.",
     )
     attention: Literal["auto", "flash_attention_3", "flash_attention_2", "sdpa", "eager"] = (
         operational(

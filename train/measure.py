@@ -17,10 +17,11 @@ from raystill.cluster.config import RunConfig
 from raystill.cluster.metrics import MetricsLog, read_lines
 from raystill.cluster.run_folder import ANSWERS, EVALUATION, HELD_OUT, RunFolder
 from raystill.train.baselines import HeldOutTokens, PairCounts, measure_baselines
-from raystill.train.batch import Row, rows_from_table
+from raystill.train.batch import Row
 from raystill.train.evaluate import evaluate, micro_batches
 from raystill.train.free_running import FreeRunning, Written, run_free
 from raystill.train.ranks import Ranks
+from raystill.train.row_views import rows_from_table
 from raystill.train.sharding import whole_weights
 from raystill.train.student import Sampling
 from raystill.train.student_module import StudentModule

@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from raystill.train.attention import use_attention, use_packing
+from raystill.train.attention import use_attention, use_packing, wants_packing
 from raystill.train.batch import dummy_micro_batch
 from raystill.train.config import ObjectiveConfig, TrainingConfig
 from raystill.train.student import layer_list
@@ -49,8 +49,9 @@ def place_student(
     attention = use_attention(training.attention, model, device, dtype)
     if sharded:
         shard_student(student, device, world_size)
-    with whole_weights(student):
-        student.packed = use_packing(training.packing, student, attention, device)
+    if wants_packing(training.packing, attention):
+        with whole_weights(student):
+            student.packed = use_packing(training.packing, student, attention, device)
     logger.info("attention: %s; rows %s", attention, "packed" if student.packed else "padded")
     return student
 

@@ -17,8 +17,9 @@ from raystill.cluster.config import RunConfig
 from raystill.datasets.schema import TOKEN_IDS
 from raystill.datasets.signal import Signal
 from raystill.datasets.teacher_calls import TeacherCalls
-from raystill.train.batch import Row, rows_from_table
+from raystill.train.batch import Row
 from raystill.train.free_running import Written
+from raystill.train.row_views import rows_from_table
 
 GROUP_ROWS = 8
 

@@ -26,13 +26,14 @@ from raystill.datasets.stream import iterate_groups
 from raystill.serve.sampling import resolve_sampling
 from raystill.train import checkpoint as ckpt
 from raystill.train import student as model_files
-from raystill.train.batch import Row, rows_from_table
+from raystill.train.batch import Row
 from raystill.train.measure import Measurer
 from raystill.train.optimizer import build_optimizer
 from raystill.train.process import final_errors_told, settle_process
 from raystill.train.progress import Progress
 from raystill.train.ranks import Ranks
 from raystill.train.register import remove_unregistered
+from raystill.train.row_views import rows_from_table
 from raystill.train.sharding import place_student
 from raystill.train.shares import StepRows
 from raystill.train.step import GlobalStep
