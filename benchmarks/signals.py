@@ -71,7 +71,7 @@ class Renormalised(WeightedTerms):
         ids = self.partition.ids[rows]
         log_p = torch.log_softmax(self.partition.log_p[rows, :-1], dim=1)
         log_q = torch.log_softmax(z.gather(1, ids), dim=1)
-        value, grad = divergence.forward_kl(log_p, log_q)
+        value, grad = divergence.forward_kl(log_p, log_q, log_q.exp())
         z.zero_().scatter_(1, ids, grad * self.token_weights[rows, None])
         zero = torch.zeros_like(value)
         return torch.stack([value, zero, zero, zero], dim=1)
@@ -166,15 +166,15 @@ class Yardstick:
         sums = dict.fromkeys(("kl", "acceptance", "top1", "outside"), 0.0)
         for batch, states in zip(self.batches, self.states, strict=True):
             for rows, z in student.logit_chunks(batch):
-                log_q = torch.log_softmax(z, dim=1)
+                log_q, q = torch.log_softmax(z, dim=1), torch.softmax(z, dim=1)
                 (_, t), *more = self.head.logit_chunks(states[rows])
                 assert not more, "both heads have as many rows, so one chunk holds them"
                 log_p = torch.log_softmax(t, dim=1)
                 best = log_p.topk(SMALL, dim=1).indices
-                sums["kl"] += divergence.forward_kl(log_p, log_q)[0].double().sum().item()
+                sums["kl"] += divergence.forward_kl(log_p, log_q, q)[0].double().sum().item()
                 sums["acceptance"] += torch.minimum(log_p, log_q).exp_().double().sum().item()
                 sums["top1"] += (log_q.argmax(dim=1) == best[:, 0]).sum().item()
-                sums["outside"] += (1 - log_q.gather(1, best).exp().sum(dim=1)).sum().item()
+                sums["outside"] += (1 - q.gather(1, best).sum(dim=1)).sum().item()
         student.train()
         return {name: value / self.tokens for name, value in sums.items()}
 

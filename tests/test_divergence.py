@@ -194,9 +194,17 @@ def test_reverse_kl_keeps_the_logarithm_of_an_id_however_small():
 
 
 def test_mass_that_the_teacher_cannot_have_is_infinite_without_a_floor():
-    log_p = torch.tensor([[0.5, 0.5, 0.0]]).log()
-    value, _ = divergence.reverse_kl(log_p, torch.tensor([[0.4, 0.4, 0.2]]).log())
+    log_p, q = torch.tensor([[0.5, 0.5, 0.0]]).log(), torch.tensor([[0.4, 0.4, 0.2]])
+    value, _ = divergence.reverse_kl(log_p, q.log(), q)
     assert value.item() == math.inf
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_student_whose_logits_are_nan_has_a_loss_that_is_nan(name):
+    logits = random_logits(1, torch.float32)
+    logits[0, 0] = math.nan
+    value = on(name, logits, teacher_partition(random_logits(0), TOP_K))
+    assert value[0].isnan() and value[1:].isfinite().all()
 
 
 def test_reverse_kl_counts_the_tokens_whose_tail_is_below_the_floor():
@@ -209,7 +217,7 @@ def test_reverse_kl_counts_the_tokens_whose_tail_is_below_the_floor():
     assert tokens.tolist() == [True, True, False, False, False]
     expected = [FLOOR, 1e-8, 1e-9, 1e-9, 1e-3]
     assert raised[:, 1].exp().tolist() == pytest.approx(expected, rel=1e-9)
-    value, grad = divergence.reverse_kl(raised, log_q)
+    value, grad = divergence.reverse_kl(raised, log_q, log_q.exp())
     # 0.8 ln 0.8 + 0.2 ln(0.2 / 1e-6), and + (1 + 1e-6) - 1 for the masses that do not sum to 1.
     by_hand = 0.8 * math.log(0.8) + 0.2 * math.log(0.2e6) + 1e-6
     assert value[0].item() == pytest.approx(by_hand, abs=1e-9)

@@ -189,3 +189,14 @@ def test_metrics_worked_by_hand():
     assert metrics["nll"].item() == pytest.approx(-math.log(0.2))
     kl = 0.5 * math.log(0.5 / 0.2) + 0.3 * math.log(0.3 / 0.4) + 0.2 * math.log(0.2 / 0.4)
     assert metrics["kl"].item() == pytest.approx(kl)
+
+
+def test_a_block_of_logits_has_a_share_for_each_core():
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            blocks = outcomes.row_blocks(torch.empty(9, VOCAB), 2 * VOCAB * 4, VOCAB)
+            assert blocks[0] == slice(0, 2 * number) and blocks[-1].stop >= 9
+    finally:
+        torch.set_num_threads(threads)

@@ -5,8 +5,9 @@ over a full vocabulary they are the same functions of wider arrays. Plain torch.
 
 Legend: N tokens, M outcomes of each (K + 1, or a vocabulary), p teacher, q student, m a mixture.
 
-Every function takes log_p and log_q, [N, M] of one float dtype, nats, -inf where an outcome has no
-mass, and returns the divergence [N], nats, with its gradient d value / d log_q [N, M].
+Every function takes log_p, log_q and q, [N, M] of one float dtype, nats, -inf where an outcome has
+no mass, and returns the divergence [N], nats, with its gradient d value / d log_q [N, M]. The
+caller needs q = exp(log_q) for its own gradient as well; it is read only.
 
     forward_kl              KL(p || q)
     reverse_kl              KL(q || p)
@@ -27,60 +28,59 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Divergence = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def forward_kl(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q): infinite where the student has no mass and the teacher has some."""
     p = log_p.exp()
-    difference = log_q.exp().sub_(p)
+    difference = q - p
     return _times_log_ratio(p, log_p, log_q).add_(difference).sum(dim=1), difference
 
 
-def reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def reverse_kl(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p): infinite where the teacher has no mass and the student has some."""
-    p, q = log_p.exp(), log_q.exp()
     log_ratio = _times_log_ratio(q, log_q, log_p)
-    return p.sub_(q).add_(log_ratio).sum(dim=1), log_ratio
+    return log_p.exp().sub_(q).add_(log_ratio).sum(dim=1), log_ratio
 
 
-def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def jsd(log_p: Tensor, log_q: Tensor, q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, with 0 < beta < 1."""
-    p, q = log_p.exp(), log_q.exp()
     log_m = _log_mixture(log_p, log_q, beta)
     # No more terms: beta (m - p) + (1 - beta) (m - q) is 0 for each outcome.
-    teacher = _times_log_ratio(p, log_p, log_m).mul_(beta)
+    teacher = _times_log_ratio(log_p.exp(), log_p, log_m).mul_(beta)
     student = _times_log_ratio(q, log_q, log_m).mul_(1 - beta)
-    return teacher.add_(student).sum(dim=1), student
+    # q - q: adds nothing, or the NaN that the student's logits had.
+    return teacher.add_(student).add_(q - q).sum(dim=1), student
 
 
-def skew_forward_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def skew_forward_kl(log_p: Tensor, log_q: Tensor, q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """KL(p || m), m = alpha p + (1 - alpha) q: at most -log alpha."""
-    p, q = log_p.exp(), log_q.exp()
     log_m = _log_mixture(log_p, log_q, alpha)
-    value = _kl_terms(p, log_p, log_m.exp(), log_m).sum(dim=1)
+    value = _kl_terms(log_p.exp(), log_p, log_m.exp(), log_m).sum(dim=1)
     return value, torch.where(q > 0, (alpha - 1) * q * torch.expm1(log_p - log_m), 0.0)
 
 
-def skew_reverse_kl(log_p: Tensor, log_q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """KL(q || m), m = alpha q + (1 - alpha) p: at most -log alpha."""
-    q = log_q.exp()
     log_m = _log_mixture(log_q, log_p, alpha)
     value = _kl_terms(q, log_q, log_m.exp(), log_m).sum(dim=1)
     ratio = log_q - log_m
     return value, torch.where(q > 0, q * (ratio - alpha * torch.expm1(ratio)), 0.0)
 
 
-def total_variation(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+def total_variation(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Half of sum |p - q|: 1 - acceptance. Its gradient jumps at p = q; there it is 0."""
-    p, q = log_p.exp(), log_q.exp()
-    difference = q - p
+    difference = q - log_p.exp()
     return 0.5 * difference.abs().sum(dim=1), 0.5 * q * difference.sign()
 
 
 def _times_log_ratio(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
-    """a (log a - log b), and 0 where a = 0."""
-    return (log_a - log_b).mul_(a).masked_fill_(a == 0, 0.0)
+    """a (log a - log b), and 0 where a = 0: only there 0 is multiplied by an infinity.
+
+    0 also where an operand is NaN, which the caller's other terms then are.
+    """
+    return (log_a - log_b).mul_(a).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
 
 
 def _kl_terms(a: Tensor, log_a: Tensor, b: Tensor, log_b: Tensor) -> Tensor:

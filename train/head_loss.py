@@ -31,12 +31,17 @@ DEVICE_CHUNK_BYTES = 512 << 20
 # Products of another number of rows can be a quarter slower (bfloat16, 682 against 672 rows).
 ROWS_AT_ONCE = 16
 # What is widened at a time: rows enough for small operations on them not to matter.
-CPU_WIDE_BYTES = 2 << 20
+CPU_WIDE_BYTES = 1 << 20
 DEVICE_WIDE_BYTES = 256 << 20
 
 
 class ChunkObjective(Protocol):
-    """An objective on the N tokens of one micro-batch, for any slice of them."""
+    """An objective on the N tokens of one micro-batch, for any slice of them.
+
+    ``num_figures``: F, how many figures it has of a token.
+    """
+
+    num_figures: int
 
     def begin(self, rows: slice) -> None:
         """The tokens of a chunk, all of which `differentiate` is given next, in parts."""
@@ -210,42 +215,45 @@ def _run_chunks(
     slices = chunks(len(hidden), len(weight), weight.dtype, hidden.device)
     length = slices[0].stop if slices else 0
     products = torch.empty(length, len(weight), dtype=weight.dtype, device=weight.device)
-    figures = []
+    # One tensor for all: small ones, kept between large ones that go, would break up the heap.
+    figures = products.new_empty(len(hidden), objective.num_figures, dtype=gradients.dtype)
     for rows in slices:
         inputs = hidden[rows].to(weight.dtype)
         z = torch.mm(inputs, weight.T, out=products[: len(inputs)])
         objective.begin(rows)
-        figures += _differentiate(z, rows.start, head, objective, gradients)
+        _differentiate(z, rows.start, head, objective, gradients, figures)
         if gradients.any_wanted:
             gradients.add(rows, z, inputs, weight)
-    if not figures:  # No token: how many figures there are is known all the same.
-        return objective.differentiate(products.to(gradients.dtype), slice(0, 0))
-    return torch.cat(figures)
+    return figures
 
 
 def _differentiate(
-    z: Tensor, start: int, head: OutputHead, objective: ChunkObjective, gradients: _Gradients
-) -> list[Tensor]:
-    """Figures of a chunk that begins at token ``start``; its products z [n, V] become gradients.
+    z: Tensor,
+    start: int,
+    head: OutputHead,
+    objective: ChunkObjective,
+    gradients: _Gradients,
+    figures: Tensor,
+) -> None:
+    """The products z [n, V] of a chunk that begins at token ``start`` become gradients.
 
-    All at once where they have the precision of sums, else a widened block after the other.
+    All at once where they have the precision of sums, else a widened block after the other. Writes
+    the tokens' rows of ``figures`` [N, F].
     """
     narrow = z.dtype != gradients.dtype
     blocks = row_blocks(z, CPU_WIDE_BYTES, DEVICE_WIDE_BYTES) if narrow else [slice(0, len(z))]
-    figures = []
     for block in blocks:
         product = z[block]
         part = product.to(gradients.dtype)
         squashed = head.apply_transform(part)
         rows = slice(start + block.start, start + block.start + len(part))
-        figures.append(objective.differentiate(part, rows))
+        figures[rows] = objective.differentiate(part, rows)
         if gradients.any_wanted:
             head.undo_transform(part, squashed)
             if gradients.bias is not None:
                 gradients.bias += part.sum(dim=0)
             if narrow:
                 product.copy_(part)
-    return figures
 
 
 def chunks(num_tokens: int, vocab: int, dtype: torch.dtype, device: torch.device) -> list[slice]:

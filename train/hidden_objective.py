@@ -73,7 +73,7 @@ class HiddenObjective(WeightedTerms):
 
         Tokens of no chunk that was begun, or that were differentiated in it, begin one.
         """
-        figures = z.new_empty(len(z), len(self.names) + 3)
+        figures = z.new_empty(len(z), self.num_figures)
         stop = rows.start + len(z)  # A last slice may go beyond the last token.
         if len(z) and not (rows.start in self._unused and stop - 1 in self._unused):
             self.begin(rows)
@@ -95,15 +95,15 @@ class HiddenObjective(WeightedTerms):
         nll = -(log_q if plain is None else plain).gather(1, targets)
         log_p, beyond = self._teacher(t, has_tail)
         log_q, shape = fold_tail(log_q, size) if has_tail else (log_q, None)
-        values, grad = self._terms(log_p, log_q, nll, has_tail)
-        masses = [beyond, log_q[:, size:].exp() if has_tail else torch.zeros_like(beyond)]
+        q = log_q.exp()
+        values, grad = self._terms(log_p, log_q, q, nll, has_tail)
+        masses = [beyond, q[:, size:] if has_tail else torch.zeros_like(beyond)]
         used = torch.zeros_like(beyond)
         if has_tail and "reverse_kl" in self.names:
             used = floored(log_p[:, size:], log_q[:, size:])[1][:, None].to(z.dtype)
         total = grad.sum(dim=1, keepdim=True)
         if plain is None:  # Cross entropy is one more G, at the target.
             total -= self.cross_entropy
-        q = log_q.exp_()
         if shape is not None:
             torch.mul(shape, grad[:, size:] - total * q[:, size:], out=z[:, size:])
         torch.addcmul(grad[:, :size], q[:, :size], total, value=-1, out=z[:, :size])
@@ -132,7 +132,7 @@ class HiddenObjective(WeightedTerms):
         return torch.log_softmax(t[:, :size], dim=1), beyond
 
     def _terms(
-        self, log_p: Tensor, log_q: Tensor, nll: Tensor, has_tail: bool
+        self, log_p: Tensor, log_q: Tensor, q: Tensor, nll: Tensor, has_tail: bool
     ) -> tuple[list[Tensor], Tensor]:
         """Values [b, 1] of all terms, and the sum of the divergences' G [b, O]."""
         values, grad = [], None
@@ -140,7 +140,7 @@ class HiddenObjective(WeightedTerms):
             if name == "cross_entropy":
                 values.append(nll)
                 continue
-            value, part = self.divergences[has_tail][name](log_p, log_q)
+            value, part = self.divergences[has_tail][name](log_p, log_q, q)
             values.append(value[:, None])
             part = part if factor == 1.0 else part.mul_(factor)
             grad = part if grad is None else grad.add_(part)

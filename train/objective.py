@@ -89,8 +89,8 @@ def floored(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(raised, floor, log_p), raised.any(dim=1)
 
 
-def _floored_reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    return divergence.reverse_kl(floored(log_p, log_q)[0], log_q)
+def _floored_reverse_kl(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    return divergence.reverse_kl(floored(log_p, log_q)[0], log_q, q)
 
 
 class WeightedTerms:
@@ -106,6 +106,7 @@ class WeightedTerms:
         self.token_weights = micro_batch.weights
         self.factors = objective.factors
         self.names = list(self.factors)
+        self.num_figures = len(self.names) + 3
 
     def begin(self, rows: slice) -> None:
         """Nothing is to be got ready for a chunk."""
@@ -152,7 +153,7 @@ class TokenObjective(WeightedTerms):
         targets, partition = self.targets[rows], self.partition
         ids = targets[:, None] if partition is None else partition.ids[rows]
         outcomes = take_outcomes(z, ids, targets)
-        log_q = outcomes.log_q
+        log_q, q = outcomes.log_q, outcomes.log_q.exp()
         log_p = torch.zeros_like(log_q) if partition is None else partition.log_p[rows].to(z.dtype)
         grad_log_q, grad_target = torch.zeros_like(log_q), torch.zeros_like(outcomes.log_q_target)
         figures = []
@@ -161,7 +162,7 @@ class TokenObjective(WeightedTerms):
                 figures.append(-outcomes.log_q_target)
                 grad_target -= weight
             else:
-                value, grad = self.divergences[name](log_p, log_q)
+                value, grad = self.divergences[name](log_p, log_q, q)
                 figures.append(value)
                 grad_log_q.add_(grad, alpha=weight)
         weights = self.token_weights[rows].to(z.dtype)
@@ -169,7 +170,7 @@ class TokenObjective(WeightedTerms):
         used_floor = torch.zeros_like(weights)
         if "reverse_kl" in self.divergences:
             used_floor = floored(log_p, log_q)[1].to(z.dtype)
-        figures += [log_p[:, -1].exp(), log_q[:, -1].exp(), used_floor]
+        figures += [log_p[:, -1].exp(), q[:, -1], used_floor]
         return torch.stack(figures, dim=1)
 
     def sums(self, total: Tensor, figures: Tensor) -> ObjectiveSums:
@@ -192,7 +193,7 @@ def partition_metrics(logits: Tensor, partition: Partition, targets: Tensor) -> 
     best = log_p[:, :-1].argmax(dim=1, keepdim=True)
     teacher_best = partition.ids.gather(1, best).squeeze(1)
     return {
-        "kl": divergence.forward_kl(log_p, log_q)[0],
+        "kl": divergence.forward_kl(log_p, log_q, log_q.exp())[0],
         "acceptance": torch.minimum(log_p, log_q).exp().sum(dim=1),
         "top1": (logits.argmax(dim=1) == teacher_best).to(log_q.dtype),
         "nll": -log_q_target,
@@ -204,7 +205,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, log_q: Tensor, log_p: Tensor, d: Divergence) -> Tensor:
-        value, grad = d(log_p, log_q)
+        value, grad = d(log_p, log_q, log_q.exp())
         ctx.save_for_backward(grad)
         return value
 

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from raystill.train.partition import NO_ID
 
-# A block of logits is read several times: on a CPU it stays in the core's cache meanwhile.
+# A block of logits is read several times: on a CPU each core's share stays in its cache meanwhile.
 CPU_BLOCK_BYTES = 1 << 20
 DEVICE_BLOCK_BYTES = 1 << 28
 
@@ -166,7 +166,10 @@ def _blocks(z: Tensor) -> list[slice]:
 
 
 def row_blocks(z: Tensor, cpu_bytes: int, device_bytes: int) -> list[slice]:
-    """Row slices of z [n, V] that have about the given size in the precision of the sums."""
-    limit = cpu_bytes if z.device.type == "cpu" else device_bytes
+    """Row slices of z [n, V] that have about the given size in the precision of the sums.
+
+    ``cpu_bytes`` is the share of each core: torch deals the rows of a block out to its threads.
+    """
+    limit = cpu_bytes * torch.get_num_threads() if z.device.type == "cpu" else device_bytes
     rows = max(1, limit // (z.shape[1] * sum_dtype(z.dtype).itemsize))
     return [slice(start, start + rows) for start in range(0, len(z), rows)]
