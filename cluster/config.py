@@ -107,6 +107,15 @@ class RunConfig(ConfigModel):
         return max(self.min_rows_ahead, self.advised_rows_ahead + self.rows_in_flight)
 
     @property
+    def refill_rows(self) -> int:
+        """Rows that are asked at once when the bound was reached (`cluster.credits`).
+
+        Half a flight, by default: the student then eats what is left of two while they are
+        answered. Less where that would go below the advised bound.
+        """
+        return max(0, min(self.rows_in_flight // 2, self.rows_ahead - self.advised_rows_ahead))
+
+    @property
     def rows_in_flight(self) -> int:
         """Rows that the largest pool of replicas answers at once."""
         t = self.teacher

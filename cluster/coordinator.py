@@ -18,19 +18,20 @@ from raystill.cluster.credits import Credits
 from raystill.cluster.drops import Drops
 from raystill.datasets.ledger import Ledger
 
-PHASES_KEPT = 16
-"""More than can begin between two looks of the driver."""
+PHASES_KEPT = 16  # More than can begin between two looks of the driver.
 
 
 class Coordinator:
     """State of one run, as an async actor (see ``start_coordinator``); plain to test without Ray.
 
-    ``max_rows_ahead`` rows may be ahead; of ``num_rows`` (one epoch) a share of
-    ``max_drop_fraction`` may be dropped.
+    ``max_rows_ahead`` rows may be ahead, and are refilled by ``refill_rows`` (`Credits`); of
+    ``num_rows`` (one epoch) a share of ``max_drop_fraction`` may be dropped.
     """
 
-    def __init__(self, max_rows_ahead: int, num_rows: int, max_drop_fraction: float) -> None:
-        self._credits = Credits(max_rows_ahead)
+    def __init__(
+        self, max_rows_ahead: int, num_rows: int, max_drop_fraction: float, refill_rows: int = 0
+    ) -> None:
+        self._credits = Credits(max_rows_ahead, refill_rows)
         self._drops = Drops(num_rows, max_drop_fraction)
         self._changed = asyncio.Condition()
         self._held_out = asyncio.Event()
@@ -273,14 +274,13 @@ class Coordinator:
 
     async def _give_back(self, attempt: int, rows: int) -> None:
         async with self._changed:
-            if attempt != self._attempt:
-                return
-            self._credits.give_back(rows)
-            self._changed.notify_all()
+            if attempt == self._attempt:
+                self._credits.give_back(rows)
+                self._changed.notify_all()
 
 
 def start_coordinator(
-    run_name: str, max_rows_ahead: int, num_rows: int, max_drop_fraction: float
+    name: str, max_rows_ahead: int, num_rows: int, max_drop_fraction: float, refill_rows: int = 0
 ) -> Any:
     """Start the actor on this node and return its handle; it dies with the driver.
 
@@ -291,9 +291,9 @@ def start_coordinator(
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Coordinator).options(
-        name=f"raystill-coordinator-{run_name}",
+        name=f"raystill-coordinator-{name}",
         num_cpus=0,
         max_restarts=0,
         scheduling_strategy=here,
     )
-    return actor.remote(max_rows_ahead, num_rows, max_drop_fraction)
+    return actor.remote(max_rows_ahead, num_rows, max_drop_fraction, refill_rows)

@@ -3,16 +3,25 @@
 A row is *ahead* from the moment its group gets credits until a worker takes its block off the
 iterator or it is dropped; a group is *in flight* from its credits to its answers. Plain state
 without locks: the coordinator's event loop is the only one to touch it.
+
+A teacher that is faster than the student runs into the bound. Were each row's credit handed out as
+it returns, it would go on with a few rows at a time, at the price of a full batch for each of them.
+So a bound once reached is left alone until ``refill_rows`` have room, which are then asked at once;
+between such bursts the replicas, and the processors they share, are free.
 """
 
 from raystill.cluster.problems import RunError
 
 
 class Credits:
-    """At most ``max_rows_ahead`` rows ahead, and ``max_in_flight`` groups (None: no bound)."""
+    """At most ``max_rows_ahead`` rows ahead, and ``max_in_flight`` groups (None: no bound).
 
-    def __init__(self, max_rows_ahead: int) -> None:
+    The rows ahead that ``refill_rows`` leave must be enough for a step to be filled from them.
+    """
+
+    def __init__(self, max_rows_ahead: int, refill_rows: int = 0) -> None:
         self._max_rows_ahead = max_rows_ahead
+        self._refill_rows = refill_rows
         self.max_in_flight: int | None = None
         self.max_ahead = 0
         self.begin(0)
@@ -23,6 +32,7 @@ class Credits:
         self._answered: set[int] = set()
         self.rows_left = rows_left
         self.ahead = 0
+        self._full = False
 
     def require_fit(self, rows: int) -> None:
         """RunError for a group that could never get its credits."""
@@ -38,8 +48,10 @@ class Credits:
 
     def has_room(self, rows: int) -> bool:
         """Whether a group of ``rows`` may have its credits now."""
+        room = self._max_rows_ahead - self.ahead
+        self._full = room < (max(rows, self._refill_rows) if self._full else rows)
         in_flight, most = len(self._granted) - len(self._answered), self.max_in_flight
-        return self.ahead + rows <= self._max_rows_ahead and (most is None or in_flight < most)
+        return not self._full and (most is None or in_flight < most)
 
     def grant(self, group: int, rows: int) -> None:
         """The group's rows are ahead and in flight."""

@@ -140,6 +140,7 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool
         max_rows_ahead=config.rows_ahead,
         max_drop_fraction=config.stream.max_drop_fraction,
         num_rows=rows,
+        refill_rows=config.refill_rows,
     )
     paying = Paying(
         run=run_id(folder) or "",

@@ -31,6 +31,9 @@ from raystill.datasets.stored_answers import Paying
 
 GROUPS_PER_ACTOR = 64
 """Groups one answering process has in flight at most; its threads only wait."""
+CALLS_PER_PLACE = 2
+"""Groups an answering process holds for each it may have in flight: Ray Data looks ten times a
+second, and a place that is free would stay so until then."""
 SOURCE_BUFFER_GROUPS = 256
 """Groups that have their credits and wait for Ray Data to look at the source."""
 
@@ -149,7 +152,7 @@ def build_stream(spec: StreamSpec) -> Dataset:
             num_cpus=0,
             compute=ActorPoolStrategy(
                 size=num_actors,
-                max_tasks_in_flight_per_actor=in_flight,
+                max_tasks_in_flight_per_actor=CALLS_PER_PLACE * in_flight,
                 max_concurrent_calls_per_actor=in_flight,
             ),
         )

@@ -4,13 +4,14 @@ import asyncio
 
 import pytest
 
+from raystill.cluster.config import RunConfig
 from raystill.cluster.coordinator import Coordinator
 from raystill.cluster.problems import RunError
 from raystill.datasets.ledger import Ledger
 
 
-def coordinator(max_rows_ahead=16, num_rows=100, max_drop_fraction=0.1):
-    return Coordinator(max_rows_ahead, num_rows, max_drop_fraction)
+def coordinator(max_rows_ahead=16, num_rows=100, max_drop_fraction=0.1, refill_rows=0):
+    return Coordinator(max_rows_ahead, num_rows, max_drop_fraction, refill_rows)
 
 
 async def waits(awaitable):
@@ -37,6 +38,41 @@ def test_credits_never_exceed_the_bound_and_return_when_a_block_is_taken():
         assert (snapshot["ahead"], snapshot["max_ahead"]) == (16, 16)
 
     asyncio.run(run())
+
+
+def test_a_bound_once_reached_is_left_alone_until_a_burst_has_room():
+    async def run():
+        c = coordinator(max_rows_ahead=32, refill_rows=16)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        for group in range(0, 32, 8):  # Nothing is held back before.
+            assert await c.acquire(attempt, 8, group)
+        fifth = asyncio.ensure_future(c.acquire(attempt, 8, 32))
+        assert await waits(asyncio.shield(fifth))
+        await c.taken(attempt, 8)
+        assert await waits(asyncio.shield(fifth)), "8 rows have room, 16 are waited for"
+        await c.taken(attempt, 8)
+        assert await fifth and await c.acquire(attempt, 8, 40), "the whole burst at once"
+        assert await waits(c.acquire(attempt, 8, 48))
+        await c.taken(attempt, 24)
+        assert await c.acquire(attempt, 8, 48), "a pass begins anew"
+        again = await c.publish(0, 0, Ledger(100).to_dict())
+        assert await c.acquire(again, 8, 0)
+
+    asyncio.run(run())
+
+
+def test_a_burst_is_half_a_flight_at_most_and_never_goes_below_the_advised_bound():
+    teacher = {"model": "m", "target_ongoing_requests": 8}
+
+    def refill(**stream):
+        sections = {"teacher": teacher, "student": {"layers": [0]}, "prompts": {"path": "p"}}
+        return RunConfig.model_validate(sections | {"stream": {"group_rows": 4, **stream}})
+
+    default = refill()
+    assert default.rows_in_flight == 32 and default.refill_rows == 16
+    advised = default.advised_rows_ahead
+    for bound, rows in ((advised - 8, 0), (advised, 0), (advised + 8, 8), (advised + 99, 16)):
+        assert refill(max_rows_ahead=bound).refill_rows == rows
 
 
 def test_groups_in_flight_are_bounded_where_it_is_asked_for_and_leave_with_their_answers():

@@ -139,7 +139,8 @@ def run_through(place: Path, config: RunConfig, kinds: list[str], seed: int) -> 
     }
     folder.write_table("prompts/train.parquet", pa.table(columns, schema=PROMPT_SCHEMA))
     drops = config.stream.max_drop_fraction
-    coordinator = start_coordinator(f"chaos-{place.name}", config.rows_ahead, NUM_ROWS, drops)
+    bounds = config.rows_ahead, NUM_ROWS, drops, config.refill_rows
+    coordinator = start_coordinator(f"chaos-{place.name}", *bounds)
     store = TeacherStore(str(place / "store"))
     prompts = folder.join("prompts/train.parquet")
     paying = Paying("run", "training", "identity", "synthetic")
