@@ -25,7 +25,7 @@ from raystill.cluster.waiting import Waits
 from raystill.serve import deploy
 
 POLL_S = 0.5
-TELL_EVERY = 10  # looks: five seconds, twice as often as Ray exports
+TELL_EVERY = 20  # looks: ten seconds, as often as Ray exports; Serve's status is dear to ask for
 
 
 class Background(threading.Thread):

@@ -123,6 +123,7 @@ def stream_context(order: str) -> DataContext:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.set_config(BACKPRESSURE, [])
+    context.op_resource_reservation_enabled = False  # Budgets, worked out at each look, for those.
     context.memory_usage_poll_interval_s = None  # A thread a task, for a figure nobody reads.
     context.execution_no_progress_timeout_s = -1  # A slow teacher or student is no failure.
     context.custom_execution_callback_classes = [GroupsStayWhole]
