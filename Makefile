@@ -78,6 +78,7 @@ bench: setup     ## measure overlap, memory, store, replay, restart, loss; resul
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.restart
 	$(QUIET) $(BIN)/python -m benchmarks.objective
 	$(QUIET) $(BIN)/python -m benchmarks.teacher_signals
+	$(QUIET) $(BIN)/python -m benchmarks.parity
 	$(QUIET) $(BIN)/python -m benchmarks.signals
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.scale
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.startup

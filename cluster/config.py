@@ -110,10 +110,11 @@ class RunConfig(ConfigModel):
     def refill_rows(self) -> int:
         """Rows that are asked at once when the bound was reached (`cluster.credits`).
 
-        Half a flight, by default: the student then eats what is left of two while they are
-        answered. Less where that would go below the advised bound.
+        Half a flight, by default: while they are answered the student eats the flight and a half
+        that is left. Less where that would go below the advised bound, or a step's minimum.
         """
-        return max(0, min(self.rows_in_flight // 2, self.rows_ahead - self.advised_rows_ahead))
+        kept = max(self.min_rows_ahead, self.advised_rows_ahead)
+        return max(0, min(self.rows_in_flight // 2, self.rows_ahead - kept))
 
     @property
     def rows_in_flight(self) -> int:

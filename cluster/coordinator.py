@@ -86,14 +86,13 @@ class Coordinator:
         """Credits for the rows of a group; waits for room. False: stop emitting.
 
         ``group`` names the group by its first position, so that a source that Ray runs again gets
-        its old credits back instead of taking them twice.
+        its old credits back instead of taking them twice, also where the call of the one before
+        it still waits here.
         """
         self._credits.require_fit(rows)
         async with self._changed:
-            if self._current(attempt) and self._credits.has(group):
-                return True
             await self._changed.wait_for(
-                lambda: not self._current(attempt) or self._credits.has_room(rows)
+                lambda: not self._current(attempt) or self._credits.may_have(group, rows)
             )
             if not self._current(attempt):
                 return False

@@ -16,7 +16,8 @@ from raystill.cluster.problems import RunError
 class Credits:
     """At most ``max_rows_ahead`` rows ahead, and ``max_in_flight`` groups (None: no bound).
 
-    The rows ahead that ``refill_rows`` leave must be enough for a step to be filled from them.
+    ``refill_rows``: the bound less these must be enough for a step to be filled. Of a bounded
+    flight half is refilled at most.
     """
 
     def __init__(self, max_rows_ahead: int, refill_rows: int = 0) -> None:
@@ -32,7 +33,7 @@ class Credits:
         self._answered: set[int] = set()
         self.rows_left = rows_left
         self.ahead = 0
-        self._full = False
+        self._full = False  # The bound was reached, and a burst has no room yet.
 
     def require_fit(self, rows: int) -> None:
         """RunError for a group that could never get its credits."""
@@ -42,22 +43,23 @@ class Credits:
                 f"({self._max_rows_ahead}); raise stream.max_rows_ahead or lower stream.group_rows"
             )
 
-    def has(self, group: int) -> bool:
-        """Whether a group has had its credits in this pass."""
-        return group in self._granted
+    def may_have(self, group: int, rows: int) -> bool:
+        """Whether a group of ``rows`` has its credits or may have them now."""
+        return group in self._granted or self._has_room(rows)
 
-    def has_room(self, rows: int) -> bool:
-        """Whether a group of ``rows`` may have its credits now."""
-        room = self._max_rows_ahead - self.ahead
-        self._full = room < (max(rows, self._refill_rows) if self._full else rows)
+    def _has_room(self, rows: int) -> bool:
         in_flight, most = len(self._granted) - len(self._answered), self.max_in_flight
+        refill = self._refill_rows if most is None else min(self._refill_rows, most * rows // 2)
+        room = self._max_rows_ahead - self.ahead
+        self._full = room < (max(rows, refill) if self._full else rows)
         return not self._full and (most is None or in_flight < most)
 
     def grant(self, group: int, rows: int) -> None:
-        """The group's rows are ahead and in flight."""
-        self._granted.add(group)
-        self.ahead += rows
-        self.max_ahead = max(self.max_ahead, self.ahead)
+        """The group's rows are ahead and in flight, however often that is said."""
+        if group not in self._granted:
+            self._granted.add(group)
+            self.ahead += rows
+            self.max_ahead = max(self.max_ahead, self.ahead)
 
     def answer(self, group: int, rows: int) -> None:
         """The group has its answers, however often that is said."""

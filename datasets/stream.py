@@ -32,8 +32,8 @@ from raystill.datasets.stored_answers import Paying
 GROUPS_PER_ACTOR = 64
 """Groups one answering process has in flight at most; its threads only wait."""
 CALLS_PER_PLACE = 2
-"""Groups an answering process holds for each it may have in flight: Ray Data looks ten times a
-second, and a place that is free would stay so until then."""
+"""Calls an answering process holds for each that it runs, the others wait in its queue: Ray Data
+looks ten times a second, and a place that is free would stay so until then."""
 SOURCE_BUFFER_GROUPS = 256
 """Groups that have their credits and wait for Ray Data to look at the source."""
 
@@ -123,7 +123,7 @@ def stream_context(order: str) -> DataContext:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.set_config(BACKPRESSURE, [])
-    context.op_resource_reservation_enabled = False  # Budgets, worked out at each look, for those.
+    context.op_resource_reservation_enabled = False  # Budgets that only such policies would read.
     context.memory_usage_poll_interval_s = None  # A thread a task, for a figure nobody reads.
     context.execution_no_progress_timeout_s = -1  # A slow teacher or student is no failure.
     context.custom_execution_callback_classes = [GroupsStayWhole]

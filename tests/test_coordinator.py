@@ -6,6 +6,7 @@ import pytest
 
 from raystill.cluster.config import RunConfig
 from raystill.cluster.coordinator import Coordinator
+from raystill.cluster.credits import Credits
 from raystill.cluster.problems import RunError
 from raystill.datasets.ledger import Ledger
 
@@ -64,15 +65,39 @@ def test_a_bound_once_reached_is_left_alone_until_a_burst_has_room():
 def test_a_burst_is_half_a_flight_at_most_and_never_goes_below_the_advised_bound():
     teacher = {"model": "m", "target_ongoing_requests": 8}
 
-    def refill(**stream):
+    def refill(num_workers=1, **stream):
         sections = {"teacher": teacher, "student": {"layers": [0]}, "prompts": {"path": "p"}}
-        return RunConfig.model_validate(sections | {"stream": {"group_rows": 4, **stream}})
+        sections |= {"stream": {"group_rows": 4, **stream}}
+        sections |= {"training": {"num_workers": num_workers}}
+        return RunConfig.model_validate(sections)
 
     default = refill()
     assert default.rows_in_flight == 32 and default.refill_rows == 16
     advised = default.advised_rows_ahead
     for bound, rows in ((advised - 8, 0), (advised, 0), (advised + 8, 8), (advised + 99, 16)):
         assert refill(max_rows_ahead=bound).refill_rows == rows
+    many = refill(num_workers=64)
+    assert many.rows_ahead == many.min_rows_ahead and many.refill_rows == 0
+
+
+def test_of_a_bounded_flight_half_is_refilled_at_most():
+    credits = Credits(max_rows_ahead=64, refill_rows=32)
+    credits.begin(rows_left=1000)
+    credits.max_in_flight = 2
+    for group in range(0, 64, 8):
+        assert credits.may_have(group, 8)
+        credits.grant(group, 8)
+        credits.answer(group, 8)
+    assert not credits.may_have(64, 8)
+    credits.give_back(8)
+    assert credits.may_have(64, 8), "half of two groups"
+    credits.max_in_flight = None
+    credits.grant(64, 8)
+    assert not credits.may_have(72, 8)
+    credits.give_back(24)
+    assert not credits.may_have(72, 8)
+    credits.give_back(8)
+    assert credits.may_have(72, 8)
 
 
 def test_groups_in_flight_are_bounded_where_it_is_asked_for_and_leave_with_their_answers():
@@ -108,6 +133,20 @@ def test_a_source_that_runs_again_gets_its_old_credits_back():
         attempt = await c.publish(0, 0, Ledger(100).to_dict())
         assert await c.acquire(attempt, 8, 0)
         assert await c.acquire(attempt, 8, 0)
+        assert (await c.snapshot())["ahead"] == 8
+
+    asyncio.run(run())
+
+
+def test_a_source_that_runs_again_while_its_first_call_waits_takes_no_credits_twice():
+    async def run():
+        c = coordinator(max_rows_ahead=16)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        assert await c.acquire(attempt, 16, 0)
+        waiting = [asyncio.ensure_future(c.acquire(attempt, 8, 16)) for _ in range(2)]
+        assert await waits(asyncio.shield(waiting[0]))
+        await c.taken(attempt, 16)
+        assert await waiting[0] and await waiting[1]
         assert (await c.snapshot())["ahead"] == 8
 
     asyncio.run(run())

@@ -199,11 +199,12 @@ def test_mass_that_the_teacher_cannot_have_is_infinite_without_a_floor():
     assert value.item() == math.inf
 
 
+@pytest.mark.parametrize("side", ["teacher", "student"])
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_a_student_whose_logits_are_nan_has_a_loss_that_is_nan(name):
-    logits = random_logits(1, torch.float32)
-    logits[0, 0] = math.nan
-    value = on(name, logits, teacher_partition(random_logits(0), TOP_K))
+def test_a_nan_on_either_side_is_a_nan_of_the_loss(name, side):
+    logits, partition = random_logits(1), teacher_partition(random_logits(0), TOP_K)
+    (logits if side == "student" else partition.log_p)[0] = math.nan
+    value = on(name, logits, partition)
     assert value[0].isnan() and value[1:].isfinite().all()
 
 

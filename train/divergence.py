@@ -7,7 +7,7 @@ Legend: N tokens, M outcomes of each (K + 1, or a vocabulary), p teacher, q stud
 
 Every function takes log_p, log_q and q, [N, M] of one float dtype, nats, -inf where an outcome has
 no mass, and returns the divergence [N], nats, with its gradient d value / d log_q [N, M]. The
-caller needs q = exp(log_q) for its own gradient as well; it is read only.
+caller has q = exp(log_q), which its own gradient needs as well. No argument is overwritten.
 
     forward_kl              KL(p || q)
     reverse_kl              KL(q || p)
@@ -48,10 +48,11 @@ def jsd(log_p: Tensor, log_q: Tensor, q: Tensor, beta: float) -> tuple[Tensor, T
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q, with 0 < beta < 1."""
     log_m = _log_mixture(log_p, log_q, beta)
     # No more terms: beta (m - p) + (1 - beta) (m - q) is 0 for each outcome.
-    teacher = _times_log_ratio(log_p.exp(), log_p, log_m).mul_(beta)
+    p = log_p.exp()
+    teacher = _times_log_ratio(p, log_p, log_m).mul_(beta)
     student = _times_log_ratio(q, log_q, log_m).mul_(1 - beta)
-    # q - q: adds nothing, or the NaN that the student's logits had.
-    return teacher.add_(student).add_(q - q).sum(dim=1), student
+    # Adds nothing, or the NaN that either side has.
+    return teacher.add_(student).add_((q - p).mul_(0.0)).sum(dim=1), student
 
 
 def skew_forward_kl(log_p: Tensor, log_q: Tensor, q: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -78,7 +79,7 @@ def total_variation(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Te
 def _times_log_ratio(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
     """a (log a - log b), and 0 where a = 0: only there 0 is multiplied by an infinity.
 
-    0 also where an operand is NaN, which the caller's other terms then are.
+    0 also where an operand is NaN: the caller's other terms are NaN then.
     """
     return (log_a - log_b).mul_(a).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
 

@@ -168,8 +168,11 @@ def _blocks(z: Tensor) -> list[slice]:
 def row_blocks(z: Tensor, cpu_bytes: int, device_bytes: int) -> list[slice]:
     """Row slices of z [n, V] that have about the given size in the precision of the sums.
 
-    ``cpu_bytes`` is the share of each core: torch deals the rows of a block out to its threads.
+    ``cpu_bytes`` is the share of each core, a row at least: torch deals the elements of a block out
+    to its threads, and a row that is cut makes each operation wait for another core.
     """
-    limit = cpu_bytes * torch.get_num_threads() if z.device.type == "cpu" else device_bytes
-    rows = max(1, limit // (z.shape[1] * sum_dtype(z.dtype).itemsize))
+    on_cpu = z.device.type == "cpu"
+    row_bytes = z.shape[1] * sum_dtype(z.dtype).itemsize
+    rows = max(1, (cpu_bytes if on_cpu else device_bytes) // row_bytes)
+    rows *= torch.get_num_threads() if on_cpu else 1
     return [slice(start, start + rows) for start in range(0, len(z), rows)]
