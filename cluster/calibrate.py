@@ -168,6 +168,7 @@ def ask_teacher(
         teacher_identity=prepared.teacher_identity,
         teacher=config.teacher.model,
     )
+    deploy.use_app(deploy.app_name(paying.run))
     missing = num_missing(prepared.store_path, prompts, signal)
     say(f"{plural(count, 'answer')} with hidden states, {missing} of them from the teacher")
     try:
@@ -199,9 +200,8 @@ def answer_rows(
     And how many there are, which a caller can wait for without fetching them.
     """
     teacher, stream = config.teacher, config.stream
-    calls = TeacherCalls(
-        deploy.APP_NAME, signal, teacher.request_timeout_s, stream.max_attempts, None
-    )
+    app = deploy.app_name(paying.run)
+    calls = TeacherCalls(app, signal, teacher.request_timeout_s, stream.max_attempts, None)
     answers = StoredAnswers(TeacherStore(store_path), prompts["key"], signal, paying, calls)
 
     async def ask(start: int, slots: asyncio.Semaphore) -> pa.Table:

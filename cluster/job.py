@@ -148,12 +148,14 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool
         teacher_identity=prepared.teacher_identity,
         teacher=config.teacher.model,
     )
+    app = deploy.app_name(paying.run)
+    deploy.use_app(app)
     spec = StreamSpec.from_config(
         config,
         folder.join("prompts/train.parquet"),
         rows,
         coordinator,
-        deploy.APP_NAME,
+        app,
         prepared.store_path,
         paying,
         prepared.signal,

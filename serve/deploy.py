@@ -31,6 +31,21 @@ OTHER_REQUESTS = 2
 
 _logs: Path | None = None
 _asked = ""
+_app = APP_NAME
+
+
+def app_name(run: str) -> str:
+    """The Serve application of a run, by its id: runs share a cluster, never a teacher.
+
+    A run that is started again finds what a lost driver left of it, and replaces it.
+    """
+    return f"{APP_NAME}-{run}"
+
+
+def use_app(name: str) -> None:
+    """From now on this process deploys, watches and ends the application of this name."""
+    global _app
+    _app = name
 
 
 def deploy_teacher(
@@ -59,7 +74,7 @@ def deploy_teacher(
     serve.start(proxy_location="Disabled")
     options = deployment_options(config, bool(has_gpus))
     deployment = serve.deployment(Teacher, name=DEPLOYMENT, **options)
-    target = serve.RunTarget(deployment.bind(settings), name=APP_NAME, route_prefix=None)
+    target = serve.RunTarget(deployment.bind(settings), name=_app, route_prefix=None)
     serve.run_many([target], wait_for_applications_running=False)
 
 
@@ -115,7 +130,7 @@ def wait_for_teacher(
     """
     started = time.monotonic()
     while (waited := time.monotonic() - started) < timeout_s:
-        told = serve.status().applications.get(APP_NAME)
+        told = serve.status().applications.get(_app)
         state = "NOT_STARTED" if told is None else str(told.status.value)
         if state == "RUNNING":
             remaining = max(1.0, timeout_s - waited)
@@ -146,7 +161,7 @@ def waits_for_resources() -> bool:
     """Whether a replica has been without a place for half a minute, as Serve tells it: one of those
     the run starts with, or, when all have gone with their nodes, the next one.
     """
-    told = serve.status().applications.get(APP_NAME)
+    told = serve.status().applications.get(_app)
     if told is None or (told.status.value != "DEPLOYING" and num_replicas() > 0):
         return False
     return any("to be scheduled" in deployment.message for deployment in told.deployments.values())
@@ -154,20 +169,20 @@ def waits_for_resources() -> bool:
 
 def num_replicas() -> int:
     """Replicas that answer now; 0 where the teacher was not deployed."""
-    told = serve.status().applications.get(APP_NAME)
+    told = serve.status().applications.get(_app)
     deployment = None if told is None else told.deployments.get(DEPLOYMENT)
     return 0 if deployment is None else int(deployment.replica_states.get("RUNNING", 0))
 
 
 def teacher_handle() -> Any:
     """Serve's handle of the deployed teacher."""
-    return serve.get_app_handle(APP_NAME)
+    return serve.get_app_handle(_app)
 
 
 def end_teacher() -> None:
     """End the teacher's replicas; Serve stays for another life."""
-    if APP_NAME in serve.status().applications:
-        serve.delete(APP_NAME)
+    if _app in serve.status().applications:
+        serve.delete(_app)
 
 
 def shutdown_teacher() -> None:

@@ -281,6 +281,34 @@ def test_the_synthetic_engine_keeps_the_contract_through_serve(
 
 
 @pytest.mark.ray
+def test_two_runs_on_one_cluster_have_a_teacher_each(ray_serve: None) -> None:
+    from ray import serve
+
+    from raystill.serve import deploy
+
+    before = deploy.APP_NAME
+    names = [deploy.app_name(run) for run in ("a", "b")]
+    try:
+        for name, length in zip(names, (3, 5), strict=True):
+            deploy.use_app(name)
+            synthetic = {"vocab_size": VOCAB, "response_tokens": length}
+            deploy.deploy_teacher(run_config(synthetic=synthetic), "nowhere", None, None)
+            deploy.wait_for_teacher(60.0)
+        for name, length in zip(names, (3, 5), strict=True):
+            asked = serve.get_app_handle(name).sample.remote(prompt_table(PROMPTS), "text", 0)
+            said = asked.result(timeout_s=30)["response_ids"].to_pylist()
+            assert max(map(len, said)) == length, "each is answered by its own teacher"
+        deploy.end_teacher()
+        assert deploy.num_replicas() == 0 and names[1] not in serve.status().applications
+        deploy.use_app(names[0])
+        assert deploy.num_replicas() == 1, "the other run's goes on"
+    finally:
+        for name in names:
+            serve.delete(name)
+        deploy.use_app(before)
+
+
+@pytest.mark.ray
 def test_a_teacher_that_cannot_start_says_why_and_where(ray_serve: None, tmp_path: Path) -> None:
     from ray import serve
 
