@@ -34,6 +34,7 @@ GROUPS_PER_ACTOR = 64
 CALLS_PER_PLACE = 2
 """Calls an answering process holds for each that it runs, the others wait in its queue: Ray Data
 looks ten times a second, and a place that is free would stay so until then."""
+NO_LIMIT = 1e6
 SOURCE_BUFFER_GROUPS = 256
 """Groups that have their credits and wait for Ray Data to look at the source."""
 
@@ -124,6 +125,9 @@ def stream_context(order: str) -> DataContext:
     context.print_on_execution_start = False
     context.set_config(BACKPRESSURE, [])
     context.op_resource_reservation_enabled = False  # Budgets that only such policies would read.
+    # Where blocks fill three quarters of what they may, Ray Data asks the autoscaler for one more
+    # node of each kind it has, teachers' nodes with their GPUs among them, and keeps those there.
+    context.override_object_store_memory_limit_fraction = NO_LIMIT
     context.memory_usage_poll_interval_s = None  # A thread a task, for a figure nobody reads.
     context.execution_no_progress_timeout_s = -1  # A slow teacher or student is no failure.
     context.custom_execution_callback_classes = [GroupsStayWhole]

@@ -114,6 +114,27 @@ def test_the_source_is_not_fused_into_the_answer_stage(teacher, tmp_path):
     assert source.name == "ReadPlan"
 
 
+def test_what_blocks_fill_makes_ray_data_ask_for_no_nodes():
+    """Its autoscaler goes by the blocks' share of what they may fill."""
+    from ray.data import DataContext
+    from ray.data._internal.execution.interfaces import ExecutionOptions, ExecutionResources
+    from ray.data._internal.execution.resource_manager import ResourceManager
+
+    from raystill.datasets.stream import stream_context
+
+    class Last:
+        output_dependencies = ()
+
+    def limit(context):
+        there_is = ExecutionResources(object_store_memory=100)
+        topology = {Last(): None}
+        manager = ResourceManager(topology, ExecutionOptions(), lambda: there_is, context, None)
+        return manager.get_global_limits().object_store_memory
+
+    assert limit(DataContext()) <= 50
+    assert limit(stream_context("fixed")) >= 100 * 1000
+
+
 def test_the_source_may_run_ahead_by_the_name_that_ray_reads():
     from ray.data import DataContext
 
