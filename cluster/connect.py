@@ -24,14 +24,16 @@ QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray Train's watcher for preempted nodes is an actor on any node: on a teacher's it would keep
+    # that one, its GPUs with it, to the end of the run. A lost worker's group restarts without it.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 # On a cluster of this machine alone Ray's polling takes a third of a core from teacher and student:
 # Serve's controller looks ten times a second, its routers and replicas report as often what Ray
-# exports every ten seconds, and nothing will preempt the one node.
+# exports every ten seconds.
 QUIET_LOCALLY = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1.0",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 NOT_SHIPPED = [
     *(".git", ".venv", "models", "runs", "build", "tests", "docs", "benchmarks/results"),

@@ -115,6 +115,7 @@ def test_a_slow_student_keeps_it_at_its_minimum_and_outlasts_it(
     assert (summary["rows_trained"], summary["rows_asked"]) == (192, 96)
     assert (cluster.most("teacher"), cluster.most("student")) == (1, 1), str(cluster)
     assert max(w["replicas"] for w in files.lines("timeline.jsonl")) == 1
-    alone = [second for second, counts in cluster.seen if counts == {HEAD: 1, "student": 1}]
+    came = next(second for second, counts in cluster.seen if "teacher" in counts)
+    alone = [second for second, c in cluster.seen if c == {HEAD: 1, "student": 1} and second > came]
     end = cluster.seen[-1][0]
     assert alone and end - alone[-1] > 10, f"the student went on without a teacher: {cluster}"
