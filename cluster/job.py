@@ -142,24 +142,8 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool
         num_rows=rows,
         refill_rows=config.refill_rows,
     )
-    paying = Paying(
-        run=run_id(folder) or "",
-        purpose="training",
-        teacher_identity=prepared.teacher_identity,
-        teacher=config.teacher.model,
-    )
-    app = deploy.app_name(paying.run)
-    deploy.use_app(app)
-    spec = StreamSpec.from_config(
-        config,
-        folder.join("prompts/train.parquet"),
-        rows,
-        coordinator,
-        app,
-        prepared.store_path,
-        paying,
-        prepared.signal,
-    )
+    spec = stream_spec(config, folder, prepared, coordinator)
+    deploy.use_app(spec.app_name)
     appetite = Appetite(config.teacher, config.stream.group_rows, deploy.num_replicas)
     coordinator.let_in_flight.remote(appetite.groups_in_flight)
     served = not prepared.stored.covers_all
@@ -189,7 +173,29 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool
         wall_s=time.time() - started,
         phases=view.phases,
         prepared=prepared,
-        paid=rows_paid_for(TeacherStore(spec.store_path).catalogue(), paying.run),
+        paid=rows_paid_for(TeacherStore(spec.store_path).catalogue(), spec.paying.run),
+    )
+
+
+def stream_spec(
+    config: RunConfig, folder: RunFolder, prepared: Prepared, coordinator: Any
+) -> StreamSpec:
+    """The run's stream; the teacher's answers are paid for, and its application named, by its id."""
+    paying = Paying(
+        run=run_id(folder) or "",
+        purpose="training",
+        teacher_identity=prepared.teacher_identity,
+        teacher=config.teacher.model,
+    )
+    return StreamSpec.from_config(
+        config,
+        folder.join("prompts/train.parquet"),
+        prepared.num_train_rows,
+        coordinator,
+        deploy.app_name(paying.run),
+        prepared.store_path,
+        paying,
+        prepared.signal,
     )
 
 

@@ -286,7 +286,6 @@ def test_two_runs_on_one_cluster_have_a_teacher_each(ray_serve: None) -> None:
 
     from raystill.serve import deploy
 
-    before = deploy.APP_NAME
     names = [deploy.app_name(run) for run in ("a", "b")]
     try:
         for name, length in zip(names, (3, 5), strict=True):
@@ -305,7 +304,7 @@ def test_two_runs_on_one_cluster_have_a_teacher_each(ray_serve: None) -> None:
     finally:
         for name in names:
             serve.delete(name)
-        deploy.use_app(before)
+        deploy.use_app(deploy.APP_NAME)
 
 
 @pytest.mark.ray
