@@ -180,7 +180,7 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool
 def stream_spec(
     config: RunConfig, folder: RunFolder, prepared: Prepared, coordinator: Any
 ) -> StreamSpec:
-    """The run's stream. By the run's id answers are paid for and the teacher's application named."""
+    """The run's stream. Its id is what answers are paid for by, and in the application's name."""
     paying = Paying(
         run=run_id(folder) or "",
         purpose="training",
