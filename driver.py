@@ -15,6 +15,7 @@ reports; no row ever passes through it.
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -38,20 +39,24 @@ def run(arguments: argparse.Namespace) -> int:
         return refuse(checked.problems)
 
     from raystill.cluster import job, report
+    from raystill.cluster.claim import claimed
 
     if job.is_finished(folder, config.training.epochs):
         say(f"This run is finished; its report, from {folder.path}:")
         report.print_report(folder)
         return 0
     say(prepared.describe())
-    prepared.fetch_models()
-    say(prepared.describe_stored())
-    with job.connected(config, folder):
-        if problems := job.check_on_cluster(config):
+    with claimed(folder):
+        prepared.fetch_models()
+        if problems := job.check_same_teacher(folder, prepared):
             return refuse(problems)
-        job.write_folder(config, folder, prepared)
-        outcome = job.distil(config, folder, prepared, probe=not arguments.skip_probe)
-    report.write_summary(folder, outcome)
+        say(prepared.describe_stored())
+        with job.connected(config, folder):
+            if problems := job.check_on_cluster(config):
+                return refuse(problems)
+            job.write_folder(config, folder, prepared)
+            outcome = job.distil(config, folder, prepared, probe=not arguments.skip_probe)
+        report.write_summary(folder, outcome)
     if outcome.stopped_by:
         say(f"Stopped after step {outcome.step}; resume with:\n  {resume_command(arguments)}")
         return 128 + outcome.stopped_by
@@ -141,7 +146,9 @@ def resume_command(arguments: argparse.Namespace) -> str:
     words = ["python", "driver.py", "run", arguments.run_file]
     for override in arguments.set:
         words += ["--set", override]
-    return " ".join(words)
+    if arguments.skip_probe:
+        words.append("--skip-probe")
+    return shlex.join(words)
 
 
 def add_run_command(

@@ -24,6 +24,7 @@ from raystill.cluster.check import Prepared
 from raystill.cluster.check_models import check_teacher, check_tokenizers
 from raystill.cluster.config import RunConfig
 from raystill.cluster.find_model import find_model
+from raystill.cluster.model_source import ModelSource
 from raystill.cluster.placement import student_resources
 from raystill.cluster.problems import Problem, RunError
 from raystill.cluster.run_folder import STUDENT, RunFolder, resolve_input
@@ -104,7 +105,10 @@ def calibrate(
         ray.remote(Calibrator)
         .options(**options_of_worker(config))
         .remote(
-            absolute_paths(config), os.path.abspath(prepared.teacher_folder), rows, wish.positions
+            absolute_paths(config),
+            ModelSource.of(config.teacher.model, prepared.teacher_folder),
+            rows,
+            wish.positions,
         )
     )
     objectives = objectives_to_compare(config.objective, wish.all_objectives)
@@ -201,7 +205,7 @@ def answer_rows(
     """
     teacher, stream = config.teacher, config.stream
     app = deploy.app_name(paying.run)
-    calls = TeacherCalls(app, signal, teacher.request_timeout_s, stream.max_attempts, None)
+    calls = TeacherCalls(app, signal, stream.max_attempts, None)
     answers = StoredAnswers(TeacherStore(store_path), prompts["key"], signal, paying, calls)
 
     async def ask(start: int, slots: asyncio.Semaphore) -> pa.Table:

@@ -247,6 +247,7 @@ class Coordinator:
         return {
             "phases": list(self._phases),
             "lives": self._lives,
+            "from_step": self._published["step"] if self._published else 0,
             "counters": dict(self._counters),
             "ahead": self._credits.ahead,
             "max_ahead": self._credits.max_ahead,
@@ -283,14 +284,15 @@ def start_coordinator(
 ) -> Any:
     """Start the actor on this node and return its handle; it dies with the driver.
 
-    A new driver makes a new one: credits and counters of a dead driver mean nothing.
+    A new driver makes a new one: a dead driver's counters mean nothing. ValueError: ``name`` lives.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Coordinator).options(
-        name=f"raystill-coordinator-{name}",
+        name=f"coordinator-{name}",
+        namespace="raystill",
         num_cpus=0,
         max_restarts=0,
         scheduling_strategy=here,

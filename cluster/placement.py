@@ -122,6 +122,8 @@ def requests(config: RunConfig, has_gpus: bool) -> list[Request]:
     replicas = config.teacher.num_replicas
     fewest = replicas if isinstance(replicas, int) else max(1, replicas.min)
     teacher = tuple(teacher_bundles(config, has_gpus))
+    if config.teacher.pipeline_parallel_size == 1:
+        teacher = (add_up(teacher),)  # One actor on one node, with vLLM's workers as its children.
     student = student_resources(config, has_gpus)
     if config.training.accelerator_type is not None:
         student = {**student, accelerator_resource(config.training.accelerator_type): 0.001}

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from raystill.cluster.config import RunConfig
+from raystill.cluster.model_source import ModelSource
 from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import HELD_OUT, PROBE, RunFolder
 
@@ -34,7 +35,7 @@ def is_due(config: RunConfig, folder: RunFolder, teacher_folder: str) -> bool:
 
 @ray.remote(num_cpus=0)
 def probe_teacher(
-    folder: RunFolder, config: RunConfig, teacher_folder: str, coordinator: Any
+    folder: RunFolder, config: RunConfig, source: ModelSource, coordinator: Any
 ) -> None:
     """Write probe.json and let the training begin. RunError where they disagree, with figures."""
     import torch
@@ -47,7 +48,7 @@ def probe_teacher(
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
     ray.get(coordinator.wait_held_out.remote())
     rows = rows_from_table(folder.read_table(HELD_OUT).slice(0, NUM_ROWS).combine_chunks())
-    teacher = config.teacher
+    teacher, teacher_folder = config.teacher, source.on_this_node("all")
     model = AutoModelForCausalLM.from_pretrained(
         teacher_folder, dtype="float32", trust_remote_code=teacher.trust_remote_code
     )

@@ -111,7 +111,7 @@ def watch(
         if signals.received and not asked_to_stop:
             asked_to_stop = True
             if not snapshot["progress"]:
-                view.note("stopping: nothing was trained yet, so there is nothing to keep")
+                view.note(f"stopping: {nothing_to_keep(snapshot['from_step'])}")
                 return snapshot
             coordinator.request_stop.remote(signals.received)
             view.note("stopping: finishing the step, then a checkpoint (once more to abort)")
@@ -124,10 +124,19 @@ def watch(
     return snapshot
 
 
+def nothing_to_keep(from_step: int) -> str:
+    """Why no checkpoint is written before this start has made a step."""
+    if from_step:
+        return f"nothing was trained since the checkpoint of step {from_step}"
+    return "nothing was trained yet, so there is nothing to keep"
+
+
 def failure(who: str, error: BaseException, folder: RunFolder) -> RunError:
     """One sentence a person can act on, naming the log folder that holds the rest."""
     if isinstance(error, RunError):
-        return error
+        # Raised in a task it is also Ray's own error, whose text is the traceback from there.
+        cause = getattr(error, "cause", None)
+        return RunError(str(cause)) if isinstance(cause, RunError) else error
     lines = [line for line in str(error).splitlines() if line.strip()]
     last = lines[-1].strip() if lines else type(error).__name__
     return RunError(f"{who} failed: {last}; the whole output is in {folder.logs}/")

@@ -48,7 +48,6 @@ class AnswerGroup:
             TeacherCalls(
                 spec.app_name,
                 spec.signal,
-                spec.request_timeout_s,
                 spec.stream.max_attempts,
                 spec.coordinator,
             ),

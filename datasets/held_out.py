@@ -5,6 +5,7 @@ One Ray task asks and writes, so no answer passes through the driver. *Waits for
 """
 
 import asyncio
+from hashlib import sha256
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ EPOCH = -1
 """Held-out rows belong to no epoch; their position is their row."""
 
 ASKED = b"rows_asked"
-"""File metadata: how many rows were asked, of which the file holds the answered."""
+"""File metadata: a hash of the keys that were asked, of which the file holds the answered."""
 
 
 @ray.remote(num_cpus=0)
@@ -42,12 +43,10 @@ def answer_held_out(
     """
     prompts = folder.read_table(HELD_OUT_PROMPTS)
     top_k, teacher, stream = config.evaluation.top_k, config.teacher, config.stream
-    rows = read_complete(folder, len(prompts), top_k)
+    rows = read_complete(folder, prompts, top_k)
     if rows is None:
         wish = Signal("topk", top_k)
-        calls = TeacherCalls(
-            app_name, wish, teacher.request_timeout_s, stream.max_attempts, coordinator
-        )
+        calls = TeacherCalls(app_name, wish, stream.max_attempts, coordinator)
         answers = StoredAnswers(TeacherStore(store_path), prompts["key"], wish, paying, calls)
         groups_in_flight = teacher.max_replicas * teacher.target_ongoing_requests
         rows = asyncio.run(_answer(answers, prompts, top_k, stream.group_rows, groups_in_flight))
@@ -64,14 +63,19 @@ def answer_held_out(
     return len(rows)
 
 
-def read_complete(folder: RunFolder, num_prompts: int, top_k: int) -> pa.Table | None:
+def read_complete(folder: RunFolder, prompts: pa.Table, top_k: int) -> pa.Table | None:
     """The kept rows, if they answer just these prompts with this K; else None."""
     if not folder.exists(HELD_OUT):
         return None
     rows = folder.read_table(HELD_OUT)
     asked = (rows.schema.metadata or {}).get(ASKED)
-    same = asked == str(num_prompts).encode() and rows.schema.equals(row_schema("topk", top_k))
+    same = asked == hash_of(prompts) and rows.schema.equals(row_schema("topk", top_k))
     return rows if same and len(rows) else None
+
+
+def hash_of(prompts: pa.Table) -> bytes:
+    """Names the prompts (PROMPT_SCHEMA) and their teacher, by their keys in order."""
+    return sha256(b"".join(prompts["key"].to_pylist())).hexdigest().encode()
 
 
 async def _answer(
@@ -87,7 +91,7 @@ async def _answer(
             return _join(group, said, top_k)
 
     groups = await asyncio.gather(*(ask(i) for i in range(0, len(prompts), group_rows)))
-    schema = row_schema("topk", top_k).with_metadata({ASKED: str(len(prompts)).encode()})
+    schema = row_schema("topk", top_k).with_metadata({ASKED: hash_of(prompts)})
     return pa.concat_tables(groups).cast(schema) if groups else schema.empty_table()
 
 

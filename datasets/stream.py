@@ -61,7 +61,6 @@ class StreamSpec:
     coordinator: Any
     app_name: str
     groups_in_flight: int
-    request_timeout_s: float
     store_path: str
     paying: Paying
 
@@ -90,7 +89,6 @@ class StreamSpec:
             coordinator=coordinator,
             app_name=app_name,
             groups_in_flight=teacher.max_replicas * teacher.target_ongoing_requests,
-            request_timeout_s=teacher.request_timeout_s,
             store_path=store_path,
             paying=paying,
         )

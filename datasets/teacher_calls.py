@@ -1,9 +1,10 @@
 """Asking the deployed teacher for a group of answers, whatever becomes of its replicas.
 
-A group whose replica or engine dies, or that takes too long, is asked once more elsewhere: most
-deaths are nobody's fault. Dying twice makes its rows *suspects*: they are asked one a call, and one
-at a time in this process, so that a death has one suspect. A row that was the only suspect of two
-deaths is poison: it comes back unusable, with the reason ``poison``, and the run goes on.
+A group whose replica or engine dies, or that takes a replica too long, is asked once more
+elsewhere: most deaths are nobody's fault. Dying twice makes its rows *suspects*: they are asked one
+a call, and one at a time in this process, so that a death has one suspect. A row that was the only
+suspect of two deaths is poison: it comes back unusable, with the reason ``poison``, and the run
+goes on.
 
 *Waits for* the teacher, also for its next replica. *Unblocked by* its answers or its errors.
 """
@@ -37,12 +38,9 @@ class TeacherCalls:
     store has none, and lets it go when they are; None where it runs throughout.
     """
 
-    def __init__(
-        self, app_name: str, signal: Signal, timeout_s: float, max_attempts: int, coordinator: Any
-    ) -> None:
+    def __init__(self, app_name: str, signal: Signal, max_attempts: int, coordinator: Any) -> None:
         self._app_name = app_name
         self._signal = signal
-        self._timeout_s = timeout_s
         self._max_attempts = max_attempts
         self._coordinator = coordinator
         self._handle: Any = None
@@ -93,8 +91,8 @@ class TeacherCalls:
         handle = await self._teacher()
         for attempt in range(1, self._max_attempts + 1):
             try:
-                call = self._call(handle, method, rows)
-                answers = await asyncio.wait_for(call, self._timeout_s)
+                call = getattr(handle, method)
+                answers = await call.remote(rows, self._signal.kind, self._signal.width)
             except Exception as error:
                 if is_death(error):
                     logger.warning("%s: %r", what, error)
@@ -116,14 +114,6 @@ class TeacherCalls:
             "folder, or raise stream.max_attempts"
         ) from last
 
-    async def _call(self, handle: Any, method: str, rows: pa.Table) -> pa.Table:
-        response = getattr(handle, method).remote(rows, self._signal.kind, self._signal.width)
-        try:
-            return await response
-        except asyncio.CancelledError:  # Timed out: the replica need not go on with it.
-            response.cancel()
-            raise
-
     async def _teacher(self) -> Any:
         life = 0 if self._coordinator is None else await self._coordinator.want_teacher.remote()
         async with self._starting:
@@ -141,10 +131,14 @@ def unusable_answers(rows: int, reason: str, signal: Signal) -> pa.Table:
 
 
 def is_death(error: BaseException) -> bool:
-    """Whether a question may have cost its replica: replica, engine or node gone, or no answer."""
+    """Whether a question may have cost its replica: replica, engine or node gone, or no answer.
+
+    A replica gives up by itself after ``teacher.request_timeout_s``: only it knows when a group's
+    turn came. One that cannot even do that fails its health check, and Serve replaces it.
+    """
     if isinstance(error, RayTaskError):  # Raised by the teacher's own code in a live replica.
-        return type(error.cause).__name__ == "EngineDeadError"
-    return isinstance(error, (TimeoutError, RayActorError, ObjectLostError))
+        return type(error.cause).__name__ in ("EngineDeadError", "TimeoutError")
+    return isinstance(error, (RayActorError, ObjectLostError))
 
 
 def is_absence(error: BaseException) -> bool:

@@ -120,7 +120,9 @@ class TeacherConfig(ConfigModel):
         {}, description="Labels of the nodes that replicas may run on, e.g. {role: teacher}."
     )
     request_timeout_s: float = operational(
-        600.0, gt=0, description="Longest wait for one group's answers, seconds."
+        600.0,
+        gt=0,
+        description="Longest time a replica may take for one group's answers, seconds.",
     )
     startup_timeout_s: float = operational(
         1800.0, gt=0, description="Longest wait for the first replica, seconds."

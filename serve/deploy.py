@@ -13,7 +13,9 @@ from typing import Any
 import ray
 from ray import serve
 
+from raystill.cluster import connect
 from raystill.cluster.config import RunConfig
+from raystill.cluster.model_source import ModelSource
 from raystill.cluster.placement import add_up, describe, teacher_bundles
 from raystill.cluster.problems import RunError
 from raystill.cluster.wording import plural
@@ -55,7 +57,7 @@ def deploy_teacher(
 
     Args:
         config: The run's configuration.
-        model_folder: The teacher's folder; a node that lacks it loads ``teacher.model`` itself.
+        model_folder: The teacher's folder here; a node that lacks it fetches the same from the Hub.
         coordinator: Handle of the coordinator actor that gets the counters, or None.
         logs: Folder of ``teacher-<n>.log``, or None to leave output with Ray's own logs.
     """
@@ -64,7 +66,7 @@ def deploy_teacher(
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0 or config.teacher.accelerator_type
     settings = ReplicaSettings(
         config=config,
-        model_folder=model_folder,
+        model=ModelSource.of(config.teacher.model, model_folder),
         coordinator=coordinator,
         logs=None if logs is None else str(logs),
         gpus=_gpus(config, bool(has_gpus)),
@@ -186,9 +188,12 @@ def end_teacher() -> None:
 
 
 def shutdown_teacher() -> None:
-    """End the teacher's replicas, and Serve itself where nobody else uses it."""
+    """End the teacher's replicas; Serve itself on a cluster of this process's own alone.
+
+    On another, a run beside this one may be about to deploy its teacher, or have let it go.
+    """
     end_teacher()
-    if not serve.status().applications:
+    if connect.is_own_cluster():
         serve.shutdown()
 
 

@@ -9,9 +9,7 @@ import asyncio
 import itertools
 import json
 import os
-import time
-from collections.abc import Awaitable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,9 +20,11 @@ from numpy.typing import NDArray
 
 from raystill.cluster.config import RunConfig
 from raystill.cluster.logs import redirect_output, run_name
+from raystill.cluster.model_source import ModelSource, Weights
 from raystill.cluster.placement import share_of_cores, teacher_cores
 from raystill.datasets.stored_answers import ENGINE
 from raystill.serve.answers import Answer, answers_table
+from raystill.serve.busy_clock import BusyClock
 from raystill.serve.engine_arguments import EngineSettings, label_replica, prepare_process
 from raystill.serve.identity import identity_of
 from raystill.serve.sampling import ResolvedSampling, resolve_sampling
@@ -58,42 +58,11 @@ class ReplicaSettings:
     """Everything a replica is told. ``logs`` is None where output stays with Ray's own logs."""
 
     config: RunConfig
-    model_folder: str
+    model: ModelSource
     coordinator: Any
     logs: str | None
     gpus: int
     replicas_per_node: int
-
-
-class BusyClock:
-    """Wall time during which at least one group was in flight."""
-
-    def __init__(self) -> None:
-        self._in_flight = 0
-        self._since = 0.0
-        self._busy_s = 0.0
-
-    @contextmanager
-    def group(self) -> Iterator[None]:
-        """Marks one group in flight."""
-        if self._in_flight == 0:
-            self._since = time.monotonic()
-        self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-            if self._in_flight == 0:
-                self._busy_s += time.monotonic() - self._since
-
-    def take(self) -> float:
-        """Busy seconds since the last call."""
-        now = time.monotonic()
-        if self._in_flight:
-            self._busy_s += now - self._since
-            self._since = now
-        taken, self._busy_s = self._busy_s, 0.0
-        return taken
 
 
 class Teacher:
@@ -113,9 +82,11 @@ class Teacher:
             label_replica(run_name(str(Path(settings.logs).parent)), number)
         self._busy = BusyClock()
         self._identity: str | None = None
-        teacher, folder = settings.config.teacher, settings.model_folder
-        self._sampling = resolve_sampling(teacher, folder)
-        self._engine = build_engine(settings, self._sampling, number, number_on_node)
+        teacher = settings.config.teacher
+        weights: Weights = "none" if teacher.engine == "synthetic" else "all"
+        self._folder = await asyncio.to_thread(settings.model.on_this_node, weights)
+        self._sampling = resolve_sampling(teacher, self._folder)
+        self._engine = build_engine(settings, self._folder, self._sampling, number, number_on_node)
         await self._engine.start()
 
     async def sample(self, prompts: pa.Table, kind: str, width: int) -> pa.Table:
@@ -142,8 +113,8 @@ class Teacher:
     async def identity(self) -> str:
         """The teacher's identity, worked out from the files this replica has loaded."""
         if self._identity is None:
-            teacher, folder = self._settings.config.teacher, self._settings.model_folder
-            self._identity = await asyncio.to_thread(identity_of, teacher, folder)
+            teacher = self._settings.config.teacher
+            self._identity = await asyncio.to_thread(identity_of, teacher, self._folder)
         return self._identity
 
     async def info(self) -> dict[str, Any]:
@@ -195,9 +166,10 @@ class Teacher:
         self, kind: str, width: int, asked: Awaitable[list[Answer]]
     ) -> tuple[pa.Table, list[Answer]]:
         """What the engine says, as Arrow and as it came."""
+        limit = self._settings.config.teacher.request_timeout_s
         with self._busy.group():
             try:
-                answers = await asked
+                answers = await asyncio.wait_for(asked, limit)
             except Exception as error:
                 self._exit_if_engine_died(error)
                 raise
@@ -229,9 +201,16 @@ class Teacher:
 
 
 def build_engine(
-    settings: ReplicaSettings, sampling: ResolvedSampling, number: int, number_on_node: int
+    settings: ReplicaSettings,
+    folder: str,
+    sampling: ResolvedSampling,
+    number: int,
+    number_on_node: int,
 ) -> Engine:
-    """The configured engine, in a process prepared for it."""
+    """The configured engine, in a process prepared for it; ``folder``: the model's, on this node.
+
+    Pipeline stages may lie on other nodes: each finds the model by its name, at the same commit.
+    """
     config = settings.config
     teacher = config.teacher
     if teacher.engine == "synthetic":
@@ -243,14 +222,15 @@ def build_engine(
             teacher_cores(config, available), number_on_node, settings.replicas_per_node
         )
     prepare_process(cores)
-    folder_is_here = os.path.isdir(settings.model_folder)
-    if folder_is_here:
+    by_name = cores is None and teacher.pipeline_parallel_size > 1 and settings.model.commit
+    if not by_name:
         os.environ["HF_HUB_OFFLINE"] = "1"
     root_seed = config.section_seeds()["engine"] if teacher.seed is None else teacher.seed
     return VllmEngine(
         EngineSettings(
             teacher=teacher,
-            model=settings.model_folder if folder_is_here else teacher.model,
+            model=settings.model.name if by_name else folder,
+            revision=settings.model.commit if by_name else None,
             sampling=sampling,
             seed=root_seed + number,  # replicas must not draw the same numbers
             max_top_k=max(config.signal.top_k, config.evaluation.top_k),

@@ -96,7 +96,8 @@ class ObedientTeacher:
                 await self.changed.wait_for(lambda: self.finished >= NUM_BEFORE_LAST)
             await asyncio.sleep(1.0)  # Ray Data passes on in order what it finds ready in one look.
         if HANGS in behaviours:
-            await asyncio.sleep(60)
+            await asyncio.sleep(0.3)
+            raise TimeoutError  # As a replica does after teacher.request_timeout_s.
         if BROKEN in behaviours:
             raise ValueError("a mistake in the teacher")
         if FAILS_ONCE in behaviours and first_row not in self.failed:
@@ -210,7 +211,6 @@ class Run:
         self.bound = bound or ROWS_PER_STEP + 2 * world_size * GROUP_ROWS
         self.ledger = Ledger(self.num_rows)
         drop_fraction = settings.pop("max_drop_fraction", 0.0)
-        timeout_s = settings.pop("request_timeout_s", 30.0)
         self.name = name = f"test-{time.monotonic_ns()}"
         self.coordinator = start_coordinator(name, self.bound, self.num_rows, drop_fraction)
         prompts, given = f"{name}.parquet", settings.pop("given", None)
@@ -229,7 +229,6 @@ class Run:
             coordinator=self.coordinator,
             app_name=APP,
             groups_in_flight=32,
-            request_timeout_s=timeout_s,
             store_path=str(folder / store),
             paying=Paying(name, "training", "teacher", "obedient"),
         )

@@ -368,6 +368,29 @@ def test_a_terminated_run_names_the_command_that_resumes_and_exits_with_143(
         "Stopped after step 7; resume with:\n"
         "  python driver.py run sound.yaml --set training.rows_per_step=2\n"
     )
+    spaced = ["--set", "teacher.cpu_cores=[0, 1]", "--skip-probe"]
+    assert driver.main(["run", run_file, "--set", "training.rows_per_step=2", *spaced]) == 143
+    assert capsys.readouterr().out.endswith(" --set 'teacher.cpu_cores=[0, 1]' --skip-probe\n")
+
+
+def test_a_resumed_run_goes_on_with_the_teacher_it_began_with(
+    run_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raystill.cluster import job
+    from raystill.cluster.prepared import Prepared
+
+    monkeypatch.setattr(job, "connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(job, "check_on_cluster", lambda _: ["the end of this test"])
+    checked = driver.check_run_file(run_file)
+    job.write_folder(checked.config, checked.folder, checked.prepared)
+    capsys.readouterr()
+    assert driver.main(["run", run_file]) == 2
+    assert "the end of this test" in capsys.readouterr().err
+    monkeypatch.setattr(Prepared, "teacher_identity", "another")
+    assert driver.main(["run", run_file]) == 2
+    told = capsys.readouterr().err
+    assert "are not those that" in told and "teacher_identity was" in told and "another" in told
+    assert "the end of this test" not in told
 
 
 @pytest.mark.ray

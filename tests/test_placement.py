@@ -82,6 +82,17 @@ def test_a_replica_on_a_cpu_node_has_one_bundle() -> None:
     assert placement.teacher_bundles(parallel, has_gpus=False) == [{"CPU": 1.0, "teacher": 1.0}]
 
 
+def test_a_replica_without_pipeline_stages_needs_one_node_for_all_its_gpus() -> None:
+    four = {"tensor_parallel_size": 4}
+    pairs = [Node({"CPU": 8.0, "GPU": 2.0}) for _ in range(3)]
+    (problem,) = require_nodes(config(teacher=four), pairs)
+    assert "a teacher replica that asks for CPU: 4, GPU: 4" in problem.message
+    whole = [*pairs, Node({"CPU": 8.0, "GPU": 4.0})]
+    assert require_nodes(config(teacher=four), whole) == []
+    staged = config(teacher={"tensor_parallel_size": 2, "pipeline_parallel_size": 2})
+    assert require_nodes(staged, pairs) == []
+
+
 def test_the_synthetic_teacher_takes_no_gpu() -> None:
     synthetic = config(teacher={"engine": "synthetic"})
     assert placement.teacher_bundles(synthetic, has_gpus=True) == [{"CPU": 1.0}]

@@ -214,11 +214,11 @@ def test_a_new_attempt_asks_only_for_what_the_ledger_lacks(workers, tmp_path):
     assert second.snapshot["ahead"] == 0
 
 
-def ask(*prompts, timeout_s=30.0):
+def ask(*prompts):
     from raystill.datasets.teacher_calls import TeacherCalls
 
     async def sample():
-        calls = TeacherCalls(rig.APP, Signal("text"), timeout_s, 2, None)
+        calls = TeacherCalls(rig.APP, Signal("text"), 2, None)
         return await calls.sample(pa.array(prompts, pa.list_(pa.int32())))
 
     return asyncio.run(sample())
@@ -231,7 +231,7 @@ def test_a_dead_engine_is_asked_again_and_a_mistake_is_passed_on(teacher):
 
 
 def test_a_row_that_hangs_the_teacher_each_time_is_poison_and_the_others_are_answered(teacher):
-    answers = ask([PLAIN, 7], [rig.HANGS, 8], [PLAIN, 9], timeout_s=0.3)
+    answers = ask([PLAIN, 7], [rig.HANGS, 8], [PLAIN, 9])
     assert answers["response_ids"].to_pylist() == [[7, 1], [], [9, 1]]
     assert answers["error"].to_pylist() == [None, "poison", None]
     assert b"obedient" in answers.schema.metadata[ENGINE]
@@ -239,8 +239,7 @@ def test_a_row_that_hangs_the_teacher_each_time_is_poison_and_the_others_are_ans
 
 def test_a_poison_row_is_dropped_once_and_not_asked_in_the_next_epoch(workers, tmp_path):
     behaviours = [PLAIN] * 12 + [rig.HANGS] + [PLAIN] * 11
-    settings = {"request_timeout_s": 0.5, "max_drop_fraction": 0.1}
-    run = Run(tmp_path, behaviours, "fixed", 1, **settings)
+    run = Run(tmp_path, behaviours, "fixed", 1, max_drop_fraction=0.1)
     first = run.stream(workers)
     assert len(first.positions) == 23
     assert first.snapshot["dropped"] == {"poison": 1}
@@ -302,13 +301,13 @@ def test_given_responses_are_scored_where_a_signal_is_wished(
     assert all(set(t["finish_reason"].to_pylist()) == {"stop"} for t in streamed.tables)
 
 
-def stored_answers(place, rows, kind, timeout_s=30.0):
+def stored_answers(place, rows, kind):
     """The answers of so many rows; what it knows of the store it has from now."""
     from raystill.datasets.stored_answers import StoredAnswers
     from raystill.datasets.teacher_calls import TeacherCalls
 
     keys = pa.chunked_array([pa.array([row.to_bytes(16, "big") for row in range(rows)])])
-    calls = TeacherCalls(rig.APP, Signal(kind, TOP_K), timeout_s, 2, None)
+    calls = TeacherCalls(rig.APP, Signal(kind, TOP_K), 2, None)
     paying = Paying("run", "training", "teacher", "obedient")
     return StoredAnswers(TeacherStore(str(place)), keys, Signal(kind, TOP_K), paying, calls)
 
@@ -391,3 +390,7 @@ def test_held_out_rows_are_answered_once_and_kept(teacher, tmp_path):
     assert counters == {"evaluation_rows_dropped": 1}
     paid = rows_paid_for(TeacherStore(store).catalogue(), "run")
     assert paid == {"training": Paid(), "evaluation": Paid(16, 4)}
+    # As many others are not the same: they are asked.
+    rig.write_prompts(folder, HELD_OUT_PROMPTS, [PLAIN] * 21, [[90 + r, 1] for r in range(21)])
+    assert ray.get(answer_held_out.remote(*arguments)) == 21
+    assert folder.read_table(HELD_OUT)["response_ids"].to_pylist()[3] == [93, 1]

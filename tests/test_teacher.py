@@ -11,7 +11,9 @@ import pyarrow as pa
 import pytest
 
 from raystill.cluster.config import RunConfig
+from raystill.cluster.model_source import ModelSource
 from raystill.datasets.schema import answer_schema
+from raystill.serve.busy_clock import BusyClock
 from raystill.serve.engine_arguments import (
     EngineSettings,
     engine_argument_problems,
@@ -19,7 +21,7 @@ from raystill.serve.engine_arguments import (
 )
 from raystill.serve.sampling import resolve_sampling
 from raystill.serve.synthetic_engine import SyntheticEngine
-from raystill.serve.teacher import BusyClock, ReplicaSettings, Teacher, ids_of
+from raystill.serve.teacher import ReplicaSettings, Teacher, ids_of
 
 VOCAB = 40
 TOKENS = 12
@@ -144,7 +146,8 @@ class Counters:
 def test_a_replica_answers_in_order_and_reports_what_it_did() -> None:
     async def answer() -> tuple[pa.Table, Counters]:
         counters = Counters()
-        settings = ReplicaSettings(run_config(), "nowhere", counters, None, 0, 1)
+        source = ModelSource("nowhere", "nowhere")
+        settings = ReplicaSettings(run_config(), source, counters, None, 0, 1)
         replica = object.__new__(Teacher)
         await replica.__init__(settings, rank=(0, 0))  # type: ignore[misc]
         await replica.check_health()
@@ -155,6 +158,19 @@ def test_a_replica_answers_in_order_and_reports_what_it_did() -> None:
     (seen,) = counters.seen
     assert seen["teacher_rows"] == 3 and seen["teacher_busy_s"] > 0
     assert seen["teacher_prompt_tokens"] == 7 and seen["teacher_response_tokens"] == 3 * TOKENS
+
+
+def test_a_replica_gives_up_on_a_group_that_takes_too_long() -> None:
+    async def answer() -> None:
+        slow = {"vocab_size": VOCAB, "response_tokens": TOKENS, "delay_s": 30.0}
+        config = run_config(synthetic=slow, request_timeout_s=0.1)
+        replica = object.__new__(Teacher)
+        settings = ReplicaSettings(config, ModelSource("nowhere", "nowhere"), None, None, 0, 1)
+        await replica.__init__(settings, rank=(0, 0))  # type: ignore[misc]
+        await replica.sample(prompt_table(PROMPTS), "topk", 8)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(answer())
 
 
 def assert_contract(table: pa.Table, kind: str, top_k: int) -> None:

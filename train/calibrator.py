@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from raystill.cluster.config import RunConfig
+from raystill.cluster.model_source import ModelSource
 from raystill.cluster.problems import RunError
 from raystill.datasets.signal import Signal
 from raystill.datasets.signal_bytes import bytes_per_token
@@ -33,14 +34,17 @@ class Calibrator:
     """Compares signals in float32 on the answers of one teacher. ``load`` comes first."""
 
     def __init__(
-        self, config: RunConfig, teacher_folder: str, rows: pa.Table, num_positions: int
+        self, config: RunConfig, teacher: ModelSource, rows: pa.Table, num_positions: int
     ) -> None:
         """rows: `datasets.schema.row_schema` of ``hidden``."""
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             torch.set_num_threads(len(os.sched_getaffinity(0)))
         self._device = torch.device("cuda" if on_gpu else "cpu")
-        self._config, self._teacher_folder = config, teacher_folder
+        self._config = config
+        self._teacher_folder = teacher.on_this_node(
+            "all" if config.student.init == "from_teacher" else "head"
+        )
         seed = config.section_seeds()["evaluation"]
         self._picked = pick(
             rows_from_table(rows.combine_chunks()), num_positions, POSITIONS_PER_ROW, seed

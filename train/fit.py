@@ -18,6 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raystill.cluster.config import RunConfig
+from raystill.cluster.model_source import ModelSource
 from raystill.cluster.placement import CPU_STUDENT_ENVIRONMENT, student_resources
 from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import CHECKPOINTS, RunFolder, no_space_left
@@ -41,9 +42,9 @@ def fit(
 ) -> dict[str, Any]:
     """Train the student to the end of its rows, or to an orderly stop.
 
-    ``teacher_folder`` is a local folder that every worker's node can read. ``loop`` is what each
-    worker runs. A worker that dies is restarted with its group, from the last checkpoint, up to
-    ``training.max_failures`` times; what its code raises as RunError is final. Returns the
+    ``teacher_folder`` is on this machine; a node that lacks it fetches the same. ``loop`` is what
+    each worker runs. A worker that dies is restarted with its group, from the last checkpoint, up
+    to ``training.max_failures`` times; what its code raises as RunError is final. Returns the
     coordinator's snapshot. Raises RunError with the first reason a part of the run stopped for.
     """
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
@@ -53,7 +54,7 @@ def fit(
         "folder": folder,
         "num_rows": spec.num_rows,
         "coordinator": coordinator,
-        "teacher_folder": os.path.abspath(teacher_folder),
+        "teacher": ModelSource.of(config.teacher.model, teacher_folder),
         "app_name": spec.app_name,
     }
     if why := mend_register(folder):

@@ -142,6 +142,7 @@ def _generate_batch(
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
         generation_config=_generation_config(settings, stops),
+        synced_gpus=False,  # Every rank has all weights, and as many passes as its own rows need.
     )
     return [_until_stop(ids, set(stops)) for ids in output[:, width:].tolist()]
 

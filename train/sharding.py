@@ -99,6 +99,10 @@ def whole_weights(module: StudentModule) -> Iterator[None]:
         for index, part in enumerate(parts):
             part.reshard()
             part.set_reshard_after_forward(index > 0, recurse=False)
+        if parts:
+            # FSDP fetches ahead by the order of past passes, which here were each rank's own: its
+            # next backward pass would gather on some ranks what others do not.
+            parts[0].reset_iter_state()
 
 
 def _parts(module: nn.Module) -> list[FSDPModule]:

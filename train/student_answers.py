@@ -31,9 +31,8 @@ def score_answers(
 
     Empty answers, and such as the teacher cannot read, are left out. RunError as `TeacherCalls`.
     """
-    teacher, attempts = config.teacher, config.stream.max_attempts
     wish = Signal("topk", config.evaluation.top_k)
-    calls = TeacherCalls(app_name, wish, teacher.request_timeout_s, attempts, coordinator)
+    calls = TeacherCalls(app_name, wish, config.stream.max_attempts, coordinator)
     written = [(row, ids) for row, ids in written if ids]
     groups = [written[i : i + GROUP_ROWS] for i in range(0, len(written), GROUP_ROWS)]
 

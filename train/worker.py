@@ -20,6 +20,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from raystill.cluster.config import RunConfig
 from raystill.cluster.logs import say_where
+from raystill.cluster.model_source import ModelSource, student_needs
 from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.plan import num_steps
 from raystill.datasets.stream import iterate_groups
@@ -57,7 +58,7 @@ class Job:
     folder: RunFolder
     num_rows: int
     coordinator: Any
-    teacher_folder: str
+    teacher: ModelSource
     app_name: str
 
 
@@ -91,16 +92,17 @@ class Worker:
         self.job, self.config, self.coordinator = job, job.config, job.coordinator
         self.ranks = Ranks(context.get_world_rank(), context.get_world_size())
         self.device = settle_process(job.config, job.folder, context)
+        self.teacher_folder = job.teacher.on_this_node(student_needs(job.config))
         self.student = self._build_student()
         self.optimizer = build_optimizer(self.student, self.config.training)
-        self.vocab = model_files.num_outcomes(self.student.model, job.teacher_folder)
-        self.sampling = resolve_sampling(self.config.teacher, job.teacher_folder)
+        self.vocab = model_files.num_outcomes(self.student.model, self.teacher_folder)
+        self.sampling = resolve_sampling(self.config.teacher, self.teacher_folder)
         training, evaluation = self.config.training, self.config.evaluation
         self.total_steps = num_steps(job.num_rows, training.rows_per_step) * training.epochs
         self.measurer = Measurer(
             self.config,
             job.folder,
-            job.teacher_folder,
+            self.teacher_folder,
             self.sampling,
             module=self.student,
             student_vocab=self.vocab,
@@ -224,7 +226,7 @@ class Worker:
         self.phase("saving the student")
         job, model, first = self.job, self.student.model, self.ranks.first
         model_files.export_student(
-            model, job.folder, self.config, job.teacher_folder, self.sampling, first=first
+            model, job.folder, self.config, self.teacher_folder, self.sampling, first=first
         )
 
     def leave(self, outcome: str) -> None:
@@ -261,12 +263,12 @@ class Worker:
 
     def _build_student(self) -> StudentModule:
         training, seeds = self.config.training, self.config.section_seeds()
-        model = model_files.build_student(self.config, self.job.teacher_folder, seeds["student"])
+        model = model_files.build_student(self.config, self.teacher_folder, seeds["student"])
         return place_student(model, training, self.device, self.ranks.world_size)
 
     def _build_step(self) -> GlobalStep:
         training, world_size = self.config.training, self.ranks.world_size
-        dtype, folder = self.student.compute_dtype, self.job.teacher_folder
+        dtype, folder = self.student.compute_dtype, self.teacher_folder
         return GlobalStep(
             parallel_module(self.student, self.device, world_size, training.compile),
             self.optimizer,

@@ -1,0 +1,61 @@
+"""One driver a run: the second is told who has it, and what was lost frees the run."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raystill.cluster import claim
+from raystill.cluster.problems import RunError
+from raystill.cluster.run_folder import RunFolder
+
+HOLDER = """
+import sys, time
+from raystill.cluster.claim import claimed
+from raystill.cluster.run_folder import RunFolder
+with claimed(RunFolder(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_folder_has_one_driver_until_that_ends_however_it_ends(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    with claim.claimed(folder):
+        pass
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, folder.path], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(RunError, match=f"under way in process {holder.pid} on .*SIGINT"),
+            claim.claimed(folder),
+        ):
+            raise AssertionError("two drivers on one folder")
+    finally:
+        holder.kill()
+        holder.wait()
+    with claim.claimed(folder):
+        assert "under way" not in (tmp_path / "run" / claim.LOCK).read_text()
+
+
+def test_a_name_that_is_taken_is_waited_for_and_then_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "POLL_S", 0.0)
+    tries = []
+
+    def start() -> str:
+        tries.append(1)
+        if len(tries) < 3:
+            raise ValueError("the name is taken")
+        return "coordinator"
+
+    folder = RunFolder(str(tmp_path))
+    assert claim.only_one(start, folder) == "coordinator"
+    monkeypatch.setattr(claim, "NAME_WAIT_S", -1.0)
+    tries.clear()
+    with pytest.raises(RunError, match="another driver on this cluster"):
+        claim.only_one(start, folder)
