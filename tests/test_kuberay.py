@@ -110,6 +110,17 @@ def test_pods_go_to_the_instance_types_of_the_cluster_file(
         assert float(asked["requests"]["cpu"]) <= machine["resources"]["CPU"]
 
 
+def test_pods_ask_for_nearly_the_disk_of_the_cluster_file(
+    manifest: dict[str, Any], machines: dict[str, Any]
+) -> None:
+    groups = {group["groupName"]: group for group in manifest["spec"]["workerGroupSpecs"]}
+    for name, group in {"head": manifest["spec"]["headGroupSpec"], **groups}.items():
+        (container,) = group["template"]["spec"]["containers"]
+        asked = container["resources"]["requests"]["ephemeral-storage"]
+        (disk,) = machines[name]["node_config"]["BlockDeviceMappings"]
+        assert 0.85 <= float(asked.removesuffix("Gi")) / disk["Ebs"]["VolumeSize"] < 1
+
+
 def test_the_run_file_fits_on_the_pods(derived: dict[str, Any]) -> None:
     from raystill.cluster import placement
     from raystill.cluster.config import RunConfig
