@@ -12,35 +12,110 @@ from raystill.cluster.problems import RunError
 from raystill.cluster.redact import redact
 from raystill.datasets.segment import Origin
 from raystill.datasets.store import TeacherStore
-from raystill.datasets.store_upkeep import compact, prune, verify
+from raystill.datasets.store_upkeep import Refused, compact, prune, verify
+from raystill.datasets.stored_bytes import DamagedSegment, NewerSegment, UnreadableSegment
 
 EXIT_DAMAGED = 1
+EXIT_UNREADABLE = 3  # 2 is a command that was refused.
+EXIT_NEWER = 4
+
+KINDS = (
+    (
+        DamagedSegment,
+        EXIT_DAMAGED,
+        "damaged",
+        "read, and not what was written; a run that needs their rows asks for them again, and "
+        "'store prune' removes them",
+    ),
+    (
+        UnreadableSegment,
+        EXIT_UNREADABLE,
+        "unreadable",
+        "their bytes do not come just now; they may be sound, and are never removed: see to the "
+        "connection, the disk and the rights, and run this again",
+    ),
+    (
+        NewerSegment,
+        EXIT_NEWER,
+        "of a newer version",
+        "they are not used here, and are never removed: use the version that wrote them, or a "
+        "later one",
+    ),
+)
+"""Kinds of segments that cannot be used: class, exit status, words, what to do. The worst first."""
 
 
 def store_command(action: str, path: str, teacher: str | None = None, dry_run: bool = False) -> int:
-    """Run one of list, verify, compact, prune on the store at ``path``; the exit status."""
+    """Run one of list, verify, compact, prune on the store at ``path``; the exit status.
+
+    ``verify``: of the worst kind there is; ``prune``: of the worst that it left. Raises RunError.
+    """
     store = TeacherStore(path)
-    if not store.folder.exists():
-        raise RunError(f"there is no teacher store at {store.path}; name one, as a run printed it")
-    if action == "list":
-        return _list(store)
-    if action == "compact":
-        done = compact(store, _progress("compacting"))
-        print(
-            f"{wording.plural(done.merged, 'segment')} merged into {done.into}, "
-            f"{wording.plural(done.duplicates, 'duplicate row')} left out"
+    try:
+        if not store.folder.exists():
+            raise RunError(
+                f"there is no teacher store at {store.path}; name one, as a run printed it"
+            )
+        if action == "list":
+            return _list(store)
+        if action == "compact":
+            return _compact(store)
+        return _verify(store) if action == "verify" else _prune(store, teacher, dry_run)
+    except BrokenPipeError:  # Whoever read what is printed has left.
+        raise
+    except OSError as error:
+        raise RunError(
+            f"the teacher store {store.path} could not be looked through or changed ({error}); see "
+            "to the connection, the disk and the rights, and run this again: nothing is lost by it"
+        ) from error
+
+
+def _verify(store: TeacherStore) -> int:
+    refused = verify(store, _progress("verifying"))
+    status = _tell(refused)
+    damaged = sum(isinstance(error, DamagedSegment) for error in refused.values())
+    print(
+        f"{wording.plural(len(store.names()), 'segment')}, {damaged} damaged"
+        + "".join(
+            f", {number} {words}"
+            for kind, _, words, _ in KINDS[1:]
+            if (number := sum(isinstance(error, kind) for error in refused.values()))
         )
-        return 0
-    damaged = verify(store, _progress("verifying"))
-    for why in damaged.values():
-        print(redact(f"  - {why}"))
-    if action == "prune":
-        names = prune(store, damaged, teacher, dry_run)
-        said = "would be removed" if dry_run else "removed"
-        print(f"{wording.plural(len(names), 'file')} {said}")
-        return 0
-    print(f"{wording.plural(len(store.names()), 'segment')} read, {len(damaged)} damaged")
-    return EXIT_DAMAGED if damaged else 0
+    )
+    return status
+
+
+def _prune(store: TeacherStore, teacher: str | None, dry_run: bool) -> int:
+    refused = verify(store, _progress("verifying"))
+    _tell({n: error for n, error in refused.items() if isinstance(error, DamagedSegment)})
+    pruned = prune(store, refused, teacher, dry_run)
+    status = _tell(pruned.refused)
+    said = "would be removed" if dry_run else "removed"
+    print(f"{wording.plural(len(pruned.files), 'file')} {said}")
+    return status
+
+
+def _compact(store: TeacherStore) -> int:
+    done = compact(store, _progress("compacting"))
+    _tell(done.refused)
+    print(
+        f"{wording.plural(done.merged, 'segment')} merged into {done.into}, "
+        f"{wording.plural(done.duplicates, 'duplicate row')} left out"
+    )
+    return 0
+
+
+def _tell(refused: Refused) -> int:
+    """Name segments that cannot be used, kind by kind, with what to do; the exit status."""
+    status = 0
+    for kind, code, words, remedy in KINDS:
+        told = [error for error in refused.values() if isinstance(error, kind)]
+        if told:
+            print(f"{wording.plural(len(told), 'segment')} {words} ({remedy}):")
+            status = status or code
+        for error in told:
+            print(redact(f"  - {error}"))
+    return status
 
 
 def _list(store: TeacherStore) -> int:
@@ -73,8 +148,7 @@ def _list(store: TeacherStore) -> int:
         f"{wording.count(catalogue.rows)} rows, of which duplicates "
         f"{wording.count(catalogue.duplicates)}; refused segments {len(catalogue.refused)}"
     )
-    for why in catalogue.refused.values():
-        print(redact(f"  - {why}"))
+    _tell(catalogue.refused)
     return 0
 
 

@@ -2,8 +2,9 @@
 
 A segment holds whole groups, one Parquet row group each. Its footer names the teacher, the signal
 and, for every group, the run that paid for it, its rows and a checksum of each column. So a reader
-verifies exactly what it reads, and damage is told apart from an answer. Segments are shared between
-runs: row numbers, positions and epochs are not in them.
+verifies exactly what it reads, and damage is told apart from an answer, from bytes that do not come
+and from what a newer version wrote. Segments are shared between runs: row numbers, positions and
+epochs are not in them.
 
 Imports neither Ray nor torch. Nothing in a segment is ever unpickled.
 """
@@ -14,30 +15,28 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raystill.datasets.schema import KEY_BYTES, SCHEMA_VERSION, TOKEN_IDS, signal_fields
 from raystill.datasets.signal import Signal
+from raystill.datasets.stored_bytes import (
+    DamagedSegment,
+    NewerSegment,
+    UnreadableSegment,
+    UnusableSegment,
+    WatchedSource,
+)
+from raystill.datasets.stored_checksum import CHECKSUM_BYTES, checksum
 
 FOOTER = b"raystill.segment"
-CHECKSUM_BYTES = 8
 AFTER_FINAL_NORM = "after the final norm"
 COMPRESSION = "zstd"
 COMPRESSION_LEVEL = 1
 
-Damage = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError)
-"""What reading a file that is not a sound segment may raise."""
-
-
-class DamagedSegment(Exception):
-    """A segment that cannot be trusted: torn, altered, gone, or not one at all; ``why`` says."""
-
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(f"segment {name}: {why}")
-        self.name = name
+Damage = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError)
+"""What reading a file that is not a sound segment may raise (or a sound one, out of reach)."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,11 @@ def segment_name(keys: Sequence[bytes], signal: Signal) -> str:
     return f"{name.hexdigest()}.parquet"
 
 
+def beside(name: str) -> str:
+    """Another name for the rows of ``name``, whose file must not be replaced; always the same."""
+    return f"{blake2b(name.encode(), digest_size=16).hexdigest()}.parquet"
+
+
 def encode(origin: Origin, groups: Sequence[tuple[Group | Payer, pa.Table]]) -> bytes:
     """A segment's bytes. Each group comes with its ``Group``, or with its ``Payer`` if new."""
     schema = segment_schema(origin.signal)
@@ -160,20 +164,26 @@ def encode(origin: Origin, groups: Sequence[tuple[Group | Payer, pa.Table]]) -> 
 
 
 class SegmentFile:
-    """An open segment. Every method raises DamagedSegment where the file cannot be trusted."""
+    """An open segment. Every method raises UnusableSegment where it cannot vouch for the file:
+    DamagedSegment, UnreadableSegment or NewerSegment.
+    """
 
     def __init__(self, source: pa.NativeFile, name: str) -> None:
         self.name = name
         try:
-            self._file = pq.ParquetFile(source, page_checksum_verification=True)
-            self.footer = _footer(self._file.schema_arrow.metadata or {})
+            self._source = WatchedSource(source)
+        except OSError as error:
+            raise UnreadableSegment(name, _reason(error)) from error
+        try:
+            self._file = pq.ParquetFile(self._source, page_checksum_verification=True)
+            self.footer = _footer(self._file.schema_arrow.metadata or {}, name)
             metadata = self._file.metadata
             found = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            expected = [group.rows for group in self.footer.groups]
+            if found != expected:
+                raise ValueError(f"it has groups of {found} rows, expected {expected}")
         except Damage as error:
-            raise DamagedSegment(name, _reason(error)) from error
-        expected = [group.rows for group in self.footer.groups]
-        if found != expected:
-            raise DamagedSegment(name, f"it has groups of {found} rows, expected {expected}")
+            raise self._refusal(error) from error
 
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         """Columns of one group, their checksums verified."""
@@ -181,14 +191,23 @@ class SegmentFile:
             rows = self._file.read_row_group(group, list(columns)).combine_chunks()
             told = self.footer.groups[group]
             wrong = [n for n in columns if checksum(rows[n]) != told.checksums[n]]
+            if wrong or len(rows) != told.rows:
+                raise ValueError(f"{', '.join(wrong) or 'its row count'} is not what was written")
         except Damage as error:
-            raise DamagedSegment(self.name, f"group {group}: {_reason(error)}") from error
-        if wrong or len(rows) != told.rows:
-            raise DamagedSegment(
-                self.name,
-                f"group {group}: {', '.join(wrong) or 'its row count'} is not what was written",
-            )
+            raise self._refusal(error, f"group {group}: ") from error
         return rows.select(list(columns))
+
+    def _refusal(self, error: BaseException, where: str = "") -> UnusableSegment:
+        """What an error of reading says of the segment.
+
+        Damage is only what came whole. Memory that ran out says nothing of the file, and what this
+        build of Arrow has not learned may be what another wrote: what is not sure stays.
+        """
+        failure = self._source.failure
+        if failure is not None or isinstance(error, MemoryError):
+            return UnreadableSegment(self.name, where + _reason(failure or error))
+        kind = NewerSegment if isinstance(error, NotImplementedError) else DamagedSegment
+        return kind(self.name, where + _reason(error))
 
     def rows_of(self, keys: pa.ChunkedArray, columns: Sequence[str]) -> pa.Table:
         """Columns of the rows of ``keys``, in their order, from all groups."""
@@ -204,64 +223,43 @@ class SegmentFile:
         return rows.take(index).select(list(columns))
 
 
-def checksum(column: pa.ChunkedArray | pa.Array) -> str:
-    """Hexadecimal blake2b-64 of a column's values, whatever its chunks and offsets."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    digest = blake2b(digest_size=CHECKSUM_BYTES)
-    _feed(digest, array)
-    return digest.hexdigest()
-
-
-def _feed(digest: Any, array: pa.Array, nested: bool = False) -> None:
-    """Values by their buffers; strings and keys, of which a row has one, each with its length."""
-    kind = array.type
-    digest.update(f"{len(array)} {array.null_count};".encode())
-    if array.null_count:
-        digest.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes())
-    if pa.types.is_list(kind):
-        lengths = array.value_lengths().fill_null(0)
-        digest.update(lengths.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
-        _feed(digest, array.flatten(), nested=True)
-    elif pa.types.is_fixed_size_list(kind):
-        _feed(digest, array.flatten(), nested=True)
-    elif pa.types.is_fixed_size_binary(kind) and nested:
-        digest.update(_bytes_of(array))
-    elif pa.types.is_string(kind) or pa.types.is_fixed_size_binary(kind):
-        for value in array.cast(pa.large_binary()).to_pylist():
-            digest.update(b"\0" if value is None else b"%d:%b" % (len(value), value))
-    else:
-        values = array.fill_null(0) if array.null_count else array
-        digest.update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)).tobytes())
-
-
-def _bytes_of(array: pa.FixedSizeBinaryArray) -> memoryview:
-    """The values of fixed-size binaries end to end, as they lie in their buffer; none is null."""
-    if array.null_count:
-        raise ValueError(f"{array.null_count} of {len(array)} states are null; expected none")
-    if not len(array):
-        return memoryview(b"")
-    width = array.type.byte_width
-    start = array.offset * width
-    return memoryview(array.buffers()[1])[start : start + len(array) * width]
-
-
-def _footer(metadata: dict[bytes, bytes]) -> Footer:
+def _footer(metadata: dict[bytes, bytes], name: str) -> Footer:
+    """The footer. Raises NewerSegment, and one of Damage where it is not what was written."""
     if FOOTER not in metadata:
         raise ValueError("it has no footer of a segment")
     told = json.loads(metadata[FOOTER])
+    # Before the checksum, which another version may work out otherwise.
+    version = told.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise NewerSegment(
+            name, f"it has schema version {version}; this version reads {SCHEMA_VERSION}"
+        )
     found = told.pop("footer_checksum")
     text = json.dumps(told, sort_keys=True)
     if found != blake2b(text.encode(), digest_size=CHECKSUM_BYTES).hexdigest():
         raise ValueError("its footer is not what was written (checksum)")
-    version = told["schema_version"]
-    if version != SCHEMA_VERSION:
-        raise ValueError(f"it has schema version {version}; this version reads {SCHEMA_VERSION}")
+    try:  # It is as it was written: what is not understood now was not known to this version.
+        return _understood(told)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NewerSegment(
+            name,
+            f"its footer, of schema version {version}, says what this version does not know: "
+            f"{_reason(error)}",
+        ) from error
+
+
+def _understood(told: dict[str, Any]) -> Footer:
     origin, signal = told["origin"], told["origin"].pop("signal")
     width = signal.get("width", signal.get("top_k", 0))  # ``top_k`` before there was ``hidden``.
-    return Footer(
+    footer = Footer(
         origin=Origin(signal=Signal(signal["kind"], width), **origin),
         groups=tuple(Group(**group) for group in told["groups"]),
     )
+    known = set(segment_schema(footer.origin.signal).names)
+    for group in footer.groups:
+        if other := known ^ set(group.checksums):
+            raise ValueError(f"it has other columns ({', '.join(sorted(other))})")
+    return footer
 
 
 def _reason(error: BaseException) -> str:

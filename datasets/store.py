@@ -3,120 +3,44 @@
 ``<store>/segments/<hash of the keys>.parquet``. Writers never share a file: a segment is written
 beside its name and published by one atomic step, and where its name is taken already, the answers
 that were there first are the ones that count. On object stores, whose uploads appear when they are
-closed, the last of two writers of the same rows counts.
+closed, the last of two writers of the same rows at once counts. A name held by what cannot be read
+now, or by a newer version, is left to it, and the answers are published beside it.
 
 Imports neither Ray nor torch.
-
-Legend: N rows looked for, S rows stored.
 """
 
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from raystill.cluster.run_folder import RunFolder
-from raystill.datasets.schema import KEY_BYTES
 from raystill.datasets.segment import (
-    DamagedSegment,
-    Footer,
     Origin,
     Payer,
     SegmentFile,
+    beside,
     encode,
     segment_name,
 )
-from raystill.datasets.signal import Signal
+from raystill.datasets.stored_bytes import (
+    DamagedSegment,
+    GoneSegment,
+    UnreadableSegment,
+    UnusableSegment,
+    look_at_all,
+    patiently,
+)
+from raystill.datasets.stored_catalogue import Catalogue, Entry, catalogue_of
 
 SEGMENTS = "segments"
 READERS = 8
-KEYS = pa.binary(KEY_BYTES)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One sound segment of a catalogue."""
-
-    name: str
-    footer: Footer
-
-
-@dataclass
-class Catalogue:
-    """What a store held when it was looked through: where each key is, and what was refused.
-
-    Row s is stored in ``entries[segment[s]]``, group ``group[s]``, place ``place[s]``; the richest
-    signal first, then by name. Of several answers to a key the first is the one that counts.
-
-    As a rule they say the same and differ in their signal, since a poorer one is enriched by
-    scoring it. Two runs that asked at once may have stored two answers, though. Then each wish
-    still has one answer, the first that serves it (``serving``), the same for every reader of the
-    store; where none does, the first of all is the one that is scored. But a wish that follows from
-    ``hidden`` alone and one that follows from ``topk`` alone may then be told different answers.
-    """
-
-    entries: list[Entry] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)  # name -> why
-    keys: pa.Array = field(default_factory=lambda: pa.array([], KEYS))  # [S]
-    segment: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-    group: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-    place: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-
-    @property
-    def rows(self) -> int:
-        """Stored rows, duplicates included."""
-        return len(self.keys)
-
-    @property
-    def duplicates(self) -> int:
-        """Rows that no wish is served from."""
-        return self.rows - int(self.counting().sum())
-
-    def counting(self) -> NDArray[np.bool_]:
-        """Which rows count for some wish, [S]: no other row of the key comes first and serves
-        whatever they serve, be it by the same answer or by another.
-        """
-        signals = [entry.footer.origin.signal for entry in self.entries]
-        counting = np.zeros(self.rows, bool)
-        for wish in set(signals):
-            mine = self._rows_of([signal == wish for signal in signals])
-            serving = self._rows_of([signal.serves(wish) for signal in signals])
-            first = pc.index_in(self.keys.take(mine), value_set=self.keys.take(serving))
-            counting[mine] = serving.to_numpy()[first.to_numpy()] == mine.to_numpy()
-        return counting
-
-    def serving(self, wish: Signal) -> "Catalogue":
-        """The same with the segments first that ``wish`` is served from; else in this order."""
-        serves = np.array([e.footer.origin.signal.serves(wish) for e in self.entries], bool)
-        order = np.argsort(~serves, kind="stable")
-        number = np.argsort(order).astype(np.int32)
-        rows = np.argsort(number[self.segment], kind="stable")
-        return Catalogue(
-            entries=[self.entries[index] for index in order],
-            refused=self.refused,
-            keys=self.keys.take(pa.array(rows)),
-            segment=number[self.segment][rows],
-            group=self.group[rows],
-            place=self.place[rows],
-        )
-
-    def _rows_of(self, entries: list[bool]) -> pa.Int64Array:
-        """Numbers of the rows of those entries, ascending."""
-        return pa.array(np.flatnonzero(np.array(entries, bool)[self.segment]), pa.int64())
-
-    def locate(self, keys: pa.Array) -> NDArray[np.int64]:
-        """Stored row of each of ``keys`` [N], -1 where there is none."""
-        found = pc.index_in(keys.cast(KEYS), value_set=self.keys)
-        return np.asarray(found.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
 
 
 class TeacherStore:
@@ -137,11 +61,13 @@ class TeacherStore:
         return sorted(i.base_name for i in infos if i.base_name.endswith(".parquet"))
 
     def open(self, name: str) -> SegmentFile:
-        """A segment by name. Raises DamagedSegment, also where it is gone."""
+        """A segment by name. Raises UnusableSegment; GoneSegment where there is none."""
         try:
             source = self.folder.open_input(f"{SEGMENTS}/{name}")
+        except FileNotFoundError as error:
+            raise GoneSegment(name, "there is no such file") from error
         except OSError as error:
-            raise DamagedSegment(name, str(error)) from error
+            raise UnreadableSegment(name, str(error)) from error
         return SegmentFile(source, name)
 
     def exists(self, name: str) -> bool:
@@ -164,30 +90,25 @@ class TeacherStore:
         """
         names = [name for name in self.names() if name not in without]
         read: list[tuple[Entry, list[pa.Array]]] = []
-        refused: dict[str, str] = {}
-        with ThreadPoolExecutor(READERS, thread_name_prefix="catalogue") as pool:
-            for number, found in enumerate(pool.map(self._keys, names), 1):
-                if isinstance(found, DamagedSegment):
-                    refused[found.name] = str(found)
-                else:
-                    read.append(found)
-                if progress is not None:
-                    progress(number, len(names))
+        refused: dict[str, UnusableSegment] = {}
+        for name, found in look_at_all(self._keys, names, progress, READERS).items():
+            if not isinstance(found, UnusableSegment):
+                read.append(found)
+            elif not isinstance(found, GoneSegment):
+                refused[name] = found
         read.sort(key=lambda item: item[0].footer.origin.signal.richness, reverse=True)
-        return _catalogue(read, refused)
+        return catalogue_of(read, refused)
 
     def read(
         self, catalogue: Catalogue, rows: NDArray[np.int64], columns: Sequence[str]
     ) -> pa.Table:
-        """Columns of stored ``rows``, in their order. Raises DamagedSegment."""
+        """Columns of stored ``rows``, in their order. Raises UnusableSegment."""
         segments, groups = catalogue.segment[rows], catalogue.group[rows]
         parts, order = [], []
-        opened: dict[int, SegmentFile] = {}
+        opened: dict[str, SegmentFile] = {}
         for segment, group in sorted(set(zip(segments.tolist(), groups.tolist(), strict=True))):
-            if segment not in opened:
-                opened[segment] = self.open(catalogue.entries[segment].name)
             mine = np.flatnonzero((segments == segment) & (groups == group))
-            part = opened[segment].read(group, columns)
+            part = self.read_group(catalogue.entries[segment].name, group, columns, opened)
             parts.append(part.take(pa.array(catalogue.place[rows[mine]])))
             order.append(mine)
         back = np.argsort(np.concatenate(order))
@@ -197,32 +118,65 @@ class TeacherStore:
         """Write one group's answers; (name, the rows that are published under it).
 
         Where another writer was first, the rows are those it published; a damaged segment of the
-        name is replaced.
+        name is replaced. What may be sound but cannot be used keeps its name.
         """
-        keys = rows["key"].to_pylist()
-        name = segment_name(keys, origin.signal)
+        name = segment_name(rows["key"].to_pylist(), origin.signal)
         data = encode(origin, [(payer, rows)])
-        if self.folder.is_local:
-            if not self._link(name, data):
-                with suppress(DamagedSegment):
-                    return name, self.open(name).rows_of(rows["key"], rows.column_names)
+        while not self._put(name, data):
+            try:
+                return name, self.rows_of(name, rows["key"], rows.column_names)[1]
+            except (DamagedSegment, GoneSegment):
                 self.folder.write_bytes(f"{SEGMENTS}/{name}", data)
-        else:
-            self.folder.write_bytes(f"{SEGMENTS}/{name}", data)
+                break
+            except UnusableSegment:
+                name = beside(name)
         return name, rows
 
-    def _keys(self, name: str) -> tuple[Entry, list[pa.Array]] | DamagedSegment:
+    def rows_of(
+        self, name: str, keys: pa.ChunkedArray, columns: Sequence[str]
+    ) -> tuple[Origin, pa.Table]:
+        """Columns of a segment's rows of ``keys``, in their order. Raises UnusableSegment."""
+
+        def read() -> tuple[Origin, pa.Table]:
+            file = self.open(name)
+            return file.footer.origin, file.rows_of(keys, columns)
+
+        return patiently(read)
+
+    def read_group(
+        self, name: str, group: int, columns: Sequence[str], opened: dict[str, SegmentFile]
+    ) -> pa.Table:
+        """Columns of one group of a segment, which is ``opened`` once. Raises UnusableSegment."""
+
+        def read() -> pa.Table:
+            file = opened.pop(name, None) or self.open(name)
+            table = file.read(group, columns)
+            opened[name] = file
+            return table
+
+        return patiently(read)
+
+    def _keys(self, name: str) -> tuple[Entry, list[pa.Array]] | UnusableSegment:
         try:
             file = self.open(name)
             groups = range(len(file.footer.groups))
             return Entry(name, file.footer), [
                 file.read(i, ["key"])["key"].combine_chunks() for i in groups
             ]
-        except DamagedSegment as error:
+        except UnusableSegment as error:
             return error
 
+    def _put(self, name: str, data: bytes) -> bool:
+        """Publish unless the name is taken: then False, and nothing changes."""
+        if self.folder.is_local:
+            return self._link(name, data)
+        if self.exists(name):
+            return False
+        self.folder.write_bytes(f"{SEGMENTS}/{name}", data)
+        return True
+
     def _link(self, name: str, data: bytes) -> bool:
-        """Publish in a local store unless the name is taken: then False, and nothing changes."""
+        """``_put`` in a local store."""
         folder = f"{self.folder.root}/{SEGMENTS}"
         os.makedirs(folder, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
@@ -238,25 +192,6 @@ class TeacherStore:
         finally:
             os.unlink(temporary)
         return True
-
-
-def _catalogue(read: list[tuple[Entry, list[pa.Array]]], refused: dict[str, str]) -> Catalogue:
-    keys = [group for _, groups in read for group in groups]
-    if not keys:
-        return Catalogue([entry for entry, _ in read], refused)
-
-    def spread(values: Iterator[int]) -> NDArray[np.int32]:
-        lengths = [len(group) for group in keys]
-        return np.repeat(np.fromiter(values, np.int32, len(keys)), lengths)
-
-    return Catalogue(
-        entries=[entry for entry, _ in read],
-        refused=refused,
-        keys=pa.concat_arrays(keys),
-        segment=spread(number for number, (_, groups) in enumerate(read) for _ in groups),
-        group=spread(i for _, groups in read for i in range(len(groups))),
-        place=np.concatenate([np.arange(len(group), dtype=np.int32) for group in keys]),
-    )
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 """What the teacher store knows of a group's rows: answered as wished, said but poorer, or not.
 
 One view serves many groups, from many threads, and looks the store through again where a segment
-turns out to be damaged or gone. Imports neither Ray nor torch.
+turns out to be of no use, and where it is time to try one again. Imports neither Ray nor torch.
 
 Legend: N rows of the prompt table, n rows of a group.
 """
 
 import logging
+import math
+import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +17,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raystill.datasets.schema import TOKEN_IDS, answer_schema
-from raystill.datasets.segment import DamagedSegment, segment_name
+from raystill.datasets.segment import beside, segment_name
 from raystill.datasets.signal import Signal
-from raystill.datasets.store import Catalogue, TeacherStore
+from raystill.datasets.store import TeacherStore
+from raystill.datasets.stored_bytes import (
+    DamagedSegment,
+    GoneSegment,
+    UnreadableSegment,
+    UnusableSegment,
+)
+from raystill.datasets.stored_catalogue import Catalogue
 from raystill.datasets.stored_signal import as_wished, stored_columns
 
 logger = logging.getLogger(__name__)
@@ -24,6 +34,10 @@ logger = logging.getLogger(__name__)
 Places = NDArray[np.int64]
 Part = tuple[Places, pa.Table]
 """Some of a group's rows: their places in it, ascending, and a table with a row for each."""
+
+PASSED_OVER_S = 300.0
+"""How long an unreadable segment is passed over: not for good, since its rows are asked again
+meanwhile, which costs; not for one group alone, since to look the store through costs, too."""
 
 SAID = pa.schema([pa.field("response_ids", TOKEN_IDS), pa.field("finish_reason", pa.string())])
 """An answer without its signal. ``finish_reason`` is null where a prompt came with its response."""
@@ -51,7 +65,9 @@ class StoreView:
         self._store = store
         self._keys = keys.combine_chunks()
         self._wish = wish
-        self._refused: set[str] = set()
+        self._refused: dict[str, float] = {}  # name -> the moment (monotonic) to try it again
+        self._due = math.inf
+        self._lock = threading.Lock()
         self._look_through()
 
     def keys_of(self, rows: NDArray[np.int64]) -> pa.Array:
@@ -63,20 +79,46 @@ class StoreView:
 
         ``given`` [n]: the response a row came with, null where the teacher is to answer.
         """
+        self._try_again()
         while True:
-            catalogue, located = self._view  # Another group's thread may look through again.
+            view = self._view  # Another group's thread may look through again.
+            catalogue, located = view
             try:
                 return self._without_first_try(rows, self._sort(catalogue, located[rows], given))
-            except DamagedSegment as damage:
-                logger.warning("%s; its rows are looked for elsewhere, or asked again", damage)
-                self._refused.add(damage.name)
-                self._look_through()
+            except UnusableSegment as error:
+                # Bytes that did not come were waited for where they are read (``patiently``), which
+                # is as long as a group should stand still: then the others' rows go on.
+                with self._lock:
+                    if self._view is view:
+                        self._refuse(error)
+                        self._look_through()
+
+    def _try_again(self) -> None:
+        """Look through again where it is time for a segment that was passed over."""
+        if time.monotonic() >= self._due:
+            with self._lock:
+                if time.monotonic() < self._due:
+                    return
+                try:
+                    self._look_through()
+                except OSError as error:  # What was seen before still serves.
+                    logger.warning("the store could not be looked through again: %s", error)
+                    self._due = time.monotonic() + PASSED_OVER_S
+
+    def _refuse(self, error: UnusableSegment) -> None:
+        """Leave a segment out: for the life of the view, or for a while where it may come back."""
+        logger.warning("%s; its rows are looked for elsewhere, or asked again", error)
+        if not isinstance(error, GoneSegment):  # That has left by itself.
+            passing = isinstance(error, UnreadableSegment)
+            self._refused[error.name] = time.monotonic() + PASSED_OVER_S if passing else math.inf
 
     def _look_through(self) -> None:
+        now = time.monotonic()
+        self._refused = {name: due for name, due in self._refused.items() if due > now}
         catalogue = self._store.catalogue(without=self._refused).serving(self._wish)
-        for name, why in catalogue.refused.items():
-            logger.warning("%s; its rows are looked for elsewhere, or asked again", why)
-            self._refused.add(name)
+        for error in catalogue.refused.values():
+            self._refuse(error)
+        self._due = min(self._refused.values(), default=math.inf)
         self._view = catalogue, catalogue.locate(self._keys)
 
     def _sort(self, catalogue: Catalogue, where: NDArray[np.int64], given: pa.Array) -> Found:
@@ -128,16 +170,20 @@ class StoreView:
         """
         keys = self.keys_of(rows)
         name = segment_name(keys.to_pylist(), self._wish)
-        if not len(rows) or not self._store.exists(name):
-            return None
-        try:
-            file = self._store.open(name)
-            found = file.rows_of(pa.chunked_array([keys]), stored_columns(self._wish))
-        except DamagedSegment as damage:
-            logger.warning("%s; its rows are asked again", damage)
-            return None
-        origin = file.footer.origin
-        return as_wished(found, origin.signal, self._wish, origin.vocab_size)
+        while len(rows) and self._store.exists(name):
+            try:
+                origin, found = self._store.rows_of(
+                    name, pa.chunked_array([keys]), stored_columns(self._wish)
+                )
+            except (DamagedSegment, GoneSegment) as error:
+                logger.warning("%s; its rows are asked again", error)
+                return None
+            except UnusableSegment as error:  # Then they were published beside it.
+                logger.warning("%s; its rows are looked for beside it, or asked again", error)
+                name = beside(name)
+            else:
+                return as_wished(found, origin.signal, self._wish, origin.vocab_size)
+        return None
 
 
 def in_order(parts: list[Part], schema: pa.Schema) -> Part:

@@ -24,11 +24,11 @@ from raystill.cluster.metrics import read_lines
 from raystill.cluster.run_folder import RunFolder
 from raystill.datasets.ledger import Ledger
 from raystill.datasets.schema import PROMPT_SCHEMA
-from raystill.datasets.segment import DamagedSegment
 from raystill.datasets.signal import signal_of
 from raystill.datasets.store import SEGMENTS, Paid, TeacherStore, rows_paid_for
 from raystill.datasets.store_upkeep import verify
 from raystill.datasets.stored_answers import Paying
+from raystill.datasets.stored_bytes import GoneSegment
 from raystill.datasets.stream import StreamSpec
 from raystill.serve import deploy
 from raystill.train.checkpoint import read_snapshot
@@ -268,5 +268,5 @@ def test_damage_done_to_the_store_between_epochs_is_asked_again(tmp_path: Path) 
 
 def test_a_segment_that_cannot_be_trusted_names_itself(tmp_path: Path) -> None:
     store = TeacherStore(str(tmp_path))
-    with pytest.raises(DamagedSegment, match=r"segment none\.parquet"):
+    with pytest.raises(GoneSegment, match=r"segment none\.parquet"):
         store.open("none.parquet")

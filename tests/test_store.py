@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
@@ -22,7 +23,6 @@ from raystill.datasets.config import SignalConfig
 from raystill.datasets.schema import answer_schema
 from raystill.datasets.segment import (
     FOOTER,
-    DamagedSegment,
     Origin,
     Payer,
     SegmentFile,
@@ -33,6 +33,13 @@ from raystill.datasets.segment import (
 from raystill.datasets.signal import Signal, signal_of
 from raystill.datasets.store import SEGMENTS, Paid, TeacherStore, rows_paid_for
 from raystill.datasets.store_upkeep import compact, prune, verify
+from raystill.datasets.stored_bytes import (
+    DamagedSegment,
+    GoneSegment,
+    NewerSegment,
+    UnreadableSegment,
+    UnusableSegment,
+)
 from raystill.datasets.stored_signal import as_wished, stored_columns
 from raystill.serve.answers import Answer, answers_table, tail_logprob
 
@@ -201,20 +208,21 @@ class TestReading:
             assert (catalogue.rows, catalogue.duplicates) == (0, 0)
 
 
-class TestFooter:
-    def rewritten(self, data: bytes, change: Callable[[dict[str, Any]], object]) -> pa.Buffer:
-        """The segment with another footer, its checksum right; the columns as they are."""
-        file = pq.ParquetFile(pa.BufferReader(data))
-        told = json.loads(file.schema_arrow.metadata[FOOTER])
-        del told["footer_checksum"]
-        change(told)
-        text = json.dumps(told, sort_keys=True)
-        told["footer_checksum"] = blake2b(text.encode(), digest_size=8).hexdigest()
-        sink = pa.BufferOutputStream()
-        rows = file.read().replace_schema_metadata({FOOTER: json.dumps(told, sort_keys=True)})
-        pq.write_table(rows, sink)
-        return sink.getvalue()
+def rewritten(data: bytes, change: Callable[[dict[str, Any]], object]) -> pa.Buffer:
+    """The segment with another footer, its checksum right; the columns as they are."""
+    file = pq.ParquetFile(pa.BufferReader(data))
+    told = json.loads(file.schema_arrow.metadata[FOOTER])
+    del told["footer_checksum"]
+    change(told)
+    text = json.dumps(told, sort_keys=True)
+    told["footer_checksum"] = blake2b(text.encode(), digest_size=8).hexdigest()
+    sink = pa.BufferOutputStream()
+    rows = file.read().replace_schema_metadata({FOOTER: json.dumps(told, sort_keys=True)})
+    pq.write_table(rows, sink)
+    return sink.getvalue()
 
+
+class TestFooter:
     def test_one_from_before_hidden_states_is_read(self) -> None:
         data = encode(origin(), [(Payer("run", "training"), segment([1, 2]))])
 
@@ -223,7 +231,7 @@ class TestFooter:
             signal["top_k"] = signal.pop("width")
             del told["origin"]["hidden_is"]
 
-        file = SegmentFile(pa.BufferReader(self.rewritten(data, as_before)), "old")
+        file = SegmentFile(pa.BufferReader(rewritten(data, as_before)), "old")
         assert file.footer == SegmentFile(pa.BufferReader(data), "new").footer
         assert file.footer.origin == origin()
         assert file.read(0, ["topk_ids"]).equals(segment([1, 2]).select(["topk_ids"]))
@@ -237,8 +245,8 @@ class TestFooter:
         def other_state(told: dict[str, Any]) -> None:
             told["origin"]["hidden_is"] = "before the final norm"
 
-        with pytest.raises(DamagedSegment, match="those before the final norm; expected after"):
-            SegmentFile(pa.BufferReader(self.rewritten(data, other_state)), "other")
+        with pytest.raises(NewerSegment, match="those before the final norm; expected after"):
+            SegmentFile(pa.BufferReader(rewritten(data, other_state)), "other")
 
     def test_the_checksum_of_states_is_of_their_values_alone(self) -> None:
         states = answers(list(range(12)), HIDDEN)["hidden"].combine_chunks()
@@ -270,7 +278,7 @@ class TestDamage:
         self, store: TeacherStore, name: str
     ) -> None:
         whole, sound = path_of(store, name).read_bytes(), self.read_all(store, name)
-        generator, refused = random.Random(5), 0
+        generator, refused = random.Random(5), Counter()
         for _ in range(400):
             place = generator.randrange(len(whole))
             altered = bytearray(whole)
@@ -279,10 +287,12 @@ class TestDamage:
             try:
                 assert self.read_all(store, name).equals(sound)
                 assert store.open(name).footer.rows == 8
-            except DamagedSegment as damage:
+            except UnusableSegment as damage:
                 assert name in str(damage)
-                refused += 1
-        assert refused > 250
+                refused[type(damage)] += 1
+        assert refused[DamagedSegment] > 250
+        assert refused[UnreadableSegment] == 0  # Every byte came.
+        assert refused[NewerSegment] < 10  # Types that Arrow does not have.
 
     def test_a_truncated_one_is_refused(self, store: TeacherStore, name: str) -> None:
         whole = path_of(store, name).read_bytes()
@@ -293,11 +303,12 @@ class TestDamage:
         assert list(store.catalogue().refused) == [name]
         assert list(verify(store)) == [name]
 
-    def test_a_deleted_one_is_refused_when_it_is_read(self, store: TeacherStore, name: str) -> None:
+    def test_a_deleted_one_is_gone_when_it_is_read(self, store: TeacherStore, name: str) -> None:
         catalogue = store.catalogue()
         path_of(store, name).unlink()
-        with pytest.raises(DamagedSegment, match=name):
+        with pytest.raises(GoneSegment, match=name):
             store.read(catalogue, catalogue.locate(keys_of([1])), ["response_ids"])
+        assert verify(store) == store.catalogue().refused == {}
 
     def test_publishing_its_rows_again_replaces_it(self, store: TeacherStore, name: str) -> None:
         path_of(store, name).write_bytes(b"PAR1 and not much else")
@@ -313,7 +324,8 @@ class TestDamage:
         os.utime(stale, (1, 1))
         path_of(store, ".new.part").write_bytes(b"somebody's")
         damaged = verify(store)
-        assert prune(store, damaged, None, dry_run=True) == sorted([name, stale.name])
+        pruned = prune(store, damaged, None, dry_run=True)
+        assert (pruned.files, pruned.refused) == (sorted([name, stale.name]), {})
         assert path_of(store, name).exists()
         prune(store, damaged, None, dry_run=False)
         left = {path.name for path in path_of(store, "").iterdir()}
@@ -321,7 +333,7 @@ class TestDamage:
 
     def test_prune_can_remove_a_teacher(self, store: TeacherStore, name: str) -> None:
         publish(store, [1], teacher=9, identity="def")
-        assert prune(store, {}, "ab", dry_run=False) == [name]
+        assert prune(store, {}, "ab", dry_run=False).files == [name]
         assert store.catalogue().rows == 1
 
 
