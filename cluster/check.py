@@ -186,6 +186,7 @@ class StaticCheck:
         self.problems += check_dropped(config, tables, longest, context)
         self.problems += check_answers_fit(config, tables, student)
         self.notices += cut_answers(config, tables, teacher)
+        self.notices += tokeniser.notices()
         return tables
 
 

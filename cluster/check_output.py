@@ -101,7 +101,7 @@ def check_earlier_run(config: RunConfig, folder: RunFolder) -> list[Problem]:
 def check_same_prompts(folder: RunFolder, train: pa.Table, setting: str) -> list[Problem]:
     """A resumed run must find the rows it began with: its ledger counts them by number.
 
-    ``setting`` names the prompts' files.
+    ``setting`` names the prompts' files. Where all rows are there, the date in them may be another.
     """
     if not folder.exists(TRAIN_PROMPTS):
         return []
@@ -109,13 +109,25 @@ def check_same_prompts(folder: RunFolder, train: pa.Table, setting: str) -> list
     shared = [n for n in ("prompt_ids", "source", "response_ids") if n in before.column_names]
     if before.select(shared).combine_chunks().equals(train.select(shared).combine_chunks()):
         return []
+    dated = ""
+    if before["source"].combine_chunks().equals(train["source"].combine_chunks()):
+        dated = (
+            "if the teacher's chat template prints the date, set prompts.template_date to the day "
+            f"of the first start ({TRAIN_PROMPTS} is of {_day_of(folder, TRAIN_PROMPTS)}), else "
+        )
     return [
         Problem(
             setting,
             f"the prompts are not those that {folder.path} began with ({before.num_rows} rows, now "
-            f"{train.num_rows}); restore the files, or set output.path to a new folder",
+            f"{train.num_rows}); {dated}restore the files, or set output.path to a new folder",
         )
     ]
+
+
+def _day_of(folder: RunFolder, name: str) -> str:
+    """The day, here, on which a file of the run was last written."""
+    written = folder.filesystem().get_file_info(f"{folder.root}/{name}").mtime
+    return "an unknown day" if written is None else f"{written.astimezone():%Y-%m-%d}"
 
 
 def _check_remote(config: RunConfig, folder: RunFolder, compare: bool) -> list[Problem]:

@@ -1,5 +1,6 @@
 """Will what a run writes fit: the run folder on its disk, the teacher's answers on the store's."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,7 +10,7 @@ from raystill.cluster.check_models import count_parameters, kept_layers
 from raystill.cluster.config import RunConfig
 from raystill.cluster.find_model import ModelFolder
 from raystill.cluster.problems import Problem
-from raystill.cluster.run_folder import RunFolder
+from raystill.cluster.run_folder import CHECKPOINTS, HELD_OUT, STUDENT, RunFolder
 from raystill.datasets.prompt_table import PromptTables
 from raystill.datasets.signal import signal_of
 
@@ -18,6 +19,7 @@ EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SIGNAL_BYTES = 8  # an id and a logprob
 HIDDEN_BYTES = 2  # of a component of a state; noise in its low bits hardly compresses
 STORED_TOKEN_BYTES = 6.1  # the same compressed, as benchmarks/results/store.json has it
+ESTIMATED = (CHECKPOINTS, STUDENT, HELD_OUT)  # what of the run folder space_needed counts
 
 
 def space_needed(config: RunConfig, student: ModelFolder, tables: PromptTables) -> int | None:
@@ -34,16 +36,19 @@ def space_needed(config: RunConfig, student: ModelFolder, tables: PromptTables) 
 
 
 def check_space(folder: RunFolder, needed_bytes: int | None) -> list[Problem]:
-    """Is there room for what the run will write? Object stores are taken to have it."""
+    """Is there room for what the run has yet to write? Object stores are taken to have it."""
     free = free_bytes(folder)
-    if needed_bytes is None or free is None or free >= needed_bytes:
+    if needed_bytes is None or free is None:
+        return []
+    written = sum(_file_bytes(Path(folder.path, name)) for name in ESTIMATED)
+    if free >= needed_bytes - written:
         return []
     return [
         Problem(
             "output.path",
-            f"{folder.path} will need about {needed_bytes / 2**30:.1f} GiB, but its disk has "
-            f"{free / 2**30:.1f} GiB free; free some, lower training.num_checkpoints_to_keep, or "
-            "set another output.path",
+            f"{folder.path} will need about {(needed_bytes - written) / 2**30:.1f} GiB"
+            f"{' more' if written else ''}, but its disk has {free / 2**30:.1f} GiB free; free "
+            "some, lower training.num_checkpoints_to_keep, or set another output.path",
         )
     ]
 
@@ -76,6 +81,16 @@ def _stored_token_bytes(config: RunConfig, teacher: ModelFolder) -> float:
                 STORED_TOKEN_BYTES + HIDDEN_BYTES * signal_of(config.signal, teacher.config).width
             )
     return STORED_TOKEN_BYTES
+
+
+def _file_bytes(path: Path) -> int:
+    """Size of a file, or of all files below a folder; 0 where there is none."""
+    found = 0
+    below = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    for file in below if path.is_dir() else [path]:
+        with suppress(OSError):  # A checkpoint that is removed meanwhile.
+            found += os.lstat(file).st_size
+    return found
 
 
 def free_bytes(folder: RunFolder) -> int | None:

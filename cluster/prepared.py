@@ -63,7 +63,7 @@ class Prepared:
 
     @property
     def duplicates(self) -> int:
-        """Prompts equal to an earlier one."""
+        """Prompts equal to an earlier one, or to a held-out one."""
         return self.tables.duplicates
 
     @property

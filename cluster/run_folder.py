@@ -5,6 +5,7 @@ string and pickles. Names inside the folder are relative and use ``/`` (``checkp
 """
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ TOP_LEVEL_NAMES = frozenset(
     {CONFIG, MANIFEST, METRICS, METRICS_DISCARDED, EVALUATION, ANSWERS, HELD_OUT, PROBE, SUMMARY}
     | {TIMELINE, "prompts", CHECKPOINTS, STUDENT, LOGS, CALIBRATION}
 )
+
+URI_QUERY = re.compile(r"\?\w+=[^?*]*$")  # A glob's "?" has no name=value behind it.
 
 JOB_PACKAGE_FOLDER = "runtime_resources/working_dir_files"
 
@@ -88,7 +91,8 @@ class RunFolder:
 
     def join(self, name: str) -> str:
         """The full path or URI of ``name``."""
-        return f"{self.path.rstrip('/')}/{name}" if name else self.path
+        plain, query = split_query(self.path)
+        return f"{plain.rstrip('/')}/{name}{query}" if name else self.path
 
     def filesystem(self) -> pafs.FileSystem:
         """The file system that holds the folder; pair it with :attr:`root`."""
@@ -207,11 +211,30 @@ def resolve_output(config: "RunConfig", run_file_name: str) -> str:
 def resolve_store(config: "RunConfig", output: RunFolder) -> str:
     """The teacher store's absolute path or URI: ``store.path``, else beside the run folder.
 
-    Runs in one folder so share one store. Raises ConfigError as ``resolve_output`` does.
+    Runs in one folder so share one store. Raises ConfigError as ``resolve_output`` does, and where
+    the run folder is a whole bucket, which has nothing beside it.
     """
-    if config.store.path is None:
-        return f"{output.path.rstrip('/').rpartition('/')[0]}/{STORE}"
-    return _resolve_written(config.store.path, "store.path")
+    if config.store.path is not None:
+        return _resolve_written(config.store.path, "store.path")
+    plain, query = split_query(output.path)
+    above = plain.rstrip("/").rpartition("/")[0]
+    if not above.endswith(":/"):
+        return f"{above}/{STORE}{query}"
+    message = (
+        f"{output.path} is a whole bucket, so the teacher store has no place beside the run "
+        f"folder; set output.path to a folder in it ({output.join('runs/NAME')}), "
+        "or set store.path"
+    )
+    raise ConfigError([Problem("output.path", message)])
+
+
+def split_query(path: str) -> tuple[str, str]:
+    """A URI without its query, and the query with its ``?``; empty where there is none.
+
+    It holds settings of the file system (``?region=...``) and stands behind whatever path.
+    """
+    found = URI_QUERY.search(path) if "://" in path else None
+    return (path, "") if found is None else (path[: found.start()], found[0])
 
 
 def _resolve_written(path: str, setting: str) -> str:

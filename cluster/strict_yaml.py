@@ -35,4 +35,7 @@ StrictLoader.add_implicit_resolver(
 
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text; raises yaml.YAMLError."""
-    return yaml.load(text, Loader=StrictLoader)
+    try:
+        return yaml.load(text, Loader=StrictLoader)
+    except ValueError as error:  # A day that no month has.
+        raise yaml.YAMLError(str(error)) from None

@@ -1,6 +1,7 @@
 """Configuration of the prompts and of the stream that carries rows from teacher to student."""
 
 from collections import Counter
+from datetime import date
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
@@ -80,6 +81,11 @@ class PromptsConfig(ConfigModel):
     chat_template_kwargs: dict[str, Any] = identity(
         {}, description="Variables for the chat template, e.g. {enable_thinking: false}."
     )
+    template_date: str | None = operational(
+        None,
+        description="Day that the chat template takes for today, YYYY-MM-DD, if it prints the "
+        "date. Default: the day of each start, which makes every prompt another one.",
+    )
     max_prompt_tokens: PositiveInt | None = identity(
         None,
         description="Longer prompts are dropped and counted; default: the context.",
@@ -96,6 +102,16 @@ class PromptsConfig(ConfigModel):
     @classmethod
     def _from_list(cls, section: Any) -> Any:
         return spell_out_prompts(section)
+
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def _is_a_day(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        try:  # YAML makes a date of it by itself.
+            return date.fromisoformat(str(value)).isoformat()
+        except ValueError:
+            raise ValueError(f"is {value!r}; expected a day as YYYY-MM-DD, or null") from None
 
     @field_validator("sources")
     @classmethod
@@ -229,10 +245,15 @@ class EvaluationConfig(ConfigModel):
     """Which rows are held out, and how often the student is measured on them."""
 
     held_out_sources: tuple[str, ...] = identity(
-        (), description="Sources kept whole from training and used for evaluation."
+        (),
+        description="Sources kept whole from training and used for evaluation; no other source is "
+        "trained on a prompt of theirs.",
     )
     held_out_rows: int = identity(
-        0, ge=0, description="Rows drawn by seed and kept from training, beside held_out_sources."
+        0,
+        ge=0,
+        description="Rows drawn by seed and kept from training, beside held_out_sources; of a "
+        "prompt with several responses all are.",
     )
     max_rows: PositiveInt = identity(
         128, description="Most held-out rows that are measured (drawn by seed)."

@@ -5,13 +5,15 @@ import fnmatch
 import glob
 import io
 import os
+import re
 from dataclasses import dataclass
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raystill.cluster.problems import Problem
-from raystill.cluster.run_folder import resolve_input
+from raystill.cluster.run_folder import resolve_input, split_query
 from raystill.datasets.config import PromptsConfig, SourceConfig
 
 FORMATS = {
@@ -25,6 +27,7 @@ FORMATS = {
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 GLOB_SIGNS = frozenset("*?[")
+URI_SIGNS = "/%:@!$&'()*+,;=~[]"  # what of a URI's path is not percent-encoded for pyarrow
 
 
 @dataclass(frozen=True)
@@ -138,9 +141,9 @@ def format_of(path: str) -> str | None:
 
 def _expand(pattern: str) -> tuple[pafs.FileSystem, list[str], bool]:
     """The file system, the files a path, folder or glob stands for, and whether it was no file."""
-    globbed = bool(GLOB_SIGNS & set(pattern))
     if "://" in pattern:
-        return _expand_uri(pattern, globbed)
+        return _expand_uri(pattern)
+    globbed = bool(GLOB_SIGNS & set(pattern))
     local = pafs.LocalFileSystem()
     path = resolve_input(pattern) if not globbed else _glob_base(pattern)
     if globbed:
@@ -162,26 +165,39 @@ def _glob_base(pattern: str) -> str:
     return pattern
 
 
-def _expand_uri(uri: str, globbed: bool) -> tuple[pafs.FileSystem, list[str], bool]:
-    if uri.startswith("hf://"):
+def _expand_uri(uri: str) -> tuple[pafs.FileSystem, list[str], bool]:
+    """The same for a URI. Raises what pyarrow does, and ValueError for a glob of buckets."""
+    is_hub = uri.startswith("hf://")
+    plain, query = (uri, "") if is_hub else split_query(uri)
+    scheme, _, whole = plain.partition("://")
+    bucket, *parts = whole.split("/")
+    if GLOB_SIGNS & set(bucket.rpartition("@")[2]):
+        raise ValueError("a glob sign stands in the bucket's name; name one bucket")
+    signs = [number for number, part in enumerate(parts) if GLOB_SIGNS & set(part)]
+    base = whole if not signs else "/".join([bucket, *parts[: signs[0]], ""])
+    if is_hub:
         from huggingface_hub import HfFileSystem  # imported late: half a second, seldom needed
 
-        filesystem = pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem()))
-        path = uri.removeprefix("hf://")
-    elif globbed:
-        scheme, _, path = uri.partition("://")
-        filesystem, _ = pafs.FileSystem.from_uri(f"{scheme}://{path.split('/')[0]}")
+        filesystem, path = pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem())), base
     else:
-        filesystem, path = pafs.FileSystem.from_uri(uri)
-    if globbed:
-        signs = [i for i, part in enumerate(path.split("/")) if GLOB_SIGNS & set(part)]
-        base = "/".join(path.split("/")[: signs[0]])
-        found = _files_below(filesystem, base)
-        return filesystem, [p for p in found if fnmatch.fnmatchcase(p, path)], True
+        filesystem, path = pafs.FileSystem.from_uri(
+            f"{scheme}://{quote(base, safe=URI_SIGNS)}{query}"
+        )
+    if signs:
+        base = path.rstrip("/")
+        rest = parts[signs[0] :] if is_hub else map(_unquoted, parts[signs[0] :])
+        pattern = "/".join([glob.escape(base), *rest])
+        found = _files_below(filesystem, base or "/")
+        return filesystem, [p for p in found if fnmatch.fnmatchcase(p, pattern)], True
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.Directory:
         return filesystem, [p for p in _files_below(filesystem, path) if format_of(p)], True
     return filesystem, [path] if info.type == pafs.FileType.File else [], False
+
+
+def _unquoted(part: str) -> str:
+    """A part of a URI's glob with its percent-encoded signs as they are, meaning themselves."""
+    return re.sub(r"(?:%[0-9A-Fa-f]{2})+", lambda signs: glob.escape(unquote(signs[0])), part)
 
 
 def _files_below(filesystem: pafs.FileSystem, base: str) -> list[str]:

@@ -20,7 +20,12 @@ from raystill.cluster.run_folder import HELD_OUT_PROMPTS, TRAIN_PROMPTS, RunFold
 from raystill.datasets.keys import answer_keys, given_keys
 from raystill.datasets.read_prompts import RawPrompt, read_prompts
 from raystill.datasets.schema import PROMPT_SCHEMA, TOKEN_IDS
-from raystill.datasets.usable_prompts import UNBOUNDED, UsablePrompts, sort_prompts
+from raystill.datasets.usable_prompts import (
+    UNBOUNDED,
+    UsablePrompts,
+    digest_of,
+    sort_prompts,
+)
 from raystill.datasets.weights import list_rows, samples_asked
 
 if TYPE_CHECKING:
@@ -103,12 +108,13 @@ def build_prompt_tables(
     """Read, tokenise, drop, and split. Raises ConfigError with everything that is wrong.
 
     ``sort_prompts`` says what is dropped, at more than ``max_prompt_tokens`` or ``context_tokens``;
-    of equal prompts the first stays. Weights count for what is not held out.
+    of equal prompts the held-out one stays, else the first. Weights count for what is not held out.
     """
     raws = read_prompts(config.prompts)
     usable = sort_prompts(raws, config, tokeniser, max_prompt_tokens, context_tokens)
     kept = usable.kept
-    train, held_out = split_rows(config, [raws[index].source for index in kept], raws)
+    prompts = [digest_of(usable.ids[index]) for index in kept]
+    train, held_out = split_rows(config, [raws[index].source for index in kept], prompts, raws)
     asked = samples_asked(
         config.prompts,
         config.section_seeds()["weights"],
@@ -129,12 +135,16 @@ def build_prompt_tables(
 
 
 def split_rows(
-    config: "RunConfig", sources: Sequence[str], raws: Sequence[RawPrompt]
+    config: "RunConfig",
+    sources: Sequence[str],
+    prompts: Sequence[bytes],
+    raws: Sequence[RawPrompt],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices into ``sources`` of the training and of the held-out rows, each ascending.
 
-    Whole sources by name, then so many rows by seed; of all these at most ``max_rows`` are
-    measured, and the others are used for nothing. Raises ConfigError.
+    Whole sources by name, then so many rows by seed: whole prompts, since a prompt may have rows
+    with several responses (``prompts`` are equal where the rows' prompts are). Of all these at most
+    ``max_rows`` are measured, and the others are used for nothing. Raises ConfigError.
     """
     evaluation, problems = config.evaluation, []
     names = {raw.source for raw in raws}
@@ -143,21 +153,47 @@ def split_rows(
             problems.append(Problem("evaluation.held_out_sources", _no_source(source, names)))
     held = np.isin(np.array(sources, dtype=object), list(evaluation.held_out_sources))
     random = np.random.default_rng(config.section_seeds()["held_out"])
-    free = np.flatnonzero(~held)
     if evaluation.held_out_rows:
-        held[random.permutation(free)[: evaluation.held_out_rows]] = True
+        held[_draw_prompts(prompts, ~held, evaluation.held_out_rows, random)] = True
     train, held_out = np.flatnonzero(~held), np.flatnonzero(held)
-    if not len(train) and not problems:
-        problems.append(
-            Problem(
-                "evaluation",
-                f"{len(held_out)} of {len(sources)} usable rows are held out, which leaves none to "
-                "train on; hold out fewer (held_out_rows, held_out_sources)",
-            )
-        )
+    problems = problems or _empty_side(config, len(train), len(held_out))
     if problems:
         raise ConfigError(problems)
     return train, np.sort(random.permutation(held_out)[: evaluation.max_rows])
+
+
+def _draw_prompts(
+    prompts: Sequence[bytes], among: NDArray[np.bool_], num_rows: int, random: np.random.Generator
+) -> list[int]:
+    """The rows of as many prompts, in a random order, as it takes to have ``num_rows``."""
+    rows: dict[bytes, list[int]] = {}
+    for row in np.flatnonzero(among):
+        rows.setdefault(prompts[row], []).append(int(row))
+    drawn: list[int] = []
+    for first in random.permutation([mine[0] for mine in rows.values()]):
+        if len(drawn) >= num_rows:
+            break
+        drawn += rows[prompts[first]]
+    return drawn
+
+
+def _empty_side(config: "RunConfig", num_train: int, num_held_out: int) -> list[Problem]:
+    """What is wrong where no row is left to train on, or none to measure the student on."""
+    evaluation, usable = config.evaluation, num_train + num_held_out
+    if not num_train:
+        message = (
+            f"{num_held_out} of {usable} usable rows are held out, which leaves none to train on; "
+            "hold out fewer (held_out_rows, held_out_sources)"
+        )
+        return [Problem("evaluation", message)]
+    if evaluation.enabled and not num_held_out:
+        named = ", ".join(repr(source) for source in evaluation.held_out_sources)
+        message = (
+            f"names {named}, but none of the {usable} usable rows is of these, so nothing could be "
+            "measured; mend their prompts, name another source, or hold out none"
+        )
+        return [Problem("evaluation.held_out_sources", message)]
+    return []
 
 
 def _no_source(source: str, names: set[str]) -> str:

@@ -6,7 +6,7 @@ and the chat template itself. Tests hold it equal to ``AutoTokenizer``.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +35,8 @@ class TemplateRefusal(ValueError):
 class PromptTokeniser:
     """A model folder's tokenizer and chat template, and how prompts pass through them.
 
-    Raises ConfigError where the folder has no usable tokenizer or lacks a wanted chat template.
+    ``prints_today``: the template has printed the date of this day, since no other is set. Raises
+    ConfigError where the folder has no usable tokenizer or lacks a wanted chat template.
     """
 
     def __init__(self, model_folder: str | Path, prompts: PromptsConfig) -> None:
@@ -43,6 +44,9 @@ class PromptTokeniser:
         self.prompts = prompts
         self.settings = read_settings(self.folder)
         self.tokenizer = load_tokenizer(self.folder, self.settings)
+        self.prints_today = False
+        day = prompts.template_date
+        self._now = datetime.now() if day is None else datetime.fromisoformat(day)
         self._template = self._compile_template() if prompts.chat_template else None
         if self._template is None and prompts.system is not None:
             raise config_error(
@@ -126,6 +130,21 @@ class PromptTokeniser:
         found = {name: token_text(self.settings.get(name)) for name in names}
         return {name: text for name, text in found.items() if text is not None}
 
+    def notices(self) -> list[str]:
+        """What is to be known of the prompts that were rendered."""
+        if not self.prints_today:
+            return []
+        return [
+            "the teacher's chat template prints today's date, so from midnight on these are other "
+            "prompts: the run cannot be resumed, and stored answers are not found; set "
+            f"prompts.template_date: {self._now:%Y-%m-%d}"
+        ]
+
+    def _strftime_now(self, form: str) -> str:
+        """The date for a template: the same for all prompts, also where midnight is between."""
+        self.prints_today = self.prompts.template_date is None
+        return self._now.strftime(form)
+
     def _compile_template(self) -> jinja2.Template:
         source = chat_template(self.folder, self.settings)
         if source is None:
@@ -135,7 +154,7 @@ class PromptTokeniser:
                 "false to ask the raw text",
             )
         try:
-            return template_environment().from_string(source)
+            return template_environment(self._strftime_now).from_string(source)
         except jinja2.TemplateError as error:
             raise config_error(
                 str(self.folder),
@@ -207,14 +226,14 @@ def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     return template
 
 
-def template_environment() -> jinja2.Environment:
-    """The sandbox chat templates are written for."""
+def template_environment(strftime_now: Callable[[str], str]) -> jinja2.Environment:
+    """The sandbox chat templates are written for; they print the date by ``strftime_now``."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = strftime_now
     return environment
 
 
@@ -253,10 +272,6 @@ def _to_json(
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
 
 
 def token_text(token: Any) -> str | None:

@@ -27,8 +27,8 @@ class UsablePrompts:
     """What was read, tokenised, and sorted. Lists are by prompt, in the order read.
 
     ``ids``: int32 [P]. ``responses``: int32 [T] where the prompt came with a response, else None.
-    ``kept``: which prompts are usable and not equal to an earlier one. ``dropped`` counts the
-    others by reason; ``first_dropped`` says where the first of each was.
+    ``kept``: which prompts are usable and no duplicates. ``dropped`` counts the unusable ones by
+    reason; ``first_dropped`` says where the first of each was.
     """
 
     raws: list[RawPrompt]
@@ -51,10 +51,14 @@ def sort_prompts(
 
     A prompt of more than ``max_prompt_tokens`` is dropped as ``too_long``, one of no tokens as
     ``empty``. A response that came with its prompt is dropped as ``empty_response`` if nothing is
-    in it, as ``response_too_long`` if both together are more than ``context_tokens``.
+    in it, as ``response_too_long`` if both together are more than ``context_tokens``. A duplicate
+    asks the same as an earlier row, or has a prompt that a held-out source has too: that must not
+    be trained on, whichever was read first and whatever response it came with.
     """
     ids = tokeniser.encode_many(raws)
     found = UsablePrompts(raws, ids, _encode_responses(raws, config, tokeniser))
+    sources = set(config.evaluation.held_out_sources)
+    held_out = {digest_of(ids[i]) for i, raw in enumerate(raws) if raw.source in sources}
     seen: set[bytes] = set()
     for index, (prompt, response) in enumerate(zip(ids, found.responses, strict=True)):
         reason = _why_unusable(prompt, response, max_prompt_tokens, context_tokens)
@@ -63,8 +67,9 @@ def sort_prompts(
             tokens = len(prompt) + (0 if response is None else len(response))
             found.first_dropped.setdefault(reason, f"{raws[index].where}: {tokens} tokens")
             continue
-        digest = _digest(prompt, response)
-        if digest in seen:
+        digest = digest_of(prompt, response)
+        trained = raws[index].source not in sources
+        if digest in seen or (held_out and trained and digest_of(prompt) in held_out):
             found.duplicates += 1
             continue
         seen.add(digest)
@@ -106,8 +111,8 @@ def _why_unusable(
     return "response_too_long" if len(prompt) + len(response) > context_tokens else None
 
 
-def _digest(prompt: np.ndarray, response: np.ndarray | None) -> bytes:
-    """What two rows that ask the same have in common."""
+def digest_of(prompt: np.ndarray, response: np.ndarray | None = None) -> bytes:
+    """What two rows that ask the same have in common; without a response: of the same prompt."""
     digest = blake2b(prompt.tobytes(), digest_size=16)
     if response is not None:
         digest.update(b"\0" + len(prompt).to_bytes(8, "little") + response.tobytes())

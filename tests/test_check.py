@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,10 @@ def test_the_check_is_fast_and_imports_nothing_heavy(run_file: Path) -> None:
         ("output.path=/proc/run", ["output.path: /proc/run cannot be written"]),
         ("output.path=sound.yaml/run", ["sound.yaml is a file"]),
         ("prompts.chat_template=3", ["prompts.chat_template: is 3"]),
+        ("prompts.template_date=today", ["prompts.template_date: is 'today'; expected a day as"]),
+        ("prompts.template_date=31.12.2031", ["is '31.12.2031'", "YYYY-MM-DD, or null"]),
+        ("prompts.template_date=2031-02-30", ["day is out of range for month"]),
+        ("prompts.template_date='2031-12-31 10:00'", ["prompts.template_date: is '2031-12-31 10"]),
     ],
 )
 def test_one_mistake_is_one_problem(
@@ -354,12 +359,54 @@ def test_a_run_whose_prompts_changed_is_refused(run_file: Path, tmp_path: Path) 
     assert "(6 rows, now 7)" in only(run_file)
 
 
+def test_a_run_whose_template_printed_another_day_is_resumed_with_that_day(
+    run_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(TINY, folder)
+    template = "{{ strftime_now('%d %B %Y') }}: {{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(template)
+    settings = yaml.safe_load(run_file.read_text())
+    settings["teacher"]["model"] = str(folder)
+    settings["prompts"]["template_date"] = "2031-12-31"
+    run_file.write_text(yaml.safe_dump(settings))
+    begin_run(run_file)
+    assert problems(run_file) == []
+    problem = only(run_file, "prompts.template_date=null")
+    assert "set prompts.template_date to the day of the first start" in problem
+    assert f"is of {date.today()}), else restore the files" in problem
+    assert problems(run_file, "prompts.template_date=2031-12-31") == []
+    with (tmp_path / "prompts.jsonl").open("a") as stream:
+        stream.write(json.dumps({"prompt": "one more", "source": "a"}))
+    assert "template_date" not in only(run_file)
+
+
 def test_too_little_space_is_a_problem(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     assert "will need about" in only(run_file)
     notices = check_run_file(str(run_file)).notices
     assert any("the teacher's answers may take up to" in notice for notice in notices)
+
+
+def test_what_a_run_has_written_need_not_be_free_again(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = begin_run(run_file)
+    needed = check_run_file(str(run_file)).prepared.space_needed_bytes  # type: ignore[union-attr]
+    assert needed is not None
+    usage = shutil.disk_usage("/")._replace(free=needed - 3000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert "will need about" in only(run_file)
+    folder.write_bytes("checkpoints/checkpoint_1/rank_0.safetensors", bytes(1500))
+    folder.write_bytes("student/model.safetensors", bytes(1400))
+    assert "GiB more" in only(run_file)
+    folder.write_bytes("held_out.parquet", bytes(200))
+    assert problems(run_file) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    assert "will need about" in only(run_file)
+    folder.write_bytes("checkpoints/checkpoint_2/rank_0.safetensors", bytes(needed))
+    assert problems(run_file) == [], "never less than nothing"
 
 
 def test_one_number_changed_in_the_teacher_makes_every_key_new(

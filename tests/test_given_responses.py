@@ -38,9 +38,12 @@ def write(name: str, rows: list[tuple[str, str | None]]) -> str:
     return name
 
 
-def run_settings(prompts: Any, teacher: Any = None, **evaluation: Any) -> dict[str, Any]:
+def run_settings(
+    prompts: Any, teacher: Any = None, seed: int = 0, **evaluation: Any
+) -> dict[str, Any]:
     section = {"chat_template": False, "response_field": "answer"}
     return {
+        "seed": seed,
         "teacher": {"model": str(MODEL), **(teacher or {})},
         "student": {"layers": [0]},
         "prompts": {**section, **prompts},
@@ -94,6 +97,39 @@ def test_rows_are_told_apart_dropped_and_counted() -> None:
     assert "p.jsonl, line 6: " in made.first_dropped["response_too_long"]
     assert (made.longest_row(1000), made.response_tokens("train", 1000)) == (3, 4)
     assert made.longest_asked_prompt is None
+
+
+def words(table: pa.Table) -> list[str]:
+    return [TOKENISER.tokenizer.decode(ids) for ids in table["prompt_ids"].to_pylist()]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("asked", "least", "most"), [(1, 1, 3), (4, 4, 6), (6, 6, 7)])
+def test_a_prompt_is_trained_on_or_held_out_whatever_its_responses(
+    seed: int, asked: int, least: int, most: int
+) -> None:
+    rows: list[Any] = [(prompt, response) for response in "xyz" for prompt in "abcd"]
+    made = tables([*rows, ("e", "x")], seed=seed, held_out_rows=asked)
+    assert not set(words(made.held_out)) & set(words(made.train))
+    assert (made.held_out.num_rows + made.train.num_rows, made.duplicates) == (13, 0)
+    assert least <= made.held_out.num_rows <= most
+
+
+def test_a_prompt_of_a_held_out_source_is_not_trained_on_with_another_response() -> None:
+    write("chat.jsonl", [("a", "x"), ("a", "y"), ("b", "x"), ("c", "x"), ("d", "x")])
+    write("eval.jsonl", [("a", "x"), ("b", "z"), ("b", "y"), ("c", "many " * 50)])
+    Path("asked.txt").write_text("b\ne")
+    listed: list[dict[str, Any]] = [
+        {"name": "chat", "path": "chat.jsonl", "response_field": "answer"},
+        {"name": "asked", "path": "asked.txt"},
+        {"name": "eval", "path": "eval.jsonl", "response_field": "answer"},
+    ]
+    prompts = {"sources": listed, "response_field": None}
+    made = tables(None, prompts=prompts, held_out_sources=["eval"])
+    assert words(made.held_out) == ["a", "b", "b"]
+    # Not c either: it is named as held out, though its row there is too long.
+    assert words(made.train) == ["d", "e"]
+    assert (made.duplicates, made.num_dropped) == (5, 1)
 
 
 def test_the_key_is_of_both_texts_and_not_of_the_sampling() -> None:

@@ -4,18 +4,21 @@ import csv
 import gzip
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
 from raystill.cluster.config import RunConfig
 from raystill.cluster.problems import ConfigError
+from raystill.cluster.redact import redact
 from raystill.cluster.run_folder import TRAIN_PROMPTS, RunFolder
-from raystill.datasets import prompt_table
+from raystill.datasets import prompt_table, tokenise
 from raystill.datasets.config import PromptsConfig
 from raystill.datasets.keys import answer_key, answer_keys
 from raystill.datasets.prompt_table import PromptTables, build_prompt_tables
@@ -94,6 +97,8 @@ def test_globs_folders_lists_uris_and_limit(tmp_path: Path) -> None:
     assert texts(tmp_path / "*.txt") == all_six
     assert texts(tmp_path) == all_six
     assert texts(f"file://{tmp_path}/b.txt") == ["b1", "b2"]
+    assert texts(f"file://{tmp_path}/[ab].txt") == ["a1", "a2", "b1", "b2"]
+    assert texts(f"file://{tmp_path}/?.txt") == all_six
     assert texts([tmp_path / "c.txt", tmp_path / "a.txt"], limit=3) == ["c1", "c2", "a1"]
 
 
@@ -160,6 +165,71 @@ def test_a_missing_file_names_the_near_miss(tmp_path: Path) -> None:
     assert "nothing matches" in broken(prompts(tmp_path / "*.csv"))[0]
 
 
+BUCKET = "s3://me:se%2Fcret@bucket"
+QUERY = "?region=eu-west-1&endpoint_override=localhost:9000&scheme=http"
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A bucket that is a folder here; lists the URIs it is opened by, as pyarrow takes them."""
+    opened: list[str] = []
+    real = pafs.FileSystem.from_uri
+    store = pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem())
+
+    class Opening:
+        @staticmethod
+        def from_uri(uri: str) -> tuple[pafs.FileSystem, str]:
+            opened.append(uri)
+            return store, real(uri)[1]
+
+    monkeypatch.setattr(pafs, "FileSystem", Opening)
+    for name in ("a-1", "a-2", "b c-1", "x#y-1", "100[x]-1"):
+        (tmp_path / "bucket/data" / name).mkdir(parents=True)
+        (tmp_path / "bucket/data" / name / "p.txt").write_text(name)
+    return opened
+
+
+@pytest.mark.parametrize("query", ["?region=eu-west-1", QUERY])
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("/data/a-1/p.txt", ["a-1"]),
+        ("/data/a-1", ["a-1"]),
+        ("/data/a-?/p.txt", ["a-1", "a-2"]),
+        ("/data/*-1/*.txt", ["100[x]-1", "a-1", "b c-1", "x#y-1"]),
+        ("/data/a-[2-9]/*", ["a-2"]),
+        ("/data/b%20c-1/p.txt", ["b c-1"]),
+        ("/data/b%20c-1/*.txt", ["b c-1"]),
+        ("/data/b c-1/*.txt", ["b c-1"]),
+        ("/data/b%20c-?/*.txt", ["b c-1"]),
+        ("/data/x%23y-?/*.txt", ["x#y-1"]),
+        ("/data/x#y-1/*.txt", ["x#y-1"]),
+        ("/data/100%5Bx%5D-1/*.txt", ["100[x]-1"]),
+        ("/data/100%5Bx%5D-?/*.txt", ["100[x]-1"]),
+    ],
+)
+def test_uris_keep_their_credentials_and_query(
+    path: str, query: str, found: list[str], bucket: list[str]
+) -> None:
+    read = read_prompts(prompts(f"{BUCKET}{path}{query}"))
+    assert [r.text for r in read] == found
+    assert all("cret" not in r.where for r in read)
+    (opened,) = bucket
+    assert opened.startswith(f"{BUCKET}/data")
+    assert opened.endswith(query)
+
+
+def test_what_is_wrong_with_a_uri_shows_no_credentials(bucket: list[str]) -> None:
+    for path, words in [
+        ("/data/*.csv", "nothing matches 's3://***@bucket/data/*.csv?region"),
+        ("/data/none.txt", "no such file: 's3://***@bucket/data/none.txt?region"),
+        ("*/data/p.txt", "'s3://***@bucket*/data/p.txt?region=eu-west-1' cannot be opened: a glob"),
+    ]:
+        (problem,) = broken(prompts(f"{BUCKET}{path}?region=eu-west-1"))
+        assert words in redact(problem)
+        assert "cret" not in redact(problem)
+
+
 @pytest.fixture(scope="module")
 def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The quickstart's tokenizer with what other models have: begin token, additions, template."""
@@ -212,6 +282,33 @@ def test_chat_tokens_equal_those_of_transformers(
         )["input_ids"]
         assert ids.dtype == np.int32
         assert ids.tolist() == expected
+
+
+def test_a_template_that_prints_the_date_prints_the_day_that_is_set(
+    odd_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+            return next(days)
+
+    monkeypatch.setattr(tokenise, "datetime", Clock)
+
+    def ask(day: str | None, template: bool = True) -> tuple[list[str], list[str]]:
+        settings = PromptsConfig(path="-", template_date=day, chat_template=template)
+        tokeniser = PromptTokeniser(odd_model, settings)
+        return [tokeniser.render(raw(text=text)) for text in "ab"], tokeniser.notices()
+
+    days = iter([datetime(2031, 12, 31), datetime(2032, 1, 1)])
+    texts, (notice,) = ask(None)
+    assert all("2031go" in text for text in texts), "one day for all prompts"
+    assert notice.endswith("set prompts.template_date: 2031-12-31")
+    assert all("2032go" in text for text in ask(None)[0])
+    texts, notices = ask("2031-12-31")
+    assert all("2031go" in text for text in texts)
+    assert notices == []
+    days = iter([datetime(2031, 12, 31)])
+    assert ask(None, template=False)[1] == []
 
 
 @pytest.mark.parametrize("which", ["quickstart", "odd"])

@@ -9,7 +9,13 @@ import pytest
 
 from raystill.cluster.config import RunConfig
 from raystill.cluster.problems import ConfigError
-from raystill.cluster.run_folder import RunFolder, resolve_input, resolve_output
+from raystill.cluster.run_folder import (
+    RunFolder,
+    resolve_input,
+    resolve_output,
+    resolve_store,
+    split_query,
+)
 
 RUN = {
     "teacher": {"model": "m"},
@@ -62,6 +68,49 @@ def test_a_folder_elsewhere_keeps_its_logs_here(
     assert folder.logs.is_dir()
     assert folder.logs == RunFolder("s3://bucket/run").logs
     assert folder.logs != RunFolder("s3://bucket/other").logs
+
+
+QUERY = "?region=eu-west-1&endpoint_override=localhost:9000&scheme=http"
+
+
+def test_a_query_stays_behind_the_path() -> None:
+    folder = RunFolder(f"s3://me:se%2Fcret@bucket/runs/one/{QUERY}")
+    assert folder.join("a/b") == f"s3://me:se%2Fcret@bucket/runs/one/a/b{QUERY}"
+    assert folder.join("") == folder.path
+    assert folder.root == "bucket/runs/one"
+    filesystem, path = pafs.FileSystem.from_uri(folder.join("a/b"))
+    assert path == "bucket/runs/one/a/b"
+    assert filesystem == folder.filesystem()
+    store = resolve_store(config(), folder)
+    assert store == f"s3://me:se%2Fcret@bucket/runs/teacher_store{QUERY}"
+    assert RunFolder(store).filesystem() == folder.filesystem()
+    assert RunFolder("/a?b=c").join("d") == "/a?b=c/d"
+
+
+def test_the_default_store_is_in_the_bucket_of_the_run() -> None:
+    for output in ("s3://bucket/run", "s3://bucket/run/"):
+        assert resolve_store(config(), RunFolder(output)) == "s3://bucket/teacher_store"
+    assert resolve_store(config(), RunFolder("/run")) == "/teacher_store"
+    for output in ("s3://bucket", "s3://bucket/", f"s3://bucket{QUERY}"):
+        with pytest.raises(ConfigError, match=r"output.path: s3://bucket.* is a whole bucket, so"):
+            resolve_store(config(), RunFolder(output))
+        own = RunConfig.model_validate({**RUN, "store": {"path": "s3://other/store"}})
+        assert resolve_store(own, RunFolder(output)) == "s3://other/store"
+
+
+@pytest.mark.parametrize(
+    ("uri", "query"),
+    [
+        ("s3://b/p.jsonl?region=a", "?region=a"),
+        ("s3://b/part-?.jsonl?region=a&scheme=http", "?region=a&scheme=http"),
+        ("s3://b/*?endpoint_override=http://h:1/", "?endpoint_override=http://h:1/"),
+        ("s3://b/part-?.jsonl", ""),
+        ("s3://b/?ear=2024/*.jsonl", ""),
+        ("a?b=c", ""),
+    ],
+)
+def test_a_query_is_told_from_a_glob(uri: str, query: str) -> None:
+    assert split_query(uri) == (uri.removesuffix(query), query)
 
 
 def test_output_is_named_after_the_run_file(

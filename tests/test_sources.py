@@ -213,6 +213,29 @@ def test_of_equal_prompts_the_first_source_has_the_row() -> None:
     assert (rows_of(made, "letters"), rows_of(made, "numbers")) == (10, 2)
 
 
+def test_of_a_prompt_that_is_held_out_the_training_copy_is_dropped() -> None:
+    Path("b.jsonl").write_text('{"prompt": "letter c"}\n{"prompt": "letter j"}\n{"prompt": "new"}')
+    made = tables(sources(), held_out_sources=["numbers"])
+    assert (made.train.num_rows, made.held_out.num_rows, made.duplicates) == (8, 3, 2)
+    assert not set(keys(made)) & set(keys(made, "held_out"))
+    # Whichever of the two was read first.
+    swapped = tables(sources()[::-1], held_out_sources=["numbers"])
+    assert (swapped.train.num_rows, swapped.held_out.num_rows, swapped.duplicates) == (8, 3, 2)
+    Path("b.jsonl").write_text('{"prompt": "letter c"}\n{"prompt": "letter c"}')
+    made = tables(sources(), held_out_sources=["numbers"], held_out_rows=4)
+    assert (made.train.num_rows, made.held_out.num_rows, made.duplicates) == (5, 5, 2)
+
+
+def test_a_held_out_source_that_is_left_without_a_row_is_refused() -> None:
+    Path("b.jsonl").write_text(json.dumps({"prompt": "word " * 60}))
+    with pytest.raises(ConfigError) as caught:
+        tables(sources(), held_out_sources=["numbers"])
+    (problem,) = caught.value.problems
+    assert problem.where == "evaluation.held_out_sources"
+    assert "names 'numbers', but none of the 10 usable rows is of these" in problem.message
+    assert tables(sources(), held_out_sources=["numbers"], held_out_rows=1).held_out.num_rows == 1
+
+
 def test_a_weight_that_makes_no_row_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         tables(sources({"weight": 0.01}, {"weight": 0.02}))
