@@ -234,8 +234,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     command.add_argument(
         "action",
         choices=("list", "verify", "compact", "prune"),
-        help="list: teachers, signals, sizes; verify: read all, exit 1 on damage; compact: merge "
-        "small segments, leave duplicates out; prune: remove what is damaged",
+        help="list: teachers, signals, sizes; verify: read all, exit 1: damaged, 3: unreadable "
+        "now, 4: of a newer version; compact: merge small segments, leave duplicates out; prune: "
+        "remove what is damaged, never what is merely out of reach or newer",
     )
     command.add_argument("path", metavar="STORE", help="e.g. runs/teacher_store, or a URI")
     command.add_argument(

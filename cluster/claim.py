@@ -16,7 +16,7 @@ from typing import Any
 from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import RunFolder
 
-LOCK = ".lock"
+LOCK = "driver.lock"  # In the log folder.
 NAME_WAIT_S = 20.0  # A lost driver's actors end some seconds after it.
 POLL_S = 0.5
 
@@ -28,7 +28,7 @@ def claimed(folder: RunFolder) -> Iterator[None]:
         yield
         return
     folder.ensure()
-    with (folder.local / LOCK).open("a+") as lock:
+    with (folder.logs / LOCK).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

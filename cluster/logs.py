@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raystill.cluster.redact import redact_log_records
+from raystill.cluster.run_folder import split_query
 
 NOISY_LOGGERS = ("ray", "ray.serve", "ray.data", "ray.train", "vllm", "transformers", "py.warnings")
 LINE_FORMAT = "%(asctime)s %(levelname)s %(where)s %(name)s: %(message)s"
@@ -58,7 +59,7 @@ def log_labelled(run: str, role: str, name: str | None = None) -> None:
 
 def run_name(path: str) -> str:
     """The run's name in log lines: the last part of its folder's path."""
-    return path.rstrip("/").rpartition("/")[2]
+    return split_query(path)[0].rstrip("/").rpartition("/")[2]
 
 
 def redirect_output(path: str | os.PathLike[str]) -> Path:

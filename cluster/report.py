@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raystill.cluster import wording
+from raystill.cluster.logs import run_name
 from raystill.cluster.metrics import Folder, read_lines
 from raystill.cluster.problems import RunError
 from raystill.cluster.summary import Figures, before_and_after, write_summary
@@ -71,7 +72,7 @@ def print_comparison(folders: Sequence[Folder], console: Console | None = None) 
             raise RunError(f"{folder.path} has no summary.json: no run has ended there yet")
         first, last = before_and_after(folder)
         summary = json.loads(folder.read_text("summary.json"))
-        name = folder.path.rstrip("/").rpartition("/")[2]
+        name = run_name(folder.path)
         found.append((name, summary, last or first or {}))
     table = _columns(*(name for name, _, _ in found))
     for name, label, digits, _ in (*TEACHER_FORCED, *FREE_RUNNING):

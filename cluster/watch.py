@@ -6,7 +6,6 @@ by: its end, an error in any part, a signal, or a wait for resources that has la
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -14,6 +13,7 @@ import ray
 from raystill.cluster.appetite import Appetite
 from raystill.cluster.config import RunConfig
 from raystill.cluster.live import LiveView
+from raystill.cluster.logs import run_name
 from raystill.cluster.metrics import MetricsLog
 from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import TIMELINE, RunFolder
@@ -56,7 +56,7 @@ class Records:
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self._timeline = Timeline(MetricsLog(folder, TIMELINE), deploy.num_replicas)
-        self._telemetry = Telemetry(Path(folder.path).name)
+        self._telemetry = Telemetry(run_name(folder.path))
         wanted = config.output.tensorboard
         self._board = TensorBoard(folder.logs / "tensorboard") if wanted else None
         self._looks = 0

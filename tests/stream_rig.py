@@ -126,12 +126,12 @@ def answers_to(rows, kind, top_k, given=None):
     return pa.table(columns, schema=schema)
 
 
-def write_prompts(folder: RunFolder, name, behaviours, given=None):
+def write_prompts(folder: RunFolder, name, behaviours, given=None, first_key=0):
     """A prompt table with one row for each behaviour; ``given``: responses they came with."""
     rows = list(range(len(behaviours)))
     prompts = [[int(b), row] for row, b in zip(rows, behaviours, strict=True)]
     sources = [f"source {row % 3}" for row in rows]
-    keys = [row.to_bytes(16, "big") for row in rows]
+    keys = [(first_key + row).to_bytes(16, "big") for row in rows]
     columns = [rows, keys, prompts, sources, given or [None] * len(rows)]
     folder.write_table(name, pa.table(columns, schema=PROMPT_SCHEMA), row_group_size=32)
 

@@ -38,7 +38,7 @@ def test_a_run_folder_has_one_driver_until_that_ends_however_it_ends(tmp_path: P
         holder.kill()
         holder.wait()
     with claim.claimed(folder):
-        assert "under way" not in (tmp_path / "run" / claim.LOCK).read_text()
+        assert "under way" not in (folder.logs / claim.LOCK).read_text()
 
 
 def test_a_name_that_is_taken_is_waited_for_and_then_refused(

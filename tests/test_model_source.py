@@ -1,4 +1,4 @@
-"""The teacher's files on another node: a folder that is not there is fetched, at the same commit."""
+"""The teacher's files on another node: a folder that is not there is fetched, same commit."""
 
 import json
 import shutil

@@ -345,7 +345,7 @@ def test_a_row_that_cannot_be_scored_is_unusable_and_the_others_are_published(te
     behaviours = [PLAIN, rig.UNUSABLE, rig.HANGS, PLAIN]
     prompts = pa.array([[b, row] for row, b in enumerate(behaviours)], pa.list_(pa.int32()))
     given = pa.array([[row, 5] for row in range(4)], pa.list_(pa.int32()))
-    answers = stored_answers(tmp_path, 4, "sampled", timeout_s=0.3)
+    answers = stored_answers(tmp_path, 4, "sampled")
     told, counters = asyncio.run(answers.get(np.arange(4), prompts, given))
     assert told["error"].to_pylist() == [None, "too_long", "poison", None]
     assert told["response_ids"].to_pylist() == [[0, 5], [], [], [3, 5]]
@@ -391,6 +391,7 @@ def test_held_out_rows_are_answered_once_and_kept(teacher, tmp_path):
     paid = rows_paid_for(TeacherStore(store).catalogue(), "run")
     assert paid == {"training": Paid(), "evaluation": Paid(16, 4)}
     # As many others are not the same: they are asked.
-    rig.write_prompts(folder, HELD_OUT_PROMPTS, [PLAIN] * 21, [[90 + r, 1] for r in range(21)])
+    others = [[90 + row, 1] for row in range(21)]
+    rig.write_prompts(folder, HELD_OUT_PROMPTS, [PLAIN] * 21, others, first_key=100)
     assert ray.get(answer_held_out.remote(*arguments)) == 21
-    assert folder.read_table(HELD_OUT)["response_ids"].to_pylist()[3] == [93, 1]
+    assert folder.read_table(HELD_OUT)["response_ids"].to_pylist() == others
