@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,3 +60,24 @@ def test_a_name_that_is_taken_is_waited_for_and_then_refused(
     tries.clear()
     with pytest.raises(RunError, match="another driver on this cluster"):
         claim.only_one(start, folder)
+
+
+@pytest.mark.ray
+def test_the_coordinator_of_a_run_is_the_only_one_until_it_is_gone(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    import ray
+
+    from raystill.cluster.coordinator import start_coordinator
+
+    def start() -> Any:
+        return start_coordinator("claimed-twice", 8, 8, 0.0)
+
+    first = claim.only_one(start, RunFolder(str(tmp_path)))
+    assert ray.get(first.snapshot.remote())["from_step"] == 0
+    with pytest.raises(ValueError, match="claimed-twice"):
+        start()
+    ray.kill(first)
+    second = claim.only_one(start, RunFolder(str(tmp_path)))
+    assert ray.get(second.snapshot.remote())["ahead"] == 0
+    ray.kill(second)
