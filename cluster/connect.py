@@ -45,7 +45,6 @@ for _name, _value in QUIET.items():
     os.environ.setdefault(_name, _value)
 
 _restore_output: Callable[[], None] | None = None
-_own_cluster = False
 
 
 def connect(cluster: ClusterConfig, logs: Path | None) -> None:
@@ -55,13 +54,12 @@ def connect(cluster: ClusterConfig, logs: Path | None) -> None:
     """
     import ray
 
-    global _restore_output, _own_cluster
+    global _restore_output
     if _restore_output is None:
         _restore_output = quiet_driver(os.devnull if logs is None else logs / "driver.log")
     # Errors that the cluster publishes would be printed amid the live view, whatever log_to_driver.
     ray._private.worker.print_to_stdstream = _log_published
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    _own_cluster = not address
     try:
         if address:
             _join(ray, address)
@@ -90,11 +88,6 @@ def disconnect(in_use: bool = False) -> None:
             ray.shutdown()
     finally:
         _give_back_output()
-
-
-def is_own_cluster() -> bool:
-    """Whether this process started the cluster, which ends with it."""
-    return _own_cluster
 
 
 def project_root() -> Path:

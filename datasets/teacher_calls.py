@@ -158,7 +158,7 @@ def teacher_handle(app_name: str) -> Any:
     from ray.serve.schema import ApplicationStatus
 
     while True:
-        told = serve.status().applications.get(app_name)
+        told = applications().get(app_name)
         if told is not None and told.status == ApplicationStatus.RUNNING:
             return serve.get_app_handle(app_name)  # Without a replica too: Serve brings one.
         if told is not None and told.status == ApplicationStatus.DEPLOY_FAILED:
@@ -168,6 +168,21 @@ def teacher_handle(app_name: str) -> Any:
             if any(state.get("RUNNING", 0) for state in states):
                 return serve.get_app_handle(app_name)
         time.sleep(POLL_S)
+
+
+def applications() -> dict[str, Any]:
+    """What Serve runs, by name; nothing where Serve does not run.
+
+    A run beside this one whose end left no application has shut Serve down: this process's own
+    client still holds the controller that is gone.
+    """
+    from ray import serve
+
+    try:
+        return dict(serve.status().applications)
+    except RayActorError:
+        serve.context._set_global_client(None)
+        return dict(serve.status().applications)
 
 
 def first_line(error: BaseException) -> str:

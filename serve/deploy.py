@@ -13,12 +13,12 @@ from typing import Any
 import ray
 from ray import serve
 
-from raystill.cluster import connect
 from raystill.cluster.config import RunConfig
 from raystill.cluster.model_source import ModelSource
 from raystill.cluster.placement import add_up, describe, teacher_bundles
 from raystill.cluster.problems import RunError
 from raystill.cluster.wording import plural
+from raystill.datasets.teacher_calls import applications
 from raystill.serve.config import ReplicasConfig
 from raystill.serve.teacher import ReplicaSettings, Teacher
 from raystill.serve.vllm_engine import PROBE_TIMEOUT_S
@@ -132,7 +132,7 @@ def wait_for_teacher(
     """
     started = time.monotonic()
     while (waited := time.monotonic() - started) < timeout_s:
-        told = serve.status().applications.get(_app)
+        told = applications().get(_app)
         state = "NOT_STARTED" if told is None else str(told.status.value)
         if state == "RUNNING":
             remaining = max(1.0, timeout_s - waited)
@@ -163,7 +163,7 @@ def waits_for_resources() -> bool:
     """Whether a replica has been without a place for half a minute, as Serve tells it: one of those
     the run starts with, or, when all have gone with their nodes, the next one.
     """
-    told = serve.status().applications.get(_app)
+    told = applications().get(_app)
     if told is None or (told.status.value != "DEPLOYING" and num_replicas() > 0):
         return False
     return any("to be scheduled" in deployment.message for deployment in told.deployments.values())
@@ -171,7 +171,7 @@ def waits_for_resources() -> bool:
 
 def num_replicas() -> int:
     """Replicas that answer now; 0 where the teacher was not deployed."""
-    told = serve.status().applications.get(_app)
+    told = applications().get(_app)
     deployment = None if told is None else told.deployments.get(DEPLOYMENT)
     return 0 if deployment is None else int(deployment.replica_states.get("RUNNING", 0))
 
@@ -183,17 +183,14 @@ def teacher_handle() -> Any:
 
 def end_teacher() -> None:
     """End the teacher's replicas; Serve stays for another life."""
-    if _app in serve.status().applications:
+    if _app in applications():
         serve.delete(_app)
 
 
 def shutdown_teacher() -> None:
-    """End the teacher's replicas; Serve itself on a cluster of this process's own alone.
-
-    On another, a run beside this one may be about to deploy its teacher, or have let it go.
-    """
+    """End the teacher's replicas, and Serve itself where nobody else uses it."""
     end_teacher()
-    if connect.is_own_cluster():
+    if not applications():
         serve.shutdown()
 
 

@@ -86,9 +86,9 @@ def training(num_rows: int, **changes: Any) -> dict[str, Any]:
 def test_a_fast_student_drives_the_pool_to_its_maximum(cluster: Nodes, tmp_path: Path) -> None:
     """One replica answers 8 rows in 3 seconds; the student eats them in a tenth of one."""
     folder = tmp_path / "fast"
-    files = run_on(cluster, folder, delay_s=3.0, tokens=8, upscale_delay_s=2.0, **training(240))
+    files = run_on(cluster, folder, delay_s=3.0, tokens=8, upscale_delay_s=2.0, **training(320))
     summary = files.json("summary.json")
-    assert summary["rows_trained"] == summary["rows_asked"] == 240
+    assert summary["rows_trained"] == summary["rows_asked"] == 320
     assert (cluster.most("teacher"), cluster.most("student")) == (MOST_TEACHERS, 1), str(cluster)
     teachers = [counts["teacher"] for _, counts in cluster.seen if "teacher" in counts]
     assert teachers[0] == 1, f"one replica comes first: {cluster}"

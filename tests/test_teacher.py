@@ -278,7 +278,6 @@ def test_the_synthetic_engine_keeps_the_contract_through_serve(
 ) -> None:
     from ray import serve
 
-    from raystill.cluster import connect
     from raystill.serve import deploy
 
     assert synthetic_teacher["engine"] == "synthetic"
@@ -294,10 +293,30 @@ def test_the_synthetic_engine_keeps_the_contract_through_serve(
     monkeypatch.setattr(serve, "shutdown", lambda: ended.append(True))
     deploy.shutdown_teacher()
     assert deploy.APP_NAME not in serve.status().applications
-    assert not ended, "another run's Serve was shut down"
-    monkeypatch.setattr(connect, "_own_cluster", True)
+    assert ended or serve.status().applications
+
+
+@pytest.mark.ray
+def test_a_run_without_a_teacher_goes_on_when_another_has_shut_serve_down(
+    ray_serve: None,
+) -> None:
+    """The controller goes behind this process's back, as a driver beside it would end it."""
+    import ray
+    from ray import serve
+
+    from raystill.serve import deploy
+
+    assert deploy.num_replicas() == 0
+    client = serve.context._get_global_client()
+    client._controller.graceful_shutdown.remote()
+    deadline = time.monotonic() + 30
+    with pytest.raises(ray.exceptions.RayActorError):
+        while time.monotonic() < deadline:
+            serve.status()
+            time.sleep(0.2)
+    assert deploy.num_replicas() == 0 and not deploy.waits_for_resources()
     deploy.shutdown_teacher()
-    assert ended
+    serve.start(proxy_location="Disabled")
 
 
 @pytest.mark.ray
