@@ -393,6 +393,16 @@ def test_a_resumed_run_goes_on_with_the_teacher_it_began_with(
     assert "the end of this test" not in told
 
 
+def test_a_machine_without_git_has_no_commit_to_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raystill.cluster import job
+
+    assert len(job.commit() or "") == 40
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert job.commit() is None
+
+
 @pytest.mark.ray
 def test_more_workers_than_the_cluster_can_have_are_refused_beside_other_problems(
     run_file: str,
