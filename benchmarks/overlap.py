@@ -12,9 +12,10 @@ One run measures, with the same core lists, batches, rows and lengths:
 On two cores no student of this width is twice as fast as the teacher with all its slots, so the
 case 1 : 2 gives the engine four slots (``teacher.max_num_seqs``) and measures it alone again.
 
-Steady state: of 1 and 3 whole flights (the rows answered at once, which come in bursts), after the
-first, and in 3 between the filling of the stream and the moment the teacher has nothing left to
-start. The student alone is measured before and after the whole, since shared machines drift.
+Steady state: of 1 and 3 whole flights (the rows answered at once, which come in bursts), in 1
+without the first and the last, in 3 between the filling of the stream and the moment the teacher
+has nothing left to start. The student alone is measured before and after the whole, since shared
+machines drift.
 overlap = whole / min(teacher alone, student alone), in rows/s. Beside it stands the same against
 both run at the same time with nothing between them: what they lose there is the machine's doing.
 """

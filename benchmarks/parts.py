@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -229,14 +230,23 @@ def _take_everything(spec: Any, coordinator: Any, rows_path: str) -> dict[str, A
         arrivals.append((time.perf_counter(), len(table), tokens))
         tables.append(table)
     pq.write_table(pa.concat_tables(tables), rows_path)
-    flight = spec.groups_in_flight
-    window = whole_flights(len(arrivals) // flight * flight, flight, flight)
+    return asdict(steady_arrivals(arrivals, spec.groups_in_flight))
+
+
+def steady_arrivals(arrivals: Sequence[tuple[float, int, int]], flight: int) -> Side:
+    """Steady speed of groups that arrived at (second, rows, tokens), ``flight`` of them at once.
+
+    The first flight and the last are left out. A reader that fetches ahead hands the last group of
+    each flight on with the next one, but that of the last with its own, as the stream ends: a
+    window that begins after the first flight and ends with the stream lacks the time of one.
+    """
+    window = whole_flights(len(arrivals) - flight, flight, flight)
     steady = arrivals[window]
-    return {
-        "rows": sum(rows for _, rows, _ in steady),
-        "tokens": sum(tokens for _, _, tokens in steady),
-        "seconds": steady[-1][0] - arrivals[window.start - 1][0],
-    }
+    return Side(
+        rows=sum(rows for _, rows, _ in steady),
+        tokens=sum(tokens for _, _, tokens in steady),
+        seconds=steady[-1][0] - arrivals[window.start - 1][0],
+    )
 
 
 def student_part(run_file: str, rows_path: str, overrides: list[str], until: str) -> dict[str, Any]:

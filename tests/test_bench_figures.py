@@ -1,7 +1,8 @@
-"""What the benchmarks of scale and start-up work out from what they saw; no Ray."""
+"""What the benchmarks of overlap, scale and start-up work out from what they saw; no Ray."""
 
 import pytest
 
+from benchmarks.parts import steady_arrivals
 from benchmarks.processes import Sample, Sampler
 from benchmarks.scale import case, figures
 from benchmarks.startup import LOG_LINE, compare
@@ -25,6 +26,20 @@ def test_cores_and_rates_are_those_of_the_steady_time_alone():
     assert found["parts"]["coordinator"] == {"cores": pytest.approx(0.4), "processes": 1}
     assert found["parts"]["driver"]["cores"] == pytest.approx(0.05)
     assert found["driver_mb"] == {"first": 110.0, "last": 120.0}
+
+
+@pytest.mark.parametrize("fetches_ahead", [0, 1])
+@pytest.mark.parametrize("partial", [0, 3])
+def test_a_teachers_speed_is_that_of_its_flights_whatever_the_reader_fetches_ahead(
+    fetches_ahead, partial
+):
+    """Four groups of 8 rows every 10 s; a group is handed on when the one after it is there."""
+    groups = 5 * 4 + partial
+    answered = [10.0 * (1 + group // 4) for group in range(groups)]
+    handed_on = [answered[min(group + fetches_ahead, groups - 1)] for group in range(groups)]
+    side = steady_arrivals([(second, 8, 80) for second in handed_on], flight=4)
+    assert side.rows_per_s == pytest.approx(3.2)
+    assert side.tokens_per_s == pytest.approx(32.0)
 
 
 def test_one_after_the_other_is_the_sum_of_what_was_alone(capsys):
