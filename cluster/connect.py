@@ -35,6 +35,13 @@ QUIET_LOCALLY = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1.0",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "5000",
 }
+# Without its dashboard nobody looks at such a cluster: its processes need not tell of every task
+# each second, nor of themselves and their node as often as where Prometheus reads.
+QUIET_UNWATCHED = {
+    "RAY_task_events_report_interval_ms": "0",  # Not at all.
+    "RAY_metrics_report_interval_ms": "30000",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
 NOT_SHIPPED = [
     *(".git", ".venv", "models", "runs", "build", "tests", "docs", "benchmarks/results"),
     *("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"),
@@ -125,9 +132,14 @@ def _runtime_env() -> dict[str, Any]:
     return env
 
 
+def quiet_locally(dashboard: bool) -> dict[str, str]:
+    """Settings of a cluster of this machine alone, as environment variables."""
+    return QUIET_LOCALLY if dashboard else QUIET_LOCALLY | QUIET_UNWATCHED
+
+
 def _start_local(ray: Any, cluster: ClusterConfig) -> None:
     # The workers inherit the environment of the node they are started by.
-    for name, value in QUIET_LOCALLY.items():
+    for name, value in quiet_locally(cluster.dashboard).items():
         os.environ.setdefault(name, value)
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(project_root()) not in known:

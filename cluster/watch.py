@@ -1,6 +1,6 @@
 """The driver's main thread while a run goes on: it looks at all parts, and holds no rows.
 
-Consumes the coordinator's snapshots, twice a second. Waits for: the student's thread. Unblocked
+Consumes the coordinator's snapshots, once a second. Waits for: the student's thread. Unblocked
 by: its end, an error in any part, a signal, or a wait for resources that has lasted too long.
 """
 
@@ -24,8 +24,8 @@ from raystill.cluster.timeline import Timeline
 from raystill.cluster.waiting import Waits
 from raystill.serve import deploy
 
-POLL_S = 0.5
-TELL_EVERY = 20  # looks: ten seconds, as often as Ray exports; Serve's status is dear to ask for
+POLL_S = 1.0
+TELL_EVERY = 10  # looks: ten seconds, as often as Ray exports; Serve's status is dear to ask for
 
 
 class Background(threading.Thread):

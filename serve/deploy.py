@@ -164,14 +164,18 @@ def waits_for_resources() -> bool:
     the run starts with, or, when all have gone with their nodes, the next one.
     """
     told = applications().get(_app)
-    if told is None or (told.status.value != "DEPLOYING" and num_replicas() > 0):
+    if told is None or (told.status.value != "DEPLOYING" and _running(told) > 0):
         return False
     return any("to be scheduled" in deployment.message for deployment in told.deployments.values())
 
 
 def num_replicas() -> int:
     """Replicas that answer now; 0 where the teacher was not deployed."""
-    told = applications().get(_app)
+    return _running(applications().get(_app))
+
+
+def _running(told: Any) -> int:
+    """Replicas that answer, as Serve tells of the application (None: there is none)."""
     deployment = None if told is None else told.deployments.get(DEPLOYMENT)
     return 0 if deployment is None else int(deployment.replica_states.get("RUNNING", 0))
 

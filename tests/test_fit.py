@@ -2,9 +2,11 @@
 
 import os
 
+from ray.train.torch import TorchTrainer
+
 from raystill.cluster.config import RunConfig
 from raystill.cluster.problems import RunError
-from raystill.train.fit import absolute_paths, root_cause
+from raystill.train.fit import Trainer, absolute_paths, root_cause
 
 
 class Wrapped(Exception):
@@ -45,3 +47,15 @@ def test_a_local_student_folder_is_made_absolute_for_workers_that_run_elsewhere(
     for student in ({"init": "model", "model": "hub/name"}, {"layers": [0]}):
         config = run_config(student)
         assert absolute_paths(config) == config
+
+
+def test_ray_train_runs_with_all_its_parts_but_the_cleaner():
+    """A Ray in which the cleaner has another name or place fails here, not in the run."""
+
+    def parts(kind):
+        return [type(part).__name__ for part in kind(print)._create_default_callbacks()]
+
+    all_of_them = parts(TorchTrainer)
+    assert "PlacementGroupCleanerCallback" in all_of_them
+    left = [name for name in all_of_them if name != "PlacementGroupCleanerCallback"]
+    assert parts(Trainer) == left

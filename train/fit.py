@@ -15,6 +15,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raystill.cluster.config import RunConfig
@@ -30,6 +31,18 @@ logger = logging.getLogger(__name__)
 
 # Ranks wait for each other while the teacher answers; a slow teacher is not a dead rank.
 COLLECTIVE_TIMEOUT_S = 6 * 3600
+
+
+class Trainer(TorchTrainer):
+    """Without Ray Train's actor that frees the workers' places should its controller die.
+
+    This driver ends its job then, which frees them. An idle actor takes a hundredth of a core, on a
+    machine of two from teacher and student.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
 
 
 def fit(
@@ -59,7 +72,7 @@ def fit(
     }
     if why := mend_register(folder):
         logger.warning("the list of checkpoints was made anew: %s", why)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         loop,
         train_loop_config=job,
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
