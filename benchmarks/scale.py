@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.parts import whole_flights
 from benchmarks.processes import Sampler
 from benchmarks.results import machine, write_result
+from benchmarks.steady import whole_flights
 
 REPLICAS = (1, 2, 4, 8, 16, 32)
 GROUP_ROWS, GROUPS_EACH, TOP_K = 8, 8, 64

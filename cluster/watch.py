@@ -25,7 +25,7 @@ from raystill.cluster.waiting import Waits
 from raystill.serve import deploy
 
 POLL_S = 1.0
-TELL_EVERY = 10  # looks: ten seconds, as often as Ray exports; Serve's status is dear to ask for
+TELL_EVERY = 10  # looks: as often as Ray exports by default; Serve's status is dear to ask for
 
 
 class Background(threading.Thread):

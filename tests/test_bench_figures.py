@@ -2,10 +2,10 @@
 
 import pytest
 
-from benchmarks.parts import steady_arrivals
 from benchmarks.processes import Sample, Sampler
 from benchmarks.scale import case, figures
 from benchmarks.startup import LOG_LINE, compare
+from benchmarks.steady import steady_arrivals
 
 
 def sampler(*looks):

@@ -36,8 +36,8 @@ COLLECTIVE_TIMEOUT_S = 6 * 3600
 class Trainer(TorchTrainer):
     """Without Ray Train's actor that frees the workers' places should its controller die.
 
-    This driver ends its job then, which frees them. An idle actor takes a hundredth of a core, on a
-    machine of two from teacher and student.
+    The driver ends its job then, with which Ray frees them (not tested). An idle actor takes a
+    hundredth of a core, on a machine of two from teacher and student.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
