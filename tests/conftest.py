@@ -34,6 +34,7 @@ def ray_cluster() -> Iterator[None]:
         log_to_driver=False,
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level="ERROR",
+        _system_config={"metrics_report_interval_ms": 1000},  # One test waits for them.
     )
     yield
     ray.shutdown()

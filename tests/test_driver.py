@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -421,14 +420,15 @@ def test_more_workers_than_the_cluster_can_have_are_refused_beside_other_problem
     assert took < 120  # Nearly all of it is the local cluster's start: a quarter of a minute.
 
 
-@pytest.mark.ray
-def test_a_run_that_the_cluster_refuses_leaves_room_for_another(run_file: str) -> None:
-    overrides = ["training.num_workers=64", "cluster.num_cpus=4"]
-    result = drive("run", run_file, *settings(overrides), cwd=Path.cwd())
-    assert result.returncode == driver.EXIT_REFUSED
-    (room,) = [line for line in result.stderr.splitlines() if line.startswith("  - ")]
-    assert "the cluster has 4 and cannot grow to more" in room
-    assert "Traceback" not in result.stderr + result.stdout
-    corrected: dict[str, Any] = yaml.safe_load(Path(run_file).read_text()) | {"seed": 5}
-    Path(run_file).write_text(yaml.safe_dump(corrected))
-    assert drive("check", "--static", run_file, cwd=Path.cwd()).stderr == ""
+def test_a_run_that_the_cluster_refuses_leaves_room_for_another(
+    run_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raystill.cluster import job
+    from raystill.cluster.problems import Problem
+
+    no_room = [Problem("training.num_workers", "the cluster cannot grow")]
+    monkeypatch.setattr(job, "connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(job, "check_on_cluster", lambda _: no_room)
+    assert driver.main(["run", run_file]) == driver.EXIT_REFUSED
+    assert "the cluster cannot grow" in capsys.readouterr().err
+    assert driver.main(["check", "--static", run_file, "--set", "seed=5"]) == 0

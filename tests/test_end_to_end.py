@@ -88,7 +88,7 @@ class Finished(RunFiles):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """configs/tiny.yaml, with steps enough to learn and arithmetic that can be repeated exactly."""
+    """configs/tiny.yaml with two workers, steps to learn in, arithmetic that can be repeated."""
     place = tmp_path_factory.mktemp("end_to_end")
     config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
     config["teacher"]["model"] = str(TEACHER)
@@ -97,6 +97,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         "rows_per_step": ROWS_PER_STEP,
         "learning_rate": 0.002,
         "compute_dtype": "float32",
+        "num_workers": 2,
+        "cpus_per_worker": 0.5,
     }
     config["evaluation"]["free_running"]["teacher_scores"] = True
     config["output"] = {"path": str(place / "run")}

@@ -1,12 +1,18 @@
 """Placing the student: what the workers are given, and what a person is told when they fail."""
 
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 from ray.train.torch import TorchTrainer
 
 from raystill.cluster.config import RunConfig
 from raystill.cluster.problems import RunError
-from raystill.train.fit import Trainer, absolute_paths, root_cause
+from raystill.train.fit import absolute_paths, root_cause
+from raystill.train.trainer import Trainer
 
 
 class Wrapped(Exception):
@@ -58,4 +64,23 @@ def test_ray_train_runs_with_all_its_parts_but_the_cleaner():
     all_of_them = parts(TorchTrainer)
     assert "PlacementGroupCleanerCallback" in all_of_them
     left = [name for name in all_of_them if name != "PlacementGroupCleanerCallback"]
-    assert parts(Trainer) == left
+    assert parts(Trainer) == [*left, "SureExit"]
+
+
+EXITING = """
+import ctypes, sys
+from raystill.train import trainer
+
+trainer.EXIT_S = 1
+trainer.SureExit().after_controller_start(None)
+if sys.argv[1] == "hangs":  # As the process exits, after the interpreter's end.
+    libc = ctypes.CDLL(None)
+    libc.__cxa_atexit(ctypes.cast(libc.pause, ctypes.c_void_p), None, None)
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [("hangs", -signal.SIGALRM), ("ends", 0)])
+def test_a_controller_whose_exit_hangs_is_ended_by_the_kernel(how, status):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    command = [sys.executable, "-c", EXITING, how]
+    assert subprocess.run(command, env=environment, timeout=60).returncode == status

@@ -29,6 +29,7 @@ PLACES_RAY = {
     "serve/deploy.py",
     "serve/teacher.py",
     "train/fit.py",
+    "train/trainer.py",
     "train/process.py",
     "train/worker.py",
 }

@@ -1,6 +1,6 @@
 """A run stopped by signals and begun again, beside one that nobody disturbed.
 
-Signals go to the driver only.
+Signals go to the driver only. Two workers share the student's weights (FSDP).
 """
 
 import contextlib
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.ray
 
 # They look for their dead node for up to a minute, and do no harm.
 LINGERING = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+TWO_WORKERS = {"num_workers": 2, "cpus_per_worker": 0.5, "strategy": "fsdp"}
 TIMES = {"time", "tokens_per_s", "teacher_wait_s", "student_s", "data_wait_s"}
 
 
@@ -69,27 +70,41 @@ class Aborted(Stopped):
 
 @dataclass(frozen=True)
 class Disturbed:
-    """A run that took four starts of the same command."""
+    """A run that ``ends`` cut short, each in its own start, and that the last start finished."""
 
     files: RunFiles
     run_file: Path
-    stopped: Stopped
-    status_when_stopped: str
-    aborted: Aborted
-    killed: Aborted
+    ends: list[Stopped]
+    status: str
     last: subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
-def disturbed(place: Path) -> Disturbed:
-    run_file = write_run_file(place / "disturbed")
-    files = RunFiles(place / "disturbed" / "run")
-    stopped = stop(run_file, files, after_step=2)
+def stopped(place: Path) -> Disturbed:
+    """Stopped in order, once, then resumed."""
+    run_file = write_run_file(place / "stopped", training=TWO_WORKERS)
+    files = RunFiles(place / "stopped" / "run")
+    end = stop(run_file, files, after_step=2)
     status = files.json("summary.json")["status"]
-    aborted = abort(run_file, files, after_step=stopped.steps[-1] + 3)
+    return Disturbed(files, run_file, [end], status, drive("run", run_file))
+
+
+@pytest.fixture(scope="module")
+def ended(place: Path) -> Disturbed:
+    """Ended at once by a second signal, then killed without a word, then resumed."""
+    run_file = write_run_file(place / "ended", training=TWO_WORKERS)
+    files = RunFiles(place / "ended" / "run")
+    aborted = abort(run_file, files, after_step=4)
     killed = abort(run_file, files, aborted.registered_step + 2, signal.SIGKILL)
-    last = drive("run", run_file)
-    return Disturbed(files, run_file, stopped, status, aborted, killed, last)
+    status = "of no start that ended"
+    return Disturbed(files, run_file, [aborted, killed], status, drive("run", run_file))
+
+
+@pytest.fixture(params=["stopped", pytest.param("ended", marks=pytest.mark.faults)])
+def disturbed(request: pytest.FixtureRequest) -> Disturbed:
+    """Each kind of end, for what holds after all of them."""
+    found: Disturbed = request.getfixturevalue(request.param)
+    return found
 
 
 def stop(run_file: Path, files: RunFiles, after_step: int) -> Stopped:
@@ -126,31 +141,40 @@ def abort(run_file: Path, files: RunFiles, after_step: int, how: int = signal.SI
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> RunFiles:
     """The same run at its own pace, at once."""
-    run_file = write_run_file(place / "undisturbed")
+    run_file = write_run_file(place / "undisturbed", training=TWO_WORKERS)
     result = drive("run", run_file, "--set", "teacher.synthetic.delay_s=0")
     assert result.returncode == 0, result.stderr
     return RunFiles(place / "undisturbed" / "run")
 
 
-def test_a_stopped_run_says_how_to_resume_and_exits_as_the_signal_asks(
-    disturbed: Disturbed,
-) -> None:
-    stopped = disturbed.stopped
-    assert stopped.returncode == 128 + signal.SIGINT
-    assert "stopping: finishing the step, then a checkpoint" in stopped.stdout
-    assert f"Stopped after step {stopped.steps[-1]}; resume with:" in stopped.stdout
-    assert f"  python driver.py run {disturbed.run_file}\n" in stopped.stdout
-    assert stopped.stderr == ""
-    assert disturbed.status_when_stopped == "stopped"
-    assert stopped.steps[-1] < NUM_STEPS // 2
+def test_a_stopped_run_says_how_to_resume_and_exits_as_the_signal_asks(stopped: Disturbed) -> None:
+    (end,) = stopped.ends
+    assert end.returncode == 128 + signal.SIGINT
+    assert "stopping: finishing the step, then a checkpoint" in end.stdout
+    assert f"Stopped after step {end.steps[-1]}; resume with:" in end.stdout
+    assert f"  python driver.py run {stopped.run_file}\n" in end.stdout
+    assert end.stderr == ""
+    assert stopped.status == "stopped"
+    assert end.steps[-1] < NUM_STEPS // 2
+    assert stopped.files.lines("metrics.discarded.jsonl") == []  # An orderly stop loses no step.
 
 
-def test_a_second_signal_ends_the_driver_at_once_with_all_it_started(disturbed: Disturbed) -> None:
-    aborted = disturbed.aborted
+@pytest.mark.faults
+def test_a_second_signal_ends_the_driver_at_once_with_all_it_started(ended: Disturbed) -> None:
+    aborted, killed = ended.ends
     assert aborted.returncode == 128 + signal.SIGTERM
     assert aborted.seconds < 5
-    assert aborted.left_behind == {}
     assert "Traceback" not in aborted.stderr
+    assert killed.returncode == -signal.SIGKILL
+    assert aborted.left_behind == killed.left_behind == {}
+
+
+@pytest.mark.faults
+def test_an_abort_loses_the_steps_after_its_checkpoint(ended: Disturbed) -> None:
+    assert all(end.registered_step < end.steps[-1] for end in ended.ends)
+    gone = [[s for s in end.steps if s > end.registered_step] for end in ended.ends]
+    lost = [line["step"] for line in ended.files.lines("metrics.discarded.jsonl")]
+    assert lost == gone[0] + gone[1]
 
 
 def test_the_same_command_goes_on_to_the_end(disturbed: Disturbed) -> None:
@@ -159,21 +183,7 @@ def test_the_same_command_goes_on_to_the_end(disturbed: Disturbed) -> None:
     assert "] measuring the student before training" not in disturbed.last.stdout
 
 
-def test_an_orderly_stop_loses_no_step_and_an_abort_those_after_its_checkpoint(
-    disturbed: Disturbed,
-) -> None:
-    aborted, killed = disturbed.aborted, disturbed.killed
-    assert disturbed.stopped.steps[-1] <= aborted.registered_step < aborted.steps[-1]
-    lost = [line["step"] for line in disturbed.files.lines("metrics.discarded.jsonl")]
-    gone = [[s for s in end.steps if s > end.registered_step] for end in (aborted, killed)]
-    assert lost == gone[0] + gone[1]
-
-
-def test_a_killed_driver_leaves_nothing_behind_and_nothing_is_paid_for_twice(
-    disturbed: Disturbed,
-) -> None:
-    assert disturbed.killed.returncode == -signal.SIGKILL
-    assert disturbed.killed.left_behind == {}
+def test_nothing_is_paid_for_twice(disturbed: Disturbed) -> None:
     assert disturbed.files.json("summary.json")["rows_asked"] == NUM_ROWS
     catalogue = TeacherStore(str(disturbed.files.folder.parent / "teacher_store")).catalogue()
     assert (catalogue.rows, catalogue.duplicates) == (NUM_ROWS + NUM_HELD_OUT, 0)

@@ -39,7 +39,7 @@ from raystill.train.step import GlobalStep
 from raystill.train.student import build_student
 from raystill.train.student_module import StudentModule
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
 VOCAB, K, NUM_ROWS, NUM_HELD_OUT, ROWS_PER_STEP = 48, 6, 37, 6, 8
 TOO_LONG = (4, 17, 18)  # Rows the stand-in cannot answer.
@@ -235,36 +235,29 @@ def reference_student(config, teacher):
     return model
 
 
+@pytest.mark.parametrize(("first", "then"), [("ddp", "fsdp"), ("fsdp", "ddp")])
 def test_a_stopped_run_on_two_workers_resumes_and_trains_what_one_process_would(
-    cluster, teacher, tmp_path
+    cluster, teacher, tmp_path, first, then
 ):
+    num_files = {"ddp": 1, "fsdp": 2}
     folder = RunFolder(str(tmp_path / "run")).ensure()
     write_inputs(folder)
 
-    config = run_config(teacher, "fixed", num_workers=2, strategy="fsdp")
-    stopped = run_once(config, folder, teacher, "fixed-1", stop=True)
+    config = run_config(teacher, "fixed", num_workers=2, strategy=first)
+    stopped = run_once(config, folder, teacher, f"{first}-1", stop=True)
     assert stopped["outcome"] == "stopped"
     assert last_checkpoint(folder).step == 1  # The step that was begun is finished.
-    assert last_checkpoint(folder).num_files == 2
+    assert last_checkpoint(folder).num_files == num_files[first]
     assert len(read_lines(folder, "metrics.jsonl")) == 1
     assert not folder.exists("student")
     (folder.local / "checkpoints" / "step-00000099").mkdir()  # Written, but never registered.
 
-    config = run_config(teacher, "fixed", num_workers=2, strategy="ddp")
-    resumed = run_once(config, folder, teacher, "fixed-2")
+    config = run_config(teacher, "fixed", num_workers=2, strategy=then)
+    resumed = run_once(config, folder, teacher, f"{first}-2")
     assert not folder.exists("checkpoints/step-00000099")
-    assert last_checkpoint(folder).num_files == 1
+    assert last_checkpoint(folder).num_files == num_files[then]
     assert len(registered_names(folder)) == config.training.num_checkpoints_to_keep
     check_completed(config, folder, resumed)
-    check_recomputation(folder)
-    check_student(config, folder, teacher)
-
-
-def test_a_sharded_run_trains_what_one_process_would(cluster, teacher, tmp_path):
-    folder = RunFolder(str(tmp_path / "run")).ensure()
-    write_inputs(folder)
-    config = run_config(teacher, "fixed", num_workers=2, strategy="fsdp")
-    check_completed(config, folder, run_once(config, folder, teacher, "sharded"))
     check_recomputation(folder)
     check_student(config, folder, teacher)
 

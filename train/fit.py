@@ -14,8 +14,7 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.torch import TorchConfig
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raystill.cluster.config import RunConfig
@@ -25,7 +24,7 @@ from raystill.cluster.problems import RunError
 from raystill.cluster.run_folder import CHECKPOINTS, RunFolder, no_space_left
 from raystill.datasets.stream import StreamSpec, UnevenShares, build_stream
 from raystill.train.register import mend_register
-from raystill.train.worker import train_worker
+from raystill.train.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +32,11 @@ logger = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT_S = 6 * 3600
 
 
-class Trainer(TorchTrainer):
-    """Without Ray Train's actor that frees the workers' places should its controller die.
+def student_worker(job: dict[str, Any]) -> None:
+    """``train_worker``, imported where it runs: the driver needs none of what a student does."""
+    from raystill.train.worker import train_worker
 
-    The driver ends its job then, with which Ray frees them (not tested). An idle actor takes a
-    hundredth of a core, on a machine of two from teacher and student.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+    train_worker(job)
 
 
 def fit(
@@ -51,7 +45,7 @@ def fit(
     spec: StreamSpec,
     coordinator: Any,
     teacher_folder: str,
-    loop: Callable[[dict[str, Any]], None] = train_worker,
+    loop: Callable[[dict[str, Any]], None] = student_worker,
 ) -> dict[str, Any]:
     """Train the student to the end of its rows, or to an orderly stop.
 
