@@ -40,9 +40,9 @@ def ray_cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_serve(ray_cluster: None) -> Iterator[None]:
-    """Ray Serve on the shared cluster, without a proxy, for one test module."""
+    """Ray Serve on the shared cluster, without a proxy; each test deletes what it deployed."""
     from ray import serve
 
     serve.start(proxy_location="Disabled")

@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 import ray.train
-from ray.train.collective import broadcast_from_rank_zero
 
 from raystill.cluster.coordinator import start_coordinator
 from raystill.cluster.run_folder import RunFolder
@@ -256,20 +255,3 @@ class Run:
 
     def stream(self, workers, num_steps=None, epoch=0) -> Streamed:
         return self.start(workers, num_steps, epoch).wait()
-
-
-def train_loop(config):
-    """A Ray Train worker that takes its whole share and writes down the positions."""
-    coordinator = config["coordinator"]
-    context = ray.train.get_context()
-    attempt = None
-    if context.get_world_rank() == 0:
-        ledger = Ledger(config["num_rows"]).to_dict()
-        attempt = ray.get(coordinator.publish.remote(0, 0, ledger))
-    attempt = broadcast_from_rank_zero(attempt)
-    positions = []
-    for group in iterate_groups(ray.train.get_dataset_shard("train")):
-        coordinator.taken.remote(attempt, len(group))
-        positions += group["position"].to_pylist()
-    path = Path(config["folder"]) / f"positions-{context.get_world_rank()}.json"
-    path.write_text(json.dumps(positions))

@@ -88,7 +88,7 @@ class Finished(RunFiles):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """configs/tiny.yaml with two workers, steps to learn in, arithmetic that can be repeated."""
+    """configs/tiny.yaml on two workers that share the student's weights, with steps enough."""
     place = tmp_path_factory.mktemp("end_to_end")
     config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
     config["teacher"]["model"] = str(TEACHER)
@@ -99,6 +99,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         "compute_dtype": "float32",
         "num_workers": 2,
         "cpus_per_worker": 0.5,
+        "strategy": "fsdp",
     }
     config["evaluation"]["free_running"]["teacher_scores"] = True
     config["output"] = {"path": str(place / "run")}
@@ -290,9 +291,10 @@ def test_the_last_checkpoint_covers_every_row(finished: Finished) -> None:
     ledger = json.loads((folder / "ledger.json").read_text())
     assert (state["step"], state["rows_trained"]) == (NUM_STEPS, NUM_ROWS)
     assert (ledger["num_rows"], ledger["num_trained"]) == (NUM_ROWS, NUM_ROWS)
-    one = "00001-of-00001.safetensors"
-    for name in (f"model-{one}", f"optimizer-{one}", "random.pt"):
-        assert (folder / name).exists()
+    for part in ("00001-of-00002", "00002-of-00002"):
+        for name in ("model", "optimizer"):
+            assert (folder / f"{name}-{part}.safetensors").exists()
+    assert (folder / "random.pt").exists()
 
 
 # The figures, worked out again
@@ -389,6 +391,7 @@ def test_the_student_answers(finished: Finished, student: Any) -> None:
 # Which signal such a run would need
 
 
+@pytest.mark.faults
 def test_signals_are_compared_at_the_untrained_and_at_the_trained_student(
     finished: Finished, teacher: Any, tmp_path: Path
 ) -> None:

@@ -1,6 +1,6 @@
 """A run stopped by signals and begun again, beside one that nobody disturbed.
 
-Signals go to the driver only. Two workers share the student's weights (FSDP).
+Signals go to the driver only.
 """
 
 import contextlib
@@ -29,7 +29,6 @@ pytestmark = pytest.mark.ray
 
 # They look for their dead node for up to a minute, and do no harm.
 LINGERING = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
-TWO_WORKERS = {"num_workers": 2, "cpus_per_worker": 0.5, "strategy": "fsdp"}
 TIMES = {"time", "tokens_per_s", "teacher_wait_s", "student_s", "data_wait_s"}
 
 
@@ -82,7 +81,7 @@ class Disturbed:
 @pytest.fixture(scope="module")
 def stopped(place: Path) -> Disturbed:
     """Stopped in order, once, then resumed."""
-    run_file = write_run_file(place / "stopped", training=TWO_WORKERS)
+    run_file = write_run_file(place / "stopped")
     files = RunFiles(place / "stopped" / "run")
     end = stop(run_file, files, after_step=2)
     status = files.json("summary.json")["status"]
@@ -92,7 +91,7 @@ def stopped(place: Path) -> Disturbed:
 @pytest.fixture(scope="module")
 def ended(place: Path) -> Disturbed:
     """Ended at once by a second signal, then killed without a word, then resumed."""
-    run_file = write_run_file(place / "ended", training=TWO_WORKERS)
+    run_file = write_run_file(place / "ended")
     files = RunFiles(place / "ended" / "run")
     aborted = abort(run_file, files, after_step=4)
     killed = abort(run_file, files, aborted.registered_step + 2, signal.SIGKILL)
@@ -141,7 +140,7 @@ def abort(run_file: Path, files: RunFiles, after_step: int, how: int = signal.SI
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> RunFiles:
     """The same run at its own pace, at once."""
-    run_file = write_run_file(place / "undisturbed", training=TWO_WORKERS)
+    run_file = write_run_file(place / "undisturbed")
     result = drive("run", run_file, "--set", "teacher.synthetic.delay_s=0")
     assert result.returncode == 0, result.stderr
     return RunFiles(place / "undisturbed" / "run")

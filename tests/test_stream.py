@@ -1,8 +1,6 @@
 """The stream on a local Ray, with a teacher that obeys its prompts: bound, order, drops, faults."""
 
 import asyncio
-import json
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -63,27 +61,6 @@ def test_all_rows_arrive_within_the_smallest_bound_at_one_to_four_workers(worker
         for step, positions in enumerate(streamed.steps):
             start = step * ROWS_PER_STEP
             assert sorted(positions) == list(range(start, min(start + ROWS_PER_STEP, num_rows)))
-
-
-def test_ray_train_deals_161_rows_to_two_workers_without_losing_one(teacher, tmp_path):
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    from raystill.datasets.stream import UnevenShares, build_stream
-
-    run = Run(tmp_path, [PLAIN] * 161, "fixed", 2)
-    config = {"coordinator": run.coordinator, "num_rows": 161, "folder": str(tmp_path)}
-    DataParallelTrainer(
-        rig.train_loop,
-        train_loop_config=config,
-        scaling_config=ScalingConfig(num_workers=2),
-        run_config=RunConfig(name="shares", storage_path=str(tmp_path)),
-        datasets={"train": partial(build_stream, run.spec)},
-        dataset_config=UnevenShares(),
-    ).fit()
-    shares = [json.loads((tmp_path / f"positions-{rank}.json").read_text()) for rank in range(2)]
-    assert sorted(shares[0] + shares[1]) == list(range(161))
-    assert all(share == sorted(share) for share in shares), "the run's order reached the shards"
 
 
 def test_every_row_comes_with_its_own_answer(workers, tmp_path):

@@ -365,12 +365,15 @@ def test_a_teacher_that_cannot_start_says_why_and_where(ray_serve: None, tmp_pat
 
 
 @pytest.mark.ray
-def test_a_teacher_no_node_can_hold_says_what_there_is(ray_serve: None, tmp_path: Path) -> None:
+def test_a_teacher_no_node_can_hold_says_what_there_is(
+    ray_serve: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray import serve
 
     from raystill.cluster.problems import RunError
     from raystill.serve import deploy
 
+    monkeypatch.setattr(deploy, "SHUTDOWN_TIMEOUT_S", 1.0)  # Serve waits for what never began.
     config = run_config(resources_per_replica={"moon": 1})
     waits: list[float] = []
     try:
