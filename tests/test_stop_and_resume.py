@@ -49,7 +49,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass(frozen=True)
-class Stopped:
+class End:
     """One start of the run that a signal ended: its status, its words, the steps it got to."""
 
     returncode: int
@@ -59,8 +59,15 @@ class Stopped:
 
 
 @dataclass(frozen=True)
-class Aborted(Stopped):
-    """... that a second signal ended at once."""
+class Stopped(End):
+    """... in order; ``status`` is that of the run's summary."""
+
+    status: str
+
+
+@dataclass(frozen=True)
+class Aborted(End):
+    """... at once."""
 
     seconds: float
     left_behind: dict[int, str]
@@ -73,8 +80,7 @@ class Disturbed:
 
     files: RunFiles
     run_file: Path
-    ends: list[Stopped]
-    status: str
+    ends: list[Any]
     last: subprocess.CompletedProcess[str]
 
 
@@ -83,9 +89,8 @@ def stopped(place: Path) -> Disturbed:
     """Stopped in order, once, then resumed."""
     run_file = write_run_file(place / "stopped")
     files = RunFiles(place / "stopped" / "run")
-    end = stop(run_file, files, after_step=2)
-    status = files.json("summary.json")["status"]
-    return Disturbed(files, run_file, [end], status, drive("run", run_file))
+    ends = [stop(run_file, files, after_step=2)]
+    return Disturbed(files, run_file, ends, drive("run", run_file))
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +98,9 @@ def ended(place: Path) -> Disturbed:
     """Ended at once by a second signal, then killed without a word, then resumed."""
     run_file = write_run_file(place / "ended")
     files = RunFiles(place / "ended" / "run")
-    aborted = abort(run_file, files, after_step=4)
-    killed = abort(run_file, files, aborted.registered_step + 2, signal.SIGKILL)
-    status = "of no start that ended"
-    return Disturbed(files, run_file, [aborted, killed], status, drive("run", run_file))
+    ends = [abort(run_file, files, after_step=4)]
+    ends.append(abort(run_file, files, ends[0].registered_step + 2, signal.SIGKILL))
+    return Disturbed(files, run_file, ends, drive("run", run_file))
 
 
 @pytest.fixture(params=["stopped", pytest.param("ended", marks=pytest.mark.faults)])
@@ -112,7 +116,8 @@ def stop(run_file: Path, files: RunFiles, after_step: int) -> Stopped:
         wait_for_step(process, files, after_step)
         process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=DEADLINE_S)
-    return Stopped(process.returncode, stdout, stderr, files.steps())
+    status = files.json("summary.json")["status"]
+    return Stopped(process.returncode, stdout, stderr, files.steps(), status)
 
 
 def abort(run_file: Path, files: RunFiles, after_step: int, how: int = signal.SIGTERM) -> Aborted:
@@ -153,7 +158,7 @@ def test_a_stopped_run_says_how_to_resume_and_exits_as_the_signal_asks(stopped: 
     assert f"Stopped after step {end.steps[-1]}; resume with:" in end.stdout
     assert f"  python driver.py run {stopped.run_file}\n" in end.stdout
     assert end.stderr == ""
-    assert stopped.status == "stopped"
+    assert end.status == "stopped"
     assert end.steps[-1] < NUM_STEPS // 2
     assert stopped.files.lines("metrics.discarded.jsonl") == []  # An orderly stop loses no step.
 
