@@ -63,7 +63,7 @@ types: setup links
 
 check: lint types fast   ## ruff, types, fast tests
 
-test-faults: setup   ## what takes nodes away, or minutes: the rest of every test (about 25 minutes)
+test-faults: setup   ## what takes nodes away, or minutes: the rest of every test (about half an hour)
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=12 -m faults tests
 
 chaos: setup     ## long runs of faults, fixed seeds and a fresh one (about 20 minutes)
