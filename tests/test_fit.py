@@ -71,9 +71,10 @@ EXITING = """
 import ctypes, sys
 from raystill.train import trainer
 
-trainer.EXIT_S = 1
+if hangs := sys.argv[1] == "hangs":
+    trainer.EXIT_S = 1
 trainer.SureExit().after_controller_start(None)
-if sys.argv[1] == "hangs":  # As the process exits, after the interpreter's end.
+if hangs:  # As the process exits, after the interpreter's end.
     libc = ctypes.CDLL(None)
     libc.__cxa_atexit(ctypes.cast(libc.pause, ctypes.c_void_p), None, None)
 """
