@@ -42,7 +42,7 @@ demo: setup      ## the whole job here: real teacher, a student, a second one fr
 	$(QUIET) $(BIN)/python driver.py run configs/quickstart_text.yaml
 	$(QUIET) $(BIN)/python driver.py report runs/quickstart runs/quickstart_text
 
-test: fast       ## every test, real vLLM included
+test: fast       ## the tests, real vLLM included; the rest is in test-faults
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=16 \
 		-m "(ray or vllm) and not chaos and not faults" tests
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import ray
-import ray.train
 
 from raystill.cluster.coordinator import start_coordinator
 from raystill.cluster.run_folder import RunFolder
