@@ -11,9 +11,9 @@ STAMP := $(VENV)/.installed-$(VARIANT)
 TEACHER := models/SmolLM2-135M-Instruct
 TINY := models/tiny-teacher
 QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
-CODE := driver.py raystill.py cluster serve train datasets tests benchmarks examples
+CODE := driver.py raystill cluster serve train datasets tests benchmarks examples
 
-.PHONY: help demo test test-faults chaos check bench setup models links lint types fast clean
+.PHONY: help demo test test-faults chaos check bench setup models lint types fast clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 12
@@ -34,8 +34,8 @@ $(STAMP): $(VENV)/bin/python requirements/$(VARIANT).txt requirements/dev.txt
 	@rm -f $(VENV)/.installed-* && touch $@
 
 models: $(STAMP)   ## the quickstart teacher and the tiny test model
-	@$(BIN)/python -m raystill.serve.quickstart_model --output $(TEACHER)
-	@$(BIN)/python -m raystill.serve.tiny_model --teacher $(TEACHER) --output $(TINY)
+	@$(BIN)/python -m examples.make_models.quickstart --output $(TEACHER)
+	@$(BIN)/python -m examples.make_models.tiny --teacher $(TEACHER) --output $(TINY)
 
 demo: setup      ## the whole job here: real teacher, a student, a second one from the same answers
 	$(QUIET) $(BIN)/python driver.py run configs/quickstart.yaml
@@ -49,17 +49,12 @@ test: fast       ## the tests, real vLLM included; the rest is in test-faults
 fast: setup      ## the tests that need neither Ray nor vLLM, a process for each core
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not ray and not vllm" tests
 
-links:           ## a tree of links through which type checkers and editors see raystill.*
-	@mkdir -p build/links/raystill && cp raystill.py build/links/raystill/__init__.py
-	@for room in cluster serve train datasets; do ln -sfn "$(CURDIR)/$$room" build/links/raystill/$$room; done
-
 lint: setup
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 
-types: setup links
-	MYPYPATH=build/links $(BIN)/mypy -p raystill
-	MYPYPATH=build/links $(BIN)/mypy driver.py
+types: setup
+	$(BIN)/mypy -p raystill
 
 check: lint types fast   ## ruff, types, fast tests
 

@@ -20,12 +20,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from raystill.cluster.calibrate_command import add_calibrate_options
-from raystill.cluster.check import check_run_file
-from raystill.cluster.explain import describe_fields
-from raystill.cluster.problems import ConfigError, RunError, print_problems
-from raystill.cluster.redact import redact, redact_uncaught_errors
-from raystill.cluster.run_folder import RunFolder
+from raystill.base.errors import ConfigError, RunError, print_problems
+from raystill.base.redact import redact, redact_uncaught_errors
+from raystill.base.run_folder import RunFolder
+from raystill.cluster.check.static import check_run_file
+from raystill.config.describe import describe_fields
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -38,29 +37,31 @@ def run(arguments: argparse.Namespace) -> int:
     if checked.problems or config is None or folder is None or prepared is None:
         return refuse(checked.problems)
 
-    from raystill.cluster import job, report
-    from raystill.cluster.claim import claimed
+    from raystill.cluster.job import manifest
+    from raystill.cluster.job import run as job
+    from raystill.cluster.job.driver_process import claimed
+    from raystill.cluster.report import tables
 
-    if job.is_finished(folder, config.training.epochs):
+    if manifest.is_finished(folder, config.training.epochs):
         say(f"This run is finished; its report, from {folder.path}:")
-        report.print_report(folder)
+        tables.print_report(folder)
         return 0
     say(prepared.describe())
     with claimed(folder):
         prepared.fetch_models()
-        if problems := job.check_same_teacher(folder, prepared):
+        if problems := manifest.check_same_teacher(folder, prepared):
             return refuse(problems)
         say(prepared.describe_stored())
         with job.connected(config, folder):
             if problems := job.check_on_cluster(config):
                 return refuse(problems)
-            job.write_folder(config, folder, prepared)
+            manifest.write_folder(config, folder, prepared)
             outcome = job.distil(config, folder, prepared, probe=not arguments.skip_probe)
-        report.write_summary(folder, outcome)
+        tables.write_summary(folder, outcome)
     if outcome.stopped_by:
         say(f"Stopped after step {outcome.step}; resume with:\n  {resume_command(arguments)}")
         return 128 + outcome.stopped_by
-    report.print_report(folder)
+    tables.print_report(folder)
     return 0
 
 
@@ -71,7 +72,7 @@ def check(arguments: argparse.Namespace) -> int:
     if checked.prepared is not None:
         say(checked.prepared.describe())
     if checked.config is not None and checked.folder is not None and not arguments.static:
-        from raystill.cluster import job
+        from raystill.cluster.job import run as job
 
         with job.connected(checked.config, checked.folder, for_check=True):
             problems = [*problems, *job.check_on_cluster(checked.config)]
@@ -85,15 +86,15 @@ def calibrate(arguments: argparse.Namespace) -> int:
     """Which signal the run needs: what each would teach, and cost, on some positions of its own
     teacher's answers. These go to the teacher store, so that a run need not pay for them again.
     """
-    from raystill.cluster.calibrate_command import calibrate_command
+    from raystill.cluster.commands.calibrate import calibrate_command
 
     return calibrate_command(arguments, say)
 
 
 def submit(arguments: argparse.Namespace) -> int:
     """Run it on a cluster as a Ray job: ship this folder, show the job's log, pass signals on."""
-    from raystill.cluster.submit import Submission
-    from raystill.cluster.submit import submit as submit_job
+    from raystill.cluster.commands.submit import Submission
+    from raystill.cluster.commands.submit import submit as submit_job
 
     return submit_job(
         Submission(
@@ -110,19 +111,19 @@ def submit(arguments: argparse.Namespace) -> int:
 
 def print_report(arguments: argparse.Namespace) -> int:
     """The closing table of a run, or several runs side by side, from their folders alone."""
-    from raystill.cluster import report
+    from raystill.cluster.report import tables
 
     folders = [RunFolder(path) for path in arguments.run_folder]
     if len(folders) == 1:
-        report.print_report(folders[0])
+        tables.print_report(folders[0])
     else:
-        report.print_comparison(folders)
+        tables.print_comparison(folders)
     return 0
 
 
 def store(arguments: argparse.Namespace) -> int:
     """List, verify, compact or prune a teacher store. Runs may read and write it meanwhile."""
-    from raystill.cluster.store_command import store_command
+    from raystill.cluster.commands.store import store_command
 
     return store_command(arguments.action, arguments.path, arguments.teacher, arguments.dry_run)
 
@@ -168,6 +169,50 @@ def add_run_command(
     )
     command.set_defaults(function=function)
     return command
+
+
+def add_calibrate_options(command: argparse.ArgumentParser) -> None:
+    """What the command takes beside the run file and its overrides."""
+    command.add_argument(
+        "--positions",
+        type=_positive,
+        default=400,
+        metavar="N",
+        help="response positions compared, 16 an answer (default: 400)",
+    )
+    command.add_argument(
+        "--cosine",
+        type=_share,
+        default=0.99,
+        metavar="C",
+        help="what a signal's gradient must have with the whole vocabulary's (default: 0.99)",
+    )
+    command.add_argument(
+        "--student",
+        metavar="FOLDER",
+        help="a trained student to compare beside the untrained one (default: the run's own, "
+        "if it has finished)",
+    )
+    command.add_argument(
+        "--all-objectives",
+        action="store_true",
+        help="every divergence, not only those of the run file",
+    )
+    command.add_argument(
+        "--output", metavar="FOLDER", help="where to write (default: RUN_FOLDER/calibration)"
+    )
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+def _share(text: str) -> float:
+    if not 0 < (number := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number:g} is not between 0 and 1")
+    return number
 
 
 def add_submit_options(command: argparse.ArgumentParser) -> None:
@@ -264,7 +309,7 @@ def leave(code: int) -> NoReturn:
     """End this process; at once where a thread of a failed run is still inside a call to Ray, whose
     clean-up at exit would crash under it.
     """
-    job = sys.modules.get("raystill.cluster.job")
+    job = sys.modules.get("raystill.cluster.job.run")
     if job is not None and job.threads_left():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -40,13 +40,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.results import machine, write_result
-from raystill.train.batch import MicroBatch
-from raystill.train.config import ObjectiveConfig
-from raystill.train.head_loss import CPU_CHUNK_BYTES, ChunkObjective, OutputHead, head_loss
-from raystill.train.hidden_objective import HiddenObjective
-from raystill.train.objective import TokenObjective, divergences, on_partition
-from raystill.train.partition import topk_partition
-from raystill.train.teacher_head import TeacherHead
+from raystill.config.objective import ObjectiveConfig
+from raystill.train.batch.batch import MicroBatch
+from raystill.train.batch.partition import topk_partition
+from raystill.train.loss.full_vocabulary import HiddenObjective
+from raystill.train.loss.head_loss import CPU_CHUNK_BYTES, ChunkObjective, OutputHead, head_loss
+from raystill.train.loss.objective import TokenObjective, divergences, on_partition
+from raystill.train.loss.teacher_head import TeacherHead
 
 VOCAB, HIDDEN, TOP_K = 49_152, 576, 64
 FORWARD_KL = ObjectiveConfig(forward_kl=1.0)

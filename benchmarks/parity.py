@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.results import machine, write_result
 from benchmarks.teacher_signals import MODEL, prompts
-from raystill.serve.answers import Answer
-from raystill.serve.config import TeacherConfig
-from raystill.serve.engine_arguments import EngineSettings, prepare_process
-from raystill.serve.sampling import resolve_sampling
-from raystill.serve.vllm_engine import VllmEngine
+from raystill.config.teacher import TeacherConfig
+from raystill.datasets.rows.answers import Answer
+from raystill.model.sampling import resolve_sampling
+from raystill.serve.engine.arguments import EngineSettings, prepare_process
+from raystill.serve.engine.vllm import VllmEngine
 
 Pair = tuple[np.ndarray, Answer]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.steady import Side, steady_arrivals, whole_flights
-from raystill.cluster.placement import CPU_STUDENT_ENVIRONMENT
+from raystill.placement.requests import CPU_STUDENT_ENVIRONMENT
 
 POLL_S = 0.2
 WARM_UP_STEPS = 1
@@ -122,7 +122,7 @@ def _child(
 
 
 def _config(run_file: str, overrides: list[str]) -> Any:
-    from raystill.cluster.load import load_config
+    from raystill.config.load import load_config
 
     return load_config(run_file, overrides)
 
@@ -131,12 +131,11 @@ def teacher_part(run_file: str, rows_path: str, overrides: list[str]) -> dict[st
     """In a child: serve, stream, take; write the rows for the student alone."""
     import ray
 
-    from raystill.cluster import connect, job
-    from raystill.cluster.check import check_run_file
-    from raystill.cluster.coordinator import start_coordinator
-    from raystill.cluster.run_folder import RunFolder
-    from raystill.datasets.stored_answers import Paying
-    from raystill.datasets.stream import StreamSpec
+    from raystill.base.run_folder import RunFolder
+    from raystill.cluster.check.static import check_run_file
+    from raystill.cluster.coordinator.actor import start_coordinator
+    from raystill.cluster.job import connect, manifest
+    from raystill.datasets.stream.spec import Paying, StreamSpec
     from raystill.serve import deploy
 
     written = [f"output.path={rows_path}.teacher", f"store.path={rows_path}.store"]
@@ -145,7 +144,7 @@ def teacher_part(run_file: str, rows_path: str, overrides: list[str]) -> dict[st
     if checked.problems or config is None or prepared is None:
         raise SystemExit("\n".join(map(str, checked.problems)))
     folder = RunFolder(f"{rows_path}.teacher")
-    job.write_folder(config, folder, prepared)
+    manifest.write_folder(config, folder, prepared)
     connect.connect(config.cluster, folder.logs)
     coordinator = start_coordinator("bench", config.rows_ahead, prepared.num_train_rows, 0.0)
     deploy.deploy_teacher(config, prepared.teacher_folder, coordinator, folder.logs)
@@ -172,8 +171,8 @@ def _take_everything(spec: Any, coordinator: Any, rows_path: str) -> dict[str, A
     import pyarrow.parquet as pq
     import ray
 
-    from raystill.datasets.ledger import Ledger
-    from raystill.datasets.stream import build_stream, iterate_groups, uneven_shares
+    from raystill.datasets.stream.ledger import Ledger
+    from raystill.datasets.stream.stream import build_stream, iterate_groups, uneven_shares
 
     ledger = Ledger(spec.num_rows).to_dict()
     attempt = ray.get(coordinator.publish.remote(0, 0, ledger))
@@ -197,12 +196,12 @@ def student_part(run_file: str, rows_path: str, overrides: list[str], until: str
     import pyarrow.parquet as pq
     import torch
 
-    from raystill.cluster.placement import student_cores
-    from raystill.train.optimizer import build_optimizer
-    from raystill.train.row_views import rows_from_table
-    from raystill.train.step import GlobalStep
-    from raystill.train.student import build_student, num_outcomes
-    from raystill.train.student_module import StudentModule, resolve_compute_dtype
+    from raystill.placement.requests import student_cores
+    from raystill.train.batch.rows import rows_from_table
+    from raystill.train.step.optimizer import build_optimizer
+    from raystill.train.step.step import GlobalStep
+    from raystill.train.student.build import build_student, num_outcomes
+    from raystill.train.student.module import StudentModule, resolve_compute_dtype
 
     config = _config(run_file, overrides)
     cores = student_cores(config, sorted(os.sched_getaffinity(0)))

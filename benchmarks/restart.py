@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import machine, write_result
-from raystill.cluster.load import load_config
-from raystill.datasets.store import TeacherStore
+from raystill.config.load import load_config
+from raystill.datasets.store.store import TeacherStore
 
 POLL_S = 0.05
 PHASE_LINE = re.compile(r"^\[ *(?:(\d+):)?(\d+):(\d\d)\] ([a-z ]+)$")

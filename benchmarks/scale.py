@@ -43,7 +43,7 @@ def case(name: str, replicas: int, tokens: int = SHORT, delay_s: float = DELAY_S
 
 def run_config(settings: dict[str, Any], folder: str) -> Any:
     """A run of synthetic teachers, each with a logical CPU of its own."""
-    from raystill.cluster.config import RunConfig
+    from raystill.config.run import RunConfig
 
     replicas, tokens = settings["replicas"], settings["tokens"]
     synthetic = {"vocab_size": 49152, "response_tokens": tokens, "delay_s": settings["delay_s"]}
@@ -74,11 +74,10 @@ def measure(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     """
     import ray
 
-    from raystill.cluster import connect
-    from raystill.cluster.coordinator import start_coordinator
-    from raystill.datasets.signal import signal_of
-    from raystill.datasets.stored_answers import Paying
-    from raystill.datasets.stream import StreamSpec
+    from raystill.cluster.coordinator.actor import start_coordinator
+    from raystill.cluster.job import connect
+    from raystill.datasets.rows.signal import signal_of
+    from raystill.datasets.stream.spec import Paying, StreamSpec
     from raystill.serve import deploy
 
     config = run_config(settings, folder)
@@ -147,8 +146,8 @@ class Consumer:
         """When each group arrived (time.time), and its rows."""
         import ray
 
-        from raystill.datasets.ledger import Ledger
-        from raystill.datasets.stream import build_stream, iterate_groups, uneven_shares
+        from raystill.datasets.stream.ledger import Ledger
+        from raystill.datasets.stream.stream import build_stream, iterate_groups, uneven_shares
 
         ledger = Ledger(spec.num_rows).to_dict()
         attempt = ray.get(coordinator.publish.remote(0, 0, ledger))
@@ -164,8 +163,8 @@ def write_prompts(folder: str, num_rows: int) -> str:
     """A prompt table of two ids a row; its path."""
     import pyarrow as pa
 
-    from raystill.cluster.run_folder import RunFolder
-    from raystill.datasets.schema import PROMPT_SCHEMA
+    from raystill.base.run_folder import RunFolder
+    from raystill.datasets.rows.schema import PROMPT_SCHEMA
 
     columns = {
         "row": list(range(num_rows)),

@@ -32,22 +32,23 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.results import machine, write_result
 from benchmarks.signals_table import plot, summarise, table
-from raystill.cluster.check import check_run_file
-from raystill.cluster.config import RunConfig
-from raystill.serve.engine_arguments import EngineSettings, prepare_process
-from raystill.serve.sampling import resolve_sampling
-from raystill.serve.vllm_engine import VllmEngine
-from raystill.train import divergence
-from raystill.train.batch import MicroBatch, Row, collate, cut_micro_batches
-from raystill.train.config import ObjectiveConfig
-from raystill.train.head_loss import head_loss
-from raystill.train.objective import ObjectiveSums, WeightedTerms
-from raystill.train.optimizer import build_optimizer
-from raystill.train.step import GlobalStep
-from raystill.train.student import build_student, num_outcomes
-from raystill.train.student_module import StudentModule
-from raystill.train.teacher_head import TeacherHead, read_teacher_head
-from raystill.train.truncate import truncate
+from raystill.cluster.check.static import check_run_file
+from raystill.config.objective import ObjectiveConfig
+from raystill.config.run import RunConfig
+from raystill.model.sampling import resolve_sampling
+from raystill.serve.engine.arguments import EngineSettings, prepare_process
+from raystill.serve.engine.vllm import VllmEngine
+from raystill.train.batch.batch import MicroBatch, collate, cut_micro_batches
+from raystill.train.batch.rows import Row
+from raystill.train.calibration.positions import truncate
+from raystill.train.loss import divergence
+from raystill.train.loss.head_loss import head_loss
+from raystill.train.loss.objective import ObjectiveSums, WeightedTerms
+from raystill.train.loss.teacher_head import TeacherHead, read_teacher_head
+from raystill.train.step.optimizer import build_optimizer
+from raystill.train.step.step import GlobalStep
+from raystill.train.student.build import build_student, num_outcomes
+from raystill.train.student.module import StudentModule
 
 RUN_FILE = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 SMALL, LARGE = 8, 64

@@ -103,9 +103,9 @@ def teacher_alone(run_file: str, folder: Path) -> float:
 
 def deploy_and_wait(run_file: str, folder: str) -> float:
     """In a child: what ``teacher_alone`` tells."""
-    from raystill.cluster import connect
-    from raystill.cluster.check import check_run_file
-    from raystill.cluster.run_folder import RunFolder
+    from raystill.base.run_folder import RunFolder
+    from raystill.cluster.check.static import check_run_file
+    from raystill.cluster.job import connect
     from raystill.serve import deploy
 
     checked = check_run_file(run_file, [f"output.path={folder}", f"store.path={folder}-store"])

@@ -22,13 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.results import machine, write_result
-from raystill.datasets.ledger import Ledger
-from raystill.datasets.plan import epoch_order, remaining_groups
-from raystill.datasets.schema import KEY_BYTES
-from raystill.datasets.segment import Origin, Payer, encode, segment_name, segment_schema
-from raystill.datasets.signal import Signal
-from raystill.datasets.store import SEGMENTS, TeacherStore
-from raystill.serve.answers import Answer, answers_table, tail_logprob
+from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
+from raystill.datasets.rows.schema import KEY_BYTES
+from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.segment import Origin, Payer, encode, segment_name, segment_schema
+from raystill.datasets.store.store import SEGMENTS, TeacherStore
+from raystill.datasets.stream.ledger import Ledger
+from raystill.datasets.stream.plan import epoch_order, remaining_groups
 
 ROWS, TOKENS, TOP_K, VOCAB = 8, 64, 64, 49_152
 NUM_GROUPS = 40

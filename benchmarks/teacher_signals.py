@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results import machine, write_result
-from raystill.serve.config import TeacherConfig
-from raystill.serve.engine_arguments import EngineSettings, prepare_process
-from raystill.serve.sampling import resolve_sampling
-from raystill.serve.vllm_engine import VllmEngine
+from raystill.config.teacher import TeacherConfig
+from raystill.model.sampling import resolve_sampling
+from raystill.serve.engine.arguments import EngineSettings, prepare_process
+from raystill.serve.engine.vllm import VllmEngine
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct"

@@ -13,15 +13,15 @@ from typing import Any
 import ray
 from ray import serve
 
-from raystill.cluster.config import RunConfig
-from raystill.cluster.model_source import ModelSource
-from raystill.cluster.placement import add_up, describe, teacher_bundles
-from raystill.cluster.problems import RunError
-from raystill.cluster.wording import plural
-from raystill.datasets.teacher_calls import applications
-from raystill.serve.config import ReplicasConfig
-from raystill.serve.teacher import ReplicaSettings, Teacher
-from raystill.serve.vllm_engine import PROBE_TIMEOUT_S
+from raystill.base.errors import RunError
+from raystill.base.formatting import plural
+from raystill.config.run import RunConfig
+from raystill.config.teacher import ReplicasConfig
+from raystill.datasets.stream.teacher_calls import applications
+from raystill.model.on_node import ModelSource
+from raystill.placement.requests import add_up, describe, teacher_bundles
+from raystill.serve.engine.vllm import PROBE_TIMEOUT_S
+from raystill.serve.replica import ReplicaSettings, Teacher
 
 APP_NAME = "teacher"
 DEPLOYMENT = "Teacher"

@@ -1,0 +1,247 @@
+"""The static check of the run folder: can it be written, is it this run's, is there space?
+
+Will what a run writes fit: the run folder on its disk, the teacher's answers on the store's.
+"""
+
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow as pa
+
+from raystill.base.errors import Problem
+from raystill.base.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    HELD_OUT,
+    STUDENT,
+    TOP_LEVEL_NAMES,
+    TRAIN_PROMPTS,
+    RunFolder,
+)
+from raystill.cluster.check.models import count_parameters, kept_layers
+from raystill.config.load import compare_identity, parse_yaml, validate_leniently
+from raystill.config.run import RunConfig
+from raystill.datasets.prompts.tables import PromptTables
+from raystill.datasets.rows.signal import signal_of
+from raystill.model.files import ModelFolder
+
+REMOTE_WAIT_S = 4.0
+WRITE_TEST = ".raystill-write-test"
+
+
+def check_output(
+    config: RunConfig, folder: RunFolder, compare: bool = True
+) -> tuple[list[Problem], list[str]]:
+    """Problems with the run folder, and notices; writes nothing that stays.
+
+    ``compare``: whether ``config`` is whole, so that it can be held against an earlier run's.
+    """
+    if folder.is_local:
+        problem = why_not_writable(Path(folder.path), "output.path")
+        if problem is not None:
+            return [Problem("output.path", problem)], []
+        return check_earlier_run(config, folder) if compare else [], []
+    outcome: list[list[Problem]] = []
+    thread = threading.Thread(
+        target=lambda: outcome.append(_check_remote(config, folder, compare)),
+        name="output",
+        daemon=True,
+    )
+    thread.start()
+    thread.join(REMOTE_WAIT_S)
+    if not outcome:
+        return [], [f"output.path: {folder.path} did not answer in {REMOTE_WAIT_S:.0f} s"]
+    return outcome[0], []
+
+
+def check_store(path: str) -> list[Problem]:
+    """Can the teacher store be written? One on an object store is tried when it is first used."""
+    problem = why_not_writable(Path(path), "store.path") if "://" not in path else None
+    return [Problem("store.path", problem)] if problem is not None else []
+
+
+def why_not_writable(path: Path, setting: str) -> str | None:
+    """Why the folder cannot be made or written, or None."""
+    existing = path
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        return f"{path} cannot be made: {existing} is a file; name another folder"
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".raystill-"):
+            return None
+    except OSError as error:
+        return (
+            f"{path} cannot be written: {existing}: {error.strerror}; make it writable or set "
+            f"{setting} to another folder"
+        )
+
+
+def check_earlier_run(config: RunConfig, folder: RunFolder) -> list[Problem]:
+    """An existing folder must be of this very run."""
+    names = folder.names()
+    if CONFIG not in names:
+        strange = [n for n in names if n not in TOP_LEVEL_NAMES and not n.startswith(".")]
+        if not strange:
+            return []
+        listed = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
+        message = f"{folder.path} is no run folder, but has {listed}; name a new or empty folder"
+        return [Problem("output.path", message)]
+    earlier = validate_leniently(parse_yaml(folder.read_text(CONFIG)) or {}, []).config
+    if earlier is None:
+        message = f"{folder.path}/{CONFIG} cannot be read by this version; set another output.path"
+        return [Problem("output.path", message)]
+    differences = compare_identity(earlier, config)
+    was, now = earlier.training.epochs, config.training.epochs
+    if now < was or (now > was and config.training.schedule != "constant"):
+        differences.append(
+            f"training.epochs was {was}, is {now}: they may only grow, and with training.schedule: "
+            "constant, since the others end with the epochs"
+        )
+    if not differences:
+        return []
+    listed = "; ".join(differences)
+    return [
+        Problem(
+            "output.path",
+            f"{folder.path} holds a run of another configuration ({listed}); set these back to "
+            "resume it, or set output.path to a new folder",
+        )
+    ]
+
+
+def check_same_prompts(folder: RunFolder, train: pa.Table, setting: str) -> list[Problem]:
+    """A resumed run must find the rows it began with: its ledger counts them by number.
+
+    ``setting`` names the prompts' files. Where all rows are there, the date in them may be another.
+    """
+    if not folder.exists(TRAIN_PROMPTS):
+        return []
+    before = folder.read_table(TRAIN_PROMPTS)
+    shared = [n for n in ("prompt_ids", "source", "response_ids") if n in before.column_names]
+    if before.select(shared).combine_chunks().equals(train.select(shared).combine_chunks()):
+        return []
+    dated = ""
+    if before["source"].combine_chunks().equals(train["source"].combine_chunks()):
+        dated = (
+            "if the teacher's chat template prints the date, set prompts.template_date to the day "
+            f"of the first start ({TRAIN_PROMPTS} is of {_day_of(folder, TRAIN_PROMPTS)}), else "
+        )
+    return [
+        Problem(
+            setting,
+            f"the prompts are not those that {folder.path} began with ({before.num_rows} rows, now "
+            f"{train.num_rows}); {dated}restore the files, or set output.path to a new folder",
+        )
+    ]
+
+
+def _day_of(folder: RunFolder, name: str) -> str:
+    """The day, here, on which a file of the run was last written."""
+    written = folder.filesystem().get_file_info(f"{folder.root}/{name}").mtime
+    return "an unknown day" if written is None else f"{written.astimezone():%Y-%m-%d}"
+
+
+def _check_remote(config: RunConfig, folder: RunFolder, compare: bool) -> list[Problem]:
+    try:
+        folder.write_bytes(WRITE_TEST, b"")
+        folder.filesystem().delete_file(f"{folder.root}/{WRITE_TEST}")
+        return check_earlier_run(config, folder) if compare else []
+    except Exception as error:  # every object store has its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        message = f"{folder.path} cannot be written ({reason}); check the name and your credentials"
+        return [Problem("output.path", message)]
+
+
+ADAMW_BYTES = {"float32": 12, "float64": 24}  # a parameter and its two moments
+EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SIGNAL_BYTES = 8  # an id and a logprob
+HIDDEN_BYTES = 2  # of a component of a state; noise in its low bits hardly compresses
+STORED_TOKEN_BYTES = 6.1  # the same compressed, as benchmarks/results/store.json has it
+ESTIMATED = (CHECKPOINTS, STUDENT, HELD_OUT)  # what of the run folder space_needed counts
+
+
+def space_needed(config: RunConfig, student: ModelFolder, tables: PromptTables) -> int | None:
+    """Bytes the run folder will take: checkpoints (one more while writing), export, held-out."""
+    kept = kept_layers(config, student) if config.student.init == "from_teacher" else None
+    parameters = count_parameters(student, kept)
+    if parameters is None:
+        return None
+    training = config.training
+    checkpoints = (training.num_checkpoints_to_keep + 1) * ADAMW_BYTES[training.param_dtype]
+    tokens = tables.response_tokens("held_out", config.teacher.sampling.max_tokens)
+    held_out = tokens * config.evaluation.top_k * SIGNAL_BYTES
+    return parameters * (checkpoints + EXPORT_BYTES[training.export_dtype]) + held_out
+
+
+def check_space(folder: RunFolder, needed_bytes: int | None) -> list[Problem]:
+    """Is there room for what the run has yet to write? Object stores are taken to have it."""
+    free = free_bytes(folder)
+    if needed_bytes is None or free is None:
+        return []
+    written = sum(_file_bytes(Path(folder.path, name)) for name in ESTIMATED)
+    if free >= needed_bytes - written:
+        return []
+    return [
+        Problem(
+            "output.path",
+            f"{folder.path} will need about {(needed_bytes - written) / 2**30:.1f} GiB"
+            f"{' more' if written else ''}, but its disk has {free / 2**30:.1f} GiB free; free "
+            "some, lower training.num_checkpoints_to_keep, or set another output.path",
+        )
+    ]
+
+
+def store_space_notices(
+    config: RunConfig, store_path: str, tables: PromptTables, teacher: ModelFolder
+) -> Iterator[str]:
+    """Where the store's disk might fill: if no answer is stored yet and all are of full length."""
+    train, held_out = (
+        tables.response_tokens(name, config.teacher.sampling.max_tokens)
+        for name in ("train", "held_out")
+    )
+    most = train * _stored_token_bytes(config, teacher)
+    most += held_out * STORED_TOKEN_BYTES * (1 + config.evaluation.top_k)
+    free = free_bytes(RunFolder(store_path))
+    if free is not None and free < most:
+        yield (
+            f"the teacher's answers may take up to {most / 2**30:.1f} GiB in {store_path}, which "
+            f"has {free / 2**30:.1f} GiB free; a full disk stops the run, what is stored stays"
+        )
+
+
+def _stored_token_bytes(config: RunConfig, teacher: ModelFolder) -> float:
+    """Bytes a response token of a training row takes in the store."""
+    if config.signal.kind == "topk":
+        return STORED_TOKEN_BYTES * (1 + config.signal.top_k)
+    if config.signal.kind == "hidden":
+        with suppress(ValueError):  # Which another check reports.
+            return (
+                STORED_TOKEN_BYTES + HIDDEN_BYTES * signal_of(config.signal, teacher.config).width
+            )
+    return STORED_TOKEN_BYTES
+
+
+def _file_bytes(path: Path) -> int:
+    """Size of a file, or of all files below a folder; 0 where there is none."""
+    found = 0
+    below = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    for file in below if path.is_dir() else [path]:
+        with suppress(OSError):  # A checkpoint that is removed meanwhile.
+            found += os.lstat(file).st_size
+    return found
+
+
+def free_bytes(folder: RunFolder) -> int | None:
+    """Room on the disk where a folder is or will be; None for an object store."""
+    if not folder.is_local:
+        return None
+    existing = Path(folder.path)
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free

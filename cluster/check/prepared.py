@@ -1,0 +1,203 @@
+"""A checked run, ready to be started: its rows, its models, what it will need."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raystill.config.run import RunConfig
+from raystill.datasets.prompts.tables import PromptTables
+from raystill.datasets.rows.signal import Signal, signal_of
+from raystill.datasets.store.store import TeacherStore
+from raystill.model.files import ModelFolder, fetch_model
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Rows that the store has as they are wished, and others that the teacher need not answer.
+
+    ``given``: came with their response, of which no signal is wished. ``to_score``: have an answer,
+    stored or given, whose signal is wanted. ``covers_all``: no row needs the teacher.
+    """
+
+    train_rows: int
+    held_out_rows: int
+    given: int
+    to_score: int
+    covers_all: bool
+
+
+@dataclass
+class Prepared:
+    """A run that passed the check: its rows, its folders, and what it will need.
+
+    The tables' keys name the teacher by its weights, which ``check`` has no time to read; so
+    ``teacher_identity``, ``sampling``, ``train`` and ``held_out`` are made when first asked for.
+    """
+
+    config: RunConfig
+    tables: PromptTables
+    teacher: ModelFolder
+    student: ModelFolder | None
+    store_path: str
+    space_needed_bytes: int | None = None
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def num_train_rows(self) -> int:
+        """Rows of one epoch."""
+        return self.tables.train.num_rows
+
+    @property
+    def num_held_out_rows(self) -> int:
+        """Rows that evaluation measures."""
+        return self.tables.held_out.num_rows
+
+    @property
+    def dropped(self) -> Counter[str]:
+        """Unusable prompts by reason."""
+        return self.tables.dropped
+
+    @property
+    def duplicates(self) -> int:
+        """Prompts equal to an earlier one, or to a held-out one."""
+        return self.tables.duplicates
+
+    @property
+    def teacher_folder(self) -> str:
+        """The teacher's folder on this machine."""
+        return str(self.teacher.path)
+
+    @property
+    def student_folder(self) -> str | None:
+        """The student's folder on this machine; None with ``init: from_teacher``."""
+        if self.student is None or self.student is self.teacher:
+            return None
+        return str(self.student.path)
+
+    def fetch_models(self) -> None:
+        """Download the weights that are not here yet. Raises RunError."""
+        fetch_model(self.config.teacher.model, self.config.teacher.revision)
+        if self.config.student.model is not None:
+            fetch_model(self.config.student.model, self.config.student.revision)
+
+    @cached_property
+    def teacher_identity(self) -> str:
+        """sha256 over the teacher's weights, configuration and tokenizer (of its settings, where
+        the engine is synthetic).
+        """
+        from raystill.model.identity import identity_of
+
+        return identity_of(self.config.teacher, self.teacher_folder)
+
+    @cached_property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling settings with the model's own defaults filled in."""
+        from raystill.model.sampling import resolve_sampling
+
+        return asdict(resolve_sampling(self.config.teacher, self.teacher_folder))
+
+    @cached_property
+    def signal(self) -> Signal:
+        """What is wished of each response token of the training rows."""
+        return signal_of(self.config.signal, self.teacher.config)
+
+    @cached_property
+    def keyed(self) -> PromptTables:
+        """The prompt tables with their keys."""
+        teacher = self.config.teacher
+        dtype = teacher.dtype
+        if dtype == "auto":
+            names = (self.teacher.config.get(name) for name in ("dtype", "torch_dtype"))
+            dtype = next((name for name in names if name), "auto")
+        return self.tables.with_keys(
+            self.teacher_identity, dtype, teacher.quantization, self.sampling
+        )
+
+    @cached_property
+    def stored(self) -> Stored:
+        """What the teacher store, or the prompts themselves, have of this run's rows."""
+        catalogue = TeacherStore(self.store_path).catalogue()
+        told, free, to_score = [], 0, 0
+        for table, wish in (
+            (self.train, self.signal),
+            (self.held_out, Signal("topk", self.config.evaluation.top_k)),
+        ):
+            view = catalogue.serving(wish)
+            where = view.locate(table["key"].combine_chunks())
+            serves = [entry.footer.origin.signal.serves(wish) for entry in view.entries]
+            held, served = where >= 0, np.zeros(len(where), bool)
+            served[held] = np.array(serves, bool)[view.segment[where[held]]]
+            given = table["response_ids"].is_valid().to_numpy() & ~served
+            told.append(int(served.sum()))
+            if wish.kind == "text":
+                free += int(given.sum())
+            else:
+                to_score += int(((held & ~served) | given).sum())
+        every = self.num_train_rows + self.num_held_out_rows
+        return Stored(told[0], told[1], free, to_score, covers_all=sum(told) + free == every)
+
+    @property
+    def train(self) -> pa.Table:
+        """The training rows, in ``PROMPT_SCHEMA``."""
+        return self.keyed.train
+
+    @property
+    def held_out(self) -> pa.Table:
+        """The held-out rows, in ``PROMPT_SCHEMA``."""
+        return self.keyed.held_out
+
+    def describe_stored(self) -> str:
+        """What will not be asked again, for a person."""
+        held = self.stored
+        said = (
+            f"teacher store: {self.store_path} has {held.train_rows} of {self.num_train_rows} rows "
+            f"to train on, {held.held_out_rows} of {self.num_held_out_rows} held out"
+        )
+        if held.given:
+            said += f"; {held.given} came with their response"
+        return said + (f"; {held.to_score} answers are to be scored" if held.to_score else "")
+
+    def describe(self) -> str:
+        """What the run will do, for a person."""
+        per_step = self.config.training.rows_per_step
+        steps = -(-self.num_train_rows // per_step)
+        lines = [
+            f"prompts: {self.num_train_rows} to train on ({steps} steps of {per_step} rows"
+            f"{_times(self.config.training.epochs)}), "
+            f"{self.num_held_out_rows} held out; longest {self.tables.longest_prompt_tokens} tokens"
+        ]
+        lines += self._describe_sources()
+        left_out = [f"{count} {reason}" for reason, count in sorted(self.dropped.items())]
+        if self.duplicates:
+            left_out.append(f"{self.duplicates} duplicates")
+        if left_out:
+            lines.append(f"left out: {', '.join(left_out)}")
+        if self.space_needed_bytes is not None:
+            lines.append(f"space needed: about {self.space_needed_bytes / 2**30:.2f} GiB")
+        return "\n".join(lines + [f"note: {notice}" for notice in self.notices])
+
+    def _describe_sources(self) -> list[str]:
+        """Where there are several sources: a line for each."""
+        sources = self.config.prompts.sources or ()
+        if len(sources) < 2:
+            return []
+        train, held_out = (
+            dict(zip(counts.field("values").to_pylist(), counts.field("counts"), strict=True))
+            for counts in (
+                table["source"].value_counts()
+                for table in (self.tables.train, self.tables.held_out)
+            )
+        )
+        return [
+            f"  {source.name}: {train.get(source.name, 0)} to train on (weight "
+            f"{source.weight:g}), {held_out.get(source.name, 0)} held out"
+            for source in sources
+        ]
+
+
+def _times(epochs: int) -> str:
+    return f", {epochs} times" if epochs > 1 else ""

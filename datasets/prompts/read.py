@@ -1,0 +1,261 @@
+"""Prompts from files: JSONL, JSON, CSV, text and Parquet, by path, glob, list of them, or URI.
+
+The first step of the stream, shared by ``check`` and ``run``. Whatever is wrong with a file is
+reported with the file's name and the line (text formats) or row (JSON, Parquet).
+"""
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raystill.base.errors import ConfigError, Problem
+from raystill.config.prompts import PromptsConfig
+from raystill.datasets.prompts.files import PromptFile, PromptSource, find_files, prompt_sources
+
+MAX_PROBLEMS_PER_FILE = 5
+DEFAULT_SOURCE = "prompts"
+
+
+@dataclass(frozen=True)
+class RawPrompt:
+    """One prompt as it was written.
+
+    Exactly one of ``text`` and ``messages`` is set; ``source`` names the family it belongs to;
+    ``where`` is the file and line it came from; ``response`` is what it came with to be scored.
+    """
+
+    text: str | None
+    messages: list[dict[str, Any]] | None
+    source: str
+    where: str
+    response: str | None = None
+
+
+class BrokenRow(ValueError):
+    """A row that is no prompt; the message says why."""
+
+
+def read_prompts(prompts: PromptsConfig) -> list[RawPrompt]:
+    """All prompts, in the order of the sources and of their files.
+
+    Raises ConfigError with everything that is wrong.
+    """
+    problems: list[Problem] = []
+    found = []
+    for source in prompt_sources(prompts):
+        files, missing = find_files(source)
+        problems += missing
+        found.append((source, files, not missing))
+    read: list[RawPrompt] = []
+    for source, files, complete in found:
+        limits = [] if prompts.limit is None else [prompts.limit - len(read)]
+        limits += [] if source.limit is None else [source.limit]
+        if 0 in limits:
+            break
+        before = len(problems)
+        mine = _read_files(files, min(limits, default=None), problems)
+        if complete and not mine and len(problems) == before:
+            problems.append(source.problem(f"{', '.join(source.paths)}: no prompts in there"))
+        read += mine
+    if problems:
+        raise ConfigError(problems)
+    return read
+
+
+def _read_files(
+    files: list[PromptFile], limit: int | None, problems: list[Problem]
+) -> list[RawPrompt]:
+    """The first ``limit`` prompts of these files; what is wrong is added to ``problems``."""
+    read: list[RawPrompt] = []
+    for file in files:
+        before = len(read)
+        room = None if limit is None else limit - len(read)
+        if room == 0:
+            break
+        read.extend(itertools.islice(_read_file(file, problems), room))
+        if len(read) == before and not file.globbed and not _named(problems, file):
+            problems.append(Problem(file.name, "holds no prompts; expected one or more rows"))
+    return read
+
+
+def _named(problems: list[Problem], file: PromptFile) -> bool:
+    return any(problem.where.startswith(file.name) for problem in problems)
+
+
+def _read_file(file: PromptFile, problems: list[Problem]) -> Iterator[RawPrompt]:
+    """The file's prompts; what cannot be read is added to ``problems``."""
+    broken = 0
+    try:
+        for where, row in READERS[file.format](file):
+            try:
+                if isinstance(row, BrokenRow):
+                    raise row
+                yield as_prompt(row, where, file.source)
+            except BrokenRow as error:
+                broken += 1
+                if broken <= MAX_PROBLEMS_PER_FILE:
+                    problems.append(Problem(where, str(error)))
+    except (OSError, UnicodeDecodeError, pa.ArrowException, csv.Error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        problems.append(
+            Problem(file.name, f"cannot be read as {file.format} ({reason}); mend the file")
+        )
+    if broken > MAX_PROBLEMS_PER_FILE:
+        problems.append(Problem(file.name, f"{broken - MAX_PROBLEMS_PER_FILE} more broken rows"))
+
+
+def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
+    """A row as a prompt. Raises BrokenRow."""
+    if isinstance(row, str) and source.response_field is None:
+        return RawPrompt(row, None, source.name or DEFAULT_SOURCE, where)
+    if not isinstance(row, dict):
+        raise BrokenRow(f"is {_short(row)}; expected an object with {source.prompt_field!r}")
+    response = _response(row, source)
+    family = row.get(source.source_field) if source.name is None else source.name
+    family = DEFAULT_SOURCE if family is None else str(family)
+    messages, text = row.get(source.messages_field), row.get(source.prompt_field)
+    if isinstance(text, list):  # a prompt given as messages
+        messages, text = messages or text, None
+    if messages is not None:
+        return RawPrompt(None, as_messages(messages), family, where, response)
+    if isinstance(text, str):
+        return RawPrompt(text, None, family, where, response)
+    if text is None:
+        keys = ", ".join(str(key) for key in list(row)[:12])
+        raise BrokenRow(
+            f"has neither {source.prompt_field!r} nor {source.messages_field!r} (it has: {keys}); "
+            f"set {source.where}.prompt_field or {source.where}.messages_field to the field to use"
+        )
+    raise BrokenRow(f"{source.prompt_field!r} is {_short(text)}; expected text")
+
+
+def _response(row: dict[str, Any], source: PromptSource) -> str | None:
+    """The response that came with the prompt, empty where there is none in its field."""
+    if source.response_field is None:
+        return None
+    response = row.get(source.response_field, BrokenRow)
+    if response is BrokenRow:
+        keys = ", ".join(str(key) for key in list(row)[:12])
+        raise BrokenRow(
+            f"has no {source.response_field!r} (it has: {keys}); set {source.where}.response_field "
+            "to the field to use, or to null for the teacher to answer"
+        )
+    if not isinstance(response, str | None):
+        raise BrokenRow(f"{source.response_field!r} is {_short(response)}; expected text")
+    return response or ""
+
+
+def as_messages(messages: Any) -> list[dict[str, Any]]:
+    """Chat messages, checked: roles, contents, and that something is left to answer."""
+    if isinstance(messages, str):
+        try:
+            messages = json.loads(messages)
+        except json.JSONDecodeError:
+            raise BrokenRow(f"messages are {_short(messages)}; expected a list") from None
+    if not isinstance(messages, list) or not messages:
+        raise BrokenRow(f"messages are {_short(messages)}; expected a list with one or more")
+    kept = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BrokenRow(f"message {number} is {_short(message)}; expected {{role, content}}")
+        if not isinstance(message.get("content"), str | list):
+            content = _short(message.get("content"))
+            raise BrokenRow(f"message {number} has content {content}; expected text")
+        kept.append({name: value for name, value in message.items() if value is not None})
+    if kept[-1]["role"] == "assistant":
+        raise BrokenRow(
+            "the last message is the assistant's, which leaves the teacher nothing to answer; "
+            "remove it"
+        )
+    return kept
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _jsonl(file: PromptFile) -> Iterator[tuple[str, Any]]:
+    with file.open_text() as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            where = f"{file.name}, line {number}"
+            try:
+                yield where, json.loads(line)
+            except json.JSONDecodeError as error:
+                yield (
+                    where,
+                    BrokenRow(
+                        f"is not JSON ({error.msg} at column {error.colno}): "
+                        f"{_short(line.strip())}; mend or remove the line"
+                    ),
+                )
+
+
+def _json(file: PromptFile) -> Iterator[tuple[str, Any]]:
+    with file.open_text() as stream:
+        text = stream.read()
+    if not text.strip():
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{file.name}, line {error.lineno}"
+        message = f"is not JSON ({error.msg} at column {error.colno}); expected one list of rows"
+        if error.msg == "Extra data":
+            message += f" (one object a line is JSONL: set {file.source.where}.format: jsonl)"
+        yield where, BrokenRow(message)
+        return
+    if not isinstance(rows, list):
+        yield file.name, BrokenRow(f"is {_short(rows)}; expected a list of rows")
+        return
+    for number, row in enumerate(rows):
+        yield f"{file.name}, row {number}", row
+
+
+def _csv(file: PromptFile) -> Iterator[tuple[str, Any]]:
+    with file.open_text(newline="") as stream:
+        reader = csv.DictReader(stream)
+        for row in reader:
+            where = f"{file.name}, line {reader.line_num}"
+            if None in row:
+                columns = len(reader.fieldnames or ())
+                yield (
+                    where,
+                    BrokenRow(
+                        f"has {columns + len(row[None])} values for {columns} columns; quote "
+                        "values that hold commas"
+                    ),
+                )
+                continue
+            yield where, row
+
+
+def _text(file: PromptFile) -> Iterator[tuple[str, Any]]:
+    with file.open_text() as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield f"{file.name}, line {number}", line.rstrip("\r\n")
+
+
+def _parquet(file: PromptFile) -> Iterator[tuple[str, Any]]:
+    with file.open_bytes() as stream:
+        number = 0
+        for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                yield f"{file.name}, row {number}", row
+                number += 1
+
+
+READERS = {"jsonl": _jsonl, "json": _json, "csv": _csv, "text": _text, "parquet": _parquet}
+
+
+csv.field_size_limit(io.DEFAULT_BUFFER_SIZE * 4096)  # long prompts are no mistake

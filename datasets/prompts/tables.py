@@ -1,0 +1,333 @@
+"""The prompt tables of a run: tokenised, without duplicates, split into training and held out.
+
+Made once, before anything is spent, by ``check`` and ``run`` alike; ``run`` adds the answers'
+keys and writes the tables into the run folder, where the stream reads them.
+
+The source of the stream: one ordered read task that emits the plan group by group.
+
+*Consumes* the prompt table and what rank 0 published. *Waits for* credits before each group.
+*Unblocked by* a worker that takes a block, or by dropped rows. It emits prompt ids, and the ids of
+responses that came with their prompts, only.
+
+A block is one row that holds a whole group in lists: Ray Data cuts blocks by bytes between rows,
+and emits a block as soon as it is over its size limit of one byte, so a group leaves at once and
+in one piece. What has been learned is read when the task runs, not when Ray plans the read (it
+plans several times, also before anything is published).
+"""
+
+import difflib
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from raystill.base.errors import ConfigError, Problem
+from raystill.base.run_folder import HELD_OUT_PROMPTS, TRAIN_PROMPTS, RunFolder
+from raystill.datasets.prompts.read import RawPrompt, read_prompts
+from raystill.datasets.prompts.select import (
+    UNBOUNDED,
+    UsablePrompts,
+    digest_of,
+    list_rows,
+    samples_asked,
+    sort_prompts,
+)
+from raystill.datasets.rows.keys import answer_keys, given_keys
+from raystill.datasets.rows.schema import PROMPT_SCHEMA, TOKEN_IDS
+
+if TYPE_CHECKING:
+    from raystill.config.run import RunConfig
+    from raystill.datasets.prompts.tokenise import PromptTokeniser
+if TYPE_CHECKING:
+    pass
+
+
+MIN_ROW_GROUP = 1024  # rows; smaller ones make a long footer
+ROWS_PER_CHUNK = 100_000  # list offsets are 32 bits; a chunk stays far below
+
+
+@dataclass(frozen=True)
+class PromptTables:
+    """The rows a run may ask for, and what was left out.
+
+    ``train`` and ``held_out`` number their rows from 0 and have the columns of ``PROMPT_SCHEMA``
+    but ``key``, which :meth:`with_keys` adds once the teacher's identity is known.
+    ``dropped`` counts by reason; ``first_dropped`` says where the first of each was. ``train``
+    holds a prompt once for each sample that is asked of it, and ``samples`` the sample number of
+    each of its rows: first all rows of sample 0, then those of sample 1, and so on.
+    """
+
+    train: pa.Table
+    held_out: pa.Table
+    dropped: Counter[str]
+    duplicates: int
+    first_dropped: Mapping[str, str]
+    num_read: int
+    longest_prompt_tokens: int
+    samples: NDArray[np.int64]
+
+    def response_tokens(self, name: str, max_tokens: int) -> int:
+        """Most response tokens of ``train`` or ``held_out``: those given, else ``max_tokens``."""
+        return int(pc.sum(_lengths(getattr(self, name), max_tokens)[1]).as_py() or 0)
+
+    def longest_row(self, max_tokens: int) -> int:
+        """Longest prompt with its response: the one it came with, else of ``max_tokens``."""
+        both = (_lengths(table, max_tokens) for table in (self.train, self.held_out))
+        return max(pc.max(pc.add(*lengths)).as_py() or 0 for lengths in both)
+
+    @property
+    def longest_asked_prompt(self) -> int | None:
+        """Tokens of the longest prompt the teacher is to answer; None where none is."""
+        asked = (
+            table["prompt_ids"].filter(table["response_ids"].is_null())
+            for table in (self.train, self.held_out)
+        )
+        longest = (pc.max(pc.list_value_length(prompts)).as_py() for prompts in asked)
+        return max((tokens for tokens in longest if tokens is not None), default=None)
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows left out as unusable (duplicates apart)."""
+        return sum(self.dropped.values())
+
+    def with_keys(
+        self, teacher_identity: str, dtype: str, quantization: str | None, sampling: dict[str, Any]
+    ) -> "PromptTables":
+        """The tables with their ``key`` column: exactly ``PROMPT_SCHEMA``."""
+        asked = (teacher_identity, dtype, quantization, sampling)
+        return replace(
+            self,
+            train=_with_keys(self.train, asked, self.samples),
+            held_out=_with_keys(self.held_out, asked, np.zeros(len(self.held_out), np.int64)),
+        )
+
+    def write(self, folder: RunFolder, group_rows: int) -> None:
+        """Write both tables, in row groups that are whole stream groups and can be read alone."""
+        size = max(group_rows, MIN_ROW_GROUP // group_rows * group_rows)
+        for name, table in ((TRAIN_PROMPTS, self.train), (HELD_OUT_PROMPTS, self.held_out)):
+            assert table.schema.equals(PROMPT_SCHEMA), f"{name} has no keys yet: call with_keys"
+            folder.write_table(name, table, row_group_size=size)
+
+
+def build_prompt_tables(
+    config: "RunConfig",
+    tokeniser: "PromptTokeniser",
+    max_prompt_tokens: int,
+    context_tokens: int = UNBOUNDED,
+) -> PromptTables:
+    """Read, tokenise, drop, and split. Raises ConfigError with everything that is wrong.
+
+    ``sort_prompts`` says what is dropped, at more than ``max_prompt_tokens`` or ``context_tokens``;
+    of equal prompts the held-out one stays, else the first. Weights count for what is not held out.
+    """
+    raws = read_prompts(config.prompts)
+    usable = sort_prompts(raws, config, tokeniser, max_prompt_tokens, context_tokens)
+    kept = usable.kept
+    prompts = [digest_of(usable.ids[index]) for index in kept]
+    train, held_out = split_rows(config, [raws[index].source for index in kept], prompts, raws)
+    asked = samples_asked(
+        config.prompts,
+        config.section_seeds()["weights"],
+        [usable.ids[kept[i]] for i in train],
+        [raws[kept[i]].source for i in train],
+    )
+    rows, samples = list_rows(asked)
+    return PromptTables(
+        train=_table([kept[i] for i in train[rows]], usable),
+        held_out=_table([kept[i] for i in held_out], usable),
+        dropped=usable.dropped,
+        duplicates=usable.duplicates,
+        first_dropped=usable.first_dropped,
+        num_read=len(raws),
+        longest_prompt_tokens=max((len(usable.ids[i]) for i in kept), default=0),
+        samples=samples,
+    )
+
+
+def split_rows(
+    config: "RunConfig",
+    sources: Sequence[str],
+    prompts: Sequence[bytes],
+    raws: Sequence[RawPrompt],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices into ``sources`` of the training and of the held-out rows, each ascending.
+
+    Whole sources by name, then so many rows by seed: whole prompts, since a prompt may have rows
+    with several responses (``prompts`` are equal where the rows' prompts are). Of all these at most
+    ``max_rows`` are measured, and the others are used for nothing. Raises ConfigError.
+    """
+    evaluation, problems = config.evaluation, []
+    names = {raw.source for raw in raws}
+    for source in evaluation.held_out_sources:
+        if source not in names:
+            problems.append(Problem("evaluation.held_out_sources", _no_source(source, names)))
+    held = np.isin(np.array(sources, dtype=object), list(evaluation.held_out_sources))
+    random = np.random.default_rng(config.section_seeds()["held_out"])
+    if evaluation.held_out_rows:
+        held[_draw_prompts(prompts, ~held, evaluation.held_out_rows, random)] = True
+    train, held_out = np.flatnonzero(~held), np.flatnonzero(held)
+    problems = problems or _empty_side(config, len(train), len(held_out))
+    if problems:
+        raise ConfigError(problems)
+    return train, np.sort(random.permutation(held_out)[: evaluation.max_rows])
+
+
+def _draw_prompts(
+    prompts: Sequence[bytes], among: NDArray[np.bool_], num_rows: int, random: np.random.Generator
+) -> list[int]:
+    """The rows of as many prompts, in a random order, as it takes to have ``num_rows``."""
+    rows: dict[bytes, list[int]] = {}
+    for row in np.flatnonzero(among):
+        rows.setdefault(prompts[row], []).append(int(row))
+    drawn: list[int] = []
+    for first in random.permutation([mine[0] for mine in rows.values()]):
+        if len(drawn) >= num_rows:
+            break
+        drawn += rows[prompts[first]]
+    return drawn
+
+
+def _empty_side(config: "RunConfig", num_train: int, num_held_out: int) -> list[Problem]:
+    """What is wrong where no row is left to train on, or none to measure the student on."""
+    evaluation, usable = config.evaluation, num_train + num_held_out
+    if not num_train:
+        message = (
+            f"{num_held_out} of {usable} usable rows are held out, which leaves none to train on; "
+            "hold out fewer (held_out_rows, held_out_sources)"
+        )
+        return [Problem("evaluation", message)]
+    if evaluation.enabled and not num_held_out:
+        named = ", ".join(repr(source) for source in evaluation.held_out_sources)
+        message = (
+            f"names {named}, but none of the {usable} usable rows is of these, so nothing could be "
+            "measured; mend their prompts, name another source, or hold out none"
+        )
+        return [Problem("evaluation.held_out_sources", message)]
+    return []
+
+
+def _no_source(source: str, names: set[str]) -> str:
+    near = difflib.get_close_matches(source, sorted(names), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "use one of them"
+    listed = ", ".join(sorted(names)[:30]) + (", ..." if len(names) > 30 else "")
+    return f"{source!r} is no source of these prompts ({listed}); {hint}"
+
+
+def _lengths(table: pa.Table, max_tokens: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """Tokens of each prompt and, at most, of its response."""
+    prompts, responses = (pc.list_value_length(table[n]) for n in ("prompt_ids", "response_ids"))
+    return prompts.cast(pa.int64()), responses.fill_null(max_tokens).cast(pa.int64())
+
+
+def _table(indices: Sequence[int], usable: UsablePrompts) -> pa.Table:
+    chunks = [indices[i : i + ROWS_PER_CHUNK] for i in range(0, len(indices), ROWS_PER_CHUNK)]
+
+    def lists(ids: Sequence[np.ndarray | None]) -> pa.ChunkedArray:
+        return pa.chunked_array(
+            [_token_lists([ids[i] for i in chunk]) for chunk in chunks], TOKEN_IDS
+        )
+
+    columns = {
+        "row": pa.array(np.arange(len(indices)), pa.int64()),
+        "prompt_ids": lists(usable.ids),
+        "source": pa.array([usable.raws[i].source for i in indices], pa.string()),
+        "response_ids": lists(usable.responses),
+    }
+    without_key = pa.schema([field for field in PROMPT_SCHEMA if field.name != "key"])
+    return pa.table(columns, schema=without_key)
+
+
+def _token_lists(rows: list[np.ndarray | None]) -> pa.ListArray:
+    """Lists of token ids; None is null."""
+    lengths = [0 if ids is None else len(ids) for ids in rows]
+    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    there = [ids for ids in rows if ids is not None]
+    values = np.concatenate(there) if there else np.empty(0, np.int32)
+    mask = pa.array([ids is None for ids in rows], pa.bool_()) if len(there) < len(rows) else None
+    return pa.ListArray.from_arrays(offsets, values, type=TOKEN_IDS, mask=mask)
+
+
+def _with_keys(
+    table: pa.Table,
+    asked: tuple[str, str, str | None, dict[str, Any]],
+    samples: NDArray[np.int64],
+) -> pa.Table:
+    """``asked``: teacher identity, dtype, quantization, sampling."""
+    keys = np.empty(len(table), object)
+    given = table["response_ids"].is_valid().to_numpy()
+    for sample in np.unique(samples[~given]):
+        mine = np.flatnonzero(~given & (samples == sample))
+        keys[mine] = answer_keys(*asked, _ids(table["prompt_ids"], mine), int(sample))
+    mine = np.flatnonzero(given)
+    prompts, responses = (_ids(table[name], mine) for name in ("prompt_ids", "response_ids"))
+    keys[mine] = given_keys(*asked[:3], prompts, responses)
+    column = pa.array(keys, PROMPT_SCHEMA.field("key").type)
+    return table.append_column(PROMPT_SCHEMA.field("key"), column).select(PROMPT_SCHEMA.names)
+
+
+def _ids(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> Iterator[np.ndarray]:
+    """The token ids of those rows, ascending, one after the other."""
+    for start in range(0, len(rows), ROWS_PER_CHUNK):
+        part = column.take(pa.array(rows[start : start + ROWS_PER_CHUNK]))
+        yield from (row.values.to_numpy() for row in part)
+
+
+COLUMNS = ("row", "source", "prompt_ids", "response_ids")
+CACHE_BYTES = 256 << 20
+"""Decoded Parquet row groups the source keeps, in bytes."""
+
+
+def open_table(path: str) -> pq.ParquetFile:
+    """A Parquet file by path or URI."""
+    if "://" in path:
+        filesystem, path = pafs.FileSystem.from_uri(path)
+    else:
+        filesystem = pafs.LocalFileSystem()
+    return pq.ParquetFile(filesystem.open_input_file(path))
+
+
+class PromptTable:
+    """Random access to a prompt table's rows by number; holds some row groups in memory."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open_table(path)
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+        self._held: OrderedDict[int, pa.Table] = OrderedDict()
+        self._held_bytes = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the table."""
+        return int(self._starts[-1])
+
+    def take(self, rows: NDArray[np.int64]) -> pa.Table:
+        """Rows by number, in the order asked: COLUMNS."""
+        wanted = np.searchsorted(self._starts, rows, side="right") - 1
+        ids = np.unique(wanted)
+        parts = [self._row_group(int(i)) for i in ids]
+        before = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+        index = before[np.searchsorted(ids, wanted)] + rows - self._starts[wanted]
+        taken = pa.concat_tables(parts).take(pa.array(index))
+        found = taken["row"].to_numpy()
+        assert np.array_equal(found, rows), f"rows {rows} asked of the prompt table, {found} found"
+        return taken.combine_chunks()
+
+    def _row_group(self, index: int) -> pa.Table:
+        if index not in self._held:
+            part = self._file.read_row_group(index, list(COLUMNS))
+            self._held[index] = part
+            self._held_bytes += part.nbytes
+            while len(self._held) > 1 and self._held_bytes > CACHE_BYTES:
+                self._held_bytes -= self._held.popitem(last=False)[1].nbytes
+        self._held.move_to_end(index)
+        return self._held[index]

@@ -1,0 +1,215 @@
+"""Prompts to token ids, as ``transformers`` would make them, without importing it (or torch).
+
+``check`` has five seconds and runs on machines without torch, so this reads ``tokenizer.json``
+and the chat template itself. Tests hold it equal to ``AutoTokenizer``.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+import numpy as np
+
+from raystill.base.errors import ConfigError, Problem, config_error
+from raystill.config.prompts import PromptsConfig
+from raystill.datasets.prompts.read import RawPrompt
+from raystill.model.tokenizer import (
+    SPECIAL_TOKENS,
+    chat_template,
+    load_tokenizer,
+    read_settings,
+    token_text,
+)
+
+BATCH_PROMPTS = 10_000
+
+
+class TemplateRefusal(ValueError):
+    """The chat template refused a prompt (a role it does not know, say)."""
+
+
+class PromptTokeniser:
+    """A model folder's tokenizer and chat template, and how prompts pass through them.
+
+    ``prints_today``: the template has printed the date of this day, since no other is set. Raises
+    ConfigError where the folder has no usable tokenizer or lacks a wanted chat template.
+    """
+
+    def __init__(self, model_folder: str | Path, prompts: PromptsConfig) -> None:
+        self.folder = Path(model_folder)
+        self.prompts = prompts
+        self.settings = read_settings(self.folder)
+        self.tokenizer = load_tokenizer(self.folder, self.settings)
+        self.prints_today = False
+        day = prompts.template_date
+        self._now = datetime.now() if day is None else datetime.fromisoformat(day)
+        self._template = self._compile_template() if prompts.chat_template else None
+        if self._template is None and prompts.system is not None:
+            raise config_error(
+                "prompts.system",
+                f"is {prompts.system!r}, which needs a chat template, but prompts.chat_template is "
+                "false; set it to true, or remove prompts.system",
+            )
+
+    def encode(self, raw: RawPrompt) -> np.ndarray:
+        """Token ids ``int32[P]``, ending where the teacher's answer begins."""
+        return self.encode_many([raw])[0]
+
+    def encode_many(self, raws: Sequence[RawPrompt]) -> list[np.ndarray]:
+        """:meth:`encode` of many prompts. Raises ConfigError naming those it cannot render."""
+        texts, problems = [], []
+        for raw in raws:
+            try:
+                texts.append(self.render(raw))
+            except TemplateRefusal as error:
+                problems.append(Problem(raw.where, str(error)))
+        if problems:
+            more = [Problem("prompts", f"{len(problems) - 5} more")] if len(problems) > 5 else []
+            raise ConfigError(problems[:5] + more)
+        # A chat template writes the special tokens itself.
+        return self._encode(texts, special=self._template is None)
+
+    def encode_responses(
+        self, texts: Sequence[str], stop_token_ids: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Token ids ``int32[T]`` of given responses, each ending with a stop token; none of ``""``.
+
+        The one that is appended is the tokenizer's own end token, if it is one of them, since that
+        ends a turn of chat; else the first.
+        """
+        end = token_text(self.settings.get("eos_token"))
+        own = None if end is None else self.tokenizer.token_to_id(end)
+        stop = stop_token_ids[0] if own is None or own not in stop_token_ids else own
+        return [
+            ids if not len(ids) or ids[-1] in stop_token_ids else np.append(ids, np.int32(stop))
+            for ids in self._encode(texts, special=False)
+        ]
+
+    def _encode(self, texts: Sequence[str], special: bool) -> list[np.ndarray]:
+        ids: list[np.ndarray] = []
+        for start in range(0, len(texts), BATCH_PROMPTS):
+            batch = texts[start : start + BATCH_PROMPTS]
+            encoded = self.tokenizer.encode_batch_fast(batch, add_special_tokens=special)
+            ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
+        # Else the library, having used threads, prints a warning at every later fork.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return ids
+
+    def render(self, raw: RawPrompt) -> str:
+        """The text that is tokenised. Raises TemplateRefusal."""
+        if self._template is None:
+            if raw.text is None:
+                raise TemplateRefusal(
+                    "has chat messages, but prompts.chat_template is false; set it to true"
+                )
+            return raw.text
+        messages = raw.messages or [{"role": "user", "content": raw.text}]
+        system = self.prompts.system
+        if system is not None and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        variables = {
+            **self.special_tokens,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+            **self.prompts.chat_template_kwargs,
+        }
+        try:
+            return self._template.render(messages=messages, **variables)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise TemplateRefusal(f"the teacher's chat template refuses it: {error}") from None
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """Special tokens by the names that chat templates use (``bos_token``)."""
+        names = (f"{name}_token" for name in SPECIAL_TOKENS)
+        found = {name: token_text(self.settings.get(name)) for name in names}
+        return {name: text for name, text in found.items() if text is not None}
+
+    def notices(self) -> list[str]:
+        """What is to be known of the prompts that were rendered."""
+        if not self.prints_today:
+            return []
+        return [
+            "the teacher's chat template prints today's date, so from midnight on these are other "
+            "prompts: the run cannot be resumed, and stored answers are not found; set "
+            f"prompts.template_date: {self._now:%Y-%m-%d}"
+        ]
+
+    def _strftime_now(self, form: str) -> str:
+        """The date for a template: the same for all prompts, also where midnight is between."""
+        self.prints_today = self.prompts.template_date is None
+        return self._now.strftime(form)
+
+    def _compile_template(self) -> jinja2.Template:
+        source = chat_template(self.folder, self.settings)
+        if source is None:
+            raise config_error(
+                "prompts.chat_template",
+                f"is true, but {self.folder} has no chat template; set prompts.chat_template: "
+                "false to ask the raw text",
+            )
+        try:
+            return template_environment(self._strftime_now).from_string(source)
+        except jinja2.TemplateError as error:
+            raise config_error(
+                str(self.folder),
+                f"its chat template is broken ({error}); mend it, or set "
+                "prompts.chat_template: false",
+            ) from None
+
+
+def template_environment(strftime_now: Callable[[str], str]) -> jinja2.Environment:
+    """The sandbox chat templates are written for; they print the date by ``strftime_now``."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """``{% generation %}`` marks the assistant's words for training; here it is transparent."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 wants a plain set)
+
+    def parse(self, parser: Any) -> Any:
+        """Give back what stands between the tags, in a scope of its own."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        block = jinja2.nodes.CallBlock(self.call_method("_between"), [], [], body)
+        return block.set_lineno(line)
+
+    def _between(self, caller: Any) -> Any:
+        return caller()
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without the HTML escapes of jinja2's own filter."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)

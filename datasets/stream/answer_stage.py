@@ -1,0 +1,143 @@
+"""The answer stage: a group of prompts goes in, the stream's rows come back.
+
+*Consumes* groups from the source. *Waits for* the store and the teacher. *Unblocked by* their
+answers, one Serve call a group, many groups in flight in one process; each is passed on as soon as
+it is done and published. Rows without a usable answer are dropped here and their credits returned.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from raystill.base.errors import RunError
+from raystill.base.logs import log_labelled, run_name
+from raystill.datasets.prompts.tables import open_table
+from raystill.datasets.rows.schema import row_schema
+from raystill.datasets.store.store import TeacherStore
+from raystill.datasets.stream.answers import StoredAnswers
+from raystill.datasets.stream.teacher_calls import (
+    POISON,
+    TeacherCalls,
+    first_line,
+    unusable_answers,
+)
+
+if TYPE_CHECKING:
+    from raystill.datasets.stream.spec import StreamSpec
+
+
+TRUNCATED = "length"
+
+
+class AnswerGroup:
+    """Ray Data's async map over groups; one instance works on many groups at a time."""
+
+    def __init__(self, spec: "StreamSpec") -> None:
+        log_labelled(run_name(spec.prompt_table.rpartition("/prompts/")[0]), "answers", "raystill")
+        self._coordinator = spec.coordinator
+        self._on_truncated = spec.stream.on_truncated
+        self._signal = spec.signal
+        self._schema = row_schema(spec.signal.kind, spec.signal.width)
+        self._answers = StoredAnswers(
+            TeacherStore(spec.store_path),
+            open_table(spec.prompt_table).read(["key"])["key"],
+            spec.signal,
+            spec.paying,
+            TeacherCalls(
+                spec.app_name,
+                spec.signal,
+                spec.stream.max_attempts,
+                spec.coordinator,
+            ),
+        )
+        self._poison = frozenset(ray.get(spec.coordinator.poison_rows.remote()))
+
+    async def __call__(self, block: pa.Table) -> pa.Table:
+        """A group (GROUP_SCHEMA) becomes its answered rows (row_schema), in plan order."""
+        prompts = unpack_group(block)
+        attempt = block["attempt"][0].as_py()
+        try:
+            answers, counters = await self._answer(prompts)
+            rows = self._join(prompts, answers)
+            await self._drop(attempt, prompts, dropped_reasons(answers, self._on_truncated))
+        except Exception as error:
+            message = told_to_owner(error)
+            await self._coordinator.failed.remote(message)
+            raise RunError(message) from None if isinstance(error, RunError) else error
+        truncated = pc.sum(pc.equal(rows["finish_reason"], TRUNCATED)).as_py() or 0
+        counters |= {"rows_answered": len(rows), "rows_truncated": truncated}
+        group = (prompts["position"][0].as_py(), len(prompts))
+        self._coordinator.answered.remote(attempt, *group, counters)
+        return rows
+
+    async def _answer(self, prompts: pa.Table) -> tuple[pa.Table, dict[str, float]]:
+        """The group's answers; rows that were poison in this run are not asked again."""
+        numbers = prompts["row"].to_numpy()
+        ids, given = (prompts[n].combine_chunks() for n in ("prompt_ids", "response_ids"))
+        bad = np.isin(numbers, list(self._poison))
+        if not bad.any():
+            return await self._answers.get(numbers, ids, given)
+        good = np.flatnonzero(~bad)
+        empty = unusable_answers(int(bad.sum()), POISON, self._signal)
+        if not len(good):
+            return empty, {}
+        places = pa.array(good)
+        answers, counters = await self._answers.get(
+            numbers[good], ids.take(places), given.take(places)
+        )
+        back = np.argsort(np.concatenate([good, np.flatnonzero(bad)]))
+        return pa.concat_tables([answers, empty]).take(pa.array(back)), counters
+
+    def _join(self, prompts: pa.Table, answers: pa.Table) -> pa.Table:
+        reasons = dropped_reasons(answers, self._on_truncated)
+        columns = {**_columns(prompts), **_columns(answers)}
+        rows = pa.table([columns[name] for name in self._schema.names], schema=self._schema)
+        if reasons.null_count < len(reasons):
+            rows = rows.filter(pc.is_null(reasons))
+        return rows
+
+    async def _drop(self, attempt: int, prompts: pa.Table, reasons: pa.Array) -> None:
+        gone = pc.is_valid(reasons)
+        positions = prompts["position"].filter(gone).to_pylist()
+        if positions:
+            named = reasons.filter(gone).to_pylist()
+            rows = prompts["row"].filter(gone).to_pylist()
+            poison = [row for row, reason in zip(rows, named, strict=True) if reason == POISON]
+            await self._coordinator.dropped.remote(attempt, positions, named, poison)
+
+
+def dropped_reasons(answers: pa.Table, on_truncated: str) -> pa.Array:
+    """Why each row is dropped, string; null: it is kept."""
+    reasons = answers["error"].combine_chunks()
+    if on_truncated == "drop":
+        truncated = pc.equal(answers["finish_reason"].combine_chunks(), TRUNCATED)
+        mark = pc.if_else(truncated, pa.scalar("truncated"), pa.scalar(None, pa.string()))
+        reasons = pc.coalesce(reasons, mark)
+    return reasons
+
+
+def unpack_group(block: pa.Table) -> pa.Table:
+    """The rows of a one-row group block: position, row, epoch, source, prompt and response ids."""
+    assert len(block) == 1, f"a group is one row, but the block has {len(block)}"
+    names = ("position", "row", "source", "prompt_ids", "response_ids")
+    columns = {name: block[name].combine_chunks().flatten() for name in names}
+    epoch = pa.array([block["epoch"][0].as_py()] * len(columns["row"]), pa.int32())
+    return pa.table({**columns, "epoch": epoch})
+
+
+def told_to_owner(error: BaseException) -> str:
+    """What stopped the stage, in a sentence, without the remote traceback Ray wraps around it."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(error, RunError) or isinstance(cause, RunError):
+        return str(cause)
+    return (
+        f"answering a group failed with {type(cause).__name__}: {first_line(cause)}; the teacher's "
+        "log files in the run folder say more"
+    )
+
+
+def _columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:
+    return dict(zip(table.column_names, table.columns, strict=True))

@@ -1,0 +1,142 @@
+"""A group's answers: from the store what it has, from the teacher the rest, which is then stored.
+
+The promise: no published answer is ever asked for again. So an answer is published before it is
+passed on, and before anything is asked the name that its segment would get is looked for, since an
+earlier try of this very group may have published it. An answer that is stored with a poorer signal
+than is wished is *scored*: the teacher reads it and says the signal of just these tokens. So is a
+response that came with its prompt.
+
+Blocking work runs in threads; one object serves many groups at a time.
+"""
+
+import asyncio
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raystill.base.errors import RunError
+from raystill.datasets.rows.schema import ENGINE, TOKEN_IDS, answer_schema
+from raystill.datasets.rows.signal import Signal, as_wished, stored_columns
+from raystill.datasets.store.segment import Origin, Payer
+from raystill.datasets.store.store import TeacherStore
+from raystill.datasets.store.view import Part, StoreView, in_order
+from raystill.datasets.stream.spec import Paying
+from raystill.datasets.stream.teacher_calls import TeacherCalls
+
+
+class StoredAnswers:
+    """Answers of the rows of one prompt table, by row number.
+
+    ``keys``: the table's whole key column [N]. Making one looks through the store.
+    """
+
+    def __init__(
+        self,
+        store: TeacherStore,
+        keys: pa.ChunkedArray,
+        wish: Signal,
+        paying: Paying,
+        teacher: TeacherCalls,
+    ) -> None:
+        self._store = store
+        self._view = StoreView(store, keys, wish)
+        self._wish = wish
+        self._paying = paying
+        self._teacher = teacher
+
+    async def get(
+        self, rows: NDArray[np.int64], prompt_ids: pa.Array, given: pa.Array | None = None
+    ) -> tuple[pa.Table, dict[str, float]]:
+        """Answers (answer_schema of the wish) in the order of ``rows``, and what to count.
+
+        ``given``: the response ids that rows came with, null where the teacher is to answer.
+        """
+        given = pa.nulls(len(rows), TOKEN_IDS) if given is None else given
+        found = await asyncio.to_thread(self._view.look_up, rows, given)
+        parts = list(found.answered)
+        scored, said = found.to_score
+        asked = found.to_ask
+        if len(scored):
+            prompts = prompt_ids.take(pa.array(scored))
+            parts.append((scored, await self._score(rows[scored], prompts, said)))
+        if len(asked):
+            prompts = prompt_ids.take(pa.array(asked))
+            parts.append((asked, await self._ask(rows[asked], prompts)))
+        _, answers = in_order(parts, answer_schema(self._wish.kind, self._wish.width))
+        reused = len(rows) - len(asked) - len(scored)
+        return answers, {
+            "rows_asked": len(asked),
+            "rows_scored": len(scored),
+            "rows_reused": reused,
+        }
+
+    async def _ask(self, rows: NDArray[np.int64], prompt_ids: pa.Array) -> pa.Table:
+        answers = await self._teacher.sample(prompt_ids)
+        return await self._keep(rows, prompt_ids, answers, scored=False)
+
+    async def _score(
+        self, rows: NDArray[np.int64], prompt_ids: pa.Array, said: pa.Table
+    ) -> pa.Table:
+        """The signal for what was said. An answer's own reason to end stands: the teacher that
+        scores it sees its last token alone.
+        """
+        answers = await self._teacher.score(prompt_ids, said["response_ids"].combine_chunks())
+        usable = pc.is_null(answers["error"])
+        assert answers["response_ids"].filter(usable).equals(said["response_ids"].filter(usable)), (
+            "the teacher scored other responses than it was given"
+        )
+        reasons = pc.coalesce(said["finish_reason"], answers["finish_reason"])
+        place = answers.schema.get_field_index("finish_reason")
+        kept = pc.if_else(usable, reasons, pa.scalar(None, pa.string()))
+        return await self._keep(
+            rows, prompt_ids, answers.set_column(place, "finish_reason", kept), scored=True
+        )
+
+    async def _keep(
+        self, rows: NDArray[np.int64], prompt_ids: pa.Array, answers: pa.Table, scored: bool
+    ) -> pa.Table:
+        """Publish the usable ones; the answers with what is published in their places."""
+        usable = pc.is_null(answers["error"]).combine_chunks()
+        if not pc.any(usable).as_py():
+            return answers
+        keys = self._view.keys_of(rows).filter(usable)
+        answered = answers.filter(usable).select(stored_columns(self._wish))
+        columns = dict(zip(answered.column_names, answered.columns, strict=True))
+        segment = pa.table({"key": keys, "prompt_ids": prompt_ids.filter(usable), **columns})
+        origin = self._origin(answers)
+        payer = Payer(self._paying.run, self._paying.purpose, scored)
+        published = await asyncio.to_thread(self._publish, origin, payer, segment)
+        if published is segment:
+            return answers
+        kept = as_wished(published, origin.signal, self._wish, origin.vocab_size)
+        good = usable.to_numpy(zero_copy_only=False)
+        parts: list[Part] = [
+            (np.flatnonzero(good), kept),
+            (np.flatnonzero(~good), answers.filter(pc.invert(usable))),
+        ]
+        return in_order(parts, kept.schema)[1]
+
+    def _publish(self, origin: Origin, payer: Payer, rows: pa.Table) -> pa.Table:
+        try:
+            _, published = self._store.publish(origin, payer, rows)
+        except OSError as error:
+            raise RunError(
+                f"the teacher's answers could not be stored in {self._store.path} ({error}); make "
+                "room or mend it, and start the run again: what is published is kept"
+            ) from error
+        return published
+
+    def _origin(self, answers: pa.Table) -> Origin:
+        told = json.loads(answers.schema.metadata[ENGINE])
+        return Origin(
+            teacher_identity=self._paying.teacher_identity,
+            teacher=self._paying.teacher,
+            engine=told["engine"],
+            engine_version=told["version"],
+            dtype=told["dtype"],
+            vocab_size=told["vocab_size"],
+            signal=self._wish,
+        )

@@ -1,0 +1,100 @@
+"""The source of the stream: one ordered read task that emits the plan group by group.
+
+*Consumes* the prompt table and what rank 0 published. *Waits for* credits before each group.
+*Unblocked by* a worker that takes a block, or by dropped rows. It emits prompt ids, and the ids of
+responses that came with their prompts, only.
+
+A block is one row that holds a whole group in lists: Ray Data cuts blocks by bytes between rows,
+and emits a block as soon as it is over its size limit of one byte, so a group leaves at once and
+in one piece. What has been learned is read when the task runs, not when Ray plans the read (it
+plans several times, also before anything is published).
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+from ray.data import Datasource
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
+
+from raystill.datasets.prompts.tables import COLUMNS, PromptTable
+from raystill.datasets.rows.schema import TOKEN_IDS
+from raystill.datasets.stream.ledger import Ledger
+from raystill.datasets.stream.plan import Positions, epoch_order, remaining_groups
+
+if TYPE_CHECKING:
+    from raystill.datasets.stream.spec import StreamSpec
+
+
+GROUP_SCHEMA = pa.schema(
+    [
+        pa.field("attempt", pa.int64()),
+        pa.field("epoch", pa.int32()),
+        pa.field("position", pa.list_(pa.int64())),
+        pa.field("row", pa.list_(pa.int64())),
+        pa.field("source", pa.list_(pa.string())),
+        pa.field("prompt_ids", pa.list_(TOKEN_IDS)),
+        pa.field("response_ids", pa.list_(TOKEN_IDS)),
+    ]
+)
+"""One emitted block: a single row; its lists have one entry a row of the group."""
+
+
+def group_block(prompts: pa.Table, positions: Positions, attempt: int, epoch: int) -> pa.Table:
+    """One group as a block of one row (GROUP_SCHEMA)."""
+    ends = pa.array([0, len(positions)], pa.int32())
+
+    def pack(values: pa.Array | pa.ChunkedArray) -> pa.Array:
+        flat = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+        return pa.ListArray.from_arrays(ends, flat)
+
+    columns = [
+        pa.array([attempt], pa.int64()),
+        pa.array([epoch], pa.int32()),
+        pack(pa.array(positions, pa.int64())),
+        *(pack(prompts[name]) for name in COLUMNS),
+    ]
+    return pa.table(columns, schema=GROUP_SCHEMA)
+
+
+def emit_plan(spec: "StreamSpec") -> Iterator[pa.Table]:
+    """Blocks of the rows still to do, in plan order; takes credits before each."""
+    published: dict[str, Any] | None = ray.get(spec.coordinator.published.remote())
+    assert published is not None, "a worker iterates before rank 0 published its ledger"
+    attempt, epoch = published["attempt"], published["epoch"]
+    prompts = PromptTable(spec.prompt_table)
+    group_rows = spec.stream.group_rows
+    order = epoch_order(spec.num_rows, spec.order_seed, epoch, group_rows)
+    ledger = Ledger.from_dict(published["ledger"])
+    for positions in remaining_groups(spec.num_rows, group_rows, ledger):
+        block = group_block(prompts.take(order[positions]), positions, attempt, epoch)
+        ask = spec.coordinator.acquire.remote(attempt, len(positions), int(positions[0]))
+        if not ray.get(ask):
+            return
+        yield block
+
+
+class PlanSource(Datasource):
+    """Ray Data's view of ``emit_plan``: always exactly one read task, however it is asked."""
+
+    def __init__(self, spec: "StreamSpec") -> None:
+        super().__init__()
+        self._spec = spec
+
+    def get_name(self) -> str:
+        """Name of the read stage."""
+        return "Plan"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown: it depends on what is left of the epoch."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        """One task, pure and cheap; Ray calls this several times, also while planning."""
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, exec_stats=None, input_files=None)
+        return [ReadTask(partial(emit_plan, self._spec), metadata)]

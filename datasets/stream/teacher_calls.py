@@ -1,0 +1,190 @@
+"""Asking the deployed teacher for a group of answers, whatever becomes of its replicas.
+
+A group whose replica or engine dies, or that takes a replica too long, is asked once more
+elsewhere: most deaths are nobody's fault. Dying twice makes its rows *suspects*: they are asked one
+a call, and one at a time in this process, so that a death has one suspect. A row that was the only
+suspect of two deaths is poison: it comes back unusable, with the reason ``poison``, and the run
+goes on.
+
+*Waits for* the teacher, also for its next replica. *Unblocked by* its answers or its errors.
+"""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import pyarrow as pa
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+from raystill.base.errors import RunError
+from raystill.datasets.rows.schema import answer_schema
+from raystill.datasets.rows.signal import Signal
+
+logger = logging.getLogger(__name__)
+
+GROUP_ATTEMPTS = 2
+DEATHS_OF_POISON = 2
+POISON = "poison"
+PAUSE_AFTER_DEATH_S = 0.2
+LONGEST_PAUSE_S = 10.0
+POLL_S = 0.5
+
+
+class TeacherCalls:
+    """The teacher behind one application name, as one asking process sees it.
+
+    ``coordinator`` is told whenever the teacher is needed, since a run whose answers are all in the
+    store has none, and lets it go when they are; None where it runs throughout.
+    """
+
+    def __init__(self, app_name: str, signal: Signal, max_attempts: int, coordinator: Any) -> None:
+        self._app_name = app_name
+        self._signal = signal
+        self._max_attempts = max_attempts
+        self._coordinator = coordinator
+        self._handle: Any = None
+        self._life = 0
+        self._starting = asyncio.Lock()
+        self._suspect = asyncio.Lock()
+
+    async def sample(self, prompt_ids: pa.Array) -> pa.Table:
+        """Answers in the order of the prompts (answer_schema); poison rows are unusable.
+
+        RunError where the teacher cannot be reached; its own errors are passed on.
+        """
+        return await self._ask("sample", pa.table({"prompt_ids": prompt_ids}))
+
+    async def score(self, prompt_ids: pa.Array, response_ids: pa.Array) -> pa.Table:
+        """The signal for responses that are there already; as :meth:`sample`."""
+        columns = {"prompt_ids": prompt_ids, "response_ids": response_ids}
+        return await self._ask("score", pa.table(columns))
+
+    async def _ask(self, method: str, rows: pa.Table) -> pa.Table:
+        """Answers to a group; ``method``: the teacher's, which takes ``rows``."""
+        for attempt in range(1, GROUP_ATTEMPTS + 1):
+            what = f"{method}: group of {len(rows)} rows, attempt {attempt}"
+            answers = await self._try(method, rows, what)
+            if answers is not None:
+                return answers
+        logger.warning("asking a group of %d suspects row by row", len(rows))
+        parts = [await self._ask_suspect(method, rows.slice(i, 1)) for i in range(len(rows))]
+        told = next((part.schema.metadata for part in parts if part.schema.metadata), None)
+        whole = pa.concat_tables([part.replace_schema_metadata(told) for part in parts])
+        return whole.combine_chunks()
+
+    async def _ask_suspect(self, method: str, row: pa.Table) -> pa.Table:
+        for death in range(1, DEATHS_OF_POISON + 1):
+            what = f"{method}: suspect row, attempt {death}"
+            async with self._suspect:
+                answer = await self._try(method, row.combine_chunks(), what)
+            if answer is not None:
+                return answer
+        logger.error("poison: replicas failed each time for %s", row.to_pylist())
+        return unusable_answers(1, POISON, self._signal)
+
+    async def _try(self, method: str, rows: pa.Table, what: str) -> pa.Table | None:
+        """Answers; None where the replica, its engine or the time limit went with the question.
+
+        A teacher that is not there at all is asked again, up to ``max_attempts``; then RunError.
+        """
+        handle = await self._teacher()
+        for attempt in range(1, self._max_attempts + 1):
+            try:
+                call = getattr(handle, method)
+                answers = await call.remote(rows, self._signal.kind, self._signal.width)
+            except Exception as error:
+                if is_death(error):
+                    logger.warning("%s: %r", what, error)
+                    await asyncio.sleep(PAUSE_AFTER_DEATH_S)
+                    return None
+                if not is_absence(error):
+                    raise
+                logger.warning("the teacher is not there: %r", error)
+                last = error
+                await asyncio.sleep(min(LONGEST_PAUSE_S, 0.1 * 2**attempt))
+            else:
+                assert len(answers) == len(rows), (
+                    f"the teacher gave {len(answers)} answers to {len(rows)} rows"
+                )
+                return answers
+        raise RunError(
+            f"the teacher could not be reached {self._max_attempts} times (last: "
+            f"{type(last).__name__}: {first_line(last)}); see the teacher's log files in the run "
+            "folder, or raise stream.max_attempts"
+        ) from last
+
+    async def _teacher(self) -> Any:
+        life = 0 if self._coordinator is None else await self._coordinator.want_teacher.remote()
+        async with self._starting:
+            if self._handle is None or life > self._life:
+                self._handle = await asyncio.to_thread(teacher_handle, self._app_name)
+                self._life = life
+        return self._handle
+
+
+def unusable_answers(rows: int, reason: str, signal: Signal) -> pa.Table:
+    """``rows`` answers (answer_schema) that are not there, for one reason."""
+    schema = answer_schema(signal.kind, signal.width)
+    given = {"finish_reason": None, "error": reason}
+    return pa.table({n: [given.get(n, [])] * rows for n in schema.names}, schema=schema)
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether a question may have cost its replica: replica, engine or node gone, or no answer.
+
+    A replica gives up by itself after ``teacher.request_timeout_s``: only it knows when a group's
+    turn came. One that cannot even do that fails its health check, and Serve replaces it.
+    """
+    if isinstance(error, RayTaskError):  # Raised by the teacher's own code in a live replica.
+        return type(error.cause).__name__ in ("EngineDeadError", "TimeoutError")
+    return isinstance(error, (RayActorError, ObjectLostError))
+
+
+def is_absence(error: BaseException) -> bool:
+    """Whether there was nobody to take the question."""
+    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+    return isinstance(error, (BackPressureError, DeploymentUnavailableError))
+
+
+def teacher_handle(app_name: str) -> Any:
+    """Handle of the teacher's application; waits until it answers, so that loading is no time-out.
+
+    One replica is enough: of a fixed number, some may have no place since their node has gone. Not
+    bounded here: the driver watches the start-up and ends the run if it takes too long.
+    """
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    while True:
+        told = applications().get(app_name)
+        if told is not None and told.status == ApplicationStatus.RUNNING:
+            return serve.get_app_handle(app_name)  # Without a replica too: Serve brings one.
+        if told is not None and told.status == ApplicationStatus.DEPLOY_FAILED:
+            raise RunError(f"the teacher could not be deployed: {told.message}")
+        if told is not None and told.status != ApplicationStatus.DELETING:
+            states = [d.replica_states for d in told.deployments.values()]
+            if any(state.get("RUNNING", 0) for state in states):
+                return serve.get_app_handle(app_name)
+        time.sleep(POLL_S)
+
+
+def applications() -> dict[str, Any]:
+    """What Serve runs, by name; nothing where Serve does not run.
+
+    A run beside this one whose end left no application has shut Serve down: this process's own
+    client still holds the controller that is gone.
+    """
+    from ray import serve
+
+    try:
+        return dict(serve.status().applications)
+    except RayActorError:
+        serve.context._set_global_client(None)
+        return dict(serve.status().applications)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,9 @@
+"""Raystill: distils a large language model into a small one on a Ray cluster.
+
+This package folder holds the ground floor (``base``, ``config``, ``model``, ``placement``) and
+links to the four rooms beside it, ``cluster``, ``serve``, ``datasets`` and ``train``. The rooms
+are imported as ``raystill.<room>`` only: a top-level package named ``datasets`` would shadow
+Hugging Face's in every worker.
+"""
+
+__version__ = "0.1.0"

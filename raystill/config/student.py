@@ -1,0 +1,50 @@
+"""Configuration of the student, its objective and its training."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from raystill.config.base import ConfigModel, PositiveInt, identity
+
+
+class StudentConfig(ConfigModel):
+    """The model that is trained, and where its first weights come from."""
+
+    init: Literal["model", "from_teacher"] = identity(
+        "from_teacher",
+        description="model: a Hugging Face model; from_teacher: keep some of its layers.",
+    )
+    model: str | None = identity(
+        None, description="Local folder or Hugging Face id; needed with init: model."
+    )
+    revision: str | None = identity(None, description="Hub revision of student.model.")
+    trust_remote_code: bool = identity(False, description="Run code that comes with the model.")
+    layers: tuple[int, ...] | None = identity(
+        None, description="Teacher layers kept, from 0, in this order (init: from_teacher)."
+    )
+    layer_stride: PositiveInt | None = identity(
+        None, description="Keep every so-manyth teacher layer, from 0 (init: from_teacher)."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "StudentConfig":
+        if self.init == "model":
+            if self.model is None:
+                raise ValueError("init is 'model' but model is unset; name the student's model")
+            if self.layers is not None or self.layer_stride is not None:
+                raise ValueError(
+                    "layers and layer_stride belong to init: from_teacher; remove them"
+                )
+        else:
+            if self.model is not None:
+                raise ValueError(
+                    f"model ({self.model!r}) is set but init is 'from_teacher'; "
+                    "set init: model to train that model, or remove it"
+                )
+            if (self.layers is None) == (self.layer_stride is None):
+                raise ValueError(
+                    "init: from_teacher needs exactly one of layers (a list) and layer_stride"
+                )
+            if self.layers is not None and len(self.layers) == 0:
+                raise ValueError("layers is empty; name at least one teacher layer")
+        return self

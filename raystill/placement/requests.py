@@ -1,0 +1,220 @@
+"""Who runs where: CPU cores, GPUs and Ray resources of the teacher and of the student.
+
+Pure arithmetic over the configuration and resource dictionaries; imports no Ray. On a node
+without GPUs the teacher's engine and the student's workers get disjoint core lists, since vLLM's
+own binding would put every engine on core 0 and both sides would take turns on it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from raystill.base.errors import Problem
+from raystill.config.run import RunConfig
+
+Resources = dict[str, float]
+SLACK = 1e-6
+# glibc gives every freed tensor back to the kernel, which clears the same pages for the next: a
+# fifth of a student's step on a CPU. Read at a process's start, these make the heap keep its peak.
+CPU_STUDENT_ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**26),
+    "MALLOC_ARENA_MAX": "1",
+}
+
+
+def teacher_cores(config: RunConfig, available: Sequence[int]) -> tuple[int, ...]:
+    """Cores of all teacher replicas of a node: as configured, else the first half of the node's.
+
+    ``available`` holds the core ids this process may use, e.g. ``os.sched_getaffinity(0)``.
+    """
+    cores = sorted(available)
+    if config.teacher.cpu_cores is not None:
+        return _only_existing("teacher.cpu_cores", config.teacher.cpu_cores, cores)
+    return tuple(cores[: max(1, len(cores) // 2)])
+
+
+def student_cores(config: RunConfig, available: Sequence[int]) -> tuple[int, ...]:
+    """Cores of all student workers of a node: as configured, else the second half of the node's."""
+    cores = sorted(available)
+    if config.training.cpu_cores == "all":
+        return tuple(cores)
+    if config.training.cpu_cores is not None:
+        return _only_existing("training.cpu_cores", config.training.cpu_cores, cores)
+    return tuple(cores[max(1, len(cores) // 2) :]) or tuple(cores)
+
+
+def share_of_cores(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
+    """The cores of one of ``count`` processes on a node; at least one, shared where too few.
+
+    Shares are contiguous and differ by at most one core, the longer ones first.
+    """
+    if len(cores) <= count:
+        return (cores[index % len(cores)],)
+    size, longer = divmod(len(cores), count)
+    index %= count
+    start = index * size + min(index, longer)
+    return tuple(cores[start : start + size + (index < longer)])
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one teacher replica or one student worker needs: bundles of Ray resources.
+
+    ``section`` of the run file asks for it; its nodes must have the labels of ``label_selector``.
+    """
+
+    who: str
+    section: str
+    bundles: tuple[Resources, ...] = field(default_factory=tuple)
+    label_selector: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def total(self) -> Resources:
+        """Sum over the bundles."""
+        return add_up(self.bundles)
+
+
+def teacher_bundles(config: RunConfig, has_gpus: bool) -> list[Resources]:
+    """Placement group bundles of one replica: one for each of its GPUs; one on a CPU node.
+
+    ``teacher.resources_per_replica`` is of the whole replica and shared equally by its bundles;
+    ``teacher.gpus_per_replica`` counts whether or not the cluster has GPUs yet.
+    """
+    teacher = config.teacher
+    ranks = teacher.tensor_parallel_size * teacher.pipeline_parallel_size
+    gpus = teacher.gpus_per_replica
+    if gpus is None:
+        gpus = ranks if has_gpus and teacher.engine == "vllm" else 0.0
+    num_bundles = ranks if gpus else 1
+    bundle: Resources = {"CPU": 1.0}
+    if gpus:
+        bundle["GPU"] = gpus / num_bundles
+    for name, amount in teacher.resources_per_replica.items():
+        bundle[name] = amount / num_bundles
+    if teacher.accelerator_type is not None:
+        bundle[accelerator_resource(teacher.accelerator_type)] = 0.001
+    return [dict(bundle) for _ in range(num_bundles)]
+
+
+def student_resources(config: RunConfig, has_gpus: bool) -> Resources:
+    """Resources of one student worker, as ``ScalingConfig.resources_per_worker`` takes them."""
+    training = config.training
+    gpus = training.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if has_gpus else 0.0
+    resources: Resources = {"CPU": training.cpus_per_worker, **training.resources_per_worker}
+    if gpus:
+        resources["GPU"] = gpus
+    return resources
+
+
+def accelerator_resource(accelerator_type: str) -> str:
+    """Ray's own resource name for a kind of accelerator."""
+    return f"accelerator_type:{accelerator_type}"
+
+
+def requests(config: RunConfig, has_gpus: bool) -> list[Request]:
+    """Everything that must run at once for rows to flow: the fewest replicas and workers.
+
+    A pool that may shrink to nothing still needs one replica to answer.
+    """
+    replicas = config.teacher.num_replicas
+    fewest = replicas if isinstance(replicas, int) else max(1, replicas.min)
+    teacher = tuple(teacher_bundles(config, has_gpus))
+    if config.teacher.pipeline_parallel_size == 1:
+        teacher = (add_up(teacher),)  # One actor on one node, with vLLM's workers as its children.
+    student = student_resources(config, has_gpus)
+    if config.training.accelerator_type is not None:
+        student = {**student, accelerator_resource(config.training.accelerator_type): 0.001}
+    replica = Request("teacher replica", "teacher", teacher, config.teacher.label_selector)
+    worker = Request("student worker", "training", (student,), config.training.label_selector)
+    return [replica] * fewest + [worker] * config.training.min_workers
+
+
+def require(config: RunConfig, resources_total: Resources) -> list[Problem]:
+    """What the run asks for beyond ``resources_total``, resource by resource."""
+    wanted = requests(config, has_gpus=resources_total.get("GPU", 0) > 0)
+    needed = add_up(request.total for request in wanted)
+    short = [
+        name for name, amount in needed.items() if amount > resources_total.get(name, 0.0) + SLACK
+    ]
+    return [
+        Problem(
+            where=_setting_behind(config, name),
+            message=(
+                f"the run needs {name}: {_number(needed[name])} ({_who_needs(wanted, name)}) but "
+                f"the cluster has {_number(resources_total.get(name, 0.0))} and cannot grow to "
+                f"more; {_remedy(name)}"
+            ),
+        )
+        for name in short
+    ]
+
+
+def add_up(parts: Iterable[Resources]) -> Resources:
+    """Sum of resource dictionaries."""
+    total: Resources = {}
+    for part in parts:
+        for name, amount in part.items():
+            total[name] = total.get(name, 0.0) + amount
+    return total
+
+
+def describe(resources: Resources) -> str:
+    """A resource dictionary as a person reads it; node names, memory and markers left out."""
+    shown = {
+        name: amount
+        for name, amount in resources.items()
+        if name not in ("memory", "object_store_memory")
+        and not name.startswith(("node:", "accelerator_type:"))
+    }
+    return ", ".join(f"{name}: {_number(amount)}" for name, amount in sorted(shown.items())) or "-"
+
+
+def _number(amount: float) -> str:
+    return f"{amount:.3f}".rstrip("0").rstrip(".")
+
+
+def _only_existing(where: str, asked: Sequence[int], available: Sequence[int]) -> tuple[int, ...]:
+    missing = sorted(set(asked) - set(available))
+    if missing or not asked:
+        raise ValueError(
+            f"{where} names cores {missing or list(asked)}, but this node lends the run "
+            f"{list(available)}; name some of those, or leave {where} unset"
+        )
+    return tuple(asked)
+
+
+def _who_needs(wanted: Sequence[Request], name: str) -> str:
+    parts = []
+    for who in dict.fromkeys(request.who for request in wanted):
+        amounts = [
+            request.total[name] for request in wanted if request.who == who if name in request.total
+        ]
+        if amounts:
+            plural = "s" if len(amounts) > 1 else ""
+            parts.append(f"{len(amounts)} {who}{plural} of {_number(amounts[0])}")
+    return ", ".join(parts)
+
+
+def _setting_behind(config: RunConfig, name: str) -> str:
+    """The setting a person would change first when ``name`` is short."""
+    if name in config.teacher.resources_per_replica:
+        return "teacher.resources_per_replica"
+    if name in config.training.resources_per_worker:
+        return "training.resources_per_worker"
+    return "training.num_workers" if config.training.min_workers > 1 else "teacher.num_replicas"
+
+
+def _remedy(name: str) -> str:
+    if name == "CPU":
+        return (
+            "lower training.num_workers or teacher.num_replicas, or give the cluster more CPUs "
+            "(a local one: cluster.num_cpus)"
+        )
+    if name == "GPU":
+        return (
+            "lower training.num_workers or the teacher's replicas and parallel sizes, or add GPUs"
+        )
+    return f"start nodes with the resource {name}, or remove it from the run file"

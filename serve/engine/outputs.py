@@ -1,0 +1,158 @@
+"""vLLM's logprobs as the arrays they arrive in, from its output path to ``Answer``.
+
+vLLM's front end turns every logprob into a Python number, K + 1 a token. `keep_arrays` has it keep
+the arrays of requests that need no text instead. Pinned to vLLM 0.32: where the parts that are
+replaced have moved, `keep_arrays` fails.
+
+Legend: T response tokens, K teacher ids kept for each token.
+
+What the engine's workers kept (`capture`), as the signal of an ``Answer``.
+
+Legend: T response tokens, K ids named for each token, D hidden size, V vocabulary.
+"""
+
+import inspect
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raystill.datasets.rows.answers import Answer, tail_logprob
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.outputs import CompletionOutput
+
+
+UPDATE_PARAMETERS = ["self", "logprobs_lists"]
+CREATE_PARAMETERS = ["flat_logprobs"]
+
+
+def keep_arrays() -> None:
+    """Change this process's vLLM; once is enough. RuntimeError where it is not the one known."""
+    import vllm
+    from vllm.logprobs import FlatLogprobs
+    from vllm.v1.engine import logprobs as module
+
+    processor, create = module.LogprobsProcessor, module.create_sample_logprobs
+    if getattr(create, "keeps_arrays", False):
+        return
+    update = processor._update_sample_logprobs
+    found = [list(inspect.signature(f).parameters) for f in (update, create)]
+    if found != [UPDATE_PARAMETERS, CREATE_PARAMETERS]:
+        raise RuntimeError(
+            f"vLLM {vllm.__version__} collects logprobs by functions of {found}, expected "
+            f"{[UPDATE_PARAMETERS, CREATE_PARAMETERS]}; install the pinned vllm"
+        )
+
+    class Arrays(FlatLogprobs):
+        """The arrays [1, K + 1] of every position: ids and logprobs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def create_sample_logprobs(flat_logprobs: bool) -> Any:
+        return Arrays() if flat_logprobs else create(flat_logprobs)
+
+    def update_sample_logprobs(self: Any, logprobs_lists: Any) -> None:
+        if isinstance(self.logprobs, Arrays) and self.tokenizer is None:
+            lists = logprobs_lists
+            self.logprobs.arrays.append((lists.logprob_token_ids, lists.logprobs))
+        else:
+            update(self, logprobs_lists)
+
+    create_sample_logprobs.keeps_arrays = True  # type: ignore[attr-defined]
+    module.create_sample_logprobs = create_sample_logprobs
+    processor._update_sample_logprobs = update_sample_logprobs
+
+
+def gather_logprobs(logprobs: "Tensor", num_logprobs: int, token_ids: "Tensor") -> Any:
+    """vLLM's ``Sampler.gather_logprobs`` but for the ranks, which are 0.
+
+    logprobs float32 [n, V], token_ids int64 [n]; the drawn token's id and logprob, then the K best.
+    """
+    import torch
+    from vllm.v1.outputs import LogprobsTensors
+
+    best, ids = logprobs.topk(num_logprobs, dim=-1)
+    drawn = token_ids.unsqueeze(-1)
+    return LogprobsTensors(
+        torch.cat([drawn, ids], dim=1).to(torch.int32),
+        torch.cat([logprobs.gather(-1, drawn), best], dim=1),
+        torch.zeros_like(token_ids),
+    )
+
+
+def answer_of(output: "CompletionOutput", kind: str, top_k: int, vocab_size: int) -> Answer:
+    """vLLM's finished output as arrays; a ``hidden`` answer still lacks its hidden states.
+
+    A position's K + 1 entries are the drawn token's, then the K best in descending order.
+    """
+    num_tokens = len(output.token_ids)
+    ids = np.fromiter(output.token_ids, np.int32, num_tokens)
+    if kind == "text":
+        return Answer(ids, output.finish_reason)
+    arrays, width = output.logprobs.arrays, 1 + (top_k if kind == "topk" else 0)
+    logprobs = np.concatenate([part[:, :width] for _, part in arrays])
+    assert logprobs.shape == (num_tokens, width), f"{logprobs.shape} of {num_tokens} tokens"
+    sampled = logprobs[:, 0].astype(np.float32)
+    if kind != "topk":
+        return Answer(ids, output.finish_reason, sampled)
+    best = logprobs[:, 1:].astype(np.float32)
+    return Answer(
+        ids,
+        output.finish_reason,
+        sampled,
+        topk_ids=np.concatenate([part[:, 1:width] for part, _ in arrays]).astype(np.int32),
+        topk_logprobs=best,
+        tail_logprob=tail_logprob(best, vocab_size),
+    )
+
+
+def hidden_states(answer: Answer, blob: bytes, hidden_size: int) -> Answer:
+    """A sampled answer with its hidden states: bfloat16 bits, uint16 [T, D]."""
+    if answer.error is not None:
+        return answer
+    states = np.frombuffer(blob, "<u2").reshape(-1, hidden_size)
+    assert len(states) == len(answer.response_ids)
+    return replace(answer, hidden=states)
+
+
+def scored_answer(
+    response_ids: NDArray[np.int32],
+    blob: bytes,
+    kind: str,
+    at: NDArray[np.int32] | None,
+    *,
+    width: int,
+    vocab_size: int,
+    hidden_size: int,
+) -> Answer:
+    """The signal of a given response; ``at``: the ids that were asked for, int32 [T, K]."""
+    num_tokens = len(response_ids)
+    answer = Answer(np.asarray(response_ids, np.int32))
+    if kind == "text":
+        return answer
+    if kind == "hidden":
+        unknown = np.full(num_tokens, np.nan, np.float32)
+        return hidden_states(replace(answer, sampled_logprobs=unknown), blob, hidden_size)
+    values = np.frombuffer(blob, "<f4")
+    sampled, rest = values[:num_tokens], values[num_tokens:]
+    if kind == "sampled":
+        return replace(answer, sampled_logprobs=sampled)
+    size = num_tokens * width
+    if at is None:
+        ids = rest[:size].view("<i4").reshape(num_tokens, width)
+        logprobs = rest[size:].reshape(num_tokens, width)
+        tail = tail_logprob(logprobs, vocab_size)
+    else:
+        ids, logprobs, tail = at, rest[:size].reshape(num_tokens, width), rest[size:]
+    return replace(
+        answer,
+        sampled_logprobs=sampled,
+        topk_ids=ids,
+        topk_logprobs=logprobs,
+        tail_logprob=tail,
+    )

@@ -1,0 +1,249 @@
+"""vLLM's async engine as a teacher: token ids in, token ids and their distributions out.
+
+Where it sits: inside one Serve replica, whose process has been prepared for it; vllm is imported
+when the engine starts. *Consumes* groups of prompt ids from ``Teacher``; *waits for* the engine.
+What is sampled has its signal from decoding itself, what is scored from one prefill.
+
+Legend: P prompt tokens, T response tokens, K teacher ids kept for each token, D hidden size.
+"""
+
+import asyncio
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raystill.datasets.rows.answers import Answer, refusal, score_refusal
+from raystill.serve.engine.arguments import EngineSettings, engine_arguments
+from raystill.serve.engine.capture import Wish
+from raystill.serve.engine.outputs import answer_of, hidden_states, keep_arrays, scored_answer
+
+if TYPE_CHECKING:
+    from vllm.outputs import CompletionOutput
+    from vllm.sampling_params import SamplingParams
+
+
+Ids = NDArray[np.int32]
+
+PROBE_TIMEOUT_S = 60.0
+SHUTDOWN_TIMEOUT_S = 5.0
+NUM_LOGPROBS = {"text": None, "sampled": 0, "hidden": 0}
+
+
+class VllmEngine:
+    """One vLLM engine; at most ``teacher.max_num_seqs`` rows are in it at a time, others queue."""
+
+    name = "vllm"
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._slots = asyncio.Semaphore(settings.teacher.max_num_seqs)
+        self._numbers = itertools.count()
+        self._rows_finished = 0
+        self._engine: Any = None
+
+    async def start(self) -> None:
+        """Load the model; ``prepare_process`` must have run. Takes the event loop until done."""
+        import vllm
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        keep_arrays()
+        arguments = AsyncEngineArgs(**engine_arguments(self._settings))
+        self._engine = AsyncLLM.from_engine_args(arguments)
+        await self._engine.collective_rpc("raystill_capture")
+        model = self._engine.model_config
+        self.version = vllm.__version__
+        self.vocab_size = int(model.get_vocab_size())
+        self.hidden_size = int(model.get_hidden_size())
+        self.max_model_len = int(model.max_model_len)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+
+    async def sample(self, prompt_ids: Sequence[Ids], kind: str, width: int) -> list[Answer]:
+        """Answer a group; see ``Answer`` for shapes. Only ``topk`` has a use for ``width``, K.
+
+        Raises:
+            EngineDeadError: the engine's process has ended; nothing more will come from it.
+        """
+        parameters = self._parameters(width if kind == "topk" else NUM_LOGPROBS[kind])
+        wishes: list[Wish | None] = [None] * len(prompt_ids)
+        if kind == "hidden":
+            wishes = [Wish(self._tag(), len(ids) - 1, "hidden") for ids in prompt_ids]
+        reasons = [refusal(ids, self.max_model_len, self.vocab_size) for ids in prompt_ids]
+        with self._unclaimed(wishes) as claim:
+            outputs = await self._run(prompt_ids, reasons, wishes, parameters)
+            answers = [
+                Answer(error=output)
+                if isinstance(output, str)
+                else answer_of(output, kind, width, self.vocab_size)
+                for output in outputs
+            ]
+            if kind != "hidden":
+                return answers
+            blobs = await claim([len(answer.response_ids) for answer in answers])
+        return [
+            hidden_states(a, blob, self.hidden_size) for a, blob in zip(answers, blobs, strict=True)
+        ]
+
+    async def score(
+        self,
+        prompt_ids: Sequence[Ids],
+        response_ids: Sequence[Ids],
+        kind: str,
+        width: int,
+        at: Sequence[Ids] | None = None,
+    ) -> list[Answer]:
+        """The signal of given responses, by prefill; ``finish_reason`` is the caller's to say.
+
+        at: int32 [T, K] a row, distinct within a token: with ``topk``, the ids to be named in
+        place of the K best, in this order. The head is not run for ``hidden``, so its
+        ``sampled_logprobs`` are NaN. Raises EngineDeadError as ``sample`` does.
+        """
+        named: Sequence[Ids | None] = [None] * len(prompt_ids) if at is None else at
+        pairs = list(zip(prompt_ids, response_ids, named, strict=True))
+        reasons = [score_refusal(p, r, self.max_model_len, self.vocab_size) for p, r, _ in pairs]
+        outputs: list[Any] = reasons
+        blobs = [b""] * len(pairs)
+        if kind != "text":
+            wishes = [self._wish_to_score(*pair, kind, width) for pair in pairs]
+            inputs = [np.concatenate([prompt, response[:-1]]) for prompt, response, _ in pairs]
+            parameters = self._parameters(None, max_tokens=1, temperature=0.0, min_p=0.0)
+            # Cached tokens would pass by the model, and their hidden states with them.
+            parameters.skip_reading_prefix_cache = True
+            with self._unclaimed(wishes) as claim:
+                outputs = await self._run(inputs, reasons, wishes, parameters)
+                usable = [not isinstance(output, str) for output in outputs]
+                lengths = [len(r) * ok for (_, r, _), ok in zip(pairs, usable, strict=True)]
+                blobs = await claim(lengths)
+        sizes = {"width": width, "vocab_size": self.vocab_size, "hidden_size": self.hidden_size}
+        return [
+            Answer(error=output)
+            if isinstance(output, str)
+            else scored_answer(response, blob, kind, ids, **sizes)
+            for (_, response, ids), output, blob in zip(pairs, outputs, blobs, strict=True)
+        ]
+
+    async def probe(self) -> None:
+        """One token from the engine, within a time limit: sees a dead engine and a hung one.
+
+        Rows that finish meanwhile count as life too: the probe itself may wait for cache blocks.
+        """
+        await self._engine.check_health()
+        before = self._rows_finished
+        try:
+            await asyncio.wait_for(self._one_token(), PROBE_TIMEOUT_S)
+        except TimeoutError:
+            if self._rows_finished == before:
+                raise RuntimeError(
+                    f"the engine gave no token within {PROBE_TIMEOUT_S:.0f} s"
+                ) from None
+
+    def close(self) -> None:
+        """End the engine's processes."""
+        if self._engine is not None:
+            self._engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+            self._engine = None
+
+    def _tag(self) -> str:
+        return f"wish-{next(self._numbers)}"
+
+    def _wish_to_score(
+        self, prompt: Ids, response: Ids, at: Ids | None, kind: str, width: int
+    ) -> Wish:
+        targets = np.ascontiguousarray(response, "<i4").tobytes()
+        first = len(prompt) - 1
+        if at is None:
+            return Wish(self._tag(), first, kind, width if kind == "topk" else 0, targets)
+        ids = np.ascontiguousarray(at, "<i4").tobytes()
+        return Wish(self._tag(), first, "at", width, targets, ids)
+
+    def _parameters(self, num_logprobs: int | None, **changes: Any) -> "SamplingParams":
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        sampling = self._settings.sampling
+        settings: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "max_tokens": sampling.max_tokens,
+            # Only the resolved ids stop an answer: vLLM's own eos rule reads other files.
+            "ignore_eos": True,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "logprobs": num_logprobs,
+            "flat_logprobs": True,
+            "detokenize": False,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
+        # No seed here: a request's own seed crashes the CPU build under chunked prefill.
+        return SamplingParams(**{**settings, **changes})
+
+    async def _run(
+        self,
+        inputs: Sequence[Ids],
+        reasons: Sequence[str | None],
+        wishes: Sequence[Wish | None],
+        parameters: "SamplingParams",
+    ) -> "list[CompletionOutput | str]":
+        """The finished output of every row, or the reason that it has none."""
+
+        async def run_row(ids: Ids, reason: str | None, wish: Wish | None) -> Any:
+            if reason is not None:
+                return reason
+            mine = parameters
+            if wish is not None:
+                mine = parameters.clone()
+                mine.extra_args = wish.extra_args()
+            async with self._slots:
+                output = await self._generate(ids.tolist(), mine)
+                self._rows_finished += 1
+            ended = output.finish_reason in ("stop", "length")
+            return output if ended else f"engine_{output.finish_reason}"
+
+        return list(await asyncio.gather(*map(run_row, inputs, reasons, wishes)))
+
+    @contextmanager
+    def _unclaimed(self, wishes: Sequence[Wish | None]) -> Iterator[Any]:
+        """Gives the coroutine that takes what the workers kept for ``wishes``, by the rows' T.
+
+        What is left when the block is left (a cancelled call, an error) is dropped there.
+        """
+        tags = [wish.tag for wish in wishes if wish is not None]
+        claimed = False
+
+        async def claim(lengths: list[int]) -> list[bytes]:
+            nonlocal claimed
+            told = await self._engine.collective_rpc("raystill_take", args=(tags, lengths))
+            claimed = True
+            return next(blobs for blobs in told if blobs is not None)
+
+        try:
+            yield claim
+        finally:
+            if tags and not claimed:
+                drop = self._engine.collective_rpc("raystill_drop", args=(tags,))
+                self._dropping = asyncio.ensure_future(drop)
+
+    async def _one_token(self) -> None:
+        parameters = self._parameters(None, max_tokens=1, temperature=0.0, min_p=0.0)
+        await self._generate([0], parameters)
+
+    async def _generate(
+        self, token_ids: list[int], parameters: "SamplingParams"
+    ) -> "CompletionOutput":
+        """The finished output of one request; a cancelled caller aborts it in the engine."""
+        request = f"row-{next(self._numbers)}"
+        prompt = {"prompt_token_ids": token_ids}
+        async for output in self._engine.generate(prompt, parameters, request_id=request):
+            final = output
+        return final.outputs[0]
+
+
+def engine_is_dead(error: BaseException) -> bool:
+    """Whether the error means that the engine's process has ended."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return isinstance(error, EngineDeadError)

@@ -1,0 +1,314 @@
+"""The teacher replica: one engine behind Ray Serve that answers groups of prompts.
+
+Where it sits: ``deploy.py`` places it; the stream's answer stage and the held-out task call
+``sample`` or ``score`` with a group's rows and get an Arrow table back. *Unblocks*: the student, by
+way of the stream. *Reports*: what it did, to the coordinator, after each group.
+
+How long a replica was at work, for its share of the run's time.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import time
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raystill.base.logs import redirect_output, run_name
+from raystill.config.run import RunConfig
+from raystill.datasets.rows.answers import Answer, answers_table
+from raystill.datasets.rows.schema import ENGINE
+from raystill.model.identity import identity_of
+from raystill.model.on_node import ModelSource, Weights
+from raystill.model.sampling import ResolvedSampling, resolve_sampling
+from raystill.placement.requests import share_of_cores, teacher_cores
+from raystill.serve.engine.arguments import EngineSettings, label_replica, prepare_process
+from raystill.serve.engine.synthetic import SyntheticEngine
+from raystill.serve.engine.vllm import VllmEngine, engine_is_dead
+
+EXIT_ENGINE_DEAD = 70
+Ids = list[NDArray[np.int32]]
+
+
+class Engine(Protocol):
+    """What the replica asks of an engine."""
+
+    name: str
+    version: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+
+    async def start(self) -> None: ...
+    async def sample(self, prompt_ids: Ids, kind: str, width: int) -> list[Answer]: ...
+    async def score(
+        self, prompt_ids: Ids, response_ids: Ids, kind: str, width: int, at: Ids | None
+    ) -> list[Answer]: ...
+    async def probe(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ReplicaSettings:
+    """Everything a replica is told. ``logs`` is None where output stays with Ray's own logs."""
+
+    config: RunConfig
+    model: ModelSource
+    coordinator: Any
+    logs: str | None
+    gpus: int
+    replicas_per_node: int
+
+
+class Teacher:
+    """A Serve deployment's class; a replica is ready when its engine has loaded the model."""
+
+    # Serve awaits an asynchronous constructor, so that the engine starts within its event loop.
+    async def __init__(  # type: ignore[misc]
+        self, settings: ReplicaSettings, rank: tuple[int, int] | None = None
+    ) -> None:
+        """``rank``: (replica number, replica number on this node); default: asked of Serve."""
+        self._settings = settings
+        number, number_on_node = rank if rank is not None else _serve_rank()
+        self._log: str | None = None
+        if settings.logs is not None:
+            self._log = str(Path(settings.logs) / f"teacher-{number}.log")
+            redirect_output(self._log)
+            label_replica(run_name(str(Path(settings.logs).parent)), number)
+        self._busy = BusyClock()
+        self._identity: str | None = None
+        teacher = settings.config.teacher
+        weights: Weights = "none" if teacher.engine == "synthetic" else "all"
+        self._folder = await asyncio.to_thread(settings.model.on_this_node, weights)
+        self._sampling = resolve_sampling(teacher, self._folder)
+        self._engine = build_engine(settings, self._folder, self._sampling, number, number_on_node)
+        await self._engine.start()
+
+    async def sample(self, prompts: pa.Table, kind: str, width: int) -> pa.Table:
+        """Answer each row of ``prompts`` (column ``prompt_ids``): an ``answer_schema`` table."""
+        groups = ids_of(prompts, "prompt_ids")
+        table, answers = await self._table(kind, width, self._engine.sample(groups, kind, width))
+        self._report(groups, answers, written=True)
+        return table
+
+    async def score(self, rows: pa.Table, kind: str, width: int) -> pa.Table:
+        """The signal of given responses, as ``answer_schema``, with the responses as they came.
+
+        rows: ``prompt_ids``, ``response_ids`` and, to have the teacher's logprobs at ids of the
+        caller's choice with ``topk``, ``ids``: K of them for each response token, distinct.
+        ``finish_reason`` is ``stop`` where the last id is one that ends this teacher's answers.
+        """
+        prompts, responses = ids_of(rows, "prompt_ids"), ids_of(rows, "response_ids")
+        at = ids_of(rows, "ids") if "ids" in rows.column_names else None
+        scored = self._engine.score(prompts, responses, kind, width, at)
+        table, answers = await self._table(kind, width, self._with_reason(scored))
+        self._report(prompts, answers, written=False)
+        return table
+
+    async def identity(self) -> str:
+        """The teacher's identity, worked out from the files this replica has loaded."""
+        if self._identity is None:
+            teacher = self._settings.config.teacher
+            self._identity = await asyncio.to_thread(identity_of, teacher, self._folder)
+        return self._identity
+
+    async def info(self) -> dict[str, Any]:
+        """Which engine answers, and what it can take."""
+        engine = self._engine
+        return {
+            **self._engine_facts(),
+            "max_model_len": engine.max_model_len,
+            "gpus": self._settings.gpus,
+            "cores": sorted(os.sched_getaffinity(0)),
+            "log": self._log,
+            "pid": os.getpid(),
+            "notices": notices(engine, self._settings.gpus),
+        }
+
+    def _engine_facts(self) -> dict[str, Any]:
+        """What is stored with every answer."""
+        engine = self._engine
+        return {
+            "engine": engine.name,
+            "version": engine.version,
+            "dtype": engine.dtype,
+            "vocab_size": engine.vocab_size,
+        }
+
+    async def check_health(self) -> None:
+        """Called by Serve: one token within a time limit, else the replica is replaced."""
+        try:
+            await self._engine.probe()
+        except Exception as error:
+            self._exit_if_engine_died(error)
+            raise
+
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.close()
+
+    async def _with_reason(self, scored: Awaitable[list[Answer]]) -> list[Answer]:
+        stops = self._sampling.stop_token_ids
+        return [
+            a
+            if a.error
+            else replace(a, finish_reason="stop" if a.response_ids[-1] in stops else "length")
+            for a in await scored
+        ]
+
+    async def _table(
+        self, kind: str, width: int, asked: Awaitable[list[Answer]]
+    ) -> tuple[pa.Table, list[Answer]]:
+        """What the engine says, as Arrow and as it came."""
+        limit = self._settings.config.teacher.request_timeout_s
+        with self._busy.group():
+            try:
+                answers = await asyncio.wait_for(asked, limit)
+            except Exception as error:
+                self._exit_if_engine_died(error)
+                raise
+            table = await asyncio.to_thread(answers_table, answers, kind, width)
+        facts = {ENGINE: json.dumps(self._engine_facts())}
+        return table.replace_schema_metadata(facts), answers
+
+    def _exit_if_engine_died(self, error: Exception) -> None:
+        """End the process, so that callers see an actor that died and Serve starts another."""
+        if self._engine.name == "vllm" and engine_is_dead(error):
+            print(f"the engine died ({error}); this replica exits", flush=True)
+            os._exit(EXIT_ENGINE_DEAD)
+
+    def _report(self, prompts: Ids, answers: list[Answer], written: bool) -> None:
+        """Count what was done; responses that were not written here were read, like prompts."""
+        coordinator = self._settings.coordinator
+        if coordinator is None:
+            return
+        answered = [(p, a) for p, a in zip(prompts, answers, strict=True) if a.error is None]
+        read = sum(len(p) for p, _ in answered)
+        responses = sum(len(a.response_ids) for _, a in answered)
+        counters = {
+            "teacher_rows": len(answered),
+            "teacher_prompt_tokens": read if written else read + responses,
+            "teacher_response_tokens": responses if written else 0,
+            "teacher_busy_s": self._busy.take(),
+        }
+        coordinator.add.remote(counters)
+
+
+def build_engine(
+    settings: ReplicaSettings,
+    folder: str,
+    sampling: ResolvedSampling,
+    number: int,
+    number_on_node: int,
+) -> Engine:
+    """The configured engine, in a process prepared for it; ``folder``: the model's, on this node.
+
+    Pipeline stages may lie on other nodes: each finds the model by its name, at the same commit.
+    """
+    config = settings.config
+    teacher = config.teacher
+    if teacher.engine == "synthetic":
+        return SyntheticEngine(teacher.synthetic, sampling, teacher.max_model_len)
+    cores = None
+    if settings.gpus == 0:
+        available = sorted(os.sched_getaffinity(0))
+        cores = share_of_cores(
+            teacher_cores(config, available), number_on_node, settings.replicas_per_node
+        )
+    prepare_process(cores)
+    by_name = cores is None and teacher.pipeline_parallel_size > 1 and settings.model.commit
+    if not by_name:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    root_seed = config.section_seeds()["engine"] if teacher.seed is None else teacher.seed
+    return VllmEngine(
+        EngineSettings(
+            teacher=teacher,
+            model=settings.model.name if by_name else folder,
+            revision=settings.model.commit if by_name else None,
+            sampling=sampling,
+            seed=root_seed + number,  # replicas must not draw the same numbers
+            max_top_k=max(config.signal.top_k, config.evaluation.top_k),
+            cores=cores,
+        )
+    )
+
+
+def ids_of(rows: pa.Table, name: str) -> Ids:
+    """The ids of each row, as views on the table's own buffer: [T], or [T, K] of lists of K."""
+    ids: Ids = []
+    for chunk in rows[name].chunks:
+        offsets, values = chunk.offsets.to_numpy(), chunk.values
+        if pa.types.is_fixed_size_list(values.type):
+            width = values.type.list_size
+            array = values.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+        else:
+            array = values.to_numpy(zero_copy_only=False)
+        ids += [array[a:b] for a, b in itertools.pairwise(offsets)]
+    return ids
+
+
+def notices(engine: Engine, gpus: int) -> list[str]:
+    """What the owner of the run may want to change."""
+    if gpus or engine.dtype != "bfloat16" or cpu_has_bfloat16():
+        return []
+    return [
+        "teacher.dtype is bfloat16 but this CPU has no bfloat16 instructions (avx512_bf16, "
+        "amx_bf16), so it is emulated; teacher.dtype: float32 answers about 3 times as fast"
+    ]
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 natively; True where Linux does not tell x86 flags."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
+    return "avx2" not in flags or "bf16" in flags
+
+
+def _serve_rank() -> tuple[int, int]:
+    """This replica's number in the deployment, and on its node."""
+    from ray import serve
+
+    rank = serve.get_replica_context().rank
+    return rank.rank, rank.local_rank
+
+
+class BusyClock:
+    """Wall time during which at least one group was in flight."""
+
+    def __init__(self) -> None:
+        self._in_flight = 0
+        self._since = 0.0
+        self._busy_s = 0.0
+
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        """Marks one group in flight."""
+        if self._in_flight == 0:
+            self._since = time.monotonic()
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._busy_s += time.monotonic() - self._since
+
+    def take(self) -> float:
+        """Busy seconds since the last call."""
+        now = time.monotonic()
+        if self._in_flight:
+            self._busy_s += now - self._since
+            self._since = now
+        taken, self._busy_s = self._busy_s, 0.0
+        return taken

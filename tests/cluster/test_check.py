@@ -1,0 +1,444 @@
+"""The static check: each mistake found, all at once, fast, and without the heavy imports."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from tokenizers import Tokenizer, models
+
+from raystill.base.run_folder import CONFIG, TRAIN_PROMPTS, RunFolder
+from raystill.cluster.check.static import Checked, check_run_file
+from raystill.config.load import config_text
+from raystill.datasets.rows.schema import PROMPT_SCHEMA
+from raystill.model import files
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "models" / "tiny-teacher"
+HEAVY = ("torch", "ray", "vllm", "transformers")
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A sound run file of 12 prompts in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAYSTILL_HOME", raising=False)
+    rows = [{"prompt": f"Count to {i}.", "source": "ab"[i % 2]} for i in range(12)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    config = {
+        "teacher": {"model": str(TINY), "sampling": {"max_tokens": 8}},
+        "student": {"layers": [1]},
+        "prompts": {"path": "prompts.jsonl"},
+        "training": {"rows_per_step": 4},
+        "stream": {"group_rows": 2},
+        "evaluation": {"held_out_sources": ["b"]},
+    }
+    path = tmp_path / "sound.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    return [str(problem) for problem in check_run_file(str(path), overrides).problems]
+
+
+def only(path: Path, *overrides: str) -> str:
+    (problem,) = problems(path, *overrides)
+    return problem
+
+
+def test_a_sound_run_is_prepared(run_file: Path, tmp_path: Path) -> None:
+    checked = check_run_file(str(run_file))
+    assert checked.problems == []
+    assert checked.folder is not None
+    assert checked.folder.path == str(tmp_path / "runs/sound")
+    assert not Path(checked.folder.path).exists()
+    prepared = checked.prepared
+    assert prepared is not None
+    assert (prepared.num_train_rows, prepared.num_held_out_rows) == (6, 6)
+    assert prepared.teacher_folder == str(TINY)
+    assert prepared.student_folder is None
+    assert prepared.train.schema.equals(PROMPT_SCHEMA)
+    assert prepared.sampling["max_tokens"] == 8
+    assert "6 to train on (2 steps of 4 rows), 6 held out" in prepared.describe()
+
+
+def test_the_check_is_fast_and_imports_nothing_heavy(run_file: Path) -> None:
+    script = (
+        "import sys, time; start = time.time()\n"
+        "from raystill.cluster.check.static import check_run_file\n"
+        f"checked = check_run_file({str(ROOT / 'configs' / 'quickstart.yaml')!r})\n"
+        f"check_run_file({str(run_file)!r}, ['prompts.path=none', 'signal.topk=1'])\n"
+        "from raystill.config.describe import describe_fields; describe_fields()\n"
+        "assert checked.prepared is not None, checked.problems\n"
+        f"print([name for name in {HEAVY} if name in sys.modules], time.time() - start)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    loaded, seconds = result.stdout.strip().rsplit(" ", 1)
+    assert loaded == "[]"
+    assert float(seconds) < 5
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("signal.topk=3", ["signal.topk: unknown key", "signal.top_k"]),
+        ("training.epochs=two", ["training.epochs: is 'two'; expected an integer"]),
+        ("prompts.path=missing.jsonl", ["no such file: 'missing.jsonl'"]),
+        ("signal.top_k=50000", ["signal.top_k: is 50000", "49152 or less"]),
+        ("evaluation.top_k=50000", ["evaluation.top_k: is 50000", "49152 or less"]),
+        ("store.path=/proc/store", ["store.path: /proc/store cannot be written"]),
+        ("store.path=sound.yaml/store", ["sound.yaml is a file"]),
+        ("student.layers=[0, 5]", ["student.layers: has [5]", "layers 0 to 1"]),
+        ("student.layers=[0, 0]", ["student.layers: names [0] more than once"]),
+        ("stream.max_rows_ahead=6", ["rows_per_step + 2 * num_workers * group_rows (8)", "24"]),
+        ("stream.max_rows_ahead=23", ["target_ongoing_requests * group_rows", "24 or more"]),
+        ("evaluation.held_out_sources=[c]", ["'c' is no source", "a, b"]),
+        ("teacher.max_model_len=9000", ["teacher.max_model_len: is 9000", "8192 or less"]),
+        ("teacher.sampling.stop_token_ids=[-1]", ["has -1", "from 0 to 49151"]),
+        ("teacher.model=models/none", ["teacher.model: ", "models/none"]),
+        ("output.path=/proc/run", ["output.path: /proc/run cannot be written"]),
+        ("output.path=sound.yaml/run", ["sound.yaml is a file"]),
+        ("prompts.chat_template=3", ["prompts.chat_template: is 3"]),
+        ("prompts.template_date=today", ["prompts.template_date: is 'today'; expected a day as"]),
+        ("prompts.template_date=31.12.2031", ["is '31.12.2031'", "YYYY-MM-DD, or null"]),
+        ("prompts.template_date=2031-02-30", ["day is out of range for month"]),
+        ("prompts.template_date='2031-12-31 10:00'", ["prompts.template_date: is '2031-12-31 10"]),
+    ],
+)
+def test_one_mistake_is_one_problem(
+    run_file: Path, override: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    if override.startswith("stream.max_rows_ahead"):
+        problem = only(run_file, override, "teacher.target_ongoing_requests=8")
+    else:
+        problem = only(run_file, override)
+    for word in words:
+        assert word in problem
+
+
+def test_several_mistakes_are_reported_together(run_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
+    found = problems(
+        run_file,
+        "prompts.path=[broken.jsonl, missing.jsonl]",
+        "signal.topk=3",
+        "signal.top_k=50000",
+        "training.learning_rate=fast",
+        "output.path=/proc/run",
+        "student.layers=[9]",
+    )
+    for words in (
+        "signal.topk: unknown key",
+        "signal.top_k: is 50000",
+        "training.learning_rate: is 'fast'",
+        "broken.jsonl, line 2: is not JSON",
+        "no such file: 'missing.jsonl'",
+        "output.path: /proc/run cannot be written",
+        "student.layers: has [9]",
+    ):
+        assert any(words in problem for problem in found), (words, found)
+    assert len(found) == 7
+
+
+def test_empty_and_broken_prompt_files_are_named(run_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl: holds no prompts" in only(run_file, "prompts.path=empty.jsonl")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
+    assert "broken.jsonl, line 2: is not JSON" in only(run_file, "prompts.path=broken.jsonl")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_or_dropped(
+    run_file: Path, tmp_path: Path
+) -> None:
+    with (tmp_path / "prompts.jsonl").open("a") as stream:
+        stream.write(json.dumps({"prompt": "word " * 70, "source": "a"}))
+    problem = only(run_file, "teacher.max_model_len=64")
+    assert "1 of 13 prompts are longer than 63 tokens" in problem
+    assert "prompts.jsonl, line 13" in problem
+    checked = check_run_file(
+        str(run_file), ["teacher.max_model_len=64", "stream.max_drop_fraction=0.1"]
+    )
+    assert checked.problems == []
+    assert checked.prepared is not None
+    assert checked.prepared.dropped == {"too_long": 1}
+
+
+def make_model(folder: Path, tokens: dict[str, int] | None = None, **config: Any) -> Path:
+    """A model folder without weights worth the name; the tiny teacher's tokenizer by default."""
+    folder.mkdir()
+    if tokens is None:
+        shutil.copy(TINY / "tokenizer.json", folder)
+    else:
+        Tokenizer(models.WordLevel(tokens, unk_token="a")).save(str(folder / "tokenizer.json"))
+    settings = {"vocab_size": 49152, "num_hidden_layers": 2, "max_position_embeddings": 8192}
+    (folder / "config.json").write_text(json.dumps({**settings, **config}))
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    return folder
+
+
+STUDENT = ("student.layers=null", "student.init=model")
+
+
+def test_a_student_with_another_tokenizer_is_refused(run_file: Path, tmp_path: Path) -> None:
+    other = make_model(tmp_path / "other", {"a": 0, "b": 1})
+    problem = only(run_file, *STUDENT, f"student.model={other}")
+    assert problem.startswith("student.model: ")
+    assert "another tokenizer" in problem
+    assert "id 0 is '<|endoftext|>' for the teacher and 'a' for the student" in problem
+
+
+def test_a_student_with_the_same_ids_is_accepted(run_file: Path, tmp_path: Path) -> None:
+    same = make_model(tmp_path / "same", vocab_size=49280)
+    text = json.loads((same / "tokenizer.json").read_text())
+    (same / "tokenizer.json").write_text(json.dumps(text, indent=1))  # other bytes, same ids
+    checked = check_run_file(str(run_file), [*STUDENT, f"student.model={same}"])
+    assert checked.problems == []
+    assert checked.prepared is not None
+    assert checked.prepared.student_folder == str(same)
+    assert any("eos token" in notice for notice in checked.notices)
+
+
+@pytest.mark.parametrize(("num_workers", "noticed"), [("1", True), ("2", False), ("[1, 2]", True)])
+def test_a_worker_that_may_be_alone_is_said_to_share_with_nobody(
+    run_file: Path, num_workers: str, noticed: bool
+) -> None:
+    overrides = ["training.strategy=fsdp", f"training.num_workers={num_workers}"]
+    checked = check_run_file(str(run_file), overrides)
+    assert checked.problems == []
+    assert any("training.strategy is fsdp" in notice for notice in checked.notices) == noticed
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"final_logit_softcapping": -30.0}, "final_logit_softcapping is -30.0"),
+        ({"logits_scaling": 0}, "logits_scaling is 0"),
+        ({"text_config": {"logit_scale": "large"}}, "logit_scale is 'large'"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"max_position_embeddings": 16}, "takes at most 16 tokens"),
+    ],
+)
+def test_students_this_version_cannot_train_are_refused(
+    run_file: Path, tmp_path: Path, config: dict[str, Any], words: str
+) -> None:
+    folder = make_model(tmp_path / "student", **config)
+    assert words in only(run_file, *STUDENT, f"student.model={folder}")
+
+
+def test_logits_may_be_scaled_and_capped(run_file: Path, tmp_path: Path) -> None:
+    folder = make_model(
+        tmp_path / "student", final_logit_softcapping=30.0, logit_scale=0.0625, logits_scaling=8
+    )
+    assert problems(run_file, *STUDENT, f"student.model={folder}") == []
+
+
+def test_folders_without_weights_or_configuration_are_refused(
+    run_file: Path, tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    assert "has no *.safetensors" in only(run_file, *STUDENT, f"student.model={folder}")
+    (folder / "config.json").unlink()
+    assert "has no config.json" in only(run_file, f"teacher.model={folder}")
+
+
+HIDDEN = "signal.kind=hidden"
+
+
+def test_a_hidden_signal_of_the_tiny_teacher_is_accepted(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert problems(run_file, HIDDEN, "objective={jsd: 1, temperature: 2}") == []
+    usage = shutil.disk_usage("/")._replace(free=1 << 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    many = ["teacher.sampling.max_tokens=1000000", "evaluation.held_out_sources=[]"]
+    (notice,) = (n for n in check_run_file(str(run_file), [HIDDEN, *many]).notices if "GiB" in n)
+    # 12 rows of 1e6 tokens of 64 components of 2 bytes, and 6.1 bytes for the drawn id.
+    assert f"up to {12e6 * (2 * 64 + 6.1) / 2**30:.1f} GiB" in notice
+
+
+def test_the_synthetic_engine_has_no_hidden_states(run_file: Path) -> None:
+    problem = only(run_file, HIDDEN, "teacher.engine=synthetic")
+    assert problem.startswith("signal.kind: is 'hidden', but the synthetic engine")
+    assert "set teacher.engine: vllm, or signal.kind: topk" in problem
+
+
+def teacher_with(path: Path, config: dict[str, Any], tensors: dict[str, Any] | None = None) -> str:
+    """The tiny teacher with some of its configuration, and maybe its weights, replaced."""
+    from safetensors.numpy import save_file
+
+    shutil.copytree(TINY, path)
+    settings = json.loads((path / "config.json").read_text()) | config
+    settings = {name: value for name, value in settings.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(settings))
+    if tensors is not None:
+        save_file(tensors, path / "model.safetensors")
+    return f"teacher.model={path}"
+
+
+def test_a_teacher_whose_head_the_student_cannot_use_is_refused_with_the_remedy(
+    run_file: Path, tmp_path: Path
+) -> None:
+    head = np.zeros((49152, 64), np.float16)
+    cases = {
+        "names no hidden_size": ({"hidden_size": None}, None),
+        "it would have [49152, 96]": ({"hidden_size": 96}, None),
+        "of [49152, 64], but by its config.json it would have [49000, 64]": (
+            {"vocab_size": 49000},
+            None,
+        ),
+        "has 0 output heads": ({}, {"model.norm.weight": head[0]}),
+        "quantised output head (lm_head.qweight)": ({}, {"lm_head.qweight": head.astype("i4")}),
+        "logit_scale is 0": ({"logit_scale": 0}, {"lm_head.weight": head}),
+    }
+    for number, (words, (config, tensors)) in enumerate(cases.items()):
+        override = teacher_with(tmp_path / str(number), config, tensors)
+        found = problems(run_file, HIDDEN, override)
+        mine = [problem for problem in found if problem.startswith("teacher.model: ")]
+        assert any(words in problem for problem in mine), (words, found)
+        assert words == "logit_scale is 0" or "signal.kind: topk" in mine[0]
+        others = [problem.split(":")[0] for problem in problems(run_file, override)]
+        assert "teacher.model" not in others, "other signals need no head at the student"
+    padded = teacher_with(tmp_path / "padded", {}, {"lm_head.weight": head})
+    assert problems(run_file, HIDDEN, padded) == []
+
+
+def test_stop_strings_of_the_model_are_refused(run_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(TINY, folder)
+    generation = folder / "generation_config.json"
+    generation.write_text(json.dumps({"stop_strings": ["END"]}))
+    assert "['END']" in only(run_file, f"teacher.model={folder}")
+    override = "teacher.sampling.stop_token_ids=[2]"
+    assert problems(run_file, f"teacher.model={folder}", override) == []
+
+
+def begin_run(run_file: Path) -> RunFolder:
+    checked: Checked = check_run_file(str(run_file))
+    assert checked.folder is not None
+    assert checked.config is not None
+    assert checked.prepared is not None
+    checked.folder.ensure()
+    checked.folder.write_text(CONFIG, config_text(checked.config))
+    tables = checked.prepared.tables.with_keys("t", "float32", None, {})
+    tables.write(checked.folder, group_rows=2)
+    return checked.folder
+
+
+def test_a_run_folder_of_another_configuration_is_refused(run_file: Path) -> None:
+    begin_run(run_file)
+    assert problems(run_file) == []
+    assert problems(run_file, "training.num_workers=2", "evaluation.every_steps=3") == []
+    problem = only(run_file, "training.learning_rate=0.5", "seed=9")
+    assert "seed was 0, is 9" in problem
+    assert "training.learning_rate was 0.0001, is 0.5" in problem
+
+
+def test_a_folder_that_is_no_run_folder_is_refused(run_file: Path, tmp_path: Path) -> None:
+    assert "is no run folder, but has" in only(run_file, f"output.path={tmp_path}")
+
+
+def test_a_run_whose_prompts_changed_is_refused(run_file: Path, tmp_path: Path) -> None:
+    folder = begin_run(run_file)
+    assert folder.exists(TRAIN_PROMPTS)
+    with (tmp_path / "prompts.jsonl").open("a") as stream:
+        stream.write(json.dumps({"prompt": "one more", "source": "a"}))
+    assert "(6 rows, now 7)" in only(run_file)
+
+
+def test_a_run_whose_template_printed_another_day_is_resumed_with_that_day(
+    run_file: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(TINY, folder)
+    template = "{{ strftime_now('%d %B %Y') }}: {{ messages[0].content }}"
+    (folder / "chat_template.jinja").write_text(template)
+    settings = yaml.safe_load(run_file.read_text())
+    settings["teacher"]["model"] = str(folder)
+    settings["prompts"]["template_date"] = "2031-12-31"
+    run_file.write_text(yaml.safe_dump(settings))
+    begin_run(run_file)
+    assert problems(run_file) == []
+    problem = only(run_file, "prompts.template_date=null")
+    assert "set prompts.template_date to the day of the first start" in problem
+    assert f"is of {date.today()}), else restore the files" in problem
+    assert problems(run_file, "prompts.template_date=2031-12-31") == []
+    with (tmp_path / "prompts.jsonl").open("a") as stream:
+        stream.write(json.dumps({"prompt": "one more", "source": "a"}))
+    assert "template_date" not in only(run_file)
+
+
+def test_too_little_space_is_a_problem(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert "will need about" in only(run_file)
+    notices = check_run_file(str(run_file)).notices
+    assert any("the teacher's answers may take up to" in notice for notice in notices)
+
+
+def test_what_a_run_has_written_need_not_be_free_again(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = begin_run(run_file)
+    needed = check_run_file(str(run_file)).prepared.space_needed_bytes  # type: ignore[union-attr]
+    assert needed is not None
+    usage = shutil.disk_usage("/")._replace(free=needed - 3000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert "will need about" in only(run_file)
+    folder.write_bytes("checkpoints/checkpoint_1/rank_0.safetensors", bytes(1500))
+    folder.write_bytes("student/model.safetensors", bytes(1400))
+    assert "GiB more" in only(run_file)
+    folder.write_bytes("held_out.parquet", bytes(200))
+    assert problems(run_file) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    assert "will need about" in only(run_file)
+    folder.write_bytes("checkpoints/checkpoint_2/rank_0.safetensors", bytes(needed))
+    assert problems(run_file) == [], "never less than nothing"
+
+
+def test_one_number_changed_in_the_teacher_makes_every_key_new(
+    run_file: Path, tmp_path: Path
+) -> None:
+    def keys(*overrides: str) -> set[bytes]:
+        prepared = check_run_file(str(run_file), overrides).prepared
+        assert prepared is not None
+        return {*prepared.train["key"].to_pylist(), *prepared.held_out["key"].to_pylist()}
+
+    changed = Path(shutil.copytree(TINY, tmp_path / "changed", symlinks=False))
+    from safetensors.torch import load_file, save_file
+
+    weights = changed / "model.safetensors"
+    tensors = load_file(weights)
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert keys() == keys() and len(keys()) == 12
+    assert not keys() & keys(f"teacher.model={changed}")
+
+
+def test_a_hub_model_that_is_nowhere_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = files.find_model("nobody/no-such-model")
+    assert found.problem is not None
+    assert "HF_HUB_OFFLINE" in found.problem
+    assert files.find_model("/nowhere/model").problem is not None
+
+
+def test_the_context_of_a_model_is_read_from_its_configuration(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config: dict[str, Any] = {"max_position_embeddings": 32768, "rope_scaling": yarn}
+    folder = make_model(tmp_path / "m", **config)
+    assert files.ModelFolder("m", folder).context_tokens == 131072

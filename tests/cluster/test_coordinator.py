@@ -1,0 +1,329 @@
+"""The coordinator's credits, drops and attempts, without Ray."""
+
+import asyncio
+
+import pytest
+
+from raystill.base.errors import RunError
+from raystill.cluster.coordinator.actor import Coordinator
+from raystill.cluster.coordinator.credits import Credits
+from raystill.config.run import RunConfig
+from raystill.datasets.stream.ledger import Ledger
+
+
+def coordinator(max_rows_ahead=16, num_rows=100, max_drop_fraction=0.1, refill_rows=0):
+    return Coordinator(max_rows_ahead, num_rows, max_drop_fraction, refill_rows)
+
+
+async def waits(awaitable):
+    """Whether it is still waiting after the loop has had its turns; then it is cancelled."""
+    task = asyncio.ensure_future(awaitable)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    done = task.done()
+    task.cancel()
+    return not done
+
+
+def test_credits_never_exceed_the_bound_and_return_when_a_block_is_taken():
+    async def run():
+        c = coordinator(max_rows_ahead=16)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        assert await c.acquire(attempt, 8, 0)
+        assert await c.acquire(attempt, 8, 8)
+        assert await waits(c.acquire(attempt, 1, 16))
+        third = asyncio.ensure_future(c.acquire(attempt, 8, 16))
+        await c.taken(attempt, 8)
+        assert await third
+        snapshot = await c.snapshot()
+        assert (snapshot["ahead"], snapshot["max_ahead"]) == (16, 16)
+
+    asyncio.run(run())
+
+
+def test_a_bound_once_reached_is_left_alone_until_a_burst_has_room():
+    async def run():
+        c = coordinator(max_rows_ahead=32, refill_rows=16)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        for group in range(0, 32, 8):  # Nothing is held back before.
+            assert await c.acquire(attempt, 8, group)
+        fifth = asyncio.ensure_future(c.acquire(attempt, 8, 32))
+        assert await waits(asyncio.shield(fifth))
+        await c.taken(attempt, 8)
+        assert await waits(asyncio.shield(fifth)), "8 rows have room, 16 are waited for"
+        await c.taken(attempt, 8)
+        assert await fifth and await c.acquire(attempt, 8, 40), "the whole burst at once"
+        assert await waits(c.acquire(attempt, 8, 48))
+        await c.taken(attempt, 24)
+        assert await c.acquire(attempt, 8, 48), "a pass begins anew"
+        again = await c.publish(0, 0, Ledger(100).to_dict())
+        assert await c.acquire(again, 8, 0)
+
+    asyncio.run(run())
+
+
+def test_a_burst_is_half_a_flight_at_most_and_never_goes_below_the_advised_bound():
+    teacher = {"model": "m", "target_ongoing_requests": 8}
+
+    def refill(num_workers=1, **stream):
+        sections = {"teacher": teacher, "student": {"layers": [0]}, "prompts": {"path": "p"}}
+        sections |= {"stream": {"group_rows": 4, **stream}}
+        sections |= {"training": {"num_workers": num_workers}}
+        return RunConfig.model_validate(sections)
+
+    default = refill()
+    assert default.rows_in_flight == 32 and default.refill_rows == 16
+    advised = default.advised_rows_ahead
+    for bound, rows in ((advised - 8, 0), (advised, 0), (advised + 8, 8), (advised + 99, 16)):
+        assert refill(max_rows_ahead=bound).refill_rows == rows
+    many = refill(num_workers=64)
+    assert many.rows_ahead == many.min_rows_ahead and many.refill_rows == 0
+
+
+def test_of_a_bounded_flight_half_is_refilled_at_most():
+    credits = Credits(max_rows_ahead=64, refill_rows=32)
+    credits.begin(rows_left=1000)
+    credits.max_in_flight = 2
+    for group in range(0, 64, 8):
+        assert credits.may_have(group, 8)
+        credits.grant(group, 8)
+        credits.answer(group, 8)
+    assert not credits.may_have(64, 8)
+    credits.give_back(8)
+    assert credits.may_have(64, 8), "half of two groups"
+    credits.max_in_flight = None
+    credits.grant(64, 8)
+    assert not credits.may_have(72, 8)
+    credits.give_back(24)
+    assert not credits.may_have(72, 8)
+    credits.give_back(8)
+    assert credits.may_have(72, 8)
+
+
+def test_groups_in_flight_are_bounded_where_it_is_asked_for_and_leave_with_their_answers():
+    async def run():
+        c = coordinator(max_rows_ahead=64)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        await c.let_in_flight(2)
+        assert await c.acquire(attempt, 8, 0) and await c.acquire(attempt, 8, 8)
+        assert await waits(c.acquire(attempt, 8, 16))
+        assert not await waits(c.acquire(attempt, 8, 8)), "the source runs again"
+        await c.taken(attempt, 8)  # What a worker takes tells nothing of what is in flight.
+        assert await waits(c.acquire(attempt, 8, 16))
+        third = asyncio.ensure_future(c.acquire(attempt, 8, 16))
+        for _ in range(2):  # A retried block is answered twice.
+            await c.answered(attempt, 0, 8, {"rows_answered": 8})
+        assert await third
+        assert await waits(c.acquire(attempt, 8, 24))
+        fourth = asyncio.ensure_future(c.acquire(attempt, 8, 24))
+        await c.let_in_flight(None)
+        assert await fourth
+        assert (await c.snapshot())["counters"] == {"rows_answered": 16}
+        again = await c.publish(0, 0, Ledger(100).to_dict())
+        await c.let_in_flight(1)
+        await c.answered(attempt, 8, 8, {})
+        assert await c.acquire(again, 8, 0), "a new attempt has nothing in flight"
+
+    asyncio.run(run())
+
+
+def test_a_source_that_runs_again_gets_its_old_credits_back():
+    async def run():
+        c = coordinator(max_rows_ahead=16)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        assert await c.acquire(attempt, 8, 0)
+        assert await c.acquire(attempt, 8, 0)
+        assert (await c.snapshot())["ahead"] == 8
+
+    asyncio.run(run())
+
+
+def test_a_source_that_runs_again_while_its_first_call_waits_takes_no_credits_twice():
+    async def run():
+        c = coordinator(max_rows_ahead=16)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        assert await c.acquire(attempt, 16, 0)
+        waiting = [asyncio.ensure_future(c.acquire(attempt, 8, 16)) for _ in range(2)]
+        assert await waits(asyncio.shield(waiting[0]))
+        await c.taken(attempt, 16)
+        assert await waiting[0] and await waiting[1]
+        assert (await c.snapshot())["ahead"] == 8
+
+    asyncio.run(run())
+
+
+def test_a_dropped_row_returns_its_credit_once():
+    async def run():
+        c = coordinator()
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        await c.acquire(attempt, 8, 0)
+        await c.dropped(attempt, [3, 5], ["empty", "too_long"])
+        await c.dropped(attempt, [3, 5], ["empty", "too_long"])
+        snapshot = await c.snapshot()
+        assert snapshot["ahead"] == 6
+        assert snapshot["dropped"] == {"empty": 1, "too_long": 1}
+        assert await c.dropped_positions() == {3: "empty", 5: "too_long"}
+
+    asyncio.run(run())
+
+
+def test_too_many_drops_stop_the_run_and_name_the_reasons():
+    async def run():
+        c = coordinator(max_drop_fraction=0.02)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        await c.acquire(attempt, 8, 0)
+        await c.dropped(attempt, [0, 1], ["empty", "too_long"])
+        with pytest.raises(RunError, match=r"3 of 100 rows .*2 too_long, 1 empty.* 2 that"):
+            await c.dropped(attempt, [2], ["too_long"])
+
+    asyncio.run(run())
+
+
+def test_a_new_attempt_starts_with_fresh_credits_and_the_ledgers_drops():
+    async def run():
+        c = coordinator(max_rows_ahead=16)
+        ledger = Ledger(100)
+        first = await c.publish(0, 0, ledger.to_dict())
+        await c.acquire(first, 16, 0)
+        await c.dropped(first, [7], ["empty"])
+        waiting = asyncio.ensure_future(c.acquire(first, 8, 16))
+        await asyncio.sleep(0)
+        ledger.mark_dropped({50: "too_long"})
+        second = await c.publish(0, 3, ledger.to_dict())
+        assert await waiting is False
+        assert second == first + 1
+        assert await c.dropped_positions() == {50: "too_long"}
+        assert await c.acquire(first, 8, 16) is False
+        await c.taken(first, 16)
+        await c.dropped(first, [9], ["empty"])
+        snapshot = await c.snapshot()
+        assert snapshot["ahead"] == 0
+        assert snapshot["dropped"] == {"too_long": 1}
+        assert (await c.published())["step"] == 3
+        assert await c.acquire(second, 8, 0)
+
+    asyncio.run(run())
+
+
+def test_a_finished_run_hands_out_no_credits():
+    async def run():
+        c = coordinator(max_rows_ahead=8)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        await c.acquire(attempt, 8, 0)
+        waiting = asyncio.ensure_future(c.acquire(attempt, 8, 8))
+        await asyncio.sleep(0)
+        await c.finished("stopped")
+        assert await waiting is False
+        assert (await c.snapshot())["outcome"] == "stopped"
+
+    asyncio.run(run())
+
+
+def test_a_group_larger_than_the_bound_is_refused_instead_of_waiting_for_ever():
+    async def run():
+        c = coordinator(max_rows_ahead=4)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        with pytest.raises(RunError, match=r"8 rows .* max_rows_ahead \(4\)"):
+            await c.acquire(attempt, 8, 0)
+
+    asyncio.run(run())
+
+
+def test_counters_add_up_and_a_snapshot_tells_all():
+    async def run():
+        c = coordinator()
+        await c.add({"rows_asked": 8, "teacher_busy_s": 0.5})
+        await c.add({"rows_asked": 8, "teacher_busy_s": 0.25})
+        await c.progress({"step": 2, "loss": 1.5})
+        await c.evaluated({"kl_nats_per_token": 2.0})
+        for name in ("loading", "training", "training"):
+            await c.phase(name)
+        await c.phase("loading again", after="loading")
+        await c.request_stop(15)
+        await c.failed("first")
+        await c.failed("second")
+        snapshot = await c.snapshot()
+        assert snapshot["counters"] == {"rows_asked": 16, "teacher_busy_s": 0.75}
+        assert snapshot["progress"]["step"] == 2
+        assert snapshot["evaluation"] == {"kl_nats_per_token": 2.0}
+        assert (snapshot["stop"], snapshot["error"]) == (15, "first")
+        assert snapshot["phases"] == [(1, "loading"), (2, "training")]
+        assert await c.stop_requested() == 15
+        assert await waits(c.wait_held_out())
+        await c.held_out_ready()
+        assert not await waits(c.wait_held_out())
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_who_waits_for_a_wish_for_the_teacher_is_let_go_when_the_driver_leaves(wanted):
+    async def run():
+        c = coordinator()
+        waiting = asyncio.ensure_future(c.wait_teacher_wanted())
+        assert await waits(asyncio.shield(waiting))
+        await (c.want_teacher() if wanted else c.close())
+        assert await waiting == wanted
+
+    asyncio.run(run())
+
+
+def all_answered(last_epoch, epoch=0, dropped=()):
+    """A coordinator of 16 rows, both groups answered, and who waits for that."""
+
+    async def begin():
+        c = coordinator(num_rows=16, max_drop_fraction=1.0)
+        idle = asyncio.ensure_future(c.wait_teacher_idle(last_epoch))
+        attempt = await c.publish(epoch, 0, Ledger(16).to_dict())
+        for group in (0, 8):
+            assert await c.acquire(attempt, 8, group)
+            assert await waits(asyncio.shield(idle))
+            gone = [p for p in dropped if group <= p < group + 8]
+            await c.dropped(attempt, gone, ["empty"] * len(gone))
+            await c.answered(attempt, group, 8, {})
+        return c, attempt, idle
+
+    return begin()
+
+
+def test_the_teacher_may_go_when_every_row_has_its_answer():
+    async def run():
+        c, attempt, idle = await all_answered(last_epoch=2)
+        assert await idle
+        assert await waits(c.wait_teacher_idle(2)), "once an attempt"
+        assert await waits(c.want_teacher()), "it is on its way out"
+        wish = asyncio.ensure_future(c.want_teacher())
+        await c.teacher_gone()
+        assert await wish == 2
+        assert await c.wait_teacher_wanted()
+        assert await c.publish(1, 2, Ledger(16).to_dict()) == attempt + 1
+        assert await waits(c.wait_teacher_idle(2)), "the next epoch has no answers yet"
+        await c.finished("completed")
+        assert not await c.wait_teacher_idle(2)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("last_epoch", "goes"), [(1, False), (0, True)])
+def test_the_teacher_stays_while_dropped_rows_will_be_asked_again(last_epoch, goes):
+    async def run():
+        c, _, idle = await all_answered(last_epoch, dropped=[3])
+        assert await waits(asyncio.shield(idle)) != goes
+        await c.close()
+        assert await idle == goes
+
+    asyncio.run(run())
+
+
+def test_what_the_weights_have_learned_needs_no_answer():
+    async def run():
+        ledger = Ledger(16)
+        ledger.mark_trained(range(12))
+        c = coordinator(num_rows=16)
+        attempt = await c.publish(0, 3, ledger.to_dict())
+        assert await waits(c.wait_teacher_idle(0))
+        await c.acquire(attempt, 4, 12)
+        await c.answered(attempt, 12, 4, {})
+        assert await c.wait_teacher_idle(0)
+
+    asyncio.run(run())

@@ -1,0 +1,252 @@
+"""The summary's totals, also over resumptions, and the closing table made from the run folder."""
+
+import io
+import json
+import types
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from raystill.base import formatting
+from raystill.base.errors import RunError
+from raystill.base.run_folder import RunFolder
+from raystill.cluster.report.summary import before_and_after, write_summary
+from raystill.cluster.report.tables import examples, print_comparison, print_report, question
+from raystill.datasets.store.store import Paid
+
+BEFORE = {"step": 0, "kl_nats_per_token": 8.0, "top1_agreement": 0.05, "acceptance": 0.1}
+BEFORE |= {"perplexity": 35000.0, "num_tokens": 900, "bound": "KL is a lower bound"}
+BEFORE |= {"stop_rate": 0.0, "length_ratio": 1.5, "repeated_4gram_share": 0.8}
+AFTER = {**BEFORE, "step": 20, "kl_nats_per_token": 1.5, "top1_agreement": 0.5}
+AFTER |= {"stop_rate": 0.4, "teacher_stop_rate": 0.6, "free_running_rows": 4}
+BASELINES = {
+    "uniform": {"kl_nats_per_token": 9.0, "top1_agreement": 0.0},
+    "bigram": {"kl_nats_per_token": 4.0, "top1_agreement": 0.2},
+}
+
+
+def write_lines(folder: RunFolder, name: str, records: list[dict]) -> None:
+    folder.write_text(name, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def outcome(stopped_by: int = 0, rows_asked: int = 0, **counters: float) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        snapshot={
+            "counters": counters,
+            "max_ahead": 48,
+            "dropped": {"too_long": 1},
+            "lives": 1,
+            "progress": {"step": 20},
+            "evaluation": {},
+        },
+        stopped_by=stopped_by,
+        wall_s=100.0,
+        phases={"training": 80.0},
+        prepared=types.SimpleNamespace(
+            num_train_rows=320,
+            num_held_out_rows=8,
+            duplicates=3,
+            dropped={"too_long": 2},
+            config=types.SimpleNamespace(training=types.SimpleNamespace(epochs=1), rows_ahead=48),
+        ),
+        paid={"training": Paid(rows_asked), "evaluation": Paid(8)},
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(str(tmp_path / "runs" / "demo")).ensure()
+    write_lines(
+        folder, "metrics.jsonl", [{"step": i + 1, "loss": 1.0, "rows": 16} for i in range(20)]
+    )
+    write_lines(folder, "evaluation.jsonl", [BEFORE, {**AFTER, "baselines": BASELINES}])
+    answers = [
+        {"step": step, "row": row, "prompt": f"Name colour {row}", "teacher": "Blue.\nOr [red].",
+         "student": f"answer of step {step}"}
+        for step in (0, 10, 20)
+        for row in range(5)
+    ]  # fmt: skip
+    write_lines(folder, "answers.jsonl", answers)
+    return folder
+
+
+def report_of(folder: RunFolder) -> str:
+    file = io.StringIO()
+    print_report(folder, Console(file=file, width=100))
+    return file.getvalue()
+
+
+def test_the_summary_counts_rows_tokens_and_drops(folder: RunFolder) -> None:
+    summary = write_summary(
+        folder, outcome(rows_asked=320, rows_answered=320, rows_truncated=80, teacher_busy_s=50.0)
+    )
+    assert summary == json.loads(folder.read_text("summary.json"))
+    assert summary["status"] == "completed"
+    assert summary["rows_asked"] == 320
+    assert summary["rows_trained"] == 320
+    assert summary["rows_total"] == 320
+    assert summary["truncated_fraction"] == pytest.approx(0.25)
+    assert summary["dropped"] == {"too_long": 3}
+    assert summary["duplicates"] == 3
+    assert summary["teacher"]["busy_s"] == 50.0
+    assert summary["restarts"] == 0
+    assert summary["evaluation"]["before"]["kl_nats_per_token"] == 8.0
+    assert summary["evaluation"]["after"]["kl_nats_per_token"] == 1.5
+    assert summary["baselines"] == BASELINES
+
+
+def test_scored_rows_stand_apart_from_asked_and_reused_ones(folder: RunFolder) -> None:
+    enriched = outcome(rows_asked=20)
+    enriched.paid = {"training": Paid(20, 200), "evaluation": Paid(0, 5)}
+    summary = write_summary(folder, enriched)
+    names = ("rows_asked", "rows_scored", "rows_reused", "evaluation_rows_scored")
+    assert [summary[name] for name in names] == [20, 200, 100, 5]
+    shown = report_of(folder)
+    assert "rows scored" in shown
+    assert "200 for training, 5 held out" in shown
+    write_summary(folder, outcome(rows_asked=320))
+    assert "rows scored" not in report_of(folder)
+
+
+def test_a_resumed_run_adds_to_the_totals_of_its_earlier_part(folder: RunFolder) -> None:
+    first = outcome(stopped_by=15, rows_asked=200, rows_answered=200, teacher_prompt_tokens=10)
+    assert write_summary(folder, first)["status"] == "stopped"
+    second = outcome(rows_asked=350, rows_answered=120, teacher_prompt_tokens=5)
+    summary = write_summary(folder, second)
+    assert summary["status"] == "completed"
+    assert summary["rows_asked"] == 350
+    assert summary["teacher"]["prompt_tokens"] == 15
+    assert summary["wall_s"] == 200.0
+    assert summary["phases"] == {"training": 160.0}
+    assert summary["restarts"] == 1
+    assert summary["dropped"] == {"too_long": 3}
+
+
+def test_the_bottleneck_is_in_the_summary_and_in_the_table(folder: RunFolder) -> None:
+    window = {"phase": "training", "seconds": 10.0, "replicas": 1, "workers": 1, "rows_ahead": 48}
+    window |= {"teacher_rows": 8, "teacher_busy_s": 10.0, "student_rows": 8}
+    write_lines(
+        folder, "timeline.jsonl", [window | {"student_busy_s": 6.0, "student_wait_s": 4.0}] * 13
+    )
+    said = "teacher-bound: the student waits 40 %, the teacher idles 0 %"
+    assert write_summary(folder, outcome())["bottleneck"] == said
+    assert said in " ".join(report_of(folder).split())
+
+
+def test_a_restart_of_the_worker_group_is_counted(folder: RunFolder) -> None:
+    ended = outcome()
+    ended.snapshot["lives"] = 3
+    assert write_summary(folder, ended)["restarts"] == 2
+
+
+def test_skipped_steps_are_those_without_a_loss(folder: RunFolder) -> None:
+    write_lines(folder, "metrics.jsonl", [{"step": 1, "loss": None, "rows": 0}])
+    assert write_summary(folder, outcome())["skipped_steps"] == 1
+
+
+def test_a_run_without_evaluation_has_neither_before_nor_after(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "bare")).ensure()
+    assert before_and_after(folder) == (None, None)
+    write_summary(folder, outcome(rows_asked=8))
+    assert "rows asked" in report_of(folder)
+
+
+def test_two_evaluations_of_one_step_are_joined_the_later_first(folder: RunFolder) -> None:
+    write_lines(folder, "evaluation.jsonl", [BEFORE, {**AFTER, "acceptance": 0.3}, AFTER])
+    _, after = before_and_after(folder)
+    assert after is not None
+    assert after["acceptance"] == AFTER["acceptance"]
+
+
+def test_the_table_shows_before_and_after_and_the_baselines(folder: RunFolder) -> None:
+    write_summary(folder, outcome(rows_asked=320, teacher_response_tokens=3000, teacher_busy_s=30))
+    text = report_of(folder)
+    lines = text.splitlines()
+    kl = next(line for line in lines if "KL(teacher || student)" in line)
+    assert kl.split()[-4:] == ["8.000", "→", "1.500", "0.000"]
+    assert next(line for line in lines if "stop rate  " in line).split()[-1] == "0.60"
+    assert "35,000" in text
+    assert next(line for line in lines if "bigram" in line).split() == ["bigram", "4.000", "0.200"]
+    assert next(line for line in lines if "the student  " in line).split()[2:] == ["1.500", "0.500"]
+    assert "100 tokens/s while busy" in text
+    assert "finished" in text
+
+
+def test_the_table_has_no_trailing_blanks(folder: RunFolder) -> None:
+    write_summary(folder, outcome(rows_asked=320))
+    lines = report_of(folder).splitlines()
+    assert all(line == line.rstrip() for line in lines)
+    assert max(len(line) for line in lines) <= max(100, len(folder.path) + 60)
+
+
+def test_three_prompts_are_answered_before_and_after(folder: RunFolder) -> None:
+    shown = examples(folder)
+    assert len(shown) == 3
+    assert shown[0]["before"] == "answer of step 0"
+    assert shown[0]["after"] == "answer of step 20"
+    write_summary(folder, outcome())
+    assert report_of(folder).count("Blue. Or [red].") == 3
+
+
+def test_a_stopped_run_says_so(folder: RunFolder) -> None:
+    write_summary(folder, outcome(stopped_by=2))
+    assert "stopped; the same command resumes it" in report_of(folder)
+
+
+def test_only_files_that_exist_are_listed(folder: RunFolder) -> None:
+    write_summary(folder, outcome())
+    text = report_of(folder)
+    assert "evaluation.jsonl" in text
+    assert "held_out.parquet" not in text
+
+
+def test_a_folder_without_a_summary_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no summary\.json"):
+        print_report(RunFolder(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ("system\nBe brief.\nuser\nName a colour.\nassistant\n", "Name a colour."),
+        ("user\n\nName a colour.assistant\n\n", "Name a colour."),
+        ("Once upon a time", "Once upon a time"),
+        ("The user\nwrote", "The user\nwrote"),
+    ],
+)
+def test_the_persons_words_are_found_in_a_templated_prompt(prompt: str, asked: str) -> None:
+    assert question(prompt) == asked
+
+
+def test_figures_are_worded_for_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert formatting.duration(7) == "0:07"
+    assert formatting.duration(3723) == "1:02:03"
+    assert formatting.duration(None) == "-"
+    assert formatting.rate(0.423) == "0.42"
+    assert formatting.rate(1520.4) == "1,520"
+    assert formatting.share(0.426) == "43 %"
+    assert formatting.reasons({}) == "0"
+    assert formatting.one_line("a  b\nc") == "a b c"
+    assert formatting.one_line("word " * 200, 20) == "word word word word …"
+    monkeypatch.chdir(tmp_path)
+    assert formatting.path(str(tmp_path / "runs" / "x")) == "runs/x"
+    assert formatting.path("/elsewhere/x") == "/elsewhere/x"
+    assert formatting.path("s3://bucket/x") == "s3://bucket/x"
+
+
+def test_several_runs_are_put_side_by_side(folder: RunFolder, tmp_path: Path) -> None:
+    write_summary(folder, outcome(rows_asked=320))
+    other = RunFolder(str(tmp_path / "runs" / "text")).ensure()
+    write_lines(other, "evaluation.jsonl", [BEFORE, {**AFTER, "kl_nats_per_token": 2.25}])
+    write_lines(other, "metrics.jsonl", [{"step": 1, "loss": 1.0, "rows": 320}])
+    write_summary(other, outcome(rows_asked=0))
+    file = io.StringIO()
+    print_comparison([folder, other], Console(file=file, width=120))
+    shown = file.getvalue()
+    (kl,) = (line for line in shown.splitlines() if "KL(teacher" in line)
+    assert kl.split()[-2:] == ["1.500", "2.250"]
+    (asked,) = (line for line in shown.splitlines() if line.strip().startswith("rows_asked"))
+    assert asked.split() == ["rows_asked", "320", "0"]
+    with pytest.raises(RunError, match=r"nowhere has no summary\.json"):
+        print_comparison([folder, RunFolder(str(tmp_path / "nowhere"))])

@@ -1,0 +1,148 @@
+"""Compacting a store that is not whole: no row is lost, and what cannot be used is left alone."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from raystill.datasets.rows.schema import TOKEN_IDS
+from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.segment import DamagedSegment, Payer, segment_name
+from raystill.datasets.store.store import TeacherStore
+from raystill.datasets.store.upkeep import compact, remove, verify
+from raystill.datasets.store.view import StoreView
+from tests.datasets.test_store import TOPK, key, keys_of, origin, path_of, publish, segment
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TeacherStore:
+    return TeacherStore(str(tmp_path / "store"))
+
+
+def alter(store: TeacherStore, name: str, column: str = "response_ids") -> bytes:
+    """Flip a byte of a data column, which footer and keys know nothing of; the file's bytes."""
+    path = path_of(store, name)
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    (chunk,) = (c for c in chunks if c.path_in_schema.split(".")[0] == column)
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+    path.write_bytes(data)
+    assert store.catalogue().refused == {}
+    assert list(verify(store)) == [name]
+    return bytes(data)
+
+
+def missing(store: TeacherStore, rows: list[int], wish: Signal = TOPK) -> int:
+    """How many of the rows a run would have to ask for."""
+    view = StoreView(store, pa.chunked_array([keys_of(rows)]), wish)
+    found = view.look_up(np.arange(len(rows)), pa.nulls(len(rows), TOKEN_IDS))
+    return len(found.to_ask) + len(found.to_score[0])
+
+
+@pytest.mark.parametrize("stored", [TOPK, Signal("topk", 32)], ids=["as rich", "richer"])
+@pytest.mark.parametrize("first", [True, False], ids=["damaged first", "damaged last"])
+def test_a_good_copy_never_goes_for_the_sake_of_a_damaged_one(
+    store: TeacherStore, first: bool, stored: Signal
+) -> None:
+    """A byte was altered in a compacted segment, and a run has asked for some of its rows again."""
+    size = next(
+        n for n in range(3, 99) if (name_of(range(n), stored) < name_of(range(2), TOPK)) == first
+    )
+    rows = list(range(size))
+    bad = publish(store, rows, signal=stored)
+    data = alter(store, bad)
+    assert missing(store, rows) == size
+    publish(store, rows[:2], salt=1)
+    publish(store, rows[2:], salt=2)
+    publish(store, [500])
+    assert missing(store, rows) == 0
+    done = compact(store)
+    assert missing(store, [*rows, 500]) == 0
+    assert path_of(store, bad).read_bytes() == data
+    assert list(done.refused) == list(verify(store)) == [bad]
+    assert isinstance(done.refused[bad], DamagedSegment)
+    assert (done.merged, done.into, done.duplicates) == (3, 1, 0)
+
+
+def name_of(rows: Iterable[int], signal: Signal) -> str:
+    return segment_name([key(row) for row in rows], signal)
+
+
+def test_a_damaged_segment_of_a_batch_is_left_and_the_others_are_merged(
+    store: TeacherStore,
+) -> None:
+    bad = publish(store, [1])
+    publish(store, [2])
+    publish(store, [3])
+    data = alter(store, bad)
+    done = compact(store)
+    assert (done.merged, done.into, done.duplicates) == (2, 1, 0)
+    assert list(done.refused) == [bad]
+    assert path_of(store, bad).read_bytes() == data
+    assert missing(store, [2, 3]) == 0
+
+
+@pytest.mark.parametrize("rows", [[1, 2], [1]], ids=["with a duplicate", "with none"])
+def test_a_segment_that_vanishes_meanwhile_is_skipped(
+    store: TeacherStore, rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = publish(store, [1], signal=TOPK)
+    for row in range(2, 5):
+        publish(store, [row, 9][: 1 + (row == 4)])
+    publish(store, rows, salt=1, signal=Signal("topk", 4))
+    looked = store.catalogue
+
+    def catalogue(**what):
+        seen = looked(**what)
+        remove(store, gone)
+        return seen
+
+    monkeypatch.setattr(store, "catalogue", catalogue)
+    done = compact(store)
+    assert done.refused == {}
+    monkeypatch.undo()
+    assert missing(store, [2, 3, 4, 9]) == 0
+    assert missing(store, rows, Signal("topk", 4)) == 0
+    assert verify(store) == {}
+
+
+def test_answers_of_two_engines_are_merged_without_one_taking_the_others_file(
+    store: TeacherStore,
+) -> None:
+    """The rows of one are those of the other together, so the merged one would have its name."""
+    newer = replace(origin(), engine_version="0.33.0")
+    pair = next(
+        [a, b]
+        for a in range(20)
+        for b in range(a)
+        if max(name_of([a], TOPK), name_of([b], TOPK)) < name_of([a, b], TOPK)
+    )
+    other = max(range(100, 200), key=lambda row: name_of([row], TOPK))
+    for rows, told in (([pair[0]], newer), ([pair[1]], newer), (pair, origin())):
+        store.publish(told, Payer("run", "training"), segment(rows))
+    publish(store, [other])
+    compact(store)
+    assert missing(store, [*pair, other]) == 0
+    assert store.catalogue().duplicates == 0
+    assert compact(store).merged == 0
+
+
+def test_the_answers_that_were_served_are_those_that_stay(store: TeacherStore) -> None:
+    """Also where the segment that has the merged one's name already holds others."""
+    pair = next(
+        [a, b] for a in range(20) for b in range(a) if name_of([a], TOPK) < name_of([a, b], TOPK)
+    )
+    publish(store, pair)
+    publish(store, pair[:1], salt=1)
+    before = store.catalogue()
+    served = store.read(before, before.locate(keys_of(pair)), ["response_ids"])
+    compact(store)
+    after = store.catalogue()
+    assert (after.rows, len(after.entries)) == (2, 1)
+    assert store.read(after, after.locate(keys_of(pair)), ["response_ids"]).equals(served)
+    assert compact(store).merged == 0

@@ -1,0 +1,374 @@
+"""The stream on a local Ray, with a teacher that obeys its prompts: bound, order, drops, faults."""
+
+import asyncio
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+
+from raystill.base.run_folder import HELD_OUT, HELD_OUT_PROMPTS, RunFolder
+from raystill.config.run import RunConfig
+from raystill.datasets.rows.schema import ENGINE, row_schema
+from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.store import Paid, TeacherStore, rows_paid_for
+from raystill.datasets.stream.plan import epoch_order, num_steps
+from raystill.datasets.stream.spec import Paying
+from tests.support import stream_rig as rig
+from tests.support.stream_rig import GROUP_ROWS, PLAIN, ROWS_PER_STEP, SEED, TOP_K, Run
+
+pytestmark = pytest.mark.ray
+
+WORLD_SIZES = (1, 2, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def teacher(ray_serve):
+    from ray import serve
+
+    deployment = serve.deployment(
+        rig.ObedientTeacher,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=1,
+    )
+    yield serve.run(deployment.bind(), name=rig.APP, route_prefix=None)
+    serve.delete(rig.APP)
+
+
+@pytest.fixture(scope="module")
+def workers(teacher):
+    return ray.remote(num_cpus=0, max_concurrency=2 * sum(WORLD_SIZES))(rig.Workers).remote()
+
+
+@pytest.mark.parametrize("order", ["fixed", "arrival"])
+def test_all_rows_arrive_within_the_smallest_bound_at_one_to_four_workers(workers, tmp_path, order):
+    num_rows = 161
+    runs = []
+    for world_size in WORLD_SIZES:
+        run = Run(tmp_path, [rig.RANDOM_DELAY] * num_rows, order, world_size)
+        assert run.bound == ROWS_PER_STEP + 2 * world_size * GROUP_ROWS
+        runs.append(run.start(workers))
+    for run in runs:
+        streamed = run.wait()
+        assert streamed.positions == list(range(num_rows))
+        assert run.bound - GROUP_ROWS < streamed.snapshot["max_ahead"] <= run.bound
+        assert streamed.snapshot["ahead"] == 0
+        if order == "arrival":
+            assert all(len(step) == ROWS_PER_STEP for step in streamed.steps[:8])
+            continue
+        assert len(streamed.steps) == num_steps(num_rows, ROWS_PER_STEP)
+        for step, positions in enumerate(streamed.steps):
+            start = step * ROWS_PER_STEP
+            assert sorted(positions) == list(range(start, min(start + ROWS_PER_STEP, num_rows)))
+
+
+def test_every_row_comes_with_its_own_answer(workers, tmp_path):
+    streamed = Run(tmp_path, [PLAIN] * 40, "fixed", 1).stream(workers)
+    order = epoch_order(40, SEED, 0, GROUP_ROWS)
+    assert len(streamed.tables) == 5
+    for table in streamed.tables:
+        assert table.schema.equals(row_schema("topk", TOP_K))
+        rows = table["row"].to_numpy()
+        assert np.array_equal(rows, order[table["position"].to_numpy()])
+        assert table["prompt_ids"].to_pylist() == [[PLAIN, row] for row in rows]
+        assert table["response_ids"].to_pylist() == [[row, 1] for row in rows]
+        assert table["source"].to_pylist() == [f"source {row % 3}" for row in rows]
+        assert set(table["epoch"].to_pylist()) == {0}
+    counters = {"rows_asked": 40, "rows_scored": 0, "rows_reused": 0}
+    assert streamed.snapshot["counters"] == counters | {"rows_answered": 40, "rows_truncated": 0}
+
+
+def test_the_source_is_not_fused_into_the_answer_stage(teacher, tmp_path):
+    from ray.data._internal.logical.optimizers import get_execution_plan
+
+    from raystill.datasets.stream.stream import build_stream
+
+    dataset = build_stream(Run(tmp_path, [PLAIN] * 8, "fixed", 1).spec)
+    answer = get_execution_plan(dataset._logical_plan)[0].dag
+    (source,) = answer.input_dependencies
+    assert answer.name == "MapBatches(AnswerGroup)"
+    assert source.name == "ReadPlan"
+
+
+def test_what_blocks_fill_makes_ray_data_ask_for_no_nodes():
+    """Its autoscaler goes by the blocks' share of what they may fill."""
+    from ray.data import DataContext
+    from ray.data._internal.execution.interfaces import ExecutionOptions, ExecutionResources
+    from ray.data._internal.execution.resource_manager import ResourceManager
+
+    from raystill.datasets.stream.stream import stream_context
+
+    class Last:
+        output_dependencies = ()
+
+    def limit(context):
+        there_is = ExecutionResources(object_store_memory=100)
+        topology = {Last(): None}
+        manager = ResourceManager(topology, ExecutionOptions(), lambda: there_is, context, None)
+        return manager.get_global_limits().object_store_memory
+
+    assert limit(DataContext()) <= 50
+    assert limit(stream_context("fixed")) >= 100 * 1000
+
+
+def test_the_source_may_run_ahead_by_the_name_that_ray_reads():
+    from ray.data import DataContext
+
+    from raystill.datasets.stream.stream import SOURCE_BUFFER_GROUPS, stream_context
+
+    name = "_max_num_blocks_in_streaming_gen_buffer"
+    assert getattr(DataContext(), name) == 2, "Ray renamed it, or passes on more by itself"
+    assert getattr(stream_context("fixed"), name) == SOURCE_BUFFER_GROUPS
+
+
+@pytest.mark.parametrize("order", ["fixed", "arrival"])
+def test_groups_pass_each_other_in_arrival_order_only(teacher, workers, tmp_path, order):
+    num_rows = (rig.NUM_BEFORE_LAST + 4) * GROUP_ROWS
+    behaviours = np.full(num_rows, PLAIN)
+    behaviours[epoch_order(num_rows, SEED, 0, GROUP_ROWS)[:GROUP_ROWS]] = rig.LAST
+    teacher.restart.remote().result()
+    steps = Run(tmp_path, behaviours, order, 1, num_rows).stream(workers).steps
+    came = next(step for step, positions in enumerate(steps) if 0 in positions)
+    assert came == 0 if order == "fixed" else came > 2
+
+
+def test_all_groups_that_fit_are_in_flight_at_once(workers, tmp_path):
+    num_rows = rig.NUM_TOGETHER * GROUP_ROWS
+    streamed = Run(tmp_path, [rig.TOGETHER] * num_rows, "fixed", 1, num_rows).stream(workers)
+    assert streamed.positions == list(range(num_rows)), "the teacher waits for all of them"
+
+
+def test_dropped_rows_return_their_credits_and_are_counted(workers, tmp_path):
+    num_rows = 120
+    gone = sorted({*range(16, 48), *range(50, 120, 7)})  # Whole groups, and rows here and there.
+    behaviours = np.full(num_rows, PLAIN)
+    behaviours[epoch_order(num_rows, SEED, 0, GROUP_ROWS)[gone]] = rig.UNUSABLE
+    runs = [
+        Run(tmp_path, behaviours, order, 2, max_drop_fraction=0.5).start(workers)
+        for order in ("fixed", "arrival")
+    ]
+    fixed, arrival = (run.wait() for run in runs)
+    for streamed in (fixed, arrival):
+        assert streamed.positions == sorted(set(range(num_rows)) - set(gone))
+        assert streamed.snapshot["dropped"] == {"too_long": len(gone)}
+        assert streamed.snapshot["ahead"] == 0
+    for step, positions in enumerate(fixed.steps):
+        assert {p // ROWS_PER_STEP for p in positions} <= {step}, "a hole shifts nothing"
+
+
+def test_truncated_rows_are_kept_and_counted_or_dropped(workers, tmp_path):
+    behaviours = [rig.TRUNCATED] * 5 + [PLAIN] * 19
+    keeping = Run(tmp_path, behaviours, "fixed", 1, kind="text").start(workers)
+    settings = {"on_truncated": "drop", "max_drop_fraction": 0.25}
+    dropping = Run(tmp_path, behaviours, "arrival", 1, **settings).start(workers)
+    kept, dropped = keeping.wait(), dropping.wait()
+    assert len(kept.positions) == 24
+    assert kept.snapshot["counters"]["rows_truncated"] == 5
+    assert len(dropped.positions) == 19
+    assert dropped.snapshot["dropped"] == {"truncated": 5}
+
+
+def test_too_many_dropped_rows_stop_the_run(workers, tmp_path):
+    behaviours = [rig.UNUSABLE] * 3 + [PLAIN] * 29
+    run = Run(tmp_path, behaviours, "fixed", 1, max_drop_fraction=0.05)
+    with pytest.raises(ray.exceptions.RayTaskError, match="RunError"):
+        run.stream(workers)
+    error = ray.get(run.coordinator.snapshot.remote())["error"]
+    assert error.startswith("3 of 32 rows were dropped (3 too_long), more than the 1 that")
+
+
+def test_a_new_attempt_asks_only_for_what_the_ledger_lacks(workers, tmp_path):
+    num_rows = 96
+    run = Run(tmp_path, [PLAIN] * num_rows, "fixed", 2)
+    first = run.stream(workers, num_steps=3)
+    assert first.positions == list(range(3 * ROWS_PER_STEP))
+    learned = first.positions[: 2 * ROWS_PER_STEP]  # The last step is lost with its weights.
+    run.ledger.mark_trained([*learned, 60, 61])
+    second = run.stream(workers)
+    assert second.positions == sorted(set(range(num_rows)) - set(learned) - {60, 61})
+    assert second.snapshot["lives"] == 2
+    assert second.snapshot["ahead"] == 0
+
+
+def ask(*prompts):
+    from raystill.datasets.stream.teacher_calls import TeacherCalls
+
+    async def sample():
+        calls = TeacherCalls(rig.APP, Signal("text"), 2, None)
+        return await calls.sample(pa.array(prompts, pa.list_(pa.int32())))
+
+    return asyncio.run(sample())
+
+
+def test_a_dead_engine_is_asked_again_and_a_mistake_is_passed_on(teacher):
+    assert ask([rig.FAILS_ONCE, 1000])["response_ids"].to_pylist() == [[1000, 1]]
+    with pytest.raises(ValueError, match="a mistake in the teacher"):
+        ask([rig.BROKEN, 1001])
+
+
+def test_a_row_that_hangs_the_teacher_each_time_is_poison_and_the_others_are_answered(teacher):
+    answers = ask([PLAIN, 7], [rig.HANGS, 8], [PLAIN, 9])
+    assert answers["response_ids"].to_pylist() == [[7, 1], [], [9, 1]]
+    assert answers["error"].to_pylist() == [None, "poison", None]
+    assert b"obedient" in answers.schema.metadata[ENGINE]
+
+
+def test_a_poison_row_is_dropped_once_and_not_asked_in_the_next_epoch(workers, tmp_path):
+    behaviours = [PLAIN] * 12 + [rig.HANGS] + [PLAIN] * 11
+    run = Run(tmp_path, behaviours, "fixed", 1, max_drop_fraction=0.1)
+    first = run.stream(workers)
+    assert len(first.positions) == 23
+    assert first.snapshot["dropped"] == {"poison": 1}
+    second = run.stream(workers, epoch=1)
+    assert len(second.positions) == 23
+    assert second.snapshot["dropped"] == {"poison": 1}
+    assert second.snapshot["counters"]["rows_asked"] == 24  # All but it came from the store.
+
+
+def test_further_epochs_are_read_from_the_store_in_another_order(workers, tmp_path):
+    run = Run(tmp_path, [PLAIN] * 100, "fixed", 2)
+    epochs = [run.stream(workers, epoch=epoch) for epoch in range(3)]
+    for epoch, streamed in enumerate(epochs):
+        assert streamed.positions == list(range(100))
+        order = epoch_order(100, SEED, epoch, GROUP_ROWS)
+        for table in streamed.tables:
+            assert table["row"].to_pylist() == order[table["position"].to_numpy()].tolist()
+            assert table["response_ids"].to_pylist() == [[r, 1] for r in table["row"].to_pylist()]
+    counters = epochs[-1].snapshot["counters"]
+    assert (counters["rows_asked"], counters["rows_reused"]) == (100, 200)
+    rows = {tuple(t["row"].to_pylist()) for s in epochs for t in s.tables}
+    assert len(rows) > 100 // GROUP_ROWS + 1, "the rows within groups were not shuffled anew"
+
+
+def test_poorer_stored_answers_are_scored_and_never_sampled_again(teacher, workers, tmp_path):
+    behaviours = [rig.TRUNCATED] * 5 + [PLAIN] * 35
+    Run(tmp_path, behaviours, "fixed", 1, kind="text", store="s").stream(workers)
+    teacher.answered.remote().result()
+    run = Run(tmp_path, behaviours, "fixed", 2, store="s")
+    streamed = run.stream(workers)
+    counters = {"rows_asked": 0, "rows_scored": 40, "rows_reused": 0, "rows_answered": 40}
+    assert streamed.snapshot["counters"] == counters | {"rows_truncated": 5}  # As it was stored.
+    assert teacher.answered.remote().result() == {"sample": 0, "score": 40}
+    for table in streamed.tables:
+        assert table.schema.equals(row_schema("topk", TOP_K))
+        assert table["response_ids"].to_pylist() == [[row, 1] for row in table["row"].to_pylist()]
+    catalogue = TeacherStore(run.spec.store_path).catalogue()
+    assert (catalogue.rows, catalogue.duplicates) == (80, 40)  # The poorer ones are not needed.
+    assert rows_paid_for(catalogue, run.name)["training"] == Paid(0, 40)
+    longer = Run(tmp_path, [*behaviours, *[PLAIN] * 8], "arrival", 1, store="s").stream(workers)
+    counters = longer.snapshot["counters"]
+    assert (counters["rows_asked"], counters["rows_scored"], counters["rows_reused"]) == (8, 0, 40)
+
+
+@pytest.mark.parametrize(("kind", "scored"), [("topk", 24), ("text", 0)])
+def test_given_responses_are_scored_where_a_signal_is_wished(
+    teacher, workers, tmp_path, kind, scored
+):
+    given = [[50 + row, row, 1] if row % 2 else None for row in range(48)]
+    teacher.answered.remote().result()
+    streamed = Run(tmp_path, [PLAIN] * 48, "fixed", 1, kind=kind, given=given).stream(workers)
+    assert teacher.answered.remote().result() == {"sample": 24, "score": scored}
+    told = {
+        row: ids
+        for table in streamed.tables
+        for row, ids in zip(*(table[n].to_pylist() for n in ("row", "response_ids")), strict=True)
+    }
+    assert told == {row: ids or [row, 1] for row, ids in enumerate(given)}
+    assert all(set(t["finish_reason"].to_pylist()) == {"stop"} for t in streamed.tables)
+
+
+def stored_answers(place, rows, kind):
+    """The answers of so many rows; what it knows of the store it has from now."""
+    from raystill.datasets.stream.answers import StoredAnswers
+    from raystill.datasets.stream.teacher_calls import TeacherCalls
+
+    keys = pa.chunked_array([pa.array([row.to_bytes(16, "big") for row in range(rows)])])
+    calls = TeacherCalls(rig.APP, Signal(kind, TOP_K), 2, None)
+    paying = Paying("run", "training", "teacher", "obedient")
+    return StoredAnswers(TeacherStore(str(place)), keys, Signal(kind, TOP_K), paying, calls)
+
+
+def test_a_retried_group_finds_all_that_its_first_try_published(teacher, tmp_path):
+    rows = np.arange(12)
+    prompts = pa.array([[PLAIN, row] for row in rows], pa.list_(pa.int32()))
+    given = pa.array([None] * 8 + [[70, row] for row in rows[8:]], pa.list_(pa.int32()))
+
+    def get(answers, count=12):
+        return asyncio.run(answers.get(rows[:count], prompts[:count], given[:count]))
+
+    get(stored_answers(tmp_path, 12, "text"), 4)
+    first, retried = (stored_answers(tmp_path, 12, "topk") for _ in range(2))
+    teacher.answered.remote().result()
+    told, counters = get(first)
+    assert counters == {"rows_asked": 4, "rows_scored": 8, "rows_reused": 0}
+    assert told["response_ids"].to_pylist() == [[r, 1] for r in rows[:8]] + given[8:].to_pylist()
+    again, counters = get(retried)
+    assert counters == {"rows_asked": 0, "rows_scored": 0, "rows_reused": 12}
+    assert again.equals(told)
+    assert teacher.answered.remote().result() == {"sample": 4, "score": 8}
+    # A scored answer that was damaged is scored again, not sampled.
+    store = TeacherStore(str(tmp_path))
+    found = store.catalogue()
+    for entry in found.entries:
+        if entry.footer.groups[0].scored:
+            store.folder.write_bytes(f"segments/{entry.name}", b"torn")
+    told, counters = get(stored_answers(tmp_path, 12, "topk"))
+    assert counters == {"rows_asked": 0, "rows_scored": 8, "rows_reused": 4}
+    assert told.equals(again)
+
+
+def test_a_row_that_cannot_be_scored_is_unusable_and_the_others_are_published(teacher, tmp_path):
+    behaviours = [PLAIN, rig.UNUSABLE, rig.HANGS, PLAIN]
+    prompts = pa.array([[b, row] for row, b in enumerate(behaviours)], pa.list_(pa.int32()))
+    given = pa.array([[row, 5] for row in range(4)], pa.list_(pa.int32()))
+    answers = stored_answers(tmp_path, 4, "sampled")
+    told, counters = asyncio.run(answers.get(np.arange(4), prompts, given))
+    assert told["error"].to_pylist() == [None, "too_long", "poison", None]
+    assert told["response_ids"].to_pylist() == [[0, 5], [], [], [3, 5]]
+    assert told["finish_reason"].to_pylist() == ["stop", None, None, "stop"]
+    assert counters["rows_scored"] == 4
+    assert TeacherStore(str(tmp_path)).catalogue().rows == 2
+
+
+def held_out_config():
+    return RunConfig.model_validate(
+        {
+            "teacher": {"model": "none"},
+            "student": {"layers": [0]},
+            "prompts": {"path": "none.jsonl"},
+            "stream": {"group_rows": GROUP_ROWS},
+            "evaluation": {"top_k": TOP_K},
+        }
+    )
+
+
+def test_held_out_rows_are_answered_once_and_kept(teacher, tmp_path):
+    from raystill.cluster.coordinator.actor import start_coordinator
+    from raystill.datasets.stream.held_out import answer_held_out
+
+    folder = RunFolder(str(tmp_path))
+    given = [[70 + row, 1] if row % 5 == 0 else None for row in range(21)]
+    rig.write_prompts(folder, HELD_OUT_PROMPTS, [PLAIN] * 20 + [rig.UNUSABLE], given)
+    coordinator = start_coordinator("held-out", 64, 10, 0.0)
+    config = held_out_config()
+    paying = Paying("run", "evaluation", "teacher", "obedient")
+    store = str(tmp_path / "store")
+    arguments = (folder, config, store, paying, rig.APP, coordinator)
+    assert ray.get(answer_held_out.remote(*arguments)) == 20
+    ray.get(coordinator.wait_held_out.remote(), timeout=5)
+    rows = folder.read_table(HELD_OUT)
+    assert rows.schema.equals(row_schema("topk", TOP_K))
+    assert rows["row"].to_pylist() == rows["position"].to_pylist() == list(range(20))
+    assert rows["response_ids"].to_pylist() == [given[row] or [row, 1] for row in range(20)]
+    assert set(rows["epoch"].to_pylist()) == {-1}
+    assert ray.get(answer_held_out.remote(*arguments)) == 20
+    counters = ray.get(coordinator.snapshot.remote())["counters"]
+    assert counters == {"evaluation_rows_dropped": 1}
+    paid = rows_paid_for(TeacherStore(store).catalogue(), "run")
+    assert paid == {"training": Paid(), "evaluation": Paid(16, 4)}
+    # As many others are not the same: they are asked.
+    others = [[90 + row, 1] for row in range(21)]
+    rig.write_prompts(folder, HELD_OUT_PROMPTS, [PLAIN] * 21, others, first_key=100)
+    assert ray.get(answer_held_out.remote(*arguments)) == 21
+    assert folder.read_table(HELD_OUT)["response_ids"].to_pylist() == others

@@ -1,0 +1,149 @@
+"""A two-layer student with random weights, rows with a random signal, and its training step."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from raystill.config.objective import ObjectiveConfig
+from raystill.config.training import TrainingConfig
+from raystill.train.batch.rows import Row
+from raystill.train.loss.teacher_head import TeacherHead
+from raystill.train.step.optimizer import build_optimizer
+from raystill.train.step.step import GlobalStep
+from raystill.train.student.module import StudentModule, parallel_module
+from raystill.train.student.sharding import shard_student, whole
+
+torch.set_num_threads(1)  # Tensors this small make two threads wait for each other.
+
+VOCAB, TOP_K, STOP_ID = 60, 5, 2
+TEACHER_VOCAB, TEACHER_HIDDEN = 64, 8
+OBJECTIVE = ObjectiveConfig(forward_kl=1.0, cross_entropy=0.3)
+NUM_STEPS = 4
+
+
+def tiny_module(dtype=torch.float32, tied=True, **kwargs):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=STOP_ID,
+        eos_token_id=STOP_ID,
+        tie_word_embeddings=tied,
+    )
+    return StudentModule(LlamaForCausalLM(config).to(dtype), **kwargs)
+
+
+def make_row(number, tokens=None):
+    generator = np.random.default_rng(number)
+    tokens = tokens or int(generator.integers(1, 14))
+    response = generator.integers(3, VOCAB, tokens).astype(np.int32)
+    response[-1] = STOP_ID
+    ids = np.stack([generator.permutation(VOCAB)[:TOP_K] for _ in range(tokens)]).astype(np.int32)
+    probs = generator.dirichlet(np.ones(TOP_K + 1), tokens)
+    log_p = np.log(probs).astype(np.float32)
+    return Row(
+        position=number,
+        row=number,
+        prompt_ids=generator.integers(3, VOCAB, int(generator.integers(1, 20))).astype(np.int32),
+        response_ids=response,
+        finish_reason="stop",
+        sampled_logprobs=log_p[:, 0],
+        topk_ids=ids,
+        topk_logprobs=log_p[:, :TOP_K],
+        tail_logprob=log_p[:, TOP_K],
+    )
+
+
+def parallel(module, strategy):
+    """``module`` on two workers: sharded in place, or in DDP."""
+    if strategy == "fsdp":
+        shard_student(module, torch.device("cpu"), 2)
+    return parallel_module(module, torch.device("cpu"), 2, compiled=False)
+
+
+def tiny_teacher(dtype=torch.float32):
+    """A head with four rows more than the student's; its logits are of the size of real ones."""
+    generator = torch.Generator().manual_seed(7)
+    weight = torch.randn(TEACHER_VOCAB, TEACHER_HIDDEN, generator=generator).to(dtype)
+    return TeacherHead(weight, compute_dtype=dtype, num_outcomes=VOCAB, most_gap=0.02)
+
+
+def make_hidden_row(number, tokens=None):
+    """`make_row` with hidden states, and the log probabilities that follow from them."""
+    row = make_row(number, tokens)
+    generator = torch.Generator().manual_seed(number)
+    hidden = torch.randn(len(row.response_ids), TEACHER_HIDDEN, generator=generator).bfloat16()
+    log_p = torch.log_softmax(hidden.float() @ tiny_teacher().weight.T, dim=1)
+    drawn = torch.from_numpy(row.response_ids).long()
+    row.hidden = hidden.view(torch.uint16).numpy()
+    row.sampled_logprobs = log_p.gather(1, drawn[:, None]).squeeze(1).numpy()
+    return row
+
+
+def two_workers(script, folder):
+    """Two gloo processes running a test file as a script; what each of them saved."""
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, script, str(rank), str(folder)], env=environment)
+        for rank in range(2)
+    ]
+    try:
+        codes = [process.wait(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def join_workers(rank, folder):
+    """The process group of `two_workers`, in a worker."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+
+
+def make_step(module, training=None, world_size=1, **kwargs):
+    training = training or training_config()
+    inner = getattr(module, "module", module)
+    settings = dict(
+        objective=OBJECTIVE, signal_kind="topk", student_vocab=VOCAB, total_steps=NUM_STEPS
+    )
+    return GlobalStep(
+        module,
+        build_optimizer(inner, training),
+        training,
+        **(settings | kwargs),
+        world_size=world_size,
+    )
+
+
+def training_config(**kwargs):
+    settings = dict(tokens_per_micro_batch=64, learning_rate=1e-2, weight_decay=0.1)
+    return TrainingConfig(**(settings | kwargs))
+
+
+def flat(tensors):
+    return torch.cat([whole(tensor.detach()).flatten() for tensor in tensors])
+
+
+def relative_error(got, expected):
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def gradients_of_first_step(module, step, rows):
+    """Gradients as the optimizer saw them, unclipped."""
+    result = step.run(0, rows, has_more=True, stop=False)
+    return flat(p.grad for p in module.parameters()), result

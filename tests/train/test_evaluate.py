@@ -1,0 +1,397 @@
+"""Evaluation: teacher-forced figures against a slow reference, answers, count models by hand."""
+
+import json
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models
+
+from raystill.base.records import read_lines
+from raystill.base.run_folder import RunFolder
+from raystill.config.run import RunConfig
+from raystill.datasets.rows.schema import row_schema
+from raystill.train.batch.rows import Row
+from raystill.train.evaluation.baselines import HeldOutTokens, PairCounts, measure_baselines
+from raystill.train.evaluation.free_running import (
+    FreeRunning,
+    choose_rows,
+    generate,
+    repeated_ngrams,
+    run_free,
+)
+from raystill.train.evaluation.measure import Measurer
+from raystill.train.evaluation.teacher_forced import evaluate
+from raystill.train.step.ranks import Ranks
+from raystill.train.student.module import StudentModule
+
+VOCAB, K = 32, 4
+CPU = torch.device("cpu")
+
+
+@dataclass
+class FakeSampling:
+    temperature: float = 0.8
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = (2,)
+
+
+def tiny_model(seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        num_hidden_layers=1,
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=VOCAB,
+        eos_token_id=2,
+    )
+    model = transformers.LlamaForCausalLM(config).to(dtype)
+    with torch.no_grad():  # Far from uniform, so that the figures mean something.
+        model.lm_head.weight.mul_(20)
+    return model
+
+
+def teacher_row(number, prompt, response, rng):
+    """A row with the top K of random distributions over the vocabulary."""
+    p = rng.dirichlet(np.full(VOCAB, 0.3), size=len(response))
+    ids = np.argsort(-p, axis=1)[:, :K]
+    top = np.take_along_axis(p, ids, axis=1)
+    return Row(
+        position=number,
+        row=number,
+        prompt_ids=np.array(prompt, dtype=np.int32),
+        response_ids=np.array(response, dtype=np.int32),
+        finish_reason="stop",
+        sampled_logprobs=np.log(p[np.arange(len(response)), response]).astype(np.float32),
+        topk_ids=ids.astype(np.int32),
+        topk_logprobs=np.log(top).astype(np.float32),
+        tail_logprob=np.log(1 - top.sum(axis=1)).astype(np.float32),
+    )
+
+
+def some_rows():
+    rng = np.random.default_rng(3)
+    prompts = [[5, 6, 7], [9], [4, 4, 8, 1, 3], [], [11, 12]]
+    responses = [[8, 9, 2], [3, 2], [30], [7, 6, 2], [10, 11, 12, 13, 14, 2]]
+    return [
+        teacher_row(i, p, r, rng) for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+    ]
+
+
+def slow_reference(model, rows):
+    """Token by token, row by row, in plain float64 probabilities."""
+    sums, tokens = dict.fromkeys(("kl", "top1", "acceptance", "nll"), 0.0), 0
+    for row in rows:
+        ids = [*row.prompt_ids.tolist(), *row.response_ids.tolist()]
+        with torch.no_grad():
+            q_all = model(torch.tensor([ids])).logits[0].double().softmax(-1)
+        for t, target in enumerate(row.response_ids):
+            at = len(row.prompt_ids) + t - 1
+            if at < 0:
+                continue  # Nothing stands before it.
+            q_vocab = q_all[at].numpy()
+            p = np.exp([*row.topk_logprobs[t].astype(float), float(row.tail_logprob[t])])
+            p = p / p.sum()
+            q = [q_vocab[i] for i in row.topk_ids[t]]
+            q = np.array([*q, 1 - sum(q)])
+            sums["kl"] += float((p * np.log(p / q)).sum())
+            sums["acceptance"] += float(np.minimum(p, q).sum())
+            sums["top1"] += int(q_vocab.argmax()) == int(row.topk_ids[t][0])
+            sums["nll"] += -math.log(q_vocab[target])
+            tokens += 1
+    return {name: value / tokens for name, value in sums.items()}, tokens
+
+
+@pytest.mark.parametrize("tokens_budget", [1, 9, 4096])
+def test_teacher_forced_figures_equal_a_slow_reference(tokens_budget):
+    model, rows = tiny_model(), some_rows()
+    expected, tokens = slow_reference(model, rows)
+    figures = evaluate(
+        StudentModule(model),
+        rows,
+        tokens_budget=tokens_budget,
+        student_vocab=VOCAB,
+        device=CPU,
+        ranks=Ranks(),
+    )
+    assert figures["num_tokens"] == tokens == 14
+    assert figures["kl_nats_per_token"] == pytest.approx(expected["kl"], rel=1e-5)
+    assert figures["acceptance"] == pytest.approx(expected["acceptance"], rel=1e-5)
+    assert figures["top1_agreement"] == pytest.approx(expected["top1"])
+    assert figures["perplexity"] == pytest.approx(math.exp(expected["nll"]), rel=1e-6)
+    assert "lower" in figures["bound"]
+
+
+class OneOfMany(Ranks):
+    """A rank whose sums are not added up, so that a test can add them."""
+
+    def __init__(self, rank, world_size):
+        self.rank, self.world_size, self.sums = rank, world_size, {}
+
+    def sum(self, values):
+        self.sums = values
+        return values
+
+
+def test_the_ranks_slices_add_up_to_the_whole():
+    module, rows = StudentModule(tiny_model()), some_rows()
+    settings = {"tokens_budget": 64, "student_vocab": VOCAB, "device": CPU}
+    whole = evaluate(module, rows, **settings, ranks=Ranks())
+    parts = [OneOfMany(rank, 3) for rank in range(3)]
+    for part in parts:
+        evaluate(module, rows, **settings, ranks=part)
+    tokens = sum(part.sums["tokens"] for part in parts)
+    kl = sum(part.sums["kl"] for part in parts) / tokens
+    assert tokens == whole["num_tokens"]
+    assert kl == pytest.approx(whole["kl_nats_per_token"], rel=1e-12)
+
+
+def test_held_out_rows_without_a_token_are_an_error_that_says_so():
+    with pytest.raises(ValueError, match="hold no response token"):
+        evaluate(
+            StudentModule(tiny_model()),
+            [],
+            tokens_budget=64,
+            student_vocab=VOCAB,
+            device=CPU,
+            ranks=Ranks(),
+        )
+
+
+def test_repeated_4grams_by_hand():
+    # 4-grams of 1 2 3 4 1 2 3 4 1: 1234 2341 3412 4123 1234 2341; the last two repeat.
+    assert repeated_ngrams([1, 2, 3, 4, 1, 2, 3, 4, 1]) == (2, 6)
+    # 7 7 7 7 7 7: 7777 three times, two of them repeats.
+    assert repeated_ngrams([7] * 6) == (2, 3)
+    assert repeated_ngrams([1, 2, 3, 4, 5]) == (0, 2)
+    assert repeated_ngrams([1, 2, 3]) == (0, 0)
+
+
+def free(rows=3, max_tokens=6, **sampling):
+    return FreeRunning(rows, max_tokens, FakeSampling(**sampling), seed=5)
+
+
+def test_padding_on_the_left_does_not_change_a_greedy_answer():
+    model = tiny_model()
+    prompts = [np.array(p, dtype=np.int32) for p in ([5, 6, 7], [9], [4, 4, 8, 1, 3])]
+    settings = free(temperature=0.0)
+    together = generate(model, prompts, settings, CPU)
+    alone = [generate(model, [prompt], settings, CPU)[0] for prompt in prompts]
+    assert together == alone
+
+
+def test_free_running_is_repeatable_and_leaves_the_random_state_alone():
+    model, rows = tiny_model().train(), some_rows()
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first, pairs = run_free(model, rows, free(), CPU, Ranks())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    second, again = run_free(model, rows, free(), CPU, Ranks())
+    assert first == second
+    assert [answer for _, answer in pairs] == [answer for _, answer in again]
+
+
+def test_free_running_figures_compare_the_student_with_the_teacher_on_the_same_rows():
+    rows = some_rows()
+    figures, pairs = run_free(tiny_model(), rows, free(rows=5, max_tokens=4), CPU, Ranks())
+    answered = [row.row for row, _ in pairs]
+    assert answered == [0, 1, 2, 4]  # Row 3 has no prompt to go on from.
+    # Teacher, cut to 4 tokens: 3 + 2 + 1 + 4 tokens; rows 0 and 1 end with the stop id.
+    tokens = sum(len(answer) for _, answer in pairs)
+    assert figures["length_ratio"] == pytest.approx(tokens / 10)
+    assert figures["teacher_stop_rate"] == 0.5
+    stopped = sum(answer[-1] == 2 for _, answer in pairs)
+    assert figures["stop_rate"] == stopped / 4
+    assert all(2 not in answer[:-1] and len(answer) <= 4 for _, answer in pairs)
+
+
+def test_the_same_rows_are_chosen_at_every_evaluation():
+    rows = some_rows()
+    chosen = [row.row for row in choose_rows(rows, 3, seed=1)]
+    assert chosen == [row.row for row in choose_rows(rows, 3, seed=1)]
+    assert len(set(chosen)) == 3
+    assert [row.row for row in choose_rows(rows, 9, seed=1)] == [0, 1, 2, 4]  # 3 has no prompt.
+
+
+@dataclass
+class Answered:
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray = field(default_factory=lambda: np.array([], dtype=np.int32))
+
+
+def toy_counts():
+    """V = 4. Prompt 0, answer 1 2 1 2; no prompt, answer 3 1: pairs 01 12 21 12 31."""
+    counts = PairCounts(vocab_size=4)
+    counts.add_rows([Answered(np.array([3, 0]), np.array([1, 2, 1, 2]))])
+    counts.add_rows([Answered(np.array([], dtype=np.int64), np.array([3, 1]))])
+    return counts
+
+
+def test_pairs_are_counted_and_move_without_loss():
+    counts = toy_counts()
+    assert counts.arrays()["pair_codes"].tolist() == [1, 6, 9, 13]  # before * 4 + token
+    assert counts.arrays()["pair_counts"].tolist() == [1, 2, 1, 1]
+    other = toy_counts()
+    other.add_counts(counts.drain())
+    assert other.arrays()["pair_counts"].tolist() == [2, 4, 2, 2]
+    assert len(counts.arrays()["pair_codes"]) == 0
+
+
+def test_baselines_against_hand_worked_numbers():
+    # One held-out token after 1: the teacher gives id 2 a half, id 0 a quarter, a quarter is tail.
+    p = np.array([0.5, 0.25, 0.25])
+    part = HeldOutTokens(np.array([1]), np.array([[2, 0]]), np.log(p)[None].astype(np.float32))
+    figures = measure_baselines([part], toy_counts())
+
+    def kl(q):
+        return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+    # Uniform: 1/4 1/4 and 1/2 for the two others; a guess is right once in four.
+    assert figures["uniform"]["kl_nats_per_token"] == pytest.approx(kl([1 / 4, 1 / 4, 1 / 2]))
+    assert figures["uniform"]["top1_agreement"] == 0.25
+    # Unigram: token counts 0 3 2 0 of 5, add one of 9: 1/9 4/9 3/9 1/9; its best is 1, not 2.
+    assert figures["unigram"]["kl_nats_per_token"] == pytest.approx(kl([3 / 9, 1 / 9, 5 / 9]))
+    assert figures["unigram"]["top1_agreement"] == 0.0
+    # Bigram after 1: c(1) = 2, d(1) = 1. q(2) = (2 + 3/9) / 3 = 7/9, q(0) = (1/9) / 3 = 1/27,
+    # the rest 1 - 7/9 - 1/27 = 5/27; its best is 2.
+    assert figures["bigram"]["kl_nats_per_token"] == pytest.approx(kl([7 / 9, 1 / 27, 5 / 27]))
+    assert figures["bigram"]["top1_agreement"] == 1.0
+
+
+def test_a_context_never_seen_falls_back_to_the_unigram_and_empty_slots_count_nothing():
+    counts = PairCounts(vocab_size=4)
+    counts.add_rows([Answered(np.array([0]), np.array([1, 1]))])
+    p = np.array([0.75, 0.0, 0.25])
+    with np.errstate(divide="ignore"):
+        log_p = np.log(p)[None]
+    part = HeldOutTokens(np.array([3]), np.array([[1, -1]]), log_p)
+    figures = measure_baselines([part, part], counts)
+    # Unigram: 1 3 1 1 of 6: q(1) = 1/2, the tail the other half.
+    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    for name in ("unigram", "bigram"):
+        assert figures[name]["kl_nats_per_token"] == pytest.approx(expected)
+        assert figures[name]["top1_agreement"] == 1.0
+
+
+def test_without_any_training_answer_all_three_models_are_uniform():
+    p = np.log(np.array([[0.5, 0.5]]))
+    part = HeldOutTokens(np.array([0]), np.array([[1]]), p)
+    figures = measure_baselines([part], PairCounts(vocab_size=4))
+    values = [figures[name]["kl_nats_per_token"] for name in ("uniform", "unigram", "bigram")]
+    assert values == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(2 / 3)] * 3)
+
+
+def scored_by(teacher, written):
+    """Rows as the teacher's ``score`` gives them, from a model here."""
+    rows = []
+    for row, ids in written:
+        inputs = torch.tensor([[*row.prompt_ids.tolist(), *ids]])
+        with torch.no_grad():
+            logprobs = teacher(inputs).logits[0].log_softmax(dim=-1)
+        best = logprobs[len(row.prompt_ids) - 1 : -1].topk(K)
+        tail = torch.log1p(-best.values.exp().sum(dim=1))
+        rows.append(
+            Row(
+                row.position,
+                row.row,
+                row.prompt_ids,
+                np.array(ids, np.int32),
+                topk_ids=best.indices.numpy().astype(np.int32),
+                topk_logprobs=best.values.numpy().astype(np.float32),
+                tail_logprob=tail.numpy().astype(np.float32),
+            )
+        )
+    return rows
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_teacher_judges_what_the_student_wrote(measured_run, same):
+    _, measurer = measured_run
+    teacher = tiny_model(seed=0 if same else 1)
+    free = measurer._config.evaluation.free_running.model_copy(update={"teacher_scores": True})
+    evaluation = measurer._config.evaluation.model_copy(update={"free_running": free})
+    measurer._config = measurer._config.model_copy(update={"evaluation": evaluation})
+    written = []
+    measurer._score = lambda pairs: written.extend(pairs) or scored_by(teacher, pairs)
+    record = measurer.measure(0, "before", "in training precision")
+    assert record["student_answer_tokens"] == sum(len(ids) for _, ids in written) > 0
+    if same:
+        assert abs(record["kl_on_student_answers"]) < 1e-6
+    else:
+        assert record["kl_on_student_answers"] > 0.1
+
+
+@pytest.fixture
+def measured_run(tmp_path):
+    """A run folder with held-out rows, and a measurer of a tiny student."""
+    folder = RunFolder(str(tmp_path / "run")).ensure()
+    columns = {name: [] for name in row_schema("topk", K).names}
+    for row in some_rows():
+        for name in columns:
+            value = {"epoch": -1, "source": "s"}.get(name, getattr(row, name, None))
+            columns[name].append(value.tolist() if isinstance(value, np.ndarray) else value)
+    folder.write_table("held_out.parquet", pa.table(columns, schema=row_schema("topk", K)))
+    words = {f"w{i}": i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = RunConfig.model_validate(
+        {
+            "teacher": {"model": "unused", "sampling": {"max_tokens": 5}},
+            "student": {"init": "model", "model": "unused"},
+            "prompts": {"path": "unused"},
+            "evaluation": {"held_out_rows": 5, "free_running": {"rows": 2}},
+        }
+    )
+    measurer = Measurer(
+        config,
+        folder,
+        str(tmp_path),
+        FakeSampling(),
+        module=StudentModule(tiny_model()),
+        student_vocab=VOCAB,
+        device=CPU,
+        ranks=Ranks(),
+    )
+    return folder, measurer
+
+
+def test_an_evaluation_writes_its_figures_and_the_students_answers(measured_run):
+    folder, measurer = measured_run
+    assert not measurer.is_measured(0)
+    counts = PairCounts(VOCAB)
+    counts.add_rows(some_rows())
+    record = measurer.measure(0, "before", "in training precision", counts)
+    assert measurer.is_measured(0)
+    assert read_lines(folder, "evaluation.jsonl") == [json.loads(json.dumps(record))]
+    assert record["step"] == 0
+    assert record["num_tokens"] == 14
+    assert set(record["baselines"]) == {"uniform", "unigram", "bigram"}
+    answers = read_lines(folder, "answers.jsonl")
+    assert len(answers) == 2
+    assert set(answers[0]) == {"step", "row", "prompt", "teacher", "student"}
+    expected, _ = slow_reference(tiny_model(), some_rows())
+    assert record["kl_nats_per_token"] == pytest.approx(expected["kl"], rel=1e-5)
+
+
+def test_measuring_a_step_again_replaces_its_answers_and_a_resumption_discards_later_ones(
+    measured_run,
+):
+    folder, measurer = measured_run
+    for step in (0, 4, 4):
+        measurer.measure(step, "after", "in training precision")
+    assert [line["step"] for line in read_lines(folder, "answers.jsonl")] == [0, 0, 4, 4]
+    measurer.measure(8, "during", "in training precision")  # Its own answers are not due then.
+    assert read_lines(folder, "answers.jsonl")[-1]["step"] == 4
+    assert "stop_rate" not in read_lines(folder, "evaluation.jsonl")[-1]
+    measurer.discard_beyond(2)
+    assert [line["step"] for line in read_lines(folder, "answers.jsonl")] == [0, 0]
+    assert [line["step"] for line in read_lines(folder, "evaluation.jsonl")] == [0]

@@ -1,0 +1,181 @@
+"""The student as a Hugging Face model: made from the teacher, saved, loaded again."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from raystill.config.run import RunConfig
+from raystill.train.student.build import build_student, keep_layers, num_outcomes
+from raystill.train.student.export import export_student, round_weights, save_student
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+SETTINGS = {"num_hidden_layers": 4, "hidden_size": 16, "intermediate_size": 24}
+SETTINGS |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 40}
+
+
+@dataclass
+class FakeSampling:
+    temperature: float = 0.7
+    top_p: float = 0.9
+    top_k: int = 0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = (2, 5)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    """A four-layer random teacher with a tokenizer of 37 names and a chat template."""
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SETTINGS, tie_word_embeddings=True, eos_token_id=2)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    words = {f"w{i}": i for i in range(37)}
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2"}
+    settings["chat_template"] = TEMPLATE
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    generation = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 2, "max_new_tokens": 7}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def run_config(teacher, student=None, **training) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "teacher": {"model": str(teacher)},
+            "student": student or {"init": "from_teacher", "layers": [0, 2, 3]},
+            "prompts": {"path": "unused.jsonl"},
+            "training": training,
+        }
+    )
+
+
+def layer_tensors(model, index):
+    return {n: p for n, p in model.model.layers[index].named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "layers"), [({"layers": [0, 2, 3]}, [0, 2, 3]), ({"layer_stride": 2}, [0, 2])]
+)
+def test_a_student_from_the_teacher_keeps_the_named_layers_bit_for_bit(teacher, chosen, layers):
+    source = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    student = build_student(run_config(teacher, chosen), str(teacher), seed=1)
+    assert student.config.num_hidden_layers == len(layers)
+    for index, layer in enumerate(layers):
+        assert student.model.layers[index].self_attn.layer_idx == index
+        ours, theirs = layer_tensors(student, index), layer_tensors(source, layer)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert ours[name].dtype == torch.float32
+            assert torch.equal(ours[name], theirs[name])
+    assert torch.equal(student.model.embed_tokens.weight, source.model.embed_tokens.weight)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+
+
+def test_the_cut_student_generates_with_its_cache_as_without(teacher):
+    student = build_student(run_config(teacher), str(teacher), seed=1).eval()
+    ids = torch.tensor([[3, 4, 9]])
+    settings = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
+    cached, plain = (
+        student.generate(ids, **settings, use_cache=use_cache) for use_cache in (True, False)
+    )
+    assert torch.equal(cached, plain)
+
+
+def test_a_layer_named_twice_is_a_copy_and_per_layer_settings_follow(teacher):
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    model.config.layer_types = ["a", "b", "c", "d"]
+    keep_layers(model, [3, 1, 1])
+    assert model.config.layer_types == ["d", "b", "b"]
+    first, second = model.model.layers[1], model.model.layers[2]
+    assert torch.equal(first.mlp.up_proj.weight, second.mlp.up_proj.weight)
+    assert first.mlp.up_proj.weight is not second.mlp.up_proj.weight
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2]
+
+
+def test_a_layer_the_teacher_lacks_is_refused(teacher):
+    config = run_config(teacher, {"layers": [0, 4]})
+    with pytest.raises(ValueError, match=r"names \[4\], but the teacher has layers 0 to 3"):
+        build_student(config, str(teacher), seed=1)
+
+
+def test_a_student_from_a_model_folder_is_that_model(teacher):
+    config = run_config(teacher, {"init": "model", "model": str(teacher)}, param_dtype="float64")
+    student = build_student(config, "unused", seed=1)
+    assert student.config.num_hidden_layers == 4
+    assert {p.dtype for p in student.parameters()} == {torch.float64}
+
+
+def test_outcomes_are_the_ids_that_head_and_tokenizer_both_have(teacher, tmp_path):
+    student = build_student(run_config(teacher), str(teacher), seed=1)
+    assert num_outcomes(student, str(teacher)) == 37
+    assert num_outcomes(student, str(tmp_path)) == 40
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_saved_student_loads_with_transformers_as_it_was_measured(teacher, tmp_path, dtype):
+    config = run_config(teacher, export_dtype=dtype)
+    student = build_student(config, str(teacher), seed=1)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    round_weights(student, getattr(torch, dtype))
+    save_student(student, tmp_path / "student", config, str(teacher), FakeSampling())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype="auto")
+    assert loaded.dtype == getattr(torch, dtype)
+    assert loaded.config.use_cache
+    own = dict(student.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter.float(), own[name])
+    ids = torch.tensor([[3, 4, 9, 11]])
+    with torch.no_grad():
+        assert torch.equal(loaded.float()(ids).logits, student(ids).logits)
+
+
+def test_the_saved_student_brings_the_teachers_tokenizer_template_and_stop_ids(teacher, tmp_path):
+    config = run_config(teacher)
+    student = build_student(config, str(teacher), seed=1)
+    folder = tmp_path / "student"
+    save_student(student, folder, config, str(teacher), FakeSampling())
+    save_student(student, folder, config, str(teacher), FakeSampling())  # Replaces the first.
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == (
+        "<user>x"
+    )
+    generation = GenerationConfig.from_pretrained(folder)
+    assert generation.eos_token_id == [2, 5]
+    assert (generation.do_sample, generation.temperature, generation.top_p) == (True, 0.7, 0.9)
+    assert generation.pad_token_id == 2
+    assert generation.max_new_tokens is None
+    assert GenerationConfig.from_model_config(student.config) is not None
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.generation_config.eos_token_id == [2, 5]
+
+
+def test_a_greedy_teachers_student_is_greedy(teacher, tmp_path):
+    config = run_config(teacher)
+    student = build_student(config, str(teacher), seed=1)
+    sampling = FakeSampling(temperature=0.0)
+    save_student(student, tmp_path / "student", config, str(teacher), sampling)
+    generation = json.loads((tmp_path / "student" / "generation_config.json").read_text())
+    assert generation["do_sample"] is False
+    assert "temperature" not in generation
+
+
+def test_a_student_is_exported_into_the_run_folder(teacher, tmp_path):
+    from raystill.base.run_folder import RunFolder
+
+    config = run_config(teacher)
+    student = build_student(config, str(teacher), seed=1)
+    folder = RunFolder(str(tmp_path / "run")).ensure()
+    export_student(student, folder, config, str(teacher), FakeSampling())
+    assert folder.exists("student/config.json")
+    assert student.config.use_cache is False  # Exporting changes only what is written.

@@ -1,0 +1,154 @@
+"""The process that compares signals: it holds the rows, the teacher's head and one student.
+
+`cluster.calibrate` places it where a student worker would be, and asks it for one student and one
+objective at a time; what it gives back are a few figures. Imports no Ray.
+"""
+
+import os
+from typing import Any
+
+import pyarrow as pa
+import torch
+from transformers import AutoModelForCausalLM
+
+from raystill.base.errors import RunError
+from raystill.config.objective import ObjectiveConfig
+from raystill.config.run import RunConfig
+from raystill.datasets.rows.answers import answers_table
+from raystill.datasets.rows.signal import Signal
+from raystill.model.on_node import ModelSource
+from raystill.train.batch.batch import signal_column
+from raystill.train.batch.rows import rows_from_table
+from raystill.train.calibration import compare as calibrate
+from raystill.train.calibration.cost import bytes_per_token
+from raystill.train.calibration.positions import Positions, pick, read_positions
+from raystill.train.loss.teacher_head import TeacherHead, read_teacher_head
+from raystill.train.student.build import build_student, num_outcomes
+from raystill.train.student.module import StudentModule
+
+POSITIONS_PER_ROW = 16
+"""Of one answer: its tokens are alike, and more prompts cost more of the student's body."""
+
+
+class Calibrator:
+    """Compares signals in float32 on the answers of one teacher. ``load`` comes first."""
+
+    def __init__(
+        self, config: RunConfig, teacher: ModelSource, rows: pa.Table, num_positions: int
+    ) -> None:
+        """rows: `datasets.schema.row_schema` of ``hidden``."""
+        on_gpu = torch.cuda.is_available()
+        if not on_gpu:
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
+        self._device = torch.device("cuda" if on_gpu else "cpu")
+        self._config = config
+        self._teacher_folder = teacher.on_this_node(
+            "all" if config.student.init == "from_teacher" else "head"
+        )
+        seed = config.section_seeds()["evaluation"]
+        self._picked = pick(
+            rows_from_table(rows.combine_chunks()), num_positions, POSITIONS_PER_ROW, seed
+        )
+        self._module: StudentModule
+        self._teacher: TeacherHead
+        self._positions: Positions
+        self._hidden: torch.Tensor
+
+    def load(self, folder: str | None) -> int:
+        """Take the student in ``folder``, or the run file's untrained one; its parameters.
+
+        Raises RunError where the teacher's head does not give what its engine said.
+        """
+        config, device = self._config, self._device
+        if folder is None:
+            seed = config.section_seeds()["student"]
+            model = build_student(config, self._teacher_folder, seed)
+        else:
+            trust = config.student.trust_remote_code or config.teacher.trust_remote_code
+            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+        self._module = StudentModule(model.to(device, torch.float32))
+        self._module.eval()  # Dropout would give every signal another student.
+        vocab = num_outcomes(model, self._teacher_folder)
+        self._teacher = read_teacher_head(
+            self._teacher_folder, vocab, device=device, engine_dtype=config.teacher.dtype
+        )
+        self._require_agreement()
+        head, width = self._teacher, self._teacher.hidden_size
+        more = [config.signal.top_k] if config.signal.kind == "topk" else []
+        signals = calibrate.signals_to_compare(len(head.weight), width, more)
+        budget = config.training.tokens_per_micro_batch
+        self._positions = read_positions(self._picked, head, signals, budget, vocab)
+        self._hidden = calibrate.hidden_states(self._module, self._positions)
+        return sum(p.numel() for p in self._module.parameters())
+
+    def describe(self) -> dict[str, Any]:
+        """How many positions and rows; of each signal its bytes and the teacher's mass in it."""
+        positions = self._positions
+        return {
+            "positions": positions.tokens.num_tokens,
+            "rows": len(positions.lengths),
+            "signals": {
+                str(signal): {
+                    "kind": signal.kind,
+                    "width": signal.width,
+                    "bytes_per_token": self._bytes(signal),
+                    "teacher_mass": self._teacher_mass(signal),
+                }
+                for signal in positions.partitions
+            },
+        }
+
+    def compare(self, objective: ObjectiveConfig) -> dict[str, Any]:
+        """The full loss, nats a token, and of each signal its share of it and both cosines."""
+        of = (self._positions, objective, self._teacher)
+        logits = calibrate.compare_logits(self._hidden, self._module.head(), *of)
+        parameters = calibrate.compare_parameters(self._module, *of)
+        (full,) = (figures.loss for signal, figures in logits.items() if signal.kind == "hidden")
+        return {
+            "full_loss": full,
+            "signals": {
+                str(signal): {
+                    "loss_ratio": figures.loss / full if signal.kind != "text" and full else None,
+                    "cosine_logits": figures.cosine,
+                    "cosine_parameters": parameters[signal],
+                    "student_mass": figures.student_mass,
+                }
+                for signal, figures in logits.items()
+            },
+        }
+
+    def costs(self, objective: ObjectiveConfig) -> dict[str, Any]:
+        """Time and memory of each signal's loss over all positions."""
+        found = calibrate.loss_costs(
+            self._hidden, self._module.head(), self._positions, objective, self._teacher
+        )
+        return {str(signal): cost._asdict() for signal, cost in found.items()}
+
+    def _require_agreement(self) -> None:
+        rows = [picked.row for picked in self._picked]
+        hidden = signal_column(rows, "hidden").view(torch.bfloat16).to(self._device)
+        drawn = torch.cat([torch.from_numpy(r.response_ids[-r.num_targets :]) for r in rows])
+        told = signal_column(rows, "sampled_logprobs")
+        gap = self._teacher.mean_gap(hidden, drawn.long().to(self._device), told.to(self._device))
+        self._teacher.require_agreement(gap)
+
+    def _bytes(self, signal: Signal) -> float:
+        answers = self._positions.answers(signal)
+        return bytes_per_token(answers_table(answers, signal.kind, signal.width), signal)
+
+    def _teacher_mass(self, signal: Signal) -> float | None:
+        truncated = self._positions.truncated
+        if signal.kind == "sampled":
+            return truncated.drawn.exp().mean().item()
+        if signal.kind == "topk":
+            return truncated.topk[signal.width].logprobs.exp().sum(dim=1).mean().item()
+        return 1.0 if signal.kind == "hidden" else None
+
+
+def require_answers(rows: pa.Table, num_prompts: int) -> None:
+    """RunError where there is nothing to compare signals on."""
+    if len(rows) == 0:
+        raise RunError(
+            f"the teacher answered none of {num_prompts} prompts, so there is nothing to compare "
+            "signals on; see the teacher's log files, or choose other prompts"
+        )

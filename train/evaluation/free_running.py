@@ -1,0 +1,230 @@
+"""What the student writes by itself: does it stop, how long, does it repeat itself.
+
+The student answers some held-out prompts with the teacher's sampling; its answers are set beside
+the teacher's to the same prompts. Shares of the whole are pooled over answers, not averaged.
+
+``stop_rate``: share of answers that ended with a stop id. ``length_ratio``: mean length of the
+student's answers over the mean of the teacher's. ``repeated_4gram_share``: of all 4-grams, those
+that occurred earlier in the same answer. The teacher's own figures stand beside them.
+
+What the teacher thinks of the student's own answers: KL on contexts that the student wrote.
+
+On teacher-written contexts a student never meets the mistakes it makes when it writes itself; this
+figure is measured where they are. *Waits for* the teacher, which scores each answer by one prefill.
+
+Legend: P prompt tokens, T tokens the student wrote, K teacher ids kept for each.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from transformers import GenerationConfig
+
+from raystill.config.run import RunConfig
+from raystill.datasets.rows.schema import TOKEN_IDS
+from raystill.datasets.rows.signal import Signal
+from raystill.datasets.stream.teacher_calls import TeacherCalls
+from raystill.train.batch.rows import Row, rows_from_table
+from raystill.train.step.ranks import Ranks
+from raystill.train.student.export import Sampling
+
+ROWS_PER_BATCH = 16
+Written = Sequence[tuple[Row, list[int]]]
+"""Held-out rows with what the student answered, token ids."""
+
+SUMS = ("answers", "stops", "tokens", "repeated", "ngrams")
+
+
+@dataclass(frozen=True)
+class FreeRunning:
+    """How the student's answers are drawn; ``max_tokens`` counts response tokens."""
+
+    rows: int
+    max_tokens: int
+    sampling: Sampling
+    seed: int
+    compute_dtype: torch.dtype = torch.float32
+
+
+def choose_rows(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """``count`` rows with a prompt, drawn by ``seed``, the same at every evaluation, in order."""
+    rows = [row for row in rows if len(row.prompt_ids)]
+    if count >= len(rows):
+        return rows
+    chosen = np.random.default_rng(seed).choice(len(rows), size=count, replace=False)
+    return [rows[i] for i in sorted(chosen)]
+
+
+def repeated_ngrams(ids: Sequence[int], n: int = 4) -> tuple[int, int]:
+    """(n-grams that occurred earlier in ``ids``, all n-grams)."""
+    ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(ngrams) - len(set(ngrams)), len(ngrams)
+
+
+def run_free(
+    model: Any, rows: Sequence[Row], settings: FreeRunning, device: torch.device, ranks: Ranks
+) -> tuple[dict[str, float | None], list[tuple[Row, list[int]]]]:
+    """Figures on every rank, and on rank 0 (Row, student's response ids) of all chosen rows.
+
+    ``rows`` are all held-out rows; each rank answers every world_size-th of the chosen ones.
+    """
+    chosen = choose_rows(rows, settings.rows, settings.seed)
+    mine = chosen[ranks.rank :: ranks.world_size]
+    answers = generate(model, [row.prompt_ids for row in mine], settings, device)
+    sums = _sums("student", answers, settings)
+    sums |= _sums("teacher", [row.response_ids.tolist() for row in mine], settings)
+    gathered = ranks.gather([(row.row, answer) for row, answer in zip(mine, answers, strict=True)])
+    by_row = {number: answer for part in gathered or [] for number, answer in part}
+    pairs = [(row, by_row[row.row]) for row in chosen] if ranks.first else []
+    return figures(ranks.sum(sums)), pairs
+
+
+def figures(sums: dict[str, float]) -> dict[str, float | None]:
+    """The figures from sums of both sides (``student_tokens`` and the like); None: 0 of 0."""
+
+    def share(part: str, whole: str) -> float | None:
+        return sums[part] / sums[whole] if sums[whole] else None
+
+    return {
+        "stop_rate": share("student_stops", "student_answers"),
+        "length_ratio": share("student_tokens", "teacher_tokens"),
+        "repeated_4gram_share": share("student_repeated", "student_ngrams"),
+        "teacher_stop_rate": share("teacher_stops", "teacher_answers"),
+        "teacher_repeated_4gram_share": share("teacher_repeated", "teacher_ngrams"),
+        "free_running_rows": int(sums["student_answers"]),
+    }
+
+
+def _sums(who: str, answers: Sequence[Sequence[int]], settings: FreeRunning) -> dict[str, float]:
+    """Counts of one side's answers, which are cut to ``max_tokens`` so that lengths compare."""
+    sums = dict.fromkeys(SUMS, 0.0)
+    stops = set(settings.sampling.stop_token_ids)
+    for whole in answers:
+        answer = list(whole)[: settings.max_tokens]
+        repeated, ngrams = repeated_ngrams(answer)
+        sums["answers"] += 1
+        sums["stops"] += bool(answer) and answer[-1] in stops
+        sums["tokens"] += len(answer)
+        sums["repeated"] += repeated
+        sums["ngrams"] += ngrams
+    return {f"{who}_{name}": value for name, value in sums.items()}
+
+
+@torch.no_grad()
+def generate(
+    model: Any, prompts: Sequence[np.ndarray], settings: FreeRunning, device: torch.device
+) -> list[list[int]]:
+    """The student's answers to ``prompts`` ([P] each, P > 0), stop id included where it stopped.
+
+    Prompts are padded on the left and masked by length. The process's random state is left as it
+    was: evaluating does not change training.
+    """
+    was_training, was_caching = model.training, model.config.use_cache
+    model.eval()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), _autocast(settings, device):
+            torch.manual_seed(settings.seed)
+            answers: list[list[int]] = []
+            for start in range(0, len(prompts), ROWS_PER_BATCH):
+                batch = prompts[start : start + ROWS_PER_BATCH]
+                answers += _generate_batch(model, batch, settings, device)
+            return answers
+    finally:
+        model.config.use_cache = was_caching
+        model.train(was_training)
+
+
+def _generate_batch(
+    model: Any, prompts: Sequence[np.ndarray], settings: FreeRunning, device: torch.device
+) -> list[list[int]]:
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for i, prompt in enumerate(prompts):
+        input_ids[i, width - len(prompt) :] = torch.from_numpy(np.array(prompt, dtype=np.int64))
+        mask[i, width - len(prompt) :] = 1
+    stops = list(settings.sampling.stop_token_ids)
+    output = model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=_generation_config(settings, stops),
+        synced_gpus=False,  # Every rank has all weights, and as many passes as its own rows need.
+    )
+    return [_until_stop(ids, set(stops)) for ids in output[:, width:].tolist()]
+
+
+def _autocast(settings: FreeRunning, device: torch.device) -> Any:
+    """The precision the student is trained in."""
+    if settings.compute_dtype not in (torch.bfloat16, torch.float16):
+        return nullcontext()
+    return torch.autocast(device.type, dtype=settings.compute_dtype)
+
+
+def _generation_config(settings: FreeRunning, stops: list[int]) -> GenerationConfig:
+    sampling = settings.sampling
+    drawn: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        drawn = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": max(0, sampling.top_k),
+            "min_p": sampling.min_p or None,
+        }
+    return GenerationConfig(
+        max_new_tokens=settings.max_tokens,
+        eos_token_id=stops or None,
+        pad_token_id=stops[0] if stops else 0,
+        use_cache=True,
+        **drawn,
+    )
+
+
+def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
+    """``ids`` up to and including the first stop id; what follows is padding."""
+    for index, token in enumerate(ids):
+        if token in stops:
+            return ids[: index + 1]
+    return ids
+
+
+GROUP_ROWS = 8
+
+
+def score_answers(
+    config: RunConfig, app_name: str, coordinator: Any, written: Written
+) -> list[Row]:
+    """What the student wrote as rows with the teacher's ``topk`` signal (evaluation.top_k).
+
+    Empty answers, and such as the teacher cannot read, are left out. RunError as `TeacherCalls`.
+    """
+    wish = Signal("topk", config.evaluation.top_k)
+    calls = TeacherCalls(app_name, wish, config.stream.max_attempts, coordinator)
+    written = [(row, ids) for row, ids in written if ids]
+    groups = [written[i : i + GROUP_ROWS] for i in range(0, len(written), GROUP_ROWS)]
+
+    async def score_all() -> list[pa.Table]:
+        return await asyncio.gather(*(_score(calls, group) for group in groups))
+
+    rows = [row for table in asyncio.run(score_all()) for row in rows_from_table(table)]
+    return rows
+
+
+async def _score(calls: TeacherCalls, group: Written) -> pa.Table:
+    prompts = pa.array([row.prompt_ids for row, _ in group], TOKEN_IDS)
+    responses = pa.array([np.array(ids, np.int32) for _, ids in group], TOKEN_IDS)
+    numbers = pa.array([row.row for row, _ in group], pa.int64())
+    scored = await calls.score(prompts, responses)
+    usable = pc.is_null(scored["error"])
+    table = scored.append_column("prompt_ids", prompts)
+    for name in ("row", "position"):
+        table = table.append_column(name, numbers)
+    return table.filter(usable).combine_chunks()

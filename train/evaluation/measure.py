@@ -1,0 +1,176 @@
+"""Measuring the student during a run: all figures of one evaluation, written where they belong.
+
+Consumes ``held_out.parquet`` and, for the baselines, the pair counts of the rows trained. Writes,
+on rank 0, one line of ``evaluation.jsonl`` and the student's own answers to ``answers.jsonl``.
+Every rank calls every method. Imports no Ray.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from raystill.base.records import MetricsLog, read_lines
+from raystill.base.run_folder import ANSWERS, EVALUATION, HELD_OUT, RunFolder
+from raystill.config.run import RunConfig
+from raystill.train.batch.rows import Row, rows_from_table
+from raystill.train.evaluation.baselines import HeldOutTokens, PairCounts, measure_baselines
+from raystill.train.evaluation.free_running import FreeRunning, Written, run_free
+from raystill.train.evaluation.teacher_forced import evaluate, micro_batches
+from raystill.train.step.ranks import Ranks
+from raystill.train.student.export import Sampling
+from raystill.train.student.module import StudentModule
+from raystill.train.student.sharding import whole_weights
+
+logger = logging.getLogger(__name__)
+
+
+class Measurer:
+    """Measures one student of a run on its held-out rows."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        teacher_folder: str,
+        sampling: Sampling,
+        *,
+        module: StudentModule,
+        student_vocab: int,
+        device: torch.device,
+        ranks: Ranks,
+        score: Callable[[Written], list[Row]] | None = None,
+    ) -> None:
+        """score: has the teacher score what the student wrote; needed by rank 0 where the
+        configuration wants it.
+        """
+        self._score = score
+        self._config = config
+        self._folder = folder
+        self._teacher_folder = teacher_folder
+        self._module = module
+        self._student_vocab = student_vocab
+        self._device = device
+        self._ranks = ranks
+        free = config.evaluation.free_running
+        self._free_during = free.during
+        self._free_running = FreeRunning(
+            rows=free.rows,
+            max_tokens=free.max_tokens or config.teacher.sampling.max_tokens,
+            sampling=sampling,
+            seed=config.section_seeds()["evaluation"],
+            compute_dtype=module.compute_dtype,
+        )
+        self._rows: list[Row] | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        """All held-out rows, by their number, read once; they must have been answered."""
+        if self._rows is None:
+            rows = rows_from_table(self._folder.read_table(HELD_OUT).combine_chunks())
+            self._rows = sorted(rows, key=lambda row: row.row)
+        return self._rows
+
+    def discard_beyond(self, step: int) -> None:
+        """Move aside the records of steps after ``step``, which will be trained again."""
+        if self._ranks.first:
+            for name in (EVALUATION, ANSWERS):
+                MetricsLog(self._folder, name).discard_beyond(step)
+
+    def is_measured(self, step: int) -> bool:
+        """Whether ``evaluation.jsonl`` holds figures of the weights after ``step`` steps."""
+        found = False
+        if self._ranks.first:
+            found = any(r["step"] == step for r in read_lines(self._folder, EVALUATION))
+        return self._ranks.from_first(found)
+
+    def measure(
+        self, step: int, when: str, weights: str, counts: PairCounts | None = None
+    ) -> dict[str, Any]:
+        """Figures of the student after ``step`` steps; ``counts`` (rank 0) adds the baselines.
+
+        ``when`` is before, during or after; ``weights`` says which weights were measured.
+        """
+        record: dict[str, Any] = {"step": step, "when": when, "weights": weights}
+        with whole_weights(self._module):  # Ranks write answers of lengths of their own.
+            record |= self._evaluate(self.rows)
+            if self._free_running.rows > 0 and (when != "during" or self._free_during):
+                record |= self._run_free(step)
+        if self._ranks.first:
+            if counts is not None:
+                record["baselines"] = self._measure_baselines(counts)
+            log = MetricsLog(self._folder, EVALUATION)
+            log.append(record)
+            log.upload()
+            logger.info("evaluation %s", record)
+        return record
+
+    def _run_free(self, step: int) -> dict[str, float | None]:
+        figures, pairs = run_free(
+            self._module.model, self.rows, self._free_running, self._device, self._ranks
+        )
+        if self._ranks.first:
+            self._write_answers(step, pairs)
+        if self._config.evaluation.free_running.teacher_scores:
+            figures |= self._scored_by_teacher(pairs)
+        return figures
+
+    def _scored_by_teacher(self, pairs: Written) -> dict[str, float | None]:
+        """KL(teacher || student) on the answers that rank 0 has of all ranks."""
+        rows: list[Row] = []
+        if self._ranks.first:
+            assert self._score is not None, "somebody must ask the teacher"
+            rows = self._score(pairs)
+        rows = self._ranks.from_first(rows)
+        if not any(row.num_targets for row in rows):
+            return {"kl_on_student_answers": None, "student_answer_tokens": 0}
+        told = self._evaluate(rows)
+        return {
+            "kl_on_student_answers": told["kl_nats_per_token"],
+            "student_answer_tokens": told["num_tokens"],
+        }
+
+    def _evaluate(self, rows: list[Row]) -> dict[str, Any]:
+        return evaluate(
+            self._module,
+            rows,
+            tokens_budget=self._config.training.tokens_per_micro_batch,
+            student_vocab=self._student_vocab,
+            device=self._device,
+            ranks=self._ranks,
+        )
+
+    def _write_answers(self, step: int, pairs: list[tuple[Row, list[int]]]) -> None:
+        log = MetricsLog(self._folder, ANSWERS)
+        log.discard_beyond(step - 1)  # A restart may measure the same step again.
+        text = text_of(self._teacher_folder)
+        for row, answer in pairs:
+            texts = {
+                "prompt": text(row.prompt_ids.tolist()),
+                "teacher": text(row.response_ids.tolist()),
+                "student": text(answer),
+            }
+            log.append({"step": step, "row": row.row, **texts})
+        log.upload()
+
+    def _measure_baselines(self, counts: PairCounts) -> dict[str, dict[str, float]]:
+        budget = self._config.training.tokens_per_micro_batch
+        parts = []
+        for batch in micro_batches(self.rows, budget, self._student_vocab):
+            assert batch.partition is not None, "held-out rows carry the topk signal"
+            before = batch.input_ids.flatten()[batch.logit_index]
+            ids, log_p = batch.partition.ids, batch.partition.log_p
+            parts.append(HeldOutTokens(before.numpy(), ids.numpy(), log_p.numpy()))
+        return measure_baselines(parts, counts)
+
+
+def text_of(teacher_folder: str) -> Callable[[list[int]], str]:
+    """Text of token ids without special tokens; the ids themselves where nothing names them."""
+    path = Path(teacher_folder) / "tokenizer.json"
+    if not path.exists():
+        return lambda ids: " ".join(map(str, ids))
+    tokenizer = Tokenizer.from_file(str(path))
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,0 +1,287 @@
+"""One optimizer step over all workers, whatever rows each of them holds.
+
+`worker` calls `GlobalStep.run` on every rank for every step, with this rank's rows (possibly
+none). Waits for: the other ranks, in one all-gather before the work, in DDP's reduction of the
+last micro-batch (FSDP's gatherings and reductions of each), and in one all-reduce of the figures.
+Unblocked by: every rank calling `run`.
+
+A step is global [the same step at any number of workers]. With w the token weights and d the
+objective, the loss is sum over all ranks of w d / W, W = sum over all ranks of w. So that ranks may
+hold different shares:
+
+1. all ranks learn (rows, tokens, weight, micro-batches, has more, stop) of all ranks, and with the
+   first rows of a ``hidden`` signal how far its states are from what the teacher said;
+2. each runs as many forward and backward passes as the rank with most, its own first, then
+   dummies of one token and weight 0: every rank enters each reduction as often as the others;
+3. gradients of the undivided sums accumulate; DDP at the last pass, FSDP at each, reduces and
+   *averages*, so one multiplication by world_size / W, before clipping, gives the loss's gradient.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raystill.base.errors import RunError
+from raystill.config.objective import ObjectiveConfig
+from raystill.config.training import TrainingConfig
+from raystill.train.batch.batch import MicroBatch
+from raystill.train.batch.rows import Row
+from raystill.train.loss.teacher_head import TeacherHead
+from raystill.train.step.micro_batches import BatchMaker
+from raystill.train.step.optimizer import learning_rate
+from raystill.train.student.sharding import is_sharded, whole
+
+logger = logging.getLogger(__name__)
+
+TAIL_MASS_TO_WARN_OF = 0.1
+WARN_EVERY_STEPS = 100
+NUM_FIXED_FIGURES = 6
+"""Sums of a pass beside the terms: total, two tail masses; floored, input and padded tokens."""
+
+
+class NonFiniteLossError(RunError):
+    """The loss or its gradient is not a number; the weights are still those of the last step."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, the same on every rank except ``student_s``.
+
+    loss and objective in nats per unit of weight; tail masses are weighted means over tokens (None
+    for the text signal); floored_tokens: as in `ObjectiveSums`; student_s: seconds from when all
+    ranks had their rows; any_more: a rank holds or expects rows of later steps; any_stop: a rank
+    was asked to stop. ``trained`` is False for a step without weight (no rows, or none with a
+    loss-bearing token): the weights did not change.
+    """
+
+    step: int
+    trained: bool
+    rows: int
+    tokens: int
+    any_more: bool
+    any_stop: bool
+    lr: float
+    loss: float | None = None
+    objective: dict[str, float] = field(default_factory=dict)
+    grad_norm: float | None = None
+    padding_fraction: float = 0.0
+    teacher_tail_mass: float | None = None
+    student_tail_mass: float | None = None
+    floored_tokens: int | None = None
+    student_s: float = 0.0
+
+    def metrics(self) -> dict[str, Any]:
+        """The fields of a metrics line that the step knows, flat, objectives as ``objective/*``."""
+        names = ["step", "loss", "grad_norm", "lr", "rows", "tokens", "student_s"]
+        names += ["padding_fraction", "teacher_tail_mass", "student_tail_mass"]
+        names += ["floored_tokens"] if self.floored_tokens is not None else []
+        terms = {f"objective/{name}": value for name, value in self.objective.items()}
+        return {name: getattr(self, name) for name in names} | terms
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """What step 1 learns, over all ranks."""
+
+    rows: int
+    tokens: int
+    weight: float
+    num_passes: int
+    any_more: bool
+    any_stop: bool
+    teacher_gap: float
+
+
+class GlobalStep:
+    """Runs optimizer steps of one student on this rank, in lock-step with the other ranks."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        training: TrainingConfig,
+        *,
+        objective: ObjectiveConfig,
+        signal_kind: str,
+        student_vocab: int,
+        total_steps: int,
+        device: torch.device | str = "cpu",
+        world_size: int = 1,
+        teacher: TeacherHead | None = None,
+        packed: bool = False,
+    ) -> None:
+        """module: a `StudentModule`, in DDP or sharded when world_size > 1 (in its process group).
+
+        student_vocab, packed as in `batch.collate`; total_steps: length of the learning-rate
+        schedule; teacher: the head of the teacher, on the device, with the ``hidden`` signal only.
+        """
+        parallel = isinstance(module, DistributedDataParallel) or is_sharded(module)
+        assert world_size == 1 or parallel, "several workers need the student in DDP or sharded"
+        self.module = module
+        self.optimizer = optimizer
+        self.training = training
+        self.objective = objective
+        self.signal_kind = signal_kind
+        self.total_steps = total_steps
+        self.device = torch.device(device)
+        self.world_size = world_size
+        self.teacher = teacher
+        self.batches = BatchMaker(
+            objective, training, signal_kind, student_vocab, teacher, self.device, packed
+        )
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self._warned_at = -WARN_EVERY_STEPS
+        self._term_names = sorted(objective.weights)
+
+    def run(self, step: int, rows: Sequence[Row], has_more: bool, stop: bool) -> StepResult:
+        """Trains on the rows of ``step`` (from 0) that this rank holds; all ranks call it.
+
+        Raises, on every rank and before the weights change, NonFiniteLossError where the loss or
+        the gradient is not finite, and RunError where a ``hidden`` signal's states and the
+        teacher's head do not give the log probabilities that the teacher gave.
+        """
+        groups = self.batches.cut(rows)
+        totals = self._gather_totals(rows, groups, has_more, stop)
+        if self.teacher is not None:
+            self.teacher.require_agreement(totals.teacher_gap)
+        lr = learning_rate(step, self.total_steps, self.training)
+        common: dict[str, Any] = {
+            "step": step,
+            "rows": totals.rows,
+            "tokens": totals.tokens,
+            "lr": lr,
+            "any_more": totals.any_more,
+            "any_stop": totals.any_stop,
+        }
+        if totals.weight == 0:
+            return StepResult(trained=False, **common)
+        started = time.perf_counter()
+        sums = self._accumulate(groups, totals.num_passes)
+        figures = self._reduce_figures(step, sums, totals.weight)
+        grad_norm = self._update(step, totals.weight, lr)
+        seconds = time.perf_counter() - started
+        return StepResult(trained=True, grad_norm=grad_norm, student_s=seconds, **common, **figures)
+
+    def _gather_totals(
+        self, rows: Sequence[Row], groups: list[list[Row]], has_more: bool, stop: bool
+    ) -> _Totals:
+        """Step 1: one all-gather tells every rank what all ranks hold."""
+        tokens = sum(row.num_targets for row in rows)
+        weight, gap = self.batches.weight(rows), self.batches.teacher_gap(groups)
+        mine = [len(rows), tokens, weight, len(groups), has_more, stop, gap]
+        local = torch.tensor(mine, dtype=torch.float64, device=self.device)
+        gathered = [local]
+        if self.world_size > 1:
+            gathered = [torch.empty_like(local) for _ in range(self.world_size)]
+            dist.all_gather(gathered, local)
+        table = torch.stack(gathered).cpu()
+        num_rows, num_tokens, weight = table[:, :3].sum(dim=0).tolist()
+        passes, more, stopped, gap = table[:, 3:].amax(dim=0).tolist()
+        return _Totals(
+            int(num_rows), int(num_tokens), weight, int(passes), bool(more), bool(stopped), gap
+        )
+
+    def _accumulate(self, groups: list[list[Row]], num_passes: int) -> Tensor:
+        """Step 2: gradients of the undivided sums; returns this rank's figures, float64.
+
+        The last pass is the one that DDP reduces in, on all ranks alike; FSDP reduces in each.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(
+            len(self._term_names) + NUM_FIXED_FIGURES, dtype=torch.float64, device=self.device
+        )
+        for i in range(num_passes):
+            batch = self.batches.make(groups[i]) if i < len(groups) else self.batches.dummy()
+            with self._reduction(is_last=i == num_passes - 1):
+                sums += self._forward_backward(batch)
+        return sums
+
+    def _reduction(self, is_last: bool) -> Any:
+        if is_last or not isinstance(self.module, DistributedDataParallel):
+            return nullcontext()
+        return self.module.no_sync()
+
+    def _forward_backward(self, batch: MicroBatch) -> Tensor:
+        """One pass; returns (total, terms..., tail masses, floored, input and padded tokens)."""
+        sums = self.module(batch, self.objective, self.teacher)
+        sums.total.backward()
+        zero = sums.total.new_zeros(())
+        others = [
+            zero if value is None else value
+            for value in (sums.teacher_tail_mass, sums.student_tail_mass, sums.floored_tokens)
+        ]
+        terms = [sums.terms[name] for name in self._term_names]
+        figures = torch.stack([f.double() for f in (sums.total.detach(), *terms, *others)])
+        lengths = figures.new_tensor([batch.input_tokens, batch.padded_tokens])
+        return torch.cat([figures, lengths])
+
+    def _reduce_figures(self, step: int, sums: Tensor, weight: float) -> dict[str, Any]:
+        """Adds the figures of all ranks; every rank sees the same sums and so the same failure."""
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        total, *rest = sums.tolist()
+        terms, (teacher_tail, student_tail, floored, inputs, padded) = rest[:-5], rest[-5:]
+        loss = total / weight
+        objective = {n: s / weight for n, s in zip(self._term_names, terms, strict=True)}
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the loss of step {step} is {loss} ({objective}); expected a finite number; lower "
+                "training.learning_rate or lengthen training.warmup_steps, and resume from the "
+                "last checkpoint"
+            )
+        has_tail = self.signal_kind != "text"
+        self._warn_of_tail(step, student_tail / weight)
+        return {
+            "loss": loss,
+            "objective": objective,
+            "padding_fraction": 1.0 - inputs / padded,
+            "teacher_tail_mass": teacher_tail / weight if has_tail else None,
+            "student_tail_mass": student_tail / weight if has_tail else None,
+            "floored_tokens": int(floored) if "reverse_kl" in self._term_names else None,
+        }
+
+    def _warn_of_tail(self, step: int, student_tail: float) -> None:
+        """Only forward KL's error is bounded by the *teacher's* tail; the others' by both."""
+        others = [name for name in self.objective.divergences if name != "forward_kl"]
+        if not others or self.signal_kind != "topk" or student_tail <= TAIL_MASS_TO_WARN_OF:
+            return
+        first = self.world_size == 1 or dist.get_rank() == 0
+        if first and step - self._warned_at >= WARN_EVERY_STEPS:
+            self._warned_at = step
+            logger.warning(
+                "step %d: %.2f of the student's mass is outside the teacher's top K, whose shape "
+                "there is not known: the gradient of %s is rough; raise signal.top_k, or train "
+                "with objective.forward_kl until student_tail_mass is below %s",
+                step,
+                student_tail,
+                ", ".join(others),
+                TAIL_MASS_TO_WARN_OF,
+            )
+
+    def _update(self, step: int, weight: float, lr: float) -> float:
+        """Step 3: the one division by the global weight, clipping, the optimizer; the norm."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, self.world_size / weight)
+        bound = self.training.max_grad_norm
+        norm = whole(nn.utils.get_total_norm(gradients))
+        if bound is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, bound, norm)
+        grad_norm = float(norm)
+        if not math.isfinite(grad_norm):
+            raise NonFiniteLossError(
+                f"the gradient norm of step {step} is {grad_norm}; expected a finite number; lower "
+                "training.learning_rate, and resume from the last checkpoint"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return grad_norm

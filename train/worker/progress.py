@@ -1,0 +1,165 @@
+"""What a run has learned so far, as one rank knows it: steps, ledger, pair counts, records.
+
+Each rank notes its own rows; at a checkpoint the others' notes are moved into rank 0's, whose
+ledger and counts then cover all ranks. Imports no Ray; ``coordinator`` is an actor's handle.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from raystill.base.errors import RunError
+from raystill.base.records import MetricsLog
+from raystill.base.run_folder import METRICS, RunFolder
+from raystill.datasets.stream.ledger import Ledger
+from raystill.train.batch.rows import Row
+from raystill.train.evaluation.baselines import PairCounts
+from raystill.train.step.rows import StepRows
+from raystill.train.step.step import StepResult
+
+
+class Progress:
+    """Finished steps and trained rows; ``step`` counts finished steps, so it is the next's index.
+
+    ``epoch_step`` counts those of the running epoch. ``num_rows``: rows of an epoch.
+    ``count_pairs``: also count the first epoch's token pairs, for the baselines.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        coordinator: Any,
+        *,
+        first: bool,
+        world_size: int,
+        num_rows: int,
+        epochs: int,
+        total_steps: int,
+        student_vocab: int,
+        count_pairs: bool,
+        fixed_order: bool,
+    ) -> None:
+        self.step = self.epoch = self.epoch_step = self.rows_trained = self.skipped_steps = 0
+        self.ledger = Ledger(num_rows)
+        self.counts = PairCounts(student_vocab) if count_pairs else None
+        self.metrics = MetricsLog(folder, METRICS) if first else None
+        self._first = first
+        self._world_size = world_size
+        self._epochs = epochs
+        self._coordinator = coordinator
+        self._total_steps = total_steps
+        self._fixed_order = fixed_order
+        self._newly_trained: list[int] = []
+
+    def account(self, result: StepResult, mine: list[Row], rows: StepRows[Row]) -> None:
+        """Note one step: ``mine`` are this rank's rows of it, ``rows`` knows how long they took."""
+        positions = [row.position for row in mine]
+        self.ledger.mark_trained(positions)
+        self._newly_trained += positions
+        if self.counts is not None and self.epoch == 0:
+            self.counts.add_rows(mine)
+        self.rows_trained += result.rows
+        self.skipped_steps += not result.trained
+        if result.rows or self._fixed_order:
+            self.step += 1  # In arrival order an empty round is no step: no row was due in it.
+            self.epoch_step += 1
+        counters = {"student_busy_s": result.student_s, "student_wait_s": rows.blocked_s}
+        if self.metrics is not None:
+            counters |= {"student_rows": result.rows, "student_tokens": result.tokens}
+            self._record(self.metrics, result, rows)
+        self._coordinator.add.remote(counters)
+
+    def _record(self, metrics: MetricsLog, result: StepResult, rows: StepRows[Row]) -> None:
+        """Rank 0's line of metrics.jsonl; the waits in it are rank 0's own.
+
+        ``data_wait_s``: until this rank held its rows; ``teacher_wait_s``: the part of it spent
+        blocked on the stream, the rest being unpacking.
+        """
+        seconds = rows.total_s + result.student_s
+        line = result.metrics() | {
+            "step": self.step,
+            "epoch": self.epoch,
+            "time": time.time(),
+            "workers": self._world_size,
+            "tokens_per_s": result.tokens / seconds if seconds else 0.0,
+            "teacher_wait_s": rows.blocked_s,
+            "data_wait_s": rows.total_s,
+        }
+        metrics.append(line)  # A skipped step has one too; its loss is null.
+        totals = {
+            "total_steps": self._total_steps,
+            "rows_total": self.ledger.num_rows * self._epochs,
+            "rows_trained": self.rows_trained,
+            "skipped_steps": self.skipped_steps,
+        }
+        self._coordinator.progress.remote(line | totals)
+
+    def hand_over(self) -> dict[str, Any]:
+        """What this rank has noted since the last call, for rank 0; the pair counts move."""
+        part: dict[str, Any] = {"trained": self._newly_trained}
+        self._newly_trained = []
+        if self.counts is not None and not self._first:
+            part["counts"] = self.counts.drain()
+        return part
+
+    def take_over(self, parts: list[dict[str, Any]], dropped: dict[int, str]) -> dict[str, Any]:
+        """On rank 0: add the other ranks' ``hand_over`` and the dropped positions.
+
+        Returns the ``Snapshot`` fields that are this object's to fill.
+        """
+        for part in parts[1:]:
+            self.ledger.mark_trained(part["trained"])
+            if self.counts is not None:
+                self.counts.add_counts(part["counts"])
+        self.ledger.mark_dropped(dropped)
+        counts: dict[str, np.ndarray] = {} if self.counts is None else self.counts.arrays()
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "ledger": self.ledger.to_dict(),
+            "counts": counts,
+            "extra": {
+                "epoch_step": self.epoch_step,
+                "rows_trained": self.rows_trained,
+                "skipped_steps": self.skipped_steps,
+            },
+        }
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Start an epoch of which nothing is trained."""
+        self.epoch, self.epoch_step = epoch, 0
+        self.ledger = Ledger(self.ledger.num_rows)
+        self._newly_trained = []
+
+    def restore(
+        self,
+        step: int,
+        epoch: int,
+        ledger: dict[str, Any],
+        counts: dict[str, np.ndarray],
+        extra: dict[str, Any],
+    ) -> None:
+        """Go on from a checkpoint's fields; rank 0 goes on with the pair counts of all ranks."""
+        self.step, self.epoch = step, epoch
+        self.ledger = Ledger.from_dict(ledger)
+        self.epoch_step = extra["epoch_step"]
+        self.rows_trained = extra["rows_trained"]
+        self.skipped_steps = extra["skipped_steps"]
+        if self.counts is not None and self._first:
+            self.counts.add_counts(counts)
+
+    def discard_later_records(self) -> None:
+        """Move aside the metrics of steps that will be trained again."""
+        if self.metrics is not None:
+            self.metrics.discard_beyond(self.step)
+
+    def require_all_done(self) -> None:
+        """RunError where the stream ended before every row was trained or dropped (rank 0)."""
+        left = self.ledger.missing()
+        if len(left):
+            raise RunError(
+                f"the stream ended, but {len(left)} of {self.ledger.num_rows} rows were neither "
+                f"trained nor dropped (first positions {left[:5].tolist()}); the student was not "
+                "written; start the run again to train them"
+            )

@@ -1,0 +1,303 @@
+"""The student worker: what each Ray Train process does from its start to its end.
+
+``train_worker`` is the run as this process lives it: restore, publish what was learned, take rows,
+step, checkpoint, measure, finish or stop. Everything that is not order of events lives elsewhere:
+the rows of a step in ``shares``, the arithmetic of a step in ``step``, what was learned in
+``progress``, files in ``checkpoint``, figures in ``measure``.
+
+Consumes: its shard of the stream, ``held_out.parquet``. Waits for: the stream's next block, the
+other ranks. Unblocked by: the teacher's answers, the stream's end, a stop.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from raystill.base.logs import say_where
+from raystill.base.run_folder import RunFolder
+from raystill.config.run import RunConfig
+from raystill.datasets.stream.plan import num_steps
+from raystill.datasets.stream.stream import iterate_groups
+from raystill.model.on_node import ModelSource, student_needs
+from raystill.model.sampling import resolve_sampling
+from raystill.train.batch.rows import Row, rows_from_table
+from raystill.train.checkpoint import checkpoint as ckpt
+from raystill.train.checkpoint.ray_register import remove_unregistered
+from raystill.train.evaluation.free_running import score_answers
+from raystill.train.evaluation.measure import Measurer
+from raystill.train.loss.teacher_head import head_of_signal
+from raystill.train.step.optimizer import build_optimizer
+from raystill.train.step.ranks import Ranks
+from raystill.train.step.rows import StepRows
+from raystill.train.step.step import GlobalStep
+from raystill.train.student import build, export
+from raystill.train.student.module import StudentModule, parallel_module
+from raystill.train.student.sharding import place_student
+from raystill.train.worker.process import final_errors_told, settle_process
+from raystill.train.worker.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+TRAINING_PRECISION = "in training precision"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is given.
+
+    num_rows: rows of an epoch; coordinator: its handle; app_name: the teacher's, in Ray Serve.
+    """
+
+    config: RunConfig
+    folder: RunFolder
+    num_rows: int
+    coordinator: Any
+    teacher: ModelSource
+    app_name: str
+
+
+def train_worker(job: dict[str, Any]) -> None:
+    """Train this process's share of the run (the keys of ``job`` are ``Job``'s)."""
+    with final_errors_told(job["coordinator"], job["folder"]):
+        run_worker(Worker(Job(**job)))
+
+
+def run_worker(worker: "Worker") -> None:
+    """The order of events: restore, all epochs or up to a stop, a last checkpoint, the student."""
+    worker.restore()
+    rows = worker.open_stream(worker.publish(restored=True))
+    worker.measure_before(rows)
+    stopped = worker.train(rows)
+    while not stopped and worker.next_epoch():
+        stopped = worker.train(worker.open_stream(worker.publish(restored=False)))
+    worker.checkpoint()
+    if stopped:
+        worker.leave("stopped")
+    else:
+        worker.finish()
+        worker.leave("completed")
+
+
+class Worker:
+    """One rank of the run: the student, its optimizer, and what they have learned."""
+
+    def __init__(self, job: Job) -> None:
+        context = ray.train.get_context()
+        self.job, self.config, self.coordinator = job, job.config, job.coordinator
+        self.ranks = Ranks(context.get_world_rank(), context.get_world_size())
+        self.device = settle_process(job.config, job.folder, context)
+        self.teacher_folder = job.teacher.on_this_node(student_needs(job.config))
+        self.student = self._build_student()
+        self.optimizer = build_optimizer(self.student, self.config.training)
+        self.vocab = build.num_outcomes(self.student.model, self.teacher_folder)
+        self.sampling = resolve_sampling(self.config.teacher, self.teacher_folder)
+        training, evaluation = self.config.training, self.config.evaluation
+        self.total_steps = num_steps(job.num_rows, training.rows_per_step) * training.epochs
+        self.measurer = Measurer(
+            self.config,
+            job.folder,
+            self.teacher_folder,
+            self.sampling,
+            module=self.student,
+            student_vocab=self.vocab,
+            device=self.device,
+            ranks=self.ranks,
+            score=partial(score_answers, job.config, job.app_name, job.coordinator),
+        )
+        self.progress = Progress(
+            job.folder,
+            job.coordinator,
+            first=self.ranks.first,
+            world_size=self.ranks.world_size,
+            num_rows=job.num_rows,
+            epochs=training.epochs,
+            total_steps=self.total_steps,
+            student_vocab=self.vocab,
+            count_pairs=evaluation.enabled and evaluation.baselines,
+            fixed_order=self.config.stream.order == "fixed",
+        )
+
+    def restore(self) -> None:
+        """Go back to the last *registered* checkpoint; without one, start from the beginning."""
+        self.phase("loading the student")
+        if self.ranks.first and (removed := remove_unregistered(self.job.folder)):
+            logger.warning("deleted unregistered checkpoints %s", removed)
+        registered = ray.train.get_checkpoint()
+        if registered is not None:
+            with registered.as_directory() as path:
+                self._load(path, ckpt.read_snapshot(path))
+        self.progress.discard_later_records()
+        self.measurer.discard_beyond(self.progress.step)
+        self.global_step = self._build_step()
+        last_step = -1 if registered is None else self.progress.step
+        self.checkpointer = ckpt.Checkpointer(self.job.folder, self.ranks, self._report, last_step)
+
+    def publish(self, restored: bool) -> int:
+        """Tell the source what these weights have learned, before any rank iterates."""
+        attempt = None
+        if self.ranks.first:
+            p = self.progress
+            told = (p.epoch, p.step, p.ledger.to_dict(), restored)
+            attempt = ray.get(self.coordinator.publish.remote(*told))
+        return self.ranks.from_first(attempt)  # Also the barrier that holds the other ranks back.
+
+    def open_stream(self, attempt: int) -> StepRows[Row]:
+        """This rank's share of the rows; nothing is asked for until the first block is."""
+        return StepRows(
+            iterate_groups(ray.train.get_dataset_shard("train")),
+            order=self.config.stream.order,
+            rows_per_step=self.config.training.rows_per_step,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            ledger=self.progress.ledger,
+            to_rows=rows_from_table,
+            taken=lambda rows: self.coordinator.taken.remote(attempt, rows),
+        )
+
+    def measure_before(self, rows: StepRows[Row]) -> None:
+        """Figures of the untrained student, while the teacher is probed and begins to answer."""
+        if not self.config.evaluation.enabled:
+            return
+        ray.get(self.coordinator.wait_held_out.remote())
+        rows.start()
+        if self.progress.step == 0 and not self.measurer.is_measured(0):
+            self._measure("before", TRAINING_PRECISION)
+        ray.get(self.coordinator.wait_may_train.remote())
+
+    def train(self, rows: StepRows[Row]) -> bool:
+        """Step until the rows end (False) or a stop is asked for (True); the same on all ranks."""
+        self.phase("training")
+        while True:
+            asked = self.coordinator.stop_requested.remote() if self.ranks.first else None
+            mine = rows.take(self.progress.epoch_step)
+            stop = asked is not None and ray.get(asked) != 0
+            say_where(step=self.progress.step)
+            result = self.global_step.run(self.progress.step, mine, rows.has_more, stop)
+            if result.rows == 0 and not result.any_more:
+                return False
+            self.progress.account(result, mine, rows)
+            if result.any_stop or not result.any_more:
+                return result.any_more
+            self._between_steps()
+
+    def next_epoch(self) -> bool:
+        """Close the epoch whose rows have ended; False where it was the last. Collective."""
+        if self.progress.epoch + 1 >= self.config.training.epochs:
+            return False
+        parts = self.ranks.gather(self.progress.hand_over())
+        if parts is not None:
+            dropped = ray.get(self.coordinator.dropped_positions.remote())
+            self.progress.take_over(parts, dropped)
+            self.progress.require_all_done()
+        self.progress.begin_epoch(self.progress.epoch + 1)
+        return True
+
+    def checkpoint(self) -> None:
+        """Collect all ranks' state at this step and begin to write it."""
+        if self.checkpointer.last_step == self.progress.step:
+            return
+        mine = {"random": ckpt.random_state(self.device), **self.progress.hand_over()}
+        parts = self.ranks.gather(mine)
+        snapshot = None
+        part = ckpt.Part.copied(self.student.model, self.optimizer, self.ranks)
+        if parts is not None:
+            dropped = ray.get(self.coordinator.dropped_positions.remote())
+            snapshot = ckpt.Snapshot(
+                random=[each["random"] for each in parts],
+                num_files=part.num_files,
+                **self.progress.take_over(parts, dropped),
+            )
+        self.checkpointer.begin(self.progress.step, part, snapshot)
+
+    def finish(self) -> None:
+        """All rows are trained: measure the weights as exported, write the student."""
+        export_dtype = self.config.training.export_dtype
+        if self.ranks.first:
+            self.progress.require_all_done()
+        export.round_weights(self.student.model, build.DTYPES[export_dtype])
+        if self.config.evaluation.enabled:
+            self._measure("after", f"as exported ({export_dtype})")
+        self.phase("saving the student")
+        job, model, first = self.job, self.student.model, self.ranks.first
+        export.export_student(
+            model, job.folder, self.config, self.teacher_folder, self.sampling, first=first
+        )
+
+    def leave(self, outcome: str) -> None:
+        """Publish the last checkpoint; the run is ``completed`` or ``stopped``."""
+        self.checkpointer.finish()
+        if self.progress.metrics is not None:
+            self.progress.metrics.upload()
+            ray.get(self.coordinator.finished.remote(outcome))
+
+    def phase(self, name: str) -> None:
+        """What the run is doing now, for the live view."""
+        logger.info("%s", name)
+        if self.ranks.first:
+            self.coordinator.phase.remote(name)
+
+    def _between_steps(self) -> None:
+        """What is due after this step: an evaluation, a checkpoint, or publishing one."""
+        step, evaluation = self.progress.step, self.config.evaluation
+        every = self.config.training.checkpoint_every_steps
+        if evaluation.enabled and evaluation.every_steps and step % evaluation.every_steps == 0:
+            self._measure("during", TRAINING_PRECISION)
+            self.phase("training")
+        if every and step % every == 0:
+            self.checkpoint()
+        else:
+            self.checkpointer.poll()
+
+    def _measure(self, when: str, weights: str) -> None:
+        self.phase(f"measuring the student {when} training")
+        counts = self.progress.counts if when == "after" else None
+        figures = self.measurer.measure(self.progress.step, when, weights, counts)
+        if self.ranks.first:
+            self.coordinator.evaluated.remote(figures)
+
+    def _build_student(self) -> StudentModule:
+        training, seeds = self.config.training, self.config.section_seeds()
+        model = build.build_student(self.config, self.teacher_folder, seeds["student"])
+        return place_student(model, training, self.device, self.ranks.world_size)
+
+    def _build_step(self) -> GlobalStep:
+        training, world_size = self.config.training, self.ranks.world_size
+        dtype, folder = self.student.compute_dtype, self.teacher_folder
+        return GlobalStep(
+            parallel_module(self.student, self.device, world_size, training.compile),
+            self.optimizer,
+            training,
+            objective=self.config.objective,
+            signal_kind=self.config.signal.kind,
+            student_vocab=self.vocab,
+            total_steps=self.total_steps,
+            device=self.device,
+            world_size=world_size,
+            teacher=head_of_signal(self.config, folder, self.vocab, dtype, self.device),
+            packed=self.student.packed,
+        )
+
+    def _load(self, path: str, snapshot: ckpt.Snapshot) -> None:
+        ckpt.load_tensors(path, snapshot.num_files, self.student.model, self.optimizer)
+        if len(snapshot.random) == self.ranks.world_size:
+            ckpt.set_random_state(snapshot.random[self.ranks.rank], self.device)
+        self.progress.restore(
+            snapshot.step, snapshot.epoch, snapshot.ledger, snapshot.counts, snapshot.extra
+        )
+        logger.info("restored step %d", snapshot.step)
+
+    def _report(self, path: str | None) -> None:
+        """Register a written checkpoint with Ray Train; a collective call."""
+        checkpoint = None if path is None else Checkpoint(path, self.job.folder.filesystem())
+        ray.train.report(
+            {"step": self.checkpointer.last_step},
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+        if self.progress.metrics is not None:
+            self.progress.metrics.upload()
