@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from raystill.cluster.job import manifest
     from raystill.cluster.job import run as job
-    from raystill.cluster.job.driver_process import claimed
+    from raystill.cluster.job.driver_process import hold_run_folder
     from raystill.cluster.report import tables
 
     if manifest.is_finished(folder, config.training.epochs):
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         tables.print_report(folder)
         return 0
     say(prepared.describe())
-    with claimed(folder):
+    with hold_run_folder(folder):
         prepared.fetch_models()
         if problems := manifest.check_same_teacher(folder, prepared):
             return refuse(problems)

@@ -101,7 +101,7 @@ def full_ways(
 ) -> dict[str, Callable[[], Tensor]]:
     """Forward KL over the full vocabulary, from the teacher's hidden states and head."""
     states, rows = (t.detach() for t in inputs(len(hidden), weight.dtype, seed=2))
-    teacher = TeacherHead(rows, compute_dtype=rows.dtype, num_outcomes=VOCAB)
+    teacher = TeacherHead(rows, compute_dtype=rows.dtype, num_classes=VOCAB)
     batch = replace(micro_batch(len(hidden), False), teacher_hidden=states.bfloat16())
 
     def dense() -> Tensor:

@@ -135,7 +135,7 @@ def teacher_part(run_file: str, rows_path: str, overrides: list[str]) -> dict[st
     from raystill.cluster.check.static import check_run_file
     from raystill.cluster.coordinator.actor import start_coordinator
     from raystill.cluster.job import connect, manifest
-    from raystill.datasets.stream.spec import Paying, StreamSpec
+    from raystill.datasets.stream.spec import Requester, StreamSpec
     from raystill.serve import deploy
 
     written = [f"output.path={rows_path}.teacher", f"store.path={rows_path}.store"]
@@ -156,7 +156,7 @@ def teacher_part(run_file: str, rows_path: str, overrides: list[str]) -> dict[st
         coordinator,
         deploy.APP_NAME,
         prepared.store_path,
-        Paying("benchmark", "training", prepared.teacher_identity, config.teacher.model),
+        Requester("benchmark", "training", prepared.teacher_identity, config.teacher.model),
         prepared.signal,
     )
     take = ray.remote(num_cpus=0)(_take_everything)
@@ -200,7 +200,7 @@ def student_part(run_file: str, rows_path: str, overrides: list[str], until: str
     from raystill.train.batch.rows import rows_from_table
     from raystill.train.step.optimizer import build_optimizer
     from raystill.train.step.step import GlobalStep
-    from raystill.train.student.build import build_student, num_outcomes
+    from raystill.train.student.build import build_student, num_classes
     from raystill.train.student.module import StudentModule, resolve_compute_dtype
 
     config = _config(run_file, overrides)
@@ -217,7 +217,7 @@ def student_part(run_file: str, rows_path: str, overrides: list[str], until: str
         training,
         objective=config.objective,
         signal_kind=config.signal.kind,
-        student_vocab=num_outcomes(student.model, config.teacher.model),
+        student_vocab=num_classes(student.model, config.teacher.model),
         total_steps=100,
     )
     rows = rows_from_table(pq.read_table(rows_path).combine_chunks())

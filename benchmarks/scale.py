@@ -77,7 +77,7 @@ def measure(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     from raystill.cluster.coordinator.actor import start_coordinator
     from raystill.cluster.job import connect
     from raystill.datasets.rows.signal import signal_of
-    from raystill.datasets.stream.spec import Paying, StreamSpec
+    from raystill.datasets.stream.spec import Requester, StreamSpec
     from raystill.serve import deploy
 
     config = run_config(settings, folder)
@@ -91,9 +91,9 @@ def measure(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     deploy.deploy_teacher(config, folder, coordinator, None)
     deploy.wait_for_teacher(config.teacher.startup_timeout_s)
     up_s = time.monotonic() - began
-    paying = Paying("benchmark", "training", "synthetic", "synthetic")
+    requester = Requester("benchmark", "training", "synthetic", "synthetic")
     store = str(Path(folder) / "store")
-    where = (prompts, num_rows, coordinator, deploy.APP_NAME, store, paying)
+    where = (prompts, num_rows, coordinator, deploy.APP_NAME, store, requester)
     spec = StreamSpec.from_config(config, *where, signal_of(config.signal, {}))
     consumer = ray.remote(num_cpus=0)(Consumer).remote()
     taking, looks = consumer.take.remote(spec, coordinator), 0

@@ -47,7 +47,7 @@ from raystill.train.loss.objective import ObjectiveSums, WeightedTerms
 from raystill.train.loss.teacher_head import TeacherHead, read_teacher_head
 from raystill.train.step.optimizer import build_optimizer
 from raystill.train.step.step import GlobalStep
-from raystill.train.student.build import build_student, num_outcomes
+from raystill.train.student.build import build_student, num_classes
 from raystill.train.student.module import StudentModule
 
 RUN_FILE = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -238,7 +238,7 @@ def prepare(arguments: argparse.Namespace) -> Experiment:
     torch.set_num_threads(arguments.threads)
     disable_progress_bar()
     model = build_student(config, prepared.teacher_folder, 0)
-    vocab = num_outcomes(model, prepared.teacher_folder)
+    vocab = num_classes(model, prepared.teacher_folder)
     head = read_teacher_head(prepared.teacher_folder, vocab, engine_dtype="float32")
     trained, held_out = ([r for r in rows if (r.row < count) == kind] for kind in (True, False))
     folder = prepared.teacher_folder

@@ -25,7 +25,7 @@ from benchmarks.results import machine, write_result
 from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Origin, Payer, encode, segment_name, segment_schema
+from raystill.datasets.store.segment import Origin, Provenance, encode, segment_name, segment_schema
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
 from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.plan import epoch_order, remaining_groups
@@ -117,7 +117,7 @@ def measure_store(folder: str) -> dict[str, float]:
     arrow = sum(table.nbytes for table in tables) / 1e6
     start = time.perf_counter()
     for table in tables:
-        store.publish(origin(TOPK), Payer("run", "training"), table)
+        store.publish(origin(TOPK), Provenance("run", "training"), table)
     write_s = time.perf_counter() - start
     catalogue = store.catalogue()
     start = time.perf_counter()
@@ -151,7 +151,7 @@ def measure_plan(folder: str, num_rows: int) -> dict[str, float]:
         ids = pa.array([[7]] * len(mine), pa.list_(pa.int32()))
         reasons = pa.array(["stop"] * len(mine))
         columns = {"key": mine, "prompt_ids": ids, "response_ids": ids, "finish_reason": reasons}
-        data = encode(origin(text), [(Payer("run", "training"), pa.table(columns))])
+        data = encode(origin(text), [(Provenance("run", "training"), pa.table(columns))])
         store.folder.write_bytes(f"{SEGMENTS}/{segment_name(mine.to_pylist(), text)}", data)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()

@@ -26,7 +26,7 @@ from raystill.base.logs import redirect_output, run_name
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.answers import Answer, answers_table
 from raystill.datasets.rows.schema import ENGINE
-from raystill.model.identity import identity_of
+from raystill.model.identity import identity_of_teacher
 from raystill.model.on_node import ModelSource, Weights
 from raystill.model.sampling import ResolvedSampling, resolve_sampling
 from raystill.placement.requests import share_of_cores, teacher_cores
@@ -117,7 +117,7 @@ class Teacher:
         """The teacher's identity, worked out from the files this replica has loaded."""
         if self._identity is None:
             teacher = self._settings.config.teacher
-            self._identity = await asyncio.to_thread(identity_of, teacher, self._folder)
+            self._identity = await asyncio.to_thread(identity_of_teacher, teacher, self._folder)
         return self._identity
 
     async def info(self) -> dict[str, Any]:

@@ -89,9 +89,9 @@ class Prepared:
         """sha256 over the teacher's weights, configuration and tokenizer (of its settings, where
         the engine is synthetic).
         """
-        from raystill.model.identity import identity_of
+        from raystill.model.identity import identity_of_teacher
 
-        return identity_of(self.config.teacher, self.teacher_folder)
+        return identity_of_teacher(self.config.teacher, self.teacher_folder)
 
     @cached_property
     def sampling(self) -> dict[str, Any]:

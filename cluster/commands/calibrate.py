@@ -37,7 +37,7 @@ from raystill.datasets.rows.signal import Signal, hidden_size
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.view import StoreView
 from raystill.datasets.stream.answers import StoredAnswers
-from raystill.datasets.stream.spec import Paying
+from raystill.datasets.stream.spec import Requester
 from raystill.datasets.stream.teacher_calls import TeacherCalls
 from raystill.model.files import find_model
 from raystill.model.on_node import ModelSource
@@ -59,7 +59,7 @@ FLATTERS = (
 
 
 @dataclass(frozen=True)
-class Wish:
+class CalibrationOptions:
     """What is asked for. ``student``: folder of a trained one; None leaves it out."""
 
     positions: int
@@ -101,12 +101,12 @@ def unfit(config: RunConfig, prepared: Prepared, student: str | None) -> list[Pr
 def calibrate(
     config: RunConfig,
     prepared: Prepared,
-    wish: Wish,
+    options: CalibrationOptions,
     logs: Path,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """All figures, as `calibrate_report` takes them; connected to the cluster. Raises RunError."""
-    rows = ask_teacher(config, prepared, wish.positions, logs, say)
+    rows = ask_teacher(config, prepared, options.positions, logs, say)
     calibrator = (
         ray.remote(Calibrator)
         .options(**options_of_worker(config))
@@ -114,11 +114,11 @@ def calibrate(
             absolute_paths(config),
             ModelSource.of(config.teacher.model, prepared.teacher_folder),
             rows,
-            wish.positions,
+            options.positions,
         )
     )
-    objectives = objectives_to_compare(config.objective, wish.all_objectives)
-    students = {INITIAL: None} | ({TRAINED: wish.student} if wish.student else {})
+    objectives = objectives_to_compare(config.objective, options.all_objectives)
+    students = {INITIAL: None} | ({TRAINED: options.student} if options.student else {})
     found: dict[str, Any] = {"costs": {}, "students": {}}
     for name, folder in students.items():
         parameters = told(calibrator.load.remote(folder))
@@ -137,13 +137,13 @@ def calibrate(
         }
     ray.kill(calibrator)
     teacher = {"teacher": config.teacher.model, "teacher_identity": prepared.teacher_identity}
-    notes = [] if wish.student else [FLATTERS]
+    notes = [] if options.student else [FLATTERS]
     if config.objective.temperature != 1.0:
         notes.append(
             f"objective.temperature is {config.objective.temperature:g}, for which only hidden "
             "will do; the signals were compared at temperature 1"
         )
-    return {**teacher, "cosine": wish.cosine, "notes": notes, **found}
+    return {**teacher, "cosine": options.cosine, "notes": notes, **found}
 
 
 def options_of_worker(config: RunConfig) -> dict[str, Any]:
@@ -172,20 +172,20 @@ def ask_teacher(
     chosen = np.sort(random.permutation(len(train))[:count])
     prompts = train.take(pa.array(chosen)).combine_chunks()
     signal = Signal("hidden", hidden_size(prepared.teacher.config))
-    paying = Paying(
+    requester = Requester(
         run=f"calibration-{uuid4().hex}",
         purpose="calibration",
         teacher_identity=prepared.teacher_identity,
         teacher=config.teacher.model,
     )
-    deploy.use_app(deploy.app_name(paying.run))
+    deploy.use_app(deploy.app_name(requester.run))
     missing = num_missing(prepared.store_path, prompts, signal)
     say(f"{plural(count, 'answer')} with hidden states, {missing} of them from the teacher")
     try:
         if missing:
             deploy.deploy_teacher(config, prepared.teacher_folder, None, logs)
             deploy.wait_for_teacher(config.teacher.startup_timeout_s)
-        rows, done = answer_rows.remote(config, prompts, prepared.store_path, signal, paying)
+        rows, done = answer_rows.remote(config, prompts, prepared.store_path, signal, requester)
         told(done)
         return rows
     finally:
@@ -203,16 +203,16 @@ def num_missing(store_path: str, prompts: pa.Table, signal: Signal) -> int:
 
 @ray.remote(num_cpus=0, num_returns=2)
 def answer_rows(
-    config: RunConfig, prompts: pa.Table, store_path: str, signal: Signal, paying: Paying
+    config: RunConfig, prompts: pa.Table, store_path: str, signal: Signal, requester: Requester
 ) -> tuple[pa.Table, int]:
     """Answers (row_schema) of prompts (PROMPT_SCHEMA), from the store or the deployed teacher.
 
     And how many there are, which a caller can wait for without fetching them.
     """
     teacher, stream = config.teacher, config.stream
-    app = deploy.app_name(paying.run)
+    app = deploy.app_name(requester.run)
     calls = TeacherCalls(app, signal, stream.max_attempts, None)
-    answers = StoredAnswers(TeacherStore(store_path), prompts["key"], signal, paying, calls)
+    answers = StoredAnswers(TeacherStore(store_path), prompts["key"], signal, requester, calls)
 
     async def ask(start: int, slots: asyncio.Semaphore) -> pa.Table:
         group = prompts.slice(start, stream.group_rows).combine_chunks()
@@ -273,13 +273,15 @@ def calibrate_command(arguments: argparse.Namespace, say: Callable[[str], None])
     if problems := unfit(config, prepared, student):
         raise ConfigError(problems)
     output = RunFolder(arguments.output or folder.join(CALIBRATION)).ensure()
-    wish = Wish(arguments.positions, arguments.cosine, arguments.all_objectives, student)
+    options = CalibrationOptions(
+        arguments.positions, arguments.cosine, arguments.all_objectives, student
+    )
     prepared.fetch_models()
     with run.connected(config, output):
         if problems := run.check_on_cluster(config):
             raise ConfigError(problems)
         try:
-            found = calibrate(config, prepared, wish, output.logs, say)
+            found = calibrate(config, prepared, options, output.logs, say)
         except KeyboardInterrupt:
             say("stopped; what the teacher has answered is kept in the store")
             return EXIT_INTERRUPTED

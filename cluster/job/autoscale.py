@@ -18,7 +18,7 @@ NOTICEABLE = 0.10
 """Share of the student's time from which on its waiting counts."""
 
 
-class Appetite:
+class ReplicaDemand:
     """Replicas worth having, from the share of its time the student spent waiting for rows.
 
     A student that waits for the share w of its time behind n replicas would eat what n / (1 - w)

@@ -25,7 +25,7 @@ POLL_S = 0.5
 
 
 @contextmanager
-def claimed(folder: RunFolder) -> Iterator[None]:
+def hold_run_folder(folder: RunFolder) -> Iterator[None]:
     """Hold the run folder where it is local. RunError where another process has it."""
     if folder.local is None:
         yield
@@ -43,7 +43,7 @@ def claimed(folder: RunFolder) -> Iterator[None]:
         yield
 
 
-def only_one(start: Callable[[], Any], folder: RunFolder) -> Any:
+def unique_actor(start: Callable[[], Any], folder: RunFolder) -> Any:
     """What ``start`` returns: an actor with a name, once nobody else has it. RunError if it stays.
 
     Ray raises ValueError for a name that is taken.

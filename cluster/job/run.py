@@ -20,16 +20,16 @@ from raystill.cluster.check.cluster import check_cluster
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.coordinator.actor import start_coordinator
 from raystill.cluster.job import connect
-from raystill.cluster.job.autoscale import Appetite
-from raystill.cluster.job.driver_process import StopSignals, only_one
+from raystill.cluster.job.autoscale import ReplicaDemand
+from raystill.cluster.job.driver_process import StopSignals, unique_actor
 from raystill.cluster.job.manifest import run_id
 from raystill.cluster.job.watch import Background, threads_left, watch
 from raystill.cluster.report.live import LiveView
 from raystill.config.run import RunConfig
-from raystill.datasets.store.store import Paid, TeacherStore, rows_paid_for
+from raystill.datasets.store.store import RowCounts, TeacherStore, rows_requested_by
 from raystill.datasets.stream.held_out import answer_held_out
 from raystill.datasets.stream.plan import num_steps
-from raystill.datasets.stream.spec import Paying, StreamSpec
+from raystill.datasets.stream.spec import Requester, StreamSpec
 from raystill.model.on_node import ModelSource
 from raystill.serve import deploy
 from raystill.train.evaluation.probe import is_due, probe_teacher
@@ -42,7 +42,7 @@ LOADING_STUDENT = "loading the student"
 
 
 @dataclass
-class Outcome:
+class RunResult:
     """How a run ended: what the summary is written from."""
 
     snapshot: dict[str, Any]
@@ -51,7 +51,7 @@ class Outcome:
     wall_s: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     prepared: Prepared | None = None
-    paid: dict[str, Paid] = field(default_factory=dict)
+    paid: dict[str, RowCounts] = field(default_factory=dict)
 
 
 @contextmanager
@@ -70,7 +70,9 @@ def check_on_cluster(config: RunConfig) -> list[Problem]:
     return check_cluster(config, tell=lambda line: print(line, flush=True))
 
 
-def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool = True) -> Outcome:
+def distil(
+    config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool = True
+) -> RunResult:
     """Serve the teacher, stream its answers, fit the student; returns when all is written.
 
     probe: compare the served teacher with the plain model before the first step, where it is due.
@@ -85,11 +87,11 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool
         num_rows=rows,
         refill_rows=config.refill_rows,
     )
-    coordinator = only_one(start, folder)
+    coordinator = unique_actor(start, folder)
     spec = stream_spec(config, folder, prepared, coordinator)
     deploy.use_app(spec.app_name)
-    appetite = Appetite(config.teacher, config.stream.group_rows, deploy.num_replicas)
-    coordinator.let_in_flight.remote(appetite.groups_in_flight)
+    demand = ReplicaDemand(config.teacher, config.stream.group_rows, deploy.num_replicas)
+    coordinator.let_in_flight.remote(demand.groups_in_flight)
     served = not prepared.stored.covers_all
     probe = probe and served and is_due(config, folder, prepared.teacher_folder)
     if probe:
@@ -105,19 +107,19 @@ def distil(config: RunConfig, folder: RunFolder, prepared: Prepared, probe: bool
         teacher.start()
         student.start()
         try:
-            parts = (teacher, student, coordinator, appetite)
+            parts = (teacher, student, coordinator, demand)
             snapshot = watch(config, *parts, signals, view, folder)
         finally:
             coordinator.close.remote()
             deploy.shutdown_teacher()
-    return Outcome(
+    return RunResult(
         snapshot=snapshot,
         stopped_by=signals.received if snapshot["outcome"] != "completed" else 0,
         step=int(snapshot["progress"].get("step", snapshot["from_step"])),
         wall_s=time.time() - started,
         phases=view.phases,
         prepared=prepared,
-        paid=rows_paid_for(TeacherStore(spec.store_path).catalogue(), spec.paying.run),
+        paid=rows_requested_by(TeacherStore(spec.store_path).catalogue(), spec.requester.run),
     )
 
 
@@ -125,7 +127,7 @@ def stream_spec(
     config: RunConfig, folder: RunFolder, prepared: Prepared, coordinator: Any
 ) -> StreamSpec:
     """The run's stream. Its id is what answers are paid for by, and in the application's name."""
-    paying = Paying(
+    requester = Requester(
         run=run_id(folder) or "",
         purpose="training",
         teacher_identity=prepared.teacher_identity,
@@ -136,9 +138,9 @@ def stream_spec(
         folder.join("prompts/train.parquet"),
         prepared.num_train_rows,
         coordinator,
-        deploy.app_name(paying.run),
+        deploy.app_name(requester.run),
         prepared.store_path,
-        paying,
+        requester,
         prepared.signal,
     )
 
@@ -155,9 +157,9 @@ def serve_teacher(
     coordinator = spec.coordinator
     coordinator.phase.remote(LOADING)
     held_out = []
-    paying = replace(spec.paying, purpose="evaluation")
+    requester = replace(spec.requester, purpose="evaluation")
     if prepared.num_held_out_rows:
-        ask = (folder, config, spec.store_path, paying, spec.app_name, coordinator)
+        ask = (folder, config, spec.store_path, requester, spec.app_name, coordinator)
         held_out = [answer_held_out.remote(*ask)]
     if prepared.stored.covers_all and not wait_until_wanted(coordinator, held_out):
         return

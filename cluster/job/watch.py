@@ -14,7 +14,7 @@ from raystill.base.errors import RunError
 from raystill.base.logs import run_name
 from raystill.base.records import MetricsLog
 from raystill.base.run_folder import TIMELINE, RunFolder
-from raystill.cluster.job.autoscale import Appetite
+from raystill.cluster.job.autoscale import ReplicaDemand
 from raystill.cluster.job.driver_process import StopSignals
 from raystill.cluster.job.waiting import Waits
 from raystill.cluster.report.exporters import Telemetry, TensorBoard
@@ -83,7 +83,7 @@ def watch(
     teacher: Background,
     student: Background,
     coordinator: Any,
-    appetite: Appetite,
+    demand: ReplicaDemand,
     signals: StopSignals,
     view: LiveView,
     folder: RunFolder,
@@ -94,9 +94,9 @@ def watch(
     while student.is_alive():
         snapshot = ray.get(coordinator.snapshot.remote())
         view.update(snapshot)
-        if appetite.look(snapshot["counters"]):
-            coordinator.let_in_flight.remote(appetite.groups_in_flight)
-            view.note(appetite.told)
+        if demand.look(snapshot["counters"]):
+            coordinator.let_in_flight.remote(demand.groups_in_flight)
+            view.note(demand.told)
         records.look(snapshot)
         if teacher.error is not None:
             raise failure("the teacher", teacher.error, folder) from teacher.error

@@ -294,7 +294,7 @@ def open_table(path: str) -> pq.ParquetFile:
     return pq.ParquetFile(filesystem.open_input_file(path))
 
 
-class PromptTable:
+class PromptReader:
     """Random access to a prompt table's rows by number; holds some row groups in memory."""
 
     def __init__(self, path: str) -> None:

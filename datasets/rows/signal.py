@@ -50,12 +50,14 @@ class Signal:
         """A total order that holds the partial one: what serves another is as rich, or richer."""
         return KINDS.index(self.kind), self.width
 
-    def serves(self, wish: "Signal") -> bool:
+    def serves(self, wanted: "Signal") -> bool:
         """Whether ``wish`` follows from this signal without asking the teacher."""
-        if wish.kind in ("text", "sampled"):
-            return self.richness >= wish.richness
-        narrower = self.width == wish.width if wish.kind == "hidden" else self.width >= wish.width
-        return self.kind == wish.kind and narrower
+        if wanted.kind in ("text", "sampled"):
+            return self.richness >= wanted.richness
+        narrower = (
+            self.width == wanted.width if wanted.kind == "hidden" else self.width >= wanted.width
+        )
+        return self.kind == wanted.kind and narrower
 
     def __str__(self) -> str:
         return f"{self.kind} {self.width}" if self.kind in WIDE else self.kind
@@ -85,37 +87,37 @@ def hidden_size(teacher_config: Mapping[str, Any]) -> int:
     )
 
 
-def stored_columns(wish: Signal) -> list[str]:
+def stored_columns(wanted: Signal) -> list[str]:
     """Columns of a segment that ``wish`` is made from (beside the key)."""
     names = ["response_ids", "finish_reason"]
-    return names + [field.name for field in signal_fields(wish.kind, wish.width)]
+    return names + [field.name for field in signal_fields(wanted.kind, wanted.width)]
 
 
-def as_wished(rows: pa.Table, stored: Signal, wish: Signal, vocab_size: int) -> pa.Table:
+def as_wished(rows: pa.Table, stored: Signal, wanted: Signal, vocab_size: int) -> pa.Table:
     """Rows of a segment with ``stored`` signal as the teacher's own ``answer_schema`` of ``wish``.
 
     The K first of K' ids are the K the teacher would have named; the tail is worked out anew from
     their logprobs, by the same arithmetic, so the result is bit for bit what asking would give.
     """
-    assert stored.serves(wish), f"{stored} is stored, {wish} wished"
+    assert stored.serves(wanted), f"{stored} is stored, {wanted} wanted"
     columns = {name: rows[name] for name in ("response_ids", "finish_reason")}
     columns["error"] = pa.nulls(len(rows), pa.string())
-    if wish.kind != "text":
+    if wanted.kind != "text":
         columns["sampled_logprobs"] = rows["sampled_logprobs"]
-    if wish.kind == "topk":
+    if wanted.kind == "topk":
         ids, logprobs = rows["topk_ids"].combine_chunks(), rows["topk_logprobs"].combine_chunks()
         tail = rows["tail_logprob"]
-        if stored.width != wish.width:
-            ids, _ = _first(ids, stored.width, wish.width)
-            logprobs, values = _first(logprobs, stored.width, wish.width)
+        if stored.width != wanted.width:
+            ids, _ = _first(ids, stored.width, wanted.width)
+            logprobs, values = _first(logprobs, stored.width, wanted.width)
             offsets = rows["topk_ids"].combine_chunks().offsets
             tail = pa.ListArray.from_arrays(
                 _from_zero(offsets), pa.array(tail_logprob(values, vocab_size)), type=TOKEN_FLOATS
             )
         columns |= {"topk_ids": ids, "topk_logprobs": logprobs, "tail_logprob": tail}
-    if wish.kind == "hidden":
+    if wanted.kind == "hidden":
         columns["hidden"] = rows["hidden"]
-    schema = answer_schema(wish.kind, wish.width)
+    schema = answer_schema(wanted.kind, wanted.width)
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 

@@ -66,16 +66,16 @@ class Catalogue:
         """
         signals = [entry.footer.origin.signal for entry in self.entries]
         counting = np.zeros(self.rows, bool)
-        for wish in set(signals):
-            mine = self._rows_of([signal == wish for signal in signals])
-            serving = self._rows_of([signal.serves(wish) for signal in signals])
+        for wanted in set(signals):
+            mine = self._rows_of([signal == wanted for signal in signals])
+            serving = self._rows_of([signal.serves(wanted) for signal in signals])
             first = pc.index_in(self.keys.take(mine), value_set=self.keys.take(serving))
             counting[mine] = serving.to_numpy()[first.to_numpy()] == mine.to_numpy()
         return counting
 
-    def serving(self, wish: Signal) -> "Catalogue":
+    def serving(self, wanted: Signal) -> "Catalogue":
         """The same with the segments first that ``wish`` is served from; else in this order."""
-        serves = np.array([e.footer.origin.signal.serves(wish) for e in self.entries], bool)
+        serves = np.array([e.footer.origin.signal.serves(wanted) for e in self.entries], bool)
         order = np.argsort(~serves, kind="stable")
         number = np.argsort(order).astype(np.int32)
         rows = np.argsort(number[self.segment], kind="stable")

@@ -71,7 +71,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Payer:
+class Provenance:
     """The run that paid for a group, and what for: the teacher answered it, or ``scored`` it."""
 
     run: str
@@ -90,9 +90,9 @@ class Group:
     scored: bool = False
 
     @property
-    def payer(self) -> Payer:
+    def provenance(self) -> Provenance:
         """Who paid for it, and what for."""
-        return Payer(self.run, self.purpose, self.scored)
+        return Provenance(self.run, self.purpose, self.scored)
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,13 @@ def beside(name: str) -> str:
     return f"{blake2b(name.encode(), digest_size=16).hexdigest()}.parquet"
 
 
-def encode(origin: Origin, groups: Sequence[tuple[Group | Payer, pa.Table]]) -> bytes:
-    """A segment's bytes. Each group comes with its ``Group``, or with its ``Payer`` if new."""
+def encode(origin: Origin, groups: Sequence[tuple[Group | Provenance, pa.Table]]) -> bytes:
+    """A segment's bytes. Each group comes with its ``Group``, or with its ``Provenance`` if new."""
     schema = segment_schema(origin.signal)
     described, tables = [], []
     for group, table in groups:
         rows = table.select(schema.names).cast(schema).combine_chunks()
-        if isinstance(group, Payer):
+        if isinstance(group, Provenance):
             sums = {name: checksum(rows[name]) for name in schema.names}
             group = Group(group.run, group.purpose, len(rows), sums, group.scored)
         described.append(group)

@@ -30,7 +30,14 @@ from raystill.datasets.store.reading import (
     look_at_all,
     patiently,
 )
-from raystill.datasets.store.segment import Origin, Payer, SegmentFile, beside, encode, segment_name
+from raystill.datasets.store.segment import (
+    Origin,
+    Provenance,
+    SegmentFile,
+    beside,
+    encode,
+    segment_name,
+)
 
 SEGMENTS = "segments"
 READERS = 8
@@ -107,14 +114,16 @@ class TeacherStore:
         back = np.argsort(np.concatenate(order))
         return pa.concat_tables(parts).take(pa.array(back)).combine_chunks()
 
-    def publish(self, origin: Origin, payer: Payer, rows: pa.Table) -> tuple[str, pa.Table]:
+    def publish(
+        self, origin: Origin, provenance: Provenance, rows: pa.Table
+    ) -> tuple[str, pa.Table]:
         """Write one group's answers; (name, the rows that are published under it).
 
         Where another writer was first, the rows are those it published; a damaged segment of the
         name is replaced. What may be sound but cannot be used keeps its name.
         """
         name = segment_name(rows["key"].to_pylist(), origin.signal)
-        data = encode(origin, [(payer, rows)])
+        data = encode(origin, [(provenance, rows)])
         while not self._put(name, data):
             try:
                 return name, self.rows_of(name, rows["key"], rows.column_names)[1]
@@ -188,18 +197,18 @@ class TeacherStore:
 
 
 @dataclass(frozen=True)
-class Paid:
+class RowCounts:
     """Rows in segments that a run published: answers it asked for, and those it had scored."""
 
     asked: int = 0
     scored: int = 0
 
 
-def rows_paid_for(catalogue: Catalogue, run: str) -> dict[str, Paid]:
+def rows_requested_by(catalogue: Catalogue, run: str) -> dict[str, RowCounts]:
     """What ``run`` has paid for, by purpose."""
     rows: Counter[tuple[str, bool]] = Counter()
     for entry in catalogue.entries:
         for group in entry.footer.groups:
             if group.run == run:
                 rows[group.purpose, group.scored] += group.rows
-    return {p: Paid(rows[p, False], rows[p, True]) for p in ("training", "evaluation")}
+    return {p: RowCounts(rows[p, False], rows[p, True]) for p in ("training", "evaluation")}

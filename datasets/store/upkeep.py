@@ -27,7 +27,7 @@ from raystill.datasets.store.reading import (
 from raystill.datasets.store.segment import (
     Group,
     Origin,
-    Payer,
+    Provenance,
     SegmentFile,
     beside,
     encode,
@@ -43,7 +43,7 @@ STALE_S = 3600.0
 """Age from which a half-written file is nobody's any more."""
 
 Told = Callable[[int, int], None]
-Groups = list[tuple[Group | Payer, pa.Table]]
+Groups = list[tuple[Group | Provenance, pa.Table]]
 Refused = dict[str, UnusableSegment]
 """Segments that cannot be used, by name; the class says why, and what may be done."""
 
@@ -235,7 +235,7 @@ def _batches(
 
 def _kept(
     store: TeacherStore, catalogue: Catalogue, segment: int, counting: NDArray[np.bool_]
-) -> Iterator[tuple[Group | Payer, pa.Table]]:
+) -> Iterator[tuple[Group | Provenance, pa.Table]]:
     """The segment's groups without rows that another answer to the same key is served for."""
     entry = catalogue.entries[segment]
     columns = segment_schema(entry.footer.origin.signal).names
@@ -250,4 +250,4 @@ def _kept(
         if keep.all():
             yield group, rows
         elif keep.any():
-            yield group.payer, rows.filter(pa.array(keep))
+            yield group.provenance, rows.filter(pa.array(keep))

@@ -60,10 +60,10 @@ class StoreView:
     ``keys``: the table's whole key column [N]. Making one looks through the store.
     """
 
-    def __init__(self, store: TeacherStore, keys: pa.ChunkedArray, wish: Signal) -> None:
+    def __init__(self, store: TeacherStore, keys: pa.ChunkedArray, wanted: Signal) -> None:
         self._store = store
         self._keys = keys.combine_chunks()
-        self._wish = wish
+        self._wish = wanted
         self._refused: dict[str, float] = {}  # name -> the moment (monotonic) to try it again
         self._due = math.inf
         self._lock = threading.Lock()

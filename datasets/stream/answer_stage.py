@@ -45,7 +45,7 @@ class AnswerGroup:
             TeacherStore(spec.store_path),
             open_table(spec.prompt_table).read(["key"])["key"],
             spec.signal,
-            spec.paying,
+            spec.requester,
             TeacherCalls(
                 spec.app_name,
                 spec.signal,

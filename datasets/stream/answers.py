@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from raystill.base.errors import RunError
 from raystill.datasets.rows.schema import ENGINE, TOKEN_IDS, answer_schema
 from raystill.datasets.rows.signal import Signal, as_wished, stored_columns
-from raystill.datasets.store.segment import Origin, Payer
+from raystill.datasets.store.segment import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.view import Part, StoreView, in_order
-from raystill.datasets.stream.spec import Paying
+from raystill.datasets.stream.spec import Requester
 from raystill.datasets.stream.teacher_calls import TeacherCalls
 
 
@@ -37,14 +37,14 @@ class StoredAnswers:
         self,
         store: TeacherStore,
         keys: pa.ChunkedArray,
-        wish: Signal,
-        paying: Paying,
+        wanted: Signal,
+        requester: Requester,
         teacher: TeacherCalls,
     ) -> None:
         self._store = store
-        self._view = StoreView(store, keys, wish)
-        self._wish = wish
-        self._paying = paying
+        self._view = StoreView(store, keys, wanted)
+        self._wish = wanted
+        self._paying = requester
         self._teacher = teacher
 
     async def get(
@@ -107,8 +107,8 @@ class StoredAnswers:
         columns = dict(zip(answered.column_names, answered.columns, strict=True))
         segment = pa.table({"key": keys, "prompt_ids": prompt_ids.filter(usable), **columns})
         origin = self._origin(answers)
-        payer = Payer(self._paying.run, self._paying.purpose, scored)
-        published = await asyncio.to_thread(self._publish, origin, payer, segment)
+        provenance = Provenance(self._paying.run, self._paying.purpose, scored)
+        published = await asyncio.to_thread(self._publish, origin, provenance, segment)
         if published is segment:
             return answers
         kept = as_wished(published, origin.signal, self._wish, origin.vocab_size)
@@ -119,9 +119,9 @@ class StoredAnswers:
         ]
         return in_order(parts, kept.schema)[1]
 
-    def _publish(self, origin: Origin, payer: Payer, rows: pa.Table) -> pa.Table:
+    def _publish(self, origin: Origin, provenance: Provenance, rows: pa.Table) -> pa.Table:
         try:
-            _, published = self._store.publish(origin, payer, rows)
+            _, published = self._store.publish(origin, provenance, rows)
         except OSError as error:
             raise RunError(
                 f"the teacher's answers could not be stored in {self._store.path} ({error}); make "

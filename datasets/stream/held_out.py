@@ -19,7 +19,7 @@ from raystill.datasets.rows.schema import row_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream.answers import StoredAnswers
-from raystill.datasets.stream.spec import Paying
+from raystill.datasets.stream.spec import Requester
 from raystill.datasets.stream.teacher_calls import TeacherCalls
 
 EPOCH = -1
@@ -34,7 +34,7 @@ def answer_held_out(
     folder: RunFolder,
     config: RunConfig,
     store_path: str,
-    paying: Paying,
+    requester: Requester,
     app_name: str,
     coordinator: Any,
 ) -> int:
@@ -46,9 +46,9 @@ def answer_held_out(
     top_k, teacher, stream = config.evaluation.top_k, config.teacher, config.stream
     rows = read_complete(folder, prompts, top_k)
     if rows is None:
-        wish = Signal("topk", top_k)
-        calls = TeacherCalls(app_name, wish, stream.max_attempts, coordinator)
-        answers = StoredAnswers(TeacherStore(store_path), prompts["key"], wish, paying, calls)
+        wanted = Signal("topk", top_k)
+        calls = TeacherCalls(app_name, wanted, stream.max_attempts, coordinator)
+        answers = StoredAnswers(TeacherStore(store_path), prompts["key"], wanted, requester, calls)
         groups_in_flight = teacher.max_replicas * teacher.target_ongoing_requests
         rows = asyncio.run(_answer(answers, prompts, top_k, stream.group_rows, groups_in_flight))
         if len(rows) == 0:

@@ -20,7 +20,7 @@ from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from raystill.datasets.prompts.tables import COLUMNS, PromptTable
+from raystill.datasets.prompts.tables import COLUMNS, PromptReader
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.plan import Positions, epoch_order, remaining_groups
@@ -65,7 +65,7 @@ def emit_plan(spec: "StreamSpec") -> Iterator[pa.Table]:
     published: dict[str, Any] | None = ray.get(spec.coordinator.published.remote())
     assert published is not None, "a worker iterates before rank 0 published its ledger"
     attempt, epoch = published["attempt"], published["epoch"]
-    prompts = PromptTable(spec.prompt_table)
+    prompts = PromptReader(spec.prompt_table)
     group_rows = spec.stream.group_rows
     order = epoch_order(spec.num_rows, spec.order_seed, epoch, group_rows)
     ledger = Ledger.from_dict(published["ledger"])

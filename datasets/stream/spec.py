@@ -30,7 +30,7 @@ from raystill.datasets.rows.signal import Signal
 
 
 @dataclass(frozen=True)
-class Paying:
+class Requester:
     """Who pays for what is asked: written into segments. ``purpose``: training or evaluation."""
 
     run: str
@@ -59,7 +59,7 @@ class StreamSpec:
     app_name: str
     groups_in_flight: int
     store_path: str
-    paying: Paying
+    requester: Requester
 
     @classmethod
     def from_config(
@@ -70,7 +70,7 @@ class StreamSpec:
         coordinator: Any,
         app_name: str,
         store_path: str,
-        paying: Paying,
+        requester: Requester,
         signal: Signal,
     ) -> "StreamSpec":
         """The stream of a run."""
@@ -87,5 +87,5 @@ class StreamSpec:
             app_name=app_name,
             groups_in_flight=teacher.max_replicas * teacher.target_ongoing_requests,
             store_path=store_path,
-            paying=paying,
+            requester=requester,
         )

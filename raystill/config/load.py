@@ -147,7 +147,7 @@ def config_text(config: RunConfig) -> str:
     return yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
 
 
-def identity_of(config: BaseModel, prefix: str = "") -> dict[str, Any]:
+def identity_fields(config: BaseModel, prefix: str = "") -> dict[str, Any]:
     """The settings that make a run this run and not another: dotted key to JSON value."""
     values: dict[str, Any] = {}
     dumped = redacted(config.model_dump(mode="json"))  # An earlier run's copy has no credentials.
@@ -155,7 +155,7 @@ def identity_of(config: BaseModel, prefix: str = "") -> dict[str, Any]:
         value = getattr(config, name)
         extra = info.json_schema_extra
         if isinstance(value, BaseModel) and section_model(f"{prefix}{name}") is not None:
-            values |= identity_of(value, f"{prefix}{name}.")
+            values |= identity_fields(value, f"{prefix}{name}.")
         elif isinstance(extra, dict) and extra.get("kind") == "identity":
             values[f"{prefix}{name}"] = dumped[name]
     return values
@@ -163,7 +163,7 @@ def identity_of(config: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 def compare_identity(old: BaseModel, new: BaseModel) -> list[str]:
     """What makes ``new`` another run than ``old``, one line a setting; empty if nothing does."""
-    before, after = identity_of(old), identity_of(new)
+    before, after = identity_fields(old), identity_fields(new)
     return [
         f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
         for key in dict.fromkeys([*before, *after])

@@ -44,7 +44,7 @@ def teacher_identity(folder: str | PathLike[str]) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def identity_of(teacher: TeacherConfig, folder: str | PathLike[str]) -> str:
+def identity_of_teacher(teacher: TeacherConfig, folder: str | PathLike[str]) -> str:
     """``teacher_identity`` for a model; of the synthetic engine, a hash of what it answers by."""
     if teacher.engine == "synthetic":
         answers_by = teacher.synthetic.model_dump(exclude={"delay_s", "poison_token"})

@@ -31,7 +31,7 @@ DEVICE_LOGIT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class Wish:
+class CaptureRequest:
     """What to keep of one request.
 
     tag: names it for `Capture.raystill_take`. first: the input position whose state predicts the
@@ -55,13 +55,13 @@ class Wish:
 class _Kept:
     """Parts of one request, by name, on the host; ``covered``: positions known from the first."""
 
-    wish: Wish
+    wanted: CaptureRequest
     parts: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)
     covered: int = 0
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _CapturedSpan:
     """Rows [begin, end) of a step's tokens: positions from ``place`` of one request's response."""
 
     kept: _Kept
@@ -135,11 +135,11 @@ class _Keeper:
                 f"the model gave {type(output).__name__}, expected a tensor of hidden states; "
                 "leave speculative_config out of teacher.engine_args"
             )
-        states = [piece for piece in pieces if piece.kept.wish.kind == "hidden"]
+        states = [piece for piece in pieces if piece.kept.wanted.kind == "hidden"]
         if states:
             rows = output.index_select(0, _row_numbers(states, output.device))
             self._keep(states, {"hidden": rows.to(torch.bfloat16)})
-        scored = [piece for piece in pieces if piece.kept.wish.kind != "hidden"]
+        scored = [piece for piece in pieces if piece.kept.wanted.kind != "hidden"]
         for part in _within(scored, output, self._runner.input_batch.vocab_size):
             self._score(part, output)
 
@@ -159,23 +159,23 @@ class _Keeper:
         """See `Capture.raystill_drop`."""
         for tag in tags:
             self._kept.pop(tag, None)
-        alive = {wish.tag for wish in map(_wish_of, self._runner.requests.values()) if wish}
+        alive = {wanted.tag for wanted in map(_wish_of, self._runner.requests.values()) if wanted}
         self._gone = (self._gone | set(tags)) & alive
 
-    def _pieces(self) -> Iterator[_Piece]:
+    def _pieces(self) -> Iterator[_CapturedSpan]:
         batch, starts = self._runner.input_batch, self._runner.query_start_loc.np
         for i, request_id in enumerate(batch.req_ids):
-            wish = _wish_of(self._runner.requests[request_id])
-            if wish is None or wish.tag in self._gone:
+            wanted = _wish_of(self._runner.requests[request_id])
+            if wanted is None or wanted.tag in self._gone:
                 continue
             computed = int(batch.num_computed_tokens_cpu[i])
             begin, end = int(starts[i]), int(starts[i + 1])
-            begin += max(0, wish.first - computed)
+            begin += max(0, wanted.first - computed)
             if begin < end:
-                kept = self._kept.setdefault(wish.tag, _Kept(wish))
-                yield _Piece(kept, begin, end, max(0, computed - wish.first))
+                kept = self._kept.setdefault(wanted.tag, _Kept(wanted))
+                yield _CapturedSpan(kept, begin, end, max(0, computed - wanted.first))
 
-    def _score(self, pieces: list[_Piece], output: Tensor) -> None:
+    def _score(self, pieces: list[_CapturedSpan], output: Tensor) -> None:
         """Logprobs of the given tokens, and of the best or the named ids."""
         states = output.index_select(0, _row_numbers(pieces, output.device))
         logits = self._runner.model.compute_logits(states)  # Collective: every rank is here.
@@ -184,17 +184,17 @@ class _Keeper:
         logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
         targets = _stacked(pieces, "targets", logits.device)
         figures = {"sampled": logprobs.gather(1, targets).squeeze(1)}
-        wish = pieces[0].kept.wish
-        if wish.kind == "topk":
-            best, ids = logprobs.topk(wish.width, dim=1)
+        wanted = pieces[0].kept.wanted
+        if wanted.kind == "topk":
+            best, ids = logprobs.topk(wanted.width, dim=1)
             figures |= {"ids": ids.to(torch.int32), "logprobs": best}
-        elif wish.kind == "at":
+        elif wanted.kind == "at":
             ids = _stacked(pieces, "ids", logits.device)
             figures["logprobs"] = logprobs.gather(1, ids)
             figures["tail"] = logprobs.scatter_(1, ids, -torch.inf).logsumexp(dim=1)
         self._keep(pieces, figures)
 
-    def _keep(self, pieces: list[_Piece], figures: dict[str, Tensor]) -> None:
+    def _keep(self, pieces: list[_CapturedSpan], figures: dict[str, Tensor]) -> None:
         host = {name: _to_host(values) for name, values in figures.items()}
         start = 0
         for piece in pieces:
@@ -207,30 +207,32 @@ class _Keeper:
                 piece.kept.covered = max(piece.kept.covered, piece.places.stop)
 
 
-def _wish_of(request: Any) -> Wish | None:
+def _wish_of(request: Any) -> CaptureRequest | None:
     parameters = request.sampling_params
     extra = None if parameters is None else parameters.extra_args
-    return Wish(**extra[EXTRA_ARGS]) if extra and EXTRA_ARGS in extra else None
+    return CaptureRequest(**extra[EXTRA_ARGS]) if extra and EXTRA_ARGS in extra else None
 
 
-def _row_numbers(pieces: list[_Piece], device: torch.device) -> Tensor:
+def _row_numbers(pieces: list[_CapturedSpan], device: torch.device) -> Tensor:
     rows = torch.cat([torch.arange(piece.begin, piece.end) for piece in pieces])
     return rows.to(device, non_blocking=True)
 
 
-def _within(pieces: list[_Piece], output: Tensor, vocab: int) -> Iterator[list[_Piece]]:
+def _within(
+    pieces: list[_CapturedSpan], output: Tensor, vocab: int
+) -> Iterator[list[_CapturedSpan]]:
     """Pieces of one kind and width, cut so that their logits stay within the chunk size."""
     limit = CPU_LOGIT_BYTES if output.device.type == "cpu" else DEVICE_LOGIT_BYTES
     most = max(1, limit // (4 * vocab))
-    groups: dict[tuple[str, int], list[_Piece]] = {}
+    groups: dict[tuple[str, int], list[_CapturedSpan]] = {}
     for piece in pieces:
         for begin in range(piece.begin, piece.end, most):
             end = min(begin + most, piece.end)
-            wish = piece.kept.wish
-            part = _Piece(piece.kept, begin, end, piece.place + begin - piece.begin)
-            groups.setdefault((wish.kind, wish.width), []).append(part)
+            wanted = piece.kept.wanted
+            part = _CapturedSpan(piece.kept, begin, end, piece.place + begin - piece.begin)
+            groups.setdefault((wanted.kind, wanted.width), []).append(part)
     for group in groups.values():
-        chunk: list[_Piece] = []
+        chunk: list[_CapturedSpan] = []
         rows = 0
         for piece in group:
             if chunk and rows + piece.end - piece.begin > most:
@@ -241,13 +243,13 @@ def _within(pieces: list[_Piece], output: Tensor, vocab: int) -> Iterator[list[_
         yield chunk
 
 
-def _stacked(pieces: list[_Piece], name: str, device: torch.device) -> Tensor:
+def _stacked(pieces: list[_CapturedSpan], name: str, device: torch.device) -> Tensor:
     """The pieces' share of what their wishes give for each position: int64 [n, 1] or [n, K]."""
     parts = []
     for piece in pieces:
-        wish = piece.kept.wish
-        given = torch.frombuffer(bytearray(getattr(wish, name)), dtype=torch.int32)
-        width = wish.width if name == "ids" else 1
+        wanted = piece.kept.wanted
+        given = torch.frombuffer(bytearray(getattr(wanted, name)), dtype=torch.int32)
+        width = wanted.width if name == "ids" else 1
         parts.append(given.view(-1, width)[piece.places])
     return torch.cat(parts).long().to(device, non_blocking=True)
 

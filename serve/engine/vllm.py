@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from raystill.datasets.rows.answers import Answer, refusal, score_refusal
 from raystill.serve.engine.arguments import EngineSettings, engine_arguments
-from raystill.serve.engine.capture import Wish
+from raystill.serve.engine.capture import CaptureRequest
 from raystill.serve.engine.outputs import answer_of, hidden_states, keep_arrays, scored_answer
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ class VllmEngine:
             EngineDeadError: the engine's process has ended; nothing more will come from it.
         """
         parameters = self._parameters(width if kind == "topk" else NUM_LOGPROBS[kind])
-        wishes: list[Wish | None] = [None] * len(prompt_ids)
+        wishes: list[CaptureRequest | None] = [None] * len(prompt_ids)
         if kind == "hidden":
-            wishes = [Wish(self._tag(), len(ids) - 1, "hidden") for ids in prompt_ids]
+            wishes = [CaptureRequest(self._tag(), len(ids) - 1, "hidden") for ids in prompt_ids]
         reasons = [refusal(ids, self.max_model_len, self.vocab_size) for ids in prompt_ids]
         with self._unclaimed(wishes) as claim:
             outputs = await self._run(prompt_ids, reasons, wishes, parameters)
@@ -152,13 +152,13 @@ class VllmEngine:
 
     def _wish_to_score(
         self, prompt: Ids, response: Ids, at: Ids | None, kind: str, width: int
-    ) -> Wish:
+    ) -> CaptureRequest:
         targets = np.ascontiguousarray(response, "<i4").tobytes()
         first = len(prompt) - 1
         if at is None:
-            return Wish(self._tag(), first, kind, width if kind == "topk" else 0, targets)
+            return CaptureRequest(self._tag(), first, kind, width if kind == "topk" else 0, targets)
         ids = np.ascontiguousarray(at, "<i4").tobytes()
-        return Wish(self._tag(), first, "at", width, targets, ids)
+        return CaptureRequest(self._tag(), first, "at", width, targets, ids)
 
     def _parameters(self, num_logprobs: int | None, **changes: Any) -> "SamplingParams":
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -185,18 +185,18 @@ class VllmEngine:
         self,
         inputs: Sequence[Ids],
         reasons: Sequence[str | None],
-        wishes: Sequence[Wish | None],
+        wishes: Sequence[CaptureRequest | None],
         parameters: "SamplingParams",
     ) -> "list[CompletionOutput | str]":
         """The finished output of every row, or the reason that it has none."""
 
-        async def run_row(ids: Ids, reason: str | None, wish: Wish | None) -> Any:
+        async def run_row(ids: Ids, reason: str | None, wanted: CaptureRequest | None) -> Any:
             if reason is not None:
                 return reason
             mine = parameters
-            if wish is not None:
+            if wanted is not None:
                 mine = parameters.clone()
-                mine.extra_args = wish.extra_args()
+                mine.extra_args = wanted.extra_args()
             async with self._slots:
                 output = await self._generate(ids.tolist(), mine)
                 self._rows_finished += 1
@@ -206,24 +206,24 @@ class VllmEngine:
         return list(await asyncio.gather(*map(run_row, inputs, reasons, wishes)))
 
     @contextmanager
-    def _unclaimed(self, wishes: Sequence[Wish | None]) -> Iterator[Any]:
+    def _unclaimed(self, wishes: Sequence[CaptureRequest | None]) -> Iterator[Any]:
         """Gives the coroutine that takes what the workers kept for ``wishes``, by the rows' T.
 
         What is left when the block is left (a cancelled call, an error) is dropped there.
         """
-        tags = [wish.tag for wish in wishes if wish is not None]
-        claimed = False
+        tags = [wanted.tag for wanted in wishes if wanted is not None]
+        hold_run_folder = False
 
         async def claim(lengths: list[int]) -> list[bytes]:
-            nonlocal claimed
+            nonlocal hold_run_folder
             told = await self._engine.collective_rpc("raystill_take", args=(tags, lengths))
-            claimed = True
+            hold_run_folder = True
             return next(blobs for blobs in told if blobs is not None)
 
         try:
             yield claim
         finally:
-            if tags and not claimed:
+            if tags and not hold_run_folder:
                 drop = self._engine.collective_rpc("raystill_drop", args=(tags,))
                 self._dropping = asyncio.ensure_future(drop)
 

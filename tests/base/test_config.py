@@ -12,7 +12,7 @@ from raystill.config.describe import describe_fields, fields
 from raystill.config.load import (
     compare_identity,
     config_text,
-    identity_of,
+    identity_fields,
     load_config,
     load_leniently,
 )
@@ -222,7 +222,7 @@ def test_a_missing_run_file_is_no_traceback(tmp_path: Path) -> None:
 
 
 def test_identity_holds_what_makes_a_run_and_nothing_operational() -> None:
-    identity = identity_of(RunConfig.model_validate(SMALL))
+    identity = identity_fields(RunConfig.model_validate(SMALL))
     assert identity["teacher.model"] == "models/tiny-teacher"
     assert identity["evaluation.max_rows"] == 128
     assert identity["stream.order"] == "fixed"

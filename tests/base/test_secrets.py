@@ -16,7 +16,7 @@ from raystill.base.run_folder import RunFolder
 from raystill.cluster.check.output import check_earlier_run
 from raystill.cluster.check.static import check_run_file
 from raystill.config.load import config_text, load_config
-from raystill.datasets.store.store import Paid
+from raystill.datasets.store.store import RowCounts
 from tests.support.synthetic_run import write_run_file
 
 SECRETS = {
@@ -91,8 +91,8 @@ def test_nothing_a_run_writes_holds_a_secret(run_file: Path) -> None:
     assert prepared is not None
     assert prepared.store_path == STORE  # It is used as it was given.
     manifest.write_folder(config, folder, prepared)
-    outcome = run.Outcome(
-        snapshot={}, prepared=prepared, paid={"training": Paid(), "evaluation": Paid()}
+    outcome = run.RunResult(
+        snapshot={}, prepared=prepared, paid={"training": RowCounts(), "evaluation": RowCounts()}
     )
     tables.write_summary(folder, outcome)
     written = [file for file in Path(folder.path).rglob("*") if file.is_file()]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raystill.cluster.job.autoscale import Appetite
+from raystill.cluster.job.autoscale import ReplicaDemand
 from raystill.config.teacher import TeacherConfig
 
 GROUP_ROWS, GROUPS_EACH = 4, 2
@@ -18,7 +18,7 @@ class Rig:
         teacher = TeacherConfig(
             model="m", num_replicas=num_replicas, target_ongoing_requests=GROUPS_EACH
         )
-        self.appetite = Appetite(teacher, GROUP_ROWS, lambda: self.running, lambda: self.now)
+        self.appetite = ReplicaDemand(teacher, GROUP_ROWS, lambda: self.running, lambda: self.now)
 
     def train(self, rows, wait_s, busy_s):
         """The student takes so many rows; whether the bound changed."""

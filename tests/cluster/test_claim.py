@@ -23,7 +23,7 @@ with claimed(RunFolder(sys.argv[1])):
 
 def test_a_run_folder_has_one_driver_until_that_ends_however_it_ends(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
-    with driver_process.claimed(folder):
+    with driver_process.hold_run_folder(folder):
         pass
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, folder.path], stdout=subprocess.PIPE, text=True
@@ -32,13 +32,13 @@ def test_a_run_folder_has_one_driver_until_that_ends_however_it_ends(tmp_path: P
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with (
             pytest.raises(RunError, match=f"under way in process {holder.pid} on .*SIGINT"),
-            driver_process.claimed(folder),
+            driver_process.hold_run_folder(folder),
         ):
             raise AssertionError("two drivers on one folder")
     finally:
         holder.kill()
         holder.wait()
-    with driver_process.claimed(folder):
+    with driver_process.hold_run_folder(folder):
         assert "under way" not in (folder.logs / driver_process.LOCK).read_text()
 
 
@@ -55,11 +55,11 @@ def test_a_name_that_is_taken_is_waited_for_and_then_refused(
         return "coordinator"
 
     folder = RunFolder(str(tmp_path))
-    assert driver_process.only_one(start, folder) == "coordinator"
+    assert driver_process.unique_actor(start, folder) == "coordinator"
     monkeypatch.setattr(driver_process, "NAME_WAIT_S", -1.0)
     tries.clear()
     with pytest.raises(RunError, match="another driver on this cluster"):
-        driver_process.only_one(start, folder)
+        driver_process.unique_actor(start, folder)
 
 
 @pytest.mark.ray
@@ -73,11 +73,11 @@ def test_the_coordinator_of_a_run_is_the_only_one_until_it_is_gone(
     def start() -> Any:
         return start_coordinator("claimed-twice", 8, 8, 0.0)
 
-    first = driver_process.only_one(start, RunFolder(str(tmp_path)))
+    first = driver_process.unique_actor(start, RunFolder(str(tmp_path)))
     assert ray.get(first.snapshot.remote())["from_step"] == 0
     with pytest.raises(ValueError, match="claimed-twice"):
         start()
     ray.kill(first)
-    second = driver_process.only_one(start, RunFolder(str(tmp_path)))
+    second = driver_process.unique_actor(start, RunFolder(str(tmp_path)))
     assert ray.get(second.snapshot.remote())["ahead"] == 0
     ray.kill(second)

@@ -354,10 +354,10 @@ def test_a_terminated_run_names_the_command_that_resumes_and_exits_with_143(
     from raystill.cluster.job import run
     from raystill.cluster.report import tables
 
-    def stopped(*_: object, probe: bool) -> run.Outcome:
+    def stopped(*_: object, probe: bool) -> run.RunResult:
         with run.StopSignals() as signals:
             os.kill(os.getpid(), signal.SIGTERM)
-        return run.Outcome(snapshot={}, stopped_by=signals.received, step=7)
+        return run.RunResult(snapshot={}, stopped_by=signals.received, step=7)
 
     monkeypatch.setattr(run, "connected", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(run, "check_on_cluster", lambda _: [])

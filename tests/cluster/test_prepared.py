@@ -10,7 +10,7 @@ import pytest
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.check.static import check_run_file
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Origin, Payer, segment_schema
+from raystill.datasets.store.segment import Origin, Provenance, segment_schema
 from raystill.datasets.store.store import TeacherStore
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
@@ -59,7 +59,7 @@ def publish(run: Prepared, table: pa.Table, signal: Signal) -> None:
     ]
     rows = pa.table(columns, schema=schema)
     origin = Origin(run.teacher_identity, "t", "synthetic", "1", "float64", 100, signal)
-    TeacherStore(run.store_path).publish(origin, Payer("another", "training"), rows)
+    TeacherStore(run.store_path).publish(origin, Provenance("another", "training"), rows)
 
 
 def found(run: Prepared) -> tuple[int, int, int, bool]:

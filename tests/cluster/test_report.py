@@ -13,7 +13,7 @@ from raystill.base.errors import RunError
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.report.summary import before_and_after, write_summary
 from raystill.cluster.report.tables import examples, print_comparison, print_report, question
-from raystill.datasets.store.store import Paid
+from raystill.datasets.store.store import RowCounts
 
 BEFORE = {"step": 0, "kl_nats_per_token": 8.0, "top1_agreement": 0.05, "acceptance": 0.1}
 BEFORE |= {"perplexity": 35000.0, "num_tokens": 900, "bound": "KL is a lower bound"}
@@ -50,7 +50,7 @@ def outcome(stopped_by: int = 0, rows_asked: int = 0, **counters: float) -> type
             dropped={"too_long": 2},
             config=types.SimpleNamespace(training=types.SimpleNamespace(epochs=1), rows_ahead=48),
         ),
-        paid={"training": Paid(rows_asked), "evaluation": Paid(8)},
+        paid={"training": RowCounts(rows_asked), "evaluation": RowCounts(8)},
     )
 
 
@@ -98,7 +98,7 @@ def test_the_summary_counts_rows_tokens_and_drops(folder: RunFolder) -> None:
 
 def test_scored_rows_stand_apart_from_asked_and_reused_ones(folder: RunFolder) -> None:
     enriched = outcome(rows_asked=20)
-    enriched.paid = {"training": Paid(20, 200), "evaluation": Paid(0, 5)}
+    enriched.paid = {"training": RowCounts(20, 200), "evaluation": RowCounts(0, 5)}
     summary = write_summary(folder, enriched)
     names = ("rows_asked", "rows_scored", "rows_reused", "evaluation_rows_scored")
     assert [summary[name] for name in names] == [20, 200, 100, 5]

@@ -19,7 +19,7 @@ from raystill.datasets.rows.answers import (
     tail_logprob,
 )
 from raystill.datasets.rows.schema import answer_schema
-from raystill.model.identity import identity_of, teacher_identity
+from raystill.model.identity import identity_of_teacher, teacher_identity
 from raystill.model.sampling import resolve_sampling
 
 KINDS = ["text", "sampled", "topk", "hidden"]
@@ -213,8 +213,8 @@ def test_the_synthetic_teachers_identity_is_its_answers_and_not_its_speed(tmp_pa
     fast = teacher(engine="synthetic")
     slow = teacher(engine="synthetic", synthetic={"delay_s": 1.0})
     longer = teacher(engine="synthetic", synthetic={"response_tokens": 17})
-    assert identity_of(fast, tmp_path) == identity_of(slow, tmp_path)
-    assert identity_of(fast, tmp_path) != identity_of(longer, tmp_path)
+    assert identity_of_teacher(fast, tmp_path) == identity_of_teacher(slow, tmp_path)
+    assert identity_of_teacher(fast, tmp_path) != identity_of_teacher(longer, tmp_path)
 
 
 def test_lists_of_a_table_are_flat_buffers() -> None:

@@ -19,7 +19,7 @@ def prompts(tmp_path):
     columns = [rows, [bytes(16)] * 50, prompts, ["a", "b"] * 25, given]
     folder = RunFolder(str(tmp_path))
     folder.write_table("prompts.parquet", pa.table(columns, schema=PROMPT_SCHEMA), 7)
-    return tables.PromptTable(folder.join("prompts.parquet"))
+    return tables.PromptReader(folder.join("prompts.parquet"))
 
 
 def test_rows_come_in_the_order_asked_across_row_groups(prompts):

@@ -33,13 +33,13 @@ from raystill.datasets.store.reading import (
 from raystill.datasets.store.segment import (
     FOOTER,
     Origin,
-    Payer,
+    Provenance,
     SegmentFile,
     checksum,
     encode,
     segment_name,
 )
-from raystill.datasets.store.store import SEGMENTS, Paid, TeacherStore, rows_paid_for
+from raystill.datasets.store.store import SEGMENTS, RowCounts, TeacherStore, rows_requested_by
 from raystill.datasets.store.upkeep import compact, prune, verify
 
 V = 300
@@ -101,7 +101,7 @@ def publish(store: TeacherStore, rows: list[int], run: str = "run", **what) -> s
     told = origin(signal, what.pop("identity", "abc"))
     return store.publish(
         told,
-        Payer(run, what.pop("purpose", "training"), what.pop("scored", False)),
+        Provenance(run, what.pop("purpose", "training"), what.pop("scored", False)),
         segment(rows, signal, **what),
     )[0]
 
@@ -114,13 +114,20 @@ def test_what_serves_what_is_a_partial_order_within_that_of_richness() -> None:
     text, sampled, other = Signal("text"), Signal("sampled"), Signal("hidden", 7)
     ladder = [text, sampled, Signal("topk", 4), TOPK]
     for place, signal in enumerate(ladder):
-        assert [signal.serves(wish) for wish in ladder] == [i <= place for i in range(4)]
+        assert [signal.serves(wanted) for wanted in ladder] == [i <= place for i in range(4)]
     everything = [*ladder, HIDDEN, other]
-    assert [HIDDEN.serves(wish) for wish in everything] == [True, True, False, False, True, False]
+    assert [HIDDEN.serves(wanted) for wanted in everything] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
     assert not any(signal.serves(HIDDEN) for signal in [*ladder, other])
     for signal in everything:
-        for wish in everything:
-            assert not signal.serves(wish) or signal.richness >= wish.richness
+        for wanted in everything:
+            assert not signal.serves(wanted) or signal.richness >= wanted.richness
     with pytest.raises(ValueError, match="width of a hidden signal is 0"):
         Signal("hidden")
 
@@ -154,24 +161,24 @@ class TestReading:
         ids=str,
     )
     def test_a_poorer_wish_is_served_exactly_as_if_asked_for(
-        self, store: TeacherStore, wish: Signal
+        self, store: TeacherStore, wanted: Signal
     ) -> None:
-        self.served(store, TOPK, wish)
+        self.served(store, TOPK, wanted)
 
     @pytest.mark.parametrize("wish", [HIDDEN, Signal("sampled"), Signal("text")], ids=str)
     def test_hidden_states_serve_themselves_and_what_is_stored_beside_them(
-        self, store: TeacherStore, wish: Signal
+        self, store: TeacherStore, wanted: Signal
     ) -> None:
-        self.served(store, HIDDEN, wish)
+        self.served(store, HIDDEN, wanted)
 
-    def served(self, store: TeacherStore, stored: Signal, wish: Signal) -> None:
+    def served(self, store: TeacherStore, stored: Signal, wanted: Signal) -> None:
         rows = list(range(20))
         publish(store, rows, signal=stored)
         catalogue = store.catalogue()
-        found = store.read(catalogue, catalogue.locate(keys_of(rows)), stored_columns(wish))
-        served = as_wished(found, stored, wish, V)
-        assert served.schema.equals(answer_schema(wish.kind, wish.width))
-        assert served.equals(answers(rows, wish))
+        found = store.read(catalogue, catalogue.locate(keys_of(rows)), stored_columns(wanted))
+        served = as_wished(found, stored, wanted, V)
+        assert served.schema.equals(answer_schema(wanted.kind, wanted.width))
+        assert served.equals(answers(rows, wanted))
 
     def test_the_richest_answer_to_a_key_is_served(self, store: TeacherStore) -> None:
         publish(store, [1, 2], signal=Signal("topk", 4))
@@ -189,8 +196,8 @@ class TestReading:
         assert catalogue.counting().sum() == 5  # Hidden and topk 16 of 1 and 2, and 3.
         assert (catalogue.rows, catalogue.duplicates) == (10, 5)
 
-        def found(wish: Signal, row: int) -> Signal:
-            view = catalogue.serving(wish)
+        def found(wanted: Signal, row: int) -> Signal:
+            view = catalogue.serving(wanted)
             (where,) = view.locate(keys_of([row]))
             (read,) = store.read(view, np.array([where]), ["key"])["key"].to_pylist()
             assert read == key(row)
@@ -223,7 +230,7 @@ def rewritten(data: bytes, change: Callable[[dict[str, Any]], object]) -> pa.Buf
 
 class TestFooter:
     def test_one_from_before_hidden_states_is_read(self) -> None:
-        data = encode(origin(), [(Payer("run", "training"), segment([1, 2]))])
+        data = encode(origin(), [(Provenance("run", "training"), segment([1, 2]))])
 
         def as_before(told: dict[str, Any]) -> None:
             signal = told["origin"]["signal"]
@@ -236,7 +243,7 @@ class TestFooter:
         assert file.read(0, ["topk_ids"]).equals(segment([1, 2]).select(["topk_ids"]))
 
     def test_it_says_which_hidden_state_it_holds_and_another_is_refused(self) -> None:
-        data = encode(origin(HIDDEN), [(Payer("run", "training"), segment([1, 2], HIDDEN))])
+        data = encode(origin(HIDDEN), [(Provenance("run", "training"), segment([1, 2], HIDDEN))])
         told = SegmentFile(pa.BufferReader(data), "new").footer.origin
         assert told.hidden_is == "after the final norm"
         assert origin().hidden_is is None
@@ -339,14 +346,20 @@ class TestDamage:
 class TestWriting:
     def test_the_first_of_two_writers_counts(self, store: TeacherStore) -> None:
         first = segment([1, 2])
-        store.publish(origin(), Payer("a", "training"), first)
+        store.publish(origin(), Provenance("a", "training"), first)
         second = segment([2, 1], salt=1)
-        name, published = store.publish(origin(), Payer("b", "training"), second)
+        name, published = store.publish(origin(), Provenance("b", "training"), second)
         assert published["key"].to_pylist() == [key(2), key(1)]
         assert published["response_ids"].to_pylist() == first["response_ids"].to_pylist()[::-1]
         assert store.names() == [name]
-        assert rows_paid_for(store.catalogue(), "a") == {"training": Paid(2), "evaluation": Paid()}
-        assert rows_paid_for(store.catalogue(), "b") == {"training": Paid(), "evaluation": Paid()}
+        assert rows_requested_by(store.catalogue(), "a") == {
+            "training": RowCounts(2),
+            "evaluation": RowCounts(),
+        }
+        assert rows_requested_by(store.catalogue(), "b") == {
+            "training": RowCounts(),
+            "evaluation": RowCounts(),
+        }
 
     def test_many_processes_write_the_same_rows_at_once(self, store: TeacherStore) -> None:
         with multiprocessing.get_context("spawn").Pool(4) as pool:
@@ -389,8 +402,8 @@ def write_many(path: str, salt: int) -> list:
     kept = []
     for start in range(0, 40, 4):
         rows = list(range(start, start + 4))
-        payer = Payer(f"run{salt}", "training")
-        _, published = store.publish(origin(), payer, segment(rows, salt=salt))
+        provenance = Provenance(f"run{salt}", "training")
+        _, published = store.publish(origin(), provenance, segment(rows, salt=salt))
         kept += published["response_ids"].to_pylist()
     return kept
 
@@ -414,7 +427,7 @@ class TestCompacting:
         assert again.equals(served)
         assert verify(store) == {}
         assert compact(store).merged == 0
-        paid = [rows_paid_for(after, run) for run in "abc"]
+        paid = [rows_requested_by(after, run) for run in "abc"]
         assert sum(rows.asked for by_purpose in paid for rows in by_purpose.values()) == 8
 
     def test_two_signals_of_a_key_stay_two_and_every_wish_is_served_as_before(
@@ -430,7 +443,7 @@ class TestCompacting:
         wishes = [HIDDEN, TOPK, narrow, Signal("sampled"), Signal("text")]
 
         def told() -> list[pa.Table]:
-            views = [store.catalogue().serving(wish) for wish in wishes]
+            views = [store.catalogue().serving(wanted) for wanted in wishes]
             where = [view.locate(keys_of(rows)) for view in views]
             return [
                 store.read(view, found, stored_columns(Signal("sampled")))
@@ -444,7 +457,10 @@ class TestCompacting:
         assert told() == before
         after = store.catalogue()
         assert (after.rows, after.duplicates) == (9, 0)
-        assert rows_paid_for(after, "a") == {"training": Paid(0, 2), "evaluation": Paid()}
+        assert rows_requested_by(after, "a") == {
+            "training": RowCounts(0, 2),
+            "evaluation": RowCounts(),
+        }
         assert verify(store) == {}
         assert compact(store).merged == 0
 

@@ -11,7 +11,7 @@ import pytest
 
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import DamagedSegment, Payer, segment_name
+from raystill.datasets.store.segment import DamagedSegment, Provenance, segment_name
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.upkeep import compact, remove, verify
 from raystill.datasets.store.view import StoreView
@@ -37,9 +37,9 @@ def alter(store: TeacherStore, name: str, column: str = "response_ids") -> bytes
     return bytes(data)
 
 
-def missing(store: TeacherStore, rows: list[int], wish: Signal = TOPK) -> int:
+def missing(store: TeacherStore, rows: list[int], wanted: Signal = TOPK) -> int:
     """How many of the rows a run would have to ask for."""
-    view = StoreView(store, pa.chunked_array([keys_of(rows)]), wish)
+    view = StoreView(store, pa.chunked_array([keys_of(rows)]), wanted)
     found = view.look_up(np.arange(len(rows)), pa.nulls(len(rows), TOKEN_IDS))
     return len(found.to_ask) + len(found.to_score[0])
 
@@ -124,7 +124,7 @@ def test_answers_of_two_engines_are_merged_without_one_taking_the_others_file(
     )
     other = max(range(100, 200), key=lambda row: name_of([row], TOPK))
     for rows, told in (([pair[0]], newer), ([pair[1]], newer), (pair, origin())):
-        store.publish(told, Payer("run", "training"), segment(rows))
+        store.publish(told, Provenance("run", "training"), segment(rows))
     publish(store, [other])
     compact(store)
     assert missing(store, [*pair, other]) == 0

@@ -11,9 +11,9 @@ from raystill.base.run_folder import HELD_OUT, HELD_OUT_PROMPTS, RunFolder
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.schema import ENGINE, row_schema
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.store import Paid, TeacherStore, rows_paid_for
+from raystill.datasets.store.store import RowCounts, TeacherStore, rows_requested_by
 from raystill.datasets.stream.plan import epoch_order, num_steps
-from raystill.datasets.stream.spec import Paying
+from raystill.datasets.stream.spec import Requester
 from tests.support import stream_rig as rig
 from tests.support.stream_rig import GROUP_ROWS, PLAIN, ROWS_PER_STEP, SEED, TOP_K, Run
 
@@ -255,7 +255,7 @@ def test_poorer_stored_answers_are_scored_and_never_sampled_again(teacher, worke
         assert table["response_ids"].to_pylist() == [[row, 1] for row in table["row"].to_pylist()]
     catalogue = TeacherStore(run.spec.store_path).catalogue()
     assert (catalogue.rows, catalogue.duplicates) == (80, 40)  # The poorer ones are not needed.
-    assert rows_paid_for(catalogue, run.name)["training"] == Paid(0, 40)
+    assert rows_requested_by(catalogue, run.name)["training"] == RowCounts(0, 40)
     longer = Run(tmp_path, [*behaviours, *[PLAIN] * 8], "arrival", 1, store="s").stream(workers)
     counters = longer.snapshot["counters"]
     assert (counters["rows_asked"], counters["rows_scored"], counters["rows_reused"]) == (8, 0, 40)
@@ -285,8 +285,8 @@ def stored_answers(place, rows, kind):
 
     keys = pa.chunked_array([pa.array([row.to_bytes(16, "big") for row in range(rows)])])
     calls = TeacherCalls(rig.APP, Signal(kind, TOP_K), 2, None)
-    paying = Paying("run", "training", "teacher", "obedient")
-    return StoredAnswers(TeacherStore(str(place)), keys, Signal(kind, TOP_K), paying, calls)
+    requester = Requester("run", "training", "teacher", "obedient")
+    return StoredAnswers(TeacherStore(str(place)), keys, Signal(kind, TOP_K), requester, calls)
 
 
 def test_a_retried_group_finds_all_that_its_first_try_published(teacher, tmp_path):
@@ -352,9 +352,9 @@ def test_held_out_rows_are_answered_once_and_kept(teacher, tmp_path):
     rig.write_prompts(folder, HELD_OUT_PROMPTS, [PLAIN] * 20 + [rig.UNUSABLE], given)
     coordinator = start_coordinator("held-out", 64, 10, 0.0)
     config = held_out_config()
-    paying = Paying("run", "evaluation", "teacher", "obedient")
+    requester = Requester("run", "evaluation", "teacher", "obedient")
     store = str(tmp_path / "store")
-    arguments = (folder, config, store, paying, rig.APP, coordinator)
+    arguments = (folder, config, store, requester, rig.APP, coordinator)
     assert ray.get(answer_held_out.remote(*arguments)) == 20
     ray.get(coordinator.wait_held_out.remote(), timeout=5)
     rows = folder.read_table(HELD_OUT)
@@ -365,8 +365,8 @@ def test_held_out_rows_are_answered_once_and_kept(teacher, tmp_path):
     assert ray.get(answer_held_out.remote(*arguments)) == 20
     counters = ray.get(coordinator.snapshot.remote())["counters"]
     assert counters == {"evaluation_rows_dropped": 1}
-    paid = rows_paid_for(TeacherStore(store).catalogue(), "run")
-    assert paid == {"training": Paid(), "evaluation": Paid(16, 4)}
+    paid = rows_requested_by(TeacherStore(store).catalogue(), "run")
+    assert paid == {"training": RowCounts(), "evaluation": RowCounts(16, 4)}
     # As many others are not the same: they are asked.
     others = [[90 + row, 1] for row in range(21)]
     rig.write_prompts(folder, HELD_OUT_PROMPTS, [PLAIN] * 21, others, first_key=100)

@@ -163,7 +163,7 @@ def store_hidden_states(store: Any, model: Any, keys: Any) -> None:
 
     from raystill.datasets.rows.schema import TOKEN_FLOATS, TOKEN_IDS
     from raystill.datasets.rows.signal import Signal
-    from raystill.datasets.store.segment import Origin, Payer
+    from raystill.datasets.store.segment import Origin, Provenance
 
     catalogue = store.catalogue()
     columns = ["prompt_ids", "response_ids", "finish_reason"]
@@ -190,4 +190,4 @@ def store_hidden_states(store: Any, model: Any, keys: Any) -> None:
     told = catalogue.entries[0].footer.origin
     names = ("teacher_identity", "teacher", "engine", "engine_version", "dtype", "vocab_size")
     origin = Origin(**{n: getattr(told, n) for n in names}, signal=Signal("hidden", width))
-    store.publish(origin, Payer("a test", "training", scored=True), table)
+    store.publish(origin, Provenance("a test", "training", scored=True), table)

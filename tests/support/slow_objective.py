@@ -10,7 +10,7 @@ import torch
 from raystill.config.objective import TERMS, ObjectiveConfig
 from raystill.train.batch.partition import NO_ID, Partition, topk_partition
 from raystill.train.loss.head_loss import OutputHead, head_loss
-from raystill.train.loss.log_probs import outcome_log_probs
+from raystill.train.loss.log_probs import partition_log_probs
 from raystill.train.loss.objective import TokenObjective, divergences, on_partition
 
 torch.set_num_threads(1)  # Tensors this small make two threads wait for each other.
@@ -36,7 +36,7 @@ def forward_kl(logits, partition):
 
 def cross_entropy(logits, targets):
     """-log q of the targets [N] as the project computes it, [N]."""
-    return -outcome_log_probs(logits, targets[:, None])[0][:, 0]
+    return -partition_log_probs(logits, targets[:, None])[0][:, 0]
 
 
 def slow_log_q(logits, ids):

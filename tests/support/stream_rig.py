@@ -21,7 +21,7 @@ from raystill.config.stream import StreamConfig
 from raystill.datasets.rows.schema import ENGINE, PROMPT_SCHEMA, answer_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.stream.ledger import Ledger
-from raystill.datasets.stream.spec import Paying, StreamSpec
+from raystill.datasets.stream.spec import Requester, StreamSpec
 from raystill.datasets.stream.stream import build_stream, iterate_groups, uneven_shares
 from raystill.train.step.rows import StepRows
 
@@ -228,7 +228,7 @@ class Run:
             app_name=APP,
             groups_in_flight=32,
             store_path=str(folder / store),
-            paying=Paying(name, "training", "teacher", "obedient"),
+            requester=Requester(name, "training", "teacher", "obedient"),
         )
 
     def start(self, workers, num_steps=None, epoch=0) -> "Run":

@@ -75,7 +75,7 @@ def tiny_teacher(dtype=torch.float32):
     """A head with four rows more than the student's; its logits are of the size of real ones."""
     generator = torch.Generator().manual_seed(7)
     weight = torch.randn(TEACHER_VOCAB, TEACHER_HIDDEN, generator=generator).to(dtype)
-    return TeacherHead(weight, compute_dtype=dtype, num_outcomes=VOCAB, most_gap=0.02)
+    return TeacherHead(weight, compute_dtype=dtype, num_classes=VOCAB, most_gap=0.02)
 
 
 def make_hidden_row(number, tokens=None):

@@ -25,10 +25,10 @@ from raystill.config.run import RunConfig
 from raystill.datasets.rows.schema import PROMPT_SCHEMA
 from raystill.datasets.rows.signal import signal_of
 from raystill.datasets.store.reading import GoneSegment
-from raystill.datasets.store.store import SEGMENTS, Paid, TeacherStore, rows_paid_for
+from raystill.datasets.store.store import SEGMENTS, RowCounts, TeacherStore, rows_requested_by
 from raystill.datasets.store.upkeep import verify
 from raystill.datasets.stream.ledger import Ledger
-from raystill.datasets.stream.spec import Paying, StreamSpec
+from raystill.datasets.stream.spec import Requester, StreamSpec
 from raystill.serve import deploy
 from raystill.train.checkpoint.checkpoint import read_snapshot
 from raystill.train.checkpoint.ray_register import registered_names
@@ -142,8 +142,8 @@ def run_through(place: Path, config: RunConfig, kinds: list[str], seed: int) -> 
     coordinator = start_coordinator(f"chaos-{place.name}", *bounds)
     store = TeacherStore(str(place / "store"))
     prompts = folder.join("prompts/train.parquet")
-    paying = Paying("run", "training", "identity", "synthetic")
-    where = (prompts, NUM_ROWS, coordinator, deploy.APP_NAME, store.path, paying)
+    requester = Requester("run", "training", "identity", "synthetic")
+    where = (prompts, NUM_ROWS, coordinator, deploy.APP_NAME, store.path, requester)
     spec = StreamSpec.from_config(config, *where, signal_of(config.signal, {}))
     chaos = Chaos(coordinator, kinds, seed)
     watcher = threading.Thread(target=chaos.run)
@@ -186,7 +186,7 @@ def check_exact(ended: Ended) -> None:
     catalogue = ended.store.catalogue()
     assert (catalogue.rows, catalogue.duplicates, catalogue.refused) == (NUM_ROWS, 0, {})
     assert verify(ended.store) == {}
-    assert rows_paid_for(catalogue, "run")["training"] == Paid(NUM_ROWS)
+    assert rows_requested_by(catalogue, "run")["training"] == RowCounts(NUM_ROWS)
     lines = read_lines(ended.folder, "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert sum(line["rows"] for line in lines) == NUM_ROWS * ended.epochs

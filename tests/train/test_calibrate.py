@@ -27,7 +27,7 @@ def teacher_of(dtype=torch.float32):
     """A head without padding, so that K can be the whole vocabulary."""
     generator = torch.Generator().manual_seed(7)
     weight = 0.7 * torch.randn(VOCAB, TEACHER_HIDDEN, generator=generator)
-    return TeacherHead(weight.to(dtype), compute_dtype=dtype, num_outcomes=VOCAB)
+    return TeacherHead(weight.to(dtype), compute_dtype=dtype, num_classes=VOCAB)
 
 
 def positions_of(teacher, signals, count=40, budget=1000):
@@ -42,7 +42,7 @@ def ladder(*sizes):
 def test_a_small_case_by_hand() -> None:
     # Teacher (1/2, 1/4, 1/8, 1/8), student (1/4, 1/4, 1/4, 1/4), the drawn token is id 0.
     p = torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 8], dtype=torch.float64)
-    teacher = TeacherHead(p.log()[:, None], compute_dtype=torch.float64, num_outcomes=4)
+    teacher = TeacherHead(p.log()[:, None], compute_dtype=torch.float64, num_classes=4)
     one = torch.ones(1, 1, dtype=torch.bfloat16).view(torch.uint16).numpy()
     row = Row(0, 0, np.ones(1, np.int32), np.zeros(1, np.int32), "stop", hidden=one)
     signals = [Signal("text"), Signal("topk", 1), Signal("topk", 4), Signal("hidden", 1)]

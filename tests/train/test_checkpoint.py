@@ -25,16 +25,16 @@ from raystill.train.checkpoint.checkpoint import (
 )
 from raystill.train.checkpoint.ray_register import (
     SNAPSHOT_FILE,
-    mend_register,
     registered_names,
     remove_unregistered,
+    repair_register,
 )
 from raystill.train.checkpoint.tensors import (
-    Piece,
+    TensorSlice,
     file_names,
     model_tensors,
-    read_pieces,
-    write_pieces,
+    read_slices,
+    write_slices,
 )
 from raystill.train.step.optimizer import build_optimizer
 from raystill.train.step.ranks import Ranks
@@ -131,8 +131,8 @@ def test_a_tied_weight_is_written_once_and_derived_buffers_not_at_all():
 def test_what_is_to_be_written_does_not_change_with_the_model():
     model, optimizer = new_run(seed=1)
     train(model, optimizer, steps=1)
-    pieces = part_of(model, optimizer).pieces
-    kept = [pieces["model"]["mix.weight"], pieces["optimizer"]["exp_avg.mix.weight"]]
+    slices = part_of(model, optimizer).slices
+    kept = [slices["model"]["mix.weight"], slices["optimizer"]["exp_avg.mix.weight"]]
     before = [piece.tensor.clone() for piece in kept]
     train(model, optimizer, steps=1)
     for piece, value in zip(kept, before, strict=True):
@@ -151,22 +151,24 @@ def test_pieces_of_any_cut_are_put_together_and_missing_or_strange_ones_named(tm
     whole = {"a": torch.arange(14.0).view(7, 2), "b": torch.arange(3), "count": torch.tensor(5.0)}
     paths = [tmp_path / name for name in file_names("model", 3)]
     for path, start, end in zip(paths, (0, 3, 6), (3, 6, 7), strict=True):
-        pieces = {"a": Piece(whole["a"][start:end].clone(), start)}
-        pieces["b"] = Piece(whole["b"][start:end].clone(), start)  # The others have none of it.
+        slices = {"a": TensorSlice(whole["a"][start:end].clone(), start)}
+        slices["b"] = TensorSlice(
+            whole["b"][start:end].clone(), start
+        )  # The others have none of it.
         if start == 0:
-            pieces["count"] = Piece(whole["count"])
-        write_pieces(path, pieces)
+            slices["count"] = TensorSlice(whole["count"])
+        write_slices(path, slices)
     found = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
-    read_pieces(paths, found)
+    read_slices(paths, found)
     assert all(torch.equal(found[name], whole[name]) for name in whole)
     with pytest.raises(ValueError, match="lacks rows of 1 tensors, first a, in model-00001"):
-        read_pieces(paths[:2], found)
+        read_slices(paths[:2], found)
     with pytest.raises(ValueError, match="1 tensors differ, first count"):
-        read_pieces(paths[1:], {**found, "b": torch.zeros(0)})
+        read_slices(paths[1:], {**found, "b": torch.zeros(0)})
     with pytest.raises(ValueError, match=r"a is \[7, 3\] here and stored in rows of \[2\]"):
-        read_pieces(paths, {**found, "a": torch.zeros(7, 3)})
+        read_slices(paths, {**found, "a": torch.zeros(7, 3)})
     with pytest.raises(ValueError, match="a has 5 rows here and at least 6 there"):
-        read_pieces(paths, {**found, "a": torch.zeros(5, 2)})
+        read_slices(paths, {**found, "a": torch.zeros(5, 2)})
 
 
 def test_pytorchs_own_reader_of_distributed_checkpoints_reads_the_pieces(tmp_path):
@@ -174,7 +176,7 @@ def test_pytorchs_own_reader_of_distributed_checkpoints_reads_the_pieces(tmp_pat
 
     whole = torch.arange(14.0).view(7, 2)
     for name, rows in zip(file_names("model", 2), (slice(0, 4), slice(4, 7)), strict=True):
-        write_pieces(tmp_path / name, {"a": Piece(whole[rows].clone(), rows.start)})
+        write_slices(tmp_path / name, {"a": TensorSlice(whole[rows].clone(), rows.start)})
     found = {"a": torch.zeros(7, 2)}
     dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
     assert torch.equal(found["a"], whole)
@@ -286,13 +288,13 @@ def test_a_list_of_checkpoints_that_ray_would_refuse_is_made_anew(tmp_path, torn
         write(folder.local / "checkpoints" / f"step-{step:08d}", model, optimizer, step, Ledger(1))
     (folder.local / "checkpoints" / "step-00000006").mkdir()  # Not whole.
     folder.write_text(f"checkpoints/{SNAPSHOT_FILE}", torn)
-    assert mend_register(folder) is not None
+    assert repair_register(folder) is not None
     assert registered_names(folder) == {"step-00000002", "step-00000004"}
     state = json.loads(folder.read_text(f"checkpoints/{SNAPSHOT_FILE}"))
     parsed = _CheckpointManagerState.parse_obj(state)
     assert parsed.latest_checkpoint_result.checkpoint_dir_name == "step-00000004"
     assert parsed.json() == folder.read_text(f"checkpoints/{SNAPSHOT_FILE}").replace(" ", "")
-    assert mend_register(folder) is None
+    assert repair_register(folder) is None
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_is_not_published(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from raystill.train.batch.partition import NO_ID, Partition, sampled_partition
 from raystill.train.loss import divergence
-from raystill.train.loss.log_probs import outcome_log_probs
+from raystill.train.loss.log_probs import partition_log_probs
 from raystill.train.loss.objective import floored
 from tests.support.slow_objective import (
     DIVERGENCES,
@@ -127,7 +127,7 @@ def test_values_rise_with_k_towards_the_full_one(name):
 
 def test_total_variation_is_what_acceptance_leaves():
     partition = teacher_partition(random_logits(0), TOP_K)
-    log_q, _ = outcome_log_probs(random_logits(1), partition.ids)
+    log_q, _ = partition_log_probs(random_logits(1), partition.ids)
     acceptance = torch.minimum(partition.log_p, log_q).exp().sum(dim=1)
     torch.testing.assert_close(on("total_variation", random_logits(1), partition), 1 - acceptance)
 

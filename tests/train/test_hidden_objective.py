@@ -65,7 +65,7 @@ def make(sizes="equal", dtype=torch.float64, tokens=TOKENS, scale=1.0, seed=0, o
         bias.to(torch.float64 if dtype == torch.float64 else torch.float32),
         transform,
         dtype,
-        num_outcomes=min(outcomes, teacher_rows),
+        num_classes=min(outcomes, teacher_rows),
     )
     targets = torch.randint(min(outcomes, teacher_rows), (tokens,), generator=generator)
     return Case(inputs, teacher, micro_batch(hidden, targets, torch.linspace(0.2, 1.5, tokens)))
@@ -105,7 +105,7 @@ def dense_terms(case, objective, inputs=None):
     """Each term [N] by the textbook formulas from all logits, differentiable in the inputs."""
     hidden, weight, bias = (t.double() for t in inputs or case.inputs)
     z, t = hidden @ weight.T + bias, teacher_logits(case)
-    size, temperature = case.teacher.num_outcomes, objective.temperature
+    size, temperature = case.teacher.num_classes, objective.temperature
     has_tail = z.shape[1] > size
     q = outcomes_of(z / temperature, size, has_tail)
     p = outcomes_of(t / temperature, size, has_tail)
@@ -162,7 +162,7 @@ def test_worked_by_hand_at_temperature_two():
     # Gradient (q - p) / 2 = (0.125, -0.125). At temperature 1 q is (0.9, 0.1) and -ln 0.1 =
     # 2.302585 for target 1, gradient (0.9, -0.9).
     z = torch.tensor([[2 * math.log(3), 0.0]], dtype=torch.float64)
-    teacher = TeacherHead(torch.zeros(2, 3).double(), compute_dtype=z.dtype, num_outcomes=2)
+    teacher = TeacherHead(torch.zeros(2, 3).double(), compute_dtype=z.dtype, num_classes=2)
     batch = micro_batch(torch.ones(1, 3).bfloat16(), torch.tensor([1]), torch.ones(1))
     objective = ObjectiveConfig(forward_kl=1, cross_entropy=1, temperature=2)
     figures = figures_of(HiddenObjective(objective, batch, teacher), z)
@@ -202,7 +202,7 @@ def own_teacher(case, dtype, rows=None):
         weight.detach()[:rows],
         bias.detach()[:rows],
         compute_dtype=dtype,
-        num_outcomes=case.teacher.num_outcomes,
+        num_classes=case.teacher.num_classes,
     )
     inputs = [hidden.to(dtype).requires_grad_(), weight, bias]
     return Case(inputs, teacher, micro_batch(hidden, case.batch.targets, case.batch.weights))
@@ -228,7 +228,7 @@ def test_padding_of_the_teachers_head_alone_leaves_no_loss_where_the_rest_agrees
     head = case.teacher
     weight = torch.cat([head.weight, torch.zeros(4, HIDDEN, dtype=torch.float64)])
     bias = torch.cat([head.bias, torch.zeros(4, dtype=torch.float64)])
-    padded = TeacherHead(weight, bias, compute_dtype=torch.float64, num_outcomes=OUTCOMES)
+    padded = TeacherHead(weight, bias, compute_dtype=torch.float64, num_classes=OUTCOMES)
     sums = run(
         Case(case.inputs, padded, case.batch), EVERYTHING.model_copy(update={"cross_entropy": 0})
     )

@@ -9,7 +9,7 @@ from raystill.config.objective import ObjectiveConfig
 from raystill.train.batch.batch import MicroBatch
 from raystill.train.batch.partition import NO_ID, Partition
 from raystill.train.loss import log_probs
-from raystill.train.loss.log_probs import outcome_log_probs
+from raystill.train.loss.log_probs import partition_log_probs
 from raystill.train.loss.objective import partition_metrics
 from tests.support.slow_objective import (
     DIVERGENCES,
@@ -85,7 +85,7 @@ def test_gradcheck_of_every_outcome_and_of_the_target(case):
     targets = torch.stack([ids[0, 1].clamp_min(0), torch.tensor(0), torch.tensor(11)])
 
     def finite_outcomes(z):
-        log_q, log_q_target = outcome_log_probs(z, ids, targets)
+        log_q, log_q_target = partition_log_probs(z, ids, targets)
         return log_q[log_q > -math.inf], log_q_target
 
     assert torch.autograd.gradcheck(finite_outcomes, logits)

@@ -27,7 +27,7 @@ from raystill.train.checkpoint.checkpoint import (
 from raystill.train.checkpoint.tensors import model_tensors
 from raystill.train.evaluation.free_running import FreeRunning, generate
 from raystill.train.step.ranks import Ranks
-from raystill.train.student.build import num_outcomes
+from raystill.train.student.build import num_classes
 from raystill.train.student.export import exported_state, round_weights, save_student
 from raystill.train.student.sharding import whole_weights
 from tests.support.tiny_student import (
@@ -255,7 +255,7 @@ def test_a_sharded_student_is_exported_whole(ranks, folder, case):
 def export(training, folder, rank):
     """Rank 0 writes the student; whether its weights are those in memory, rounded."""
     round_weights(training.model, torch.bfloat16)
-    assert num_outcomes(training.model, "no tokenizer there") == VOCAB
+    assert num_classes(training.model, "no tokenizer there") == VOCAB
     config = RunConfig.model_validate(
         {
             "teacher": {"model": "unused"},

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from raystill.config.run import RunConfig
-from raystill.train.student.build import build_student, keep_layers, num_outcomes
+from raystill.train.student.build import build_student, keep_layers, num_classes
 from raystill.train.student.export import export_student, round_weights, save_student
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -115,8 +115,8 @@ def test_a_student_from_a_model_folder_is_that_model(teacher):
 
 def test_outcomes_are_the_ids_that_head_and_tokenizer_both_have(teacher, tmp_path):
     student = build_student(run_config(teacher), str(teacher), seed=1)
-    assert num_outcomes(student, str(teacher)) == 37
-    assert num_outcomes(student, str(tmp_path)) == 40
+    assert num_classes(student, str(teacher)) == 37
+    assert num_classes(student, str(tmp_path)) == 40
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

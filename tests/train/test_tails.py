@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from raystill.train.batch.partition import NO_ID, Partition, topk_partition
-from raystill.train.loss.log_probs import outcome_log_probs
+from raystill.train.loss.log_probs import partition_log_probs
 from raystill.train.loss.objective import partition_metrics
 from tests.support.slow_objective import (
     TOKENS,
@@ -37,13 +37,13 @@ def test_small_tails_are_exact_in_float32(tail_mass, whose):
     tail = torch.logsumexp(log_p[:, TOP_K:], dim=1)
     partition = topk_partition(ids, log_p[:, :TOP_K], tail, VOCAB)
 
-    log_q, _ = outcome_log_probs(student, ids)
+    log_q, _ = partition_log_probs(student, ids)
     expected = slow_log_q(student, ids)
     torch.testing.assert_close(log_q.double(), expected, rtol=1e-6, atol=2e-6)
     assert_matches_slow(student, partition, rtol=1e-5, atol=2e-6)
 
     # The tail's own gradient keeps its digits, however small: no difference of rounded ones.
-    _, grad = gradient(lambda z: outcome_log_probs(z, ids)[0][:, -1], student)
+    _, grad = gradient(lambda z: partition_log_probs(z, ids)[0][:, -1], student)
     _, slow = gradient(lambda z: slow_log_q(z, ids)[:, -1], student)
     torch.testing.assert_close(grad.double(), slow.double(), rtol=1e-4, atol=1e-7)
 

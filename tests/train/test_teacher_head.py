@@ -62,7 +62,7 @@ def test_the_logits_of_real_teachers_are_hugging_faces_own(name):
     ids = torch.arange(100, 124).reshape(2, 12)
     hidden, logits = states_and_logits(model, ids)
     head = read_teacher_head(MODELS / name, 49_152)
-    assert head.hidden_size == model.config.hidden_size and head.num_outcomes == 49_152
+    assert head.hidden_size == model.config.hidden_size and head.num_classes == 49_152
     torch.testing.assert_close(rebuilt(head, hidden), logits, rtol=1e-5, atol=2e-5)
     # What rounding the states to bfloat16 costs the log probability of an id, on average.
     ours = torch.log_softmax(rebuilt(head, hidden.bfloat16()), dim=1)
@@ -101,7 +101,7 @@ def test_heads_of_every_kind_are_found_and_give_the_models_logits(tmp_path, kind
     assert (tmp_path / "model.safetensors.index.json").exists() == shards
     hidden, logits = states_and_logits(model, torch.arange(3, 15).reshape(2, 6))
     head = read_teacher_head(tmp_path, VOCAB - 3, torch.float64)
-    assert head.num_outcomes == VOCAB - 3 and len(head.weight) == VOCAB
+    assert head.num_classes == VOCAB - 3 and len(head.weight) == VOCAB
     torch.testing.assert_close(rebuilt(head, hidden), logits.double(), rtol=1e-5, atol=1e-5)
     products = head.products(hidden.bfloat16()).clone()
     head.apply_transform(products)
@@ -169,7 +169,7 @@ def test_a_worker_reads_the_head_with_the_hidden_signal_only(tmp_path):
     )
     cpu, signal = torch.device("cpu"), config.signal
     head = head_of_signal(config, str(MODELS / "tiny-teacher"), 49_000, torch.float32, cpu)
-    assert (head.num_outcomes, len(head.weight), head.most_gap) == (49_000, 49_152, 0.02)
+    assert (head.num_classes, len(head.weight), head.most_gap) == (49_000, 49_152, 0.02)
     topk = config.model_copy(update={"signal": signal.model_copy(update={"kind": "topk"})})
     assert head_of_signal(topk, str(tmp_path), 49_000, torch.float32, cpu) is None
     with pytest.raises(RunError, match=r"output head cannot be read: .* has 0 output heads"):

@@ -28,7 +28,7 @@ from raystill.datasets.rows.schema import ENGINE, PROMPT_SCHEMA, answer_schema, 
 from raystill.datasets.rows.signal import signal_of
 from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.plan import epoch_order
-from raystill.datasets.stream.spec import Paying, StreamSpec
+from raystill.datasets.stream.spec import Requester, StreamSpec
 from raystill.train.batch.rows import rows_from_table
 from raystill.train.checkpoint.checkpoint import read_snapshot
 from raystill.train.checkpoint.ray_register import registered_names
@@ -181,10 +181,10 @@ def run_once(config, folder, teacher, name, stop=False):
     if stop:
         ray.get(coordinator.request_stop.remote(15))
     prompts = folder.join("prompts/train.parquet")
-    paying = Paying("run", "training", "teacher", "obedient")
+    requester = Requester("run", "training", "teacher", "obedient")
     store = folder.join("store")
     spec = StreamSpec.from_config(
-        config, prompts, NUM_ROWS, coordinator, APP, store, paying, signal_of(config.signal, {})
+        config, prompts, NUM_ROWS, coordinator, APP, store, requester, signal_of(config.signal, {})
     )
     outcome, errors = {}, []
 

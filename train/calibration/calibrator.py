@@ -23,7 +23,7 @@ from raystill.train.calibration import compare as calibrate
 from raystill.train.calibration.cost import bytes_per_token
 from raystill.train.calibration.positions import Positions, pick, read_positions
 from raystill.train.loss.teacher_head import TeacherHead, read_teacher_head
-from raystill.train.student.build import build_student, num_outcomes
+from raystill.train.student.build import build_student, num_classes
 from raystill.train.student.module import StudentModule
 
 POSITIONS_PER_ROW = 16
@@ -68,7 +68,7 @@ class Calibrator:
             model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
         self._module = StudentModule(model.to(device, torch.float32))
         self._module.eval()  # Dropout would give every signal another student.
-        vocab = num_outcomes(model, self._teacher_folder)
+        vocab = num_classes(model, self._teacher_folder)
         self._teacher = read_teacher_head(
             self._teacher_folder, vocab, device=device, engine_dtype=config.teacher.dtype
         )

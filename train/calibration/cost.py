@@ -23,7 +23,7 @@ from torch import Tensor
 
 from raystill.datasets.rows.schema import KEY_BYTES, TOKEN_IDS, signal_fields
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Origin, Payer, encode
+from raystill.datasets.store.segment import Origin, Provenance, encode
 
 ROUNDS = 2
 
@@ -83,7 +83,9 @@ def bytes_per_token(answers: pa.Table, signal: Signal) -> float:
     rows = answers.drop_columns("error").append_column("key", pa.array(keys, pa.binary(KEY_BYTES)))
     prompts = pa.array([[]] * len(answers), TOKEN_IDS)
     origin = Origin("", "", "", "", "", 1, signal)
-    segment = encode(origin, [(Payer("", "training"), rows.append_column("prompt_ids", prompts))])
+    segment = encode(
+        origin, [(Provenance("", "training"), rows.append_column("prompt_ids", prompts))]
+    )
     counted = {"response_ids", *(field.name for field in signal_fields(signal.kind, signal.width))}
     group = pq.ParquetFile(io.BytesIO(segment)).metadata.row_group(0)
     columns = [group.column(i) for i in range(group.num_columns)]

@@ -66,7 +66,7 @@ class Snapshot:
 class Part:
     """What one rank writes of a checkpoint's tensors, on the host, by kind; and into which file."""
 
-    pieces: dict[str, dict[str, pc.Piece]]
+    slices: dict[str, dict[str, pc.TensorSlice]]
     file: int
     num_files: int
 
@@ -74,7 +74,7 @@ class Part:
     def copied(cls, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> "Part":
         """A copy of what this rank holds, so that training may go on."""
         tensors = pc.model_tensors(model), pc.optimizer_tensors(model, optimizer)
-        copies = (pc.host_pieces(of_kind, ranks.first) for of_kind in tensors)
+        copies = (pc.host_slices(of_kind, ranks.first) for of_kind in tensors)
         sharded = is_sharded(model)
         num_files = ranks.world_size if sharded else 1
         return cls(dict(zip(KINDS, copies, strict=True)), ranks.rank, num_files)
@@ -82,8 +82,8 @@ class Part:
     def write(self, folder: Path) -> None:
         """Write this rank's files into ``folder``; nothing where it holds no part."""
         if self.file < self.num_files:
-            for kind, held in self.pieces.items():
-                pc.write_pieces(folder / pc.file_names(kind, self.num_files)[self.file], held)
+            for kind, held in self.slices.items():
+                pc.write_slices(folder / pc.file_names(kind, self.num_files)[self.file], held)
 
 
 def random_state(device: torch.device | None = None) -> dict[str, Any]:
@@ -161,9 +161,9 @@ def load_tensors(
     model_files, optimizer_files = (
         [Path(folder) / name for name in pc.file_names(kind, num_files)] for kind in KINDS
     )
-    pc.read_pieces(model_files, pc.model_tensors(model))
+    pc.read_slices(model_files, pc.model_tensors(model))
     if not pc.are_empty(optimizer_files):
-        pc.read_pieces(optimizer_files, pc.optimizer_tensors(model, optimizer, create=True))
+        pc.read_slices(optimizer_files, pc.optimizer_tensors(model, optimizer, create=True))
 
 
 class Checkpointer:

@@ -45,7 +45,7 @@ def remove_unregistered(folder: RunFolder) -> list[str]:
     return sorted(removed)
 
 
-def mend_register(folder: RunFolder) -> str | None:
+def repair_register(folder: RunFolder) -> str | None:
     """Before a start: make the list anew if Ray would not take it; why, or None if it is sound."""
     name = f"{CHECKPOINTS}/{SNAPSHOT_FILE}"
     if not folder.exists(name):

@@ -26,7 +26,7 @@ OFFSETS = "DCP_SHARDING_INFO"
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """Rows of a tensor, on the host; ``start`` is the first one's place in the whole tensor."""
 
     tensor: Tensor
@@ -61,15 +61,15 @@ def optimizer_tensors(
     return tensors
 
 
-def host_pieces(tensors: Mapping[str, Tensor], first: bool) -> dict[str, Piece]:
+def host_slices(tensors: Mapping[str, Tensor], first: bool) -> dict[str, TensorSlice]:
     """Copies, in host memory, of what this rank writes; ``first``: this is rank 0."""
-    pieces = {}
+    slices = {}
     for name, tensor in tensors.items():
         local, start = _local(tensor)
         if isinstance(tensor, DTensor) or first:
             copied = local.detach().to("cpu", copy=True).contiguous()
-            pieces[name] = Piece(copied, start)
-    return pieces
+            slices[name] = TensorSlice(copied, start)
+    return slices
 
 
 def file_names(kind: str, num_files: int) -> list[str]:
@@ -77,9 +77,9 @@ def file_names(kind: str, num_files: int) -> list[str]:
     return [f"{kind}-{i:05d}-of-{num_files:05d}.safetensors" for i in range(1, num_files + 1)]
 
 
-def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
+def write_slices(path: Path, slices: Mapping[str, TensorSlice]) -> None:
     """Write one rank's file. A rank may hold no row of a short tensor."""
-    held = {name: piece for name, piece in pieces.items() if piece.tensor.numel()}
+    held = {name: piece for name, piece in slices.items() if piece.tensor.numel()}
     offsets = {
         name: {"saved_offsets": [piece.start, *[0] * (piece.tensor.ndim - 1)][: piece.tensor.ndim]}
         for name, piece in held.items()
@@ -98,7 +98,7 @@ def are_empty(paths: Sequence[Path]) -> bool:
 
 
 @torch.no_grad()
-def read_pieces(paths: Sequence[Path], tensors: Mapping[str, Tensor]) -> None:
+def read_slices(paths: Sequence[Path], tensors: Mapping[str, Tensor]) -> None:
     """Fill this rank's part of ``tensors`` from the files of all ranks.
 
     Raises ValueError where names or shapes are others than theirs, or rows are missing.

@@ -28,7 +28,7 @@ from raystill.config.run import RunConfig
 from raystill.model.on_node import ModelSource
 from raystill.train.batch.batch import collate, cut_micro_batches
 from raystill.train.batch.rows import Row
-from raystill.train.loss.log_probs import outcome_log_probs
+from raystill.train.loss.log_probs import partition_log_probs
 from raystill.train.loss.objective import partition_metrics
 from raystill.train.student.module import StudentModule
 
@@ -78,7 +78,7 @@ def agreement(model: Any, rows: Sequence[Row], vocab: int) -> Agreement:
             partition, targets = batch.partition[tokens], batch.targets[tokens]
             figures = partition_metrics(logits, partition, targets)
             drawn.append((said[tokens] + figures["nll"]).abs())
-            log_q, _ = outcome_log_probs(logits, partition.ids)
+            log_q, _ = partition_log_probs(logits, partition.ids)
             both = torch.isfinite(log_q) & torch.isfinite(partition.log_p)
             both[:, -1] = False
             difference = (log_q - partition.log_p.to(log_q.dtype)).abs()
@@ -143,7 +143,7 @@ def probe_teacher(
 
     pass
     from raystill.train.batch.rows import rows_from_table
-    from raystill.train.student.build import num_outcomes
+    from raystill.train.student.build import num_classes
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
     ray.get(coordinator.wait_held_out.remote())
@@ -152,7 +152,7 @@ def probe_teacher(
     model = AutoModelForCausalLM.from_pretrained(
         teacher_folder, dtype="float32", trust_remote_code=teacher.trust_remote_code
     )
-    found = agreement(model, rows, num_outcomes(model, teacher_folder))
+    found = agreement(model, rows, num_classes(model, teacher_folder))
     dtype = teacher.dtype if teacher.dtype != "auto" else "bfloat16"
     quantised = bool(teacher.quantization or getattr(model.config, "quantization_config", None))
     wrong = disagreements(found, dtype, quantised)

@@ -6,7 +6,7 @@ teacher's logits of the same tokens, compares the two, and forgets them. No [N, 
 Legend: n tokens of a chunk, b of a block, V rows of the student's head, O outcomes, T temperature,
 z student logits, p teacher, q student = softmax(z / T). Everything in nats.
 
-**Outcomes** are the ids below `TeacherHead.num_outcomes`, each for itself. Where the student's head
+**Classes** are the ids below `TeacherHead.num_classes`, each for itself. Where the student's head
 has further rows (padding) they are one outcome more, the tail, on each side. A student without
 further rows cannot give them any mass: then the teacher is taken as p given an id below, for a
 divergence from mass that no student can have would be infinite, or a constant.
@@ -88,7 +88,7 @@ class HiddenObjective(WeightedTerms):
 
     def _block(self, z: Tensor, t: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Figures [b, F]; z [b, V] becomes the gradient. targets, weights [b, 1]; t is spent."""
-        size = self.teacher.num_outcomes
+        size = self.teacher.num_classes
         has_tail = z.shape[1] > size
         plain = torch.log_softmax(z, dim=1) if self.needs_plain else None
         log_q = torch.log_softmax(z if self.temperature == 1.0 else z / self.temperature, dim=1)
@@ -117,7 +117,7 @@ class HiddenObjective(WeightedTerms):
 
     def _teacher(self, t: Tensor, has_tail: bool) -> tuple[Tensor, Tensor]:
         """log p [b, O], and the mass [b, 1] of rows that are no outcome of their own."""
-        size = self.teacher.num_outcomes
+        size = self.teacher.num_classes
         if self.temperature != 1.0:
             t.div_(self.temperature)
         log_p = torch.log_softmax(t, dim=1)

@@ -13,7 +13,7 @@ log q_target, with S = sum_i G_i + G_tau + g:
               = (G_tau - S q_tau) softmax(z outside the ids)_j j elsewhere
                 + g                                            at j = target
 
-Both work in the logits' own memory: `take_outcomes` leaves exp(z - the largest outside) there,
+Both work in the logits' own memory: `gather_log_probs` leaves exp(z - the largest outside) there,
 which `put_gradient` turns into the gradient. So each logit costs one exponential.
 """
 
@@ -35,8 +35,8 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Outcomes(NamedTuple):
-    """What `take_outcomes` found, and what `put_gradient` needs of it.
+class PartitionLogits(NamedTuple):
+    """What `gather_log_probs` found, and what `put_gradient` needs of it.
 
     log_q [n, K + 1] (last column the tail; -inf at ``NO_ID`` slots and where no id is left for the
     tail), log_q_target [n]; tail_sum [n, 1] = sum of exp(z - the largest outside).
@@ -48,8 +48,8 @@ class Outcomes(NamedTuple):
     slots: "_Slots"
 
 
-def take_outcomes(z: Tensor, ids: Tensor, targets: Tensor) -> Outcomes:
-    """Outcomes of the logits z [n, V], float32 or float64, whose memory is overwritten.
+def gather_log_probs(z: Tensor, ids: Tensor, targets: Tensor) -> PartitionLogits:
+    """PartitionLogits of the logits z [n, V], float32 or float64, whose memory is overwritten.
 
     ids int64 [n, K], distinct or ``NO_ID``; targets int64 [n].
     """
@@ -68,13 +68,13 @@ def take_outcomes(z: Tensor, ids: Tensor, targets: Tensor) -> Outcomes:
     lse_out = tail_top - origin + tail_sum.log()
     lse = torch.logaddexp(torch.logsumexp(inside, dim=1, keepdim=True), lse_out)
     log_q = torch.cat([inside, lse_out], dim=1) - lse
-    return Outcomes(log_q, z_target - lse.squeeze(1), tail_sum, slots)
+    return PartitionLogits(log_q, z_target - lse.squeeze(1), tail_sum, slots)
 
 
 def put_gradient(
-    z: Tensor, outcomes: Outcomes, targets: Tensor, grad_log_q: Tensor, grad_target: Tensor
+    z: Tensor, outcomes: PartitionLogits, targets: Tensor, grad_log_q: Tensor, grad_target: Tensor
 ) -> None:
-    """Overwrites what `take_outcomes` left in z [n, V] with the gradient of the logits."""
+    """Overwrites what `gather_log_probs` left in z [n, V] with the gradient of the logits."""
     q, slots = outcomes.log_q.exp(), outcomes.slots
     total = (grad_log_q.sum(dim=1) + grad_target)[:, None]
     inside = grad_log_q[:, :-1] - total * q[:, :-1]
@@ -88,10 +88,12 @@ def put_gradient(
         part.scatter_add_(1, targets[rows, None], grad_target[rows, None])
 
 
-def outcome_log_probs(
+def partition_log_probs(
     logits: Tensor, ids: Tensor, targets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """log_q [N, K + 1] and log_q_target [N] of logits [N, V] of any float dtype, as in `Outcomes`.
+    """log_q [N, K + 1] and log_q_target [N] of logits [N, V], as in `PartitionLogits`.
+
+    The logits may have any float dtype.
 
     Both float32, or float64 for float64 logits, and differentiable. ids int64 [N, K], distinct or
     ``NO_ID``; targets int64 [N] (default: id 0). Beside the logits and their gradient no [N, V]
@@ -99,10 +101,10 @@ def outcome_log_probs(
     """
     if targets is None:
         targets = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return _OutcomeLogProbs.apply(logits, ids, targets)
+    return _PartitionLogProbs.apply(logits, ids, targets)
 
 
-class _OutcomeLogProbs(torch.autograd.Function):
+class _PartitionLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(logits, ids, targets)
@@ -111,7 +113,7 @@ class _OutcomeLogProbs(torch.autograd.Function):
         log_q_target = logits.new_empty(len(logits), dtype=dtype)
         for rows in _blocks(logits):
             z = logits[rows].to(dtype, copy=True)
-            log_q[rows], log_q_target[rows], *_ = take_outcomes(z, ids[rows], targets[rows])
+            log_q[rows], log_q_target[rows], *_ = gather_log_probs(z, ids[rows], targets[rows])
         return log_q, log_q_target
 
     @staticmethod
@@ -121,7 +123,7 @@ class _OutcomeLogProbs(torch.autograd.Function):
         grad = torch.empty_like(logits)
         for rows in _blocks(logits):
             z = logits[rows].to(grad_log_q.dtype, copy=True)
-            outcomes = take_outcomes(z, ids[rows], targets[rows])
+            outcomes = gather_log_probs(z, ids[rows], targets[rows])
             put_gradient(z, outcomes, targets[rows], grad_log_q[rows], grad_target[rows])
             grad[rows] = z
         return grad, None, None

@@ -27,7 +27,7 @@ from raystill.train.batch.batch import MicroBatch
 from raystill.train.batch.partition import Partition
 from raystill.train.loss import divergence
 from raystill.train.loss.divergence import Divergence
-from raystill.train.loss.log_probs import outcome_log_probs, put_gradient, take_outcomes
+from raystill.train.loss.log_probs import gather_log_probs, partition_log_probs, put_gradient
 
 LOG_FLOOR = math.log(1e-6)
 """The teacher's tail is the engine's noise below this (nats): see `floored`."""
@@ -68,7 +68,7 @@ def divergences(objective: ObjectiveConfig, has_tail: bool = True) -> dict[str, 
 
 def on_partition(d: Divergence, logits: Tensor, partition: Partition) -> Tensor:
     """The divergence of each token on the partition, [N] nats: logits [N, V] of any float dtype."""
-    log_q, _ = outcome_log_probs(logits, partition.ids)
+    log_q, _ = partition_log_probs(logits, partition.ids)
     return _Differentiable.apply(log_q, partition.log_p.to(log_q.dtype), d)
 
 
@@ -152,7 +152,7 @@ class TokenObjective(WeightedTerms):
         """Figures [n, F] of some tokens; their logits z [n, V] become d total / d z."""
         targets, partition = self.targets[rows], self.partition
         ids = targets[:, None] if partition is None else partition.ids[rows]
-        outcomes = take_outcomes(z, ids, targets)
+        outcomes = gather_log_probs(z, ids, targets)
         log_q, q = outcomes.log_q, outcomes.log_q.exp()
         log_p = torch.zeros_like(log_q) if partition is None else partition.log_p[rows].to(z.dtype)
         grad_log_q, grad_target = torch.zeros_like(log_q), torch.zeros_like(outcomes.log_q_target)
@@ -188,7 +188,7 @@ def partition_metrics(logits: Tensor, partition: Partition, targets: Tensor) -> 
     kl is a lower and acceptance, sum of min(p, q), an upper bound of the full vocabulary's value;
     top1 is 1 where the student's best id is the teacher's best id; nll is -log q of the target.
     """
-    log_q, log_q_target = outcome_log_probs(logits, partition.ids, targets)
+    log_q, log_q_target = partition_log_probs(logits, partition.ids, targets)
     log_p = partition.log_p.to(log_q.dtype)
     best = log_p[:, :-1].argmax(dim=1, keepdim=True)
     teacher_best = partition.ids.gather(1, best).squeeze(1)

@@ -35,12 +35,12 @@ FEWEST_TOKENS = 16
 class TeacherHead(OutputHead):
     """The head, and which of its rows the student is compared on.
 
-    num_outcomes: ids below it are outcomes of their own: both heads have them and the tokenizer
+    num_classes: ids below it are outcomes of their own: both heads have them and the tokenizer
     names them. Further rows of either head (padding) are one outcome together. name: the folder,
     for messages; most_gap: see `require_agreement`.
     """
 
-    num_outcomes: int
+    num_classes: int
     name: str = "the teacher"
     most_gap: float = MOST_GAP["auto"]
 
@@ -134,7 +134,7 @@ def read_teacher_head(
         bias,
         logit_transform(model.config),
         compute_dtype,
-        num_outcomes=min(student_vocab, len(weight)),
+        num_classes=min(student_vocab, len(weight)),
         name=str(folder),
         most_gap=MOST_GAP[engine_dtype],
     )

@@ -114,7 +114,7 @@ def layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
     return found[0]
 
 
-def num_outcomes(model: nn.Module, teacher_folder: str) -> int:
+def num_classes(model: nn.Module, teacher_folder: str) -> int:
     """V: ids that the student's head scores and the tokenizer names; all others are tail."""
     head = int(model.get_output_embeddings().weight.shape[0])
     tokenizer = Path(teacher_folder) / "tokenizer.json"

@@ -30,7 +30,7 @@ from raystill.datasets.stream.spec import StreamSpec
 from raystill.datasets.stream.stream import UnevenShares, build_stream
 from raystill.model.on_node import ModelSource
 from raystill.placement.requests import CPU_STUDENT_ENVIRONMENT, student_resources
-from raystill.train.checkpoint.ray_register import mend_register
+from raystill.train.checkpoint.ray_register import repair_register
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def fit(
         "teacher": ModelSource.of(config.teacher.model, teacher_folder),
         "app_name": spec.app_name,
     }
-    if why := mend_register(folder):
+    if why := repair_register(folder):
         logger.warning("the list of checkpoints was made anew: %s", why)
     trainer = Trainer(
         loop,

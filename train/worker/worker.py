@@ -94,7 +94,7 @@ class Worker:
         self.teacher_folder = job.teacher.on_this_node(student_needs(job.config))
         self.student = self._build_student()
         self.optimizer = build_optimizer(self.student, self.config.training)
-        self.vocab = build.num_outcomes(self.student.model, self.teacher_folder)
+        self.vocab = build.num_classes(self.student.model, self.teacher_folder)
         self.sampling = resolve_sampling(self.config.teacher, self.teacher_folder)
         training, evaluation = self.config.training, self.config.evaluation
         self.total_steps = num_steps(job.num_rows, training.rows_per_step) * training.epochs
