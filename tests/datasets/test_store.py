@@ -156,7 +156,7 @@ class TestReading:
         assert as_wished(found, TOPK, TOPK, V).equals(answers([8, 1, 3, 7]))
 
     @pytest.mark.parametrize(
-        "wish",
+        "wanted",
         [TOPK, Signal("topk", 5), Signal("topk", 1), Signal("sampled"), Signal("text")],
         ids=str,
     )
@@ -165,7 +165,7 @@ class TestReading:
     ) -> None:
         self.served(store, TOPK, wanted)
 
-    @pytest.mark.parametrize("wish", [HIDDEN, Signal("sampled"), Signal("text")], ids=str)
+    @pytest.mark.parametrize("wanted", [HIDDEN, Signal("sampled"), Signal("text")], ids=str)
     def test_hidden_states_serve_themselves_and_what_is_stored_beside_them(
         self, store: TeacherStore, wanted: Signal
     ) -> None:
