@@ -13,9 +13,9 @@ from raystill.cluster.job import driver_process
 
 HOLDER = """
 import sys, time
-from raystill.cluster.job.driver_process import claimed
+from raystill.cluster.job.driver_process import hold_run_folder
 from raystill.base.run_folder import RunFolder
-with claimed(RunFolder(sys.argv[1])):
+with hold_run_folder(RunFolder(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
