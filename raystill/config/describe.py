@@ -1,11 +1,16 @@
-"""The configuration's own description: its fields by dotted name, and errors in those words.
+"""The run file described from its models: the fields by dotted name, their help, and the errors.
 
-Used by loading (which key was meant?) and by the field help.
+Loading turns pydantic's errors into problems with it, ``driver.py fields`` prints its help, and
+editors complete a run file by its JSON schema, which is published as ``configs/run.schema.json``.
+Imports no torch, ray or vllm.
 
-The help of the run file: every field with its type, default, sentence and mark.
+The words of the help are made here and not from the JSON schema: "number > 0, <= 1 or null" reads
+better than ``anyOf`` with ``exclusiveMinimum`` and ``maximum``, and to turn the latter into the
+former takes as many lines.
 """
 
 import difflib
+import json
 import textwrap
 import types
 from collections.abc import Collection, Iterator
@@ -16,10 +21,17 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from raystill.base.errors import Problem
+from raystill.base.errors import ConfigError, Problem
 from raystill.config.run import RunConfig
 
-# Keys that people bring from elsewhere, and what to do instead.
+SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+HEAD = """\
+Fields of a run file. Set any of them on the command line with --set a.b=value.
+A change of an [identity] field makes another run: an existing run folder refuses it.
+An [operational] field may change between restarts of the same run.
+"""
+
+# Names that other tools use, and what to set here instead.
 HINTS = {
     "stop": "stop strings are not supported; set teacher.sampling.stop_token_ids",
     "stop_strings": "stop strings are not supported; set teacher.sampling.stop_token_ids",
@@ -32,17 +44,30 @@ HINTS = {
 
 @dataclass(frozen=True)
 class Field:
-    """One setting: its dotted name, type and default in words, sentence, and mark."""
+    """One setting of a run file.
+
+    ``name`` is dotted; ``type`` and ``default`` are in words; ``kind`` is identity or operational.
+    ``default_value`` is the default as JSON, None where the field is unset or required.
+    """
 
     name: str
     type: str
     default: str
     sentence: str
     kind: str
+    default_value: Any = None
+
+    @property
+    def required(self) -> bool:
+        """Whether a run file must set it (or its section is left out)."""
+        return self.default == "required"
 
 
 def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[Field]:
-    """Every setting below ``model``, in the order of the run file; ``a[].b``: of a list's entry."""
+    """Every setting below ``model``, in the order of the run file.
+
+    ``a[].b`` is the setting ``b`` of each entry of the list ``a``.
+    """
     for name, info in model.model_fields.items():
         inner = _inner_model(info.annotation)
         if inner is not None and not _is_union(info.annotation):
@@ -56,6 +81,7 @@ def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[Fie
             _default_text(info),
             info.description or "",
             kind,
+            None if info.default is PydanticUndefined else _as_json(info.default),
         )
         if inner is not None:
             entry = "[]" if _is_list(info.annotation) else ""
@@ -65,7 +91,7 @@ def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[Fie
 def section_model(dotted: str) -> type[BaseModel] | None:
     """The model of the section with that dotted name, or None if it is not a section.
 
-    A list of sections has that of its entries, which are named by their number.
+    For a list of sections this is the model of its entries, with or without an entry's number.
     """
     model: type[BaseModel] | None = RunConfig
     for name in dotted.split(".") if dotted else []:
@@ -78,7 +104,7 @@ def section_model(dotted: str) -> type[BaseModel] | None:
 
 
 def type_text(annotation: Any, info: FieldInfo | None = None) -> str:
-    """A type and its bounds in words."""
+    """A type and its bounds in words, e.g. ``integer > 0 or null``."""
     origin = get_origin(annotation)
     args = get_args(annotation)
     if origin is Annotated:
@@ -86,10 +112,12 @@ def type_text(annotation: Any, info: FieldInfo | None = None) -> str:
         return type_text(args[0], inner)
     if origin is Literal:
         return " | ".join(str(a) for a in args)
-    if _is_union(annotation):
-        text = " or ".join(type_text(a) for a in args)
-    elif origin is tuple:
+    if _is_union(annotation):  # A bound of the whole is one of each member but null.
+        return " or ".join(type_text(a, None if a is type(None) else info) for a in args)
+    if origin is tuple and Ellipsis in args:
         text = f"list of {type_text(args[0])}"
+    elif origin is tuple:
+        text = f"[{', '.join(type_text(a) for a in args)}]"
     elif origin is dict:
         text = "mapping"
     elif annotation is type(None):
@@ -105,67 +133,78 @@ def type_text(annotation: Any, info: FieldInfo | None = None) -> str:
 def problems_of(
     error: ValidationError, data: dict[str, Any], skip_sections: Collection[str] = ()
 ) -> list[Problem]:
-    """Every refused value as a problem, one a key, with the key that was probably meant.
+    """One problem for each refused key of ``data``, with the key that was probably meant.
 
-    What is said of the sections to skip is left out, and so is the rule between signal and
-    objective (which has no location) if either of them is to be skipped.
+    Errors in the sections to skip are left out. So is the rule between signal and objective, which
+    has no location, if either of them is skipped.
     """
     skip = set(skip_sections) | ({""} if {"signal", "objective"} & set(skip_sections) else set())
-    found: dict[str, list[str]] = {}
-    wishes: dict[str, list[str]] = {}
+    messages: dict[str, list[str]] = {}
+    expected: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
         where = dotted(item)
         if where.partition(".")[0] in skip:
             continue
         if item["type"] == "extra_forbidden":
-            found.setdefault(where, []).append(unknown_key(where))
+            messages.setdefault(where, []).append(unknown_key(where))
         elif item["type"] == "missing":
-            found.setdefault(where, []).append(f"is missing; set {where} ({_sentence(where)})")
+            messages.setdefault(where, []).append(f"is missing; set {where} ({_sentence(where)})")
         elif item["type"] == "value_error":
-            found.setdefault(where, []).append(str(item["ctx"]["error"]))
+            messages.setdefault(where, []).append(str(item["ctx"]["error"]))
         elif not (isinstance(value_at(data, where), dict) and _takes_mapping(where)):
-            found.setdefault(where, [])  # a mapping is judged by its keys, not as a number
-            wishes.setdefault(where, []).append(_wish(item["msg"]))
+            # Else the value is a mapping for a field that is a number or a section: then the errors
+            # in its keys say more than that it is no number.
+            messages.setdefault(where, [])
+            expected.setdefault(where, []).append(_expectation(item["msg"]))
     return [
-        Problem(where or "run file", "; ".join(_wrong_value(where, wishes, data) + messages))
-        for where, messages in found.items()
+        Problem(where or "run file", "; ".join(_wrong_value(where, expected, data) + others))
+        for where, others in messages.items()
     ]
 
 
-def _wrong_value(where: str, wishes: dict[str, list[str]], data: dict[str, Any]) -> list[str]:
-    """One message for all that the members of a union wanted."""
-    if where not in wishes:
+def _wrong_value(where: str, expected: dict[str, list[str]], data: dict[str, Any]) -> list[str]:
+    """One message for what all members of a union expect."""
+    if where not in expected:
         return []
-    expected = " or ".join(dict.fromkeys(wishes[where]))
-    return [f"is {value_at(data, where)!r}; expected {expected} ({_sentence(where)})"]
+    either = " or ".join(dict.fromkeys(expected[where]))
+    return [f"is {value_at(data, where)!r}; expected {either} ({_sentence(where)})"]
 
 
-def _wish(message: str) -> str:
-    """Pydantic's message as what was expected."""
+def _expectation(message: str) -> str:
+    """What was expected, from pydantic's message."""
     if "dictionary" in message:
         return "a mapping of keys"
-    wish = message.removeprefix("Input should be ").partition(", unable to")[0]
-    wish = wish.replace("a valid integer", "an integer").replace("a valid ", "a ")
-    if wish.startswith(("greater", "less")):
-        wish = f"a value {wish}"
-    return wish.replace("tuple", "list")
+    text = message.removeprefix("Input should be ").partition(", unable to")[0]
+    text = text.replace("a valid integer", "an integer").replace("a valid ", "a ")
+    if text.startswith(("greater", "less")):
+        text = f"a value {text}"
+    return text.replace("tuple", "list")
 
 
 def unknown_key(where: str) -> str:
-    """What to say of a key that does not exist: the near miss, and the keys there are."""
+    """The message for a key that does not exist: the near miss, and the keys there are."""
     section, _, leaf = where.rpartition(".")
+    meant = near_miss(where)
+    hint = HINTS.get(leaf) or (f"did you mean {meant}?" if meant else "remove it")
+    listed = ", ".join(_keys_of(section))
+    return f"unknown key; {hint} (keys of {section or 'a run file'}: {listed})"
+
+
+def near_miss(where: str) -> str | None:
+    """The dotted key that was probably meant: a similar one in the same section, else elsewhere."""
+    section, _, leaf = where.rpartition(".")
+    near = difflib.get_close_matches(leaf, _keys_of(section), n=1, cutoff=0.6)
+    if near:
+        return f"{section}.{near[0]}" if section else near[0]
+    # Reversed, so that of fields with one name the first in the run file is named.
+    leaves = {field.name.rpartition(".")[2]: field.name for field in reversed(list(fields()))}
+    near = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)
+    return leaves[near[0]] if near else None
+
+
+def _keys_of(section: str) -> list[str]:
     model = section_model(section)
-    siblings = list(model.model_fields) if model is not None else []
-    everywhere = [field.name for field in fields()]
-    if leaf in HINTS:
-        hint = HINTS[leaf]
-    else:
-        near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
-        leaves = {name.rpartition(".")[2]: name for name in reversed(everywhere)}
-        others = [leaves[n] for n in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.8)]
-        meant = [f"{section}.{n}" if section else n for n in near] or others[:1]
-        hint = f"did you mean {meant[0]}?" if meant else "remove it"
-    return f"unknown key; {hint} (keys of {section or 'a run file'}: {', '.join(siblings)})"
+    return list(model.model_fields) if model is not None else []
 
 
 def field_info(dotted: str) -> FieldInfo | None:
@@ -176,7 +215,7 @@ def field_info(dotted: str) -> FieldInfo | None:
 
 
 def dotted(item: Any) -> str:
-    """An error's location as a dotted key, without the names of a union's members."""
+    """The dotted key of an error's location, without the names of a union's members."""
     parts: list[str] = []
     model: type[BaseModel] | None = RunConfig
     for depth, part in enumerate(item["loc"]):
@@ -190,7 +229,7 @@ def dotted(item: Any) -> str:
 
 
 def _takes_mapping(where: str) -> bool:
-    """Whether the setting is a number or the like, or else a section."""
+    """Whether the setting may be a section (``teacher.num_replicas`` is a number or a section)."""
     info = field_info(where)
     if info is None or _is_list(info.annotation):
         return False
@@ -198,13 +237,13 @@ def _takes_mapping(where: str) -> bool:
 
 
 def _sentence(where: str) -> str:
-    """The setting's sentence; that of the list for one of its items."""
+    """The sentence of the setting, or of the list that the setting is an item of."""
     info = field_info(where) or field_info(where.rpartition(".")[0])
     return (info.description or "").rstrip(".") if info is not None else where
 
 
 def value_at(data: Any, where: str) -> Any:
-    """What stands at a dotted key of mappings and lists; None where nothing does."""
+    """The value at a dotted key of nested mappings and lists; None where there is none."""
     for part in where.split("."):
         if isinstance(data, dict):
             data = data.get(part)
@@ -230,7 +269,7 @@ def _is_union(annotation: Any) -> bool:
 
 
 def _is_list(annotation: Any) -> bool:
-    """A list, or a union of one and anything else."""
+    """Whether it is a list, or a union that a list is a member of."""
     return get_origin(annotation) is tuple or (
         _is_union(annotation) and any(_is_list(part) for part in get_args(annotation))
     )
@@ -258,21 +297,82 @@ def _default_text(info: FieldInfo) -> str:
     return str(info.default)
 
 
-HEAD = """\
-Fields of a run file. Set any of them on the command line with --set a.b=value.
-A change of an [identity] field makes another run: an existing run folder refuses it.
-An [operational] field may change between restarts of the same run.
-"""
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
-def describe_fields() -> str:
-    """One paragraph a field, under its dotted name, in the order of the run file."""
-    lines, section = [HEAD], ""
-    for field in fields():
+def select_fields(section: str | None = None) -> list[Field]:
+    """The fields of a section, or the one field, with that dotted name; all of them for None.
+
+    Raises ConfigError, with the near miss, where the run file has neither.
+    """
+    everywhere = list(fields())
+    if section is None:
+        return everywhere
+    below = (f"{section}.", f"{section}[].")
+    selected = [f for f in everywhere if f.name == section or f.name.startswith(below)]
+    if not selected:
+        leaf, meant = section.rpartition(".")[2], near_miss(section)
+        hint = HINTS.get(leaf) or (f"did you mean {meant}?" if meant else "name one that exists")
+        listed = ", ".join(RunConfig.model_fields)
+        message = f"is no section or field of a run file; {hint} (a run file has {listed})"
+        raise ConfigError([Problem(section, message)])
+    return selected
+
+
+def describe_fields(section: str | None = None) -> str:
+    """The help of a section, or of the whole run file: one paragraph a field, in its order."""
+    lines, heading = [HEAD], ""
+    for field in select_fields(section):
         head = field.name.split(".")[0] if "." in field.name else ""
-        if head != section:
-            section = head
-            lines.append(f"{section}:")
+        if head != heading:
+            heading = head
+            lines.append(f"{heading}:")
         lines.append(f"  {field.name}  ({field.type}; default: {field.default}) [{field.kind}]")
         lines.append(textwrap.indent(textwrap.fill(field.sentence, 86), " " * 6))
     return "\n".join(lines) + "\n"
+
+
+def fields_json(section: str | None = None) -> list[dict[str, Any]]:
+    """:func:`describe_fields` for programs: one JSON object a field."""
+    return [
+        {
+            "name": field.name,
+            "type": field.type,
+            "required": field.required,
+            "default": field.default_value,
+            "kind": field.kind,
+            "description": field.sentence,
+        }
+        for field in select_fields(section)
+    ]
+
+
+def run_schema() -> dict[str, Any]:
+    """The JSON schema of a run file, by which editors complete and check it while it is written.
+
+    ``kind`` marks each field as identity or operational. Rules between fields are not in it; only
+    ``driver.py check`` knows them.
+    """
+    schema = RunConfig.model_json_schema()
+    models = schema.pop("$defs")
+    for model in (schema, *models.values()):
+        for setting in model["properties"].values():
+            setting.pop("title", None)  # The name again, with capitals.
+            if "$ref" in setting:
+                # An editor would write the whole section out on completing its name.
+                setting.pop("default", None)
+    prompts = schema["properties"]["prompts"]
+    listed = models["PromptsConfig"]["properties"]["sources"]["anyOf"][0]
+    prompts["anyOf"] = [{"$ref": prompts.pop("$ref")}, listed]  # A bare list is short for sources.
+    return {
+        "$schema": SCHEMA_DIALECT,
+        **schema,
+        "title": "Raystill run file",
+        "$defs": models,
+    }
+
+
+def schema_text() -> str:
+    """The text of ``configs/run.schema.json``."""
+    return json.dumps(run_schema(), indent=2, ensure_ascii=False) + "\n"
