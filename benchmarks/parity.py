@@ -24,6 +24,7 @@ from benchmarks.results import machine, write_result
 from benchmarks.teacher_signals import MODEL, prompts
 from raystill.config.teacher import TeacherConfig
 from raystill.datasets.rows.answers import Answer
+from raystill.datasets.rows.signal import Signal
 from raystill.model.sampling import resolve_sampling
 from raystill.serve.engine.arguments import EngineSettings, prepare_process
 from raystill.serve.engine.vllm import VllmEngine
@@ -48,7 +49,7 @@ async def answer(dtype: str, asked: list[np.ndarray]) -> list[Pair]:
     engine = VllmEngine(EngineSettings(teacher, str(MODEL), sampling, 1, 1, (core,)))
     await engine.start()
     try:
-        answers = await engine.sample(asked, "hidden", engine.hidden_size)
+        answers = await engine.sample(asked, Signal("hidden", engine.hidden_size))
     finally:
         engine.close()
     return list(zip(asked, answers, strict=True))

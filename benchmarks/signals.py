@@ -35,6 +35,7 @@ from benchmarks.signals_table import plot, summarise, table
 from raystill.cluster.check.static import check_run_file
 from raystill.config.objective import ObjectiveConfig
 from raystill.config.run import RunConfig
+from raystill.datasets.rows.signal import Signal
 from raystill.model.sampling import resolve_sampling
 from raystill.serve.engine.arguments import EngineSettings, prepare_process
 from raystill.serve.engine.vllm import VllmEngine
@@ -111,7 +112,8 @@ async def answer(
     await engine.start()
     try:
         groups = [prompts[i : i + GROUP_ROWS] for i in range(0, len(prompts), GROUP_ROWS)]
-        calls = (engine.sample(group, "hidden", engine.hidden_size) for group in groups)
+        signal = Signal("hidden", engine.hidden_size)
+        calls = (engine.sample(group, signal) for group in groups)
         answers = [a for group in await asyncio.gather(*calls) for a in group]
     finally:
         engine.close()

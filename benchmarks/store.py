@@ -52,7 +52,7 @@ def group(seed: int) -> pa.Table:
         ids = (VOCAB * generator.random((TOKENS, TOP_K)) ** 3).astype(np.int32)
         tail = tail_logprob(logprobs, VOCAB)
         answers.append(Answer(ids[:, 0], "length", logprobs[:, 0], ids, logprobs, tail))
-    told = answers_table(answers, "topk", TOP_K)
+    told = answers_table(answers, Signal("topk", TOP_K))
     keys = pa.array([generator.bytes(KEY_BYTES) for _ in range(ROWS)], pa.binary(KEY_BYTES))
     prompts = pa.array([[1, 2, 3]] * ROWS, pa.list_(pa.int32()))
     columns = {name: told[name] for name in told.column_names if name != "error"}

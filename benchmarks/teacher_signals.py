@@ -28,6 +28,7 @@ import numpy as np
 
 from benchmarks.results import machine, write_result
 from raystill.config.teacher import TeacherConfig
+from raystill.datasets.rows.signal import Signal
 from raystill.model.sampling import resolve_sampling
 from raystill.serve.engine.arguments import EngineSettings, prepare_process
 from raystill.serve.engine.vllm import VllmEngine
@@ -85,19 +86,20 @@ class Ways:
 
     async def _groups(self, method: str, kind: str) -> list[Any]:
         """All rows in groups, as the stream asks."""
+        width = self.engine.hidden_size if kind == "hidden" else TOP_K
+        signal = Signal("topk" if kind == "at" else kind, width)
         calls = []
         for start in range(0, len(self.asked), GROUP_ROWS):
             rows = slice(start, start + GROUP_ROWS)
             if method == "sample":
-                calls.append(self.engine.sample(self.asked[rows], kind, TOP_K))
+                calls.append(self.engine.sample(self.asked[rows], signal))
                 continue
             at = None
             if kind == "at":
                 generator = np.random.default_rng(start)
                 draws = [generator.permuted(np.arange(TOP_K) * 700) for _ in range(RESPONSE_TOKENS)]
                 at = [np.stack(draws[: len(r)]).astype(np.int32) for r in self.given[rows]]
-            named = "topk" if kind == "at" else kind
-            calls.append(self.engine.score(self.asked[rows], self.given[rows], named, TOP_K, at))
+            calls.append(self.engine.score(self.asked[rows], self.given[rows], signal, at))
         groups = await asyncio.gather(*calls)
         return [answer for group in groups for answer in group]
 

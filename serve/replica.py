@@ -26,6 +26,7 @@ from raystill.base.logs import redirect_output, run_name
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.answers import Answer, answers_table
 from raystill.datasets.rows.schema import ENGINE
+from raystill.datasets.rows.signal import Signal
 from raystill.model.identity import identity_of_teacher
 from raystill.model.on_node import ModelSource, Weights
 from raystill.model.sampling import ResolvedSampling, resolve_sampling
@@ -48,9 +49,9 @@ class Engine(Protocol):
     max_model_len: int
 
     async def start(self) -> None: ...
-    async def sample(self, prompt_ids: Ids, kind: str, width: int) -> list[Answer]: ...
+    async def sample(self, prompt_ids: Ids, signal: Signal) -> list[Answer]: ...
     async def score(
-        self, prompt_ids: Ids, response_ids: Ids, kind: str, width: int, at: Ids | None
+        self, prompt_ids: Ids, response_ids: Ids, signal: Signal, at: Ids | None
     ) -> list[Answer]: ...
     async def probe(self) -> None: ...
     def close(self) -> None: ...
@@ -92,14 +93,14 @@ class Teacher:
         self._engine = build_engine(settings, self._folder, self._sampling, number, number_on_node)
         await self._engine.start()
 
-    async def sample(self, prompts: pa.Table, kind: str, width: int) -> pa.Table:
+    async def sample(self, prompts: pa.Table, signal: Signal) -> pa.Table:
         """Answer each row of ``prompts`` (column ``prompt_ids``): an ``answer_schema`` table."""
         groups = ids_of(prompts, "prompt_ids")
-        table, answers = await self._table(kind, width, self._engine.sample(groups, kind, width))
+        table, answers = await self._table(signal, self._engine.sample(groups, signal))
         self._report(groups, answers, written=True)
         return table
 
-    async def score(self, rows: pa.Table, kind: str, width: int) -> pa.Table:
+    async def score(self, rows: pa.Table, signal: Signal) -> pa.Table:
         """The signal of given responses, as ``answer_schema``, with the responses as they came.
 
         rows: ``prompt_ids``, ``response_ids`` and, to have the teacher's logprobs at ids of the
@@ -108,8 +109,8 @@ class Teacher:
         """
         prompts, responses = ids_of(rows, "prompt_ids"), ids_of(rows, "response_ids")
         at = ids_of(rows, "ids") if "ids" in rows.column_names else None
-        scored = self._engine.score(prompts, responses, kind, width, at)
-        table, answers = await self._table(kind, width, self._with_reason(scored))
+        scored = self._engine.score(prompts, responses, signal, at)
+        table, answers = await self._table(signal, self._with_reason(scored))
         self._report(prompts, answers, written=False)
         return table
 
@@ -166,7 +167,7 @@ class Teacher:
         ]
 
     async def _table(
-        self, kind: str, width: int, asked: Awaitable[list[Answer]]
+        self, signal: Signal, asked: Awaitable[list[Answer]]
     ) -> tuple[pa.Table, list[Answer]]:
         """What the engine says, as Arrow and as it came."""
         limit = self._settings.config.teacher.request_timeout_s
@@ -176,7 +177,7 @@ class Teacher:
             except Exception as error:
                 self._exit_if_engine_died(error)
                 raise
-            table = await asyncio.to_thread(answers_table, answers, kind, width)
+            table = await asyncio.to_thread(answers_table, answers, signal)
         facts = {ENGINE: json.dumps(self._engine_facts())}
         return table.replace_schema_metadata(facts), answers
 

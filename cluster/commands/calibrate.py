@@ -233,7 +233,7 @@ def answer_rows(
 
 def _join(prompts: pa.Table, said: pa.Table, signal: Signal) -> pa.Table:
     """The usable rows of a group."""
-    schema = row_schema(signal.kind, signal.width)
+    schema = row_schema(signal)
     columns = {
         "row": prompts["row"],
         "position": prompts["row"],

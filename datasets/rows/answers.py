@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from raystill.datasets.rows.schema import answer_schema
+from raystill.datasets.rows.schema import TOKEN_FLOATS, answer_schema, signal_fields
+from raystill.datasets.rows.signal import Signal
 
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
@@ -102,7 +103,7 @@ def tail_logprob(topk_logprobs: Float32Array, vocab_size: int) -> Float32Array:
     return np.minimum(tail, bound).astype(np.float32)
 
 
-def answers_table(answers: Sequence[Answer], kind: str, width: int) -> pa.Table:
+def answers_table(answers: Sequence[Answer], signal: Signal) -> pa.Table:
     """One row an answer, in order, as ``answer_schema``; unusable rows hold empty lists.
 
     Built from flat arrays: the number of Python objects goes with rows, not with tokens.
@@ -117,10 +118,10 @@ def answers_table(answers: Sequence[Answer], kind: str, width: int) -> pa.Table:
         "finish_reason": pa.array([a.finish_reason for a in answers], pa.string()),
         "error": pa.array([a.error for a in answers], pa.string()),
     }
-    schema = answer_schema(kind, width)
+    schema = answer_schema(signal)
     for column in schema:
         if column.name not in columns:
-            values = _flat_values(usable, column, width)
+            values = _flat_values(usable, column, signal.width)
             columns[column.name] = pa.ListArray.from_arrays(offsets, values, type=column.type)
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
@@ -144,3 +145,51 @@ def _flat_values(answers: Sequence[Answer], column: pa.Field, width: int) -> pa.
         numbers = pa.array(flat, inner.value_type)
         return pa.FixedSizeListArray.from_arrays(numbers, type=inner)
     return pa.array(flat, inner)
+
+
+def stored_columns(wanted: Signal) -> list[str]:
+    """Columns of a segment that ``wish`` is made from (beside the key)."""
+    names = ["response_ids", "finish_reason"]
+    return names + [field.name for field in signal_fields(wanted)]
+
+
+def derive_answers(rows: pa.Table, stored: Signal, wanted: Signal, vocab_size: int) -> pa.Table:
+    """Rows of a segment with ``stored`` signal as the teacher's own ``answer_schema`` of ``wish``.
+
+    The K first of K' ids are the K the teacher would have named; the tail is worked out anew from
+    their logprobs, by the same arithmetic, so the result is bit for bit what asking would give.
+    """
+    assert stored.serves(wanted), f"{stored} is stored, {wanted} wanted"
+    columns = {name: rows[name] for name in ("response_ids", "finish_reason")}
+    columns["error"] = pa.nulls(len(rows), pa.string())
+    if wanted.kind != "text":
+        columns["sampled_logprobs"] = rows["sampled_logprobs"]
+    if wanted.kind == "topk":
+        ids, logprobs = rows["topk_ids"].combine_chunks(), rows["topk_logprobs"].combine_chunks()
+        tail = rows["tail_logprob"]
+        if stored.width != wanted.width:
+            ids, _ = _first(ids, stored.width, wanted.width)
+            logprobs, values = _first(logprobs, stored.width, wanted.width)
+            offsets = rows["topk_ids"].combine_chunks().offsets
+            tail = pa.ListArray.from_arrays(
+                _from_zero(offsets), pa.array(tail_logprob(values, vocab_size)), type=TOKEN_FLOATS
+            )
+        columns |= {"topk_ids": ids, "topk_logprobs": logprobs, "tail_logprob": tail}
+    if wanted.kind == "hidden":
+        columns["hidden"] = rows["hidden"]
+    schema = answer_schema(wanted)
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _first(lists: pa.ListArray, stored: int, wished: int) -> tuple[pa.ListArray, np.ndarray]:
+    """The first ``wished`` of every token's ``stored`` values: as lists, and as one [sum T, K]."""
+    flat = lists.flatten()  # One entry a token.
+    values = flat.flatten().to_numpy(zero_copy_only=False).reshape(-1, stored)
+    values = np.ascontiguousarray(values[:, :wished])
+    inner = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), wished)
+    return pa.ListArray.from_arrays(_from_zero(lists.offsets), inner), values
+
+
+def _from_zero(offsets: pa.Array) -> pa.Array:
+    values = offsets.to_numpy()
+    return pa.array(values - values[0], pa.int32())

@@ -16,6 +16,8 @@ Blocking work runs in threads; one object serves many groups at a time.
 
 import pyarrow as pa
 
+from raystill.datasets.rows.signal import Signal
+
 SCHEMA_VERSION = 1
 KEY_BYTES = 16
 
@@ -34,8 +36,8 @@ PROMPT_SCHEMA = pa.schema(
 """``response_ids`` is null unless the prompt came with a response, which the teacher scores."""
 
 
-def signal_fields(kind: str, width: int) -> list[pa.Field]:
-    """Columns a signal of this kind adds to an answer; each list has T entries a row.
+def signal_fields(signal: Signal) -> list[pa.Field]:
+    """Columns that a signal adds to an answer; each list has T entries a row.
 
     ``sampled_logprobs``: nats, raw full vocabulary. ``topk_ids``/``topk_logprobs``: [T][K], nats
     of the full vocabulary, never renormalised, descending. ``tail_logprob``: log(1 - sum top-K p).
@@ -43,21 +45,21 @@ def signal_fields(kind: str, width: int) -> list[pa.Field]:
     norm, at the position the response token was drawn from. A number a component would have Parquet
     write a level for each.
     """
-    if kind == "text":
+    if signal.kind == "text":
         return []
     fields = [pa.field("sampled_logprobs", TOKEN_FLOATS)]
-    if kind == "topk":
+    if signal.kind == "topk":
         fields += [
-            pa.field("topk_ids", pa.list_(pa.list_(pa.int32(), width))),
-            pa.field("topk_logprobs", pa.list_(pa.list_(pa.float32(), width))),
+            pa.field("topk_ids", pa.list_(pa.list_(pa.int32(), signal.width))),
+            pa.field("topk_logprobs", pa.list_(pa.list_(pa.float32(), signal.width))),
             pa.field("tail_logprob", TOKEN_FLOATS),
         ]
-    if kind == "hidden":
-        fields.append(pa.field("hidden", pa.list_(pa.binary(2 * width))))
+    if signal.kind == "hidden":
+        fields.append(pa.field("hidden", pa.list_(pa.binary(2 * signal.width))))
     return fields
 
 
-def answer_schema(kind: str, width: int) -> pa.Schema:
+def answer_schema(signal: Signal) -> pa.Schema:
     """What ``sample`` and ``score`` return, one row a prompt, in the order asked.
 
     ``error`` is null for a usable row, else the reason it is dropped for (the lists are empty).
@@ -68,12 +70,12 @@ def answer_schema(kind: str, width: int) -> pa.Schema:
             pa.field("response_ids", TOKEN_IDS),
             pa.field("finish_reason", pa.string()),
             pa.field("error", pa.string()),
-            *signal_fields(kind, width),
+            *signal_fields(signal),
         ]
     )
 
 
-def row_schema(kind: str, width: int) -> pa.Schema:
+def row_schema(signal: Signal) -> pa.Schema:
     """What the stream delivers to a worker: plan columns, the prompt, the answer."""
     return pa.schema(
         [
@@ -84,7 +86,7 @@ def row_schema(kind: str, width: int) -> pa.Schema:
             pa.field("prompt_ids", TOKEN_IDS),
             pa.field("response_ids", TOKEN_IDS),
             pa.field("finish_reason", pa.string()),
-            *signal_fields(kind, width),
+            *signal_fields(signal),
         ]
     )
 

@@ -3,22 +3,13 @@
 Imports neither Ray nor torch.
 
 Legend: K teacher ids kept for each token, D the teacher's hidden size.
-
-From what is stored to what is wished: a poorer signal follows exactly from a richer one.
-
-Legend: T response tokens, K' stored ids of a token, K wished.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
 from raystill.config.stream import SignalConfig
-from raystill.datasets.rows.answers import tail_logprob
-from raystill.datasets.rows.schema import TOKEN_FLOATS, answer_schema, signal_fields
 
 KINDS = ("text", "sampled", "topk", "hidden")
 WIDE = ("topk", "hidden")
@@ -85,51 +76,3 @@ def hidden_size(teacher_config: Mapping[str, Any]) -> int:
         "signal.kind is 'hidden', but the teacher's config.json names no "
         f"{', '.join(HIDDEN_SIZES)}; set signal.kind: topk"
     )
-
-
-def stored_columns(wanted: Signal) -> list[str]:
-    """Columns of a segment that ``wish`` is made from (beside the key)."""
-    names = ["response_ids", "finish_reason"]
-    return names + [field.name for field in signal_fields(wanted.kind, wanted.width)]
-
-
-def as_wished(rows: pa.Table, stored: Signal, wanted: Signal, vocab_size: int) -> pa.Table:
-    """Rows of a segment with ``stored`` signal as the teacher's own ``answer_schema`` of ``wish``.
-
-    The K first of K' ids are the K the teacher would have named; the tail is worked out anew from
-    their logprobs, by the same arithmetic, so the result is bit for bit what asking would give.
-    """
-    assert stored.serves(wanted), f"{stored} is stored, {wanted} wanted"
-    columns = {name: rows[name] for name in ("response_ids", "finish_reason")}
-    columns["error"] = pa.nulls(len(rows), pa.string())
-    if wanted.kind != "text":
-        columns["sampled_logprobs"] = rows["sampled_logprobs"]
-    if wanted.kind == "topk":
-        ids, logprobs = rows["topk_ids"].combine_chunks(), rows["topk_logprobs"].combine_chunks()
-        tail = rows["tail_logprob"]
-        if stored.width != wanted.width:
-            ids, _ = _first(ids, stored.width, wanted.width)
-            logprobs, values = _first(logprobs, stored.width, wanted.width)
-            offsets = rows["topk_ids"].combine_chunks().offsets
-            tail = pa.ListArray.from_arrays(
-                _from_zero(offsets), pa.array(tail_logprob(values, vocab_size)), type=TOKEN_FLOATS
-            )
-        columns |= {"topk_ids": ids, "topk_logprobs": logprobs, "tail_logprob": tail}
-    if wanted.kind == "hidden":
-        columns["hidden"] = rows["hidden"]
-    schema = answer_schema(wanted.kind, wanted.width)
-    return pa.table([columns[name] for name in schema.names], schema=schema)
-
-
-def _first(lists: pa.ListArray, stored: int, wished: int) -> tuple[pa.ListArray, np.ndarray]:
-    """The first ``wished`` of every token's ``stored`` values: as lists, and as one [sum T, K]."""
-    flat = lists.flatten()  # One entry a token.
-    values = flat.flatten().to_numpy(zero_copy_only=False).reshape(-1, stored)
-    values = np.ascontiguousarray(values[:, :wished])
-    inner = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), wished)
-    return pa.ListArray.from_arrays(_from_zero(lists.offsets), inner), values
-
-
-def _from_zero(offsets: pa.Array) -> pa.Array:
-    values = offsets.to_numpy()
-    return pa.array(values - values[0], pa.int32())

@@ -116,7 +116,7 @@ def segment_schema(signal: Signal) -> pa.Schema:
             pa.field("prompt_ids", TOKEN_IDS),
             pa.field("response_ids", TOKEN_IDS),
             pa.field("finish_reason", pa.string()),
-            *signal_fields(signal.kind, signal.width),
+            *signal_fields(signal),
         ]
     )
 

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raystill.datasets.rows.answers import derive_answers, stored_columns
 from raystill.datasets.rows.schema import TOKEN_IDS, answer_schema
-from raystill.datasets.rows.signal import Signal, as_wished, stored_columns
+from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.catalogue import Catalogue
 from raystill.datasets.store.reading import (
     DamagedSegment,
@@ -147,8 +148,8 @@ class StoreView:
             origin = catalogue.entries[number].footer.origin
             mine = np.flatnonzero(segments == number)
             part = self._store.read(catalogue, where[mine], stored_columns(self._wish))
-            parts.append((mine, as_wished(part, origin.signal, self._wish, origin.vocab_size)))
-        return in_order(parts, answer_schema(self._wish.kind, self._wish.width))[1]
+            parts.append((mine, derive_answers(part, origin.signal, self._wish, origin.vocab_size)))
+        return in_order(parts, answer_schema(self._wish))[1]
 
     def _without_first_try(self, rows: NDArray[np.int64], found: Found) -> Found:
         """Less is left to do where an earlier try of these very rows has published it since."""
@@ -181,7 +182,7 @@ class StoreView:
                 logger.warning("%s; its rows are looked for beside it, or asked again", error)
                 name = beside(name)
             else:
-                return as_wished(found, origin.signal, self._wish, origin.vocab_size)
+                return derive_answers(found, origin.signal, self._wish, origin.vocab_size)
         return None
 
 
@@ -206,4 +207,4 @@ def _as_answers(said: pa.Table) -> pa.Table:
         "finish_reason": pa.array(["stop"] * len(said), pa.string()),
         "error": pa.nulls(len(said), pa.string()),
     }
-    return pa.table(columns, schema=answer_schema("text", 0))
+    return pa.table(columns, schema=answer_schema(Signal("text")))

@@ -40,7 +40,7 @@ class AnswerGroup:
         self._coordinator = spec.coordinator
         self._on_truncated = spec.stream.on_truncated
         self._signal = spec.signal
-        self._schema = row_schema(spec.signal.kind, spec.signal.width)
+        self._schema = row_schema(spec.signal)
         self._answers = StoredAnswers(
             TeacherStore(spec.store_path),
             open_table(spec.prompt_table).read(["key"])["key"],

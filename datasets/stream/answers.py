@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.base.errors import RunError
+from raystill.datasets.rows.answers import derive_answers, stored_columns
 from raystill.datasets.rows.schema import ENGINE, TOKEN_IDS, answer_schema
-from raystill.datasets.rows.signal import Signal, as_wished, stored_columns
+from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.segment import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.view import Part, StoreView, in_order
@@ -65,7 +66,7 @@ class StoredAnswers:
         if len(asked):
             prompts = prompt_ids.take(pa.array(asked))
             parts.append((asked, await self._ask(rows[asked], prompts)))
-        _, answers = in_order(parts, answer_schema(self._wish.kind, self._wish.width))
+        _, answers = in_order(parts, answer_schema(self._wish))
         reused = len(rows) - len(asked) - len(scored)
         return answers, {
             "rows_asked": len(asked),
@@ -111,7 +112,7 @@ class StoredAnswers:
         published = await asyncio.to_thread(self._publish, origin, provenance, segment)
         if published is segment:
             return answers
-        kept = as_wished(published, origin.signal, self._wish, origin.vocab_size)
+        kept = derive_answers(published, origin.signal, self._wish, origin.vocab_size)
         good = usable.to_numpy(zero_copy_only=False)
         parts: list[Part] = [
             (np.flatnonzero(good), kept),

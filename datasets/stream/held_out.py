@@ -70,7 +70,7 @@ def read_complete(folder: RunFolder, prompts: pa.Table, top_k: int) -> pa.Table 
         return None
     rows = folder.read_table(HELD_OUT)
     asked = (rows.schema.metadata or {}).get(ASKED)
-    same = asked == hash_of(prompts) and rows.schema.equals(row_schema("topk", top_k))
+    same = asked == hash_of(prompts) and rows.schema.equals(row_schema(Signal("topk", top_k)))
     return rows if same and len(rows) else None
 
 
@@ -92,7 +92,7 @@ async def _answer(
             return _join(group, said, top_k)
 
     groups = await asyncio.gather(*(ask(i) for i in range(0, len(prompts), group_rows)))
-    schema = row_schema("topk", top_k).with_metadata({ASKED: hash_of(prompts)})
+    schema = row_schema(Signal("topk", top_k)).with_metadata({ASKED: hash_of(prompts)})
     return pa.concat_tables(groups).cast(schema) if groups else schema.empty_table()
 
 
@@ -104,7 +104,7 @@ def _join(prompts: pa.Table, answers: pa.Table, top_k: int) -> pa.Table:
         "source": prompts["source"],
         "prompt_ids": prompts["prompt_ids"],
     }
-    schema = row_schema("topk", top_k)
+    schema = row_schema(Signal("topk", top_k))
     values = [columns[n] if n in columns else answers[n] for n in schema.names]
     rows = pa.table(values, schema=schema)
     return rows.filter(pc.is_null(answers["error"]))

@@ -92,7 +92,7 @@ class TeacherCalls:
         for attempt in range(1, self._max_attempts + 1):
             try:
                 call = getattr(handle, method)
-                answers = await call.remote(rows, self._signal.kind, self._signal.width)
+                answers = await call.remote(rows, self._signal)
             except Exception as error:
                 if is_death(error):
                     logger.warning("%s: %r", what, error)
@@ -125,7 +125,7 @@ class TeacherCalls:
 
 def unusable_answers(rows: int, reason: str, signal: Signal) -> pa.Table:
     """``rows`` answers (answer_schema) that are not there, for one reason."""
-    schema = answer_schema(signal.kind, signal.width)
+    schema = answer_schema(signal)
     given = {"finish_reason": None, "error": reason}
     return pa.table({n: [given.get(n, [])] * rows for n in schema.names}, schema=schema)
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raystill.datasets.rows.answers import Answer, tail_logprob
+from raystill.datasets.rows.signal import Signal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,20 +86,21 @@ def gather_logprobs(logprobs: "Tensor", num_logprobs: int, token_ids: "Tensor") 
     )
 
 
-def answer_of(output: "CompletionOutput", kind: str, top_k: int, vocab_size: int) -> Answer:
+def answer_of(output: "CompletionOutput", signal: Signal, vocab_size: int) -> Answer:
     """vLLM's finished output as arrays; a ``hidden`` answer still lacks its hidden states.
 
     A position's K + 1 entries are the drawn token's, then the K best in descending order.
     """
     num_tokens = len(output.token_ids)
     ids = np.fromiter(output.token_ids, np.int32, num_tokens)
-    if kind == "text":
+    if signal.kind == "text":
         return Answer(ids, output.finish_reason)
-    arrays, width = output.logprobs.arrays, 1 + (top_k if kind == "topk" else 0)
+    arrays = output.logprobs.arrays
+    width = 1 + (signal.width if signal.kind == "topk" else 0)
     logprobs = np.concatenate([part[:, :width] for _, part in arrays])
     assert logprobs.shape == (num_tokens, width), f"{logprobs.shape} of {num_tokens} tokens"
     sampled = logprobs[:, 0].astype(np.float32)
-    if kind != "topk":
+    if signal.kind != "topk":
         return Answer(ids, output.finish_reason, sampled)
     best = logprobs[:, 1:].astype(np.float32)
     return Answer(
@@ -123,32 +125,32 @@ def hidden_states(answer: Answer, blob: bytes, hidden_size: int) -> Answer:
 def scored_answer(
     response_ids: NDArray[np.int32],
     blob: bytes,
-    kind: str,
+    signal: Signal,
     at: NDArray[np.int32] | None,
     *,
-    width: int,
     vocab_size: int,
     hidden_size: int,
 ) -> Answer:
     """The signal of a given response; ``at``: the ids that were asked for, int32 [T, K]."""
     num_tokens = len(response_ids)
     answer = Answer(np.asarray(response_ids, np.int32))
-    if kind == "text":
+    if signal.kind == "text":
         return answer
-    if kind == "hidden":
+    if signal.kind == "hidden":
         unknown = np.full(num_tokens, np.nan, np.float32)
         return hidden_states(replace(answer, sampled_logprobs=unknown), blob, hidden_size)
     values = np.frombuffer(blob, "<f4")
     sampled, rest = values[:num_tokens], values[num_tokens:]
-    if kind == "sampled":
+    if signal.kind == "sampled":
         return replace(answer, sampled_logprobs=sampled)
-    size = num_tokens * width
+    shape = (num_tokens, signal.width)
+    size = num_tokens * signal.width
     if at is None:
-        ids = rest[:size].view("<i4").reshape(num_tokens, width)
-        logprobs = rest[size:].reshape(num_tokens, width)
+        ids = rest[:size].view("<i4").reshape(shape)
+        logprobs = rest[size:].reshape(shape)
         tail = tail_logprob(logprobs, vocab_size)
     else:
-        ids, logprobs, tail = at, rest[:size].reshape(num_tokens, width), rest[size:]
+        ids, logprobs, tail = at, rest[:size].reshape(shape), rest[size:]
     return replace(
         answer,
         sampled_logprobs=sampled,

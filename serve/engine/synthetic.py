@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from raystill.config.teacher import SyntheticConfig
 from raystill.datasets.rows.answers import Answer, Int32Array, refusal, score_refusal
+from raystill.datasets.rows.signal import Signal
 from raystill.model.sampling import ResolvedSampling
 
 UNBOUNDED = 2**31 - 1
@@ -52,29 +53,26 @@ class SyntheticEngine:
     async def start(self) -> None:
         """Nothing to load."""
 
-    async def sample(self, prompt_ids: Sequence[Int32Array], kind: str, width: int) -> list[Answer]:
-        """Answer a group; see ``Answer`` for shapes. Only ``topk`` has a use for ``width``, K."""
+    async def sample(self, prompt_ids: Sequence[Int32Array], signal: Signal) -> list[Answer]:
+        """Answer a group; see ``Answer`` for shapes."""
         await self._take_time(prompt_ids)
         reasons = [refusal(p, self.max_model_len, UNBOUNDED) for p in prompt_ids]
         usable = [p for p, reason in zip(prompt_ids, reasons, strict=True) if reason is None]
-        answered = iter(self._answer(usable, kind, width) if usable else [])
+        answered = iter(self._answer(usable, signal) if usable else [])
         return [Answer(error=r) if r is not None else next(answered) for r in reasons]
 
     async def score(
         self,
         prompt_ids: Sequence[Int32Array],
         response_ids: Sequence[Int32Array],
-        kind: str,
-        width: int,
+        signal: Signal,
         at: Sequence[Int32Array] | None = None,
     ) -> list[Answer]:
         """The signal of given responses, as if they had been drawn. ValueError with ``at``."""
         if at is not None:
             raise ValueError("the synthetic engine names the K best ids only")
         await self._take_time(prompt_ids)
-        return [
-            self._score(*pair, kind, width) for pair in zip(prompt_ids, response_ids, strict=True)
-        ]
+        return [self._score(*pair, signal) for pair in zip(prompt_ids, response_ids, strict=True)]
 
     async def probe(self) -> None:
         """Always in health."""
@@ -89,7 +87,7 @@ class SyntheticEngine:
         if self._config.delay_s:
             await asyncio.sleep(self._config.delay_s)
 
-    def _score(self, prompt: Int32Array, response: Int32Array, kind: str, width: int) -> Answer:
+    def _score(self, prompt: Int32Array, response: Int32Array, signal: Signal) -> Answer:
         reason = score_refusal(prompt, response, self.max_model_len, UNBOUNDED)
         if reason is not None:
             return Answer(error=reason)
@@ -98,14 +96,14 @@ class SyntheticEngine:
         first, decay = self._state_after(last)
         if response[-1] in self._sampling.stop_token_ids:  # As it ends an answer of its own.
             first[:, -1] = ids[:, -1]
-        return self._signal(ids, first, decay, "stop", kind, width)[0]
+        return self._signal(ids, first, decay, "stop", signal)[0]
 
-    def _answer(self, prompts: Sequence[Int32Array], kind: str, top_k: int) -> list[Answer]:
+    def _answer(self, prompts: Sequence[Int32Array], signal: Signal) -> list[Answer]:
         num_tokens = min(self._config.response_tokens, self._sampling.max_tokens)
         stopped = num_tokens == self._config.response_tokens
         first, decay, ranks = self._draw(prompts, num_tokens, stopped)
         ids = (first + ranks) % self.vocab_size
-        return self._signal(ids, first, decay, "stop" if stopped else "length", kind, top_k)
+        return self._signal(ids, first, decay, "stop" if stopped else "length", signal)
 
     def _signal(
         self,
@@ -113,21 +111,20 @@ class SyntheticEngine:
         first: Int64Array,
         decay: Float64Array,
         finish: str,
-        kind: str,
-        top_k: int,
+        signal: Signal,
     ) -> list[Answer]:
         """Answers from their tokens, rank-0 ids and decays, each [B, T]."""
-        signal = {}
-        if kind == "topk":
-            rank = np.arange(top_k)
-            signal["topk_ids"] = (first[..., None] + rank) % self.vocab_size  # [B, T, K]
-            signal["topk_logprobs"] = self._logprobs(rank, decay[..., None])
-            signal["tail_logprob"] = self._tail(decay, top_k)
-        if kind != "text":
-            signal["sampled_logprobs"] = self._logprobs((ids - first) % self.vocab_size, decay)
+        values = {}
+        if signal.kind == "topk":
+            rank = np.arange(signal.width)
+            values["topk_ids"] = (first[..., None] + rank) % self.vocab_size  # [B, T, K]
+            values["topk_logprobs"] = self._logprobs(rank, decay[..., None])
+            values["tail_logprob"] = self._tail(decay, signal.width)
+        if signal.kind != "text":
+            values["sampled_logprobs"] = self._logprobs((ids - first) % self.vocab_size, decay)
         arrays = {
-            name: values.astype(np.int32 if name == "topk_ids" else np.float32)
-            for name, values in signal.items()
+            name: array.astype(np.int32 if name == "topk_ids" else np.float32)
+            for name, array in values.items()
         }
         return [
             Answer(row.astype(np.int32), finish, **{n: v[b] for n, v in arrays.items()})

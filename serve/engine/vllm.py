@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raystill.datasets.rows.answers import Answer, refusal, score_refusal
+from raystill.datasets.rows.signal import Signal
 from raystill.serve.engine.arguments import EngineSettings, engine_arguments
 from raystill.serve.engine.capture import CaptureRequest
 from raystill.serve.engine.outputs import answer_of, hidden_states, keep_arrays, scored_answer
@@ -30,7 +31,6 @@ Ids = NDArray[np.int32]
 
 PROBE_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 5.0
-NUM_LOGPROBS = {"text": None, "sampled": 0, "hidden": 0}
 
 
 class VllmEngine:
@@ -62,15 +62,15 @@ class VllmEngine:
         self.max_model_len = int(model.max_model_len)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
-    async def sample(self, prompt_ids: Sequence[Ids], kind: str, width: int) -> list[Answer]:
-        """Answer a group; see ``Answer`` for shapes. Only ``topk`` has a use for ``width``, K.
+    async def sample(self, prompt_ids: Sequence[Ids], signal: Signal) -> list[Answer]:
+        """Answer a group; see ``Answer`` for shapes.
 
         Raises:
             EngineDeadError: the engine's process has ended; nothing more will come from it.
         """
-        parameters = self._parameters(width if kind == "topk" else NUM_LOGPROBS[kind])
+        parameters = self._parameters(_num_logprobs(signal))
         wishes: list[CaptureRequest | None] = [None] * len(prompt_ids)
-        if kind == "hidden":
+        if signal.kind == "hidden":
             wishes = [CaptureRequest(self._tag(), len(ids) - 1, "hidden") for ids in prompt_ids]
         reasons = [refusal(ids, self.max_model_len, self.vocab_size) for ids in prompt_ids]
         with self._unclaimed(wishes) as claim:
@@ -78,10 +78,10 @@ class VllmEngine:
             answers = [
                 Answer(error=output)
                 if isinstance(output, str)
-                else answer_of(output, kind, width, self.vocab_size)
+                else answer_of(output, signal, self.vocab_size)
                 for output in outputs
             ]
-            if kind != "hidden":
+            if signal.kind != "hidden":
                 return answers
             blobs = await claim([len(answer.response_ids) for answer in answers])
         return [
@@ -92,8 +92,7 @@ class VllmEngine:
         self,
         prompt_ids: Sequence[Ids],
         response_ids: Sequence[Ids],
-        kind: str,
-        width: int,
+        signal: Signal,
         at: Sequence[Ids] | None = None,
     ) -> list[Answer]:
         """The signal of given responses, by prefill; ``finish_reason`` is the caller's to say.
@@ -107,8 +106,8 @@ class VllmEngine:
         reasons = [score_refusal(p, r, self.max_model_len, self.vocab_size) for p, r, _ in pairs]
         outputs: list[Any] = reasons
         blobs = [b""] * len(pairs)
-        if kind != "text":
-            wishes = [self._wish_to_score(*pair, kind, width) for pair in pairs]
+        if signal.kind != "text":
+            wishes = [self._wish_to_score(*pair, signal) for pair in pairs]
             inputs = [np.concatenate([prompt, response[:-1]]) for prompt, response, _ in pairs]
             parameters = self._parameters(None, max_tokens=1, temperature=0.0, min_p=0.0)
             # Cached tokens would pass by the model, and their hidden states with them.
@@ -118,11 +117,11 @@ class VllmEngine:
                 usable = [not isinstance(output, str) for output in outputs]
                 lengths = [len(r) * ok for (_, r, _), ok in zip(pairs, usable, strict=True)]
                 blobs = await claim(lengths)
-        sizes = {"width": width, "vocab_size": self.vocab_size, "hidden_size": self.hidden_size}
+        sizes = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size}
         return [
             Answer(error=output)
             if isinstance(output, str)
-            else scored_answer(response, blob, kind, ids, **sizes)
+            else scored_answer(response, blob, signal, ids, **sizes)
             for (_, response, ids), output, blob in zip(pairs, outputs, blobs, strict=True)
         ]
 
@@ -151,14 +150,15 @@ class VllmEngine:
         return f"wish-{next(self._numbers)}"
 
     def _wish_to_score(
-        self, prompt: Ids, response: Ids, at: Ids | None, kind: str, width: int
+        self, prompt: Ids, response: Ids, at: Ids | None, signal: Signal
     ) -> CaptureRequest:
         targets = np.ascontiguousarray(response, "<i4").tobytes()
         first = len(prompt) - 1
         if at is None:
-            return CaptureRequest(self._tag(), first, kind, width if kind == "topk" else 0, targets)
+            width = signal.width if signal.kind == "topk" else 0
+            return CaptureRequest(self._tag(), first, signal.kind, width, targets)
         ids = np.ascontiguousarray(at, "<i4").tobytes()
-        return CaptureRequest(self._tag(), first, "at", width, targets, ids)
+        return CaptureRequest(self._tag(), first, "at", signal.width, targets, ids)
 
     def _parameters(self, num_logprobs: int | None, **changes: Any) -> "SamplingParams":
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -240,6 +240,13 @@ class VllmEngine:
         async for output in self._engine.generate(prompt, parameters, request_id=request):
             final = output
         return final.outputs[0]
+
+
+def _num_logprobs(signal: Signal) -> int | None:
+    """vLLM's ``logprobs`` of a request: ids beside the drawn token; None for no logprobs at all."""
+    if signal.kind == "text":
+        return None
+    return signal.width if signal.kind == "topk" else 0
 
 
 def engine_is_dead(error: BaseException) -> bool:

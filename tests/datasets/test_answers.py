@@ -19,6 +19,7 @@ from raystill.datasets.rows.answers import (
     tail_logprob,
 )
 from raystill.datasets.rows.schema import answer_schema
+from raystill.datasets.rows.signal import Signal
 from raystill.model.identity import identity_of_teacher, teacher_identity
 from raystill.model.sampling import resolve_sampling
 
@@ -91,8 +92,8 @@ def an_answer(num_tokens: int, top_k: int, seed: int = 0) -> Answer:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_table_holds_each_answer_in_order_with_empty_lists_for_errors(kind: str) -> None:
     answers = [an_answer(3, 4, 1), Answer(error="too_long"), an_answer(5, 4, 2)]
-    table = answers_table(answers, kind, 4)
-    assert table.schema == answer_schema(kind, 4)
+    table = answers_table(answers, Signal(kind, 4))
+    assert table.schema == answer_schema(Signal(kind, 4))
     assert table["error"].to_pylist() == [None, "too_long", None]
     assert table["finish_reason"].to_pylist() == ["stop", None, "stop"]
     for name in table.schema.names:
@@ -108,16 +109,17 @@ def test_a_table_holds_each_answer_in_order_with_empty_lists_for_errors(kind: st
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_table_of_nothing_but_errors_keeps_its_schema(kind: str) -> None:
-    table = answers_table([Answer(error="empty")], kind, 4)
-    assert table.schema == answer_schema(kind, 4) and table.num_rows == 1
-    assert answers_table([], kind, 4).schema == answer_schema(kind, 4)
+    signal = Signal(kind, 4)
+    table = answers_table([Answer(error="empty")], signal)
+    assert table.schema == answer_schema(signal) and table.num_rows == 1
+    assert answers_table([], signal).schema == answer_schema(signal)
 
 
 def test_a_signal_of_another_length_than_its_tokens_is_refused() -> None:
     good = an_answer(3, 4)
     bad = Answer(good.response_ids, "stop", good.sampled_logprobs[:2])
     with pytest.raises(ValueError, match="sampled_logprobs of an answer has shape"):
-        answers_table([bad], "sampled", 4)
+        answers_table([bad], Signal("sampled"))
 
 
 def test_prompts_that_cannot_be_answered_name_their_reason() -> None:
@@ -218,7 +220,7 @@ def test_the_synthetic_teachers_identity_is_its_answers_and_not_its_speed(tmp_pa
 
 
 def test_lists_of_a_table_are_flat_buffers() -> None:
-    table = answers_table([an_answer(2, 3), an_answer(4, 3)], "topk", 3)
+    table = answers_table([an_answer(2, 3), an_answer(4, 3)], Signal("topk", 3))
     column = table["topk_ids"].combine_chunks()
     assert isinstance(column, pa.ListArray)
     assert column.flatten().flatten().to_numpy(zero_copy_only=True).shape == (18,)

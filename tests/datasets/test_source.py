@@ -7,6 +7,7 @@ import pytest
 from raystill.base.run_folder import RunFolder
 from raystill.datasets.prompts import tables
 from raystill.datasets.rows.schema import PROMPT_SCHEMA, answer_schema
+from raystill.datasets.rows.signal import Signal
 from raystill.datasets.stream import source
 from raystill.datasets.stream.answer_stage import dropped_reasons, unpack_group
 
@@ -54,6 +55,6 @@ def test_a_group_travels_as_one_row_and_comes_out_whole(prompts):
 
 def test_truncated_rows_are_dropped_only_on_request_and_errors_always():
     columns = [[[1], [2], []], ["length", "stop", None], [None, None, "too_long"]]
-    answers = pa.table(columns, schema=answer_schema("text", 1))
+    answers = pa.table(columns, schema=answer_schema(Signal("text")))
     assert dropped_reasons(answers, "keep").to_pylist() == [None, None, "too_long"]
     assert dropped_reasons(answers, "drop").to_pylist() == ["truncated", None, "too_long"]

@@ -20,9 +20,15 @@ import pytest
 from raystill.base.errors import RunError
 from raystill.cluster.commands.store import store_command
 from raystill.config.stream import SignalConfig
-from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
+from raystill.datasets.rows.answers import (
+    Answer,
+    answers_table,
+    derive_answers,
+    stored_columns,
+    tail_logprob,
+)
 from raystill.datasets.rows.schema import answer_schema
-from raystill.datasets.rows.signal import Signal, as_wished, signal_of, stored_columns
+from raystill.datasets.rows.signal import Signal, signal_of
 from raystill.datasets.store.reading import (
     DamagedSegment,
     GoneSegment,
@@ -76,7 +82,7 @@ def said(row: int, signal: Signal, salt: int = 0) -> Answer:
 
 
 def answers(rows: list[int], signal: Signal = TOPK, salt: int = 0) -> pa.Table:
-    return answers_table([said(r, signal, salt) for r in rows], signal.kind, signal.width)
+    return answers_table([said(r, signal, salt) for r in rows], signal)
 
 
 def segment(rows: list[int], signal: Signal = TOPK, salt: int = 0, teacher: int = 0) -> pa.Table:
@@ -153,7 +159,7 @@ class TestReading:
         where = catalogue.locate(keys_of([8, 1, 99, 3, 7]))
         assert where.tolist()[2] == -1
         found = store.read(catalogue, where[where >= 0], stored_columns(TOPK))
-        assert as_wished(found, TOPK, TOPK, V).equals(answers([8, 1, 3, 7]))
+        assert derive_answers(found, TOPK, TOPK, V).equals(answers([8, 1, 3, 7]))
 
     @pytest.mark.parametrize(
         "wanted",
@@ -176,8 +182,8 @@ class TestReading:
         publish(store, rows, signal=stored)
         catalogue = store.catalogue()
         found = store.read(catalogue, catalogue.locate(keys_of(rows)), stored_columns(wanted))
-        served = as_wished(found, stored, wanted, V)
-        assert served.schema.equals(answer_schema(wanted.kind, wanted.width))
+        served = derive_answers(found, stored, wanted, V)
+        assert served.schema.equals(answer_schema(wanted))
         assert served.equals(answers(rows, wanted))
 
     def test_the_richest_answer_to_a_key_is_served(self, store: TeacherStore) -> None:

@@ -68,7 +68,7 @@ def test_every_row_comes_with_its_own_answer(workers, tmp_path):
     order = epoch_order(40, SEED, 0, GROUP_ROWS)
     assert len(streamed.tables) == 5
     for table in streamed.tables:
-        assert table.schema.equals(row_schema("topk", TOP_K))
+        assert table.schema.equals(row_schema(Signal("topk", TOP_K)))
         rows = table["row"].to_numpy()
         assert np.array_equal(rows, order[table["position"].to_numpy()])
         assert table["prompt_ids"].to_pylist() == [[PLAIN, row] for row in rows]
@@ -251,7 +251,7 @@ def test_poorer_stored_answers_are_scored_and_never_sampled_again(teacher, worke
     assert streamed.snapshot["counters"] == counters | {"rows_truncated": 5}  # As it was stored.
     assert teacher.answered.remote().result() == {"sample": 0, "score": 40}
     for table in streamed.tables:
-        assert table.schema.equals(row_schema("topk", TOP_K))
+        assert table.schema.equals(row_schema(Signal("topk", TOP_K)))
         assert table["response_ids"].to_pylist() == [[row, 1] for row in table["row"].to_pylist()]
     catalogue = TeacherStore(run.spec.store_path).catalogue()
     assert (catalogue.rows, catalogue.duplicates) == (80, 40)  # The poorer ones are not needed.
@@ -358,7 +358,7 @@ def test_held_out_rows_are_answered_once_and_kept(teacher, tmp_path):
     assert ray.get(answer_held_out.remote(*arguments)) == 20
     ray.get(coordinator.wait_held_out.remote(), timeout=5)
     rows = folder.read_table(HELD_OUT)
-    assert rows.schema.equals(row_schema("topk", TOP_K))
+    assert rows.schema.equals(row_schema(Signal("topk", TOP_K)))
     assert rows["row"].to_pylist() == rows["position"].to_pylist() == list(range(20))
     assert rows["response_ids"].to_pylist() == [given[row] or [row, 1] for row in range(20)]
     assert set(rows["epoch"].to_pylist()) == {-1}

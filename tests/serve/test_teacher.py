@@ -12,6 +12,7 @@ import pytest
 
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.schema import answer_schema
+from raystill.datasets.rows.signal import Signal
 from raystill.model.on_node import ModelSource
 from raystill.model.sampling import resolve_sampling
 from raystill.serve.engine.arguments import (
@@ -24,6 +25,7 @@ from raystill.serve.replica import BusyClock, ReplicaSettings, Teacher, ids_of
 
 VOCAB = 40
 TOKENS = 12
+TOPK = Signal("topk", 8)
 PROMPTS = [[1, 2, 3], [4], [], [5] * 100, [1, 2, 3]]
 
 
@@ -54,7 +56,7 @@ def synthetic(config: RunConfig) -> SyntheticEngine:
 
 
 def ask(engine: SyntheticEngine, prompts: list[list[int]], kind: str = "topk", top_k: int = 8):
-    return asyncio.run(engine.sample([np.array(p, np.int32) for p in prompts], kind, top_k))
+    return asyncio.run(engine.sample([np.array(p, np.int32) for p in prompts], Signal(kind, top_k)))
 
 
 def test_synthetic_answers_depend_on_the_prompt_alone() -> None:
@@ -102,7 +104,7 @@ def test_scoring_a_synthetic_answer_says_what_sampling_it_said(max_tokens: int) 
     engine = synthetic(run_config(sampling={"max_tokens": max_tokens}))
     answers = ask(engine, PROMPTS)
     given = [np.array(p, np.int32) for p in PROMPTS], [a.response_ids for a in answers]
-    for scored, answer in zip(asyncio.run(engine.score(*given, "topk", 8)), answers, strict=True):
+    for scored, answer in zip(asyncio.run(engine.score(*given, TOPK)), answers, strict=True):
         assert (scored.error is None) == (answer.error is None)
         for name in ("response_ids", "sampled_logprobs", "topk_ids", "topk_logprobs"):
             np.testing.assert_array_equal(getattr(scored, name), getattr(answer, name))
@@ -150,10 +152,10 @@ def test_a_replica_answers_in_order_and_reports_what_it_did() -> None:
         replica = object.__new__(Teacher)
         await replica.__init__(settings, rank=(0, 0))  # type: ignore[misc]
         await replica.check_health()
-        return await replica.sample(prompt_table(PROMPTS), "topk", 8), counters
+        return await replica.sample(prompt_table(PROMPTS), TOPK), counters
 
     table, counters = asyncio.run(answer())
-    assert_contract(table, "topk", 8)
+    assert_contract(table, TOPK)
     (seen,) = counters.seen
     assert seen["teacher_rows"] == 3 and seen["teacher_busy_s"] > 0
     assert seen["teacher_prompt_tokens"] == 7 and seen["teacher_response_tokens"] == 3 * TOKENS
@@ -166,14 +168,14 @@ def test_a_replica_gives_up_on_a_group_that_takes_too_long() -> None:
         replica = object.__new__(Teacher)
         settings = ReplicaSettings(config, ModelSource("nowhere", "nowhere"), None, None, 0, 1)
         await replica.__init__(settings, rank=(0, 0))  # type: ignore[misc]
-        await replica.sample(prompt_table(PROMPTS), "topk", 8)
+        await replica.sample(prompt_table(PROMPTS), TOPK)
 
     with pytest.raises(TimeoutError):
         asyncio.run(answer())
 
 
-def assert_contract(table: pa.Table, kind: str, top_k: int) -> None:
-    assert table.schema == answer_schema(kind, top_k)
+def assert_contract(table: pa.Table, signal: Signal) -> None:
+    assert table.schema == answer_schema(signal)
     assert table["error"].to_pylist() == [None, None, "empty", "too_long", None]
     lengths = [TOKENS, TOKENS, 0, 0, TOKENS]
     for name in table.schema.names:
@@ -283,10 +285,10 @@ def test_the_synthetic_engine_keeps_the_contract_through_serve(
     assert synthetic_teacher["vocab_size"] == VOCAB
     assert Path(synthetic_teacher["log"]).parent == tmp_path
     handle = deploy.teacher_handle()
-    for kind in ("text", "sampled", "topk"):
-        table = handle.sample.remote(prompt_table(PROMPTS), kind, 8).result(timeout_s=30)
-        assert_contract(table, kind, 8)
-    responses = [handle.sample.remote(prompt_table(PROMPTS), "topk", 8) for _ in range(20)]
+    for signal in (Signal("text"), Signal("sampled"), TOPK):
+        table = handle.sample.remote(prompt_table(PROMPTS), signal).result(timeout_s=30)
+        assert_contract(table, signal)
+    responses = [handle.sample.remote(prompt_table(PROMPTS), TOPK) for _ in range(20)]
     assert len({r.result(timeout_s=30)["response_ids"].to_pylist()[0][0] for r in responses}) == 1
     ended = []
     monkeypatch.setattr(serve, "shutdown", lambda: ended.append(True))
@@ -332,7 +334,7 @@ def test_two_runs_on_one_cluster_have_a_teacher_each(ray_serve: None) -> None:
             deploy.deploy_teacher(run_config(synthetic=synthetic), "nowhere", None, None)
             deploy.wait_for_teacher(60.0)
         for name, length in zip(names, (3, 5), strict=True):
-            asked = serve.get_app_handle(name).sample.remote(prompt_table(PROMPTS), "text", 0)
+            asked = serve.get_app_handle(name).sample.remote(prompt_table(PROMPTS), Signal("text"))
             said = asked.result(timeout_s=30)["response_ids"].to_pylist()
             assert max(map(len, said)) == length, "each is answered by its own teacher"
         deploy.end_teacher()

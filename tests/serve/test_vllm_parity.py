@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 
 from raystill.config.run import RunConfig
+from raystill.datasets.rows.signal import Signal
 
 pytestmark = pytest.mark.vllm
 
@@ -108,7 +109,7 @@ def ask_table(prompts: list[list[int]], kind: str, width: int = TOP_K) -> pa.Tab
     from raystill.serve import deploy
 
     table = pa.table({"prompt_ids": pa.array(prompts, pa.list_(pa.int32()))})
-    return deploy.teacher_handle().sample.remote(table, kind, width).result(timeout_s=120)
+    return deploy.teacher_handle().sample.remote(table, Signal(kind, width)).result(timeout_s=120)
 
 
 def ask(prompts: list[list[int]], kind: str, width: int = TOP_K) -> list[dict[str, Any]]:
@@ -129,7 +130,7 @@ def score(
     }
     if ids is not None:
         columns["ids"] = pa.array(ids, pa.list_(pa.list_(pa.int32(), width)))
-    scored = deploy.teacher_handle().score.remote(pa.table(columns), kind, width)
+    scored = deploy.teacher_handle().score.remote(pa.table(columns), Signal(kind, width))
     return scored.result(timeout_s=120).to_pylist()
 
 

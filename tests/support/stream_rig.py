@@ -53,15 +53,15 @@ class ObedientTeacher:
     async def restart(self):
         self.finished = 0
 
-    async def sample(self, prompts, kind, top_k):
+    async def sample(self, prompts, signal):
         rows = prompts["prompt_ids"].to_pylist()
         await self.ask("sample", rows)
-        return answers_to(rows, kind, top_k)
+        return answers_to(rows, signal)
 
-    async def score(self, given, kind, top_k):
+    async def score(self, given, signal):
         rows = given["prompt_ids"].to_pylist()
         await self.ask("score", rows)
-        return answers_to(rows, kind, top_k, given["response_ids"].to_pylist())
+        return answers_to(rows, signal, given["response_ids"].to_pylist())
 
     async def ask(self, method, rows):
         await self.count(now=1)
@@ -103,7 +103,7 @@ class ObedientTeacher:
             raise EngineDeadError("the engine core died")
 
 
-def answers_to(rows, kind, top_k, given=None):
+def answers_to(rows, signal, given=None):
     """Answers of two tokens, [row, 1], in ``answer_schema``; none for an unusable row.
 
     ``given``: what is scored instead, which never was cut off as far as the teacher can see.
@@ -111,16 +111,16 @@ def answers_to(rows, kind, top_k, given=None):
     told = given or [[row, 1] for _, row in rows]
     tokens = [[] if b == UNUSABLE else ids for (b, _), ids in zip(rows, told, strict=True)]
     floats = [[-0.5] * len(t) for t in tokens]
-    ids = [[list(range(top_k))] * len(t) for t in tokens]
-    logprobs = [[[-1.0] * top_k] * len(t) for t in tokens]
+    ids = [[list(range(signal.width))] * len(t) for t in tokens]
+    logprobs = [[[-1.0] * signal.width] * len(t) for t in tokens]
     columns = [
         tokens,
         ["length" if b == TRUNCATED and given is None else "stop" for b, _ in rows],
         ["too_long" if behaviour == UNUSABLE else None for behaviour, _ in rows],
-        *{"text": [], "sampled": [floats], "topk": [floats, ids, logprobs, floats]}[kind],
+        *{"text": [], "sampled": [floats], "topk": [floats, ids, logprobs, floats]}[signal.kind],
     ]
     engine = {"engine": "obedient", "version": "1", "dtype": "float32", "vocab_size": 100}
-    schema = answer_schema(kind, top_k).with_metadata({ENGINE: json.dumps(engine)})
+    schema = answer_schema(signal).with_metadata({ENGINE: json.dumps(engine)})
     return pa.table(columns, schema=schema)
 
 

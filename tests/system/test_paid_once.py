@@ -13,8 +13,8 @@ import pytest
 
 from raystill.base.run_folder import TRAIN_PROMPTS, RunFolder
 from raystill.config.load import load_config
-from raystill.datasets.rows.answers import answers_table
-from raystill.datasets.rows.signal import Signal, as_wished, stored_columns
+from raystill.datasets.rows.answers import answers_table, derive_answers, stored_columns
+from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.store import TeacherStore
 from raystill.model.sampling import resolve_sampling
 from raystill.serve.engine.synthetic import SyntheticEngine
@@ -53,8 +53,8 @@ def as_if_asked(place: Path, name: str) -> pa.Table:
         teacher.max_model_len,
     )
     prompts = [np.array(ids, np.int32) for ids in asked(place, name)["prompt_ids"].to_pylist()]
-    answers = asyncio.run(engine.sample(prompts, TOPK.kind, TOPK.width))
-    return answers_table(answers, TOPK.kind, TOPK.width)
+    answers = asyncio.run(engine.sample(prompts, TOPK))
+    return answers_table(answers, TOPK)
 
 
 def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
     catalogue = store.catalogue().serving(TOPK)
     assert (catalogue.rows, catalogue.duplicates) == (2 * NUM_ROWS + MORE, NUM_ROWS)
     where = catalogue.locate(asked(tmp_path, "richer")["key"].combine_chunks())
-    found = as_wished(store.read(catalogue, where, stored_columns(TOPK)), TOPK, TOPK, 49152)
+    found = derive_answers(store.read(catalogue, where, stored_columns(TOPK)), TOPK, TOPK, 49152)
     assert found.equals(as_if_asked(tmp_path, "richer"))
     # A second student: fewer ids of each token, another objective. Nobody needs the teacher.
     fewer = ["signal.top_k=4", "objective={reverse_kl: 1.0}"]

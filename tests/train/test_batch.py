@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from raystill.datasets.rows.schema import row_schema
+from raystill.datasets.rows.signal import Signal
 from raystill.train.batch.batch import collate, cut_micro_batches, dummy_micro_batch, loss_weight
 from raystill.train.batch.partition import NO_ID
 from raystill.train.batch.rows import Row, rows_from_table
@@ -26,7 +27,7 @@ def make_row(position, prompt, response, signal=False):
 
 def make_table(num_rows, kind="topk"):
     generator = np.random.default_rng(0)
-    columns = {name: [] for name in row_schema(kind, TOP_K).names}
+    columns = {name: [] for name in row_schema(Signal(kind, TOP_K)).names}
     for i in range(num_rows):
         tokens = int(generator.integers(0, 5))
         values = {
@@ -44,7 +45,7 @@ def make_table(num_rows, kind="topk"):
         }
         for name, column in columns.items():
             column.append(values[name])
-    return pa.table(columns, schema=row_schema(kind, TOP_K))
+    return pa.table(columns, schema=row_schema(Signal(kind, TOP_K)))
 
 
 def assert_same_rows(rows, table):

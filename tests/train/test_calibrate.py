@@ -166,9 +166,7 @@ def test_tokens_keep_their_rows_signal_and_context(budget) -> None:
 def test_bytes_are_measured_as_stored() -> None:
     positions = positions_of(teacher_of(), ladder(1, 8))
     sizes = {
-        signal: bytes_per_token(
-            answers_table(positions.answers(signal), signal.kind, signal.width), signal
-        )
+        signal: bytes_per_token(answers_table(positions.answers(signal), signal), signal)
         for signal in positions.partitions
     }
     text, sampled, one, eight, hidden = (sizes[signal] for signal in ladder(1, 8))

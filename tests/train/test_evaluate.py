@@ -15,6 +15,7 @@ from raystill.base.records import read_lines
 from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.schema import row_schema
+from raystill.datasets.rows.signal import Signal
 from raystill.train.batch.rows import Row
 from raystill.train.evaluation.baselines import HeldOutTokens, PairCounts, measure_baselines
 from raystill.train.evaluation.free_running import (
@@ -334,12 +335,12 @@ def test_the_teacher_judges_what_the_student_wrote(measured_run, same):
 def measured_run(tmp_path):
     """A run folder with held-out rows, and a measurer of a tiny student."""
     folder = RunFolder(str(tmp_path / "run")).ensure()
-    columns = {name: [] for name in row_schema("topk", K).names}
+    columns = {name: [] for name in row_schema(Signal("topk", K)).names}
     for row in some_rows():
         for name in columns:
             value = {"epoch": -1, "source": "s"}.get(name, getattr(row, name, None))
             columns[name].append(value.tolist() if isinstance(value, np.ndarray) else value)
-    folder.write_table("held_out.parquet", pa.table(columns, schema=row_schema("topk", K)))
+    folder.write_table("held_out.parquet", pa.table(columns, schema=row_schema(Signal("topk", K))))
     words = {f"w{i}": i for i in range(VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))

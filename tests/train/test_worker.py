@@ -25,7 +25,7 @@ from raystill.base.run_folder import RunFolder
 from raystill.cluster.coordinator.actor import start_coordinator
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.schema import ENGINE, PROMPT_SCHEMA, answer_schema, row_schema
-from raystill.datasets.rows.signal import signal_of
+from raystill.datasets.rows.signal import Signal, signal_of
 from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.plan import epoch_order
 from raystill.datasets.stream.spec import Requester, StreamSpec
@@ -73,7 +73,7 @@ def prompt_of(row):
 
 def answers_table(prompts):
     """``answer_schema`` rows for lists of prompt ids."""
-    schema = answer_schema("topk", K)
+    schema = answer_schema(Signal("topk", K))
     answers = [answer(prompt) for prompt in prompts]
     empty = {"response_ids": [], "finish_reason": ""}
     columns = {
@@ -89,7 +89,7 @@ class StandIn:
     def __init__(self, delay_s):
         self.delay_s = delay_s
 
-    def sample(self, prompts, kind, top_k):
+    def sample(self, prompts, signal):
         time.sleep(self.delay_s)
         engine = {"engine": "stand-in", "version": "1", "dtype": "float32", "vocab_size": 1000}
         answers = answers_table(prompts["prompt_ids"].to_pylist())
@@ -170,7 +170,7 @@ def held_out_table():
     rows = list(range(NUM_HELD_OUT))
     columns = {**answers, "row": rows, "position": rows, "prompt_ids": prompts}
     columns |= {"epoch": [-1] * NUM_HELD_OUT, "source": ["s"] * NUM_HELD_OUT}
-    schema = row_schema("topk", K)
+    schema = row_schema(Signal("topk", K))
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
@@ -210,7 +210,7 @@ def last_checkpoint(folder):
 def reference_student(config, teacher):
     """The same steps in one process: rows by their position, no Ray, no restart."""
     order = epoch_order(NUM_ROWS, config.section_seeds()["order"], 0, 3)
-    schema = row_schema("topk", K)
+    schema = row_schema(Signal("topk", K))
     model = build_student(config, str(teacher), config.section_seeds()["student"])
     module = StudentModule(model)
     step = GlobalStep(

@@ -134,7 +134,7 @@ class Calibrator:
 
     def _bytes(self, signal: Signal) -> float:
         answers = self._positions.answers(signal)
-        return bytes_per_token(answers_table(answers, signal.kind, signal.width), signal)
+        return bytes_per_token(answers_table(answers, signal), signal)
 
     def _teacher_mass(self, signal: Signal) -> float | None:
         truncated = self._positions.truncated

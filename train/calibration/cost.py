@@ -86,7 +86,7 @@ def bytes_per_token(answers: pa.Table, signal: Signal) -> float:
     segment = encode(
         origin, [(Provenance("", "training"), rows.append_column("prompt_ids", prompts))]
     )
-    counted = {"response_ids", *(field.name for field in signal_fields(signal.kind, signal.width))}
+    counted = {"response_ids", *(field.name for field in signal_fields(signal))}
     group = pq.ParquetFile(io.BytesIO(segment)).metadata.row_group(0)
     columns = [group.column(i) for i in range(group.num_columns)]
     stored = sum(
