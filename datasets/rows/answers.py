@@ -1,11 +1,11 @@
-"""Teacher answers as numpy arrays, the tail they leave out, and their Arrow table.
+"""The teacher's answers as numpy arrays, as Arrow tables, and derived from richer stored ones.
 
-Where it sits: an engine makes one ``Answer`` a row from what it decoded; ``answers_table`` turns a
-group of them into the table the stream carries. Imports neither Ray nor vLLM nor torch.
+Where it sits: an engine makes one ``Answer`` a row; ``answers_table`` turns a group of them into
+the table that the stream carries; ``derive_answers`` makes such a table from rows of the teacher
+store. Imports neither Ray nor vLLM nor torch.
 
-Legend: T response tokens of a row, K teacher ids kept for each token, V vocabulary, D hidden size;
-the width of a signal is K for ``topk``, D for ``hidden``.
-Logprobs are nats of the teacher's raw (untempered) full vocabulary.
+Legend: T response tokens of a row, K teacher ids kept for each token, V vocabulary, D the teacher's
+hidden size. Logprobs are nats of the teacher's full vocabulary, at temperature 1.
 """
 
 from collections.abc import Sequence
@@ -28,26 +28,28 @@ def _no_ids() -> Int32Array:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the teacher said to one prompt, or why it said nothing.
+    """The teacher's answer to one prompt, or the reason why there is none.
 
-    Row t of every signal is the distribution that ``response_ids[t]`` was drawn from.
+    Entry t of every array describes the distribution that ``response_ids[t]`` was drawn from.
+    Arrays that the signal does not have are None.
     """
 
-    response_ids: Int32Array = field(default_factory=_no_ids)  # [T], its stop token included
+    response_ids: Int32Array = field(default_factory=_no_ids)  # [T], with its stop token
     finish_reason: str | None = None  # "stop" or "length"; None for an unusable row
-    sampled_logprobs: Float32Array | None = None  # [T]; all but text (NaN: scored for hidden)
+    # [T]; all kinds but text. NaN where a response was scored for hidden: no logprobs are computed.
+    sampled_logprobs: Float32Array | None = None
     topk_ids: Int32Array | None = None  # [T, K]; topk
     topk_logprobs: Float32Array | None = None  # [T, K], descending; topk
     tail_logprob: Float32Array | None = None  # [T], log(1 - sum top-K p); topk
-    hidden: NDArray[np.uint16] | None = None  # [T, D] bfloat16 bits, after the final norm; hidden
-    error: str | None = None  # the reason an unusable row is dropped for
+    hidden: NDArray[np.uint16] | None = None  # [T, D], bfloat16 bits, after the final norm; hidden
+    error: str | None = None  # why an unusable row is dropped; None for a usable one
 
 
-def refusal(prompt_ids: Int32Array, max_model_len: int, vocab_size: int) -> str | None:
-    """The reason a prompt cannot be answered, or None.
+def why_unanswerable(prompt_ids: Int32Array, max_model_len: int, vocab_size: int) -> str | None:
+    """The reason why the teacher cannot answer a prompt; None if it can.
 
-    ``empty``: nothing to condition on. ``too_long``: no place for even one response token within
-    ``max_model_len``. ``invalid_ids``: ids the teacher has no embedding for.
+    ``empty``: the prompt has no tokens. ``too_long``: ``max_model_len`` leaves no room for one
+    response token. ``invalid_ids``: an id is negative, or not below ``vocab_size``.
     """
     if len(prompt_ids) == 0:
         return "empty"
@@ -58,31 +60,32 @@ def refusal(prompt_ids: Int32Array, max_model_len: int, vocab_size: int) -> str 
     return None
 
 
-def score_refusal(
+def why_unscorable(
     prompt_ids: Int32Array, response_ids: Int32Array, max_model_len: int, vocab_size: int
 ) -> str | None:
-    """The reason a given response cannot be scored, or None; ``refusal``'s words.
+    """The reason why the teacher cannot score a given response; None if it can.
 
-    The last response token is not put in, but the engine wants room for one token more than it is
-    given: P + T may be ``max_model_len``.
+    Prompt and response together may have ``max_model_len`` tokens: the engine reads all but the
+    last response token, and needs room for one token that it generates. The reasons are those of
+    ``why_unanswerable``.
     """
     if len(response_ids) == 0:
         return "empty"
-    reason = refusal(prompt_ids, max_model_len, vocab_size)
+    reason = why_unanswerable(prompt_ids, max_model_len, vocab_size)
     if reason is not None:
         return reason
     if len(prompt_ids) + len(response_ids) > max_model_len:
         return "too_long"
-    return refusal(response_ids, max_model_len + 1, vocab_size)
+    return why_unanswerable(response_ids, max_model_len + 1, vocab_size)
 
 
 def tail_logprob(topk_logprobs: Float32Array, vocab_size: int) -> Float32Array:
-    """log of the mass outside the K best ids: log(1 - sum_i p_i), [T, K] -> [T] float32 nats.
+    """Log of the probability outside the K best ids: log(1 - sum_i p_i), [T, K] -> [T] float32.
 
-    Worked out in float64 as ``-expm1(log p_1) - sum_{i>1} p_i``: where the best id holds nearly
-    all mass its logprob still has digits that 1 - p_1 has lost. Each of the V - K other ids has
-    at most p_K, so the tail is at most log((V - K) p_K). Where K = V, or rounding left nothing,
-    it is -inf.
+    The mass is computed in float64 as ``-expm1(log p_1) - sum_{i>1} p_i``: where p_1 is nearly 1,
+    ``log p_1`` still has the digits that ``1 - p_1`` has lost. The result is at most
+    log((V - K) p_K), since none of the V - K other ids is more probable than the K-th. It is -inf
+    where K = V, and where rounding leaves no mass.
 
     Raises:
         ValueError: K is more than V.
@@ -104,12 +107,12 @@ def tail_logprob(topk_logprobs: Float32Array, vocab_size: int) -> Float32Array:
 
 
 def answers_table(answers: Sequence[Answer], signal: Signal) -> pa.Table:
-    """One row an answer, in order, as ``answer_schema``; unusable rows hold empty lists.
+    """An ``answer_schema`` table with one row an answer, in order; unusable rows have empty lists.
 
-    Built from flat arrays: the number of Python objects goes with rows, not with tokens.
+    It is built from flat arrays: the number of Python objects grows with rows, not with tokens.
 
     Raises:
-        ValueError: a usable answer lacks a signal of this kind, or one of another length.
+        ValueError: an array of a usable answer is missing, or has an unexpected shape.
     """
     lengths = [0 if a.error is not None else len(a.response_ids) for a in answers]
     offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
@@ -127,15 +130,15 @@ def answers_table(answers: Sequence[Answer], signal: Signal) -> pa.Table:
 
 
 def _flat_values(answers: Sequence[Answer], column: pa.Field, width: int) -> pa.Array:
-    """One list column's values of all answers end to end: a token's number, K numbers or state."""
+    """A list column's values of all answers in a row: one number, K numbers or one state a token."""
     inner = column.type.value_type
     shape = (width,) if pa.types.is_nested(inner) or pa.types.is_fixed_size_binary(inner) else ()
     parts = []
     for answer in answers:
         values, expected = getattr(answer, column.name), (len(answer.response_ids), *shape)
         if values is None or values.shape != expected:
-            found = "nothing" if values is None else f"shape {values.shape}"
-            raise ValueError(f"{column.name} of an answer has {found}, expected shape {expected}")
+            actual = "nothing" if values is None else f"shape {values.shape}"
+            raise ValueError(f"{column.name} of an answer has {actual}, expected shape {expected}")
         parts.append(values.reshape(-1))
     flat = np.concatenate(parts) if parts else np.empty(0)
     if pa.types.is_fixed_size_binary(inner):
@@ -148,16 +151,17 @@ def _flat_values(answers: Sequence[Answer], column: pa.Field, width: int) -> pa.
 
 
 def stored_columns(wanted: Signal) -> list[str]:
-    """Columns of a segment that ``wish`` is made from (beside the key)."""
+    """Columns of a stored segment that ``derive_answers`` needs for the ``wanted`` signal."""
     names = ["response_ids", "finish_reason"]
     return names + [field.name for field in signal_fields(wanted)]
 
 
 def derive_answers(rows: pa.Table, stored: Signal, wanted: Signal, vocab_size: int) -> pa.Table:
-    """Rows of a segment with ``stored`` signal as the teacher's own ``answer_schema`` of ``wish``.
+    """Stored ``rows`` as ``answer_schema`` of the ``wanted`` signal, which ``stored`` must serve.
 
-    The K first of K' ids are the K the teacher would have named; the tail is worked out anew from
-    their logprobs, by the same arithmetic, so the result is bit for bit what asking would give.
+    rows: ``stored_columns(wanted)`` of a segment. The result equals bit for bit what the teacher
+    would have returned if asked for ``wanted``: its K best ids are the first K of the stored ones,
+    and the tail is computed from their logprobs by the same function as in the engine.
     """
     assert stored.serves(wanted), f"{stored} is stored, {wanted} wanted"
     columns = {name: rows[name] for name in ("response_ids", "finish_reason")}
@@ -168,11 +172,11 @@ def derive_answers(rows: pa.Table, stored: Signal, wanted: Signal, vocab_size: i
         ids, logprobs = rows["topk_ids"].combine_chunks(), rows["topk_logprobs"].combine_chunks()
         tail = rows["tail_logprob"]
         if stored.width != wanted.width:
-            ids, _ = _first(ids, stored.width, wanted.width)
-            logprobs, values = _first(logprobs, stored.width, wanted.width)
-            offsets = rows["topk_ids"].combine_chunks().offsets
+            offsets = _offsets_from_zero(ids.offsets)
+            ids, _ = _first_of_each_token(ids, stored.width, wanted.width)
+            logprobs, values = _first_of_each_token(logprobs, stored.width, wanted.width)
             tail = pa.ListArray.from_arrays(
-                _from_zero(offsets), pa.array(tail_logprob(values, vocab_size)), type=TOKEN_FLOATS
+                offsets, pa.array(tail_logprob(values, vocab_size)), type=TOKEN_FLOATS
             )
         columns |= {"topk_ids": ids, "topk_logprobs": logprobs, "tail_logprob": tail}
     if wanted.kind == "hidden":
@@ -181,15 +185,18 @@ def derive_answers(rows: pa.Table, stored: Signal, wanted: Signal, vocab_size: i
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
-def _first(lists: pa.ListArray, stored: int, wished: int) -> tuple[pa.ListArray, np.ndarray]:
-    """The first ``wished`` of every token's ``stored`` values: as lists, and as one [sum T, K]."""
-    flat = lists.flatten()  # One entry a token.
-    values = flat.flatten().to_numpy(zero_copy_only=False).reshape(-1, stored)
-    values = np.ascontiguousarray(values[:, :wished])
-    inner = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), wished)
-    return pa.ListArray.from_arrays(_from_zero(lists.offsets), inner), values
+def _first_of_each_token(
+    lists: pa.ListArray, stored: int, wanted: int
+) -> tuple[pa.ListArray, np.ndarray]:
+    """The first ``wanted`` of each token's ``stored`` values: as lists [T][K], and [sum T, K]."""
+    per_token = lists.flatten()
+    values = per_token.flatten().to_numpy(zero_copy_only=False).reshape(-1, stored)
+    values = np.ascontiguousarray(values[:, :wanted])
+    inner = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), wanted)
+    return pa.ListArray.from_arrays(_offsets_from_zero(lists.offsets), inner), values
 
 
-def _from_zero(offsets: pa.Array) -> pa.Array:
+def _offsets_from_zero(offsets: pa.Array) -> pa.Array:
+    """List offsets for values that start at 0; those of a sliced array start later."""
     values = offsets.to_numpy()
     return pa.array(values - values[0], pa.int32())

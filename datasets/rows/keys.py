@@ -1,8 +1,9 @@
-"""The name of an answer: what was asked of which teacher under which sampling, in 16 bytes.
+"""Keys of the teacher store: a 16-byte hash of what was asked of which teacher.
 
-A key holds everything that decides what an answer may be, and nothing that only decides how it
-is fetched or stored (signal, K, engine version, parallelism, seed). A response that came with its
-prompt was not drawn: its key holds the response in place of the sampling.
+A key covers what decides the teacher's distribution over answers: teacher, precision, sampling
+settings, prompt and sample number. It does not cover how the answer is fetched or stored: signal,
+K, engine version, parallelism, seed. A response that came with its prompt was not sampled, so its
+key covers the response in place of the sampling settings.
 """
 
 import json
@@ -15,6 +16,7 @@ import numpy as np
 from raystill.datasets.rows.schema import KEY_BYTES
 
 KEY_VERSION = 1
+"""Part of every key: raising it makes all stored answers unreachable."""
 
 
 def answer_key(
@@ -25,10 +27,11 @@ def answer_key(
     prompt_ids: np.ndarray,
     sample: int = 0,
 ) -> bytes:
-    """blake2b-128 of the teacher, its precision, the sampling, the prompt ``[P]`` and the sample.
+    """Key (blake2b-128) of one answer to the prompt ``[P]``.
 
-    ``dtype`` and ``sampling`` are the resolved ones (no ``auto``, no unset value), so that a
-    default that is spelled out names the same answer.
+    ``sample`` numbers several answers to the same prompt. ``dtype`` and ``sampling`` must be
+    resolved (no ``auto``, no unset value): a default and the same value spelled out then give the
+    same key.
     """
     keys = answer_keys(teacher_identity, dtype, quantization, sampling, [prompt_ids], sample)
     return keys[0]
@@ -42,8 +45,8 @@ def answer_keys(
     prompts: Iterable[np.ndarray],
     sample: int = 0,
 ) -> list[bytes]:
-    """:func:`answer_key` of many prompts of one teacher."""
-    asked = {
+    """The ``answer_key`` of each of many prompts of one teacher."""
+    request = {
         "version": KEY_VERSION,
         "teacher": teacher_identity,
         "dtype": dtype,
@@ -51,7 +54,7 @@ def answer_keys(
         "sampling": {name: _canonical(value) for name, value in sampling.items()},
         "sample": sample,
     }
-    return _keys(asked, (_bytes(ids) for ids in prompts))
+    return _keys(request, (_bytes(ids) for ids in prompts))
 
 
 def given_keys(
@@ -61,8 +64,8 @@ def given_keys(
     prompts: Iterable[np.ndarray],
     responses: Iterable[np.ndarray],
 ) -> list[bytes]:
-    """Keys of responses ``[T]`` that were given with their prompts ``[P]``, to be scored."""
-    asked = {
+    """Keys of responses ``[T]`` that came with their prompts ``[P]`` and are to be scored."""
+    request = {
         "version": KEY_VERSION,
         "teacher": teacher_identity,
         "dtype": dtype,
@@ -70,11 +73,13 @@ def given_keys(
         "response": "given",
     }
     pairs = zip(prompts, responses, strict=True)
-    return _keys(asked, (len(p).to_bytes(8, "little") + _bytes(p) + _bytes(r) for p, r in pairs))
+    # The prompt's length comes first: else moving a token from prompt to response kept the key.
+    return _keys(request, (len(p).to_bytes(8, "little") + _bytes(p) + _bytes(r) for p, r in pairs))
 
 
-def _keys(asked: dict[str, Any], contents: Iterable[bytes]) -> list[bytes]:
-    text = json.dumps(asked, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def _keys(request: dict[str, Any], contents: Iterable[bytes]) -> list[bytes]:
+    """Hash of the request that all share, then of each content; the shared part is hashed once."""
+    text = json.dumps(request, sort_keys=True, separators=(",", ":"), allow_nan=False)
     common = blake2b(text.encode() + b"\0", digest_size=KEY_BYTES)
     keys = []
     for content in contents:
@@ -89,7 +94,7 @@ def _bytes(ids: np.ndarray) -> bytes:
 
 
 def _canonical(value: Any) -> Any:
-    """One spelling of equal settings: 1 and 1.0 are the same, a list of ids has no order."""
+    """The same value for equal settings: 1 and 1.0 are equal, and a list of ids has no order."""
     if isinstance(value, bool) or value is None:
         return value
     if isinstance(value, int | float | np.number):

@@ -1,17 +1,7 @@
-"""Arrow types of prompts, answers and streamed rows: the one place that names their columns.
+"""Arrow schemas of prompts, answers and streamed rows: the one place that names their columns.
 
 Legend: P prompt tokens, T response tokens, K teacher ids kept for each token, D the teacher's
-hidden size. The width of a signal is K (``topk``), D (``hidden``) or 0.
-
-A group's answers: from the store what it has, from the teacher the rest, which is then stored.
-
-The promise: no published answer is ever asked for again. So an answer is published before it is
-passed on, and before anything is asked the name that its segment would get is looked for, since an
-earlier try of this very group may have published it. An answer that is stored with a poorer signal
-than is wished is *scored*: the teacher reads it and says the signal of just these tokens. So is a
-response that came with its prompt.
-
-Blocking work runs in threads; one object serves many groups at a time.
+hidden size.
 """
 
 import pyarrow as pa
@@ -19,6 +9,7 @@ import pyarrow as pa
 from raystill.datasets.rows.signal import Signal
 
 SCHEMA_VERSION = 1
+"""Version of a stored segment; a reader refuses every other one. Raise it when columns change."""
 KEY_BYTES = 16
 
 TOKEN_IDS = pa.list_(pa.int32())
@@ -33,17 +24,22 @@ PROMPT_SCHEMA = pa.schema(
         pa.field("response_ids", TOKEN_IDS),
     ]
 )
-"""``response_ids`` is null unless the prompt came with a response, which the teacher scores."""
+"""A prompt of the run. ``prompt_ids``: [P]; ``key``: see ``rows/keys.py``.
+
+``response_ids`` [T] is null, or the response that came with the prompt: the teacher then scores it
+and does not write one of its own.
+"""
 
 
 def signal_fields(signal: Signal) -> list[pa.Field]:
-    """Columns that a signal adds to an answer; each list has T entries a row.
+    """Columns that a signal adds to an answer. Each is a list of T entries.
 
-    ``sampled_logprobs``: nats, raw full vocabulary. ``topk_ids``/``topk_logprobs``: [T][K], nats
-    of the full vocabulary, never renormalised, descending. ``tail_logprob``: log(1 - sum top-K p).
-    ``hidden``: [T] of 2 D bytes, the bfloat16 bits (little endian) of the state after the final
-    norm, at the position the response token was drawn from. A number a component would have Parquet
-    write a level for each.
+    ``sampled_logprobs`` float32: the response token's logprob, in nats of the full vocabulary.
+    ``topk_ids`` int32 and ``topk_logprobs`` float32, [T][K]: the teacher's K most probable ids,
+    in descending order, in nats of the full vocabulary; never renormalised over the K.
+    ``tail_logprob`` float32: log(1 - sum of the K probabilities), the mass outside the K ids.
+    ``hidden``, 2 D bytes a token: the bfloat16 bits (little endian) of the hidden state after the
+    final norm, at the position the response token was drawn from.
     """
     if signal.kind == "text":
         return []
@@ -55,15 +51,18 @@ def signal_fields(signal: Signal) -> list[pa.Field]:
             pa.field("tail_logprob", TOKEN_FLOATS),
         ]
     if signal.kind == "hidden":
+        # One binary a token, not a list of D numbers: Parquet would store a definition and a
+        # repetition level for each number.
         fields.append(pa.field("hidden", pa.list_(pa.binary(2 * signal.width))))
     return fields
 
 
 def answer_schema(signal: Signal) -> pa.Schema:
-    """What ``sample`` and ``score`` return, one row a prompt, in the order asked.
+    """What the teacher's ``sample`` and ``score`` return: one row a prompt, in the prompts' order.
 
-    ``error`` is null for a usable row, else the reason it is dropped for (the lists are empty).
-    ``response_ids`` ends with the stop token that ended it; a row cut by ``length`` has none.
+    ``error`` is null for a usable row. Otherwise it is the reason why the row is dropped, and the
+    row's lists are empty. ``response_ids`` [T] ends with the stop token, unless the answer was cut
+    (``finish_reason`` ``length``).
     """
     return pa.schema(
         [
@@ -76,7 +75,7 @@ def answer_schema(signal: Signal) -> pa.Schema:
 
 
 def row_schema(signal: Signal) -> pa.Schema:
-    """What the stream delivers to a worker: plan columns, the prompt, the answer."""
+    """What the stream delivers to a training worker: columns of the plan, prompt and answer."""
     return pa.schema(
         [
             pa.field("row", pa.int64()),
@@ -92,4 +91,4 @@ def row_schema(signal: Signal) -> pa.Schema:
 
 
 ENGINE = b"raystill.engine"
-"""Metadata of the teacher's answers: JSON with engine, version, dtype, vocab_size."""
+"""Schema metadata of a table of answers: JSON with engine, version, dtype and vocab_size."""

@@ -1,6 +1,7 @@
-"""What is kept of each response token, and which signal another follows from.
+"""The signal: what is kept of the teacher's distribution for each response token.
 
-Imports neither Ray nor torch.
+Imports neither Ray nor torch. Which columns a signal has is in ``schema.py``; how a poorer signal
+is derived from a richer one is in ``answers.py``.
 
 Legend: K teacher ids kept for each token, D the teacher's hidden size.
 """
@@ -11,18 +12,20 @@ from typing import Any
 
 from raystill.config.stream import SignalConfig
 
-KINDS = ("text", "sampled", "topk", "hidden")
-WIDE = ("topk", "hidden")
-HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model")
+KINDS = ("text", "sampled", "topk", "hidden")  # From the poorest to the richest.
+KINDS_WITH_WIDTH = ("topk", "hidden")
+HIDDEN_SIZE_NAMES = ("hidden_size", "n_embd", "d_model")  # In the order they are looked for.
 
 
 @dataclass(frozen=True)
 class Signal:
-    """``kind``, and its ``width``: K of ``topk``, D of ``hidden``, 0 of ``text`` and ``sampled``.
+    """A kind of signal and its ``width``: K of ``topk``, D of ``hidden``, 0 of the other kinds.
 
-    What serves what is a partial order: everything serves ``text``; all but ``text`` serve
-    ``sampled``; ``topk`` serves fewer ids; ``hidden`` serves itself. It does not serve ``topk``:
-    logprobs worked out from rounded states are not those the teacher would have named.
+    ``text`` keeps the response ids alone, ``sampled`` also their logprobs, ``topk`` also the K
+    most probable ids and their logprobs, ``hidden`` the hidden state after the final norm.
+
+    Raises:
+        ValueError: the kind is unknown, or a kind that needs a width has none.
     """
 
     kind: str
@@ -31,33 +34,38 @@ class Signal:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"signal kind is {self.kind!r}; expected one of {', '.join(KINDS)}")
-        width = int(self.width) if self.kind in WIDE else 0
-        if width < 1 and self.kind in WIDE:
+        width = int(self.width) if self.kind in KINDS_WITH_WIDTH else 0
+        if width < 1 and self.kind in KINDS_WITH_WIDTH:
             raise ValueError(f"the width of a {self.kind} signal is {width}; expected 1 or more")
         object.__setattr__(self, "width", width)
 
     @property
     def richness(self) -> tuple[int, int]:
-        """A total order that holds the partial one: what serves another is as rich, or richer."""
+        """Sort key: a signal that can serve another is never less rich than the other."""
         return KINDS.index(self.kind), self.width
 
     def serves(self, wanted: "Signal") -> bool:
-        """Whether ``wish`` follows from this signal without asking the teacher."""
+        """Whether ``wanted`` can be derived from this signal without asking the teacher.
+
+        Every signal serves ``text``; all but ``text`` serve ``sampled``; ``topk`` serves ``topk``
+        of the same or a smaller K; ``hidden`` serves ``hidden`` of the same D. ``hidden`` does not
+        serve ``topk``: logprobs computed from states rounded to bfloat16 differ from the teacher's.
+        """
         if wanted.kind in ("text", "sampled"):
             return self.richness >= wanted.richness
-        narrower = (
-            self.width == wanted.width if wanted.kind == "hidden" else self.width >= wanted.width
-        )
-        return self.kind == wanted.kind and narrower
+        if self.kind != wanted.kind:
+            return False
+        return self.width == wanted.width if self.kind == "hidden" else self.width >= wanted.width
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.width}" if self.kind in WIDE else self.kind
+        return f"{self.kind} {self.width}" if self.kind in KINDS_WITH_WIDTH else self.kind
 
 
 def signal_of(signal: SignalConfig, teacher_config: Mapping[str, Any]) -> Signal:
-    """The signal a run file asks for; D is what the teacher's ``config.json`` says it is.
+    """The signal that a run file asks for. ``teacher_config``: the teacher's ``config.json``.
 
-    Raises ValueError where the kind is ``hidden`` and the configuration names no hidden size.
+    Raises:
+        ValueError: ``signal.kind`` is ``hidden`` and ``config.json`` has no hidden size.
     """
     if signal.kind == "topk":
         return Signal("topk", signal.top_k)
@@ -67,12 +75,18 @@ def signal_of(signal: SignalConfig, teacher_config: Mapping[str, Any]) -> Signal
 
 
 def hidden_size(teacher_config: Mapping[str, Any]) -> int:
-    """D of a model's configuration; of its language part where it has several."""
-    told = {**teacher_config, **(teacher_config.get("text_config") or {})}
-    for name in HIDDEN_SIZES:
-        if told.get(name):
-            return int(told[name])
+    """D from a model's ``config.json``.
+
+    A multimodal model's language part (``text_config``) comes before the top level.
+
+    Raises:
+        ValueError: none of ``HIDDEN_SIZE_NAMES`` is there.
+    """
+    values = {**teacher_config, **(teacher_config.get("text_config") or {})}
+    for name in HIDDEN_SIZE_NAMES:
+        if values.get(name):
+            return int(values[name])
     raise ValueError(
         "signal.kind is 'hidden', but the teacher's config.json names no "
-        f"{', '.join(HIDDEN_SIZES)}; set signal.kind: topk"
+        f"{', '.join(HIDDEN_SIZE_NAMES)}; set signal.kind: topk"
     )

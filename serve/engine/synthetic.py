@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raystill.config.teacher import SyntheticConfig
-from raystill.datasets.rows.answers import Answer, Int32Array, refusal, score_refusal
+from raystill.datasets.rows.answers import Answer, Int32Array, why_unanswerable, why_unscorable
 from raystill.datasets.rows.signal import Signal
 from raystill.model.sampling import ResolvedSampling
 
@@ -56,7 +56,7 @@ class SyntheticEngine:
     async def sample(self, prompt_ids: Sequence[Int32Array], signal: Signal) -> list[Answer]:
         """Answer a group; see ``Answer`` for shapes."""
         await self._take_time(prompt_ids)
-        reasons = [refusal(p, self.max_model_len, UNBOUNDED) for p in prompt_ids]
+        reasons = [why_unanswerable(p, self.max_model_len, UNBOUNDED) for p in prompt_ids]
         usable = [p for p, reason in zip(prompt_ids, reasons, strict=True) if reason is None]
         answered = iter(self._answer(usable, signal) if usable else [])
         return [Answer(error=r) if r is not None else next(answered) for r in reasons]
@@ -88,7 +88,7 @@ class SyntheticEngine:
             await asyncio.sleep(self._config.delay_s)
 
     def _score(self, prompt: Int32Array, response: Int32Array, signal: Signal) -> Answer:
-        reason = score_refusal(prompt, response, self.max_model_len, UNBOUNDED)
+        reason = why_unscorable(prompt, response, self.max_model_len, UNBOUNDED)
         if reason is not None:
             return Answer(error=reason)
         ids = np.asarray(response, np.int64)[None]

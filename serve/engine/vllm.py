@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raystill.datasets.rows.answers import Answer, refusal, score_refusal
+from raystill.datasets.rows.answers import Answer, why_unanswerable, why_unscorable
 from raystill.datasets.rows.signal import Signal
 from raystill.serve.engine.arguments import EngineSettings, engine_arguments
 from raystill.serve.engine.capture import CaptureRequest
@@ -72,7 +72,7 @@ class VllmEngine:
         wishes: list[CaptureRequest | None] = [None] * len(prompt_ids)
         if signal.kind == "hidden":
             wishes = [CaptureRequest(self._tag(), len(ids) - 1, "hidden") for ids in prompt_ids]
-        reasons = [refusal(ids, self.max_model_len, self.vocab_size) for ids in prompt_ids]
+        reasons = [why_unanswerable(ids, self.max_model_len, self.vocab_size) for ids in prompt_ids]
         with self._unclaimed(wishes) as claim:
             outputs = await self._run(prompt_ids, reasons, wishes, parameters)
             answers = [
@@ -103,7 +103,7 @@ class VllmEngine:
         """
         named: Sequence[Ids | None] = [None] * len(prompt_ids) if at is None else at
         pairs = list(zip(prompt_ids, response_ids, named, strict=True))
-        reasons = [score_refusal(p, r, self.max_model_len, self.vocab_size) for p, r, _ in pairs]
+        reasons = [why_unscorable(p, r, self.max_model_len, self.vocab_size) for p, r, _ in pairs]
         outputs: list[Any] = reasons
         blobs = [b""] * len(pairs)
         if signal.kind != "text":

@@ -14,9 +14,9 @@ from raystill.config.teacher import TeacherConfig
 from raystill.datasets.rows.answers import (
     Answer,
     answers_table,
-    refusal,
-    score_refusal,
     tail_logprob,
+    why_unanswerable,
+    why_unscorable,
 )
 from raystill.datasets.rows.schema import answer_schema
 from raystill.datasets.rows.signal import Signal
@@ -124,11 +124,11 @@ def test_a_signal_of_another_length_than_its_tokens_is_refused() -> None:
 
 def test_prompts_that_cannot_be_answered_name_their_reason() -> None:
     ids = np.array([1, 2, 3], np.int32)
-    assert refusal(ids, max_model_len=4, vocab_size=4) is None
-    assert refusal(ids[:0], 4, 4) == "empty"
-    assert refusal(ids, 3, 4) == "too_long"  # no place for a single response token
-    assert refusal(ids, 4, 3) == "invalid_ids"
-    assert refusal(np.array([-1], np.int32), 4, 4) == "invalid_ids"
+    assert why_unanswerable(ids, max_model_len=4, vocab_size=4) is None
+    assert why_unanswerable(ids[:0], 4, 4) == "empty"
+    assert why_unanswerable(ids, 3, 4) == "too_long"  # no place for a single response token
+    assert why_unanswerable(ids, 4, 3) == "invalid_ids"
+    assert why_unanswerable(np.array([-1], np.int32), 4, 4) == "invalid_ids"
 
 
 def write_model(folder: Path, files: dict[str, dict], weights: bytes = b"weights") -> Path:
@@ -228,7 +228,7 @@ def test_lists_of_a_table_are_flat_buffers() -> None:
 
 def test_given_responses_that_cannot_be_scored_name_their_reason() -> None:
     ids = np.array([1, 2, 3], np.int32)
-    assert score_refusal(ids, ids, max_model_len=6, vocab_size=4) is None
-    assert score_refusal(ids, ids, 5, 4) == "too_long"
-    assert score_refusal(ids, ids[:0], 6, 4) == score_refusal(ids[:0], ids, 6, 4) == "empty"
-    assert score_refusal(ids[:2], ids, 6, 3) == "invalid_ids"
+    assert why_unscorable(ids, ids, max_model_len=6, vocab_size=4) is None
+    assert why_unscorable(ids, ids, 5, 4) == "too_long"
+    assert why_unscorable(ids, ids[:0], 6, 4) == why_unscorable(ids[:0], ids, 6, 4) == "empty"
+    assert why_unscorable(ids[:2], ids, 6, 3) == "invalid_ids"
