@@ -30,10 +30,12 @@ from raystill.model.files import ModelFolder, find_model
 
 @dataclass
 class Checked:
-    """A run file after loading and static check.
+    """A run file after loading and the static check.
 
-    ``prepared`` is there if its rows are known; ``notices`` are what does not keep it from
-    starting.
+    ``notices`` do not keep the run from starting. ``prepared`` is there if the rows are known.
+    ``file_is_wrong`` says that the run file or an override is itself in error (not YAML, an unknown
+    key, a wrong value): a check ends there, since a cluster would be asked about another run than
+    the one that is meant.
     """
 
     problems: list[Problem]
@@ -41,21 +43,24 @@ class Checked:
     config: RunConfig | None = None
     folder: RunFolder | None = None
     prepared: Prepared | None = None
+    file_is_wrong: bool = False
 
 
 def check_run_file(path: str, overrides: Sequence[str] = ()) -> Checked:
-    """Load and check, so that a wrong key does not hide a missing prompt file."""
+    """Load a run file and check it: a wrong key does not hide a missing prompt file."""
     loaded = load_leniently(path, overrides)
     problems, config, folder = loaded.problems, loaded.config, None
+    file_is_wrong = bool(problems)
     if config is None:
-        return Checked(problems)
+        return Checked(problems, file_is_wrong=True)
     try:
         folder = RunFolder(resolve_output(config.output.path, path))
     except ConfigError as error:
         problems = problems + error.problems
     check = StaticCheck(config, folder, loaded.refused)
     prepared = check.run()
-    return Checked(problems + check.problems, check.notices, config, folder, prepared)
+    problems = problems + check.problems
+    return Checked(problems, check.notices, config, folder, prepared, file_is_wrong)
 
 
 def check_static(

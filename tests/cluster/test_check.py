@@ -153,6 +153,32 @@ def test_several_mistakes_are_reported_together(run_file: Path, tmp_path: Path) 
     assert len(found) == 7
 
 
+@pytest.mark.parametrize(
+    ("override", "is_wrong"),
+    [
+        ("signal.topk=3", True),
+        ("training.epochs=two", True),
+        ("training", True),
+        ("objective.jsd_beta=0", True),
+        ("prompts.path=missing.jsonl", False),
+        ("student.layers=[9]", False),
+        ("output.path=/proc/run", False),
+    ],
+)
+def test_a_wrong_run_file_is_told_from_one_that_does_not_fit_what_there_is(
+    run_file: Path, override: str, is_wrong: bool
+) -> None:
+    checked = check_run_file(str(run_file), [override])
+    assert checked.problems
+    assert checked.file_is_wrong == is_wrong
+
+
+def test_a_file_that_is_no_run_file_is_wrong(run_file: Path) -> None:
+    assert check_run_file("none.yaml").file_is_wrong
+    run_file.write_text("teacher: {model\n")
+    assert check_run_file(str(run_file)).file_is_wrong
+
+
 def test_empty_and_broken_prompt_files_are_named(run_file: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl: holds no prompts" in only(run_file, "prompts.path=empty.jsonl")
