@@ -124,13 +124,6 @@ def vocabulary_of(model: ModelFolder) -> dict[str, int]:
     return tokenizer.get_vocab(with_added_tokens=True)
 
 
-def kept_layers(config: RunConfig, teacher: ModelFolder) -> list[int]:
-    """The teacher's layers that a ``from_teacher`` student keeps."""
-    if config.student.layers is not None:
-        return list(config.student.layers)
-    return list(range(0, teacher.num_layers or 0, config.student.layer_stride or 1))
-
-
 def count_parameters(model: ModelFolder, layers: list[int] | None = None) -> int | None:
     """Parameters by the safetensors headers, of some layers only if given; None if unknown."""
     files = sorted(model.path.glob("*.safetensors"))

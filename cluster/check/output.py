@@ -23,7 +23,7 @@ from raystill.base.run_folder import (
     TRAIN_PROMPTS,
     RunFolder,
 )
-from raystill.cluster.check.models import count_parameters, kept_layers
+from raystill.cluster.check.models import count_parameters
 from raystill.config.load import compare_identity, parse_yaml, validate_leniently
 from raystill.config.run import RunConfig
 from raystill.datasets.prompts.tables import PromptTables
@@ -168,7 +168,9 @@ ESTIMATED = (CHECKPOINTS, STUDENT, HELD_OUT)  # what of the run folder space_nee
 
 def space_needed(config: RunConfig, student: ModelFolder, tables: PromptTables) -> int | None:
     """Bytes the run folder will take: checkpoints (one more while writing), export, held-out."""
-    kept = kept_layers(config, student) if config.student.init == "from_teacher" else None
+    kept = None
+    if config.student.init == "from_teacher":
+        kept = config.student.kept_layers(student.num_layers or 0)
     parameters = count_parameters(student, kept)
     if parameters is None:
         return None

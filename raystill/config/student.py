@@ -48,3 +48,9 @@ class StudentConfig(ConfigModel):
             if self.layers is not None and len(self.layers) == 0:
                 raise ValueError("layers is empty; name at least one teacher layer")
         return self
+
+    def kept_layers(self, num_layers: int) -> list[int]:
+        """Teacher layers that the student keeps, in order, of ``num_layers`` (from_teacher)."""
+        if self.layers is not None:
+            return list(self.layers)
+        return list(range(0, num_layers, self.layer_stride or 1))

@@ -45,25 +45,10 @@ def build_student(config: RunConfig, teacher_folder: str, seed: int) -> nn.Modul
         or (from_teacher and config.teacher.trust_remote_code),
     )
     if from_teacher:
-        keep_layers(model, kept_layers(config, model.config.get_text_config().num_hidden_layers))
+        keep_layers(model, student.kept_layers(model.config.get_text_config().num_hidden_layers))
     model.to(DTYPES[config.training.param_dtype])
     model.config.use_cache = False
     return model
-
-
-def kept_layers(config: RunConfig, num_layers: int) -> list[int]:
-    """Numbers of the teacher layers the student keeps, out of ``num_layers``, in order."""
-    student = config.student
-    if student.layer_stride is not None:
-        return list(range(0, num_layers, student.layer_stride))
-    layers = list(student.layers or ())
-    outside = [layer for layer in layers if not 0 <= layer < num_layers]
-    if outside:
-        raise ValueError(
-            f"student.layers names {outside}, but the teacher has layers 0 to {num_layers - 1}; "
-            "name layers of the teacher"
-        )
-    return layers
 
 
 def keep_layers(model: nn.Module, layers: list[int]) -> None:
@@ -74,6 +59,12 @@ def keep_layers(model: nn.Module, layers: list[int]) -> None:
     """
     text: Any = model.config.get_text_config()
     num_layers = text.num_hidden_layers
+    outside = [layer for layer in layers if not 0 <= layer < num_layers]
+    if outside:
+        raise ValueError(
+            f"student.layers names {outside}, but the teacher has layers 0 to {num_layers - 1}; "
+            "name layers of the teacher"
+        )
     owner, name, old = layer_list(model)
     kept = []
     for index, layer in enumerate(layers):
