@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed-$(VARIANT)
+COMMAND := $(BIN)/raystill
 TEACHER := models/SmolLM2-135M-Instruct
 TINY := models/tiny-teacher
 QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
@@ -16,9 +17,9 @@ CODE := driver.py raystill cluster serve train datasets tests benchmarks example
 .PHONY: help demo test test-faults chaos check bench setup models lint types fast clean
 
 help:            ## list the targets
-	@grep -hE '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 12
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 14
 
-setup: $(STAMP) models   ## virtual environment, pinned packages, quickstart models (once)
+setup: $(COMMAND) models   ## virtual environment, pinned packages, `raystill`, models (once)
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: Raystill needs Python 3.11 (set PYTHON=...)"; exit 2; }
@@ -32,6 +33,11 @@ $(STAMP): $(VENV)/bin/python requirements/$(VARIANT).txt requirements/dev.txt
 		xargs -P 2 -n 16 $(PIP) install -qq --no-compile --no-deps  # pip by itself uses one core.
 	@$(BIN)/python -m compileall -qq -j 0 -x '/(tests|rllib)/' $(VENV)/lib || true  # As pip would.
 	@rm -f $(VENV)/.installed-* && touch $@
+
+# The command `raystill`, which runs the code of this folder: nothing is copied.
+$(COMMAND): $(STAMP) pyproject.toml
+	@$(PIP) install -qq --no-deps --no-build-isolation --editable .
+	@touch $@
 
 models: $(STAMP)   ## the quickstart teacher and the tiny test model
 	@$(BIN)/python -m examples.make_models.quickstart --output $(TEACHER)
@@ -49,20 +55,20 @@ test: fast       ## the tests, real vLLM included; the rest is in test-faults
 fast: setup      ## the tests that need neither Ray nor vLLM, a process for each core
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not ray and not vllm" tests
 
-lint: setup
+lint: setup      ## ruff: rules and format
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 
-types: setup
+types: setup     ## mypy
 	$(BIN)/mypy -p raystill
 
-check: lint types fast   ## ruff, types, fast tests
+check: lint types fast   ## lint, types, fast
 
 test-faults: setup   ## what takes nodes away, or minutes: the rest of every test (about half an hour)
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=12 -m faults tests
 
 chaos: setup     ## long runs of faults, fixed seeds and a fresh one (about 20 minutes)
-	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -s -m chaos tests/test_faults.py
+	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -s -m chaos tests/system/test_faults.py
 
 bench: setup     ## measure overlap, memory, store, replay, restart, loss; results in benchmarks/results/
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.overlap
@@ -77,4 +83,4 @@ bench: setup     ## measure overlap, memory, store, replay, restart, loss; resul
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.startup
 
 clean:           ## remove what the build made (not runs/ and models/)
-	rm -rf build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache

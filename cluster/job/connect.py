@@ -6,6 +6,7 @@ and that ends with the driver. Libraries' chatter goes to ``logs/driver.log``, a
 own log folder appears as ``logs/ray``.
 """
 
+import filecmp
 import json
 import logging
 import os
@@ -43,9 +44,12 @@ QUIET_UNWATCHED = {
     "RAY_metrics_report_interval_ms": "30000",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
 }
+# What a job does not need. A leading slash: beside driver.py only, no deeper folder of that name.
 NOT_SHIPPED = [
-    *(".git", ".venv", "models", "runs", "build", "tests", "docs", "benchmarks/results"),
-    *("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"),
+    *("/.git", "/.venv", "/models", "/runs", "/build", "/tests", "/docs", "/benchmarks/results"),
+    *("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "*.egg-info"),
+    # Ray packs a link as the folder it leads to: each room goes once, as raystill/<room>.
+    *("/cluster", "/serve", "/train", "/datasets"),
 ]
 
 
@@ -120,18 +124,30 @@ def _join(ray: Any, address: str) -> None:
 
 
 def _runtime_env() -> dict[str, Any]:
-    """How workers find the code: a submitted job ships it; else this folder is shipped."""
+    """How workers find the code: the job has shipped it, or this process ships it.
+
+    What the job has set stays: Ray refuses a field that both the job and the driver set.
+    """
     root = project_root()
-    variables = {name: os.environ[name] for name in QUIET}
-    job = json.loads(os.environ.get(JOB_VARIABLE, "{}"))
-    shipped = "working_dir" in (job.get("runtime_env") or {})
-    taken = (job.get("runtime_env") or {}).get("env_vars") or {}
-    env: dict[str, Any] = {
-        "env_vars": {name: value for name, value in variables.items() if name not in taken}
-    }
-    if not shipped and (root / "driver.py").exists():
-        env |= {"working_dir": str(root), "excludes": NOT_SHIPPED}
-    return env
+    job = json.loads(os.environ.get(JOB_VARIABLE, "{}")).get("runtime_env") or {}
+    env: dict[str, Any] = {}
+    if "working_dir" not in job and _is_project(root):
+        env = {"working_dir": str(root), "excludes": NOT_SHIPPED}
+    elif root != Path.cwd():  # The driver of a job starts in the folder that was shipped with it.
+        # The package alone, e.g. a wheel's: no node needs to have it installed.
+        env = {"py_modules": [str(root / "raystill")], "excludes": ["__pycache__"]}
+    env = {name: value for name, value in env.items() if name not in job}
+    taken = job.get("env_vars") or {}
+    return env | {"env_vars": {name: os.environ[name] for name in QUIET if name not in taken}}
+
+
+def _is_project(root: Path) -> bool:
+    """Whether this folder is Raystill's, or a copy of it: its driver is the package's own.
+
+    Packages are installed beside many others, one of which may bring another driver.py.
+    """
+    beside, inside = root / "driver.py", root / "raystill" / "driver.py"
+    return beside.is_file() and inside.is_file() and filecmp.cmp(beside, inside)
 
 
 def quiet_locally(dashboard: bool) -> dict[str, str]:

@@ -164,7 +164,7 @@ def test_the_image_has_the_pinned_packages_and_the_whole_project(manifest: dict[
     copied = re.findall(r"^COPY (?:--chown=ray )?(.+) \S+$", text, re.MULTILINE)
     names = {name for group in copied for name in group.split()}
     assert names == {
-        *("requirements", "driver.py", "raystill"),
+        *("requirements", "driver.py", ".rayignore", "raystill"),
         *("cluster", "serve", "train", "datasets", "configs", "examples"),
     }
     assert all((ROOT / name).exists() for name in names)

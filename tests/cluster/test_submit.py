@@ -61,7 +61,7 @@ def test_the_command_survives_the_shell(tmp_path: Path) -> None:
 
 def test_neither_models_nor_runs_nor_caches_are_shipped(tmp_path: Path) -> None:
     env = submission(tmp_path, stop_wait_s=77).runtime_env({})
-    assert {".venv", "models", "runs", ".git", "build", "__pycache__"} <= set(env["excludes"])
+    assert {"/.venv", "/models", "/runs", "/.git", "/build", "__pycache__"} <= set(env["excludes"])
     assert env["working_dir"] == str(tmp_path)
     assert env["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "77"}
 
