@@ -126,7 +126,7 @@ class Prepared:
             (self.train, self.signal),
             (self.held_out, Signal("topk", self.config.evaluation.top_k)),
         ):
-            view = catalogue.serving(wish)
+            view = catalogue.ordered_for(wish)
             where = view.locate(table["key"].combine_chunks())
             serves = [entry.footer.origin.signal.serves(wish) for entry in view.entries]
             held, served = where >= 0, np.zeros(len(where), bool)

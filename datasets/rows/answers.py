@@ -130,7 +130,7 @@ def answers_table(answers: Sequence[Answer], signal: Signal) -> pa.Table:
 
 
 def _flat_values(answers: Sequence[Answer], column: pa.Field, width: int) -> pa.Array:
-    """A list column's values of all answers in a row: one number, K numbers or one state a token."""
+    """A list column's values, one answer after another: a number, K numbers or a state a token."""
     inner = column.type.value_type
     shape = (width,) if pa.types.is_nested(inner) or pa.types.is_fixed_size_binary(inner) else ()
     parts = []

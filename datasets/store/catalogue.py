@@ -1,5 +1,6 @@
-"""What a store held when it was looked through: where each key is, and which row of it counts.
+"""The catalogue of a teacher store: which segment holds each key, and which rows are duplicates.
 
+It is built from the segments' footers and key columns, and shows the store as it was at that time.
 Imports neither Ray nor torch.
 
 Legend: N rows looked for, S rows stored.
@@ -23,7 +24,7 @@ KEYS = pa.binary(KEY_BYTES)
 
 @dataclass(frozen=True)
 class Entry:
-    """One sound segment of a catalogue."""
+    """One usable segment of a catalogue."""
 
     name: str
     footer: Footer
@@ -31,20 +32,21 @@ class Entry:
 
 @dataclass
 class Catalogue:
-    """What a store held when it was looked through: where each key is, and what was refused.
+    """The stored rows of a store, and the segments that could not be used.
 
-    Row s is stored in ``entries[segment[s]]``, group ``group[s]``, place ``place[s]``; the richest
-    signal first, then by name. Of several answers to a key the first is the one that counts.
+    Row s is in ``entries[segment[s]]``, in its group ``group[s]``, at ``place[s]`` of the group.
+    Entries are sorted by signal, the richest first, then by name. Of several rows with one key,
+    ``locate`` finds the first.
 
-    As a rule they say the same and differ in their signal, since a poorer one is enriched by
-    scoring it. Two runs that asked at once may have stored two answers, though. Then each wish
-    still has one answer, the first that serves it (``serving``), the same for every reader of the
-    store; where none does, the first of all is the one that is scored. But a wish that follows from
-    ``hidden`` alone and one that follows from ``topk`` alone may then be told different answers.
+    Usually the rows of one key hold the same answer with different signals, since a richer signal
+    is added by scoring the stored answer. Two runs that ask at the same time can store different
+    answers. Each signal then still has one answer, which is the same for every reader: the first
+    row that serves the signal (see ``ordered_for``). If none does, the first row of all is scored.
+    Only ``hidden`` and ``topk``, which do not serve each other, may then have different answers.
     """
 
     entries: list[Entry] = field(default_factory=list)
-    refused: dict[str, UnusableSegment] = field(default_factory=dict)
+    refused: dict[str, UnusableSegment] = field(default_factory=dict)  # cannot be used; by name
     keys: pa.Array = field(default_factory=lambda: pa.array([], KEYS))  # [S]
     segment: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
     group: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
@@ -52,29 +54,35 @@ class Catalogue:
 
     @property
     def rows(self) -> int:
-        """Stored rows, duplicates included."""
+        """Number of stored rows, duplicates included."""
         return len(self.keys)
 
     @property
     def duplicates(self) -> int:
-        """Rows that no wish is served from."""
-        return self.rows - int(self.counting().sum())
+        """Number of rows that could be deleted: another row serves the same signals first."""
+        return self.rows - int(self.needed().sum())
 
-    def counting(self) -> NDArray[np.bool_]:
-        """Which rows count for some wish, [S]: no other row of the key comes first and serves
-        whatever they serve, be it by the same answer or by another.
+    def needed(self) -> NDArray[np.bool_]:
+        """Mask [S] of rows that are no duplicates.
+
+        A row is a duplicate if an earlier row of the same key serves every signal that it serves,
+        with the same answer or another.
         """
         signals = [entry.footer.origin.signal for entry in self.entries]
-        counting = np.zeros(self.rows, bool)
+        needed = np.zeros(self.rows, bool)
         for wanted in set(signals):
-            mine = self._rows_of([signal == wanted for signal in signals])
+            with_it = self._rows_of([signal == wanted for signal in signals])
             serving = self._rows_of([signal.serves(wanted) for signal in signals])
-            first = pc.index_in(self.keys.take(mine), value_set=self.keys.take(serving))
-            counting[mine] = serving.to_numpy()[first.to_numpy()] == mine.to_numpy()
-        return counting
+            first = pc.index_in(self.keys.take(with_it), value_set=self.keys.take(serving))
+            needed[with_it] = serving.to_numpy()[first.to_numpy()] == with_it.to_numpy()
+        return needed
 
-    def serving(self, wanted: Signal) -> "Catalogue":
-        """The same with the segments first that ``wish`` is served from; else in this order."""
+    def ordered_for(self, wanted: Signal) -> "Catalogue":
+        """The same catalogue with the segments that serve ``wanted`` first.
+
+        Within both halves the order stays. ``locate`` then finds a row that serves ``wanted`` if
+        there is one.
+        """
         serves = np.array([e.footer.origin.signal.serves(wanted) for e in self.entries], bool)
         order = np.argsort(~serves, kind="stable")
         number = np.argsort(order).astype(np.int32)
@@ -89,19 +97,19 @@ class Catalogue:
         )
 
     def _rows_of(self, entries: list[bool]) -> pa.Int64Array:
-        """Numbers of the rows of those entries, ascending."""
+        """Numbers of the rows in the marked entries, ascending."""
         return pa.array(np.flatnonzero(np.array(entries, bool)[self.segment]), pa.int64())
 
     def locate(self, keys: pa.Array) -> NDArray[np.int64]:
-        """Stored row of each of ``keys`` [N], -1 where there is none."""
-        found = pc.index_in(keys.cast(KEYS), value_set=self.keys)
-        return np.asarray(found.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
+        """Number of the first stored row of each of ``keys`` [N]; -1 where there is none."""
+        rows = pc.index_in(keys.cast(KEYS), value_set=self.keys)
+        return np.asarray(rows.fill_null(-1).to_numpy(zero_copy_only=False), np.int64)
 
 
-def catalogue_of(
+def build_catalogue(
     read: list[tuple[Entry, list[pa.Array]]], refused: dict[str, UnusableSegment]
 ) -> Catalogue:
-    """A catalogue of segments, each with the keys of its groups, in this order."""
+    """The catalogue of segments in this order. ``read``: each with the keys of its groups."""
     keys = [group for _, groups in read for group in groups]
     if not keys:
         return Catalogue([entry for entry, _ in read], refused)

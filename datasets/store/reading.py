@@ -1,8 +1,9 @@
-"""A segment's bytes as they come from a disk or a network, and why a segment may be of no use.
+"""Reading segments from a disk or a network: the errors, and retries.
 
-A reader of Parquet files says OSError of a torn page and of a broken connection alike. So the bytes
-pass through ``WatchedSource``, which knows whether they came: a segment is *damaged* only where its
-bytes came and are wrong. Whoever deletes what is damaged deletes nothing that was out of reach.
+A Parquet reader raises OSError both for a damaged page and for a broken connection. Therefore the
+bytes pass through a ``WatchedSource``, which records whether all of them arrived. A segment is
+*damaged* only if its bytes arrived and are wrong, so that deleting damaged segments never deletes
+one that was only out of reach.
 
 Imports neither Ray nor torch.
 """
@@ -14,46 +15,47 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-WAITS_S = (0.2, 1.0, 3.0)
-"""Pauses before what could not be read is tried again: longer than a throttled request or a file
-server's stumble needs, shorter than anybody who waits for the rows would mind."""
+RETRY_PAUSES_S = (0.2, 1.0, 3.0)
+"""Pauses before an unreadable segment is read again. Together they outlast a throttled request or a
+short failure of a file server; they are short enough for a run to wait."""
 
 T = TypeVar("T")
 
 
 class UnusableSegment(Exception):
-    """A segment that cannot be used: ``why``; its class says what may be done with it."""
+    """A segment cannot be used, for the reason ``why``; the subclass says if it may be deleted."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"segment {name}: {why}")
         self.name = name
         self.why = why
 
+    # By default an exception is unpickled from its message alone, which lacks ``why``.
     def __reduce__(self) -> tuple[type["UnusableSegment"], tuple[str, str]]:
         return type(self), (self.name, self.why)
 
 
 class DamagedSegment(UnusableSegment):
-    """Its bytes were all read and are not what was written: torn, altered, or not a segment."""
+    """All bytes were read and are not what was written: cut off, altered, or no segment at all."""
 
 
 class UnreadableSegment(UnusableSegment):
-    """Its bytes could not be read at this moment; it may be sound, and is never deleted."""
+    """The bytes cannot be read at the moment. The segment may be sound and is never deleted."""
 
 
 class NewerSegment(UnusableSegment):
-    """It says what this version does not know; it may be sound, and is never deleted."""
+    """A newer version wrote something unknown here. It may be sound and is never deleted."""
 
 
 class GoneSegment(UnusableSegment):
-    """There is no file of that name, or none any more."""
+    """There is no file of that name, or it has been deleted."""
 
 
 class WatchedSource:
-    """A seekable input, as pyarrow reads one, that keeps in ``failure`` what went wrong in reading.
+    """A file that pyarrow can read and that keeps the last error of reading in ``failure``.
 
-    Fewer bytes than there are count as a failure. A place that the file does not have is none:
-    only a damaged file has its reader look there.
+    Receiving fewer bytes than the file has is such an error. A position beyond the file's end is
+    not: only the metadata of a damaged file sends the reader there.
     """
 
     closed = False
@@ -63,16 +65,16 @@ class WatchedSource:
         self._size = source.size()
         self.failure: Exception | None = None
 
-    def seek(self, place: int, whence: int = 0) -> int:
-        """Go to a place; the place."""
-        return int(self._source.seek(place, whence))
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move to an offset in bytes and return the new position."""
+        return int(self._source.seek(offset, whence))
 
     def tell(self) -> int:
-        """The place."""
+        """The position in bytes."""
         return int(self._source.tell())
 
     def read_buffer(self, nbytes: int = -1) -> pa.Buffer:
-        """So many bytes, or all to the end. Raises OSError where they do not all come."""
+        """The next ``nbytes`` bytes, or all up to the end. Raises OSError if not all arrive."""
         left = max(0, self._size - self.tell())
         wanted = left if nbytes < 0 else min(nbytes, left)
         try:
@@ -85,48 +87,51 @@ class WatchedSource:
         return data
 
     def read(self, nbytes: int = -1) -> bytes:
-        """The same as bytes."""
+        """The same as ``read_buffer``, as ``bytes``."""
         return bytes(self.read_buffer(nbytes))
 
     def close(self) -> None:
-        """Close the input."""
+        """Close the file."""
         self._source.close()
 
 
-def patiently(read: Callable[[], T]) -> T:
-    """What ``read`` returns, tried anew after each of the waits while it raises UnreadableSegment.
+def with_retries(read: Callable[[], T]) -> T:
+    """Call ``read`` and return its result; after UnreadableSegment, pause and call it again.
 
-    ``read`` opens what it reads: a connection that broke is of no more use. Raises what the last
-    try raised, and everything else at once.
+    The pauses are ``RETRY_PAUSES_S``; what the last call raises is passed on, and so is any other
+    error at once. ``read`` must open the file itself, since a broken connection cannot be reused.
     """
-    for wait in WAITS_S:
+    for pause in RETRY_PAUSES_S:
         try:
             return read()
         except UnreadableSegment:
-            time.sleep(wait)
+            time.sleep(pause)
     return read()
 
 
-def look_at_all(
-    look: Callable[[str], T | UnusableSegment],
+def read_each(
+    read: Callable[[str], T | UnusableSegment],
     names: Sequence[str],
     progress: Callable[[int, int], None] | None = None,
     threads: int = 1,
 ) -> dict[str, T | UnusableSegment]:
-    """What ``look`` makes of each segment, in the order of ``names``.
+    """Call ``read`` with the name of each segment; the results by name, in the order of ``names``.
 
-    What is unreadable is looked at again after each of the waits. They are for all segments at
-    once: a store of which nothing can be read says so in seconds, however many it has.
+    ``read`` returns an UnusableSegment instead of raising it. Unreadable segments are read again
+    after each of ``RETRY_PAUSES_S``. All segments share one pause: reading a store that is out of
+    reach fails within seconds, however many segments it has. ``progress`` is called with (segments
+    read, segments in all) during the first pass.
     """
-    found: dict[str, T | UnusableSegment] = {}
-    left = list(names)
+    results: dict[str, T | UnusableSegment] = {}
+    remaining = list(names)
     with ThreadPoolExecutor(threads, thread_name_prefix="segments") as pool:
-        for wait in (0.0, *WAITS_S):
-            if wait and left:
-                time.sleep(wait)
-            for number, (name, seen) in enumerate(zip(left, pool.map(look, left), strict=True), 1):
-                found[name] = seen
-                if progress is not None and not wait:
+        for pause in (0.0, *RETRY_PAUSES_S):
+            if pause and remaining:
+                time.sleep(pause)
+            read_now = zip(remaining, pool.map(read, remaining), strict=True)
+            for number, (name, result) in enumerate(read_now, 1):
+                results[name] = result
+                if progress is not None and not pause:
                     progress(number, len(names))
-            left = [name for name in left if isinstance(found[name], UnreadableSegment)]
-    return found
+            remaining = [n for n in remaining if isinstance(results[n], UnreadableSegment)]
+    return results

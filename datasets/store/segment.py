@@ -1,16 +1,13 @@
-"""A segment: one Parquet file of teacher answers, with all that is needed to trust it.
+"""A segment: one Parquet file of teacher answers, with the checksums that verify it.
 
-A segment holds whole groups, one Parquet row group each. Its footer names the teacher, the signal
-and, for every group, the run that paid for it, its rows and a checksum of each column. So a reader
-verifies exactly what it reads, and damage is told apart from an answer, from bytes that do not come
-and from what a newer version wrote. Segments are shared between runs: row numbers, positions and
-epochs are not in them.
+A segment holds whole groups of rows, one Parquet row group each. Its footer (JSON in the Parquet
+metadata) names the teacher and the signal. For every group it has the run that requested it, the
+number of rows and a checksum of each column, computed over the column's values and not over the
+file's bytes. A reader therefore verifies just the columns it reads, and can tell a damaged segment
+from an unreadable one and from one that a newer version wrote. Segments are shared between runs, so
+they contain no row numbers, positions or epochs.
 
 Imports neither Ray nor torch. Nothing in a segment is ever unpickled.
-
-Checksums of columns: over their values, not over the bytes of a file.
-
-Imports neither Ray nor torch.
 """
 
 import json
@@ -38,17 +35,26 @@ FOOTER = b"raystill.segment"
 AFTER_FINAL_NORM = "after the final norm"
 COMPRESSION = "zstd"
 COMPRESSION_LEVEL = 1
+CHECKSUM_BYTES = 8
 
-Damage = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError)
-"""What reading a file that is not a sound segment may raise (or a sound one, out of reach)."""
+READ_ERRORS = (
+    pa.ArrowException,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+)
+"""What reading a damaged segment may raise, or a sound one that is out of reach."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Who answered, and how: the same for every row of a segment.
+    """The teacher and engine that answered, and the signal: the same for all rows of a segment.
 
-    ``vocab_size`` is V of the teacher's logprobs, from which a smaller K's tail follows.
-    ``hidden_is`` says which state a ``hidden`` signal is; None with the other kinds.
+    ``vocab_size`` is V of the teacher's logprobs, needed to compute the tail of a smaller K.
+    ``hidden_is`` says which hidden state was stored; None for signals other than ``hidden``.
     """
 
     teacher_identity: str
@@ -72,7 +78,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The run that paid for a group, and what for: the teacher answered it, or ``scored`` it."""
+    """The run that requested a group, and its purpose.
+
+    ``scored``: the teacher scored responses that were there, and did not generate them.
+    """
 
     run: str
     purpose: str  # "training" or "evaluation"
@@ -81,30 +90,30 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Group:
-    """One row group: who paid for it, its rows, its columns' checksums."""
+    """One row group as the footer describes it: its origin run, row count and checksums."""
 
     run: str
     purpose: str
     rows: int
-    checksums: dict[str, str]
+    checksums: dict[str, str]  # by column
     scored: bool = False
 
     @property
     def provenance(self) -> Provenance:
-        """Who paid for it, and what for."""
+        """The run that requested it, and its purpose."""
         return Provenance(self.run, self.purpose, self.scored)
 
 
 @dataclass(frozen=True)
 class Footer:
-    """What a segment says of itself."""
+    """A segment's description: its origin and its groups, in the order of the row groups."""
 
     origin: Origin
     groups: tuple[Group, ...]
 
     @property
     def rows(self) -> int:
-        """Rows of all groups."""
+        """Number of rows of all groups."""
         return sum(group.rows for group in self.groups)
 
 
@@ -122,20 +131,30 @@ def segment_schema(signal: Signal) -> pa.Schema:
 
 
 def segment_name(keys: Sequence[bytes], signal: Signal) -> str:
-    """File name of the segment of these rows: the same whoever writes it, in any order of rows."""
+    """File name of the segment that holds these rows with this signal.
+
+    It depends on the set of keys and the signal alone, so that every writer chooses the same name.
+    """
     name = blake2b(str(signal).encode() + b"\0", digest_size=16)
     for key in sorted(keys):
         name.update(key)
     return f"{name.hexdigest()}.parquet"
 
 
-def beside(name: str) -> str:
-    """Another name for the rows of ``name``, whose file must not be replaced; always the same."""
+def next_name(name: str) -> str:
+    """The file name to try for the same rows when ``name`` is taken by a file that must stay.
+
+    It is a hash of ``name``, so that writers and readers follow the same sequence of names.
+    """
     return f"{blake2b(name.encode(), digest_size=16).hexdigest()}.parquet"
 
 
 def encode(origin: Origin, groups: Sequence[tuple[Group | Provenance, pa.Table]]) -> bytes:
-    """A segment's bytes. Each group comes with its ``Group``, or with its ``Provenance`` if new."""
+    """The bytes of a segment with these groups.
+
+    A group copied from another segment comes with its ``Group``, whose checksums are kept; a new
+    one comes with its ``Provenance``. Tables must have all columns of ``segment_schema``.
+    """
     schema = segment_schema(origin.signal)
     described, tables = [], []
     for group, table in groups:
@@ -145,17 +164,17 @@ def encode(origin: Origin, groups: Sequence[tuple[Group | Provenance, pa.Table]]
             group = Group(group.run, group.purpose, len(rows), sums, group.scored)
         described.append(group)
         tables.append(rows)
-    told = {
+    footer = {
         "schema_version": SCHEMA_VERSION,
         "origin": asdict(origin),
         "groups": [asdict(group) for group in described],
     }
-    text = json.dumps(told, sort_keys=True)
-    told["footer_checksum"] = blake2b(text.encode(), digest_size=CHECKSUM_BYTES).hexdigest()
+    text = json.dumps(footer, sort_keys=True)
+    footer["footer_checksum"] = blake2b(text.encode(), digest_size=CHECKSUM_BYTES).hexdigest()
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink,
-        schema.with_metadata({FOOTER: json.dumps(told, sort_keys=True).encode()}),
+        schema.with_metadata({FOOTER: json.dumps(footer, sort_keys=True).encode()}),
         compression=COMPRESSION,
         compression_level=COMPRESSION_LEVEL,
         use_dictionary=["finish_reason"],
@@ -168,8 +187,10 @@ def encode(origin: Origin, groups: Sequence[tuple[Group | Provenance, pa.Table]]
 
 
 class SegmentFile:
-    """An open segment. Every method raises UnusableSegment where it cannot vouch for the file:
-    DamagedSegment, UnreadableSegment or NewerSegment.
+    """An open segment. What its methods return has been verified.
+
+    Raises:
+        UnusableSegment: (all methods) as DamagedSegment, UnreadableSegment or NewerSegment.
     """
 
     def __init__(self, source: pa.NativeFile, name: str) -> None:
@@ -182,44 +203,45 @@ class SegmentFile:
             self._file = pq.ParquetFile(self._source, page_checksum_verification=True)
             self.footer = _footer(self._file.schema_arrow.metadata or {}, name)
             metadata = self._file.metadata
-            found = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+            actual = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             expected = [group.rows for group in self.footer.groups]
-            if found != expected:
-                raise ValueError(f"it has groups of {found} rows, expected {expected}")
-        except Damage as error:
-            raise self._refusal(error) from error
+            if actual != expected:
+                raise ValueError(f"it has groups of {actual} rows, expected {expected}")
+        except READ_ERRORS as error:
+            raise self._as_unusable(error) from error
 
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
-        """Columns of one group, their checksums verified."""
+        """These columns of one group, whose checksums are verified."""
         try:
             rows = self._file.read_row_group(group, list(columns)).combine_chunks()
-            told = self.footer.groups[group]
-            wrong = [n for n in columns if checksum(rows[n]) != told.checksums[n]]
-            if wrong or len(rows) != told.rows:
+            written = self.footer.groups[group]
+            wrong = [n for n in columns if checksum(rows[n]) != written.checksums[n]]
+            if wrong or len(rows) != written.rows:
                 raise ValueError(f"{', '.join(wrong) or 'its row count'} is not what was written")
-        except Damage as error:
-            raise self._refusal(error, f"group {group}: ") from error
+        except READ_ERRORS as error:
+            raise self._as_unusable(error, f"group {group}: ") from error
         return rows.select(list(columns))
 
-    def _refusal(self, error: BaseException, where: str = "") -> UnusableSegment:
-        """What an error of reading says of the segment.
-
-        Damage is only what came whole. Memory that ran out says nothing of the file, and what this
-        build of Arrow has not learned may be what another wrote: what is not sure stays.
-        """
+    def _as_unusable(self, error: BaseException, where: str = "") -> UnusableSegment:
+        """The UnusableSegment that an error of reading stands for."""
         failure = self._source.failure
+        # pyarrow's out-of-memory error is an ArrowException too, and says nothing of the file.
         if failure is not None or isinstance(error, MemoryError):
             return UnreadableSegment(self.name, where + _reason(failure or error))
+        # A type or encoding that this build of Arrow lacks may be what a newer one wrote.
         kind = NewerSegment if isinstance(error, NotImplementedError) else DamagedSegment
         return kind(self.name, where + _reason(error))
 
     def rows_of(self, keys: pa.ChunkedArray, columns: Sequence[str]) -> pa.Table:
-        """Columns of the rows of ``keys``, in their order, from all groups."""
+        """These columns of the rows with ``keys``, in the order of ``keys``.
+
+        All groups are read. DamagedSegment if a key is missing.
+        """
         names = ["key", *(column for column in columns if column != "key")]
         groups = range(len(self.footer.groups))
         rows = pa.concat_tables([self.read(i, names) for i in groups]).combine_chunks()
-        there = rows["key"].combine_chunks()
-        index = pc.index_in(keys.combine_chunks().cast(there.type), value_set=there)
+        stored = rows["key"].combine_chunks()
+        index = pc.index_in(keys.combine_chunks().cast(stored.type), value_set=stored)
         if index.null_count:
             raise DamagedSegment(
                 self.name, f"it lacks {index.null_count} of the rows it is named for"
@@ -228,22 +250,25 @@ class SegmentFile:
 
 
 def _footer(metadata: dict[bytes, bytes], name: str) -> Footer:
-    """The footer. Raises NewerSegment, and one of Damage where it is not what was written."""
+    """The footer in a file's metadata.
+
+    Raises NewerSegment, or one of READ_ERRORS if it is not what was written.
+    """
     if FOOTER not in metadata:
         raise ValueError("it has no footer of a segment")
-    told = json.loads(metadata[FOOTER])
-    # Before the checksum, which another version may work out otherwise.
-    version = told.get("schema_version")
+    footer = json.loads(metadata[FOOTER])
+    # Checked before the checksum, which another version may compute in another way.
+    version = footer.get("schema_version")
     if version != SCHEMA_VERSION:
         raise NewerSegment(
             name, f"it has schema version {version}; this version reads {SCHEMA_VERSION}"
         )
-    found = told.pop("footer_checksum")
-    text = json.dumps(told, sort_keys=True)
-    if found != blake2b(text.encode(), digest_size=CHECKSUM_BYTES).hexdigest():
+    stored_checksum = footer.pop("footer_checksum")
+    text = json.dumps(footer, sort_keys=True)
+    if stored_checksum != blake2b(text.encode(), digest_size=CHECKSUM_BYTES).hexdigest():
         raise ValueError("its footer is not what was written (checksum)")
-    try:  # It is as it was written: what is not understood now was not known to this version.
-        return _understood(told)
+    try:  # The checksum holds: an unknown field or value was written by a newer version.
+        return _parse_footer(footer)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise NewerSegment(
             name,
@@ -252,37 +277,44 @@ def _footer(metadata: dict[bytes, bytes], name: str) -> Footer:
         ) from error
 
 
-def _understood(told: dict[str, Any]) -> Footer:
-    origin, signal = told["origin"], told["origin"].pop("signal")
-    width = signal.get("width", signal.get("top_k", 0))  # ``top_k`` before there was ``hidden``.
-    footer = Footer(
+def _parse_footer(footer: dict[str, Any]) -> Footer:
+    """The footer as objects. Raises ValueError, KeyError or TypeError at anything unknown."""
+    origin, signal = footer["origin"], footer["origin"].pop("signal")
+    # Segments from before ``hidden`` was added have ``top_k`` in place of ``width``.
+    width = signal.get("width", signal.get("top_k", 0))
+    parsed = Footer(
         origin=Origin(signal=Signal(signal["kind"], width), **origin),
-        groups=tuple(Group(**group) for group in told["groups"]),
+        groups=tuple(Group(**group) for group in footer["groups"]),
     )
-    known = set(segment_schema(footer.origin.signal).names)
-    for group in footer.groups:
-        if other := known ^ set(group.checksums):
-            raise ValueError(f"it has other columns ({', '.join(sorted(other))})")
-    return footer
+    known = set(segment_schema(parsed.origin.signal).names)
+    for group in parsed.groups:
+        if unexpected := known ^ set(group.checksums):
+            raise ValueError(f"it has other columns ({', '.join(sorted(unexpected))})")
+    return parsed
 
 
 def _reason(error: BaseException) -> str:
+    """The first line of an error's message, or its class where there is none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-CHECKSUM_BYTES = 8
-
-
 def checksum(column: pa.ChunkedArray | pa.Array) -> str:
-    """Hexadecimal blake2b-64 of a column's values, whatever its chunks and offsets."""
+    """Checksum (blake2b-64, hexadecimal) of a column's values.
+
+    Chunks, offsets and the file's encoding do not change it.
+    """
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     digest = blake2b(digest_size=CHECKSUM_BYTES)
-    _feed(digest, array)
+    _update_digest(digest, array)
     return digest.hexdigest()
 
 
-def _feed(digest: Any, array: pa.Array, nested: bool = False) -> None:
-    """Values by their buffers; strings and keys, of which a row has one, each with its length."""
+def _update_digest(digest: Any, array: pa.Array, nested: bool = False) -> None:
+    """Add an array's values to the digest; ``nested``: it is the values of a list column.
+
+    Numbers and hidden states (nested binaries) are added as whole buffers, which is fast. Strings
+    and keys, of which a row has one, are added one by one with their lengths.
+    """
     kind = array.type
     digest.update(f"{len(array)} {array.null_count};".encode())
     if array.null_count:
@@ -290,9 +322,9 @@ def _feed(digest: Any, array: pa.Array, nested: bool = False) -> None:
     if pa.types.is_list(kind):
         lengths = array.value_lengths().fill_null(0)
         digest.update(lengths.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
-        _feed(digest, array.flatten(), nested=True)
+        _update_digest(digest, array.flatten(), nested=True)
     elif pa.types.is_fixed_size_list(kind):
-        _feed(digest, array.flatten(), nested=True)
+        _update_digest(digest, array.flatten(), nested=True)
     elif pa.types.is_fixed_size_binary(kind) and nested:
         digest.update(_bytes_of(array))
     elif pa.types.is_string(kind) or pa.types.is_fixed_size_binary(kind):
@@ -304,7 +336,7 @@ def _feed(digest: Any, array: pa.Array, nested: bool = False) -> None:
 
 
 def _bytes_of(array: pa.FixedSizeBinaryArray) -> memoryview:
-    """The values of fixed-size binaries end to end, as they lie in their buffer; none is null."""
+    """The values of fixed-size binaries as they lie in their buffer. ValueError if one is null."""
     if array.null_count:
         raise ValueError(f"{array.null_count} of {len(array)} states are null; expected none")
     if not len(array):

@@ -1,10 +1,11 @@
-"""The teacher store: every answer ever paid for, by key, in segments that appear whole or not.
+"""The teacher store: all answers that any run has requested, by key, in a folder of segments.
 
-``<store>/segments/<hash of the keys>.parquet``. Writers never share a file: a segment is written
-beside its name and published by one atomic step, and where its name is taken already, the answers
-that were there first are the ones that count. On object stores, whose uploads appear when they are
-closed, the last of two writers of the same rows at once counts. A name held by what cannot be read
-now, or by a newer version, is left to it, and the answers are published beside it.
+The files are ``<store>/segments/<hash of the keys>.parquet``. A segment becomes visible whole or
+not at all: on a local disk it is written to a temporary file and linked to its name, on an object
+store an upload appears when it is complete. If the name is taken, the answers that are already
+there are used. (Two writers of the same rows at the same time on an object store: the last one
+wins.) A segment that cannot be read at the moment, or that a newer version wrote, keeps its name;
+the new answers are then published under the next name (``segment.next_name``).
 
 Imports neither Ray nor torch.
 """
@@ -21,21 +22,21 @@ import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from raystill.base.run_folder import RunFolder
-from raystill.datasets.store.catalogue import Catalogue, Entry, catalogue_of
+from raystill.datasets.store.catalogue import Catalogue, Entry, build_catalogue
 from raystill.datasets.store.reading import (
     DamagedSegment,
     GoneSegment,
     UnreadableSegment,
     UnusableSegment,
-    look_at_all,
-    patiently,
+    read_each,
+    with_retries,
 )
 from raystill.datasets.store.segment import (
     Origin,
     Provenance,
     SegmentFile,
-    beside,
     encode,
+    next_name,
     segment_name,
 )
 
@@ -44,7 +45,7 @@ READERS = 8
 
 
 class TeacherStore:
-    """A store folder, local or on an object store; pickles, since it holds only the path."""
+    """A store in a local folder or on an object store; it holds only the path, so it pickles."""
 
     def __init__(self, path: str) -> None:
         self.folder = RunFolder(path)
@@ -61,7 +62,7 @@ class TeacherStore:
         return sorted(i.base_name for i in infos if i.base_name.endswith(".parquet"))
 
     def open(self, name: str) -> SegmentFile:
-        """A segment by name. Raises UnusableSegment; GoneSegment where there is none."""
+        """Open a segment by name. Raises UnusableSegment (GoneSegment if there is no such file)."""
         try:
             source = self.folder.open_input(f"{SEGMENTS}/{name}")
         except FileNotFoundError as error:
@@ -71,11 +72,11 @@ class TeacherStore:
         return SegmentFile(source, name)
 
     def exists(self, name: str) -> bool:
-        """Whether a segment of that name is published."""
+        """Whether there is a segment of that name."""
         return self.folder.exists(f"{SEGMENTS}/{name}")
 
     def size(self, name: str) -> int:
-        """Bytes of a segment."""
+        """Size of a segment in bytes; 0 if there is none."""
         path = f"{self.folder.root}/{SEGMENTS}/{name}"
         return int(self.folder.filesystem().get_file_info(path).size or 0)
 
@@ -84,25 +85,28 @@ class TeacherStore:
         without: Collection[str] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> Catalogue:
-        """Look through all segments but ``without``: their footers and keys, nothing else of them.
+        """Read footers and keys of all segments except ``without``.
 
-        ``progress`` is called with (segments read, segments there).
+        ``progress`` is called with (segments read, segments in all).
         """
         names = [name for name in self.names() if name not in without]
         read: list[tuple[Entry, list[pa.Array]]] = []
         refused: dict[str, UnusableSegment] = {}
-        for name, found in look_at_all(self._keys, names, progress, READERS).items():
-            if not isinstance(found, UnusableSegment):
-                read.append(found)
-            elif not isinstance(found, GoneSegment):
-                refused[name] = found
+        for name, result in read_each(self._keys, names, progress, READERS).items():
+            if not isinstance(result, UnusableSegment):
+                read.append(result)
+            elif not isinstance(result, GoneSegment):  # Compacting removes segments meanwhile.
+                refused[name] = result
         read.sort(key=lambda item: item[0].footer.origin.signal.richness, reverse=True)
-        return catalogue_of(read, refused)
+        return build_catalogue(read, refused)
 
     def read(
         self, catalogue: Catalogue, rows: NDArray[np.int64], columns: Sequence[str]
     ) -> pa.Table:
-        """Columns of stored ``rows``, in their order. Raises UnusableSegment."""
+        """These columns of stored ``rows`` (numbers in the catalogue), in the order of ``rows``.
+
+        Raises UnusableSegment.
+        """
         segments, groups = catalogue.segment[rows], catalogue.group[rows]
         parts, order = [], []
         opened: dict[str, SegmentFile] = {}
@@ -117,10 +121,11 @@ class TeacherStore:
     def publish(
         self, origin: Origin, provenance: Provenance, rows: pa.Table
     ) -> tuple[str, pa.Table]:
-        """Write one group's answers; (name, the rows that are published under it).
+        """Publish one group's answers; returns the segment's name and the rows that are in it.
 
-        Where another writer was first, the rows are those it published; a damaged segment of the
-        name is replaced. What may be sound but cannot be used keeps its name.
+        If another writer was first, these are the rows that it published. A damaged segment of the
+        name is replaced. One that may be sound but cannot be used stays, and the next name is used.
+        Raises OSError if the segment cannot be written.
         """
         name = segment_name(rows["key"].to_pylist(), origin.signal)
         data = encode(origin, [(provenance, rows)])
@@ -131,24 +136,30 @@ class TeacherStore:
                 self.folder.write_bytes(f"{SEGMENTS}/{name}", data)
                 break
             except UnusableSegment:
-                name = beside(name)
+                name = next_name(name)
         return name, rows
 
     def rows_of(
         self, name: str, keys: pa.ChunkedArray, columns: Sequence[str]
     ) -> tuple[Origin, pa.Table]:
-        """Columns of a segment's rows of ``keys``, in their order. Raises UnusableSegment."""
+        """The segment's origin, and these columns of its rows with ``keys``, in that order.
+
+        Raises UnusableSegment.
+        """
 
         def read() -> tuple[Origin, pa.Table]:
             file = self.open(name)
             return file.footer.origin, file.rows_of(keys, columns)
 
-        return patiently(read)
+        return with_retries(read)
 
     def read_group(
         self, name: str, group: int, columns: Sequence[str], opened: dict[str, SegmentFile]
     ) -> pa.Table:
-        """Columns of one group of a segment, which is ``opened`` once. Raises UnusableSegment."""
+        """These columns of one group of a segment. Raises UnusableSegment.
+
+        ``opened``: files that are open already, by name; the segment's own is added.
+        """
 
         def read() -> pa.Table:
             file = opened.pop(name, None) or self.open(name)
@@ -156,9 +167,10 @@ class TeacherStore:
             opened[name] = file
             return table
 
-        return patiently(read)
+        return with_retries(read)
 
     def _keys(self, name: str) -> tuple[Entry, list[pa.Array]] | UnusableSegment:
+        """A segment with the keys of each of its groups."""
         try:
             file = self.open(name)
             groups = range(len(file.footer.groups))
@@ -169,7 +181,7 @@ class TeacherStore:
             return error
 
     def _put(self, name: str, data: bytes) -> bool:
-        """Publish unless the name is taken: then False, and nothing changes."""
+        """Publish a segment; False, and nothing is written, if the name is taken."""
         if self.folder.is_local:
             return self._link(name, data)
         if self.exists(name):
@@ -178,13 +190,13 @@ class TeacherStore:
         return True
 
     def _link(self, name: str, data: bytes) -> bool:
-        """``_put`` in a local store."""
+        """``_put`` in a local store: a hard link is atomic and fails if the name is taken."""
         folder = f"{self.folder.root}/{SEGMENTS}"
         os.makedirs(folder, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")
         try:
             with os.fdopen(descriptor, "wb") as file:
-                os.fchmod(descriptor, 0o644)
+                os.fchmod(descriptor, 0o644)  # mkstemp's 0600 would keep other users out.
                 file.write(data)
                 file.flush()
                 os.fsync(descriptor)
@@ -198,14 +210,14 @@ class TeacherStore:
 
 @dataclass(frozen=True)
 class RowCounts:
-    """Rows in segments that a run published: answers it asked for, and those it had scored."""
+    """Number of rows that a run had the teacher answer (``asked``), or score (``scored``)."""
 
     asked: int = 0
     scored: int = 0
 
 
 def rows_requested_by(catalogue: Catalogue, run: str) -> dict[str, RowCounts]:
-    """What ``run`` has paid for, by purpose."""
+    """Rows in the store that ``run`` requested, by purpose (training, evaluation)."""
     rows: Counter[tuple[str, bool]] = Counter()
     for entry in catalogue.entries:
         for group in entry.footer.groups:

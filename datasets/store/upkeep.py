@@ -1,6 +1,8 @@
-"""Looking after a teacher store: verify, compact, prune. Each may be broken off at any moment.
+"""Maintenance of a teacher store: verify, compact and prune.
 
-None removes what it has not read: what is out of reach at the moment, or of a newer version, stays.
+Each can be interrupted at any moment without losing a row, and can run beside training runs that
+use the store. Nothing is removed that could not be read: unreadable segments and those of a newer
+version stay.
 
 Imports neither Ray nor torch.
 """
@@ -22,77 +24,80 @@ from raystill.datasets.store.reading import (
     DamagedSegment,
     GoneSegment,
     UnusableSegment,
-    look_at_all,
+    read_each,
 )
 from raystill.datasets.store.segment import (
     Group,
     Origin,
     Provenance,
     SegmentFile,
-    beside,
     encode,
+    next_name,
     segment_name,
     segment_schema,
 )
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
 
 COMPACT_ROWS = 8192
-"""Rows of a compacted segment, at most (a larger one is left as it is)."""
+"""Largest number of rows of a merged segment. A segment that is larger already is left as it is."""
 
 STALE_S = 3600.0
-"""Age from which a half-written file is nobody's any more."""
+"""Age from which a temporary file is taken for one whose writer has died."""
 
-Told = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
+"""Called with (number done, number in all)."""
+
 Groups = list[tuple[Group | Provenance, pa.Table]]
-Refused = dict[str, UnusableSegment]
-"""Segments that cannot be used, by name; the class says why, and what may be done."""
+"""Groups of rows as ``segment.encode`` takes them."""
+
+RefusedSegments = dict[str, UnusableSegment]
+"""Segments that cannot be used, by name. The class of the error says whether one may be deleted."""
+
+Refused = RefusedSegments
 
 
 @dataclass(frozen=True)
 class Compacted:
-    """What compacting did: segments merged into how many, duplicate rows left out, and which
-    segments were left as they are because they cannot be used.
-    """
+    """What ``compact`` did."""
 
-    merged: int
-    into: int
-    duplicates: int
-    refused: Refused = field(default_factory=dict)
+    merged: int  # segments that were replaced
+    into: int  # segments that replaced them
+    duplicates: int  # rows left out
+    refused: RefusedSegments = field(default_factory=dict)  # left as they are
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """Names of the files that were removed, or would be; segments that could not be judged."""
+    """What ``prune`` did."""
 
-    files: list[str]
-    refused: Refused
-
-
-def verify(store: TeacherStore, progress: Told | None = None) -> Refused:
-    """Read everything and hold it against its checksums: what cannot be used."""
-    seen = look_at_all(partial(_flaw, store), store.names(), progress)
-    return {n: flaw for n, flaw in seen.items() if flaw and not isinstance(flaw, GoneSegment)}
+    files: list[str]  # removed, or to be removed in a dry run
+    refused: RefusedSegments  # left: they may be sound
 
 
-def compact(store: TeacherStore, progress: Told | None = None) -> Compacted:
-    """Merge small segments of one origin, group by group, and leave duplicate rows out.
+def verify(store: TeacherStore, progress: Progress | None = None) -> RefusedSegments:
+    """Read all segments whole, check every checksum, and return those that cannot be used."""
+    return _unusable(read_each(partial(_problem, store), store.names(), progress))
 
-    Origins differ in their signal too, so two signals of a key stay two segments; a row goes only
-    where another that stays serves every wish it serves, and was read to be sure.
-    A merged segment is published before those it replaces are removed, so every row can be read
-    at any moment; a run that finds one of those gone looks the store through again. Segments that
-    cannot be used are left where they are and count for nothing; ``refused`` names them.
+
+def compact(store: TeacherStore, progress: Progress | None = None) -> Compacted:
+    """Merge small segments of the same origin and leave duplicate rows out.
+
+    The signal is part of the origin, so a key with two signals keeps two rows. A row is left out
+    only if another row that stays serves the same signals and has been read without error.
+    A merged segment is published before the ones it replaces are removed, so that every row can be
+    read at any moment; a run that finds a segment gone reads the catalogue again. Segments that
+    cannot be used are left as they are, and their rows do not make others duplicates.
     """
-    catalogue, counting, refused = _relied_on(store)
-    batches = list(_batches(catalogue, counting))
+    catalogue, needed, refused = _catalogue_to_compact(store)
+    batches = list(_segments_to_merge(catalogue, needed))
     merged = into = duplicates = 0
     for number, (origin, segments) in enumerate(batches, 1):
         kept: dict[str, Groups] = {}
         for segment in segments:
             entry = catalogue.entries[segment]
             try:
-                kept[entry.name] = list(_kept(store, catalogue, segment, counting))
-            except GoneSegment:
+                kept[entry.name] = list(_needed_groups(store, catalogue, segment, needed))
+            except GoneSegment:  # Removed meanwhile, or its name now holds other rows.
                 continue
             except UnusableSegment as error:
                 refused[entry.name] = error
@@ -112,26 +117,24 @@ def compact(store: TeacherStore, progress: Told | None = None) -> Compacted:
 def prune(
     store: TeacherStore, refused: Mapping[str, UnusableSegment], teacher: str | None, dry_run: bool
 ) -> Pruned:
-    """Remove damaged segments, stale half-written files, and those of one teacher.
+    """Remove damaged segments, old temporary files and, on request, the segments of one teacher.
 
-    ``refused``: what ``verify`` found. The damaged ones of it are read once more before they go,
-    since a run may have replaced one meanwhile; the others stay.
-    ``teacher``: the beginning of an identity; its segments go too. ``dry_run``: remove nothing.
+    refused: what ``verify`` returned. Damaged segments are read again before they are removed,
+    since a run may have replaced one meanwhile; the others of it stay.
+    teacher: the beginning of a teacher's identity, whose segments are removed; None for none.
+    dry_run: only report what would be removed.
     """
-    names = []
-    left = {name: flaw for name, flaw in refused.items() if not isinstance(flaw, DamagedSegment)}
+    left = {n: e for n, e in refused.items() if not isinstance(e, DamagedSegment)}
     damaged = [name for name in refused if name not in left]
-    for name, flaw in look_at_all(partial(_flaw, store), damaged).items():
-        if isinstance(flaw, DamagedSegment):
-            names.append(name)
-        elif flaw and not isinstance(flaw, GoneSegment):
-            left[name] = flaw
+    still_unusable = _unusable(read_each(partial(_problem, store), damaged))
+    names = [n for n, error in still_unusable.items() if isinstance(error, DamagedSegment)]
+    left |= {n: error for n, error in still_unusable.items() if n not in names}
     others = [name for name in store.names() if name not in refused] if teacher else []
-    for name, found in look_at_all(partial(_identity, store), others).items():
-        if isinstance(found, str):
-            names += [name] if found.startswith(teacher or "") else []
-        elif not isinstance(found, GoneSegment):
-            left[name] = found
+    for name, result in read_each(partial(_identity, store), others).items():
+        if isinstance(result, str):
+            names += [name] if result.startswith(teacher or "") else []
+        elif not isinstance(result, GoneSegment):
+            left[name] = result
     selector = pafs.FileSelector(f"{store.folder.root}/{SEGMENTS}", allow_not_found=True)
     for info in store.folder.filesystem().get_file_info(selector):
         stale = time.time() - (info.mtime_ns or 0) / 1e9 > STALE_S
@@ -143,13 +146,13 @@ def prune(
 
 
 def remove(store: TeacherStore, name: str) -> None:
-    """Delete one file of the store's segments; one that is gone already is no error."""
+    """Delete one file of the segments folder. A file that is gone already is no error."""
     with suppress(FileNotFoundError):
         store.folder.filesystem().delete_file(f"{store.folder.root}/{SEGMENTS}/{name}")
 
 
-def _flaw(store: TeacherStore, name: str) -> UnusableSegment | None:
-    """Why a segment cannot be used; None where all of it was read and is sound."""
+def _problem(store: TeacherStore, name: str) -> UnusableSegment | None:
+    """The error that reading the whole segment ends with; None if it is sound."""
     try:
         file = store.open(name)
         columns = segment_schema(file.footer.origin.signal).names
@@ -160,93 +163,107 @@ def _flaw(store: TeacherStore, name: str) -> UnusableSegment | None:
     return None
 
 
+def _unusable(results: Mapping[str, UnusableSegment | None]) -> RefusedSegments:
+    """The segments that are there and cannot be used, from what ``_problem`` returned for each."""
+    return {n: e for n, e in results.items() if e is not None and not isinstance(e, GoneSegment)}
+
+
 def _identity(store: TeacherStore, name: str) -> str | UnusableSegment:
-    """The teacher of a segment."""
+    """The identity of a segment's teacher."""
     try:
         return store.open(name).footer.origin.teacher_identity
     except UnusableSegment as error:
         return error
 
 
-def _relied_on(store: TeacherStore) -> tuple[Catalogue, NDArray[np.bool_], Refused]:
-    """A catalogue to compact by, which rows of it count, and what it leaves out.
+def _catalogue_to_compact(
+    store: TeacherStore,
+) -> tuple[Catalogue, NDArray[np.bool_], RefusedSegments]:
+    """The catalogue to compact by, the mask [S] of its needed rows, and the segments left out.
 
-    A catalogue has seen footers and keys. So segments that share a key are read whole, and looked
-    at without those that are found to be of no use: else a row might go for the sake of one that
-    cannot be read.
+    Reading a catalogue verifies only footers and keys. Therefore segments with duplicate keys are
+    read whole here, and if one cannot be used, the catalogue is read again without it. Else a sound
+    row could be removed as the duplicate of a damaged one.
     """
-    refused: Refused = {}
+    refused: RefusedSegments = {}
     sound: set[str] = set()
     while True:
         catalogue = store.catalogue(without=refused)
         refused |= catalogue.refused
-        counting = catalogue.counting()
-        doubled = catalogue.keys.filter(pa.array(~counting))
-        shared = pc.is_in(catalogue.keys, value_set=doubled).to_numpy(zero_copy_only=False)
+        needed = catalogue.needed()
+        duplicate_keys = catalogue.keys.filter(pa.array(~needed))
+        shared = pc.is_in(catalogue.keys, value_set=duplicate_keys).to_numpy(zero_copy_only=False)
         names = [catalogue.entries[s].name for s in np.unique(catalogue.segment[shared])]
-        seen = look_at_all(partial(_flaw, store), [name for name in names if name not in sound])
-        flaws = {name: flaw for name, flaw in seen.items() if flaw is not None}
-        if not flaws:
-            return catalogue, counting, refused
-        sound.update(name for name in seen if name not in flaws)
-        refused |= {n: flaw for n, flaw in flaws.items() if not isinstance(flaw, GoneSegment)}
+        results = read_each(partial(_problem, store), [n for n in names if n not in sound])
+        if not any(results.values()):
+            return catalogue, needed, refused
+        sound.update(name for name, problem in results.items() if problem is None)
+        refused |= _unusable(results)
 
 
 def _publish_merged(store: TeacherStore, origin: Origin, kept: Mapping[str, Groups]) -> str | None:
-    """Publish what is kept of a batch (by name) as one segment; its name, None where it is nothing.
+    """Publish the groups kept of a batch's segments (by name) as one segment; returns its name.
 
-    Its rows may be those of a segment that is there: of another origin, with other answers, or one
-    that cannot be used. That keeps its file and name, unless it is itself all that is kept.
+    None if no group is kept. The merged segment's name may be taken, by one of another origin, with
+    other answers or unusable. That one stays, and the next free name is used, unless the segment of
+    that name is the only one of the batch with rows to keep.
     """
-    groups = [group for mine in kept.values() for group in mine]
+    groups = [group for of_segment in kept.values() for group in of_segment]
     if not groups:
         return None
     name = segment_name([k for _, rows in groups for k in rows["key"].to_pylist()], origin.signal)
-    if [n for n, mine in kept.items() if mine] == [name]:
+    if [n for n, of_segment in kept.items() if of_segment] == [name]:
         return name
     while store.exists(name):
-        name = beside(name)
+        name = next_name(name)
     store.folder.write_bytes(f"{SEGMENTS}/{name}", encode(origin, groups))
     return name
 
 
-def _batches(
-    catalogue: Catalogue, counting: NDArray[np.bool_]
+def _segments_to_merge(
+    catalogue: Catalogue, needed: NDArray[np.bool_]
 ) -> Iterator[tuple[Origin, list[int]]]:
-    """Segments to merge: of one origin, up to COMPACT_ROWS, or single ones with duplicates."""
+    """Batches of segments (entry numbers) to be merged into one each.
+
+    A batch has one origin and at most COMPACT_ROWS rows. A single segment is a batch only if it has
+    duplicate rows.
+    """
     by_origin: dict[Origin, list[int]] = {}
     for number, entry in enumerate(catalogue.entries):
         by_origin.setdefault(entry.footer.origin, []).append(number)
-    spoilt = set(catalogue.segment[~counting].tolist())
+    with_duplicates = set(catalogue.segment[~needed].tolist())
     for origin, segments in by_origin.items():
         batch: list[int] = []
         rows = 0
         for segment in segments:
             size = catalogue.entries[segment].footer.rows
             if batch and rows + size > COMPACT_ROWS:
-                if len(batch) > 1 or batch[0] in spoilt:
+                if len(batch) > 1 or batch[0] in with_duplicates:
                     yield origin, batch
                 batch, rows = [], 0
             batch.append(segment)
             rows += size
-        if len(batch) > 1 or (batch and batch[0] in spoilt):
+        if len(batch) > 1 or (batch and batch[0] in with_duplicates):
             yield origin, batch
 
 
-def _kept(
-    store: TeacherStore, catalogue: Catalogue, segment: int, counting: NDArray[np.bool_]
+def _needed_groups(
+    store: TeacherStore, catalogue: Catalogue, segment: int, needed: NDArray[np.bool_]
 ) -> Iterator[tuple[Group | Provenance, pa.Table]]:
-    """The segment's groups without rows that another answer to the same key is served for."""
+    """A segment's groups, verified and without duplicate rows.
+
+    An unchanged group keeps its ``Group`` with the old checksums. Raises UnusableSegment.
+    """
     entry = catalogue.entries[segment]
     columns = segment_schema(entry.footer.origin.signal).names
-    mine = np.flatnonzero(catalogue.segment == segment)
+    in_segment = np.flatnonzero(catalogue.segment == segment)
     opened: dict[str, SegmentFile] = {}
     for number, group in enumerate(entry.footer.groups):
         rows = store.read_group(entry.name, number, columns, opened)
-        here = mine[catalogue.group[mine] == number]
-        if not rows["key"].combine_chunks().equals(catalogue.keys.take(pa.array(here))):
-            raise GoneSegment(entry.name, "another has taken its place")
-        keep = counting[here]
+        in_group = in_segment[catalogue.group[in_segment] == number]
+        if not rows["key"].combine_chunks().equals(catalogue.keys.take(pa.array(in_group))):
+            raise GoneSegment(entry.name, "another segment has replaced it")
+        keep = needed[in_group]
         if keep.all():
             yield group, rows
         elif keep.any():

@@ -1,9 +1,10 @@
-"""What the teacher store knows of a group's rows: answered as wished, said but poorer, or not.
+"""Look-up of a group's rows in the teacher store: answered, to be scored, or to be asked.
 
-One view serves many groups, from many threads, and looks the store through again where a segment
-turns out to be of no use, and where it is time to try one again. Imports neither Ray nor torch.
+One view serves many groups from many threads. It reads the store's catalogue when it is made, again
+when a segment turns out to be unusable, and again when a skipped segment is to be retried. Imports
+neither Ray nor torch.
 
-Legend: N rows of the prompt table, n rows of a group.
+Legend: N rows of the prompt table, n rows of a group, T response tokens.
 """
 
 import logging
@@ -26,185 +27,193 @@ from raystill.datasets.store.reading import (
     UnreadableSegment,
     UnusableSegment,
 )
-from raystill.datasets.store.segment import beside, segment_name
+from raystill.datasets.store.segment import next_name, segment_name
 from raystill.datasets.store.store import TeacherStore
 
 logger = logging.getLogger(__name__)
 
 Places = NDArray[np.int64]
 Part = tuple[Places, pa.Table]
-"""Some of a group's rows: their places in it, ascending, and a table with a row for each."""
+"""Some of a group's rows: their places in the group, ascending, and a table with a row for each."""
 
-PASSED_OVER_S = 300.0
-"""How long an unreadable segment is passed over: not for good, since its rows are asked again
-meanwhile, which costs; not for one group alone, since to look the store through costs, too."""
+RETRY_UNREADABLE_S = 300.0
+"""Seconds after which an unreadable segment is tried again. Meanwhile the teacher is asked for its
+rows again, which has its price; so has reading the catalogue, which a retry requires."""
 
-SAID = pa.schema([pa.field("response_ids", TOKEN_IDS), pa.field("finish_reason", pa.string())])
-"""An answer without its signal. ``finish_reason`` is null where a prompt came with its response."""
+RESPONSE_SCHEMA = pa.schema(
+    [pa.field("response_ids", TOKEN_IDS), pa.field("finish_reason", pa.string())]
+)
+"""A response [T] without a signal; ``finish_reason`` is null if it came with its prompt."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A group's rows by what is left to do; every place [n] stands in just one of the three.
+class Lookup:
+    """A group's rows by what the teacher still has to do. Each place is in one of the three."""
 
-    ``answered``: ``answer_schema`` of the wish. ``to_score``: ``SAID``.
-    """
-
-    answered: list[Part]
-    to_score: Part
+    answered: list[Part]  # ``answer_schema`` of the wanted signal
+    to_score: Part  # RESPONSE_SCHEMA
     to_ask: Places
 
 
 class StoreView:
-    """The rows of one prompt table in a store, as one wish sees them.
+    """Access to the stored answers of one prompt table, with one wanted signal.
 
-    ``keys``: the table's whole key column [N]. Making one looks through the store.
+    ``keys``: the table's whole key column [N]. The constructor reads the store's catalogue.
     """
 
     def __init__(self, store: TeacherStore, keys: pa.ChunkedArray, wanted: Signal) -> None:
         self._store = store
         self._keys = keys.combine_chunks()
-        self._wish = wanted
-        self._refused: dict[str, float] = {}  # name -> the moment (monotonic) to try it again
+        self._wanted = wanted
+        self._skipped: dict[str, float] = {}  # Name -> time.monotonic() at which to retry it.
         self._due = math.inf
         self._lock = threading.Lock()
-        self._look_through()
+        self._reload()
 
     def keys_of(self, rows: NDArray[np.int64]) -> pa.Array:
-        """Keys of rows, by row number."""
+        """Keys of rows, given as row numbers of the prompt table."""
         return self._keys.take(pa.array(rows))
 
-    def look_up(self, rows: NDArray[np.int64], given: pa.Array) -> Found:
-        """Sort ``rows`` [n] by what the store has of them.
+    def look_up(self, rows: NDArray[np.int64], given: pa.Array) -> Lookup:
+        """Sort ``rows`` [n], numbers in the prompt table, by what the store has of them.
 
-        ``given`` [n]: the response a row came with, null where the teacher is to answer.
+        given: [n] responses that came with the prompts; null where the teacher is to answer.
         """
-        self._try_again()
+        self._reload_if_due()
         while True:
-            view = self._view  # Another group's thread may look through again.
-            catalogue, located = view
+            loaded = self._loaded  # One reference: another group's thread may reload meanwhile.
+            catalogue, located = loaded
             try:
-                return self._without_first_try(rows, self._sort(catalogue, located[rows], given))
+                return self._add_earlier_attempt(rows, self._sort(catalogue, located[rows], given))
             except UnusableSegment as error:
-                # Bytes that did not come were waited for where they are read (``patiently``), which
-                # is as long as a group should stand still: then the others' rows go on.
+                # Reading was retried already (``with_retries``): skip the segment, so that the
+                # group goes on. If another thread has reloaded, its catalogue is tried first.
                 with self._lock:
-                    if self._view is view:
-                        self._refuse(error)
-                        self._look_through()
+                    if self._loaded is loaded:
+                        self._skip(error)
+                        self._reload()
 
-    def _try_again(self) -> None:
-        """Look through again where it is time for a segment that was passed over."""
+    def _reload_if_due(self) -> None:
+        """Read the catalogue again if a skipped segment is to be retried."""
         if time.monotonic() >= self._due:
             with self._lock:
                 if time.monotonic() < self._due:
                     return
                 try:
-                    self._look_through()
-                except OSError as error:  # What was seen before still serves.
-                    logger.warning("the store could not be looked through again: %s", error)
-                    self._due = time.monotonic() + PASSED_OVER_S
+                    self._reload()
+                except OSError as error:  # The old catalogue is still valid.
+                    logger.warning("the store could not be read again: %s", error)
+                    self._due = time.monotonic() + RETRY_UNREADABLE_S
 
-    def _refuse(self, error: UnusableSegment) -> None:
-        """Leave a segment out: for the life of the view, or for a while where it may come back."""
-        logger.warning("%s; its rows are looked for elsewhere, or asked again", error)
-        if not isinstance(error, GoneSegment):  # That has left by itself.
-            passing = isinstance(error, UnreadableSegment)
-            self._refused[error.name] = time.monotonic() + PASSED_OVER_S if passing else math.inf
+    def _skip(self, error: UnusableSegment) -> None:
+        """Skip a segment: an unreadable one for ``RETRY_UNREADABLE_S``, any other permanently."""
+        logger.warning("%s; its rows are looked up in other segments, or asked again", error)
+        if not isinstance(error, GoneSegment):  # A deleted one is not in the next catalogue.
+            retried = isinstance(error, UnreadableSegment)
+            due = time.monotonic() + RETRY_UNREADABLE_S if retried else math.inf
+            self._skipped[error.name] = due
 
-    def _look_through(self) -> None:
+    def _reload(self) -> None:
+        """Read the catalogue and locate all keys of the prompt table in it."""
         now = time.monotonic()
-        self._refused = {name: due for name, due in self._refused.items() if due > now}
-        catalogue = self._store.catalogue(without=self._refused).serving(self._wish)
+        self._skipped = {name: due for name, due in self._skipped.items() if due > now}
+        catalogue = self._store.catalogue(without=self._skipped).ordered_for(self._wanted)
         for error in catalogue.refused.values():
-            self._refuse(error)
-        self._due = min(self._refused.values(), default=math.inf)
-        self._view = catalogue, catalogue.locate(self._keys)
+            self._skip(error)
+        self._due = min(self._skipped.values(), default=math.inf)
+        self._loaded = catalogue, catalogue.locate(self._keys)
 
-    def _sort(self, catalogue: Catalogue, where: NDArray[np.int64], given: pa.Array) -> Found:
-        """``where`` [n]: the stored row of each, -1 where there is none."""
-        serves = [e.footer.origin.signal.serves(self._wish) for e in catalogue.entries]
-        held = np.flatnonzero(where >= 0)
-        as_asked = np.array(serves, bool)[catalogue.segment[where[held]]]
-        served, poorer = held[as_asked], held[~as_asked]
+    def _sort(self, catalogue: Catalogue, where: NDArray[np.int64], given: pa.Array) -> Lookup:
+        """Sort a group's rows. where: [n] the stored row of each; -1 where there is none."""
+        serves = [e.footer.origin.signal.serves(self._wanted) for e in catalogue.entries]
+        stored = np.flatnonzero(where >= 0)
+        rich_enough = np.array(serves, bool)[catalogue.segment[where[stored]]]
+        served, poorer = stored[rich_enough], stored[~rich_enough]
         missing = np.flatnonzero(where < 0)
-        comes_along = given.is_valid().to_numpy(zero_copy_only=False)[missing]
-        along, to_ask = missing[comes_along], missing[~comes_along]
+        has_response = given.is_valid().to_numpy(zero_copy_only=False)[missing]
+        with_response, to_ask = missing[has_response], missing[~has_response]
         answered: list[Part] = []
         if len(served):
             answered.append((served, self._read(catalogue, where[served])))
-        said = [(along, _said(given.take(pa.array(along))))]
-        if self._wish.kind == "text" and len(along):
-            answered.append((along, _as_answers(said.pop()[1])))
+        to_score = [(with_response, _responses(given.take(pa.array(with_response))))]
+        if self._wanted.kind == "text" and len(with_response):  # There is no signal to score.
+            answered.append((with_response, _as_answers(to_score.pop()[1])))
         if len(poorer):
-            said.append((poorer, self._store.read(catalogue, where[poorer], SAID.names)))
-        return Found(answered, in_order(said, SAID), to_ask)
+            responses = self._store.read(catalogue, where[poorer], RESPONSE_SCHEMA.names)
+            to_score.append((poorer, responses))
+        return Lookup(answered, in_order(to_score, RESPONSE_SCHEMA), to_ask)
 
     def _read(self, catalogue: Catalogue, where: NDArray[np.int64]) -> pa.Table:
-        """Stored rows as wished, in order."""
+        """Stored rows as answers with the wanted signal, in the order of ``where``."""
         segments = catalogue.segment[where]
         parts = []
         for number in np.unique(segments):
             origin = catalogue.entries[number].footer.origin
-            mine = np.flatnonzero(segments == number)
-            part = self._store.read(catalogue, where[mine], stored_columns(self._wish))
-            parts.append((mine, derive_answers(part, origin.signal, self._wish, origin.vocab_size)))
-        return in_order(parts, answer_schema(self._wish))[1]
+            places = np.flatnonzero(segments == number)
+            part = self._store.read(catalogue, where[places], stored_columns(self._wanted))
+            parts.append(
+                (places, derive_answers(part, origin.signal, self._wanted, origin.vocab_size))
+            )
+        return in_order(parts, answer_schema(self._wanted))[1]
 
-    def _without_first_try(self, rows: NDArray[np.int64], found: Found) -> Found:
-        """Less is left to do where an earlier try of these very rows has published it since."""
-        answered = list(found.answered)
-        (scored, said), to_ask = found.to_score, found.to_ask
-        if (first := self._first_try(rows[scored])) is not None:
-            answered.append((scored, first))
-            scored, said = scored[:0], said.slice(0, 0)
-        if (first := self._first_try(rows[to_ask])) is not None:
-            answered.append((to_ask, first))
+    def _add_earlier_attempt(self, rows: NDArray[np.int64], lookup: Lookup) -> Lookup:
+        """The look-up with the answers that an earlier attempt of this group has published."""
+        answered = list(lookup.answered)
+        (to_score, responses), to_ask = lookup.to_score, lookup.to_ask
+        if (published := self._earlier_attempt(rows[to_score])) is not None:
+            answered.append((to_score, published))
+            to_score, responses = to_score[:0], responses.slice(0, 0)
+        if (published := self._earlier_attempt(rows[to_ask])) is not None:
+            answered.append((to_ask, published))
             to_ask = to_ask[:0]
-        return Found(answered, (scored, said), to_ask)
+        return Lookup(answered, (to_score, responses), to_ask)
 
-    def _first_try(self, rows: NDArray[np.int64]) -> pa.Table | None:
-        """What has been published of just these rows since the store was looked through.
+    def _earlier_attempt(self, rows: NDArray[np.int64]) -> pa.Table | None:
+        """Answers of exactly these rows that were published since the catalogue was read.
 
-        Only all of them together are looked for: a retried group asks for what its first try did.
+        A retried group asks for the same rows as its earlier attempt, so the name of the segment
+        that the attempt published is known.
         """
         keys = self.keys_of(rows)
-        name = segment_name(keys.to_pylist(), self._wish)
+        name = segment_name(keys.to_pylist(), self._wanted)
         while len(rows) and self._store.exists(name):
             try:
-                origin, found = self._store.rows_of(
-                    name, pa.chunked_array([keys]), stored_columns(self._wish)
+                origin, stored = self._store.rows_of(
+                    name, pa.chunked_array([keys]), stored_columns(self._wanted)
                 )
             except (DamagedSegment, GoneSegment) as error:
                 logger.warning("%s; its rows are asked again", error)
                 return None
-            except UnusableSegment as error:  # Then they were published beside it.
-                logger.warning("%s; its rows are looked for beside it, or asked again", error)
-                name = beside(name)
+            except UnusableSegment as error:  # The answers were published under the next name.
+                logger.warning(
+                    "%s; its rows are looked up in other segments, or asked again", error
+                )
+                name = next_name(name)
             else:
-                return derive_answers(found, origin.signal, self._wish, origin.vocab_size)
+                return derive_answers(stored, origin.signal, self._wanted, origin.vocab_size)
         return None
 
 
 def in_order(parts: list[Part], schema: pa.Schema) -> Part:
-    """Several parts as one."""
+    """Several parts as one, rows ascending by place."""
     if not parts:
         return np.empty(0, np.int64), schema.empty_table()
     places = np.concatenate([part for part, _ in parts])
-    back = np.argsort(places)
+    order = np.argsort(places)
     whole = pa.concat_tables([table.cast(schema) for _, table in parts])
-    return places[back], whole.take(pa.array(back)).combine_chunks()
+    return places[order], whole.take(pa.array(order)).combine_chunks()
 
 
-def _said(responses: pa.Array) -> pa.Table:
-    return pa.table([responses, pa.nulls(len(responses), pa.string())], schema=SAID)
+def _responses(responses: pa.Array) -> pa.Table:
+    """Responses that came with their prompts, as RESPONSE_SCHEMA."""
+    return pa.table([responses, pa.nulls(len(responses), pa.string())], schema=RESPONSE_SCHEMA)
 
 
-def _as_answers(said: pa.Table) -> pa.Table:
-    """Given responses as the ``answer_schema`` of ``text``; they end with a stop token."""
+def _as_answers(responses: pa.Table) -> pa.Table:
+    """Given responses as ``answer_schema`` of ``text``; each ends with a stop token."""
     columns = {
-        "response_ids": said["response_ids"],
-        "finish_reason": pa.array(["stop"] * len(said), pa.string()),
-        "error": pa.nulls(len(said), pa.string()),
+        "response_ids": responses["response_ids"],
+        "finish_reason": pa.array(["stop"] * len(responses), pa.string()),
+        "error": pa.nulls(len(responses), pa.string()),
     }
     return pa.table(columns, schema=answer_schema(Signal("text")))

@@ -199,11 +199,11 @@ class TestReading:
             publish(store, [1, 2], signal=signal)
         publish(store, [2, 3], signal=Signal("text"))
         catalogue = store.catalogue()
-        assert catalogue.counting().sum() == 5  # Hidden and topk 16 of 1 and 2, and 3.
+        assert catalogue.needed().sum() == 5  # Hidden and topk 16 of 1 and 2, and 3.
         assert (catalogue.rows, catalogue.duplicates) == (10, 5)
 
         def found(wanted: Signal, row: int) -> Signal:
-            view = catalogue.serving(wanted)
+            view = catalogue.ordered_for(wanted)
             (where,) = view.locate(keys_of([row]))
             (read,) = store.read(view, np.array([where]), ["key"])["key"].to_pylist()
             assert read == key(row)
@@ -215,7 +215,7 @@ class TestReading:
         assert found(TOPK, 3) == Signal("text")
 
     def test_an_empty_store_has_nothing(self, store: TeacherStore) -> None:
-        for catalogue in (store.catalogue(), store.catalogue().serving(TOPK)):
+        for catalogue in (store.catalogue(), store.catalogue().ordered_for(TOPK)):
             assert catalogue.locate(keys_of([1])).tolist() == [-1]
             assert (catalogue.rows, catalogue.duplicates) == (0, 0)
 
@@ -449,7 +449,7 @@ class TestCompacting:
         wishes = [HIDDEN, TOPK, narrow, Signal("sampled"), Signal("text")]
 
         def told() -> list[pa.Table]:
-            views = [store.catalogue().serving(wanted) for wanted in wishes]
+            views = [store.catalogue().ordered_for(wanted) for wanted in wishes]
             where = [view.locate(keys_of(rows)) for view in views]
             return [
                 store.read(view, found, stored_columns(Signal("sampled")))

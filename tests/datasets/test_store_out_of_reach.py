@@ -29,7 +29,7 @@ from raystill.datasets.store.reading import (
 )
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
 from raystill.datasets.store.upkeep import compact, prune, verify
-from raystill.datasets.store.view import Found, StoreView
+from raystill.datasets.store.view import Lookup, StoreView
 from tests.datasets.test_store import TOPK, answers, keys_of, path_of, publish, rewritten, segment
 
 COLUMNS = ["key", "response_ids", "topk_ids"]
@@ -48,7 +48,7 @@ def store(tmp_path: Path) -> TeacherStore:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "WAITS_S", (0.001, 0.001, 0.001))
+    monkeypatch.setattr(reading, "RETRY_PAUSES_S", (0.001, 0.001, 0.001))
 
 
 class Stuttering(io.FileIO):
@@ -102,7 +102,7 @@ def view_of(store: TeacherStore, rows: list[int]) -> StoreView:
     return StoreView(store, pa.chunked_array([keys_of(rows)]), TOPK)
 
 
-def look_up(view: StoreView, rows: list[int]) -> Found:
+def look_up(view: StoreView, rows: list[int]) -> Lookup:
     return view.look_up(np.arange(len(rows)), pa.nulls(len(rows), TOKEN_IDS))
 
 
@@ -180,20 +180,20 @@ class TestUnreadable:
         assert found.answered[0][1].equals(answers(other))
         assert name in caplog.text
         network.failing, network.tried = {}, []
-        now += store_view.PASSED_OVER_S - 1
+        now += store_view.RETRY_UNREADABLE_S - 1
         assert look_up(view, [*rows, *other]).to_ask.tolist() == [0, 1]
         assert network.tried.count(name) == 0
         now += 1
         with monkeypatch.context() as patch:
             patch.setattr(store, "names", Path("/nowhere").read_text)  # Cannot be listed either.
             assert look_up(view, [*rows, *other]).to_ask.tolist() == [0, 1]
-        now += store_view.PASSED_OVER_S
+        now += store_view.RETRY_UNREADABLE_S
         assert len(look_up(view, [*rows, *other]).to_ask) == 0
 
     def test_one_out_of_reach_from_the_start_comes_back_too(
         self, store: TeacherStore, network: Network, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(store_view, "PASSED_OVER_S", 0.0)
+        monkeypatch.setattr(store_view, "RETRY_UNREADABLE_S", 0.0)
         name = publish(store, [1, 2])
         network.failing = {name: 4}
         view = view_of(store, [1, 2])

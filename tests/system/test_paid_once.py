@@ -69,7 +69,7 @@ def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
     second = told(tmp_path, "richer", longer)
     assert second == (MORE, NUM_ROWS, 0, NUM_ROWS + MORE, NUM_ROWS + MORE)
     store = TeacherStore(str(tmp_path / "store"))
-    catalogue = store.catalogue().serving(TOPK)
+    catalogue = store.catalogue().ordered_for(TOPK)
     assert (catalogue.rows, catalogue.duplicates) == (2 * NUM_ROWS + MORE, NUM_ROWS)
     where = catalogue.locate(asked(tmp_path, "richer")["key"].combine_chunks())
     found = derive_answers(store.read(catalogue, where, stored_columns(TOPK)), TOPK, TOPK, 49152)
