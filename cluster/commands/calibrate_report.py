@@ -56,7 +56,9 @@ def conclusions(found: dict[str, Any]) -> list[str]:
 
 def print_calibration(found: dict[str, Any], console: Console | None = None) -> None:
     """A table for each student and objective, then the conclusions and what to keep in mind."""
-    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = console or Console(
+        width=None if sys.stdout.isatty() else WIDTH, markup=False, emoji=False
+    )
     with console.capture() as captured:
         for student, of in found["students"].items():
             for objective, compared in of["objectives"].items():

@@ -2,7 +2,8 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +11,7 @@ from rich.table import Table
 from raystill.base import formatting
 from raystill.base.errors import RunError
 from raystill.base.redact import redact
+from raystill.cluster.commands.as_json import print_json
 from raystill.datasets.store.reading import DamagedSegment, NewerSegment, UnreadableSegment
 from raystill.datasets.store.segment import Origin
 from raystill.datasets.store.store import TeacherStore
@@ -45,7 +47,13 @@ KINDS = (
 """Kinds of segments that cannot be used: class, exit status, words, what to do. The worst first."""
 
 
-def store_command(action: str, path: str, teacher: str | None = None, dry_run: bool = False) -> int:
+def store_command(
+    action: str,
+    path: str,
+    teacher: str | None = None,
+    dry_run: bool = False,
+    as_json: bool = False,
+) -> int:
     """Run one of list, verify, compact, prune on the store at ``path``; the exit status.
 
     ``verify``: of the worst kind there is; ``prune``: of the worst that it left. Raises RunError.
@@ -57,10 +65,12 @@ def store_command(action: str, path: str, teacher: str | None = None, dry_run: b
                 f"there is no teacher store at {store.path}; name one, as a run printed it"
             )
         if action == "list":
-            return _list(store)
+            return _list(store, as_json)
         if action == "compact":
-            return _compact(store)
-        return _verify(store) if action == "verify" else _prune(store, teacher, dry_run)
+            return _compact(store, as_json)
+        if action == "verify":
+            return _verify(store, as_json)
+        return _prune(store, teacher, dry_run, as_json)
     except BrokenPipeError:  # Whoever read what is printed has left.
         raise
     except OSError as error:
@@ -70,33 +80,46 @@ def store_command(action: str, path: str, teacher: str | None = None, dry_run: b
         ) from error
 
 
-def _verify(store: TeacherStore) -> int:
+def _verify(store: TeacherStore, as_json: bool) -> int:
     refused = verify(store, _progress("verifying"))
-    status = _tell(refused)
+    segments = len(store.names())
+    if as_json:
+        print_json({"store": store.path, "segments": segments, "refused": _refused(refused)})
+        return _status(refused)
+    _tell(refused)
     damaged = sum(isinstance(error, DamagedSegment) for error in refused.values())
     print(
-        f"{formatting.plural(len(store.names()), 'segment')}, {damaged} damaged"
+        f"{formatting.plural(segments, 'segment')}, {damaged} damaged"
         + "".join(
             f", {number} {words}"
             for kind, _, words, _ in KINDS[1:]
             if (number := sum(isinstance(error, kind) for error in refused.values()))
         )
     )
-    return status
+    return _status(refused)
 
 
-def _prune(store: TeacherStore, teacher: str | None, dry_run: bool) -> int:
+def _prune(store: TeacherStore, teacher: str | None, dry_run: bool, as_json: bool) -> int:
     refused = verify(store, _progress("verifying"))
-    _tell({n: error for n, error in refused.items() if isinstance(error, DamagedSegment)})
+    if not as_json:
+        _tell({n: error for n, error in refused.items() if isinstance(error, DamagedSegment)})
     pruned = prune(store, refused, teacher, dry_run)
-    status = _tell(pruned.refused)
+    if as_json:
+        files = {"dry_run": dry_run, "removed": pruned.files}
+        print_json({"store": store.path, **files, "refused": _refused(pruned.refused)})
+        return _status(pruned.refused)
+    _tell(pruned.refused)
     said = "would be removed" if dry_run else "removed"
     print(f"{formatting.plural(len(pruned.files), 'file')} {said}")
-    return status
+    return _status(pruned.refused)
 
 
-def _compact(store: TeacherStore) -> int:
+def _compact(store: TeacherStore, as_json: bool) -> int:
     done = compact(store, _progress("compacting"))
+    if as_json:
+        numbers = {"merged": done.merged, "into": done.into, "duplicates": done.duplicates}
+        print_json({"store": store.path, **numbers, "refused": _refused(done.refused)})
+        return 0
     _tell(done.refused)
     print(
         f"{formatting.plural(done.merged, 'segment')} merged into {done.into}, "
@@ -105,21 +128,34 @@ def _compact(store: TeacherStore) -> int:
     return 0
 
 
-def _tell(refused: Refused) -> int:
-    """Name segments that cannot be used, kind by kind, with what to do; the exit status."""
-    status = 0
-    for kind, code, words, remedy in KINDS:
+def _tell(refused: Refused) -> None:
+    """Name segments that cannot be used, kind by kind, with what to do."""
+    for kind, _, words, remedy in KINDS:
         told = [error for error in refused.values() if isinstance(error, kind)]
         if told:
             print(f"{formatting.plural(len(told), 'segment')} {words} ({remedy}):")
-            status = status or code
         for error in told:
             print(redact(f"  - {error}"))
-    return status
 
 
-def _list(store: TeacherStore) -> int:
-    """A line for every teacher and signal."""
+def _refused(refused: Refused) -> list[dict[str, str]]:
+    """The same for programs: segment, kind, reason."""
+    return [
+        {"segment": error.name, "kind": words, "why": error.why}
+        for kind, _, words, _ in KINDS
+        for error in refused.values()
+        if isinstance(error, kind)
+    ]
+
+
+def _status(refused: Refused) -> int:
+    """The exit status: of the worst kind there is."""
+    codes = (c for kind, c, _, _ in KINDS if any(isinstance(e, kind) for e in refused.values()))
+    return next(codes, 0)
+
+
+def _list(store: TeacherStore, as_json: bool) -> int:
+    """Show a line for every teacher and signal."""
     catalogue = store.catalogue()
     by_origin: dict[Origin, list[int]] = defaultdict(lambda: [0, 0, 0])
     for entry in catalogue.entries:
@@ -127,6 +163,37 @@ def _list(store: TeacherStore) -> int:
         sums[0] += 1
         sums[1] += entry.footer.rows
         sums[2] += store.size(entry.name)
+    if as_json:
+        found = {"rows": catalogue.rows, "duplicates": catalogue.duplicates}
+        answers = [_origin(origin, *sums) for origin, sums in by_origin.items()]
+        refused = _refused(catalogue.refused)
+        print_json({"store": store.path, **found, "answers": answers, "refused": refused})
+        return 0
+    _print_origins(by_origin)
+    print(
+        f"{formatting.count(catalogue.rows)} rows, of which duplicates "
+        f"{formatting.count(catalogue.duplicates)}; refused segments {len(catalogue.refused)}"
+    )
+    _tell(catalogue.refused)
+    return 0
+
+
+def _origin(origin: Origin, segments: int, rows: int, size: int) -> dict[str, Any]:
+    """One line of the list for programs."""
+    return {
+        "teacher": origin.teacher,
+        "teacher_identity": origin.teacher_identity,
+        "engine": origin.engine,
+        "engine_version": origin.engine_version,
+        "dtype": origin.dtype,
+        "signal": {"kind": origin.signal.kind, "width": origin.signal.width},
+        "segments": segments,
+        "rows": rows,
+        "bytes": size,
+    }
+
+
+def _print_origins(by_origin: Mapping[Origin, Sequence[int]]) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for heading in ("teacher", "identity", "engine", "signal"):
         table.add_column(heading)
@@ -134,7 +201,7 @@ def _list(store: TeacherStore) -> int:
         table.add_column(heading, justify="right")
     for origin, (segments, rows, size) in by_origin.items():
         table.add_row(
-            origin.teacher,
+            redact(origin.teacher),
             origin.teacher_identity[:12],
             f"{origin.engine} {origin.engine_version} {origin.dtype}",
             str(origin.signal),
@@ -142,14 +209,8 @@ def _list(store: TeacherStore) -> int:
             formatting.count(rows),
             formatting.size(size),
         )
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
-    print(
-        f"{formatting.count(catalogue.rows)} rows, of which duplicates "
-        f"{formatting.count(catalogue.duplicates)}; refused segments {len(catalogue.refused)}"
-    )
-    _tell(catalogue.refused)
-    return 0
+    # A path is data: what stands in brackets in it is no markup.
+    Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False).print(table)
 
 
 def _progress(what: str) -> Callable[[int, int], None]:

@@ -1,0 +1,89 @@
+"""``driver.py check``: everything that keeps a run from starting, for a person or a program.
+
+What needs no cluster is told at once. Then the cluster is asked, unless the run file itself is
+wrong: what does not fit then may be another thing once it is right.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+
+from raystill.base.errors import ConfigError, Problem, RunError, print_problems
+from raystill.cluster.check.static import Checked, check_run_file
+from raystill.cluster.commands.as_json import print_json
+from raystill.datasets.stream.plan import num_steps
+
+EXIT_FAILED, EXIT_REFUSED = 1, 2
+
+
+def check_command(
+    run_file: str, overrides: Sequence[str], static: bool, say: Callable[[str], None]
+) -> int:
+    """Check and tell; the exit status. Raises RunError where the cluster does not answer."""
+    checked = check_run_file(run_file, overrides)
+    if checked.prepared is not None:
+        say(checked.prepared.describe())
+    if checked.problems:
+        print_problems(checked.problems)
+    if more := [] if static else ask_cluster(checked):
+        print_problems(more)
+    if checked.problems or more:
+        return EXIT_REFUSED
+    typer.secho("check: no problems found", fg="green")
+    return 0
+
+
+def check_for_program(run_file: str, overrides: Sequence[str], static: bool) -> int:
+    """Check and print one JSON object; the exit status. It tells of errors, too."""
+    checked, more, error = Checked([]), list[Problem](), None
+    with contextlib.redirect_stdout(sys.stderr):  # What is said meanwhile is for a person.
+        try:
+            checked = check_run_file(run_file, overrides)
+            more = [] if static else ask_cluster(checked)
+        except ConfigError as refused:
+            more = refused.problems
+        except RunError as failed:
+            error = str(failed)
+    problems = [*checked.problems, *more]
+    print_json(
+        {
+            "run_file": run_file,
+            "problems": [{"where": p.where, "message": p.message} for p in problems],
+            "notices": checked.notices,
+            "error": error,
+            **plan(checked),
+        }
+    )
+    return EXIT_REFUSED if problems else EXIT_FAILED if error else 0
+
+
+def plan(checked: Checked) -> dict[str, Any]:
+    """What the run will do, as far as its rows are known."""
+    prepared = checked.prepared
+    if prepared is None or checked.folder is None:
+        return {}
+    training = prepared.config.training
+    return {
+        "run_folder": checked.folder.path,
+        "teacher_store": prepared.store_path,
+        "train_rows": prepared.num_train_rows,
+        "held_out_rows": prepared.num_held_out_rows,
+        "steps": training.epochs * num_steps(prepared.num_train_rows, training.rows_per_step),
+        "longest_prompt_tokens": prepared.tables.longest_prompt_tokens,
+        "dropped": dict(prepared.dropped),
+        "duplicates": prepared.duplicates,
+        "space_needed_bytes": prepared.space_needed_bytes,
+    }
+
+
+def ask_cluster(checked: Checked) -> list[Problem]:
+    """What the cluster has against the run; it is not asked where the run file is wrong."""
+    if checked.file_is_wrong or checked.config is None or checked.folder is None:
+        return []
+    from raystill.cluster.job import run
+
+    with run.connected(checked.config, checked.folder, for_check=True):
+        return list(run.check_on_cluster(checked.config))
