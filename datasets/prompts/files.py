@@ -1,4 +1,10 @@
-"""Which files hold the prompts: sources, and their paths, globs, folders and URIs."""
+"""Find the files of each source of prompts: paths, folders, globs and URIs.
+
+Globs of URIs are matched here and not by fsspec (over pyarrow's ``ArrowFSWrapper``): there ``*``
+stops at a ``/``, while run files rely on ``s3://bucket/prompts/*.jsonl`` to find what is in folders
+below, too; it lists an object store folder by folder, a request each, where pyarrow lists all at
+once; and decoding the URI, the longer part of this, would stay.
+"""
 
 import difflib
 import fnmatch
@@ -27,15 +33,16 @@ FORMATS = {
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 GLOB_SIGNS = frozenset("*?[")
-URI_SIGNS = "/%:@!$&'()*+,;=~[]"  # what of a URI's path is not percent-encoded for pyarrow
+URI_SIGNS = "/%:@!$&'()*+,;=~[]"
+"""Characters of a URI's path that pyarrow takes as they are; others are percent-encoded for it."""
 
 
 @dataclass(frozen=True)
 class PromptSource:
-    """What is read in one go: some files, and how their rows are to be understood.
+    """Some files of prompts, and which fields of their rows are read.
 
     ``where`` is the dotted key of its settings. ``name`` is None where ``prompts.path`` is set:
-    each row then says in ``source_field`` what source it is of.
+    each row then names its source in ``source_field``.
     """
 
     where: str
@@ -49,16 +56,16 @@ class PromptSource:
     limit: int | None
 
     def problem(self, message: str) -> Problem:
-        """Something wrong with ``path``."""
-        return Problem(f"{self.where}.path", self.of(message))
+        """A problem of its ``path``."""
+        return Problem(f"{self.where}.path", self.labelled(message))
 
-    def of(self, text: str) -> str:
+    def labelled(self, text: str) -> str:
         """The text with the source's name before it, if it has one."""
         return text if self.name is None else f"source {self.name!r}: {text}"
 
 
 def prompt_sources(prompts: PromptsConfig) -> list[PromptSource]:
-    """The sources in the order they are read in; one without a name for ``prompts.path``."""
+    """The sources in reading order; for ``prompts.path`` a single one without a name."""
 
     def source(where: str, name: str | None, own: PromptsConfig | SourceConfig) -> PromptSource:
         assert own.path is not None, f"{where} has no path"
@@ -84,7 +91,10 @@ def prompt_sources(prompts: PromptsConfig) -> list[PromptSource]:
 
 @dataclass(frozen=True)
 class PromptFile:
-    """One file: its name as shown, its source, its format, and where to open it."""
+    """One file of prompts: its name for messages, its source, its format, and where it is.
+
+    ``globbed``: it was found by a glob or in a folder, so that it may be empty.
+    """
 
     name: str
     source: PromptSource
@@ -94,45 +104,47 @@ class PromptFile:
     globbed: bool
 
     def open_bytes(self) -> pa.NativeFile:
-        """A seekable input."""
+        """Open it as a seekable file."""
         return self.filesystem.open_input_file(self.path)
 
     def open_text(self, newline: str | None = None) -> io.TextIOWrapper:
-        """UTF-8 text, unpacked if the name ends in .gz, .zst or .bz2."""
+        """Open it as UTF-8 text, decompressed if its name ends in .gz, .zst or .bz2."""
         compression = COMPRESSIONS.get(os.path.splitext(self.path)[1])
         stream = self.filesystem.open_input_stream(self.path, compression=compression)
         return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
 
 
 def find_files(source: PromptSource) -> tuple[list[PromptFile], list[Problem]]:
-    """Every file that the source's ``path`` names, in order, and what of it was not found."""
+    """The files that the source's ``path`` names, in order, and the problems with the others."""
     files: list[PromptFile] = []
     problems: list[Problem] = []
     if not source.paths:
         problems.append(source.problem("is empty; name at least one file"))
     for pattern in source.paths:
         try:
-            filesystem, found, globbed = _expand(pattern)
+            filesystem, paths, globbed = _expand(pattern)
         except (OSError, pa.ArrowException, ImportError, ValueError) as error:
             problems.append(source.problem(f"{pattern!r} cannot be opened: {error}"))
             continue
-        if not found:
+        if not paths:
             problems.append(source.problem(_not_found(pattern, globbed)))
-        for path in found:
-            kind = source.format if source.format != "auto" else format_of(path)
+        for path in paths:
+            format = source.format if source.format != "auto" else format_of(path)
             name = path if "://" not in pattern else f"{pattern.split('://')[0]}://{path}"
-            if kind is None:
+            if format is None:
                 endings = ", ".join(FORMATS)
                 problems.append(
                     source.problem(f"{name!r} ends in none of {endings}; set {source.where}.format")
                 )
                 continue
-            files.append(PromptFile(source.of(name), source, kind, filesystem, path, globbed))
+            files.append(
+                PromptFile(source.labelled(name), source, format, filesystem, path, globbed)
+            )
     return files, problems
 
 
 def format_of(path: str) -> str | None:
-    """The format a file name's ending stands for."""
+    """The format by the ending of a file's name, None for an unknown one."""
     stem, ending = os.path.splitext(path)
     if ending in COMPRESSIONS:
         ending = os.path.splitext(stem)[1]
@@ -140,7 +152,9 @@ def format_of(path: str) -> str | None:
 
 
 def _expand(pattern: str) -> tuple[pafs.FileSystem, list[str], bool]:
-    """The file system, the files a path, folder or glob stands for, and whether it was no file."""
+    """The file system, the files that a path, folder, glob or URI names, and whether it may name
+    several.
+    """
     if "://" in pattern:
         return _expand_uri(pattern)
     globbed = bool(GLOB_SIGNS & set(pattern))
@@ -155,28 +169,28 @@ def _expand(pattern: str) -> tuple[pafs.FileSystem, list[str], bool]:
 
 
 def _glob_base(pattern: str) -> str:
-    """A relative glob looks in $RAYSTILL_HOME first, if it finds anything there, then here."""
+    """The glob with ~ expanded; a relative one below $RAYSTILL_HOME if that has matching files."""
     pattern = os.path.expanduser(pattern)
     home = os.environ.get("RAYSTILL_HOME")
     if home and not os.path.isabs(pattern):
-        there = os.path.join(home, pattern)
-        if glob.glob(there, recursive=True):
-            return there
+        below_home = os.path.join(home, pattern)
+        if glob.glob(below_home, recursive=True):
+            return below_home
     return pattern
 
 
 def _expand_uri(uri: str) -> tuple[pafs.FileSystem, list[str], bool]:
-    """The same for a URI. Raises what pyarrow does, and ValueError for a glob of buckets."""
+    """:func:`_expand` for a URI. Raises pyarrow's errors, and ValueError for a glob of buckets."""
     is_hub = uri.startswith("hf://")
     plain, query = (uri, "") if is_hub else split_query(uri)
     scheme, _, whole = plain.partition("://")
     bucket, *parts = whole.split("/")
     if GLOB_SIGNS & set(bucket.rpartition("@")[2]):
-        raise ValueError("a glob sign stands in the bucket's name; name one bucket")
+        raise ValueError("a glob sign is in the bucket's name; name one bucket")
     signs = [number for number, part in enumerate(parts) if GLOB_SIGNS & set(part)]
     base = whole if not signs else "/".join([bucket, *parts[: signs[0]], ""])
     if is_hub:
-        from huggingface_hub import HfFileSystem  # imported late: half a second, seldom needed
+        from huggingface_hub import HfFileSystem  # Late: half a second, seldom needed.
 
         filesystem, path = pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem())), base
     else:
@@ -187,8 +201,8 @@ def _expand_uri(uri: str) -> tuple[pafs.FileSystem, list[str], bool]:
         base = path.rstrip("/")
         rest = parts[signs[0] :] if is_hub else map(_unquoted, parts[signs[0] :])
         pattern = "/".join([glob.escape(base), *rest])
-        found = _files_below(filesystem, base or "/")
-        return filesystem, [p for p in found if fnmatch.fnmatchcase(p, pattern)], True
+        paths = _files_below(filesystem, base or "/")
+        return filesystem, [p for p in paths if fnmatch.fnmatchcase(p, pattern)], True
     info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.Directory:
         return filesystem, [p for p in _files_below(filesystem, path) if format_of(p)], True
@@ -196,7 +210,7 @@ def _expand_uri(uri: str) -> tuple[pafs.FileSystem, list[str], bool]:
 
 
 def _unquoted(part: str) -> str:
-    """A part of a URI's glob with its percent-encoded signs as they are, meaning themselves."""
+    """A part of a URI's glob with percent-encoded characters decoded, and escaped for the glob."""
     return re.sub(r"(?:%[0-9A-Fa-f]{2})+", lambda signs: glob.escape(unquote(signs[0])), part)
 
 

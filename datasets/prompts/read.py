@@ -1,7 +1,7 @@
-"""Prompts from files: JSONL, JSON, CSV, text and Parquet, by path, glob, list of them, or URI.
+"""Read prompts from JSONL, JSON, CSV, text and Parquet files.
 
-The first step of the stream, shared by ``check`` and ``run``. Whatever is wrong with a file is
-reported with the file's name and the line (text formats) or row (JSON, Parquet).
+This is the first step of ``check`` and ``run``. A problem names its file and the line (text
+formats) or row (JSON, Parquet), and the problems of all files are reported at once.
 """
 
 import csv
@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from raystill.base.errors import ConfigError, Problem
 from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.files import PromptFile, PromptSource, find_files, prompt_sources
+from raystill.datasets.prompts.progress import Meter, Progress
 
 MAX_PROBLEMS_PER_FILE = 5
 DEFAULT_SOURCE = "prompts"
@@ -25,10 +26,11 @@ DEFAULT_SOURCE = "prompts"
 
 @dataclass(frozen=True)
 class RawPrompt:
-    """One prompt as it was written.
+    """One prompt as it is in the file, before the chat template.
 
-    Exactly one of ``text`` and ``messages`` is set; ``source`` names the family it belongs to;
-    ``where`` is the file and line it came from; ``response`` is what it came with to be scored.
+    Exactly one of ``text`` and ``messages`` is set. ``source`` is the name of its source; ``where``
+    the file and line. ``response`` is the given response, which the teacher only scores; None where
+    the teacher answers.
     """
 
     text: str | None
@@ -39,58 +41,61 @@ class RawPrompt:
 
 
 class BrokenRow(ValueError):
-    """A row that is no prompt; the message says why."""
+    """A row that is not a valid prompt; the message says why."""
 
 
-def read_prompts(prompts: PromptsConfig) -> list[RawPrompt]:
+def read_prompts(prompts: PromptsConfig, progress: Progress | None = None) -> list[RawPrompt]:
     """All prompts, in the order of the sources and of their files.
 
-    Raises ConfigError with everything that is wrong.
+    Raises ConfigError with the problems of all files.
     """
     problems: list[Problem] = []
-    found = []
+    sources = []
     for source in prompt_sources(prompts):
         files, missing = find_files(source)
         problems += missing
-        found.append((source, files, not missing))
+        sources.append((source, files, not missing))
+    meter = Meter(progress, "reading prompts")
     read: list[RawPrompt] = []
-    for source, files, complete in found:
+    for source, files, complete in sources:
         limits = [] if prompts.limit is None else [prompts.limit - len(read)]
         limits += [] if source.limit is None else [source.limit]
         if 0 in limits:
             break
         before = len(problems)
-        mine = _read_files(files, min(limits, default=None), problems)
-        if complete and not mine and len(problems) == before:
+        of_source = _read_files(files, min(limits, default=None), problems, meter)
+        if complete and not of_source and len(problems) == before:
             problems.append(source.problem(f"{', '.join(source.paths)}: no prompts in there"))
-        read += mine
+        read += of_source
     if problems:
         raise ConfigError(problems)
     return read
 
 
 def _read_files(
-    files: list[PromptFile], limit: int | None, problems: list[Problem]
+    files: list[PromptFile], limit: int | None, problems: list[Problem], meter: Meter
 ) -> list[RawPrompt]:
-    """The first ``limit`` prompts of these files; what is wrong is added to ``problems``."""
+    """The first ``limit`` prompts of these files; adds what is wrong with them to ``problems``."""
     read: list[RawPrompt] = []
     for file in files:
         before = len(read)
         room = None if limit is None else limit - len(read)
         if room == 0:
             break
-        read.extend(itertools.islice(_read_file(file, problems), room))
-        if len(read) == before and not file.globbed and not _named(problems, file):
+        for batch in meter.batches(itertools.islice(_read_file(file, problems), room)):
+            read += batch
+        # One of several files of a glob or folder may be empty; one that is named may not.
+        if len(read) == before and not file.globbed and not _has_problem(file, problems):
             problems.append(Problem(file.name, "holds no prompts; expected one or more rows"))
     return read
 
 
-def _named(problems: list[Problem], file: PromptFile) -> bool:
+def _has_problem(file: PromptFile, problems: list[Problem]) -> bool:
     return any(problem.where.startswith(file.name) for problem in problems)
 
 
 def _read_file(file: PromptFile, problems: list[Problem]) -> Iterator[RawPrompt]:
-    """The file's prompts; what cannot be read is added to ``problems``."""
+    """The file's prompts; adds what is wrong with it to ``problems``."""
     broken = 0
     try:
         for where, row in READERS[file.format](file):
@@ -105,7 +110,7 @@ def _read_file(file: PromptFile, problems: list[Problem]) -> Iterator[RawPrompt]
     except (OSError, UnicodeDecodeError, pa.ArrowException, csv.Error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problems.append(
-            Problem(file.name, f"cannot be read as {file.format} ({reason}); mend the file")
+            Problem(file.name, f"cannot be read as {file.format} ({reason}); repair the file")
         )
     if broken > MAX_PROBLEMS_PER_FILE:
         problems.append(Problem(file.name, f"{broken - MAX_PROBLEMS_PER_FILE} more broken rows"))
@@ -118,15 +123,15 @@ def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
     if not isinstance(row, dict):
         raise BrokenRow(f"is {_short(row)}; expected an object with {source.prompt_field!r}")
     response = _response(row, source)
-    family = row.get(source.source_field) if source.name is None else source.name
-    family = DEFAULT_SOURCE if family is None else str(family)
+    name = row.get(source.source_field) if source.name is None else source.name
+    name = DEFAULT_SOURCE if name is None else str(name)
     messages, text = row.get(source.messages_field), row.get(source.prompt_field)
-    if isinstance(text, list):  # a prompt given as messages
+    if isinstance(text, list):  # Chat messages under the name of the prompt.
         messages, text = messages or text, None
     if messages is not None:
-        return RawPrompt(None, as_messages(messages), family, where, response)
+        return RawPrompt(None, as_messages(messages), name, where, response)
     if isinstance(text, str):
-        return RawPrompt(text, None, family, where, response)
+        return RawPrompt(text, None, name, where, response)
     if text is None:
         keys = ", ".join(str(key) for key in list(row)[:12])
         raise BrokenRow(
@@ -137,7 +142,7 @@ def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
 
 
 def _response(row: dict[str, Any], source: PromptSource) -> str | None:
-    """The response that came with the prompt, empty where there is none in its field."""
+    """The given response; empty where its field is null, None where the teacher answers."""
     if source.response_field is None:
         return None
     response = row.get(source.response_field, BrokenRow)
@@ -153,7 +158,10 @@ def _response(row: dict[str, Any], source: PromptSource) -> str | None:
 
 
 def as_messages(messages: Any) -> list[dict[str, Any]]:
-    """Chat messages, checked: roles, contents, and that something is left to answer."""
+    """Chat messages with valid roles and contents, of which the last is to be answered.
+
+    Raises BrokenRow.
+    """
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
@@ -161,20 +169,21 @@ def as_messages(messages: Any) -> list[dict[str, Any]]:
             raise BrokenRow(f"messages are {_short(messages)}; expected a list") from None
     if not isinstance(messages, list) or not messages:
         raise BrokenRow(f"messages are {_short(messages)}; expected a list with one or more")
-    kept = []
+    checked = []
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BrokenRow(f"message {number} is {_short(message)}; expected {{role, content}}")
         if not isinstance(message.get("content"), str | list):
             content = _short(message.get("content"))
             raise BrokenRow(f"message {number} has content {content}; expected text")
-        kept.append({name: value for name, value in message.items() if value is not None})
-    if kept[-1]["role"] == "assistant":
+        # Parquet gives each message the keys of all messages, null where it has none.
+        checked.append({name: value for name, value in message.items() if value is not None})
+    if checked[-1]["role"] == "assistant":
         raise BrokenRow(
             "the last message is the assistant's, which leaves the teacher nothing to answer; "
             "remove it"
         )
-    return kept
+    return checked
 
 
 def _short(value: Any) -> str:
@@ -195,7 +204,7 @@ def _jsonl(file: PromptFile) -> Iterator[tuple[str, Any]]:
                     where,
                     BrokenRow(
                         f"is not JSON ({error.msg} at column {error.colno}): "
-                        f"{_short(line.strip())}; mend or remove the line"
+                        f"{_short(line.strip())}; repair or remove the line"
                     ),
                 )
 
@@ -258,4 +267,5 @@ def _parquet(file: PromptFile) -> Iterator[tuple[str, Any]]:
 READERS = {"jsonl": _jsonl, "json": _json, "csv": _csv, "text": _text, "parquet": _parquet}
 
 
-csv.field_size_limit(io.DEFAULT_BUFFER_SIZE * 4096)  # long prompts are no mistake
+# The csv module's own limit, 128 KiB a field, is less than a long prompt may have.
+csv.field_size_limit(io.DEFAULT_BUFFER_SIZE * 4096)

@@ -1,16 +1,14 @@
-"""Which of the prompts that were read can become rows, and why the others cannot.
+"""Choose which prompts become rows, and how many samples an epoch asks of each.
 
-Legend: P prompt tokens, T response tokens.
+First, :func:`sort_prompts` tokenises what was read and leaves out what is unusable or a duplicate.
+Then, once training and held-out prompts are split, :func:`samples_asked` applies the weights of
+the sources: a source of weight w has round(w x ``samples_per_prompt`` x its prompts) rows an epoch.
+That is whole passes over its prompts, one for each sample number from 0, and one further sample of
+some of them for the rest. The root seed, the source's name and the prompt alone decide which, so
+that a larger weight asks for everything a smaller one does, and a new prompt hardly changes the
+choice: answers in the teacher store stay useful.
 
-Weights of sources: how many samples of each training prompt an epoch asks for.
-
-Plain arithmetic between the split of the prompts and their table. A source of weight w has
-round(w x ``samples_per_prompt`` x its prompts) rows an epoch: whole passes over its prompts, one
-for each sample number from 0, and for the rest one further sample of some of them. Which these are
-follows from the root seed, the source's name and the prompt alone, so a larger weight asks for
-everything a smaller one does, and a further prompt hardly changes the choice.
-
-Legend: P training prompts, N training rows.
+Legend: P prompts or prompt tokens, T response tokens, N training rows.
 """
 
 import math
@@ -38,11 +36,11 @@ UNBOUNDED = 2**31 - 1
 
 @dataclass
 class UsablePrompts:
-    """What was read, tokenised, and sorted. Lists are by prompt, in the order read.
+    """The prompts that were read, tokenised; lists have an item for each, in the order read.
 
-    ``ids``: int32 [P]. ``responses``: int32 [T] where the prompt came with a response, else None.
-    ``kept``: which prompts are usable and no duplicates. ``dropped`` counts the unusable ones by
-    reason; ``first_dropped`` says where the first of each was.
+    ``ids``: prompt tokens, int32 [P]. ``responses``: int32 [T] where one is given, else None.
+    ``kept``: indices of the prompts that are usable and no duplicates. ``dropped`` counts the
+    unusable ones by reason, and ``first_dropped`` says where the first of each is.
     """
 
     raws: list[RawPrompt]
@@ -61,34 +59,36 @@ def sort_prompts(
     max_prompt_tokens: int,
     context_tokens: int = UNBOUNDED,
 ) -> UsablePrompts:
-    """Tokenise and sort. Raises ConfigError with everything that is wrong.
+    """Tokenise the prompts and leave out unusable ones and duplicates. Raises ConfigError.
 
-    A prompt of more than ``max_prompt_tokens`` is dropped as ``too_long``, one of no tokens as
-    ``empty``. A response that came with its prompt is dropped as ``empty_response`` if nothing is
-    in it, as ``response_too_long`` if both together are more than ``context_tokens``. A duplicate
-    asks the same as an earlier row, or has a prompt that a held-out source has too: that must not
-    be trained on, whichever was read first and whatever response it came with.
+    Dropped are: as ``too_long`` a prompt of more than ``max_prompt_tokens``, as ``empty`` one of no
+    tokens, as ``empty_response`` a given response without text, and as ``response_too_long`` one
+    that has more than ``context_tokens`` together with its prompt.
+
+    A duplicate has the prompt and the given response of an earlier row, or its prompt is in a
+    held-out source too: that must not be trained on, whichever is read first and whatever response
+    is given.
     """
     ids = tokeniser.encode_many(raws)
-    found = UsablePrompts(raws, ids, _encode_responses(raws, config, tokeniser))
+    usable = UsablePrompts(raws, ids, _encode_responses(raws, config, tokeniser))
     sources = set(config.evaluation.held_out_sources)
     held_out = {digest_of(ids[i]) for i, raw in enumerate(raws) if raw.source in sources}
     seen: set[bytes] = set()
-    for index, (prompt, response) in enumerate(zip(ids, found.responses, strict=True)):
+    for index, (prompt, response) in enumerate(zip(ids, usable.responses, strict=True)):
         reason = _why_unusable(prompt, response, max_prompt_tokens, context_tokens)
         if reason is not None:
-            found.dropped[reason] += 1
+            usable.dropped[reason] += 1
             tokens = len(prompt) + (0 if response is None else len(response))
-            found.first_dropped.setdefault(reason, f"{raws[index].where}: {tokens} tokens")
+            usable.first_dropped.setdefault(reason, f"{raws[index].where}: {tokens} tokens")
             continue
         digest = digest_of(prompt, response)
         trained = raws[index].source not in sources
         if digest in seen or (held_out and trained and digest_of(prompt) in held_out):
-            found.duplicates += 1
+            usable.duplicates += 1
             continue
         seen.add(digest)
-        found.kept.append(index)
-    return found
+        usable.kept.append(index)
+    return usable
 
 
 def _encode_responses(
@@ -126,7 +126,10 @@ def _why_unusable(
 
 
 def digest_of(prompt: np.ndarray, response: np.ndarray | None = None) -> bytes:
-    """What two rows that ask the same have in common; without a response: of the same prompt."""
+    """A hash that is equal for equal prompts (and responses, where given).
+
+    The prompt's length is in it too: else the same ids, cut elsewhere, would have the same hash.
+    """
     digest = blake2b(prompt.tobytes(), digest_size=16)
     if response is not None:
         digest.update(b"\0" + len(prompt).to_bytes(8, "little") + response.tobytes())
@@ -136,39 +139,43 @@ def digest_of(prompt: np.ndarray, response: np.ndarray | None = None) -> bytes:
 def samples_asked(
     prompts: PromptsConfig, seed: int, ids: Sequence[np.ndarray], sources: Sequence[str]
 ) -> NDArray[np.int64]:
-    """Samples to ask of each training prompt, int64 [P]; ``ids`` and ``sources`` are theirs.
+    """Samples to ask of each training prompt, int64 [P].
 
-    Raises ConfigError where a source has prompts and its weight makes no row of them.
+    ``ids`` and ``sources`` have an item for each of these prompts. Raises ConfigError where a
+    source has prompts, but its weight is too small to make a row of them.
     """
     samples = np.full(len(ids), prompts.samples_per_prompt, dtype=np.int64)
     names = np.array(sources, dtype=object)
     problems = []
     for number, source in enumerate(prompts.sources or ()):
-        mine = np.flatnonzero(names == source.name)
-        if not len(mine):
+        of_source = np.flatnonzero(names == source.name)
+        if not len(of_source):
             continue
         each = source.weight * prompts.samples_per_prompt
-        num_rows = math.floor(each * len(mine) + 0.5)
+        num_rows = math.floor(each * len(of_source) + 0.5)
         if num_rows == 0:
             problems.append(
                 Problem(
                     f"prompts.sources.{number}.weight",
-                    f"is {source.weight:g}, which makes no row of the {len(mine)} training prompts "
-                    f"of {source.name!r}; raise it, or remove the source",
+                    f"is {source.weight:g}, which makes no row of the {len(of_source)} training "
+                    f"prompts of {source.name!r}; raise it, or remove the source",
                 )
             )
-        samples[mine], rest = divmod(num_rows, len(mine))
+        samples[of_source], rest = divmod(num_rows, len(of_source))
         if rest:
-            ranks = [_rank(seed, source.name, ids[index]) for index in mine]
-            first = sorted(range(len(mine)), key=ranks.__getitem__)[:rest]
-            samples[mine[first]] += 1
+            ranks = [_rank(seed, source.name, ids[index]) for index in of_source]
+            first = sorted(range(len(of_source)), key=ranks.__getitem__)[:rest]
+            samples[of_source[first]] += 1
     if problems:
         raise ConfigError(problems)
     return samples
 
 
 def list_rows(samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The prompt and the sample number of each row, int64 [N]: all first samples, all second..."""
+    """The prompt and the sample number of each row, both int64 [N].
+
+    First come the rows of sample 0 of all prompts, then those of sample 1, and so on.
+    """
     passes = [np.flatnonzero(samples > number) for number in range(samples.max(initial=0))]
     numbers = [np.full(len(rows), number) for number, rows in enumerate(passes)]
     none = np.zeros(0, dtype=np.int64)
@@ -176,7 +183,7 @@ def list_rows(samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np
 
 
 def _rank(seed: int, name: str, prompt: np.ndarray) -> bytes:
-    """Where a prompt stands among those of its source: the lowest are chosen first."""
+    """A hash by which the prompts of a source are ordered; the lowest are chosen first."""
     digest = blake2b(f"{seed} {name}".encode() + b"\0", digest_size=16)
     digest.update(np.ascontiguousarray(prompt, dtype="<i4").tobytes())
     return digest.digest()

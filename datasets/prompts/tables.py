@@ -1,18 +1,7 @@
-"""The prompt tables of a run: tokenised, without duplicates, split into training and held out.
+"""The two prompt tables of a run: training and held-out rows, tokenised, without duplicates.
 
-Made once, before anything is spent, by ``check`` and ``run`` alike; ``run`` adds the answers'
-keys and writes the tables into the run folder, where the stream reads them.
-
-The source of the stream: one ordered read task that emits the plan group by group.
-
-*Consumes* the prompt table and what rank 0 published. *Waits for* credits before each group.
-*Unblocked by* a worker that takes a block, or by dropped rows. It emits prompt ids, and the ids of
-responses that came with their prompts, only.
-
-A block is one row that holds a whole group in lists: Ray Data cuts blocks by bytes between rows,
-and emits a block as soon as it is over its size limit of one byte, so a group leaves at once and
-in one piece. What has been learned is read when the task runs, not when Ray plans the read (it
-plans several times, also before anything is published).
+``check`` and ``run`` build them before anything is spent. ``run`` adds the keys of the answers and
+writes the tables as Parquet files into the run folder; the stream reads them there by row number.
 """
 
 import difflib
@@ -45,23 +34,27 @@ from raystill.datasets.rows.schema import PROMPT_SCHEMA, TOKEN_IDS
 if TYPE_CHECKING:
     from raystill.config.run import RunConfig
     from raystill.datasets.prompts.tokenise import PromptTokeniser
-if TYPE_CHECKING:
-    pass
 
-
-MIN_ROW_GROUP = 1024  # rows; smaller ones make a long footer
-ROWS_PER_CHUNK = 100_000  # list offsets are 32 bits; a chunk stays far below
+MIN_ROW_GROUP = 1024  # rows; with smaller groups the footer of the Parquet file gets long
+ROWS_PER_CHUNK = 100_000  # a chunk's list offsets have 32 bits, so its tokens must be fewer
+COLUMNS = ("row", "source", "prompt_ids", "response_ids")
+"""What the stream reads of a row; the keys are read apart, all at once."""
+CACHE_BYTES = 256 << 20
+"""Size of the decoded Parquet row groups that a ``PromptReader`` keeps in memory."""
 
 
 @dataclass(frozen=True)
 class PromptTables:
-    """The rows a run may ask for, and what was left out.
+    """The rows of a run, and what was left out.
 
-    ``train`` and ``held_out`` number their rows from 0 and have the columns of ``PROMPT_SCHEMA``
-    but ``key``, which :meth:`with_keys` adds once the teacher's identity is known.
-    ``dropped`` counts by reason; ``first_dropped`` says where the first of each was. ``train``
-    holds a prompt once for each sample that is asked of it, and ``samples`` the sample number of
-    each of its rows: first all rows of sample 0, then those of sample 1, and so on.
+    ``train`` and ``held_out`` number their rows from 0. They have the columns of ``PROMPT_SCHEMA``
+    except ``key``, which :meth:`with_keys` adds once the teacher's identity is known.
+
+    ``train`` has a row for each sample of a prompt: all rows of sample 0 first, then those of
+    sample 1, and so on. ``samples``, int64 [N], is the sample number of each of them.
+
+    ``dropped`` counts unusable prompts by reason; ``first_dropped`` says where the first of each
+    is.
     """
 
     train: pa.Table
@@ -74,17 +67,20 @@ class PromptTables:
     samples: NDArray[np.int64]
 
     def response_tokens(self, name: str, max_tokens: int) -> int:
-        """Most response tokens of ``train`` or ``held_out``: those given, else ``max_tokens``."""
+        """The most response tokens that the table ``name`` can have.
+
+        A row has those of its given response, else at most ``max_tokens``.
+        """
         return int(pc.sum(_lengths(getattr(self, name), max_tokens)[1]).as_py() or 0)
 
     def longest_row(self, max_tokens: int) -> int:
-        """Longest prompt with its response: the one it came with, else of ``max_tokens``."""
+        """Tokens of the longest prompt with its given response, or with one of ``max_tokens``."""
         both = (_lengths(table, max_tokens) for table in (self.train, self.held_out))
         return max(pc.max(pc.add(*lengths)).as_py() or 0 for lengths in both)
 
     @property
     def longest_asked_prompt(self) -> int | None:
-        """Tokens of the longest prompt the teacher is to answer; None where none is."""
+        """Tokens of the longest prompt that the teacher has to answer; None if it has none."""
         asked = (
             table["prompt_ids"].filter(table["response_ids"].is_null())
             for table in (self.train, self.held_out)
@@ -94,13 +90,13 @@ class PromptTables:
 
     @property
     def num_dropped(self) -> int:
-        """Rows left out as unusable (duplicates apart)."""
+        """Prompts left out as unusable, not counting duplicates."""
         return sum(self.dropped.values())
 
     def with_keys(
         self, teacher_identity: str, dtype: str, quantization: str | None, sampling: dict[str, Any]
     ) -> "PromptTables":
-        """The tables with their ``key`` column: exactly ``PROMPT_SCHEMA``."""
+        """The tables with their ``key`` column, in ``PROMPT_SCHEMA``."""
         asked = (teacher_identity, dtype, quantization, sampling)
         return replace(
             self,
@@ -109,7 +105,7 @@ class PromptTables:
         )
 
     def write(self, folder: RunFolder, group_rows: int) -> None:
-        """Write both tables, in row groups that are whole stream groups and can be read alone."""
+        """Write both tables; a Parquet row group holds a whole number of the stream's groups."""
         size = max(group_rows, MIN_ROW_GROUP // group_rows * group_rows)
         for name, table in ((TRAIN_PROMPTS, self.train), (HELD_OUT_PROMPTS, self.held_out)):
             assert table.schema.equals(PROMPT_SCHEMA), f"{name} has no keys yet: call with_keys"
@@ -122,12 +118,13 @@ def build_prompt_tables(
     max_prompt_tokens: int,
     context_tokens: int = UNBOUNDED,
 ) -> PromptTables:
-    """Read, tokenise, drop, and split. Raises ConfigError with everything that is wrong.
+    """Read the prompts, tokenise them, leave out unusable ones, and split off the held-out rows.
 
-    ``sort_prompts`` says what is dropped, at more than ``max_prompt_tokens`` or ``context_tokens``;
-    of equal prompts the held-out one stays, else the first. Weights count for what is not held out.
+    :func:`sort_prompts` says what is left out, also by ``max_prompt_tokens`` and
+    ``context_tokens``. Of equal prompts the held-out one is kept, else the first. The weights of
+    sources apply to training rows only. Raises ConfigError with all problems.
     """
-    raws = read_prompts(config.prompts)
+    raws = read_prompts(config.prompts, tokeniser.progress)
     usable = sort_prompts(raws, config, tokeniser, max_prompt_tokens, context_tokens)
     kept = usable.kept
     prompts = [digest_of(usable.ids[index]) for index in kept]
@@ -159,20 +156,22 @@ def split_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices into ``sources`` of the training and of the held-out rows, each ascending.
 
-    Whole sources by name, then so many rows by seed: whole prompts, since a prompt may have rows
-    with several responses (``prompts`` are equal where the rows' prompts are). Of all these at most
-    ``max_rows`` are measured, and the others are used for nothing. Raises ConfigError.
+    Held out are whole sources by name, then ``held_out_rows`` more, drawn by seed. Of a drawn
+    prompt all rows are held out, since it may have several with different responses; ``prompts``
+    are equal where the rows' prompts are. Of all held-out rows at most ``max_rows`` are measured;
+    the others are not used at all. Raises ConfigError.
     """
     evaluation, problems = config.evaluation, []
     names = {raw.source for raw in raws}
     for source in evaluation.held_out_sources:
         if source not in names:
             problems.append(Problem("evaluation.held_out_sources", _no_source(source, names)))
-    held = np.isin(np.array(sources, dtype=object), list(evaluation.held_out_sources))
+    is_held_out = np.isin(np.array(sources, dtype=object), list(evaluation.held_out_sources))
     random = np.random.default_rng(config.section_seeds()["held_out"])
     if evaluation.held_out_rows:
-        held[_draw_prompts(prompts, ~held, evaluation.held_out_rows, random)] = True
-    train, held_out = np.flatnonzero(~held), np.flatnonzero(held)
+        drawn = _draw_prompts(prompts, ~is_held_out, evaluation.held_out_rows, random)
+        is_held_out[drawn] = True
+    train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     problems = problems or _empty_side(config, len(train), len(held_out))
     if problems:
         raise ConfigError(problems)
@@ -182,12 +181,12 @@ def split_rows(
 def _draw_prompts(
     prompts: Sequence[bytes], among: NDArray[np.bool_], num_rows: int, random: np.random.Generator
 ) -> list[int]:
-    """The rows of as many prompts, in a random order, as it takes to have ``num_rows``."""
+    """Rows of whole prompts, drawn at random until there are ``num_rows`` or more."""
     rows: dict[bytes, list[int]] = {}
     for row in np.flatnonzero(among):
         rows.setdefault(prompts[row], []).append(int(row))
     drawn: list[int] = []
-    for first in random.permutation([mine[0] for mine in rows.values()]):
+    for first in random.permutation([of_prompt[0] for of_prompt in rows.values()]):
         if len(drawn) >= num_rows:
             break
         drawn += rows[prompts[first]]
@@ -195,7 +194,7 @@ def _draw_prompts(
 
 
 def _empty_side(config: "RunConfig", num_train: int, num_held_out: int) -> list[Problem]:
-    """What is wrong where no row is left to train on, or none to measure the student on."""
+    """A problem if no row is left to train on, or none to evaluate on."""
     evaluation, usable = config.evaluation, num_train + num_held_out
     if not num_train:
         message = (
@@ -207,7 +206,7 @@ def _empty_side(config: "RunConfig", num_train: int, num_held_out: int) -> list[
         named = ", ".join(repr(source) for source in evaluation.held_out_sources)
         message = (
             f"names {named}, but none of the {usable} usable rows is of these, so nothing could be "
-            "measured; mend their prompts, name another source, or hold out none"
+            "measured; repair their prompts, name another source, or hold out none"
         )
         return [Problem("evaluation.held_out_sources", message)]
     return []
@@ -221,7 +220,7 @@ def _no_source(source: str, names: set[str]) -> str:
 
 
 def _lengths(table: pa.Table, max_tokens: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
-    """Tokens of each prompt and, at most, of its response."""
+    """Tokens of each row's prompt, and the most that its response can have."""
     prompts, responses = (pc.list_value_length(table[n]) for n in ("prompt_ids", "response_ids"))
     return prompts.cast(pa.int64()), responses.fill_null(max_tokens).cast(pa.int64())
 
@@ -245,13 +244,13 @@ def _table(indices: Sequence[int], usable: UsablePrompts) -> pa.Table:
 
 
 def _token_lists(rows: list[np.ndarray | None]) -> pa.ListArray:
-    """Lists of token ids; None is null."""
+    """An Arrow array of token id lists, with null for None, without a copy through Python ints."""
     lengths = [0 if ids is None else len(ids) for ids in rows]
     offsets = np.zeros(len(rows) + 1, dtype=np.int32)
     np.cumsum(lengths, out=offsets[1:])
-    there = [ids for ids in rows if ids is not None]
-    values = np.concatenate(there) if there else np.empty(0, np.int32)
-    mask = pa.array([ids is None for ids in rows], pa.bool_()) if len(there) < len(rows) else None
+    valid = [ids for ids in rows if ids is not None]
+    values = np.concatenate(valid) if valid else np.empty(0, np.int32)
+    mask = pa.array([ids is None for ids in rows], pa.bool_()) if len(valid) < len(rows) else None
     return pa.ListArray.from_arrays(offsets, values, type=TOKEN_IDS, mask=mask)
 
 
@@ -260,33 +259,31 @@ def _with_keys(
     asked: tuple[str, str, str | None, dict[str, Any]],
     samples: NDArray[np.int64],
 ) -> pa.Table:
-    """``asked``: teacher identity, dtype, quantization, sampling."""
+    """The table with its ``key`` column; ``asked`` is teacher identity, dtype, quantization,
+    sampling.
+    """
+    # Of Python objects: numpy's own bytes lose zero bytes at their end.
     keys = np.empty(len(table), object)
     given = table["response_ids"].is_valid().to_numpy()
     for sample in np.unique(samples[~given]):
-        mine = np.flatnonzero(~given & (samples == sample))
-        keys[mine] = answer_keys(*asked, _ids(table["prompt_ids"], mine), int(sample))
-    mine = np.flatnonzero(given)
-    prompts, responses = (_ids(table[name], mine) for name in ("prompt_ids", "response_ids"))
-    keys[mine] = given_keys(*asked[:3], prompts, responses)
+        rows = np.flatnonzero(~given & (samples == sample))
+        keys[rows] = answer_keys(*asked, _ids(table["prompt_ids"], rows), int(sample))
+    rows = np.flatnonzero(given)
+    prompts, responses = (_ids(table[name], rows) for name in ("prompt_ids", "response_ids"))
+    keys[rows] = given_keys(*asked[:3], prompts, responses)
     column = pa.array(keys, PROMPT_SCHEMA.field("key").type)
     return table.append_column(PROMPT_SCHEMA.field("key"), column).select(PROMPT_SCHEMA.names)
 
 
 def _ids(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> Iterator[np.ndarray]:
-    """The token ids of those rows, ascending, one after the other."""
+    """The token ids of these rows, one row after the other; ``rows`` ascend."""
     for start in range(0, len(rows), ROWS_PER_CHUNK):
         part = column.take(pa.array(rows[start : start + ROWS_PER_CHUNK]))
         yield from (row.values.to_numpy() for row in part)
 
 
-COLUMNS = ("row", "source", "prompt_ids", "response_ids")
-CACHE_BYTES = 256 << 20
-"""Decoded Parquet row groups the source keeps, in bytes."""
-
-
 def open_table(path: str) -> pq.ParquetFile:
-    """A Parquet file by path or URI."""
+    """Open a Parquet file by path or URI."""
     if "://" in path:
         filesystem, path = pafs.FileSystem.from_uri(path)
     else:
@@ -295,7 +292,7 @@ def open_table(path: str) -> pq.ParquetFile:
 
 
 class PromptReader:
-    """Random access to a prompt table's rows by number; holds some row groups in memory."""
+    """Reads rows of a prompt table by their numbers, with the last used row groups in memory."""
 
     def __init__(self, path: str) -> None:
         self._file = open_table(path)
@@ -311,15 +308,16 @@ class PromptReader:
         return int(self._starts[-1])
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
-        """Rows by number, in the order asked: COLUMNS."""
-        wanted = np.searchsorted(self._starts, rows, side="right") - 1
-        ids = np.unique(wanted)
-        parts = [self._row_group(int(i)) for i in ids]
+        """The rows with these numbers, in this order, with the columns COLUMNS."""
+        group_of_row = np.searchsorted(self._starts, rows, side="right") - 1
+        groups = np.unique(group_of_row)
+        parts = [self._row_group(int(group)) for group in groups]
+        # Where each row is in the concatenated parts.
         before = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
-        index = before[np.searchsorted(ids, wanted)] + rows - self._starts[wanted]
+        index = before[np.searchsorted(groups, group_of_row)] + rows - self._starts[group_of_row]
         taken = pa.concat_tables(parts).take(pa.array(index))
-        found = taken["row"].to_numpy()
-        assert np.array_equal(found, rows), f"rows {rows} asked of the prompt table, {found} found"
+        numbers = taken["row"].to_numpy()
+        assert np.array_equal(numbers, rows), f"asked for rows {rows}, the table has {numbers}"
         return taken.combine_chunks()
 
     def _row_group(self, index: int) -> pa.Table:

@@ -1,7 +1,7 @@
-"""Prompts to token ids, as ``transformers`` would make them, without importing it (or torch).
+"""Turn prompts into token ids, equal to those of ``transformers``, without importing it or torch.
 
-``check`` has five seconds and runs on machines without torch, so this reads ``tokenizer.json``
-and the chat template itself. Tests hold it equal to ``AutoTokenizer``.
+``check`` has five seconds and runs on machines without torch, so this reads ``tokenizer.json`` and
+renders the chat template itself. Tests compare the ids with those of ``AutoTokenizer``.
 """
 
 import json
@@ -20,6 +20,7 @@ import numpy as np
 
 from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.config.prompts import PromptsConfig
+from raystill.datasets.prompts.progress import Meter, Progress
 from raystill.datasets.prompts.read import RawPrompt
 from raystill.model.tokenizer import (
     SPECIAL_TOKENS,
@@ -29,23 +30,25 @@ from raystill.model.tokenizer import (
     token_text,
 )
 
-BATCH_PROMPTS = 10_000
-
 
 class TemplateRefusal(ValueError):
-    """The chat template refused a prompt (a role it does not know, say)."""
+    """The chat template refuses a prompt, e.g. for a role that it does not know."""
 
 
 class PromptTokeniser:
-    """A model folder's tokenizer and chat template, and how prompts pass through them.
+    """Tokenises prompts with the tokenizer and the chat template of a model's folder.
 
-    ``prints_today``: the template has printed the date of this day, since no other is set. Raises
-    ConfigError where the folder has no usable tokenizer or lacks a wanted chat template.
+    ``prints_today`` is set once the template has printed today's date, because no other is set.
+    Raises ConfigError where the folder has no usable tokenizer, or no chat template though
+    ``prompts.chat_template`` is true.
     """
 
-    def __init__(self, model_folder: str | Path, prompts: PromptsConfig) -> None:
+    def __init__(
+        self, model_folder: str | Path, prompts: PromptsConfig, progress: Progress | None = None
+    ) -> None:
         self.folder = Path(model_folder)
         self.prompts = prompts
+        self.progress = progress
         self.settings = read_settings(self.folder)
         self.tokenizer = load_tokenizer(self.folder, self.settings)
         self.prints_today = False
@@ -60,51 +63,52 @@ class PromptTokeniser:
             )
 
     def encode(self, raw: RawPrompt) -> np.ndarray:
-        """Token ids ``int32[P]``, ending where the teacher's answer begins."""
+        """Token ids ``int32[P]`` of one prompt, up to where the teacher's answer begins."""
         return self.encode_many([raw])[0]
 
     def encode_many(self, raws: Sequence[RawPrompt]) -> list[np.ndarray]:
-        """:meth:`encode` of many prompts. Raises ConfigError naming those it cannot render."""
+        """:meth:`encode` of many prompts. Raises ConfigError with those that cannot be rendered."""
         texts, problems = [], []
-        for raw in raws:
-            try:
-                texts.append(self.render(raw))
-            except TemplateRefusal as error:
-                problems.append(Problem(raw.where, str(error)))
+        for batch in Meter(self.progress, "rendering prompts", len(raws)).batches(raws):
+            for raw in batch:
+                try:
+                    texts.append(self.render(raw))
+                except TemplateRefusal as error:
+                    problems.append(Problem(raw.where, str(error)))
         if problems:
             more = [Problem("prompts", f"{len(problems) - 5} more")] if len(problems) > 5 else []
             raise ConfigError(problems[:5] + more)
         # A chat template writes the special tokens itself.
-        return self._encode(texts, special=self._template is None)
+        return self._encode(texts, "tokenising prompts", special=self._template is None)
 
     def encode_responses(
         self, texts: Sequence[str], stop_token_ids: Sequence[int]
     ) -> list[np.ndarray]:
-        """Token ids ``int32[T]`` of given responses, each ending with a stop token; none of ``""``.
+        """Token ids ``int32[T]`` of given responses, each with a stop token at its end.
 
-        The one that is appended is the tokenizer's own end token, if it is one of them, since that
-        ends a turn of chat; else the first.
+        One is appended where the text ends with none: the tokenizer's own end token, if it is one
+        of ``stop_token_ids``, since that ends a turn of chat; else the first of them. An empty text
+        has no ids.
         """
         end = token_text(self.settings.get("eos_token"))
         own = None if end is None else self.tokenizer.token_to_id(end)
         stop = stop_token_ids[0] if own is None or own not in stop_token_ids else own
         return [
             ids if not len(ids) or ids[-1] in stop_token_ids else np.append(ids, np.int32(stop))
-            for ids in self._encode(texts, special=False)
+            for ids in self._encode(texts, "tokenising responses", special=False)
         ]
 
-    def _encode(self, texts: Sequence[str], special: bool) -> list[np.ndarray]:
+    def _encode(self, texts: Sequence[str], phase: str, special: bool) -> list[np.ndarray]:
         ids: list[np.ndarray] = []
-        for start in range(0, len(texts), BATCH_PROMPTS):
-            batch = texts[start : start + BATCH_PROMPTS]
+        for batch in Meter(self.progress, phase, len(texts)).batches(texts):
             encoded = self.tokenizer.encode_batch_fast(batch, add_special_tokens=special)
             ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
-        # Else the library, having used threads, prints a warning at every later fork.
+        # The library has used threads now, and would print a warning at every later fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         return ids
 
     def render(self, raw: RawPrompt) -> str:
-        """The text that is tokenised. Raises TemplateRefusal."""
+        """The text to tokenise: the prompt in its chat template. Raises TemplateRefusal."""
         if self._template is None:
             if raw.text is None:
                 raise TemplateRefusal(
@@ -131,21 +135,21 @@ class PromptTokeniser:
     def special_tokens(self) -> dict[str, str]:
         """Special tokens by the names that chat templates use (``bos_token``)."""
         names = (f"{name}_token" for name in SPECIAL_TOKENS)
-        found = {name: token_text(self.settings.get(name)) for name in names}
-        return {name: text for name, text in found.items() if text is not None}
+        texts = {name: token_text(self.settings.get(name)) for name in names}
+        return {name: text for name, text in texts.items() if text is not None}
 
     def notices(self) -> list[str]:
-        """What is to be known of the prompts that were rendered."""
+        """Warnings about the prompts that were rendered."""
         if not self.prints_today:
             return []
         return [
-            "the teacher's chat template prints today's date, so from midnight on these are other "
-            "prompts: the run cannot be resumed, and stored answers are not found; set "
+            "the teacher's chat template prints today's date, so the prompts change at midnight: "
+            "the run cannot be resumed then, and stored answers are not found; set "
             f"prompts.template_date: {self._now:%Y-%m-%d}"
         ]
 
     def _strftime_now(self, form: str) -> str:
-        """The date for a template: the same for all prompts, also where midnight is between."""
+        """The date for a template; the same for all prompts, even if midnight passes meanwhile."""
         self.prints_today = self.prompts.template_date is None
         return self._now.strftime(form)
 
@@ -162,13 +166,13 @@ class PromptTokeniser:
         except jinja2.TemplateError as error:
             raise config_error(
                 str(self.folder),
-                f"its chat template is broken ({error}); mend it, or set "
+                f"its chat template is broken ({error}); repair it, or set "
                 "prompts.chat_template: false",
             ) from None
 
 
 def template_environment(strftime_now: Callable[[str], str]) -> jinja2.Environment:
-    """The sandbox chat templates are written for; they print the date by ``strftime_now``."""
+    """The jinja2 environment that chat templates expect, with ``strftime_now`` for the date."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
     )
@@ -179,12 +183,12 @@ def template_environment(strftime_now: Callable[[str], str]) -> jinja2.Environme
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's words for training; here it is transparent."""
+    """``{% generation %}`` marks the assistant's words for training; here it changes nothing."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 wants a plain set)
 
     def parse(self, parser: Any) -> Any:
-        """Give back what stands between the tags, in a scope of its own."""
+        """A node that renders what is between the tags, in a scope of its own."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
         block = jinja2.nodes.CallBlock(self.call_method("_between"), [], [], body)
