@@ -11,28 +11,93 @@ reports; no row ever passes through it.
     python driver.py report runs/quickstart
     python driver.py store list runs/teacher_store
     python driver.py submit configs/quickstart.yaml --address http://127.0.0.1:8265
+
+Installed, the same command is ``raystill``. Each command imports what it needs when it is called,
+so that help, completion and refusals come at once.
 """
 
-import argparse
 import os
+import select
 import shlex
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn, TextIO
 
+import typer
+
+from raystill import __version__
+from raystill.base import formatting
 from raystill.base.errors import ConfigError, RunError, print_problems
 from raystill.base.redact import redact, redact_uncaught_errors
-from raystill.base.run_folder import RunFolder
-from raystill.cluster.check.static import check_run_file
-from raystill.config.describe import describe_fields
+from raystill.cluster.commands import options
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
+EXIT_CLOSED_PIPE = 141  # What a shell reports of a program that SIGPIPE ended.
+STATUSES = """\b
+Exit status:
+  0        done
+  1        failed
+  2        refused before anything was spent
+  130/143  stopped by a signal; the same command resumes a run
+
+'fields' lists every setting of a run file."""
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """The whole job; resumes by itself where the run folder has a checkpoint."""
-    checked = check_run_file(arguments.run_file, arguments.set)
+def program() -> str:
+    """The command as it was typed, for messages that are to be typed again."""
+    typed = Path(sys.argv[0])
+    if typed.name == "driver.py":
+        return f"python {shlex.quote(formatting.path(sys.argv[0]))}"
+    return "raystill" if typed.stem == "raystill" else "python driver.py"
+
+
+def exit_with(status: int, **_: object) -> NoReturn:
+    """End with the status that a command returned."""
+    raise typer.Exit(status)
+
+
+# Plain help: rich's panels double the time until it is shown. A shell completes the arguments of a
+# program, and "python driver.py" is none.
+app = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=program() == "raystill",
+    result_callback=exit_with,
+    epilog=STATUSES,
+)
+store = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
+app.add_typer(store, name="store", help="List, verify, compact or prune a teacher store.")
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        print(f"raystill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program_options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Distil a large language model into a small one on a Ray cluster."""
+
+
+@app.command()
+def run(
+    run_file: options.RunFile, overrides: options.Overrides, skip_probe: options.SkipProbe = False
+) -> int:
+    """Distil, or resume a run that was stopped.
+
+    It resumes by itself where the run folder has a checkpoint. A finished run prints its report.
+    """
+    from raystill.cluster.check.static import check_run_file
+
+    checked = check_run_file(run_file, overrides)
     config, folder, prepared = checked.config, checked.folder, checked.prepared
     if checked.problems or config is None or folder is None or prepared is None:
         return refuse(checked.problems)
@@ -40,7 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
     from raystill.cluster.job import manifest
     from raystill.cluster.job import run as job
     from raystill.cluster.job.driver_process import hold_run_folder
-    from raystill.cluster.report import tables
+    from raystill.cluster.job.watch import watch
+    from raystill.cluster.report import summary, tables
 
     if manifest.is_finished(folder, config.training.epochs):
         say(f"This run is finished; its report, from {folder.path}:")
@@ -55,82 +121,171 @@ def run(arguments: argparse.Namespace) -> int:
         with job.connected(config, folder):
             if problems := job.check_on_cluster(config):
                 return refuse(problems)
-            manifest.write_folder(config, folder, prepared)
-            outcome = job.distil(config, folder, prepared, probe=not arguments.skip_probe)
-        tables.write_summary(folder, outcome)
-    if outcome.stopped_by:
-        say(f"Stopped after step {outcome.step}; resume with:\n  {resume_command(arguments)}")
-        return 128 + outcome.stopped_by
+            this_run = job.begin(config, folder, prepared)
+            teacher = job.serve(this_run, prepared, probe=not skip_probe)
+            stream = job.stream(this_run, prepared)
+            student = job.fit(this_run, stream)
+            result = watch(this_run, prepared, teacher, student)
+        summary.write_summary(folder, result)
+    if result.stopped_by:
+        command = resume_command(run_file, overrides, skip_probe)
+        say(f"Stopped after step {result.snapshot.step}; resume with:\n  {command}")
+        return 128 + result.stopped_by
     tables.print_report(folder)
     return 0
 
 
-def check(arguments: argparse.Namespace) -> int:
-    """Everything that can be known before anything is spent."""
-    checked = check_run_file(arguments.run_file, arguments.set)
-    problems = checked.problems
-    if checked.prepared is not None:
-        say(checked.prepared.describe())
-    if checked.config is not None and checked.folder is not None and not arguments.static:
-        from raystill.cluster.job import run as job
+@app.command()
+def check(
+    run_file: options.RunFile,
+    overrides: options.Overrides,
+    static: options.Static = False,
+    as_json: options.AsJson = False,
+) -> int:
+    """Find every problem before anything is spent.
 
-        with job.connected(checked.config, checked.folder, for_check=True):
-            problems = [*problems, *job.check_on_cluster(checked.config)]
-    if problems:
-        return refuse(problems)
-    print("check: no problems found")
-    return 0
-
-
-def calibrate(arguments: argparse.Namespace) -> int:
-    """Which signal the run needs: what each would teach, and cost, on some positions of its own
-    teacher's answers. These go to the teacher store, so that a run need not pay for them again.
+    What needs no cluster is told at once; then the cluster is asked whether the run fits on it.
     """
-    from raystill.cluster.commands.calibrate import calibrate_command
+    from raystill.cluster.commands.check import check_command, check_for_program
 
-    return calibrate_command(arguments, say)
+    if as_json:
+        return check_for_program(run_file, overrides, static)
+    return check_command(run_file, overrides, static, say)
 
 
-def submit(arguments: argparse.Namespace) -> int:
-    """Run it on a cluster as a Ray job: ship this folder, show the job's log, pass signals on."""
+@app.command()
+def calibrate(
+    run_file: options.RunFile,
+    overrides: options.Overrides,
+    positions: options.Positions = 400,
+    cosine: options.Cosine = 0.99,
+    student: options.TrainedStudent = None,
+    all_objectives: options.AllObjectives = False,
+    output: options.Output = None,
+) -> int:
+    """Compare what each signal would teach, and cost.
+
+    The run's own teacher answers some of its prompts. The answers go to the teacher store, so that
+    a run need not pay for them again.
+    """
+    from raystill.cluster.check.static import check_run_file
+
+    checked = check_run_file(run_file, overrides)
+    if checked.problems:
+        return refuse(checked.problems)
+
+    from raystill.cluster.commands.calibrate import CalibrationOptions, calibrate_command
+
+    wanted = CalibrationOptions(positions, cosine, all_objectives, student)
+    return calibrate_command(checked, wanted, output, say)
+
+
+@app.command()
+def submit(
+    run_file: options.RunFile,
+    overrides: options.Overrides,
+    address: options.Address,
+    variables: options.Variables,
+    working_dir: options.WorkingDir = ".",
+    stop_wait_s: options.StopWait = 900,
+    python: options.Python = "python",
+) -> int:
+    """Run it on a cluster, as a Ray job.
+
+    Ships the code, shows the job's log and passes signals on to it.
+    """
     from raystill.cluster.commands.submit import Submission
     from raystill.cluster.commands.submit import submit as submit_job
 
     return submit_job(
-        Submission(
-            run_file=arguments.run_file,
-            address=arguments.address,
-            overrides=arguments.set,
-            working_dir=arguments.working_dir,
-            stop_wait_s=arguments.stop_wait_s,
-            python=arguments.python,
-            variables=arguments.env,
-        )
+        Submission(run_file, address, overrides, working_dir, stop_wait_s, python, variables)
     )
 
 
-def print_report(arguments: argparse.Namespace) -> int:
-    """The closing table of a run, or several runs side by side, from their folders alone."""
+@app.command()
+def report(run_folders: options.RunFolders, as_json: options.AsJson = False) -> int:
+    """Print a run's closing table again, or compare several runs.
+
+    It is made from their folders alone.
+    """
+    from raystill.base.run_folder import RunFolder
+    from raystill.cluster.commands.as_json import print_totals
     from raystill.cluster.report import tables
 
-    folders = [RunFolder(path) for path in arguments.run_folder]
-    if len(folders) == 1:
+    folders = [RunFolder(path) for path in run_folders]
+    if as_json:
+        print_totals(folders)
+    elif len(folders) == 1:
         tables.print_report(folders[0])
     else:
         tables.print_comparison(folders)
     return 0
 
 
-def store(arguments: argparse.Namespace) -> int:
-    """List, verify, compact or prune a teacher store. Runs may read and write it meanwhile."""
+@store.command("list")
+def list_store(path: options.StorePath, as_json: options.AsJson = False) -> int:
+    """Show teachers, signals, rows and sizes."""
+    return on_store("list", path, as_json)
+
+
+@store.command("verify")
+def verify_store(path: options.StorePath, as_json: options.AsJson = False) -> int:
+    """Read all and compare it with its checksums.
+
+    Exit status: 1 some of it is damaged, 3 cannot be read at the moment, 4 is of a newer version.
+    """
+    return on_store("verify", path, as_json)
+
+
+@store.command("compact")
+def compact_store(path: options.StorePath, as_json: options.AsJson = False) -> int:
+    """Merge small segments and leave duplicates out.
+
+    Runs may read and write the store meanwhile.
+    """
+    return on_store("compact", path, as_json)
+
+
+@store.command("prune")
+def prune_store(
+    path: options.StorePath,
+    teacher: options.Teacher = None,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+) -> int:
+    """Remove what is damaged.
+
+    What cannot be read at the moment or is of a newer version stays. Runs may read and write the
+    store meanwhile. The exit status is that of 'verify' afterwards.
+    """
+    return on_store("prune", path, as_json, teacher, dry_run)
+
+
+def on_store(
+    action: str, path: str, as_json: bool, teacher: str | None = None, dry_run: bool = False
+) -> int:
     from raystill.cluster.commands.store import store_command
 
-    return store_command(arguments.action, arguments.path, arguments.teacher, arguments.dry_run)
+    return store_command(action, path, teacher, dry_run, as_json)
 
 
-def fields(_: argparse.Namespace) -> int:
-    """Every field of a run file: type, default, meaning, and whether it may change on resuming."""
-    print(describe_fields())
+@app.command()
+def fields(
+    section: options.Section = None, as_json: options.AsJson = False, schema: options.Schema = False
+) -> int:
+    """List every setting of a run file.
+
+    Its type, default and meaning, and whether it may change when a run is resumed.
+    """
+    from raystill.cluster.commands.as_json import print_json
+    from raystill.config import describe
+
+    if schema:
+        print(describe.schema_text(), end="")
+    elif as_json:
+        print_json(describe.fields_json(section))
+    else:
+        print(describe.describe_fields(section))
     return 0
 
 
@@ -143,166 +298,51 @@ def refuse(problems: Sequence[object]) -> int:
     return EXIT_REFUSED
 
 
-def resume_command(arguments: argparse.Namespace) -> str:
-    words = ["python", "driver.py", "run", arguments.run_file]
-    for override in arguments.set:
-        words += ["--set", override]
-    if arguments.skip_probe:
-        words.append("--skip-probe")
-    return shlex.join(words)
-
-
-def add_run_command(
-    commands: Any, name: str, function: Callable[..., int], sentence: str
-) -> argparse.ArgumentParser:
-    """A command on a run file and its overrides."""
-    command: argparse.ArgumentParser = commands.add_parser(
-        name, help=sentence, description=function.__doc__
-    )
-    command.add_argument("run_file", metavar="RUN.yaml", help="the run file")
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="A.B=C",
-        help="override one setting, e.g. training.rows_per_step=64 (value read as YAML)",
-    )
-    command.set_defaults(function=function)
-    return command
-
-
-def add_calibrate_options(command: argparse.ArgumentParser) -> None:
-    """What the command takes beside the run file and its overrides."""
-    command.add_argument(
-        "--positions",
-        type=_positive,
-        default=400,
-        metavar="N",
-        help="response positions compared, 16 an answer (default: 400)",
-    )
-    command.add_argument(
-        "--cosine",
-        type=_share,
-        default=0.99,
-        metavar="C",
-        help="what a signal's gradient must have with the whole vocabulary's (default: 0.99)",
-    )
-    command.add_argument(
-        "--student",
-        metavar="FOLDER",
-        help="a trained student to compare beside the untrained one (default: the run's own, "
-        "if it has finished)",
-    )
-    command.add_argument(
-        "--all-objectives",
-        action="store_true",
-        help="every divergence, not only those of the run file",
-    )
-    command.add_argument(
-        "--output", metavar="FOLDER", help="where to write (default: RUN_FOLDER/calibration)"
-    )
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number
-
-
-def _share(text: str) -> float:
-    if not 0 < (number := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number:g} is not between 0 and 1")
-    return number
-
-
-def add_submit_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--address", required=True, metavar="URL", help="its dashboard, e.g. http://127.0.0.1:8265"
-    )
-    command.add_argument(
-        "--working-dir", default=".", metavar="FOLDER", help="the code that is shipped (default: .)"
-    )
-    command.add_argument(
-        "--stop-wait-s",
-        type=int,
-        default=900,
-        metavar="N",
-        help="seconds a stopped job has for its checkpoint before Ray kills it (default: 900)",
-    )
-    command.add_argument(
-        "--env",
-        action="append",
-        default=[],
-        metavar="NAME[=VALUE]",
-        help="a variable of the job; without a value this shell's, e.g. HF_TOKEN",
-    )
-    command.add_argument(
-        "--python", default="python", help="the cluster's Python with the pinned packages"
-    )
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="driver.py",
-        description="Distil a large language model into a small one on a Ray cluster.",
-        epilog="'driver.py fields' lists every setting of a run file. Exit status: 0 done, "
-        "1 failed, 2 refused before anything was spent, 130/143 stopped by a signal "
-        "(a checkpoint was written; the same command resumes).",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    command = add_run_command(
-        commands, "run", run, "distil; resumes by itself; a finished run prints its report"
-    )
-    command.add_argument(
-        "--skip-probe",
-        action="store_true",
-        help="train without comparing the served teacher with the plain model first",
-    )
-    command = add_run_command(
-        commands, "check", check, "find every problem before anything is spent (exit 2)"
-    )
-    command.add_argument("--static", action="store_true", help="only what needs no cluster")
-    add_calibrate_options(
-        add_run_command(
-            commands, "calibrate", calibrate, "compare what each signal would teach, and cost"
-        )
-    )
-    add_submit_options(add_run_command(commands, "submit", submit, "run it on a cluster, as a job"))
-    command = commands.add_parser(
-        "report", help="print a run's closing table again, or compare several runs"
-    )
-    command.add_argument("run_folder", metavar="RUN_FOLDER", nargs="+", help="e.g. runs/quickstart")
-    command.set_defaults(function=print_report)
-    command = commands.add_parser(
-        "store", help="list, verify, compact or prune a teacher store", description=store.__doc__
-    )
-    command.add_argument(
-        "action",
-        choices=("list", "verify", "compact", "prune"),
-        help="list: teachers, signals, sizes; verify: read all, exit 1: damaged, 3: unreadable "
-        "now, 4: of a newer version; compact: merge small segments, leave duplicates out; prune: "
-        "remove what is damaged, never what is merely out of reach or newer",
-    )
-    command.add_argument("path", metavar="STORE", help="e.g. runs/teacher_store, or a URI")
-    command.add_argument(
-        "--teacher", metavar="IDENTITY", help="prune: also all of this teacher (first digits)"
-    )
-    command.add_argument("--dry-run", action="store_true", help="prune: only say what would go")
-    command.set_defaults(function=store)
-    command = commands.add_parser("fields", help="list every setting of a run file")
-    command.set_defaults(function=fields)
-    return parser.parse_args(argv)
+def resume_command(run_file: str, overrides: Sequence[str], skip_probe: bool) -> str:
+    words = [run_file, *(word for override in overrides for word in ("--set", override))]
+    return f"{program()} run {shlex.join(words + ['--skip-probe'] * skip_probe)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
+    """Run the command that ``argv`` names; the exit status, also of a wrong command line."""
     try:
-        return int(arguments.function(arguments))
+        status = called(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        gone = [stream for stream in (sys.stdout, sys.stderr) if nobody_reads(stream)]
+        if not gone:  # Another pipe, such as one to Ray.
+            raise
+        for stream in gone:  # Python writes what it still holds when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return EXIT_CLOSED_PIPE
+
+
+def called(argv: Sequence[str] | None) -> int:
+    color = False if os.environ.get("NO_COLOR") else None
+    try:
+        typer.main.get_command(app).main(argv, program(), color=color)
+    except SystemExit as ended:  # Whatever the command did, typer ends with this.
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise ended.__context__ from None
+        return int(ended.code or 0)
     except ConfigError as error:
         return refuse(error.problems)
     except RunError as error:
-        print(redact(f"error: {error}"), file=sys.stderr)
-        return EXIT_FAILED
+        typer.secho("error:", fg="red", err=True, nl=False, color=color)
+        print(redact(f" {error}"), file=sys.stderr)
+    return EXIT_FAILED
+
+
+def nobody_reads(stream: TextIO) -> bool:
+    """Whether the stream is a pipe whose reader has left (``| head``)."""
+    try:
+        descriptor = stream.fileno()
+    except OSError:  # A test's stand-in.
+        return False
+    poll = select.poll()
+    poll.register(descriptor, 0)  # Errors are told unasked.
+    return bool(poll.poll(0))
 
 
 def leave(code: int) -> NoReturn:
@@ -317,6 +357,11 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The installed ``raystill``."""
     redact_uncaught_errors()
     leave(main())
+
+
+if __name__ == "__main__":
+    command()

@@ -133,10 +133,8 @@ def teacher_part(run_file: str, rows_path: str, overrides: list[str]) -> dict[st
 
     from raystill.base.run_folder import RunFolder
     from raystill.cluster.check.static import check_run_file
-    from raystill.cluster.coordinator.actor import start_coordinator
-    from raystill.cluster.job import connect, manifest
-    from raystill.datasets.stream.spec import Requester, StreamSpec
-    from raystill.serve import deploy
+    from raystill.cluster.job import connect, run
+    from raystill.serve.deploy import TeacherApp
 
     written = [f"output.path={rows_path}.teacher", f"store.path={rows_path}.store"]
     checked = check_run_file(run_file, [*overrides, *written])
@@ -144,23 +142,14 @@ def teacher_part(run_file: str, rows_path: str, overrides: list[str]) -> dict[st
     if checked.problems or config is None or prepared is None:
         raise SystemExit("\n".join(map(str, checked.problems)))
     folder = RunFolder(f"{rows_path}.teacher")
-    manifest.write_folder(config, folder, prepared)
     connect.connect(config.cluster, folder.logs)
-    coordinator = start_coordinator("bench", config.rows_ahead, prepared.num_train_rows, 0.0)
-    deploy.deploy_teacher(config, prepared.teacher_folder, coordinator, folder.logs)
-    deploy.wait_for_teacher(config.teacher.startup_timeout_s)
-    spec = StreamSpec.from_config(
-        config,
-        folder.join("prompts/train.parquet"),
-        prepared.num_train_rows,
-        coordinator,
-        deploy.APP_NAME,
-        prepared.store_path,
-        Requester("benchmark", "training", prepared.teacher_identity, config.teacher.model),
-        prepared.signal,
-    )
+    measured = run.begin(config, folder, prepared)
+    teacher = TeacherApp.of(measured)
+    teacher.deploy()
+    teacher.wait()
+    spec = run.stream(measured, prepared)
     take = ray.remote(num_cpus=0)(_take_everything)
-    result = ray.get(take.remote(spec, coordinator, rows_path))
+    result = ray.get(take.remote(spec, measured.coordinator, rows_path))
     connect.disconnect()
     return result
 

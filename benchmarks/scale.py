@@ -74,34 +74,45 @@ def measure(settings: dict[str, Any], folder: str) -> dict[str, Any]:
     """
     import ray
 
+    from raystill.base.run_folder import RunFolder
     from raystill.cluster.coordinator.actor import start_coordinator
     from raystill.cluster.job import connect
     from raystill.datasets.rows.signal import signal_of
-    from raystill.datasets.stream.spec import Requester, StreamSpec
-    from raystill.serve import deploy
+    from raystill.datasets.stream.spec import StreamSpec
+    from raystill.model.on_node import ModelSource
+    from raystill.run import Run
+    from raystill.serve.deploy import TeacherApp
 
     config = run_config(settings, folder)
     flight = settings["replicas"] * GROUPS_EACH
     flights = FLIGHTS if settings["delay_s"] else FLIGHTS_WITHOUT_DELAY
     num_rows = (flights + FILLING + EMPTYING) * flight * GROUP_ROWS
-    prompts = write_prompts(folder, num_rows)
+    write_prompts(folder, num_rows)
     connect.connect(config.cluster, None)
     coordinator = start_coordinator("bench", config.rows_ahead, num_rows, 0.0)
     began = time.monotonic()
-    deploy.deploy_teacher(config, folder, coordinator, None)
-    deploy.wait_for_teacher(config.teacher.startup_timeout_s)
+    run = Run(
+        config=config,
+        folder=RunFolder(folder),
+        id="benchmark",
+        teacher=ModelSource.of(config.teacher.model, folder),
+        teacher_identity="synthetic",
+        store_path=str(Path(folder) / "store"),
+        num_rows=num_rows,
+        coordinator=coordinator,
+    )
+    teacher = TeacherApp(run.app, config, run.teacher, coordinator)
+    teacher.deploy()
+    teacher.wait()
     up_s = time.monotonic() - began
-    requester = Requester("benchmark", "training", "synthetic", "synthetic")
-    store = str(Path(folder) / "store")
-    where = (prompts, num_rows, coordinator, deploy.APP_NAME, store, requester)
-    spec = StreamSpec.from_config(config, *where, signal_of(config.signal, {}))
+    spec = StreamSpec.of(run, signal_of(config.signal, {}))
     consumer = ray.remote(num_cpus=0)(Consumer).remote()
     taking, looks = consumer.take.remote(spec, coordinator), 0
     while not ray.wait([taking], timeout=POLL_S)[0]:  # As the driver's main thread does.
         ray.get(coordinator.snapshot.remote())
         looks += 1
         if looks % LOOKS_A_STATUS == 0:
-            deploy.num_replicas()
+            teacher.num_replicas()
     arrivals = ray.get(taking)
     connect.disconnect()
     window = whole_flights(len(arrivals) - EMPTYING * flight, FILLING * flight, flight)
@@ -159,8 +170,8 @@ class Consumer:
         return arrivals
 
 
-def write_prompts(folder: str, num_rows: int) -> str:
-    """A prompt table of two ids a row; its path."""
+def write_prompts(folder: str, num_rows: int) -> None:
+    """Write a prompt table of two ids a row."""
     import pyarrow as pa
 
     from raystill.base.run_folder import RunFolder

@@ -106,7 +106,8 @@ def deploy_and_wait(run_file: str, folder: str) -> float:
     from raystill.base.run_folder import RunFolder
     from raystill.cluster.check.static import check_run_file
     from raystill.cluster.job import connect
-    from raystill.serve import deploy
+    from raystill.model.on_node import ModelSource
+    from raystill.serve.deploy import TeacherApp
 
     checked = check_run_file(run_file, [f"output.path={folder}", f"store.path={folder}-store"])
     if checked.problems or checked.config is None or checked.prepared is None:
@@ -114,10 +115,12 @@ def deploy_and_wait(run_file: str, folder: str) -> float:
     config, logs = checked.config, RunFolder(folder).ensure().logs
     connect.connect(config.cluster, logs)
     began = time.monotonic()
-    deploy.deploy_teacher(config, checked.prepared.teacher_folder, None, logs)
-    deploy.wait_for_teacher(config.teacher.startup_timeout_s)
+    model = ModelSource.of(config.teacher.model, checked.prepared.teacher_folder)
+    teacher = TeacherApp("teacher", config, model, logs=logs)
+    teacher.deploy()
+    teacher.wait()
     seconds = time.monotonic() - began
-    deploy.shutdown_teacher()
+    teacher.shutdown()
     connect.disconnect()
     return seconds
 

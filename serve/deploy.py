@@ -1,7 +1,7 @@
-"""Placing the teacher: its Serve application, the wait for it, and its end.
+"""The teacher's Serve application: its placement, the wait for it, and its end.
 
-Where it sits: the driver deploys and waits; the stream finds the application by name. HTTP stays
-off, and no row ever passes through the driver.
+The driver deploys it and waits; the stream finds it by name. HTTP stays off, and no row ever
+passes through the driver.
 """
 
 import math
@@ -20,64 +20,143 @@ from raystill.config.teacher import ReplicasConfig
 from raystill.datasets.stream.teacher_calls import applications
 from raystill.model.on_node import ModelSource
 from raystill.placement.requests import add_up, describe, teacher_bundles
+from raystill.run import Run
 from raystill.serve.engine.vllm import PROBE_TIMEOUT_S
 from raystill.serve.replica import ReplicaSettings, Teacher
 
-APP_NAME = "teacher"
 DEPLOYMENT = "Teacher"
 POLL_S = 0.5
-MAX_STARTS = 2  # of one replica, before the deployment counts as failed
+MAX_STARTS = 2
+"""Starts of one replica before Serve counts the deployment as failed."""
 SHUTDOWN_TIMEOUT_S = 10.0
-# Requests beside groups that a busy replica must still take: info, identity.
 OTHER_REQUESTS = 2
-
-_logs: Path | None = None
-_asked = ""
-_app = APP_NAME
+"""Requests beside groups that a busy replica must still take: ``info`` and ``identity``."""
 
 
-def app_name(run: str) -> str:
-    """The Serve application of a run, by its id: runs share a cluster, never a teacher.
-
-    A run that is started again finds what a lost driver left of it, and replaces it.
-    """
-    return f"{APP_NAME}-{run}"
-
-
-def use_app(name: str) -> None:
-    """From now on this process deploys, watches and ends the application of this name."""
-    global _app
-    _app = name
-
-
-def deploy_teacher(
-    config: RunConfig, model_folder: str, coordinator: Any, logs: Path | None
-) -> None:
-    """Start the deployment and return at once; ``wait_for_teacher`` waits for its first replica.
+class TeacherApp:
+    """One teacher as a Serve application, as the driver deploys, watches and ends it.
 
     Args:
+        name: Name of the application on the cluster.
         config: The run's configuration.
-        model_folder: The teacher's folder here; a node that lacks it fetches the same from the Hub.
+        model: The teacher's files; a node that lacks them fetches the same from the Hub.
         coordinator: Handle of the coordinator actor that gets the counters, or None.
         logs: Folder of ``teacher-<n>.log``, or None to leave output with Ray's own logs.
     """
-    global _logs, _asked
-    _logs = logs
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0 or config.teacher.accelerator_type
-    settings = ReplicaSettings(
-        config=config,
-        model=ModelSource.of(config.teacher.model, model_folder),
-        coordinator=coordinator,
-        logs=None if logs is None else str(logs),
-        gpus=_gpus(config, bool(has_gpus)),
-        replicas_per_node=_replicas_per_node(config),
-    )
-    _asked = asked_for(config, bool(has_gpus))
-    serve.start(proxy_location="Disabled")
-    options = deployment_options(config, bool(has_gpus))
-    deployment = serve.deployment(Teacher, name=DEPLOYMENT, **options)
-    target = serve.RunTarget(deployment.bind(settings), name=_app, route_prefix=None)
-    serve.run_many([target], wait_for_applications_running=False)
+
+    def __init__(
+        self,
+        name: str,
+        config: RunConfig,
+        model: ModelSource,
+        coordinator: Any = None,
+        logs: Path | None = None,
+    ) -> None:
+        self.name = name
+        self._config = config
+        self._model = model
+        self._coordinator = coordinator
+        self._logs = logs
+
+    @classmethod
+    def of(cls, run: Run) -> "TeacherApp":
+        """The teacher of a run."""
+        return cls(run.app, run.config, run.teacher, run.coordinator, run.folder.logs)
+
+    def deploy(self) -> None:
+        """Start the deployment and return at once; ``wait`` waits for its first replica."""
+        config, has_gpus = self._config, self._has_gpus()
+        settings = ReplicaSettings(
+            config=config,
+            model=self._model,
+            coordinator=self._coordinator,
+            logs=None if self._logs is None else str(self._logs),
+            gpus=_gpus(config, has_gpus),
+            replicas_per_node=_replicas_per_node(config),
+        )
+        serve.start(proxy_location="Disabled")
+        options = deployment_options(config, has_gpus)
+        deployment = serve.deployment(Teacher, name=DEPLOYMENT, **options)
+        target = serve.RunTarget(deployment.bind(settings), name=self.name, route_prefix=None)
+        serve.run_many([target], wait_for_applications_running=False)
+
+    def wait(
+        self, timeout_s: float | None = None, on_wait: Callable[[float], None] | None = None
+    ) -> dict[str, Any]:
+        """Wait until a replica answers, and return its ``info()``.
+
+        Args:
+            timeout_s: The longest wait, seconds; default: ``teacher.startup_timeout_s``.
+            on_wait: Called about twice a second with the seconds waited so far.
+
+        Raises:
+            RunError: The replica cannot start or be placed in time; names its log file.
+        """
+        timeout_s = self._config.teacher.startup_timeout_s if timeout_s is None else timeout_s
+        started = time.monotonic()
+        while (waited := time.monotonic() - started) < timeout_s:
+            status = self._status()
+            state = "NOT_STARTED" if status is None else str(status.status.value)
+            if state == "RUNNING":
+                remaining = max(1.0, timeout_s - waited)
+                return self.handle().info.remote().result(timeout_s=remaining)
+            if state in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise RunError(f"the teacher did not start: {_cause(status)}{self._log_hint()}")
+            if on_wait is not None:
+                on_wait(waited)
+            time.sleep(POLL_S)
+        raise RunError(
+            f"the teacher was not up within teacher.startup_timeout_s ({timeout_s:.0f} s); the "
+            f"cluster has {describe(ray.cluster_resources())}, of which free "
+            f"{describe(ray.available_resources())}, and the teacher asks for "
+            f"{first_replicas(self._config, self._has_gpus())}; free or add resources, or raise "
+            f"the time limit{self._log_hint()}"
+        )
+
+    def handle(self) -> Any:
+        """Serve's handle of the deployed teacher."""
+        return serve.get_app_handle(self.name)
+
+    def num_replicas(self) -> int:
+        """Number of replicas that answer now; 0 where the teacher was not deployed."""
+        return _running(self._status())
+
+    def waits_for_resources(self) -> bool:
+        """Whether Serve says that a replica has been without a place for half a minute.
+
+        That is one of those the run starts with, or, when all have gone with their nodes, the
+        next one.
+        """
+        status = self._status()
+        if status is None or (status.status.value != "DEPLOYING" and _running(status) > 0):
+            return False
+        return any("to be scheduled" in one.message for one in status.deployments.values())
+
+    def end(self) -> None:
+        """End the teacher's replicas; Serve stays, for another life of the teacher."""
+        if self.name in applications():
+            serve.delete(self.name)
+
+    def shutdown(self) -> None:
+        """End the teacher's replicas, and Serve itself where nobody else uses it."""
+        self.end()
+        if not applications():
+            serve.shutdown()
+
+    def _status(self) -> Any:
+        """Serve's status of the application; None where there is none."""
+        return applications().get(self.name)
+
+    def _has_gpus(self) -> bool:
+        asks_for_gpus = self._config.teacher.accelerator_type is not None
+        return asks_for_gpus or ray.cluster_resources().get("GPU", 0) > 0
+
+    def _log_hint(self) -> str:
+        """Where the whole story is."""
+        if self._logs is None:
+            return ""
+        written = sorted(self._logs.glob("teacher-*.log"))
+        return f"; the whole output is in {written[0] if written else self._logs / 'ray'}"
 
 
 def deployment_options(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
@@ -118,40 +197,8 @@ def scaling_target(groups: int, most: int) -> float:
     return groups * (1 + 1 / (2 * most))
 
 
-def wait_for_teacher(
-    timeout_s: float, on_wait: Callable[[float], None] | None = None
-) -> dict[str, Any]:
-    """Wait until a replica answers, and return its ``info()``.
-
-    Args:
-        timeout_s: The longest wait, seconds.
-        on_wait: Called about twice a second with the seconds waited so far.
-
-    Raises:
-        RunError: the replica cannot start or be placed in time; names its log file.
-    """
-    started = time.monotonic()
-    while (waited := time.monotonic() - started) < timeout_s:
-        told = applications().get(_app)
-        state = "NOT_STARTED" if told is None else str(told.status.value)
-        if state == "RUNNING":
-            remaining = max(1.0, timeout_s - waited)
-            return teacher_handle().info.remote().result(timeout_s=remaining)
-        if state in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise RunError(f"the teacher did not start: {_cause(told)}{_log_hint()}")
-        if on_wait is not None:
-            on_wait(waited)
-        time.sleep(POLL_S)
-    raise RunError(
-        f"the teacher was not up within teacher.startup_timeout_s ({timeout_s:.0f} s); the cluster "
-        f"has {describe(ray.cluster_resources())}, of which free "
-        f"{describe(ray.available_resources())}, and the teacher asks for {_asked}; free or add "
-        f"resources, or raise the time limit{_log_hint()}"
-    )
-
-
-def asked_for(config: RunConfig, has_gpus: bool) -> str:
-    """The first replicas and their resources, in words: ``2 replicas of CPU: 4, GPU: 4 each``."""
+def first_replicas(config: RunConfig, has_gpus: bool) -> str:
+    """Replicas the run starts with, and what each needs: ``2 replicas of CPU: 4, GPU: 4 each``."""
     replicas = config.teacher.num_replicas
     first = max(1, replicas.min) if isinstance(replicas, ReplicasConfig) else replicas
     return (
@@ -159,43 +206,10 @@ def asked_for(config: RunConfig, has_gpus: bool) -> str:
     )
 
 
-def waits_for_resources() -> bool:
-    """Whether a replica has been without a place for half a minute, as Serve tells it: one of those
-    the run starts with, or, when all have gone with their nodes, the next one.
-    """
-    told = applications().get(_app)
-    if told is None or (told.status.value != "DEPLOYING" and _running(told) > 0):
-        return False
-    return any("to be scheduled" in deployment.message for deployment in told.deployments.values())
-
-
-def num_replicas() -> int:
-    """Replicas that answer now; 0 where the teacher was not deployed."""
-    return _running(applications().get(_app))
-
-
-def _running(told: Any) -> int:
-    """Replicas that answer, as Serve tells of the application (None: there is none)."""
-    deployment = None if told is None else told.deployments.get(DEPLOYMENT)
+def _running(status: Any) -> int:
+    """Replicas that answer, by Serve's status of the application (None: there is none)."""
+    deployment = None if status is None else status.deployments.get(DEPLOYMENT)
     return 0 if deployment is None else int(deployment.replica_states.get("RUNNING", 0))
-
-
-def teacher_handle() -> Any:
-    """Serve's handle of the deployed teacher."""
-    return serve.get_app_handle(_app)
-
-
-def end_teacher() -> None:
-    """End the teacher's replicas; Serve stays for another life."""
-    if _app in applications():
-        serve.delete(_app)
-
-
-def shutdown_teacher() -> None:
-    """End the teacher's replicas, and Serve itself where nobody else uses it."""
-    end_teacher()
-    if not applications():
-        serve.shutdown()
 
 
 def _gpus(config: RunConfig, has_gpus: bool) -> int:
@@ -235,9 +249,9 @@ def _replicas_per_node(config: RunConfig) -> int:
     return math.ceil(config.teacher.max_replicas / max(1, len(nodes)))
 
 
-def _cause(told: Any) -> str:
+def _cause(status: Any) -> str:
     """The last telling line of what Serve says about a failed application."""
-    text = "\n".join([*(d.message for d in told.deployments.values()), told.message])
+    text = "\n".join([*(d.message for d in status.deployments.values()), status.message])
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if _looks_like_error(line)]
     return (errors or lines or ["no reason was given"])[-1]
@@ -246,11 +260,3 @@ def _cause(told: Any) -> str:
 def _looks_like_error(line: str) -> bool:
     name = line.split(":", 1)[0]
     return ":" in line and name.rsplit(".", 1)[-1].endswith(("Error", "Exception", "Exit"))
-
-
-def _log_hint() -> str:
-    """Where the whole story is."""
-    if _logs is None:
-        return ""
-    written = sorted(_logs.glob("teacher-*.log"))
-    return f"; the whole output is in {written[0] if written else _logs / 'ray'}"

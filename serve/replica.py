@@ -2,9 +2,7 @@
 
 Where it sits: ``deploy.py`` places it; the stream's answer stage and the held-out task call
 ``sample`` or ``score`` with a group's rows and get an Arrow table back. *Unblocks*: the student, by
-way of the stream. *Reports*: what it did, to the coordinator, after each group.
-
-How long a replica was at work, for its share of the run's time.
+way of the stream. *Reports*: rows, tokens and busy seconds, to the coordinator, after each group.
 """
 
 import asyncio

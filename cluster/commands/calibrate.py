@@ -1,27 +1,20 @@
 """``driver.py calibrate``: which signal this run needs, measured before it is paid for.
 
-Where it sits: the driver checks the run file, then calls `calibrate`, which has the run's own
-teacher answer some of its prompts (or reads the store), ends it, and compares what each signal
+Where it sits: the driver checks the run file, then calls `calibrate_command`, which has the run's
+own teacher answer some of its prompts (or reads the store), ends it, and compares what each signal
 would teach in one process that is placed as a student worker. *Waits for* the teacher, then for
 that process. The driver sees figures, never a row.
-
-``driver.py calibrate``: its options, and the order of what it does.
-
-Imports nothing heavy before the run file has passed the check.
 """
 
-import argparse
-import asyncio
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 from ray.exceptions import RayTaskError
 
@@ -30,19 +23,17 @@ from raystill.base.formatting import plural
 from raystill.base.run_folder import CALIBRATION, STUDENT, RunFolder, resolve_input
 from raystill.cluster.check.models import check_teacher, check_tokenizers
 from raystill.cluster.check.prepared import Prepared
-from raystill.cluster.check.static import check_run_file
+from raystill.cluster.check.static import Checked
 from raystill.config.run import RunConfig, absolute_paths
-from raystill.datasets.rows.schema import row_schema
 from raystill.datasets.rows.signal import Signal, hidden_size
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.view import StoreView
-from raystill.datasets.stream.answers import StoredAnswers
-from raystill.datasets.stream.spec import Requester
-from raystill.datasets.stream.teacher_calls import TeacherCalls
+from raystill.datasets.stream.answers import answer_prompts
 from raystill.model.files import find_model
 from raystill.model.on_node import ModelSource
 from raystill.placement.requests import student_resources
-from raystill.serve import deploy
+from raystill.run import Run
+from raystill.serve.deploy import TeacherApp
 from raystill.train.calibration.calibrator import POSITIONS_PER_ROW, Calibrator, require_answers
 from raystill.train.calibration.compare import objectives_to_compare
 
@@ -60,7 +51,11 @@ FLATTERS = (
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What is asked for. ``student``: folder of a trained one; None leaves it out."""
+    """What is asked for.
+
+    ``student``: Folder of a trained one; on the command line None stands for the run's own, in a
+    comparison for none.
+    """
 
     positions: int
     cosine: float
@@ -102,11 +97,11 @@ def calibrate(
     config: RunConfig,
     prepared: Prepared,
     options: CalibrationOptions,
-    logs: Path,
+    output: RunFolder,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """All figures, as `calibrate_report` takes them; connected to the cluster. Raises RunError."""
-    rows = ask_teacher(config, prepared, options.positions, logs, say)
+    rows = ask_teacher(config, prepared, options.positions, output, say)
     calibrator = (
         ray.remote(Calibrator)
         .options(**options_of_worker(config))
@@ -121,15 +116,15 @@ def calibrate(
     students = {INITIAL: None} | ({TRAINED: options.student} if options.student else {})
     found: dict[str, Any] = {"costs": {}, "students": {}}
     for name, folder in students.items():
-        parameters = told(calibrator.load.remote(folder))
+        parameters = result_of(calibrator.load.remote(folder))
         if name == INITIAL:
-            found |= told(calibrator.describe.remote())
+            found |= result_of(calibrator.describe.remote())
         compared = {}
         for objective, terms in objectives.items():
             say(f"comparing signals for {objective}, {name} student")
-            compared[objective] = told(calibrator.compare.remote(terms))
+            compared[objective] = result_of(calibrator.compare.remote(terms))
             if name == INITIAL:
-                found["costs"][objective] = told(calibrator.costs.remote(terms))
+                found["costs"][objective] = result_of(calibrator.costs.remote(terms))
         found["students"][name] = {
             "folder": folder,
             "parameters": parameters,
@@ -159,7 +154,11 @@ def options_of_worker(config: RunConfig) -> dict[str, Any]:
 
 
 def ask_teacher(
-    config: RunConfig, prepared: Prepared, positions: int, logs: Path, say: Callable[[str], None]
+    config: RunConfig,
+    prepared: Prepared,
+    positions: int,
+    output: RunFolder,
+    say: Callable[[str], None],
 ) -> Any:
     """A reference to answers of some training prompts with their hidden states (row_schema).
 
@@ -172,25 +171,28 @@ def ask_teacher(
     chosen = np.sort(random.permutation(len(train))[:count])
     prompts = train.take(pa.array(chosen)).combine_chunks()
     signal = Signal("hidden", hidden_size(prepared.teacher.config))
-    requester = Requester(
-        run=f"calibration-{uuid4().hex}",
-        purpose="calibration",
+    run = Run(
+        config=config,
+        folder=output,
+        id=f"calibration-{uuid4().hex}",
+        teacher=ModelSource.of(config.teacher.model, prepared.teacher_folder),
         teacher_identity=prepared.teacher_identity,
-        teacher=config.teacher.model,
+        store_path=prepared.store_path,
+        num_rows=len(prompts),
     )
-    deploy.use_app(deploy.app_name(requester.run))
-    missing = num_missing(prepared.store_path, prompts, signal)
+    teacher = TeacherApp.of(run)
+    missing = num_missing(run.store_path, prompts, signal)
     say(f"{plural(count, 'answer')} with hidden states, {missing} of them from the teacher")
     try:
         if missing:
-            deploy.deploy_teacher(config, prepared.teacher_folder, None, logs)
-            deploy.wait_for_teacher(config.teacher.startup_timeout_s)
-        rows, done = answer_rows.remote(config, prompts, prepared.store_path, signal, requester)
-        told(done)
+            teacher.deploy()
+            teacher.wait()
+        rows, done = answer_rows.remote(run, prompts, signal)
+        result_of(done)
         return rows
     finally:
         if missing:
-            deploy.shutdown_teacher()
+            teacher.shutdown()
 
 
 def num_missing(store_path: str, prompts: pa.Table, signal: Signal) -> int:
@@ -202,50 +204,17 @@ def num_missing(store_path: str, prompts: pa.Table, signal: Signal) -> int:
 
 
 @ray.remote(num_cpus=0, num_returns=2)
-def answer_rows(
-    config: RunConfig, prompts: pa.Table, store_path: str, signal: Signal, requester: Requester
-) -> tuple[pa.Table, int]:
+def answer_rows(run: Run, prompts: pa.Table, signal: Signal) -> tuple[pa.Table, int]:
     """Answers (row_schema) of prompts (PROMPT_SCHEMA), from the store or the deployed teacher.
 
     And how many there are, which a caller can wait for without fetching them.
     """
-    teacher, stream = config.teacher, config.stream
-    app = deploy.app_name(requester.run)
-    calls = TeacherCalls(app, signal, stream.max_attempts, None)
-    answers = StoredAnswers(TeacherStore(store_path), prompts["key"], signal, requester, calls)
-
-    async def ask(start: int, slots: asyncio.Semaphore) -> pa.Table:
-        group = prompts.slice(start, stream.group_rows).combine_chunks()
-        ids, given = (group[name].combine_chunks() for name in ("prompt_ids", "response_ids"))
-        async with slots:
-            said, _ = await answers.get(np.arange(start, start + len(group)), ids, given)
-        return _join(group, said, signal)
-
-    async def ask_all() -> list[pa.Table]:
-        slots = asyncio.Semaphore(teacher.max_replicas * teacher.target_ongoing_requests)
-        starts = range(0, len(prompts), stream.group_rows)
-        return list(await asyncio.gather(*(ask(start, slots) for start in starts)))
-
-    rows = pa.concat_tables(asyncio.run(ask_all())).combine_chunks()
+    rows = answer_prompts(run, prompts, signal, "calibration")
     require_answers(rows, len(prompts))
     return rows, len(rows)
 
 
-def _join(prompts: pa.Table, said: pa.Table, signal: Signal) -> pa.Table:
-    """The usable rows of a group."""
-    schema = row_schema(signal)
-    columns = {
-        "row": prompts["row"],
-        "position": prompts["row"],
-        "epoch": pa.array([0] * len(prompts), pa.int32()),
-        "source": prompts["source"],
-        "prompt_ids": prompts["prompt_ids"],
-    }
-    values = [columns[n] if n in columns else said[n] for n in schema.names]
-    return pa.table(values, schema=schema).filter(pc.is_null(said["error"]))
-
-
-def told(reference: Any) -> Any:
+def result_of(reference: Any) -> Any:
     """A task's result; its own complaint as a RunError without the remote traceback."""
     try:
         return ray.get(reference)
@@ -259,9 +228,13 @@ def told(reference: Any) -> Any:
 EXIT_INTERRUPTED = 130
 
 
-def calibrate_command(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
-    """Check, compare, write, print; the exit status. Raises ConfigError and RunError."""
-    checked = check_run_file(arguments.run_file, arguments.set)
+def calibrate_command(
+    checked: Checked, options: CalibrationOptions, output: str | None, say: Callable[[str], None]
+) -> int:
+    """Compare, write, print; the exit status. Raises ConfigError and RunError.
+
+    ``checked``: a run file without problems. ``output``: a folder; None: in the run's own.
+    """
     config, folder, prepared = checked.config, checked.folder, checked.prepared
     if checked.problems or config is None or folder is None or prepared is None:
         raise ConfigError(checked.problems)
@@ -269,23 +242,20 @@ def calibrate_command(arguments: argparse.Namespace, say: Callable[[str], None])
     from raystill.cluster.commands import calibrate_report
     from raystill.cluster.job import run
 
-    student = trained_student(folder, arguments.student)
-    if problems := unfit(config, prepared, student):
+    options = replace(options, student=trained_student(folder, options.student))
+    if problems := unfit(config, prepared, options.student):
         raise ConfigError(problems)
-    output = RunFolder(arguments.output or folder.join(CALIBRATION)).ensure()
-    options = CalibrationOptions(
-        arguments.positions, arguments.cosine, arguments.all_objectives, student
-    )
+    written = RunFolder(output or folder.join(CALIBRATION)).ensure()
     prepared.fetch_models()
-    with run.connected(config, output):
+    with run.connected(config, written):
         if problems := run.check_on_cluster(config):
             raise ConfigError(problems)
         try:
-            found = calibrate(config, prepared, options, output.logs, say)
+            found = calibrate(config, prepared, options, written, say)
         except KeyboardInterrupt:
             say("stopped; what the teacher has answered is kept in the store")
             return EXIT_INTERRUPTED
-    calibrate_report.write_calibration(output, found)
+    calibrate_report.write_calibration(written, found)
     calibrate_report.print_calibration(found)
-    say(f"\nwritten to {output.path}")
+    say(f"\nwritten to {written.path}")
     return 0

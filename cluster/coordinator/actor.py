@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raystill.cluster.coordinator.credits import Credits, Drops
+from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.datasets.stream.ledger import Ledger
 
 PHASES_KEPT = 16  # More than can begin between two looks of the driver.
@@ -238,25 +239,22 @@ class Coordinator:
         if self._outcome is None:
             self._error = self._error or message
 
-    async def snapshot(self) -> dict[str, Any]:
-        """All a view or a summary needs, as plain values.
-
-        ``phases``: (number, name) of the newest ones, the last is the present one.
-        """
-        return {
-            "phases": list(self._phases),
-            "lives": self._lives,
-            "from_step": self._published["step"] if self._published else 0,
-            "counters": dict(self._counters),
-            "ahead": self._credits.ahead,
-            "max_ahead": self._credits.max_ahead,
-            "progress": dict(self._progress),
-            "evaluation": dict(self._evaluation),
-            "dropped": dict(self._drops.by_reason()),
-            "outcome": self._outcome,
-            "error": self._error,
-            "stop": self._stop,
-        }
+    async def snapshot(self) -> Snapshot:
+        """All that a view or a summary needs."""
+        return Snapshot(
+            phases=tuple(self._phases),
+            lives=self._lives,
+            from_step=self._published["step"] if self._published else 0,
+            counters=dict(self._counters),
+            rows_ahead=self._credits.ahead,
+            max_rows_ahead=self._credits.max_rows_ahead,
+            max_rows_ahead_seen=self._credits.max_ahead_seen,
+            progress=dict(self._progress),
+            evaluation=dict(self._evaluation),
+            dropped=dict(self._drops.by_reason()),
+            outcome=self._outcome,
+            error=self._error,
+        )
 
     @property
     def _over(self) -> bool:

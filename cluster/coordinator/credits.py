@@ -1,4 +1,4 @@
-"""Rows ahead and groups in flight of one pass of the stream; the coordinator's bookkeeping.
+"""The coordinator's bookkeeping of one pass of the stream: rows ahead, groups in flight, drops.
 
 A row is *ahead* from the moment its group gets credits until a worker takes its block off the
 iterator or it is dropped; a group is *in flight* from its credits to its answers. Plain state
@@ -8,8 +8,6 @@ A teacher that is faster than the student runs into the bound. Were each row's c
 it returns, it would go on with a few rows at a time, at the price of a full batch for each of them.
 So a bound once reached is left alone until ``refill_rows`` have room, which are then asked at once;
 between such bursts the replicas, and the processors they share, are free.
-
-Rows of an epoch that will not come, and how many may not; the coordinator's bookkeeping.
 """
 
 from collections import Counter
@@ -27,10 +25,10 @@ class Credits:
     """
 
     def __init__(self, max_rows_ahead: int, refill_rows: int = 0) -> None:
-        self._max_rows_ahead = max_rows_ahead
+        self.max_rows_ahead = max_rows_ahead
         self._refill_rows = refill_rows
         self.max_in_flight: int | None = None
-        self.max_ahead = 0
+        self.max_ahead_seen = 0
         self.begin(0)
 
     def begin(self, rows_left: int) -> None:
@@ -43,10 +41,10 @@ class Credits:
 
     def require_fit(self, rows: int) -> None:
         """RunError for a group that could never get its credits."""
-        if rows > self._max_rows_ahead:
+        if rows > self.max_rows_ahead:
             raise RunError(
                 f"a group of {rows} rows can never fit into max_rows_ahead "
-                f"({self._max_rows_ahead}); raise stream.max_rows_ahead or lower stream.group_rows"
+                f"({self.max_rows_ahead}); raise stream.max_rows_ahead or lower stream.group_rows"
             )
 
     def may_have(self, group: int, rows: int) -> bool:
@@ -56,7 +54,7 @@ class Credits:
     def _has_room(self, rows: int) -> bool:
         in_flight, most = len(self._granted) - len(self._answered), self.max_in_flight
         refill = self._refill_rows if most is None else min(self._refill_rows, most * rows // 2)
-        room = self._max_rows_ahead - self.ahead
+        room = self.max_rows_ahead - self.ahead
         self._full = room < (max(rows, refill) if self._full else rows)
         return not self._full and (most is None or in_flight < most)
 
@@ -65,7 +63,7 @@ class Credits:
         if group not in self._granted:
             self._granted.add(group)
             self.ahead += rows
-            self.max_ahead = max(self.max_ahead, self.ahead)
+            self.max_ahead_seen = max(self.max_ahead_seen, self.ahead)
 
     def answer(self, group: int, rows: int) -> None:
         """The group has its answers, however often that is said."""

@@ -1,4 +1,4 @@
-"""How many teacher replicas the student can eat from: what a pool with bounds scales by.
+"""Number of teacher replicas that keep the student busy: the target for autoscaling.
 
 Serve adds replicas for groups in flight, and a stream with an empty buffer always has as many in
 flight as it may, whether or not the student keeps up. So the coordinator lets only so many be in
@@ -19,10 +19,10 @@ NOTICEABLE = 0.10
 
 
 class ReplicaDemand:
-    """Replicas worth having, from the share of its time the student spent waiting for rows.
+    """Replicas worth having, from the share of its time that the student spent waiting for rows.
 
-    A student that waits for the share w of its time behind n replicas would eat what n / (1 - w)
-    of them answer. Looked at over windows of at least one flight (the rows that those replicas
+    A student that waits for the share w of its time behind n replicas would be kept busy by
+    n / (1 - w) of them. Looked at over windows of at least one flight (the rows that those replicas
     answer at once, which come at once) and of ``upscale_delay_s``; the time up to the first step,
     when the student waits in any case, is left out.
     """
@@ -77,8 +77,8 @@ class ReplicaDemand:
         return self._wanted != before
 
     @property
-    def told(self) -> str:
-        """The newest finding, in a line."""
+    def sentence(self) -> str:
+        """What was found last, for the live view."""
         return (
             f"the student waits {formatting.share(self.wait_share)} of its time: up to "
             f"{formatting.plural(self._wanted, 'teacher replica')} from now on"

@@ -15,7 +15,7 @@ from raystill.base import formatting
 from raystill.base.errors import RunError
 from raystill.config.run import RunConfig
 from raystill.placement.requests import describe, student_resources
-from raystill.serve import deploy
+from raystill.serve.deploy import TeacherApp, first_replicas
 
 LOOK_EVERY_S = 5.0
 TELL_AFTER_S = 30.0
@@ -32,7 +32,7 @@ class Wait:
     setting: str
     limit_s: float
     since: float | None = None
-    told: bool = False
+    shown: bool = False
 
     def look(self, absent: bool, now: float, there: Callable[[], str]) -> str | None:
         """The line to show, if it is time for one. ``there``: what the cluster has, in words.
@@ -40,7 +40,7 @@ class Wait:
         Raises RunError when the wait has reached its limit.
         """
         if not absent:
-            self.since, self.told = None, False
+            self.since, self.shown = None, False
             return None
         if self.since is None:
             self.since = now
@@ -51,9 +51,9 @@ class Wait:
                 f"{self.setting} ({self.limit_s:.0f} s); {there()}; free or add resources, ask for "
                 "less, or raise the limit; the same command goes on from the last checkpoint"
             )
-        if waited < TELL_AFTER_S or self.told:
+        if waited < TELL_AFTER_S or self.shown:
             return None
-        self.told = True
+        self.shown = True
         return (
             f"waiting for {self.what}, {formatting.duration(waited)} so far, at most "
             f"{formatting.duration(self.limit_s)} ({self.setting}); {there()}"
@@ -63,7 +63,7 @@ class Wait:
 class Waits:
     """What a run's driver looks after: the workers' places, and those of the first replicas."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, app: TeacherApp) -> None:
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
         self._bundle = student_resources(config, has_gpus)
         training, teacher = config.training, config.teacher
@@ -74,10 +74,11 @@ class Waits:
             training.startup_timeout_s,
         )
         self._replicas = Wait(
-            f"the teacher, {deploy.asked_for(config, has_gpus)}",
+            f"the teacher, {first_replicas(config, has_gpus)}",
             "teacher.startup_timeout_s",
             teacher.startup_timeout_s,
         )
+        self._app = app
         self._next_look = 0.0
 
     def look(self, teacher_is_starting: bool) -> list[str]:
@@ -88,14 +89,14 @@ class Waits:
         self._next_look = now + LOOK_EVERY_S
         lines = [self._workers.look(not has_worker_group(self._bundle), now, what_there_is)]
         if teacher_is_starting:
-            absent = deploy.waits_for_resources()
+            absent = self._app.waits_for_resources()
             lines.append(self._replicas.look(absent, now, what_there_is))
         return [line for line in lines if line is not None]
 
     @property
     def without_workers(self) -> bool:
         """Whether the workers have waited so long that it was told."""
-        return self._workers.told
+        return self._workers.shown
 
 
 def what_there_is() -> str:

@@ -5,6 +5,7 @@ by: its end, an error in any part, a signal, or a wait for resources that has la
 """
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +15,19 @@ from raystill.base.errors import RunError
 from raystill.base.logs import run_name
 from raystill.base.records import MetricsLog
 from raystill.base.run_folder import TIMELINE, RunFolder
+from raystill.cluster.check.prepared import Prepared
+from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.cluster.job.autoscale import ReplicaDemand
 from raystill.cluster.job.driver_process import StopSignals
 from raystill.cluster.job.waiting import Waits
 from raystill.cluster.report.exporters import Telemetry, TensorBoard
 from raystill.cluster.report.live import LiveView
+from raystill.cluster.report.summary import RunResult
 from raystill.cluster.report.timeline import Timeline
-from raystill.config.run import RunConfig
-from raystill.serve import deploy
+from raystill.datasets.store.store import TeacherStore, rows_requested_by
+from raystill.datasets.stream.plan import num_steps
+from raystill.run import Run
+from raystill.serve.deploy import TeacherApp
 
 POLL_S = 1.0
 TELL_EVERY = 10  # looks: as often as Ray exports by default; Serve's status is dear to ask for
@@ -53,74 +59,122 @@ def threads_left(timeout_s: float = 0.0) -> list[Background]:
 class Records:
     """What is kept of a run while it goes on: its timeline, Ray metrics, TensorBoard events."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
-        self._timeline = Timeline(MetricsLog(folder, TIMELINE), deploy.num_replicas)
-        self._telemetry = Telemetry(run_name(folder.path))
-        wanted = config.output.tensorboard
-        self._board = TensorBoard(folder.logs / "tensorboard") if wanted else None
+    def __init__(self, run: Run, teacher: TeacherApp) -> None:
+        self._num_replicas = teacher.num_replicas
+        self._timeline = Timeline(MetricsLog(run.folder, TIMELINE), teacher.num_replicas)
+        self._telemetry = Telemetry(run_name(run.folder.path))
+        wanted = run.config.output.tensorboard
+        self._board = TensorBoard(run.folder.logs / "tensorboard") if wanted else None
         self._looks = 0
 
-    def look(self, snapshot: dict[str, Any]) -> None:
+    def look(self, snapshot: Snapshot) -> None:
         """Take a snapshot."""
         self._timeline.look(snapshot)
         if self._looks % TELL_EVERY == 0:
-            self._telemetry.update(snapshot, deploy.num_replicas())
+            self._telemetry.update(snapshot, self._num_replicas())
         self._looks += 1
         if self._board is not None:
             self._board.update(snapshot)
 
-    def close(self, snapshot: dict[str, Any]) -> None:
+    def close(self, snapshot: Snapshot) -> None:
         """Take the last one."""
         self._timeline.close(snapshot)
-        self._telemetry.update(snapshot, deploy.num_replicas())
+        self._telemetry.update(snapshot, self._num_replicas())
         if self._board is not None:
             self._board.update(snapshot)
             self._board.close()
 
 
-def watch(
-    config: RunConfig,
-    teacher: Background,
-    student: Background,
-    coordinator: Any,
-    demand: ReplicaDemand,
-    signals: StopSignals,
-    view: LiveView,
-    folder: RunFolder,
-) -> dict[str, Any]:
-    """Show the run until the student has ended; raise what went wrong in either thread."""
-    asked_to_stop, waits = False, Waits(config)
-    records = Records(config, folder)
-    while student.is_alive():
-        snapshot = ray.get(coordinator.snapshot.remote())
-        view.update(snapshot)
-        if demand.look(snapshot["counters"]):
-            coordinator.let_in_flight.remote(demand.groups_in_flight)
-            view.note(demand.told)
-        records.look(snapshot)
-        if teacher.error is not None:
-            raise failure("the teacher", teacher.error, folder) from teacher.error
-        if snapshot["error"]:
-            raise RunError(snapshot["error"])
-        for line in waits.look(teacher.is_alive()):
-            view.note(line)
-        if signals.received and waits.without_workers:
-            view.note("stopping: no worker has a place, so no newer checkpoint can be written")
-            return snapshot
-        if signals.received and not asked_to_stop:
-            asked_to_stop = True
-            if not snapshot["progress"]:
-                view.note(f"stopping: {nothing_to_keep(snapshot['from_step'])}")
+def watch(run: Run, prepared: Prepared, teacher: Background, student: Background) -> RunResult:
+    """Start both threads and show the run until the student has ended, then end the teacher.
+
+    Raises what went wrong in either thread, as a RunError.
+    """
+    started = time.time()
+    app, training = TeacherApp.of(run), run.config.training
+    steps = num_steps(run.num_rows, training.rows_per_step) * training.epochs
+    with (
+        StopSignals() as signals,
+        LiveView(run.num_rows * training.epochs, steps, run.folder.path) as view,
+    ):
+        watcher = Watcher(run, app, signals, view)
+        teacher.start()
+        student.start()
+        try:
+            snapshot = watcher.watch(teacher, student)
+        finally:
+            run.coordinator.close.remote()
+            app.shutdown()
+    return RunResult(
+        snapshot=snapshot,
+        prepared=prepared,
+        rows_requested=rows_requested_by(TeacherStore(run.store_path).catalogue(), run.id),
+        stopped_by=signals.received if snapshot.outcome != "completed" else 0,
+        wall_s=time.time() - started,
+        phases=view.phases,
+    )
+
+
+class Watcher:
+    """Looks at all parts of a run once a second: what the main thread does while it goes on."""
+
+    def __init__(self, run: Run, app: TeacherApp, signals: StopSignals, view: LiveView) -> None:
+        self._run = run
+        self._signals = signals
+        self._view = view
+        teacher, group_rows = run.config.teacher, run.config.stream.group_rows
+        self._demand = ReplicaDemand(teacher, group_rows, app.num_replicas)
+        self._waits = Waits(run.config, app)
+        self._records = Records(run, app)
+        self._asked_to_stop = False
+        run.coordinator.let_in_flight.remote(self._demand.groups_in_flight)
+
+    def watch(self, teacher: Background, student: Background) -> Snapshot:
+        """Look until the student has ended, or nothing is worth waiting for; the last snapshot."""
+        folder = self._run.folder
+        while student.is_alive():
+            snapshot = self._look()
+            if teacher.error is not None:
+                raise failure("the teacher", teacher.error, folder) from teacher.error
+            if snapshot.error:
+                raise RunError(snapshot.error)
+            for line in self._waits.look(teacher.is_alive()):
+                self._view.note(line)
+            if self._signals.received and not self._keeps_going(snapshot):
                 return snapshot
-            coordinator.request_stop.remote(signals.received)
-            view.note("stopping: finishing the step, then a checkpoint (once more to abort)")
-        student.join(POLL_S)
-    if student.error is not None:
-        raise failure("the student", student.error, folder) from student.error
-    snapshot = ray.get(coordinator.snapshot.remote())
-    view.update(snapshot)
-    records.close(snapshot)
-    return snapshot
+            student.join(POLL_S)
+        if student.error is not None:
+            raise failure("the student", student.error, folder) from student.error
+        snapshot = ray.get(self._run.coordinator.snapshot.remote())
+        self._view.update(snapshot)
+        self._records.close(snapshot)
+        return snapshot
+
+    def _look(self) -> Snapshot:
+        """Take the newest snapshot: show it, follow the student's demand, keep the records."""
+        snapshot: Snapshot = ray.get(self._run.coordinator.snapshot.remote())
+        self._view.update(snapshot)
+        if self._demand.look(snapshot.counters):
+            self._run.coordinator.let_in_flight.remote(self._demand.groups_in_flight)
+            self._view.note(self._demand.sentence)
+        self._records.look(snapshot)
+        return snapshot
+
+    def _keeps_going(self, snapshot: Snapshot) -> bool:
+        """After a signal: whether a checkpoint is worth waiting for. Asks for it, once."""
+        if self._waits.without_workers:
+            self._view.note(
+                "stopping: no worker has a place, so no newer checkpoint can be written"
+            )
+            return False
+        if not self._asked_to_stop:
+            self._asked_to_stop = True
+            if not snapshot.progress:
+                self._view.note(f"stopping: {nothing_to_keep(snapshot.from_step)}")
+                return False
+            self._run.coordinator.request_stop.remote(self._signals.received)
+            self._view.note("stopping: finishing the step, then a checkpoint (once more to abort)")
+        return True
 
 
 def nothing_to_keep(from_step: int) -> str:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from raystill.cluster.coordinator.snapshot import Snapshot
+
 PREFIX = "raystill_"
 
 
@@ -117,28 +119,28 @@ class Telemetry:
         self._metrics: dict[str, Any] = {}
         self._totals: dict[str, float] = {}
 
-    def update(self, snapshot: Mapping[str, Any], replicas: int) -> None:
+    def update(self, snapshot: Snapshot, replicas: int) -> None:
         """Record what a snapshot of the coordinator says. A figure without a value keeps its own.
 
         ``replicas``: teacher replicas that answer now.
         """
-        progress = snapshot.get("progress") or {}
+        progress = snapshot.progress
         for key, figure in STEP.items():
             self._set(figure, progress.get(key))
         for key, value in progress.items():
             if key.startswith("objective/"):
                 self._set(OBJECTIVE, value, key.removeprefix("objective/"))
-        evaluation = snapshot.get("evaluation") or {}
+        evaluation = snapshot.evaluation
         for key, figure in EVALUATION.items():
             self._set(figure, evaluation.get(key))
-        counters = snapshot.get("counters") or {}
+        counters = snapshot.counters
         for key, figure in TOTALS.items():
             self._count(figure, counters.get(key, 0.0))
-        self._set(ROWS_AHEAD, snapshot.get("ahead"))
-        self._set(LIVES, snapshot.get("lives"))
+        self._set(ROWS_AHEAD, snapshot.rows_ahead)
+        self._set(LIVES, snapshot.lives)
         self._set(REPLICAS, replicas)
         self._set(HIT_RATE, store_hit_rate(counters))
-        for reason, rows in (snapshot.get("dropped") or {}).items():
+        for reason, rows in snapshot.dropped.items():
             self._set(DROPPED, rows, reason)
 
     def _set(self, figure: Figure, value: Any, tag: str = "") -> None:
@@ -184,16 +186,16 @@ class TensorBoard:
         self._step = self._evaluated = -1
         self._writer: Any = None
 
-    def update(self, snapshot: Mapping[str, Any]) -> None:
+    def update(self, snapshot: Snapshot) -> None:
         """Write what is new. Steps that are trained again after a restart replace the lost ones."""
-        progress = snapshot.get("progress") or {}
+        progress = snapshot.progress
         step = int(progress.get("step") or 0)
         if progress and step != self._step:
             if self._writer is None or step < self._step:
                 self._open(step)
             self._step = step
             self._write("train", progress, step)
-        evaluation = snapshot.get("evaluation") or {}
+        evaluation = snapshot.evaluation
         at = int(evaluation.get("step") or 0)
         if evaluation and at != self._evaluated:
             if self._writer is None:

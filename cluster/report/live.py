@@ -1,7 +1,6 @@
 """The live view: what the run does now, on a terminal as one panel, elsewhere as plain lines.
 
-Consumes the coordinator's snapshots (``phases counters ahead max_ahead progress evaluation
-dropped``) that the driver's main thread polls; it asks nobody itself.
+Consumes the coordinator's snapshots, which the driver's main thread polls; it asks nobody itself.
 """
 
 import time
@@ -17,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from raystill.base import formatting
+from raystill.cluster.coordinator.snapshot import Snapshot
 
-Snapshot = dict[str, Any]
 PLAIN_EVERY_S = 10.0
 WINDOW_S = 60.0
 LEAST_S = 10.0
@@ -87,7 +86,7 @@ class LiveView:
         self.run_path = formatting.path(run_path)
         self.console = console or Console()
         self.pace = Pace()
-        self.snapshot: Snapshot = {}
+        self.snapshot = Snapshot()
         self.first_evaluation: dict[str, Any] = {}
         self._clock = clock
         self._started = clock()
@@ -115,11 +114,10 @@ class LiveView:
         """Take the newest snapshot, and show it."""
         now = self._clock()
         self.snapshot = snapshot
-        evaluation = snapshot.get("evaluation") or {}
-        if evaluation and not self.first_evaluation:
-            self.first_evaluation = dict(evaluation)
-        self.pace.add(now, {**(snapshot.get("counters") or {}), "steps": float(self.step)})
-        begun = [p for p in snapshot.get("phases") or () if p[0] > self._phases_seen]
+        if snapshot.evaluation and not self.first_evaluation:
+            self.first_evaluation = dict(snapshot.evaluation)
+        self.pace.add(now, {**snapshot.counters, "steps": float(self.step)})
+        begun = [p for p in snapshot.phases if p[0] > self._phases_seen]
         for number, phase in begun:  # Short ones begin and end between two snapshots.
             self._phases_seen = number
             self._enter_phase(phase)
@@ -144,7 +142,7 @@ class LiveView:
     @property
     def step(self) -> int:
         """Finished optimizer steps, those before a resumption included."""
-        return int((self.snapshot.get("progress") or {}).get("step") or 0)
+        return int(self.snapshot.progress.get("step") or 0)
 
     @property
     def elapsed_s(self) -> float:
@@ -161,7 +159,7 @@ class LiveView:
 
     def line(self) -> str:
         """The state in one plain line."""
-        progress = self.snapshot.get("progress") or {}
+        progress = self.snapshot.progress
         if self.step == self._phase_first_step:  # No steps in this phase, or none yet.
             spent = formatting.duration(self._clock() - self._phase_began)
             answered = int(self._counter("teacher_rows"))
@@ -183,7 +181,7 @@ class LiveView:
 
     def panel(self) -> RenderableType:
         """The state as the terminal's panel."""
-        progress = self.snapshot.get("progress") or {}
+        progress = self.snapshot.progress
         top = Table.grid(expand=True)
         top.add_column()
         top.add_column(justify="right")
@@ -199,9 +197,9 @@ class LiveView:
         facts.add_row("loss", formatting.figure(progress.get("loss")))
         facts.add_row("held-out KL", self._held_out("kl_nats_per_token", " nats/token"))
         facts.add_row("held-out top-1", self._held_out("top1_agreement"))
-        dropped = self.snapshot.get("dropped") or {}
-        if dropped:
-            facts.add_row("rows dropped", Text(formatting.reasons(dropped), style="yellow"))
+        if self.snapshot.dropped:
+            dropped = formatting.reasons(self.snapshot.dropped)
+            facts.add_row("rows dropped", Text(dropped, style="yellow"))
         parts.append(facts)
         return Panel(
             Group(*parts),
@@ -250,7 +248,7 @@ class LiveView:
         return table
 
     def _counter(self, name: str) -> float:
-        return (self.snapshot.get("counters") or {}).get(name, 0.0)
+        return self.snapshot.counters.get(name, 0.0)
 
     def _rates(self, rows: str, tokens: str) -> str:
         return (
@@ -259,13 +257,12 @@ class LiveView:
         )
 
     def _in_flight(self, of: str = "/") -> str:
-        ahead, bound = self.snapshot.get("ahead"), self.snapshot.get("max_rows_ahead")
-        text = formatting.count(ahead or 0)
-        return text if bound is None else f"{text}{of}{formatting.count(bound)}"
+        ahead, bound = self.snapshot.rows_ahead, self.snapshot.max_rows_ahead
+        return f"{formatting.count(ahead)}{of}{formatting.count(bound)}"
 
     def _waiting(self) -> str:
         """The share of the newest step that the student spent waiting for rows."""
-        progress = self.snapshot.get("progress") or {}
+        progress = self.snapshot.progress
         waited, worked = progress.get("data_wait_s"), progress.get("student_s")
         if waited is None or worked is None or waited + worked <= 0:
             return formatting.NOTHING
@@ -273,7 +270,7 @@ class LiveView:
 
     def _held_out(self, name: str, unit: str = "") -> str:
         """First and newest value of a held-out figure."""
-        latest = self.snapshot.get("evaluation") or {}
+        latest = self.snapshot.evaluation
         before, now = self.first_evaluation.get(name), latest.get(name)
         if before is None and now is None:
             return formatting.NOTHING

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from raystill.base import formatting
+from raystill.cluster.coordinator.snapshot import Snapshot
 
 TRAINING = "training"
 WINDOW_S = 10.0
@@ -47,22 +48,21 @@ class Timeline:
         self._phase = ""
         self._before: dict[str, float] = {}
 
-    def look(self, snapshot: Mapping[str, Any]) -> dict[str, Any] | None:
+    def look(self, snapshot: Snapshot) -> dict[str, Any] | None:
         """Take a snapshot; the window that it ends, if it does. A phase ends one as well."""
-        phases = snapshot.get("phases") or ()
-        phase = phases[-1][1] if phases else ""
+        phase = snapshot.phases[-1][1] if snapshot.phases else ""
         now = self._clock()
         if phase == self._phase and now - self._began < WINDOW_S:
             return None
         return self._cut(snapshot, now, phase)
 
-    def close(self, snapshot: Mapping[str, Any]) -> None:
+    def close(self, snapshot: Snapshot) -> None:
         """Write the last window."""
         self._cut(snapshot, self._clock(), "")
         self._lines.upload()
 
-    def _cut(self, snapshot: Mapping[str, Any], now: float, phase: str) -> dict[str, Any] | None:
-        counters = snapshot.get("counters") or {}
+    def _cut(self, snapshot: Snapshot, now: float, phase: str) -> dict[str, Any] | None:
+        counters = snapshot.counters
         seconds = now - self._began
         window = None
         if self._phase and seconds > 0:
@@ -71,8 +71,8 @@ class Timeline:
                 "phase": self._phase,
                 "seconds": seconds,
                 "replicas": self._replicas(),
-                "workers": int((snapshot.get("progress") or {}).get("workers") or 0),
-                "rows_ahead": int(snapshot.get("ahead") or 0),
+                "workers": int(snapshot.progress.get("workers") or 0),
+                "rows_ahead": snapshot.rows_ahead,
             } | {n: counters.get(n, 0.0) - self._before.get(n, 0.0) for n in COUNTERS}
             self._lines.append(window)
         self._before = {name: counters.get(name, 0.0) for name in COUNTERS}

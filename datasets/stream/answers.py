@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from raystill.base.errors import RunError
 from raystill.datasets.rows.answers import derive_answers, stored_columns
-from raystill.datasets.rows.schema import ENGINE, TOKEN_IDS, answer_schema
+from raystill.datasets.rows.schema import ENGINE, TOKEN_IDS, answer_schema, row_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.segment import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.view import Part, StoreView, in_order
 from raystill.datasets.stream.spec import Requester
 from raystill.datasets.stream.teacher_calls import TeacherCalls
+from raystill.run import Run
 
 
 class StoredAnswers:
@@ -141,3 +142,46 @@ class StoredAnswers:
             vocab_size=told["vocab_size"],
             signal=self._wish,
         )
+
+
+def answer_prompts(
+    run: Run, prompts: pa.Table, wanted: Signal, purpose: str, epoch: int = 0
+) -> pa.Table:
+    """Rows (row_schema of ``wanted``) of all ``prompts`` (PROMPT_SCHEMA) that can be answered.
+
+    They come from the store, or from the run's teacher, which must be deployed for the others.
+    A row's position is its row number. Blocks; for tasks of their own, not for the stream.
+    """
+    config = run.config
+    calls = TeacherCalls(run.app, wanted, config.stream.max_attempts, run.coordinator)
+    requester, store = Requester.of(run, purpose), TeacherStore(run.store_path)
+    answers = StoredAnswers(store, prompts["key"], wanted, requester, calls)
+
+    async def ask(start: int, slots: asyncio.Semaphore) -> pa.Table:
+        group = prompts.slice(start, config.stream.group_rows).combine_chunks()
+        ids, given = (group[name].combine_chunks() for name in ("prompt_ids", "response_ids"))
+        async with slots:
+            answered, _ = await answers.get(np.arange(start, start + len(group)), ids, given)
+        return _rows_of(group, answered, wanted, epoch)
+
+    async def ask_all() -> list[pa.Table]:
+        slots = asyncio.Semaphore(config.teacher.max_groups_in_flight)
+        starts = range(0, len(prompts), config.stream.group_rows)
+        return list(await asyncio.gather(*(ask(start, slots) for start in starts)))
+
+    groups = asyncio.run(ask_all())
+    return pa.concat_tables([row_schema(wanted).empty_table(), *groups]).combine_chunks()
+
+
+def _rows_of(prompts: pa.Table, answers: pa.Table, wanted: Signal, epoch: int) -> pa.Table:
+    """The answered rows of a group."""
+    columns = {
+        "row": prompts["row"],
+        "position": prompts["row"],
+        "epoch": pa.array([epoch] * len(prompts), pa.int32()),
+        "source": prompts["source"],
+        "prompt_ids": prompts["prompt_ids"],
+    }
+    schema = row_schema(wanted)
+    values = [columns[n] if n in columns else answers[n] for n in schema.names]
+    return pa.table(values, schema=schema).filter(pc.is_null(answers["error"]))

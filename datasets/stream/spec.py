@@ -1,51 +1,53 @@
-"""A group's answers: from the store what it has, from the teacher the rest, which is then stored.
-
-The promise: no published answer is ever asked for again. So an answer is published before it is
-passed on, and before anything is asked the name that its segment would get is looked for, since an
-earlier try of this very group may have published it. An answer that is stored with a poorer signal
-than is wished is *scored*: the teacher reads it and says the signal of just these tokens. So is a
-response that came with its prompt.
-
-Blocking work runs in threads; one object serves many groups at a time.
-
-The stream from plan to workers: source, answer stage, shares.
-
-``build_stream`` is called in a dataset factory by Ray Train's controller (each start of the worker
-group builds it anew); ``UnevenShares`` deals its blocks to the workers. A delivered block is one
-group in the columns of ``datasets.schema.row_schema``, shorter where rows were dropped.
-
-What makes the row bound exact: a block is a group; the source is not fused into the answer stage,
-whose event loop its wait for credits would freeze; blocks are dealt one by one without equalising;
-workers take ``batch_size=None`` with ``prefetch_batches`` of at most 1. Ray's own limits by bytes
-are off: with blocks kept in order they could hold back the one block everybody waits for, and
-``max_rows_ahead`` already bounds what is in memory.
-"""
+"""What the stream is told: `StreamSpec`, and `Requester`, for whom the teacher is asked."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from raystill.config.run import RunConfig
+from raystill.base.run_folder import TRAIN_PROMPTS
 from raystill.config.stream import StreamConfig
 from raystill.datasets.rows.signal import Signal
+from raystill.run import Run
 
 
 @dataclass(frozen=True)
 class Requester:
-    """Who pays for what is asked: written into segments. ``purpose``: training or evaluation."""
+    """For whom the teacher is asked; written into the segments of the store.
+
+    Attributes:
+        run: Id of the run.
+        purpose: ``training``, ``evaluation`` or ``calibration``.
+        teacher_identity: The teacher's identity, by the content of its files.
+        teacher: The teacher's name, to be read by people.
+    """
 
     run: str
     purpose: str
     teacher_identity: str
     teacher: str
 
+    @classmethod
+    def of(cls, run: Run, purpose: str) -> "Requester":
+        """A run that asks for a purpose."""
+        return cls(run.id, purpose, run.teacher_identity, run.config.teacher.model)
+
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """All the stream needs to know; pickled into the controller, the source and the answer stage.
+    """All that the stream needs to know; pickled into the controller, the source and the answer
+    stage.
 
-    ``prompt_table``: path or URI of prompts/train.parquet with ``num_rows`` rows.
-    ``groups_in_flight``: max_replicas x target_ongoing_requests of the teacher. ``store_path``:
-    the teacher store; what is asked is ``paying``'s.
+    Attributes:
+        prompt_table: Path or URI of the prompt table, which has ``num_rows`` rows.
+        order_seed: Seed of the epochs' permutations.
+        signal: What is wanted for each response token.
+        stream: The run file's ``stream`` section.
+        max_rows_ahead: The bound of rows ahead.
+        rows_per_step: Rows of one optimizer step.
+        coordinator: Handle of the run's coordinator.
+        app_name: The teacher's Serve application.
+        groups_in_flight: Groups that the largest pool of replicas works on at once.
+        store_path: Path or URI of the teacher store.
+        requester: For whom the teacher is asked.
     """
 
     prompt_table: str
@@ -62,30 +64,20 @@ class StreamSpec:
     requester: Requester
 
     @classmethod
-    def from_config(
-        cls,
-        config: RunConfig,
-        prompt_table: str,
-        num_rows: int,
-        coordinator: Any,
-        app_name: str,
-        store_path: str,
-        requester: Requester,
-        signal: Signal,
-    ) -> "StreamSpec":
-        """The stream of a run."""
-        teacher = config.teacher
+    def of(cls, run: Run, signal: Signal) -> "StreamSpec":
+        """The stream of a run's training rows."""
+        config = run.config
         return cls(
-            prompt_table=prompt_table,
-            num_rows=num_rows,
+            prompt_table=run.folder.join(TRAIN_PROMPTS),
+            num_rows=run.num_rows,
             order_seed=config.section_seeds()["order"],
             signal=signal,
             stream=config.stream,
             max_rows_ahead=config.rows_ahead,
             rows_per_step=config.training.rows_per_step,
-            coordinator=coordinator,
-            app_name=app_name,
-            groups_in_flight=teacher.max_replicas * teacher.target_ongoing_requests,
-            store_path=store_path,
-            requester=requester,
+            coordinator=run.coordinator,
+            app_name=run.app,
+            groups_in_flight=config.teacher.max_groups_in_flight,
+            store_path=run.store_path,
+            requester=Requester.of(run, "training"),
         )

@@ -1,9 +1,6 @@
-"""The run file's whole tree, and the rules that hold between its sections.
+"""Configuration of a whole run: all sections, the rules between them, and what follows from them.
 
-Placing the student: a Ray Train run over the stream, resumable, outside the main thread.
-
-``fit`` blocks until the workers have ended. Ray Train keeps its registered checkpoints under
-``<run>/checkpoints`` and hands the newest to the workers of the next start.
+`load` reads a run file into a `RunConfig`; every stage takes its settings from it.
 """
 
 import os
@@ -22,74 +19,107 @@ from raystill.config.training import TrainingConfig
 
 
 class ClusterConfig(ConfigModel):
-    """The Ray cluster the run uses."""
+    """The Ray cluster that the run uses."""
 
     address: str | None = operational(
-        None, description="Ray address; default: RAY_ADDRESS if set, else a local cluster."
+        None,
+        description="Address of a Ray cluster. Default: RAY_ADDRESS if set, else a local cluster "
+        "is started.",
     )
     num_cpus: PositiveInt | None = operational(
-        None, description="CPUs of a local cluster; default: this machine's."
+        None,
+        description="Number of CPUs of a local cluster. Default: the cores that this process may "
+        "use, at least 2.",
     )
     object_store_memory_gib: float | None = operational(
-        None, gt=0, description="Object store of a local cluster, GiB; default: Ray's own."
+        None,
+        gt=0,
+        description="Object store memory of a local cluster, in GiB. Default: Ray's choice.",
     )
     shared_filesystem: bool = operational(
-        False, description="Local paths mean the same folder on every node (NFS and the like)."
+        False,
+        description="Whether a local path means the same folder on every node, as with NFS. Needed "
+        "on several machines for local paths of models and outputs.",
     )
     dashboard: bool = operational(
-        False, description="Start Ray's dashboard on loopback with a local cluster."
+        False,
+        description="Whether to start Ray's dashboard with a local cluster, on this machine's "
+        "loopback interface.",
     )
 
 
 class OutputConfig(ConfigModel):
-    """Where the run writes."""
+    """The run folder, where the run writes."""
 
     path: str | None = operational(
-        None, description="Run folder or URI; default: runs/<name of the run file>."
+        None,
+        description="Path or URI of the run folder. Default: runs/<name of the run file>.",
     )
     tensorboard: bool = operational(
-        False, description="Also write figures for TensorBoard, to logs/tensorboard."
+        False,
+        description="Whether to write the figures for TensorBoard too, into logs/tensorboard of "
+        "the run folder.",
     )
 
 
 class RunConfig(ConfigModel):
-    """One distillation run."""
+    """One distillation run: the content of a run file."""
 
-    seed: int = identity(0, ge=0, description="Root seed; every other seed follows from it.")
-    teacher: TeacherConfig = identity(description="The model learned from.")
-    student: StudentConfig = identity(description="The model trained.")
-    prompts: PromptsConfig = identity(description="What the teacher is asked.")
-    signal: SignalConfig = identity(SignalConfig(), description="What the teacher says of a token.")
-    objective: ObjectiveConfig = identity(
-        ObjectiveConfig(forward_kl=1.0), description="What the student minimises."
+    seed: int = identity(
+        0, ge=0, description="Seed of the run; all other random seeds are derived from it."
     )
-    stream: StreamConfig = operational(StreamConfig(), description="How rows flow.")
-    training: TrainingConfig = operational(TrainingConfig(), description="The optimisation.")
-    evaluation: EvaluationConfig = operational(EvaluationConfig(), description="Held-out rows.")
-    store: StoreConfig = operational(StoreConfig(), description="The teacher store.")
-    cluster: ClusterConfig = operational(ClusterConfig(), description="The Ray cluster.")
-    output: OutputConfig = operational(OutputConfig(), description="The run folder.")
+    teacher: TeacherConfig = identity(
+        description="The teacher: its model, its engine and its replicas."
+    )
+    student: StudentConfig = identity(description="The student: the model that is trained.")
+    prompts: PromptsConfig = identity(description="The prompts that the teacher answers.")
+    signal: SignalConfig = identity(
+        SignalConfig(), description="What the teacher gives for each response token."
+    )
+    objective: ObjectiveConfig = identity(
+        ObjectiveConfig(forward_kl=1.0),
+        description="The loss that the student minimises, a weighted sum of terms.",
+    )
+    stream: StreamConfig = operational(
+        StreamConfig(), description="The stream of rows from the teacher to the student."
+    )
+    training: TrainingConfig = operational(
+        TrainingConfig(), description="Training: steps, optimizer, workers, precision, checkpoints."
+    )
+    evaluation: EvaluationConfig = operational(
+        EvaluationConfig(), description="Evaluation of the student on held-out rows."
+    )
+    store: StoreConfig = operational(
+        StoreConfig(), description="The teacher store, which keeps the teacher's answers."
+    )
+    cluster: ClusterConfig = operational(
+        ClusterConfig(), description="The Ray cluster that the run uses."
+    )
+    output: OutputConfig = operational(
+        OutputConfig(), description="The run folder, where the run writes."
+    )
 
     @model_validator(mode="after")
     def _signal_fits_objective(self) -> "RunConfig":
-        if reasons := list(self._unfit()):
+        if reasons := list(self._missing_from_signal()):
             raise ValueError("; ".join(reasons))
         return self
 
-    def _unfit(self) -> Iterator[str]:
-        """What the objective wants and the signal cannot say, each with its remedy."""
+    def _missing_from_signal(self) -> Iterator[str]:
+        """What the objective needs and the signal does not have, each with its remedy."""
         kind, objective = self.signal.kind, self.objective
-        unfit = [f"objective.{name}" for name in objective.divergences]
-        if unfit and kind == "text":
+        divergences = [f"objective.{name}" for name in objective.divergences]
+        if divergences and kind == "text":
             yield (
-                f"{', '.join(unfit)} needs the teacher's probabilities, but signal.kind is 'text', "
-                "which has none; set signal.kind: topk, or train with objective.cross_entropy alone"
+                f"{', '.join(divergences)} needs the teacher's probabilities, but signal.kind is "
+                "'text', which has none; set signal.kind: topk, or train with "
+                "objective.cross_entropy alone"
             )
         if objective.temperature != 1.0 and kind != "hidden":
             yield (
                 f"objective.temperature is {objective.temperature:g}, but signal.kind is {kind!r}, "
-                "which does not say how the teacher's tail would change with it; set signal.kind: "
-                "hidden, or objective.temperature: 1"
+                "from which the teacher's tail at another temperature cannot be computed; set "
+                "signal.kind: hidden, or objective.temperature: 1"
             )
         by = objective.token_weights.by
         if by != "none" and kind == "text":
@@ -101,10 +131,11 @@ class RunConfig(ConfigModel):
 
     @property
     def rows_ahead(self) -> int:
-        """``stream.max_rows_ahead``, or its default: the advised bound and a second full flight.
+        """``stream.max_rows_ahead``, or its default: the advised bound plus `rows_in_flight`.
 
-        Answers asked at once come back at once. While the student eats such a burst its rows still
-        count as ahead, and the next one must be under way at full width all the same.
+        Groups that are requested together are answered at about the same time. While the student
+        trains on such a burst, its rows still count as ahead, and every replica must be working on
+        the next burst already.
         """
         if self.stream.max_rows_ahead is not None:
             return self.stream.max_rows_ahead
@@ -112,33 +143,37 @@ class RunConfig(ConfigModel):
 
     @property
     def refill_rows(self) -> int:
-        """Rows that are asked at once when the bound was reached (`cluster.credits`).
+        """Rows requested together after the bound was reached (`cluster.coordinator.credits`).
 
-        Half a flight, by default: while they are answered the student eats the flight and a half
-        that is left. Less where that would go below the advised bound, or a step's minimum.
+        By default half of `rows_in_flight`: while they are answered, the student trains on the one
+        and a half times as many that are left. Fewer if else less than the advised bound, or than
+        a step needs, would be left.
         """
         kept = max(self.min_rows_ahead, self.advised_rows_ahead)
         return max(0, min(self.rows_in_flight // 2, self.rows_ahead - kept))
 
     @property
     def rows_in_flight(self) -> int:
-        """Rows that the largest pool of replicas answers at once."""
-        t = self.teacher
-        return t.max_replicas * t.target_ongoing_requests * self.stream.group_rows
+        """Rows that the teacher works on at a time, with its largest number of replicas."""
+        return self.teacher.max_groups_in_flight * self.stream.group_rows
 
     @property
     def min_rows_ahead(self) -> int:
-        """The bound under which a step could never be filled (design 6)."""
+        """Least bound on rows ahead with which a step can always be filled.
+
+        A step's rows, and for each worker two groups: one that it has taken in part, and the next
+        one, which Ray Data fetches in advance.
+        """
         workers = self.training.max_workers
         return self.training.rows_per_step + 2 * workers * self.stream.group_rows
 
     @property
     def advised_rows_ahead(self) -> int:
-        """The bound at which every replica has its groups and two steps wait beside them."""
+        """Bound on rows ahead with which all replicas are busy while the rows of two steps wait."""
         return self.rows_in_flight + 2 * self.training.rows_per_step
 
     def section_seeds(self) -> dict[str, Any]:
-        """Seeds of the parts, derived from the root; written into the manifest."""
+        """Seeds of the run's parts, derived from ``seed``. The manifest records them."""
         names = ("order", "engine", "student", "held_out", "evaluation", "weights")
         return {
             name: (self.seed * 1_000_003 + i * 7_919 + 17) % 2**31 for i, name in enumerate(names)
@@ -146,7 +181,7 @@ class RunConfig(ConfigModel):
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:
-    """``config`` with a local ``student.model`` made absolute: workers run in another folder."""
+    """Make a local ``student.model`` an absolute path, since workers run in another folder."""
     model = config.student.model
     if model is None or not os.path.isdir(model):
         return config

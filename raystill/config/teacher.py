@@ -8,46 +8,87 @@ from raystill.config.base import ConfigModel, LabelSelector, PositiveInt, identi
 
 
 class SamplingConfig(ConfigModel):
-    """How the teacher draws its answers. Unset values come from its own generation config.
+    """How the teacher samples its answers. Unset values come from its own generation config.
 
-    Sampling chooses the contexts only: the signal is always of the untempered teacher.
+    Sampling decides which tokens an answer has. The signal of these tokens is always the teacher's
+    distribution at temperature 1, before any of these filters.
     """
 
     temperature: float | None = identity(
-        None, ge=0, description="Softmax temperature; 0 is greedy."
+        None,
+        ge=0,
+        description="Softmax temperature of sampling; 0 is greedy decoding. Default: the model's "
+        "generation_config.json, else 1.",
     )
-    top_p: float | None = identity(None, gt=0, le=1, description="Nucleus probability mass.")
-    top_k: int | None = identity(None, ge=0, description="Draw among this many best ids; 0 is all.")
+    top_p: float | None = identity(
+        None,
+        gt=0,
+        le=1,
+        description="Nucleus sampling: sample from the most probable ids whose probabilities reach "
+        "this sum. Default: the model's generation_config.json, else 1 (all ids).",
+    )
+    top_k: int | None = identity(
+        None,
+        ge=0,
+        description="Sample from this many most probable ids; 0 is all. Default: the model's "
+        "generation_config.json, else 0.",
+    )
     min_p: float | None = identity(
-        None, ge=0, le=1, description="Least probability relative to the best id's."
+        None,
+        ge=0,
+        le=1,
+        description="Leave out ids less probable than this share of the most probable id's "
+        "probability. Default: the model's generation_config.json, else 0.",
     )
-    max_tokens: PositiveInt = identity(512, description="Longest answer, in tokens.")
+    max_tokens: PositiveInt = identity(
+        512, description="Longest answer, in tokens; a longer one is cut off."
+    )
     stop_token_ids: tuple[int, ...] | None = identity(
-        None, description="Ids that end an answer; default: the model's own eos ids."
+        None,
+        description="Token ids that end an answer. Default: the end-of-sequence ids of the model "
+        "and its tokenizer.",
     )
 
 
 class SyntheticConfig(ConfigModel):
-    """The engine without a model: deterministic answers, for fault tests and stream benchmarks."""
+    """The synthetic engine: deterministic answers without a model, for tests and benchmarks."""
 
-    vocab_size: PositiveInt = identity(1024, description="Number of ids answers are drawn from.")
+    vocab_size: PositiveInt = identity(
+        1024, description="Vocabulary size: the number of token ids that answers are made of."
+    )
     response_tokens: PositiveInt = identity(16, description="Length of every answer, in tokens.")
-    delay_s: float = operational(0.0, ge=0, description="Time one group takes, in seconds.")
+    delay_s: float = operational(
+        0.0, ge=0, description="Time that the engine takes for one group of rows, in seconds."
+    )
     poison_token: int | None = identity(
-        None, ge=0, description="A prompt that holds this id ends its replica's process."
+        None,
+        ge=0,
+        description="Token id that ends the replica's process when a prompt contains it. Default: "
+        "none.",
     )
 
 
 class ReplicasConfig(ConfigModel):
-    """Bounds between which Ray Serve scales the teacher by what the student can eat."""
+    """Bounds between which Ray Serve scales the teacher, to the replicas that keep a student busy.
 
-    min: int = operational(1, ge=0, description="Fewest replicas; 0 lets an idle teacher go.")
+    The target is `cluster.job.autoscale.ReplicaDemand`.
+    """
+
+    min: int = operational(
+        1,
+        ge=0,
+        description="Fewest replicas. 0: the teacher is shut down while no answers are needed.",
+    )
     max: PositiveInt = operational(1, description="Most replicas.")
     upscale_delay_s: float = operational(
-        10.0, ge=0, description="Seconds the student waits for rows before replicas are added."
+        10.0,
+        ge=0,
+        description="Seconds for which the student must wait for rows before replicas are added.",
     )
     downscale_delay_s: float = operational(
-        120.0, ge=0, description="Seconds rows wait for the student before replicas are drained."
+        120.0,
+        ge=0,
+        description="Seconds for which rows must wait for the student before replicas are removed.",
     )
 
     @model_validator(mode="after")
@@ -58,74 +99,111 @@ class ReplicasConfig(ConfigModel):
 
 
 class TeacherConfig(ConfigModel):
-    """The model learned from, and the engine that runs it."""
+    """The teacher: its model, the engine that runs it, and its replicas."""
 
     model: str = identity(description="Local folder or Hugging Face id of the teacher.")
-    revision: str | None = identity(None, description="Hub revision (branch, tag or commit).")
+    revision: str | None = identity(
+        None, description="Branch, tag or commit of the model on the Hub. Default: its main branch."
+    )
     engine: Literal["vllm", "synthetic"] = identity(
-        "vllm", description="vllm runs the model; synthetic is a deterministic stand-in for tests."
+        "vllm",
+        description="vllm runs the model. synthetic gives deterministic answers without a model, "
+        "for tests.",
     )
-    trust_remote_code: bool = identity(False, description="Run code that comes with the model.")
+    trust_remote_code: bool = identity(
+        False, description="Whether to run Python code that comes with the model."
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = identity(
-        "auto", description="Precision of the engine's weights and activations."
+        "auto",
+        description="Precision of the engine's weights and activations. auto: as vLLM chooses from "
+        "the model's config.json.",
     )
-    quantization: str | None = identity(None, description="vLLM quantisation method, e.g. fp8.")
+    quantization: str | None = identity(
+        None,
+        description="vLLM's quantization method, e.g. fp8. Default: what the model's config.json "
+        "says.",
+    )
     max_model_len: PositiveInt | None = operational(
-        None, description="Longest prompt plus answer, in tokens; default: the model's own limit."
+        None,
+        description="Longest prompt and answer together, in tokens. Default: the model's own "
+        "context length.",
     )
-    tensor_parallel_size: PositiveInt = operational(1, description="GPUs that share each layer.")
-    pipeline_parallel_size: PositiveInt = operational(1, description="GPUs the layers spread over.")
+    tensor_parallel_size: PositiveInt = operational(
+        1, description="Tensor parallelism: GPUs over which each layer is split."
+    )
+    pipeline_parallel_size: PositiveInt = operational(
+        1, description="Pipeline parallelism: stages over which the layers are distributed."
+    )
     gpu_memory_utilization: float = operational(
-        0.9, gt=0, le=1, description="Share of the GPU's memory the engine may take."
+        0.9, gt=0, le=1, description="Share of a GPU's memory that the engine may use."
     )
     kv_cache_gib: float | None = operational(
-        None, gt=0, description="Size of the key-value cache, GiB; default on a CPU: 2."
+        None,
+        gt=0,
+        description="Size of the key-value cache, in GiB. Default: 2 on a CPU; on a GPU, what "
+        "gpu_memory_utilization leaves beside the weights.",
     )
-    max_num_seqs: PositiveInt = operational(64, description="Rows one engine decodes at a time.")
+    max_num_seqs: PositiveInt = operational(
+        64, description="Most rows that one engine decodes at a time."
+    )
     max_num_batched_tokens: PositiveInt | None = operational(
-        None, description="Tokens one engine step may take; default: vLLM's own."
+        None, description="Most tokens that one engine step processes. Default: vLLM's choice."
     )
     enforce_eager: bool | None = operational(
-        None, description="Skip graph capture: starts faster, runs slower; default: on a CPU only."
+        None,
+        description="Whether to skip CUDA graphs and compilation: the engine starts faster and "
+        "runs slower. Default: true on a CPU, false on a GPU.",
     )
-    seed: int | None = operational(None, ge=0, description="Engine seed; default: from the root.")
+    seed: int | None = operational(
+        None, ge=0, description="Random seed of the engine. Default: derived from the run's seed."
+    )
     engine_args: dict[str, Any] = operational(
-        {}, description="Further vLLM engine arguments by their own names; checked against vLLM's."
+        {},
+        description="Further arguments of vLLM's engine, by vLLM's own names. Unknown names are "
+        "refused.",
     )
-    sampling: SamplingConfig = identity(SamplingConfig(), description="How answers are drawn.")
+    sampling: SamplingConfig = identity(
+        SamplingConfig(), description="How the teacher samples its answers."
+    )
     synthetic: SyntheticConfig = identity(
         SyntheticConfig(), description="Settings of the synthetic engine."
     )
     num_replicas: PositiveInt | ReplicasConfig = operational(
-        1, description="A fixed number of replicas, or {min, max} to scale between by themselves."
+        1,
+        description="Number of replicas of the teacher; {min, max} for autoscaling between these "
+        "bounds.",
     )
     target_ongoing_requests: PositiveInt = operational(
-        8, description="Groups one replica works on at a time; also the autoscaler's target."
+        8,
+        description="Groups that one replica works on at a time; also Ray Serve's autoscaling "
+        "target.",
     )
     cpu_cores: tuple[int, ...] | None = operational(
         None,
-        description="Cores of the engine on a CPU node; default: the first half of the node's.",
+        description="Ids of the CPU cores for the teacher's replicas, on a node without GPUs. "
+        "Default: the first half of the node's cores.",
     )
     resources_per_replica: dict[str, float] = operational(
-        {}, description="Custom Ray resources a replica asks for, e.g. {teacher: 1}."
+        {}, description="Custom Ray resources that a replica requests, e.g. {teacher: 1}."
     )
     gpus_per_replica: float | None = operational(
         None,
         ge=0,
-        description="GPUs of one replica: 0, a share of one below 1 (beside a student on a small "
-        "machine), or all of its parallel ranks; default: these where the cluster has GPUs.",
+        description="GPUs of one replica: 0, a share below 1 of one GPU that it shares with a "
+        "student, or one for each parallel rank. Default: one for each rank if the cluster has "
+        "GPUs, else 0.",
     )
-    accelerator_type: str | None = operational(None, description="Ray accelerator type, e.g. H100.")
+    accelerator_type: str | None = operational(
+        None, description="Ray's name of the GPU type to run on, e.g. H100. Default: any."
+    )
     label_selector: LabelSelector = operational(
-        {}, description="Labels of the nodes that replicas may run on, e.g. {role: teacher}."
+        {}, description="Ray node labels that a replica's node must have, e.g. {role: teacher}."
     )
     request_timeout_s: float = operational(
-        600.0,
-        gt=0,
-        description="Longest time a replica may take for one group's answers, seconds.",
+        600.0, gt=0, description="Longest time, in seconds, that a replica may take for one group."
     )
     startup_timeout_s: float = operational(
-        1800.0, gt=0, description="Longest wait for the first replica, seconds."
+        1800.0, gt=0, description="Longest time, in seconds, until the first replica is ready."
     )
 
     @model_validator(mode="after")
@@ -137,8 +215,8 @@ class TeacherConfig(ConfigModel):
             if self.gpu_memory_utilization > gpus:
                 raise ValueError(
                     f"gpu_memory_utilization ({self.gpu_memory_utilization:g}) is more than "
-                    f"gpus_per_replica ({gpus:g}), so that what shares the GPU would find no "
-                    f"memory; set gpu_memory_utilization to {gpus:g} or less"
+                    f"gpus_per_replica ({gpus:g}), which leaves too little memory for what shares "
+                    f"the GPU; set gpu_memory_utilization to {gpus:g} or less"
                 )
             return self
         if gpus != ranks:
@@ -154,3 +232,8 @@ class TeacherConfig(ConfigModel):
         """The largest number of replicas this configuration may run."""
         n = self.num_replicas
         return n if isinstance(n, int) else n.max
+
+    @property
+    def max_groups_in_flight(self) -> int:
+        """Groups that the largest pool of replicas works on at once."""
+        return self.max_replicas * self.target_ongoing_requests

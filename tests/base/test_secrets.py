@@ -80,8 +80,9 @@ def run_file(tmp_path: Path) -> Path:
 
 
 def test_nothing_a_run_writes_holds_a_secret(run_file: Path) -> None:
-    from raystill.cluster.job import manifest, run
-    from raystill.cluster.report import tables
+    from raystill.cluster.coordinator.snapshot import Snapshot
+    from raystill.cluster.job import manifest
+    from raystill.cluster.report import summary
 
     checked = check_run_file(str(run_file))
     assert not checked.problems
@@ -91,10 +92,8 @@ def test_nothing_a_run_writes_holds_a_secret(run_file: Path) -> None:
     assert prepared is not None
     assert prepared.store_path == STORE  # It is used as it was given.
     manifest.write_folder(config, folder, prepared)
-    outcome = run.RunResult(
-        snapshot={}, prepared=prepared, paid={"training": RowCounts(), "evaluation": RowCounts()}
-    )
-    tables.write_summary(folder, outcome)
+    nothing = {"training": RowCounts(), "evaluation": RowCounts()}
+    summary.write_summary(folder, summary.RunResult(Snapshot(), prepared, nothing))
     written = [file for file in Path(folder.path).rglob("*") if file.is_file()]
     assert {file.name for file in written} >= {"config.yaml", "manifest.json", "summary.json"}
     for file in written:

@@ -95,4 +95,4 @@ def test_a_window_is_a_flight_and_the_delay_at_least():
     rig.train(1, 5.0, 1.0)
     assert not rig.train(FLIGHT - 1, 80.0, 10.0), "seven of eight rows"
     assert rig.train(1, 1.0, 0.0)
-    assert "waits" in rig.appetite.told and "4 teacher replicas" in rig.appetite.told
+    assert "waits" in rig.appetite.sentence and "4 teacher replicas" in rig.appetite.sentence

@@ -36,7 +36,7 @@ def test_credits_never_exceed_the_bound_and_return_when_a_block_is_taken():
         await c.taken(attempt, 8)
         assert await third
         snapshot = await c.snapshot()
-        assert (snapshot["ahead"], snapshot["max_ahead"]) == (16, 16)
+        assert (snapshot.rows_ahead, snapshot.max_rows_ahead_seen) == (16, 16)
 
     asyncio.run(run())
 
@@ -118,7 +118,7 @@ def test_groups_in_flight_are_bounded_where_it_is_asked_for_and_leave_with_their
         fourth = asyncio.ensure_future(c.acquire(attempt, 8, 24))
         await c.let_in_flight(None)
         assert await fourth
-        assert (await c.snapshot())["counters"] == {"rows_answered": 16}
+        assert (await c.snapshot()).counters == {"rows_answered": 16}
         again = await c.publish(0, 0, Ledger(100).to_dict())
         await c.let_in_flight(1)
         await c.answered(attempt, 8, 8, {})
@@ -133,7 +133,7 @@ def test_a_source_that_runs_again_gets_its_old_credits_back():
         attempt = await c.publish(0, 0, Ledger(100).to_dict())
         assert await c.acquire(attempt, 8, 0)
         assert await c.acquire(attempt, 8, 0)
-        assert (await c.snapshot())["ahead"] == 8
+        assert (await c.snapshot()).rows_ahead == 8
 
     asyncio.run(run())
 
@@ -147,7 +147,7 @@ def test_a_source_that_runs_again_while_its_first_call_waits_takes_no_credits_tw
         assert await waits(asyncio.shield(waiting[0]))
         await c.taken(attempt, 16)
         assert await waiting[0] and await waiting[1]
-        assert (await c.snapshot())["ahead"] == 8
+        assert (await c.snapshot()).rows_ahead == 8
 
     asyncio.run(run())
 
@@ -160,8 +160,8 @@ def test_a_dropped_row_returns_its_credit_once():
         await c.dropped(attempt, [3, 5], ["empty", "too_long"])
         await c.dropped(attempt, [3, 5], ["empty", "too_long"])
         snapshot = await c.snapshot()
-        assert snapshot["ahead"] == 6
-        assert snapshot["dropped"] == {"empty": 1, "too_long": 1}
+        assert snapshot.rows_ahead == 6
+        assert snapshot.dropped == {"empty": 1, "too_long": 1}
         assert await c.dropped_positions() == {3: "empty", 5: "too_long"}
 
     asyncio.run(run())
@@ -197,8 +197,8 @@ def test_a_new_attempt_starts_with_fresh_credits_and_the_ledgers_drops():
         await c.taken(first, 16)
         await c.dropped(first, [9], ["empty"])
         snapshot = await c.snapshot()
-        assert snapshot["ahead"] == 0
-        assert snapshot["dropped"] == {"too_long": 1}
+        assert snapshot.rows_ahead == 0
+        assert snapshot.dropped == {"too_long": 1}
         assert (await c.published())["step"] == 3
         assert await c.acquire(second, 8, 0)
 
@@ -214,7 +214,7 @@ def test_a_finished_run_hands_out_no_credits():
         await asyncio.sleep(0)
         await c.finished("stopped")
         assert await waiting is False
-        assert (await c.snapshot())["outcome"] == "stopped"
+        assert (await c.snapshot()).outcome == "stopped"
 
     asyncio.run(run())
 
@@ -243,11 +243,12 @@ def test_counters_add_up_and_a_snapshot_tells_all():
         await c.failed("first")
         await c.failed("second")
         snapshot = await c.snapshot()
-        assert snapshot["counters"] == {"rows_asked": 16, "teacher_busy_s": 0.75}
-        assert snapshot["progress"]["step"] == 2
-        assert snapshot["evaluation"] == {"kl_nats_per_token": 2.0}
-        assert (snapshot["stop"], snapshot["error"]) == (15, "first")
-        assert snapshot["phases"] == [(1, "loading"), (2, "training")]
+        assert snapshot.counters == {"rows_asked": 16, "teacher_busy_s": 0.75}
+        assert snapshot.progress["step"] == 2
+        assert snapshot.evaluation == {"kl_nats_per_token": 2.0}
+        assert await c.stop_requested() == 15
+        assert snapshot.error == "first"
+        assert snapshot.phases == ((1, "loading"), (2, "training"))
         assert await c.stop_requested() == 15
         assert await waits(c.wait_held_out())
         await c.held_out_ready()

@@ -5,11 +5,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from raystill.base.logs import tail
+from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.cluster.report.live import LiveView, Pace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +29,7 @@ BEGUN: list[str] = []
 """Phases of all tests so far: a phase's number is its place in it."""
 
 
-def snapshot(phase: str, step: int = 0, **more: object) -> dict:
+def snapshot(phase: str, step: int = 0, **more: Any) -> Snapshot:
     progress = {"step": step, "loss": 2.5, "data_wait_s": 1.0, "student_s": 3.0} if step else {}
     counters = {
         "teacher_rows": step * 16 + 32,
@@ -37,9 +39,9 @@ def snapshot(phase: str, step: int = 0, **more: object) -> dict:
     }
     if BEGUN[-1:] != [phase]:
         BEGUN.append(phase)
-    phases = [(len(BEGUN), phase)] if phase else []
-    base = {"phases": phases, "counters": counters, "ahead": 32, "progress": progress}
-    return base | {"evaluation": {}, "dropped": {}} | more
+    phases = ((len(BEGUN), phase),) if phase else ()
+    base: dict[str, Any] = {"phases": phases, "counters": counters, "progress": progress}
+    return Snapshot(**base | {"rows_ahead": 32, "max_rows_ahead": 64} | more)
 
 
 @pytest.fixture
@@ -172,7 +174,7 @@ def test_the_panel_fits_its_width_and_names_what_matters(clock: Clock) -> None:
     view = LiveView(320, 20, "runs/demo", console=console, clock=clock)
     for step in range(12):
         clock.now = step * 5.0
-        view.update(snapshot("training", step, dropped={"too_long": 2}, max_rows_ahead=64))
+        view.update(snapshot("training", step, dropped={"too_long": 2}))
     with console.capture() as captured:
         console.print(view.panel())
     lines = captured.get().splitlines()
@@ -186,7 +188,7 @@ def test_the_panel_fits_its_width_and_names_what_matters(clock: Clock) -> None:
 
 def test_an_empty_snapshot_can_be_shown(plain: LiveView) -> None:
     with plain:
-        plain.update({})
+        plain.update(Snapshot())
         plain.console.print(plain.panel())
     assert plain.phases == {}
 

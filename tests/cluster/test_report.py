@@ -3,7 +3,9 @@
 import io
 import json
 import types
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 from rich.console import Console
@@ -11,7 +13,9 @@ from rich.console import Console
 from raystill.base import formatting
 from raystill.base.errors import RunError
 from raystill.base.run_folder import RunFolder
-from raystill.cluster.report.summary import before_and_after, write_summary
+from raystill.cluster.check.prepared import Prepared
+from raystill.cluster.coordinator.snapshot import Snapshot
+from raystill.cluster.report.summary import RunResult, before_and_after, write_summary
 from raystill.cluster.report.tables import examples, print_comparison, print_report, question
 from raystill.datasets.store.store import RowCounts
 
@@ -30,27 +34,31 @@ def write_lines(folder: RunFolder, name: str, records: list[dict]) -> None:
     folder.write_text(name, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def outcome(stopped_by: int = 0, rows_asked: int = 0, **counters: float) -> types.SimpleNamespace:
-    return types.SimpleNamespace(
-        snapshot={
-            "counters": counters,
-            "max_ahead": 48,
-            "dropped": {"too_long": 1},
-            "lives": 1,
-            "progress": {"step": 20},
-            "evaluation": {},
-        },
+def outcome(
+    stopped_by: int = 0, rows_asked: int = 0, lives: int = 1, **counters: float
+) -> RunResult:
+    prepared = types.SimpleNamespace(
+        num_train_rows=320,
+        num_held_out_rows=8,
+        duplicates=3,
+        dropped={"too_long": 2},
+        config=types.SimpleNamespace(training=types.SimpleNamespace(epochs=1)),
+    )
+    snapshot = Snapshot(
+        counters=counters,
+        max_rows_ahead=48,
+        max_rows_ahead_seen=48,
+        dropped={"too_long": 1},
+        lives=lives,
+        progress={"step": 20},
+    )
+    return RunResult(
+        snapshot=snapshot,
         stopped_by=stopped_by,
         wall_s=100.0,
         phases={"training": 80.0},
-        prepared=types.SimpleNamespace(
-            num_train_rows=320,
-            num_held_out_rows=8,
-            duplicates=3,
-            dropped={"too_long": 2},
-            config=types.SimpleNamespace(training=types.SimpleNamespace(epochs=1), rows_ahead=48),
-        ),
-        paid={"training": RowCounts(rows_asked), "evaluation": RowCounts(8)},
+        prepared=cast(Prepared, prepared),
+        rows_requested={"training": RowCounts(rows_asked), "evaluation": RowCounts(8)},
     )
 
 
@@ -97,8 +105,8 @@ def test_the_summary_counts_rows_tokens_and_drops(folder: RunFolder) -> None:
 
 
 def test_scored_rows_stand_apart_from_asked_and_reused_ones(folder: RunFolder) -> None:
-    enriched = outcome(rows_asked=20)
-    enriched.paid = {"training": RowCounts(20, 200), "evaluation": RowCounts(0, 5)}
+    requested = {"training": RowCounts(20, 200), "evaluation": RowCounts(0, 5)}
+    enriched = replace(outcome(), rows_requested=requested)
     summary = write_summary(folder, enriched)
     names = ("rows_asked", "rows_scored", "rows_reused", "evaluation_rows_scored")
     assert [summary[name] for name in names] == [20, 200, 100, 5]
@@ -135,9 +143,7 @@ def test_the_bottleneck_is_in_the_summary_and_in_the_table(folder: RunFolder) ->
 
 
 def test_a_restart_of_the_worker_group_is_counted(folder: RunFolder) -> None:
-    ended = outcome()
-    ended.snapshot["lives"] = 3
-    assert write_summary(folder, ended)["restarts"] == 2
+    assert write_summary(folder, outcome(lives=3))["restarts"] == 2
 
 
 def test_skipped_steps_are_those_without_a_loss(folder: RunFolder) -> None:

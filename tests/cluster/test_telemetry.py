@@ -13,20 +13,23 @@ from typing import Any
 import pytest
 
 from raystill.base.run_folder import RunFolder
+from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.cluster.report.exporters import CATALOGUE, STEP, Figure, Telemetry, store_hit_rate
+from raystill.config.run import RunConfig
+from tests.support.runs import run_of
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = ROOT / "cluster" / "grafana" / "raystill.json"
 OF_SERVE = {"ray_serve_deployment_queued_queries", "ray_serve_replica_processing_queries"}
 PROGRESS = {"step": 7, "loss": 2.5, "grad_norm": None, "objective/forward_kl": 2.25, "workers": 2}
-SNAPSHOT = {
-    "progress": PROGRESS,
-    "evaluation": {"kl_nats_per_token": 1.5, "bound": "lower"},
-    "counters": {"rows_asked": 6, "rows_reused": 3, "rows_scored": 3, "teacher_rows": 6},
-    "dropped": {"too_long": 2},
-    "ahead": 12,
-    "lives": 1,
-}
+SNAPSHOT = Snapshot(
+    progress=PROGRESS,
+    evaluation={"kl_nats_per_token": 1.5, "bound": "lower"},
+    counters={"rows_asked": 6, "rows_reused": 3, "rows_scored": 3, "teacher_rows": 6},
+    dropped={"too_long": 2},
+    rows_ahead=12,
+    lives=1,
+)
 
 
 class Kept:
@@ -68,7 +71,7 @@ def test_a_snapshot_is_recorded_with_the_run_and_what_it_is_of() -> None:
 def test_counters_grow_by_what_is_new() -> None:
     telemetry, kept = recorded()
     for rows in (6, 6, 10):
-        telemetry.update({"counters": {"teacher_rows": rows}}, replicas=0)
+        telemetry.update(Snapshot(counters={"teacher_rows": rows}), replicas=0)
     assert [value for _, value, _ in kept["teacher_rows"].calls] == [6, 4]
 
 
@@ -79,6 +82,7 @@ def test_the_hit_rate_is_of_all_rows_the_stream_passed_on() -> None:
 
 
 def test_every_figure_of_a_metrics_line_is_exported(tmp_path: Path) -> None:
+    from raystill.train.step.ranks import Ranks
     from raystill.train.step.step import StepResult
     from raystill.train.worker.progress import Progress
 
@@ -86,18 +90,11 @@ def test_every_figure_of_a_metrics_line_is_exported(tmp_path: Path) -> None:
     coordinator = SimpleNamespace(
         add=SimpleNamespace(remote=lambda _: None), progress=SimpleNamespace(remote=told.append)
     )
-    progress = Progress(
-        RunFolder(str(tmp_path)).ensure(),
-        coordinator,
-        first=True,
-        world_size=1,
-        num_rows=4,
-        epochs=1,
-        total_steps=1,
-        student_vocab=8,
-        count_pairs=False,
-        fixed_order=True,
+    config = RunConfig.model_validate(
+        {"teacher": {"model": "x"}, "student": {"layers": [0]}, "prompts": {"path": "x"}}
     )
+    folder = RunFolder(str(tmp_path)).ensure()
+    progress = Progress(run_of(config, folder, coordinator=coordinator), Ranks(), student_vocab=8)
     result = StepResult(
         step=0,
         trained=True,

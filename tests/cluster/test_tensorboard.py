@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.cluster.report.exporters import TensorBoard
 
 
@@ -23,17 +24,19 @@ def scalars(folder: Path) -> list[tuple[str, int, float]]:
     return found
 
 
-def step(number: int, loss: float | None) -> dict:
-    return {"progress": {"step": number, "loss": loss, "time": 1.0, "objective/forward_kl": 0.5}}
+def step(number: int, loss: float | None, evaluation: dict | None = None) -> Snapshot:
+    progress = {"step": number, "loss": loss, "time": 1.0, "objective/forward_kl": 0.5}
+    return Snapshot(progress=progress, evaluation=evaluation or {})
 
 
 def test_each_new_step_and_evaluation_is_written_once(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
-    board.update({})
+    board.update(Snapshot())
     assert not list(tmp_path.iterdir())
-    evaluation = {"evaluation": {"step": 0, "kl_nats_per_token": 2.0, "bound": "lower"}}
-    for snapshot in (evaluation, step(1, 3.0), step(1, 3.0), step(2, None), step(3, 1.0)):
-        board.update({**evaluation, **snapshot})
+    evaluation = {"step": 0, "kl_nats_per_token": 2.0, "bound": "lower"}
+    board.update(Snapshot(evaluation=evaluation))
+    for number, loss in ((1, 3.0), (1, 3.0), (2, None), (3, 1.0)):
+        board.update(step(number, loss, evaluation))
     board.close()
     assert scalars(tmp_path) == [
         ("held_out/kl_nats_per_token", 0, 2.0),

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.cluster.report.timeline import Timeline, bottleneck
 
 
@@ -20,13 +21,10 @@ class Clock:
         return self.now
 
 
-def snapshot(phase: str, **counters: float) -> dict[str, Any]:
-    return {
-        "phases": [(1, phase)],
-        "counters": counters,
-        "ahead": 12,
-        "progress": {"workers": 2},
-    }
+def snapshot(phase: str, **counters: float) -> Snapshot:
+    return Snapshot(
+        phases=((1, phase),), counters=counters, rows_ahead=12, progress={"workers": 2}
+    )
 
 
 def test_windows_end_with_their_time_or_their_phase_and_hold_what_grew() -> None:

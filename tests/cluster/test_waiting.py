@@ -9,6 +9,8 @@ import pytest
 from raystill.base.errors import RunError
 from raystill.cluster.job.waiting import TELL_AFTER_S, Wait, Waits, has_worker_group
 from raystill.config.run import RunConfig
+from raystill.model.on_node import ModelSource
+from raystill.serve.deploy import TeacherApp
 
 
 def there() -> str:
@@ -73,7 +75,8 @@ def test_workers_without_a_place_are_noticed_and_those_with_one_are_left_alone(
     thread = threading.Thread(target=trainer.fit, daemon=True)
     thread.start()
     try:
-        waits = Waits(config)
+        app = TeacherApp("teacher", config, ModelSource("t", "nowhere"))
+        waits = Waits(config, app)
         with pytest.raises(RunError, match=r"1 student worker of CPU: 3 each had no place") as told:
             for _ in range(60):
                 assert waits.look(teacher_is_starting=True) == []

@@ -15,6 +15,7 @@ from raystill.datasets.store.store import RowCounts, TeacherStore, rows_requeste
 from raystill.datasets.stream.plan import epoch_order, num_steps
 from raystill.datasets.stream.spec import Requester
 from tests.support import stream_rig as rig
+from tests.support.runs import run_of
 from tests.support.stream_rig import GROUP_ROWS, PLAIN, ROWS_PER_STEP, SEED, TOP_K, Run
 
 pytestmark = pytest.mark.ray
@@ -52,8 +53,8 @@ def test_all_rows_arrive_within_the_smallest_bound_at_one_to_four_workers(worker
     for run in runs:
         streamed = run.wait()
         assert streamed.positions == list(range(num_rows))
-        assert run.bound - GROUP_ROWS < streamed.snapshot["max_ahead"] <= run.bound
-        assert streamed.snapshot["ahead"] == 0
+        assert run.bound - GROUP_ROWS < streamed.snapshot.max_rows_ahead_seen <= run.bound
+        assert streamed.snapshot.rows_ahead == 0
         if order == "arrival":
             assert all(len(step) == ROWS_PER_STEP for step in streamed.steps[:8])
             continue
@@ -76,7 +77,7 @@ def test_every_row_comes_with_its_own_answer(workers, tmp_path):
         assert table["source"].to_pylist() == [f"source {row % 3}" for row in rows]
         assert set(table["epoch"].to_pylist()) == {0}
     counters = {"rows_asked": 40, "rows_scored": 0, "rows_reused": 0}
-    assert streamed.snapshot["counters"] == counters | {"rows_answered": 40, "rows_truncated": 0}
+    assert streamed.snapshot.counters == counters | {"rows_answered": 40, "rows_truncated": 0}
 
 
 def test_the_source_is_not_fused_into_the_answer_stage(teacher, tmp_path):
@@ -151,8 +152,8 @@ def test_dropped_rows_return_their_credits_and_are_counted(workers, tmp_path):
     fixed, arrival = (run.wait() for run in runs)
     for streamed in (fixed, arrival):
         assert streamed.positions == sorted(set(range(num_rows)) - set(gone))
-        assert streamed.snapshot["dropped"] == {"too_long": len(gone)}
-        assert streamed.snapshot["ahead"] == 0
+        assert streamed.snapshot.dropped == {"too_long": len(gone)}
+        assert streamed.snapshot.rows_ahead == 0
     for step, positions in enumerate(fixed.steps):
         assert {p // ROWS_PER_STEP for p in positions} <= {step}, "a hole shifts nothing"
 
@@ -164,9 +165,9 @@ def test_truncated_rows_are_kept_and_counted_or_dropped(workers, tmp_path):
     dropping = Run(tmp_path, behaviours, "arrival", 1, **settings).start(workers)
     kept, dropped = keeping.wait(), dropping.wait()
     assert len(kept.positions) == 24
-    assert kept.snapshot["counters"]["rows_truncated"] == 5
+    assert kept.snapshot.counters["rows_truncated"] == 5
     assert len(dropped.positions) == 19
-    assert dropped.snapshot["dropped"] == {"truncated": 5}
+    assert dropped.snapshot.dropped == {"truncated": 5}
 
 
 def test_too_many_dropped_rows_stop_the_run(workers, tmp_path):
@@ -174,7 +175,7 @@ def test_too_many_dropped_rows_stop_the_run(workers, tmp_path):
     run = Run(tmp_path, behaviours, "fixed", 1, max_drop_fraction=0.05)
     with pytest.raises(ray.exceptions.RayTaskError, match="RunError"):
         run.stream(workers)
-    error = ray.get(run.coordinator.snapshot.remote())["error"]
+    error = ray.get(run.coordinator.snapshot.remote()).error
     assert error.startswith("3 of 32 rows were dropped (3 too_long), more than the 1 that")
 
 
@@ -187,8 +188,8 @@ def test_a_new_attempt_asks_only_for_what_the_ledger_lacks(workers, tmp_path):
     run.ledger.mark_trained([*learned, 60, 61])
     second = run.stream(workers)
     assert second.positions == sorted(set(range(num_rows)) - set(learned) - {60, 61})
-    assert second.snapshot["lives"] == 2
-    assert second.snapshot["ahead"] == 0
+    assert second.snapshot.lives == 2
+    assert second.snapshot.rows_ahead == 0
 
 
 def ask(*prompts):
@@ -219,11 +220,11 @@ def test_a_poison_row_is_dropped_once_and_not_asked_in_the_next_epoch(workers, t
     run = Run(tmp_path, behaviours, "fixed", 1, max_drop_fraction=0.1)
     first = run.stream(workers)
     assert len(first.positions) == 23
-    assert first.snapshot["dropped"] == {"poison": 1}
+    assert first.snapshot.dropped == {"poison": 1}
     second = run.stream(workers, epoch=1)
     assert len(second.positions) == 23
-    assert second.snapshot["dropped"] == {"poison": 1}
-    assert second.snapshot["counters"]["rows_asked"] == 24  # All but it came from the store.
+    assert second.snapshot.dropped == {"poison": 1}
+    assert second.snapshot.counters["rows_asked"] == 24  # All but it came from the store.
 
 
 def test_further_epochs_are_read_from_the_store_in_another_order(workers, tmp_path):
@@ -235,7 +236,7 @@ def test_further_epochs_are_read_from_the_store_in_another_order(workers, tmp_pa
         for table in streamed.tables:
             assert table["row"].to_pylist() == order[table["position"].to_numpy()].tolist()
             assert table["response_ids"].to_pylist() == [[r, 1] for r in table["row"].to_pylist()]
-    counters = epochs[-1].snapshot["counters"]
+    counters = epochs[-1].snapshot.counters
     assert (counters["rows_asked"], counters["rows_reused"]) == (100, 200)
     rows = {tuple(t["row"].to_pylist()) for s in epochs for t in s.tables}
     assert len(rows) > 100 // GROUP_ROWS + 1, "the rows within groups were not shuffled anew"
@@ -248,7 +249,7 @@ def test_poorer_stored_answers_are_scored_and_never_sampled_again(teacher, worke
     run = Run(tmp_path, behaviours, "fixed", 2, store="s")
     streamed = run.stream(workers)
     counters = {"rows_asked": 0, "rows_scored": 40, "rows_reused": 0, "rows_answered": 40}
-    assert streamed.snapshot["counters"] == counters | {"rows_truncated": 5}  # As it was stored.
+    assert streamed.snapshot.counters == counters | {"rows_truncated": 5}  # As it was stored.
     assert teacher.answered.remote().result() == {"sample": 0, "score": 40}
     for table in streamed.tables:
         assert table.schema.equals(row_schema(Signal("topk", TOP_K)))
@@ -257,7 +258,7 @@ def test_poorer_stored_answers_are_scored_and_never_sampled_again(teacher, worke
     assert (catalogue.rows, catalogue.duplicates) == (80, 40)  # The poorer ones are not needed.
     assert rows_requested_by(catalogue, run.name)["training"] == RowCounts(0, 40)
     longer = Run(tmp_path, [*behaviours, *[PLAIN] * 8], "arrival", 1, store="s").stream(workers)
-    counters = longer.snapshot["counters"]
+    counters = longer.snapshot.counters
     assert (counters["rows_asked"], counters["rows_scored"], counters["rows_reused"]) == (8, 0, 40)
 
 
@@ -352,23 +353,21 @@ def test_held_out_rows_are_answered_once_and_kept(teacher, tmp_path):
     rig.write_prompts(folder, HELD_OUT_PROMPTS, [PLAIN] * 20 + [rig.UNUSABLE], given)
     coordinator = start_coordinator("held-out", 64, 10, 0.0)
     config = held_out_config()
-    requester = Requester("run", "evaluation", "teacher", "obedient")
-    store = str(tmp_path / "store")
-    arguments = (folder, config, store, requester, rig.APP, coordinator)
-    assert ray.get(answer_held_out.remote(*arguments)) == 20
+    run = run_of(config, folder, coordinator=coordinator)
+    assert ray.get(answer_held_out.remote(run)) == 20
     ray.get(coordinator.wait_held_out.remote(), timeout=5)
     rows = folder.read_table(HELD_OUT)
     assert rows.schema.equals(row_schema(Signal("topk", TOP_K)))
     assert rows["row"].to_pylist() == rows["position"].to_pylist() == list(range(20))
     assert rows["response_ids"].to_pylist() == [given[row] or [row, 1] for row in range(20)]
     assert set(rows["epoch"].to_pylist()) == {-1}
-    assert ray.get(answer_held_out.remote(*arguments)) == 20
-    counters = ray.get(coordinator.snapshot.remote())["counters"]
+    assert ray.get(answer_held_out.remote(run)) == 20
+    counters = ray.get(coordinator.snapshot.remote()).counters
     assert counters == {"evaluation_rows_dropped": 1}
-    paid = rows_requested_by(TeacherStore(store).catalogue(), "run")
+    paid = rows_requested_by(TeacherStore(run.store_path).catalogue(), "run")
     assert paid == {"training": RowCounts(), "evaluation": RowCounts(16, 4)}
     # As many others are not the same: they are asked.
     others = [[90 + row, 1] for row in range(21)]
     rig.write_prompts(folder, HELD_OUT_PROMPTS, [PLAIN] * 21, others, first_key=100)
-    assert ray.get(answer_held_out.remote(*arguments)) == 21
+    assert ray.get(answer_held_out.remote(run)) == 21
     assert folder.read_table(HELD_OUT)["response_ids"].to_pylist() == others

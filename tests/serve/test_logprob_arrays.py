@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raystill.datasets.rows.signal import Signal
-from raystill.serve.engine.outputs import answer_of, gather_logprobs, keep_arrays
+from raystill.serve.engine.outputs import gather_logprobs, keep_arrays, sampled_answer
 
 pytestmark = pytest.mark.vllm
 
@@ -36,7 +36,7 @@ def test_arrays_hold_what_the_flat_lists_would(kind: str, asked: int, sent: int)
             processor = module.LogprobsProcessor(None, kept, None, 0.0, asked, None)
             processor._update_sample_logprobs(LogprobsLists(ids, values, np.zeros(1, np.int64)))
     output = SimpleNamespace(token_ids=drawn, finish_reason="stop", logprobs=made)
-    answer = answer_of(output, Signal(kind, asked), VOCAB)
+    answer = sampled_answer(output, Signal(kind, asked), VOCAB)
     expected = np.array(flat.logprobs, np.float32).reshape(6, 1 + asked)
     np.testing.assert_array_equal(answer.response_ids, drawn)
     np.testing.assert_array_equal(answer.sampled_logprobs, expected[:, 0])

@@ -262,15 +262,20 @@ def test_a_parallel_teacher_asks_for_all_its_gpus() -> None:
     assert options["ray_actor_options"]["num_gpus"] == 0
 
 
+def app(config: RunConfig, name: str = "teacher", folder: str = "nowhere", **more: Any) -> Any:
+    from raystill.serve.deploy import TeacherApp
+
+    return TeacherApp(name, config, ModelSource.of(config.teacher.model, folder), **more)
+
+
 @pytest.fixture
 def synthetic_teacher(ray_serve: None, tmp_path: Path) -> Iterator[dict[str, Any]]:
     from ray import serve
 
-    from raystill.serve import deploy
-
-    deploy.deploy_teacher(run_config(), "nowhere", None, tmp_path)
-    yield deploy.wait_for_teacher(60.0)
-    serve.delete(deploy.APP_NAME)
+    teacher = app(run_config(), logs=tmp_path)
+    teacher.deploy()
+    yield teacher.wait(60.0)
+    serve.delete(teacher.name)
 
 
 @pytest.mark.ray
@@ -279,12 +284,11 @@ def test_the_synthetic_engine_keeps_the_contract_through_serve(
 ) -> None:
     from ray import serve
 
-    from raystill.serve import deploy
-
     assert synthetic_teacher["engine"] == "synthetic"
     assert synthetic_teacher["vocab_size"] == VOCAB
     assert Path(synthetic_teacher["log"]).parent == tmp_path
-    handle = deploy.teacher_handle()
+    teacher = app(run_config())
+    handle = teacher.handle()
     for signal in (Signal("text"), Signal("sampled"), TOPK):
         table = handle.sample.remote(prompt_table(PROMPTS), signal).result(timeout_s=30)
         assert_contract(table, signal)
@@ -292,8 +296,8 @@ def test_the_synthetic_engine_keeps_the_contract_through_serve(
     assert len({r.result(timeout_s=30)["response_ids"].to_pylist()[0][0] for r in responses}) == 1
     ended = []
     monkeypatch.setattr(serve, "shutdown", lambda: ended.append(True))
-    deploy.shutdown_teacher()
-    assert deploy.APP_NAME not in serve.status().applications
+    teacher.shutdown()
+    assert teacher.name not in serve.status().applications
     assert ended or serve.status().applications
 
 
@@ -305,9 +309,8 @@ def test_a_run_without_a_teacher_goes_on_when_another_has_shut_serve_down(
     import ray
     from ray import serve
 
-    from raystill.serve import deploy
-
-    assert deploy.num_replicas() == 0
+    teacher = app(run_config())
+    assert teacher.num_replicas() == 0
     client = serve.context._get_global_client()
     client._controller.graceful_shutdown.remote()
     deadline = time.monotonic() + 30
@@ -315,8 +318,8 @@ def test_a_run_without_a_teacher_goes_on_when_another_has_shut_serve_down(
         while time.monotonic() < deadline:
             serve.status()
             time.sleep(0.2)
-    assert deploy.num_replicas() == 0 and not deploy.waits_for_resources()
-    deploy.shutdown_teacher()
+    assert teacher.num_replicas() == 0 and not teacher.waits_for_resources()
+    teacher.shutdown()
     serve.start(proxy_location="Disabled")
 
 
@@ -324,27 +327,26 @@ def test_a_run_without_a_teacher_goes_on_when_another_has_shut_serve_down(
 def test_two_runs_on_one_cluster_have_a_teacher_each(ray_serve: None) -> None:
     from ray import serve
 
-    from raystill.serve import deploy
-
-    names = [deploy.app_name(run) for run in ("a", "b")]
+    lengths = {"a": 3, "b": 5}
+    teachers = {}
+    for run, length in lengths.items():
+        synthetic = {"vocab_size": VOCAB, "response_tokens": length}
+        teachers[run] = app(run_config(synthetic=synthetic), name=f"teacher-{run}")
     try:
-        for name, length in zip(names, (3, 5), strict=True):
-            deploy.use_app(name)
-            synthetic = {"vocab_size": VOCAB, "response_tokens": length}
-            deploy.deploy_teacher(run_config(synthetic=synthetic), "nowhere", None, None)
-            deploy.wait_for_teacher(60.0)
-        for name, length in zip(names, (3, 5), strict=True):
-            asked = serve.get_app_handle(name).sample.remote(prompt_table(PROMPTS), Signal("text"))
+        for teacher in teachers.values():
+            teacher.deploy()
+            teacher.wait(60.0)
+        for run, length in lengths.items():
+            asked = teachers[run].handle().sample.remote(prompt_table(PROMPTS), Signal("text"))
             said = asked.result(timeout_s=30)["response_ids"].to_pylist()
             assert max(map(len, said)) == length, "each is answered by its own teacher"
-        deploy.end_teacher()
-        assert deploy.num_replicas() == 0 and names[1] not in serve.status().applications
-        deploy.use_app(names[0])
-        assert deploy.num_replicas() == 1, "the other run's goes on"
+        ended, other = teachers["b"], teachers["a"]
+        ended.end()
+        assert ended.num_replicas() == 0 and ended.name not in serve.status().applications
+        assert other.num_replicas() == 1, "the other run's goes on"
     finally:
-        for name in names:
-            serve.delete(name)
-        deploy.use_app(deploy.APP_NAME)
+        for teacher in teachers.values():
+            serve.delete(teacher.name)
 
 
 @pytest.mark.ray
@@ -352,17 +354,17 @@ def test_a_teacher_that_cannot_start_says_why_and_where(ray_serve: None, tmp_pat
     from ray import serve
 
     from raystill.base.errors import RunError
-    from raystill.serve import deploy
 
     broken = tmp_path / "model"
     broken.mkdir()
     (broken / "generation_config.json").write_text("{not json")
+    teacher = app(run_config(), folder=str(broken), logs=tmp_path / "logs")
     try:
-        deploy.deploy_teacher(run_config(), str(broken), None, tmp_path / "logs")
+        teacher.deploy()
         with pytest.raises(RunError, match=r"not valid JSON.*the whole output is in .*logs"):
-            deploy.wait_for_teacher(60.0)
+            teacher.wait(60.0)
     finally:
-        serve.delete(deploy.APP_NAME)
+        serve.delete(teacher.name)
 
 
 @pytest.mark.ray
@@ -377,13 +379,14 @@ def test_a_teacher_no_node_can_hold_says_what_there_is(
     monkeypatch.setattr(deploy, "SHUTDOWN_TIMEOUT_S", 1.0)  # Serve waits for what never began.
     config = run_config(resources_per_replica={"moon": 1})
     waits: list[float] = []
+    teacher = app(config)
     try:
-        deploy.deploy_teacher(config, "nowhere", None, None)
+        teacher.deploy()
         with pytest.raises(
             RunError, match=r"startup_timeout_s \(3 s\); the cluster has CPU"
         ) as told:
-            deploy.wait_for_teacher(3.0, waits.append)
+            teacher.wait(3.0, waits.append)
     finally:
-        serve.delete(deploy.APP_NAME)
+        serve.delete(teacher.name)
     assert "the teacher asks for 1 replica of CPU: 1, moon: 1 each" in str(told.value)
     assert waits and waits == sorted(waits)

@@ -16,9 +16,11 @@ import pytest
 
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.signal import Signal
+from raystill.model.on_node import ModelSource
 
 pytestmark = pytest.mark.vllm
 
+APP = "teacher"
 MODEL = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
 TOP_K = 64
 MAX_TOKENS = 24
@@ -85,11 +87,14 @@ def info(
 ) -> Iterator[dict[str, Any]]:
     from ray import serve
 
-    from raystill.serve import deploy
+    from raystill.serve.deploy import TeacherApp
 
-    deploy.deploy_teacher(run_config(stop_ids), str(MODEL), None, tmp_path_factory.mktemp("logs"))
-    yield deploy.wait_for_teacher(300.0)
-    serve.delete(deploy.APP_NAME)
+    config = run_config(stop_ids)
+    model = ModelSource.of(config.teacher.model, MODEL)
+    teacher = TeacherApp(APP, config, model, logs=tmp_path_factory.mktemp("logs"))
+    teacher.deploy()
+    yield teacher.wait(300.0)
+    serve.delete(APP)
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +111,11 @@ def model() -> Any:
 
 
 def ask_table(prompts: list[list[int]], kind: str, width: int = TOP_K) -> pa.Table:
-    from raystill.serve import deploy
+    from ray import serve
 
     table = pa.table({"prompt_ids": pa.array(prompts, pa.list_(pa.int32()))})
-    return deploy.teacher_handle().sample.remote(table, Signal(kind, width)).result(timeout_s=120)
+    handle = serve.get_app_handle(APP)
+    return handle.sample.remote(table, Signal(kind, width)).result(timeout_s=120)
 
 
 def ask(prompts: list[list[int]], kind: str, width: int = TOP_K) -> list[dict[str, Any]]:
@@ -122,7 +128,7 @@ def score(
     width: int = TOP_K,
     ids: list[list[list[int]]] | None = None,
 ) -> list[dict[str, Any]]:
-    from raystill.serve import deploy
+    from ray import serve
 
     columns = {
         name: pa.array([pair[i] for pair in pairs], pa.list_(pa.int32()))
@@ -130,7 +136,8 @@ def score(
     }
     if ids is not None:
         columns["ids"] = pa.array(ids, pa.list_(pa.list_(pa.int32(), width)))
-    scored = deploy.teacher_handle().score.remote(pa.table(columns), Signal(kind, width))
+    handle = serve.get_app_handle(APP)
+    scored = handle.score.remote(pa.table(columns), Signal(kind, width))
     return scored.result(timeout_s=120).to_pylist()
 
 

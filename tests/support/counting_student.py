@@ -7,15 +7,15 @@ stream, shares, epochs, checkpoints, restarts.
 
 import json
 import time
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from raystill.run import Run
 from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.step import NUM_FIXED_FIGURES, GlobalStep
-from raystill.train.worker.worker import Job, Worker, run_worker
+from raystill.train.worker.worker import Worker, run_worker
 
 COUNTS = "counts.json"
 SECONDS_PER_STEP = 0.2
@@ -46,7 +46,7 @@ class CountingWorker(Worker):
     """The real worker, whose student also holds the counts, and trains nothing else."""
 
     def restore(self) -> None:
-        counts = nn.Parameter(torch.zeros(self.job.num_rows, dtype=torch.float64))
+        counts = nn.Parameter(torch.zeros(self.run.num_rows, dtype=torch.float64))
         self.student.model.counts = counts  # So that checkpoints carry it.
         self.optimizer = torch.optim.SGD([counts], lr=1.0)
         super().restore()
@@ -55,7 +55,7 @@ class CountingWorker(Worker):
         if self.ranks.first:
             self.progress.require_all_done()
             counts = self.student.model.counts.tolist()
-            self.job.folder.write_text(COUNTS, json.dumps(counts))
+            self.run.folder.write_text(COUNTS, json.dumps(counts))
 
     def _build_step(self) -> GlobalStep:
         step = CountingStep.__new__(CountingStep)
@@ -64,7 +64,7 @@ class CountingWorker(Worker):
         step.training = self.config.training
         step.objective = self.config.objective
         step.signal_kind = self.config.signal.kind
-        step.total_steps = self.total_steps
+        step.total_steps = self.progress.total_steps
         step.device = self.device
         step.world_size = self.ranks.world_size
         step.teacher = None
@@ -76,6 +76,6 @@ class CountingWorker(Worker):
         return step
 
 
-def counting_worker(job: dict[str, Any]) -> None:
+def counting_worker(settings: dict[str, Run]) -> None:
     """What each Ray Train worker runs."""
-    run_worker(CountingWorker(Job(**job)))
+    run_worker(CountingWorker(settings["run"]))

@@ -17,6 +17,7 @@ import ray
 
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.coordinator.actor import start_coordinator
+from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.config.stream import StreamConfig
 from raystill.datasets.rows.schema import ENGINE, PROMPT_SCHEMA, answer_schema
 from raystill.datasets.rows.signal import Signal
@@ -25,7 +26,7 @@ from raystill.datasets.stream.spec import Requester, StreamSpec
 from raystill.datasets.stream.stream import build_stream, iterate_groups, uneven_shares
 from raystill.train.step.rows import StepRows
 
-APP = "obedient"
+APP = "teacher-run"
 GROUP_ROWS = 8
 ROWS_PER_STEP = 16
 TOP_K = 4
@@ -194,7 +195,7 @@ class Streamed:
 
     steps: list[list[int]]
     tables: list[pa.Table]
-    snapshot: dict
+    snapshot: Snapshot
 
     @property
     def positions(self):

@@ -21,6 +21,7 @@ import ray
 from raystill.base.records import read_lines
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.coordinator.actor import start_coordinator
+from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.schema import PROMPT_SCHEMA
 from raystill.datasets.rows.signal import signal_of
@@ -28,13 +29,15 @@ from raystill.datasets.store.reading import GoneSegment
 from raystill.datasets.store.store import SEGMENTS, RowCounts, TeacherStore, rows_requested_by
 from raystill.datasets.store.upkeep import verify
 from raystill.datasets.stream.ledger import Ledger
-from raystill.datasets.stream.spec import Requester, StreamSpec
-from raystill.serve import deploy
+from raystill.datasets.stream.spec import StreamSpec
+from raystill.run import Run
+from raystill.serve.deploy import TeacherApp
 from raystill.train.checkpoint.checkpoint import read_snapshot
 from raystill.train.checkpoint.ray_register import registered_names
 from raystill.train.worker.fit import fit
 from tests.support import counting_student
 from tests.support.end_to_end import TEACHER, children_of, named
+from tests.support.runs import run_of
 
 pytestmark = pytest.mark.ray
 
@@ -44,7 +47,7 @@ PATIENCE_S = 1200
 POISON_ROW = 70
 LONG_RUN = 24  # Faults of a chaos run.
 KINDS = {
-    "replica": "ray::ServeReplica:teacher",
+    "replica": "ray::ServeReplica:teacher-run",
     "worker": "ray::RayTrainWorker",
     "answer stage": "ray::MapWorker(MapBatches(AnswerGroup))",
     "source": "ray::ReadPlan",
@@ -102,7 +105,7 @@ class Chaos:
 
     def rows(self) -> int:
         """Rows the student was given so far, repeated ones included."""
-        counters = ray.get(self.coordinator.snapshot.remote())["counters"]
+        counters = ray.get(self.coordinator.snapshot.remote()).counters
         return counters.get("student_rows", 0)
 
     def kill(self, kind: str, generator: random.Random) -> bool:
@@ -121,7 +124,7 @@ class Ended:
 
     folder: RunFolder
     store: TeacherStore
-    snapshot: dict
+    snapshot: Snapshot
     killed: list[str]
     epochs: int
 
@@ -141,32 +144,30 @@ def run_through(place: Path, config: RunConfig, kinds: list[str], seed: int) -> 
     bounds = config.rows_ahead, NUM_ROWS, drops, config.refill_rows
     coordinator = start_coordinator(f"chaos-{place.name}", *bounds)
     store = TeacherStore(str(place / "store"))
-    prompts = folder.join("prompts/train.parquet")
-    requester = Requester("run", "training", "identity", "synthetic")
-    where = (prompts, NUM_ROWS, coordinator, deploy.APP_NAME, store.path, requester)
-    spec = StreamSpec.from_config(config, *where, signal_of(config.signal, {}))
+    more = {"store_path": store.path, "num_rows": NUM_ROWS, "coordinator": coordinator}
+    run = run_of(config, folder, str(TEACHER), **more)
     chaos = Chaos(coordinator, kinds, seed)
     watcher = threading.Thread(target=chaos.run)
-    deploy.deploy_teacher(config, str(TEACHER), coordinator, None)
+    teacher = TeacherApp.of(run)
+    teacher.deploy()
     watcher.start()
     try:
-        arguments = (config, folder, spec, coordinator, str(TEACHER))
-        snapshot = fit_beside(arguments)
+        snapshot = fit_beside(run, StreamSpec.of(run, signal_of(config.signal, {})))
     finally:
         chaos.over.set()
         watcher.join()
-        deploy.serve.delete(deploy.APP_NAME)
+        teacher.end()
         ray.kill(coordinator)
     return Ended(folder, store, snapshot, chaos.killed, config.training.epochs)
 
 
-def fit_beside(arguments: tuple) -> dict:
-    """``fit`` outside the main thread, as in the driver."""
+def fit_beside(run: Run, spec: StreamSpec) -> Snapshot:
+    """``fit`` outside the main thread, as in the driver; the coordinator's last snapshot."""
     outcome: dict = {}
 
     def work() -> None:
         try:
-            outcome["snapshot"] = fit(*arguments, loop=counting_student.counting_worker)
+            fit(run, spec, loop=counting_student.counting_worker)
         except BaseException as error:
             outcome["error"] = error
 
@@ -176,7 +177,7 @@ def fit_beside(arguments: tuple) -> dict:
     assert not thread.is_alive(), "the run did not end"
     if "error" in outcome:
         raise outcome["error"]
-    return outcome["snapshot"]
+    return ray.get(run.coordinator.snapshot.remote())
 
 
 def check_exact(ended: Ended) -> None:

@@ -16,7 +16,8 @@ MOST_MODULES = 10
 LONGEST_MODULE = 400
 LONGEST_FUNCTION = 60
 
-GROUND = {"raystill/base", "raystill/config", "raystill/model", "raystill/placement"}
+PACKAGE = "raystill"
+GROUND = {PACKAGE, *(f"raystill/{name}" for name in ("base", "config", "model", "placement"))}
 ROWS = {"datasets/rows"}
 LOSS = {"train/batch", "train/loss"}
 STUDENT = LOSS | {"train/student"}
@@ -27,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "raystill/config": {"raystill/base"},
     "raystill/model": {"raystill/base", "raystill/config"},
     "raystill/placement": {"raystill/base", "raystill/config"},
+    "raystill": {"raystill/base", "raystill/config", "raystill/model"},
     "datasets/rows": {"raystill/base", "raystill/config"},
     "datasets/prompts": GROUND | ROWS,
     "datasets/store": GROUND | ROWS,
@@ -43,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train/worker": GROUND | WORKER | {"datasets/stream"},
     "cluster/check": GROUND | ROWS | {"datasets/prompts", "datasets/store", "serve/engine"},
     "cluster/coordinator": GROUND | {"datasets/stream"},
-    "cluster/report": GROUND | {"cluster/coordinator"},
+    "cluster/report": GROUND | {"cluster/check", "cluster/coordinator", "datasets/store"},
     "cluster/job": GROUND
     | {"cluster/check", "cluster/coordinator", "cluster/report", "datasets/store"}
     | {"datasets/stream", "serve", "train/evaluation", "train/worker"},
@@ -70,13 +72,14 @@ def folder_of(path: Path) -> str:
 
 
 def python_files() -> list[Path]:
-    rooms = [*(ROOT / room for room in ROOMS), *(ROOT / folder for folder in GROUND)]
-    return sorted(path for room in rooms for path in room.rglob("*.py"))
+    files = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    ground = [path for folder in GROUND for path in (ROOT / folder).glob("*.py")]
+    return sorted(path for path in files + ground if not path.is_symlink())
 
 
 def module_of(path: Path) -> str:
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    return name if name.startswith("raystill.") else f"raystill.{name}"
+    return name if name.startswith("raystill") else f"raystill.{name}"
 
 
 MODULES = {module_of(path): path for path in python_files()}

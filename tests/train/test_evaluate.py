@@ -25,10 +25,11 @@ from raystill.train.evaluation.free_running import (
     repeated_ngrams,
     run_free,
 )
-from raystill.train.evaluation.measure import Measurer
+from raystill.train.evaluation.measure import LocalStudent, Measurer
 from raystill.train.evaluation.teacher_forced import evaluate
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.module import StudentModule
+from tests.support.runs import run_of
 
 VOCAB, K = 32, 4
 CPU = torch.device("cpu")
@@ -352,17 +353,9 @@ def measured_run(tmp_path):
             "evaluation": {"held_out_rows": 5, "free_running": {"rows": 2}},
         }
     )
-    measurer = Measurer(
-        config,
-        folder,
-        str(tmp_path),
-        FakeSampling(),
-        module=StudentModule(tiny_model()),
-        student_vocab=VOCAB,
-        device=CPU,
-        ranks=Ranks(),
-    )
-    return folder, measurer
+    module = StudentModule(tiny_model())
+    student = LocalStudent(module, VOCAB, CPU, Ranks(), str(tmp_path), FakeSampling())
+    return folder, Measurer(run_of(config, folder), student)
 
 
 def test_an_evaluation_writes_its_figures_and_the_students_answers(measured_run):

@@ -12,6 +12,7 @@ from raystill.config.run import RunConfig
 from raystill.train.batch.rows import Row
 from raystill.train.evaluation.probe import Agreement, agreement, disagreements, is_due
 from tests.support.end_to_end import TEACHER as TINY_TEACHER
+from tests.support.runs import run_of
 
 TOP_K, VOCAB = 8, 49_152
 
@@ -92,11 +93,10 @@ def test_a_probe_is_due_once_for_a_run_with_held_out_rows_and_a_real_engine(tmp_
         )
 
     folder, teacher = RunFolder(str(tmp_path)), str(TINY_TEACHER)
-    assert is_due(config(), folder, teacher)
-    assert not is_due(config("synthetic"), folder, teacher)
-    assert not is_due(config(held_out=0), folder, teacher)
-    assert not is_due(
-        config(), folder, str(tmp_path)
-    )  # No weights here: each node fetches its own.
+    assert is_due(run_of(config(), folder, teacher))
+    assert not is_due(run_of(config("synthetic"), folder, teacher))
+    assert not is_due(run_of(config(held_out=0), folder, teacher))
+    # No weights here: each node fetches its own.
+    assert not is_due(run_of(config(), folder, str(tmp_path)))
     folder.write_text(PROBE, "{}")
-    assert not is_due(config(), folder, teacher)
+    assert not is_due(run_of(config(), folder, teacher))

@@ -9,6 +9,7 @@ import math
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ from raystill.datasets.rows.schema import ENGINE, PROMPT_SCHEMA, answer_schema, 
 from raystill.datasets.rows.signal import Signal, signal_of
 from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.plan import epoch_order
-from raystill.datasets.stream.spec import Requester, StreamSpec
+from raystill.datasets.stream.spec import StreamSpec
 from raystill.train.batch.rows import rows_from_table
 from raystill.train.checkpoint.checkpoint import read_snapshot
 from raystill.train.checkpoint.ray_register import registered_names
@@ -37,6 +38,7 @@ from raystill.train.step.step import GlobalStep
 from raystill.train.student.build import build_student
 from raystill.train.student.module import StudentModule
 from raystill.train.worker.fit import fit
+from tests.support.runs import run_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
@@ -180,17 +182,14 @@ def run_once(config, folder, teacher, name, stop=False):
     ray.get(coordinator.held_out_ready.remote())
     if stop:
         ray.get(coordinator.request_stop.remote(15))
-    prompts = folder.join("prompts/train.parquet")
-    requester = Requester("run", "training", "teacher", "obedient")
-    store = folder.join("store")
-    spec = StreamSpec.from_config(
-        config, prompts, NUM_ROWS, coordinator, APP, store, requester, signal_of(config.signal, {})
-    )
-    outcome, errors = {}, []
+    more = {"num_rows": NUM_ROWS, "coordinator": coordinator}
+    run = run_of(config, folder, str(teacher), **more)
+    spec = replace(StreamSpec.of(run, signal_of(config.signal, {})), app_name=APP)
+    errors = []
 
     def work():
         try:
-            outcome.update(fit(config, folder, spec, coordinator, str(teacher)))
+            fit(run, spec)
         except BaseException as error:
             errors.append(error)
 
@@ -199,8 +198,9 @@ def run_once(config, folder, teacher, name, stop=False):
     thread.join()
     if errors:
         raise errors[0]
+    snapshot = ray.get(coordinator.snapshot.remote())
     ray.kill(coordinator)
-    return outcome
+    return snapshot
 
 
 def last_checkpoint(folder):
@@ -244,7 +244,7 @@ def test_a_stopped_run_on_two_workers_resumes_and_trains_what_one_process_would(
 
     config = run_config(teacher, "fixed", num_workers=2, strategy=first)
     stopped = run_once(config, folder, teacher, f"{first}-1", stop=True)
-    assert stopped["outcome"] == "stopped"
+    assert stopped.outcome == "stopped"
     assert last_checkpoint(folder).step == 1  # The step that was begun is finished.
     assert last_checkpoint(folder).num_files == num_files[first]
     assert len(read_lines(folder, "metrics.jsonl")) == 1
@@ -271,8 +271,8 @@ def check_student(config, folder, teacher):
 
 def check_completed(config, folder, snapshot):
     """Every row trained or dropped once, every step recorded once, every file there."""
-    assert snapshot["outcome"] == "completed"
-    assert snapshot["dropped"] == {"too_long": 3}
+    assert snapshot.outcome == "completed"
+    assert snapshot.dropped == {"too_long": 3}
     assert snapshot["max_ahead"] <= config.rows_ahead
     final = last_checkpoint(folder)
     ledger = Ledger.from_dict(final.ledger)

@@ -1,16 +1,15 @@
-"""What the student writes by itself: does it stop, how long, does it repeat itself.
+"""What the student writes by itself: whether it stops, how long its answers are, what it repeats.
 
-The student answers some held-out prompts with the teacher's sampling; its answers are set beside
-the teacher's to the same prompts. Shares of the whole are pooled over answers, not averaged.
+The student answers some held-out prompts with the teacher's sampling. Its answers are compared with
+the teacher's to the same prompts. Shares are pooled over all answers, not averaged by answer.
 
 ``stop_rate``: share of answers that ended with a stop id. ``length_ratio``: mean length of the
 student's answers over the mean of the teacher's. ``repeated_4gram_share``: of all 4-grams, those
 that occurred earlier in the same answer. The teacher's own figures stand beside them.
 
-What the teacher thinks of the student's own answers: KL on contexts that the student wrote.
-
-On teacher-written contexts a student never meets the mistakes it makes when it writes itself; this
-figure is measured where they are. *Waits for* the teacher, which scores each answer by one prefill.
+``score_answers`` has the teacher score the student's answers, for the KL on contexts that the
+student wrote: on teacher-written ones it never meets the mistakes that it makes itself. *Waits for*
+the teacher, which scores each answer by one prefill.
 
 Legend: P prompt tokens, T tokens the student wrote, K teacher ids kept for each.
 """
@@ -27,13 +26,13 @@ import pyarrow.compute as pc
 import torch
 from transformers import GenerationConfig
 
-from raystill.config.run import RunConfig
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.stream.teacher_calls import TeacherCalls
+from raystill.model.sampling import ResolvedSampling
+from raystill.run import Run
 from raystill.train.batch.rows import Row, rows_from_table
 from raystill.train.step.ranks import Ranks
-from raystill.train.student.export import Sampling
 
 ROWS_PER_BATCH = 16
 Written = Sequence[tuple[Row, list[int]]]
@@ -48,7 +47,7 @@ class FreeRunning:
 
     rows: int
     max_tokens: int
-    sampling: Sampling
+    sampling: ResolvedSampling
     seed: int
     compute_dtype: torch.dtype = torch.float32
 
@@ -199,15 +198,15 @@ def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
 GROUP_ROWS = 8
 
 
-def score_answers(
-    config: RunConfig, app_name: str, coordinator: Any, written: Written
-) -> list[Row]:
+def score_answers(run: Run, written: Written) -> list[Row]:
     """What the student wrote as rows with the teacher's ``topk`` signal (evaluation.top_k).
 
-    Empty answers, and such as the teacher cannot read, are left out. RunError as `TeacherCalls`.
+    Empty answers, and such as the teacher cannot read, are left out. Raises RunError as
+    `TeacherCalls` does.
     """
-    wish = Signal("topk", config.evaluation.top_k)
-    calls = TeacherCalls(app_name, wish, config.stream.max_attempts, coordinator)
+    config = run.config
+    wanted = Signal("topk", config.evaluation.top_k)
+    calls = TeacherCalls(run.app, wanted, config.stream.max_attempts, run.coordinator)
     written = [(row, ids) for row, ids in written if ids]
     groups = [written[i : i + GROUP_ROWS] for i in range(0, len(written), GROUP_ROWS)]
 

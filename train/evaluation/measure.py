@@ -7,6 +7,7 @@ Every rank calls every method. Imports no Ray.
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,39 @@ import torch
 from tokenizers import Tokenizer
 
 from raystill.base.records import MetricsLog, read_lines
-from raystill.base.run_folder import ANSWERS, EVALUATION, HELD_OUT, RunFolder
-from raystill.config.run import RunConfig
+from raystill.base.run_folder import ANSWERS, EVALUATION, HELD_OUT
+from raystill.model.sampling import ResolvedSampling
+from raystill.run import Run
 from raystill.train.batch.rows import Row, rows_from_table
 from raystill.train.evaluation.baselines import HeldOutTokens, PairCounts, measure_baselines
 from raystill.train.evaluation.free_running import FreeRunning, Written, run_free
 from raystill.train.evaluation.teacher_forced import evaluate, micro_batches
 from raystill.train.step.ranks import Ranks
-from raystill.train.student.export import Sampling
 from raystill.train.student.module import StudentModule
 from raystill.train.student.sharding import whole_weights
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LocalStudent:
+    """The student as one rank has it, and what measuring it needs beside the run.
+
+    Attributes:
+        module: The student on this rank; with FSDP its shard.
+        vocab: Number of ids that are classes of the student (``num_classes``).
+        device: Where the module is.
+        ranks: The group of workers.
+        teacher_folder: The teacher's folder on this node.
+        sampling: The teacher's sampling, which the student answers with.
+    """
+
+    module: StudentModule
+    vocab: int
+    device: torch.device
+    ranks: Ranks
+    teacher_folder: str
+    sampling: ResolvedSampling
 
 
 class Measurer:
@@ -33,36 +55,26 @@ class Measurer:
 
     def __init__(
         self,
-        config: RunConfig,
-        folder: RunFolder,
-        teacher_folder: str,
-        sampling: Sampling,
-        *,
-        module: StudentModule,
-        student_vocab: int,
-        device: torch.device,
-        ranks: Ranks,
+        run: Run,
+        student: LocalStudent,
         score: Callable[[Written], list[Row]] | None = None,
     ) -> None:
         """score: has the teacher score what the student wrote; needed by rank 0 where the
         configuration wants it.
         """
         self._score = score
-        self._config = config
-        self._folder = folder
-        self._teacher_folder = teacher_folder
-        self._module = module
-        self._student_vocab = student_vocab
-        self._device = device
-        self._ranks = ranks
-        free = config.evaluation.free_running
+        self._config = run.config
+        self._folder = run.folder
+        self._student = student
+        self._ranks = student.ranks
+        free = run.config.evaluation.free_running
         self._free_during = free.during
         self._free_running = FreeRunning(
             rows=free.rows,
-            max_tokens=free.max_tokens or config.teacher.sampling.max_tokens,
-            sampling=sampling,
-            seed=config.section_seeds()["evaluation"],
-            compute_dtype=module.compute_dtype,
+            max_tokens=free.max_tokens or run.config.teacher.sampling.max_tokens,
+            sampling=student.sampling,
+            seed=run.config.section_seeds()["evaluation"],
+            compute_dtype=student.module.compute_dtype,
         )
         self._rows: list[Row] | None = None
 
@@ -82,10 +94,10 @@ class Measurer:
 
     def is_measured(self, step: int) -> bool:
         """Whether ``evaluation.jsonl`` holds figures of the weights after ``step`` steps."""
-        found = False
+        measured = False
         if self._ranks.first:
-            found = any(r["step"] == step for r in read_lines(self._folder, EVALUATION))
-        return self._ranks.from_first(found)
+            measured = any(r["step"] == step for r in read_lines(self._folder, EVALUATION))
+        return self._ranks.from_first(measured)
 
     def measure(
         self, step: int, when: str, weights: str, counts: PairCounts | None = None
@@ -95,7 +107,7 @@ class Measurer:
         ``when`` is before, during or after; ``weights`` says which weights were measured.
         """
         record: dict[str, Any] = {"step": step, "when": when, "weights": weights}
-        with whole_weights(self._module):  # Ranks write answers of lengths of their own.
+        with whole_weights(self._student.module):  # Ranks write answers of lengths of their own.
             record |= self._evaluate(self.rows)
             if self._free_running.rows > 0 and (when != "during" or self._free_during):
                 record |= self._run_free(step)
@@ -109,9 +121,8 @@ class Measurer:
         return record
 
     def _run_free(self, step: int) -> dict[str, float | None]:
-        figures, pairs = run_free(
-            self._module.model, self.rows, self._free_running, self._device, self._ranks
-        )
+        model, device = self._student.module.model, self._student.device
+        figures, pairs = run_free(model, self.rows, self._free_running, device, self._ranks)
         if self._ranks.first:
             self._write_answers(step, pairs)
         if self._config.evaluation.free_running.teacher_scores:
@@ -127,26 +138,26 @@ class Measurer:
         rows = self._ranks.from_first(rows)
         if not any(row.num_targets for row in rows):
             return {"kl_on_student_answers": None, "student_answer_tokens": 0}
-        told = self._evaluate(rows)
+        figures = self._evaluate(rows)
         return {
-            "kl_on_student_answers": told["kl_nats_per_token"],
-            "student_answer_tokens": told["num_tokens"],
+            "kl_on_student_answers": figures["kl_nats_per_token"],
+            "student_answer_tokens": figures["num_tokens"],
         }
 
     def _evaluate(self, rows: list[Row]) -> dict[str, Any]:
         return evaluate(
-            self._module,
+            self._student.module,
             rows,
             tokens_budget=self._config.training.tokens_per_micro_batch,
-            student_vocab=self._student_vocab,
-            device=self._device,
+            student_vocab=self._student.vocab,
+            device=self._student.device,
             ranks=self._ranks,
         )
 
     def _write_answers(self, step: int, pairs: list[tuple[Row, list[int]]]) -> None:
         log = MetricsLog(self._folder, ANSWERS)
         log.discard_beyond(step - 1)  # A restart may measure the same step again.
-        text = text_of(self._teacher_folder)
+        text = text_of(self._student.teacher_folder)
         for row, answer in pairs:
             texts = {
                 "prompt": text(row.prompt_ids.tolist()),
@@ -159,7 +170,7 @@ class Measurer:
     def _measure_baselines(self, counts: PairCounts) -> dict[str, dict[str, float]]:
         budget = self._config.training.tokens_per_micro_batch
         parts = []
-        for batch in micro_batches(self.rows, budget, self._student_vocab):
+        for batch in micro_batches(self.rows, budget, self._student.vocab):
             assert batch.partition is not None, "held-out rows carry the topk signal"
             before = batch.input_ids.flatten()[batch.logit_index]
             ids, log_p = batch.partition.ids, batch.partition.log_p

@@ -1,15 +1,13 @@
-"""The served teacher against the plain model: do both say the same of the same tokens?
+"""The probe of a run: do the served teacher and the plain model say the same of the same tokens?
 
-Before step 1, `cluster.probe` gives some answered rows to the teacher as Hugging Face runs it. A
-server that renormalises, shifts by a token, loads other weights or scales its head differently
-shows here, in half a minute, and not in a student that learns badly.
-
-Legend: N response tokens, K teacher ids kept for each, V vocabulary. Logprobs are nats.
-
-The probe of a run: eight held-out answers compared with the plain teacher before step 1.
+Before step 1 some answered held-out rows are given to the teacher as Hugging Face runs it. A server
+that renormalises, shifts by a token, loads other weights or scales its head differently shows here,
+in half a minute, and not in a student that learns badly.
 
 Where it sits: the driver asks whether it is due and starts the task beside the student's first
 evaluation. *Waits for* the held-out answers. *Unblocks* the first step (``release_training``).
+
+Legend: N response tokens, K teacher ids kept for each, V vocabulary. Logprobs are nats.
 """
 
 import json
@@ -23,9 +21,8 @@ import ray
 import torch
 
 from raystill.base.errors import RunError
-from raystill.base.run_folder import HELD_OUT, PROBE, RunFolder
-from raystill.config.run import RunConfig
-from raystill.model.on_node import ModelSource
+from raystill.base.run_folder import HELD_OUT, PROBE
+from raystill.run import Run
 from raystill.train.batch.batch import collate, cut_micro_batches
 from raystill.train.batch.rows import Row
 from raystill.train.loss.log_probs import partition_log_probs
@@ -121,34 +118,33 @@ NUM_ROWS = 8
 LARGEST_WEIGHTS_BYTES = 8 << 30
 
 
-def is_due(config: RunConfig, folder: RunFolder, teacher_folder: str) -> bool:
+def is_due(run: Run) -> bool:
     """Whether the teacher of this start is to be compared.
 
     Not a second time in one run folder; and not without held-out rows, with the synthetic engine,
     or with weights that no node may be expected to hold beside its work.
     """
-    if config.teacher.engine != "vllm" or not config.evaluation.enabled or folder.exists(PROBE):
+    config = run.config
+    if config.teacher.engine != "vllm" or not config.evaluation.enabled:
         return False
-    weights = sum(path.stat().st_size for path in Path(teacher_folder).glob("*.safetensors"))
+    if run.folder.exists(PROBE):
+        return False
+    weights = sum(path.stat().st_size for path in Path(run.teacher.folder).glob("*.safetensors"))
     return 0 < weights <= LARGEST_WEIGHTS_BYTES
 
 
 @ray.remote(num_cpus=0)
-def probe_teacher(
-    folder: RunFolder, config: RunConfig, source: ModelSource, coordinator: Any
-) -> None:
+def probe_teacher(run: Run) -> None:
     """Write probe.json and let the training begin. RunError where they disagree, with figures."""
-    import torch
     from transformers import AutoModelForCausalLM
 
-    pass
     from raystill.train.batch.rows import rows_from_table
     from raystill.train.student.build import num_classes
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-    ray.get(coordinator.wait_held_out.remote())
-    rows = rows_from_table(folder.read_table(HELD_OUT).slice(0, NUM_ROWS).combine_chunks())
-    teacher, teacher_folder = config.teacher, source.on_this_node("all")
+    ray.get(run.coordinator.wait_held_out.remote())
+    rows = rows_from_table(run.folder.read_table(HELD_OUT).slice(0, NUM_ROWS).combine_chunks())
+    teacher, teacher_folder = run.config.teacher, run.teacher.on_this_node("all")
     model = AutoModelForCausalLM.from_pretrained(
         teacher_folder, dtype="float32", trust_remote_code=teacher.trust_remote_code
     )
@@ -163,5 +159,5 @@ def probe_teacher(
             "teacher.engine_args and teacher.quantization name what you mean, or go on with "
             "--skip-probe"
         )
-    folder.write_text(PROBE, json.dumps(asdict(found), indent=2) + "\n")
-    ray.get(coordinator.release_training.remote())
+    run.folder.write_text(PROBE, json.dumps(asdict(found), indent=2) + "\n")
+    ray.get(run.coordinator.release_training.remote())

@@ -2,8 +2,6 @@
 
 ``fit`` blocks until the workers have ended. Ray Train keeps its registered checkpoints under
 ``<run>/checkpoints`` and hands the newest to the workers of the next start.
-
-Ray Train's trainer, as a run needs it: one part less, and one more.
 """
 
 import atexit
@@ -24,12 +22,11 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raystill.base.errors import RunError
-from raystill.base.run_folder import CHECKPOINTS, RunFolder, no_space_left
-from raystill.config.run import RunConfig, absolute_paths
+from raystill.base.run_folder import CHECKPOINTS, no_space_left
 from raystill.datasets.stream.spec import StreamSpec
 from raystill.datasets.stream.stream import UnevenShares, build_stream
-from raystill.model.on_node import ModelSource
 from raystill.placement.requests import CPU_STUDENT_ENVIRONMENT, student_resources
+from raystill.run import Run
 from raystill.train.checkpoint.ray_register import repair_register
 
 logger = logging.getLogger(__name__)
@@ -38,43 +35,36 @@ logger = logging.getLogger(__name__)
 COLLECTIVE_TIMEOUT_S = 6 * 3600
 
 
-def student_worker(job: dict[str, Any]) -> None:
+def student_worker(settings: dict[str, Run]) -> None:
     """``train_worker``, imported where it runs: the driver needs none of what a student does."""
     from raystill.train.worker.worker import train_worker
 
-    train_worker(job)
+    train_worker(settings["run"])
 
 
 def fit(
-    config: RunConfig,
-    folder: RunFolder,
-    spec: StreamSpec,
-    coordinator: Any,
-    teacher_folder: str,
-    loop: Callable[[dict[str, Any]], None] = student_worker,
-) -> dict[str, Any]:
+    run: Run, spec: StreamSpec, loop: Callable[[dict[str, Run]], None] = student_worker
+) -> None:
     """Train the student to the end of its rows, or to an orderly stop.
 
-    ``teacher_folder`` is on this machine; a node that lacks it fetches the same. ``loop`` is what
-    each worker runs. A worker that dies is restarted with its group, from the last checkpoint, up
-    to ``training.max_failures`` times; what its code raises as RunError is final. Returns the
-    coordinator's snapshot. Raises RunError with the first reason a part of the run stopped for.
+    A worker that dies is restarted with its group, from the last checkpoint, up to
+    ``training.max_failures`` times. What a worker's code raises as RunError is final.
+
+    Args:
+        run: The run.
+        spec: The stream of its training rows.
+        loop: What each worker runs; it is given ``{"run": run}``.
+
+    Raises:
+        RunError: With the first reason for which a part of the run stopped.
     """
-    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-    resources = student_resources(config, has_gpus)
-    job = {
-        "config": absolute_paths(config),
-        "folder": folder,
-        "num_rows": spec.num_rows,
-        "coordinator": coordinator,
-        "teacher": ModelSource.of(config.teacher.model, teacher_folder),
-        "app_name": spec.app_name,
-    }
+    config, folder = run.config, run.folder
+    resources = student_resources(config, ray.cluster_resources().get("GPU", 0) > 0)
     if why := repair_register(folder):
         logger.warning("the list of checkpoints was made anew: %s", why)
     trainer = Trainer(
         loop,
-        train_loop_config=job,
+        train_loop_config={"run": run},
         torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=config.training.num_workers,
@@ -97,15 +87,14 @@ def fit(
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise RunError(failure_message(error, coordinator, folder)) from error
-    return ray.get(coordinator.snapshot.remote())
+        raise RunError(failure_message(error, run)) from error
 
 
-def failure_message(error: Exception, coordinator: Any, folder: RunFolder) -> str:
-    """The reason a part of the run gave, else the first worker's own error, and its log file."""
-    told = ray.get(coordinator.snapshot.remote())["error"]
-    if told:
-        return str(told)
+def failure_message(error: Exception, run: Run) -> str:
+    """The reason that a part of the run gave, else the first worker's own error and its log."""
+    folder = run.folder
+    if reason := ray.get(run.coordinator.snapshot.remote()).error:
+        return str(reason)
     if os.strerror(errno.ENOSPC) in str(error):  # In Ray Train's controller.
         return no_space_left(folder, error)
     failures = getattr(error, "worker_failures", {})

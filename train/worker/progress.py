@@ -11,45 +11,43 @@ import numpy as np
 
 from raystill.base.errors import RunError
 from raystill.base.records import MetricsLog
-from raystill.base.run_folder import METRICS, RunFolder
+from raystill.base.run_folder import METRICS
 from raystill.datasets.stream.ledger import Ledger
+from raystill.datasets.stream.plan import num_steps
+from raystill.run import Run
 from raystill.train.batch.rows import Row
 from raystill.train.evaluation.baselines import PairCounts
+from raystill.train.step.ranks import Ranks
 from raystill.train.step.rows import StepRows
 from raystill.train.step.step import StepResult
 
 
 class Progress:
-    """Finished steps and trained rows; ``step`` counts finished steps, so it is the next's index.
+    """Finished steps and trained rows of one rank.
 
-    ``epoch_step`` counts those of the running epoch. ``num_rows``: rows of an epoch.
-    ``count_pairs``: also count the first epoch's token pairs, for the baselines.
+    Attributes:
+        step: Finished optimizer steps, and so the index of the next one.
+        epoch_step: Those of the running epoch.
+        total_steps: Steps of the whole run.
+        ledger: Positions of the running epoch that are trained or dropped.
+        counts: Token pairs of the first epoch, for the baselines; None where none are asked for.
+        metrics: Rank 0's metrics.jsonl; None on the others.
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        coordinator: Any,
-        *,
-        first: bool,
-        world_size: int,
-        num_rows: int,
-        epochs: int,
-        total_steps: int,
-        student_vocab: int,
-        count_pairs: bool,
-        fixed_order: bool,
-    ) -> None:
+    def __init__(self, run: Run, ranks: Ranks, student_vocab: int) -> None:
+        config, folder = run.config, run.folder
+        training, evaluation = config.training, config.evaluation
+        counts_pairs = evaluation.enabled and evaluation.baselines
         self.step = self.epoch = self.epoch_step = self.rows_trained = self.skipped_steps = 0
-        self.ledger = Ledger(num_rows)
-        self.counts = PairCounts(student_vocab) if count_pairs else None
-        self.metrics = MetricsLog(folder, METRICS) if first else None
-        self._first = first
-        self._world_size = world_size
-        self._epochs = epochs
-        self._coordinator = coordinator
-        self._total_steps = total_steps
-        self._fixed_order = fixed_order
+        self.ledger = Ledger(run.num_rows)
+        self.counts = PairCounts(student_vocab) if counts_pairs else None
+        self.metrics = MetricsLog(folder, METRICS) if ranks.first else None
+        self.total_steps = num_steps(run.num_rows, training.rows_per_step) * training.epochs
+        self._first = ranks.first
+        self._world_size = ranks.world_size
+        self._epochs = training.epochs
+        self._coordinator = run.coordinator
+        self._fixed_order = config.stream.order == "fixed"
         self._newly_trained: list[int] = []
 
     def account(self, result: StepResult, mine: list[Row], rows: StepRows[Row]) -> None:
@@ -88,7 +86,7 @@ class Progress:
         }
         metrics.append(line)  # A skipped step has one too; its loss is null.
         totals = {
-            "total_steps": self._total_steps,
+            "total_steps": self.total_steps,
             "rows_total": self.ledger.num_rows * self._epochs,
             "rows_trained": self.rows_trained,
             "skipped_steps": self.skipped_steps,

@@ -10,26 +10,22 @@ other ranks. Unblocked by: the teacher's answers, the stream's end, a stop.
 """
 
 import logging
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import ray
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from raystill.base.logs import say_where
-from raystill.base.run_folder import RunFolder
-from raystill.config.run import RunConfig
-from raystill.datasets.stream.plan import num_steps
 from raystill.datasets.stream.stream import iterate_groups
-from raystill.model.on_node import ModelSource, student_needs
+from raystill.model.on_node import student_needs
 from raystill.model.sampling import resolve_sampling
+from raystill.run import Run
 from raystill.train.batch.rows import Row, rows_from_table
 from raystill.train.checkpoint import checkpoint as ckpt
 from raystill.train.checkpoint.ray_register import remove_unregistered
 from raystill.train.evaluation.free_running import score_answers
-from raystill.train.evaluation.measure import Measurer
+from raystill.train.evaluation.measure import LocalStudent, Measurer
 from raystill.train.loss.teacher_head import head_of_signal
 from raystill.train.step.optimizer import build_optimizer
 from raystill.train.step.ranks import Ranks
@@ -38,7 +34,7 @@ from raystill.train.step.step import GlobalStep
 from raystill.train.student import build, export
 from raystill.train.student.module import StudentModule, parallel_module
 from raystill.train.student.sharding import place_student
-from raystill.train.worker.process import final_errors_told, settle_process
+from raystill.train.worker.process import report_final_errors, settle_process
 from raystill.train.worker.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -46,25 +42,10 @@ logger = logging.getLogger(__name__)
 TRAINING_PRECISION = "in training precision"
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every worker is given.
-
-    num_rows: rows of an epoch; coordinator: its handle; app_name: the teacher's, in Ray Serve.
-    """
-
-    config: RunConfig
-    folder: RunFolder
-    num_rows: int
-    coordinator: Any
-    teacher: ModelSource
-    app_name: str
-
-
-def train_worker(job: dict[str, Any]) -> None:
-    """Train this process's share of the run (the keys of ``job`` are ``Job``'s)."""
-    with final_errors_told(job["coordinator"], job["folder"]):
-        run_worker(Worker(Job(**job)))
+def train_worker(run: Run) -> None:
+    """Train this process's share of the run."""
+    with report_final_errors(run):
+        run_worker(Worker(run))
 
 
 def run_worker(worker: "Worker") -> None:
@@ -86,46 +67,31 @@ def run_worker(worker: "Worker") -> None:
 class Worker:
     """One rank of the run: the student, its optimizer, and what they have learned."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, run: Run) -> None:
         context = ray.train.get_context()
-        self.job, self.config, self.coordinator = job, job.config, job.coordinator
+        self.run, self.config, self.coordinator = run, run.config, run.coordinator
         self.ranks = Ranks(context.get_world_rank(), context.get_world_size())
-        self.device = settle_process(job.config, job.folder, context)
-        self.teacher_folder = job.teacher.on_this_node(student_needs(job.config))
+        self.device = settle_process(run, context)
+        self.teacher_folder = run.teacher.on_this_node(student_needs(run.config))
         self.student = self._build_student()
         self.optimizer = build_optimizer(self.student, self.config.training)
         self.vocab = build.num_classes(self.student.model, self.teacher_folder)
         self.sampling = resolve_sampling(self.config.teacher, self.teacher_folder)
-        training, evaluation = self.config.training, self.config.evaluation
-        self.total_steps = num_steps(job.num_rows, training.rows_per_step) * training.epochs
-        self.measurer = Measurer(
-            self.config,
-            job.folder,
-            self.teacher_folder,
-            self.sampling,
+        measured = LocalStudent(
             module=self.student,
-            student_vocab=self.vocab,
+            vocab=self.vocab,
             device=self.device,
             ranks=self.ranks,
-            score=partial(score_answers, job.config, job.app_name, job.coordinator),
+            teacher_folder=self.teacher_folder,
+            sampling=self.sampling,
         )
-        self.progress = Progress(
-            job.folder,
-            job.coordinator,
-            first=self.ranks.first,
-            world_size=self.ranks.world_size,
-            num_rows=job.num_rows,
-            epochs=training.epochs,
-            total_steps=self.total_steps,
-            student_vocab=self.vocab,
-            count_pairs=evaluation.enabled and evaluation.baselines,
-            fixed_order=self.config.stream.order == "fixed",
-        )
+        self.measurer = Measurer(run, measured, score=partial(score_answers, run))
+        self.progress = Progress(run, self.ranks, self.vocab)
 
     def restore(self) -> None:
         """Go back to the last *registered* checkpoint; without one, start from the beginning."""
         self.phase("loading the student")
-        if self.ranks.first and (removed := remove_unregistered(self.job.folder)):
+        if self.ranks.first and (removed := remove_unregistered(self.run.folder)):
             logger.warning("deleted unregistered checkpoints %s", removed)
         registered = ray.train.get_checkpoint()
         if registered is not None:
@@ -135,7 +101,7 @@ class Worker:
         self.measurer.discard_beyond(self.progress.step)
         self.global_step = self._build_step()
         last_step = -1 if registered is None else self.progress.step
-        self.checkpointer = ckpt.Checkpointer(self.job.folder, self.ranks, self._report, last_step)
+        self.checkpointer = ckpt.Checkpointer(self.run.folder, self.ranks, self._report, last_step)
 
     def publish(self, restored: bool) -> int:
         """Tell the source what these weights have learned, before any rank iterates."""
@@ -223,9 +189,9 @@ class Worker:
         if self.config.evaluation.enabled:
             self._measure("after", f"as exported ({export_dtype})")
         self.phase("saving the student")
-        job, model, first = self.job, self.student.model, self.ranks.first
+        folder, model, first = self.run.folder, self.student.model, self.ranks.first
         export.export_student(
-            model, job.folder, self.config, self.teacher_folder, self.sampling, first=first
+            model, folder, self.config, self.teacher_folder, self.sampling, first=first
         )
 
     def leave(self, outcome: str) -> None:
@@ -275,7 +241,7 @@ class Worker:
             objective=self.config.objective,
             signal_kind=self.config.signal.kind,
             student_vocab=self.vocab,
-            total_steps=self.total_steps,
+            total_steps=self.progress.total_steps,
             device=self.device,
             world_size=world_size,
             teacher=head_of_signal(self.config, folder, self.vocab, dtype, self.device),
@@ -293,7 +259,7 @@ class Worker:
 
     def _report(self, path: str | None) -> None:
         """Register a written checkpoint with Ray Train; a collective call."""
-        checkpoint = None if path is None else Checkpoint(path, self.job.folder.filesystem())
+        checkpoint = None if path is None else Checkpoint(path, self.run.folder.filesystem())
         ray.train.report(
             {"step": self.checkpointer.last_step},
             checkpoint=checkpoint,
