@@ -177,8 +177,8 @@ def encode(origin: Origin, groups: Sequence[tuple[Group | Provenance, pa.Table]]
         schema.with_metadata({FOOTER: json.dumps(footer, sort_keys=True).encode()}),
         compression=COMPRESSION,
         compression_level=COMPRESSION_LEVEL,
-        use_dictionary=["finish_reason"],
-        write_statistics=False,
+        use_dictionary=["finish_reason"],  # Its few values repeat; ids and logprobs hardly do.
+        write_statistics=False,  # No reader filters by value.
         write_page_checksum=True,
     ) as writer:
         for rows in tables:

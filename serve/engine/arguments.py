@@ -1,7 +1,8 @@
-"""What vLLM's engine is started with: its arguments, and the process it starts in.
+"""The arguments of vLLM's engine, and the process in which it starts.
 
-Where it sits: `vllm_engine` uses both; `check` asks which arguments a user may pass through.
-Imports no vllm.
+Where it sits: ``replica.py`` prepares the process and ``vllm.py`` starts the engine with the
+arguments; ``driver.py check`` asks which arguments a user may pass through. Imports no vllm, so
+that it can run before vllm is imported.
 """
 
 import difflib
@@ -16,6 +17,7 @@ from raystill.model.sampling import ResolvedSampling
 
 GIB = 2**30
 CPU_KV_CACHE_GIB = 2.0
+"""KV cache on a CPU where ``teacher.kv_cache_gib`` is not set."""
 
 OWNED = {
     "model": "teacher.model",
@@ -37,61 +39,71 @@ OWNED = {
     "enforce_eager": "teacher.enforce_eager",
     "seed": "teacher.seed",
     "max_logprobs": "signal.top_k and evaluation.top_k",
-    "logprobs_mode": "nothing: the signal is always of the untempered teacher",
     "generation_config": "teacher.sampling",
     "override_generation_config": "teacher.sampling",
-    "runner": "nothing: a teacher generates",
-    "convert": "nothing: a teacher generates",
     "model_weights": "teacher.model",
-    "hf_overrides": "another teacher.model: they change what the identity is taken of",
-    "skip_tokenizer_init": "nothing: vLLM's start needs the tokenizer",
-    "worker_extension_cls": "nothing: hidden states and scores are taken through it",
+    "hf_overrides": "teacher.model to a folder with the changed config.json",
 }
-"""Engine arguments that a typed setting (named here) or this module decides."""
+"""Engine arguments that are set from the run file; the value names the setting."""
+
+FIXED = {
+    "logprobs_mode": "the signal is always the teacher's distribution at temperature 1",
+    "runner": "a teacher always generates",
+    "convert": "a teacher always generates",
+    "skip_tokenizer_init": "vLLM needs the tokenizer to start",
+    "worker_extension_cls": "hidden states and scores are captured through it",
+}
+"""Engine arguments that cannot be changed; the value is the reason."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What one engine needs to know; ``cores`` is None where GPUs do the work."""
+    """The settings of one engine."""
 
     teacher: TeacherConfig
-    model: str  # local folder, or Hub id where other nodes load it too
+    model: str  # A local folder, or a Hub id if other nodes load the model too.
     sampling: ResolvedSampling
     seed: int
-    max_top_k: int
-    cores: tuple[int, ...] | None = None
-    revision: str | None = None  # the Hub's commit, of a Hub id
+    max_top_k: int  # The largest K that is ever asked for.
+    cores: tuple[int, ...] | None = None  # CPU cores of the engine; None: it runs on GPUs.
+    revision: str | None = None  # The commit of a Hub id.
 
 
 def engine_argument_problems(teacher: TeacherConfig, known: Set[str]) -> dict[str, str]:
-    """What is wrong with ``teacher.engine_args``, by name; ``known``: vLLM's own argument names."""
+    """Problems of ``teacher.engine_args``, by argument name. ``known``: vLLM's argument names."""
     problems = {}
     for name in teacher.engine_args:
         if name in OWNED:
             problems[name] = f"is not passed through; set {OWNED[name]} instead"
+        elif name in FIXED:
+            problems[name] = f"cannot be changed: {FIXED[name]}; leave it out"
         elif name not in known:
-            near = difflib.get_close_matches(name, known - OWNED.keys(), n=1)
+            near = difflib.get_close_matches(name, known - OWNED.keys() - FIXED.keys(), n=1)
             hint = f"did you mean {near[0]!r}?" if near else "see vLLM's AsyncEngineArgs"
             problems[name] = f"is not an engine argument of the installed vLLM; {hint}"
     return problems
 
 
 def label_replica(run: str, number: int) -> None:
-    """Lines of this process, and of vLLM, which reads it when it is imported, name the replica."""
+    """Begin each of vLLM's log lines with the run and the replica's number.
+
+    Must run before vllm is imported, which reads VLLM_LOGGING_PREFIX then.
+    """
     os.environ["VLLM_LOGGING_PREFIX"] = f"{say_where(run=run, role=f'teacher-{number}')} "
 
 
 def prepare_process(cores: Sequence[int] | None) -> None:
-    """Set this process up for vLLM: cores, threads, telemetry. Must come before vllm is imported.
+    """Set this process up for vLLM: cores, threads, telemetry. Must run before vllm is imported.
 
-    The replica's own threads are moved to the engine's cores too, so that its event loop does not
-    take turns with the student on the student's. Children inherit both.
+    ``cores``: the engine's CPU cores; None if it runs on GPUs. The replica's own threads are moved
+    to these cores too, so that its event loop does not compete with the student on the student's
+    cores. Child processes inherit the cores and the environment.
     """
     os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # The one that `capture` knows.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # ``capture.py`` relies on the first one.
     if cores is None:
-        # FlashInfer's sampler is compiled when the engine starts, by an nvcc that machines with
-        # CUDA's libraries alone do not have; vLLM's own needs none.
+        # FlashInfer's sampler is compiled by nvcc when the engine starts. Machines that have only
+        # CUDA's libraries lack nvcc; vLLM's own sampler does not need it.
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         return
     for thread in os.listdir("/proc/self/task"):
@@ -101,11 +113,11 @@ def prepare_process(cores: Sequence[int] | None) -> None:
             continue  # the thread has ended
     os.environ["OMP_NUM_THREADS"] = str(len(cores))
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-    # One process less to start and to hold in memory: the engine core runs the model itself.
-    # vLLM then binds no threads on its own; the mask inherited from here does.
+    # The engine core then runs the model in its own process: one process less to start and to keep
+    # in memory. vLLM binds no threads in this mode, so they keep the cores that are set above.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    # Weights and KV cache in huge pages: a twentieth less time a token. (A student's steps are
-    # slower with them.) glibc reads it when the engine's process starts.
+    # Weights and KV cache in huge pages take 5 % less time a token. (A student's steps get slower,
+    # so it is not set there.) glibc reads the variable when the engine's process starts.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 
@@ -125,7 +137,7 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "gpu_memory_utilization": teacher.gpu_memory_utilization,
         # An explicit size lets the CPU build skip its warm-up.
         "kv_cache_memory_bytes": None if kv_cache_gib is None else int(kv_cache_gib * GIB),
-        # One place more than rows are let in: the health probe must never queue behind them.
+        # One more than ``VllmEngine`` admits rows: the health probe must not queue behind rows.
         "max_num_seqs": teacher.max_num_seqs + 1,
         "max_num_batched_tokens": teacher.max_num_batched_tokens,
         "enforce_eager": eager,

@@ -1,12 +1,11 @@
-"""vLLM's logprobs as the arrays they arrive in, from its output path to ``Answer``.
+"""From vLLM's outputs to ``Answer``: logprobs as arrays, hidden states and scores from bytes.
 
-vLLM's front end turns every logprob into a Python number, K + 1 a token. `keep_arrays` has it keep
-the arrays of requests that need no text instead. Pinned to vLLM 0.32: where the parts that are
-replaced have moved, `keep_arrays` fails.
+vLLM's front end turns every logprob into a Python number, K + 1 a token. `keep_arrays` changes that
+for requests that need no text: they keep the arrays that the engine core sent. This replaces parts
+of vLLM 0.32 (``vllm/v1/engine/logprobs.py``) and fails if another version has other parts.
 
-Legend: T response tokens, K teacher ids kept for each token.
-
-What the engine's workers kept (`capture`), as the signal of an ``Answer``.
+What ``capture.py`` kept in the workers arrives as bytes; `hidden_states` and `scored_answer` read
+them.
 
 Legend: T response tokens, K ids named for each token, D hidden size, V vocabulary.
 """
@@ -25,13 +24,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from vllm.outputs import CompletionOutput
 
-
+# The parameters of the two functions that ``keep_arrays`` replaces.
 UPDATE_PARAMETERS = ["self", "logprobs_lists"]
 CREATE_PARAMETERS = ["flat_logprobs"]
 
 
 def keep_arrays() -> None:
-    """Change this process's vLLM; once is enough. RuntimeError where it is not the one known."""
+    """Make this process's vLLM keep sampled logprobs as arrays. Calling it twice does no harm.
+
+    Raises:
+        RuntimeError: the functions to be replaced have other parameters than in vLLM 0.32.
+    """
     import vllm
     from vllm.logprobs import FlatLogprobs
     from vllm.v1.engine import logprobs as module
@@ -40,15 +43,16 @@ def keep_arrays() -> None:
     if getattr(create, "keeps_arrays", False):
         return
     update = processor._update_sample_logprobs
-    found = [list(inspect.signature(f).parameters) for f in (update, create)]
-    if found != [UPDATE_PARAMETERS, CREATE_PARAMETERS]:
+    parameters = [list(inspect.signature(f).parameters) for f in (update, create)]
+    if parameters != [UPDATE_PARAMETERS, CREATE_PARAMETERS]:
         raise RuntimeError(
-            f"vLLM {vllm.__version__} collects logprobs by functions of {found}, expected "
-            f"{[UPDATE_PARAMETERS, CREATE_PARAMETERS]}; install the pinned vllm"
+            f"vLLM {vllm.__version__} collects logprobs by functions with the parameters "
+            f"{parameters}, expected {[UPDATE_PARAMETERS, CREATE_PARAMETERS]}; install the pinned "
+            "vllm"
         )
 
     class Arrays(FlatLogprobs):
-        """The arrays [1, K + 1] of every position: ids and logprobs."""
+        """For every position, ids and logprobs as arrays [1, K + 1]."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -58,6 +62,7 @@ def keep_arrays() -> None:
         return Arrays() if flat_logprobs else create(flat_logprobs)
 
     def update_sample_logprobs(self: Any, logprobs_lists: Any) -> None:
+        # A request with a tokenizer wants the tokens' text too, which vLLM's own code adds.
         if isinstance(self.logprobs, Arrays) and self.tokenizer is None:
             lists = logprobs_lists
             self.logprobs.arrays.append((lists.logprob_token_ids, lists.logprobs))
@@ -70,9 +75,13 @@ def keep_arrays() -> None:
 
 
 def gather_logprobs(logprobs: "Tensor", num_logprobs: int, token_ids: "Tensor") -> Any:
-    """vLLM's ``Sampler.gather_logprobs`` but for the ranks, which are 0.
+    """A faster ``Sampler.gather_logprobs`` (``vllm/v1/sample/sampler.py``): all ranks are 0.
 
-    logprobs float32 [n, V], token_ids int64 [n]; the drawn token's id and logprob, then the K best.
+    vLLM counts for each sampled token how many tokens are more probable; nothing here reads it.
+
+    logprobs: float32 [n, V], nats. token_ids: int64 [n], the sampled tokens.
+    Returns LogprobsTensors: ids int32 and logprobs float32, both [n, K + 1], the sampled token
+    first and then the K best in descending order; ranks int64 [n].
     """
     import torch
     from vllm.v1.outputs import LogprobsTensors
@@ -86,10 +95,11 @@ def gather_logprobs(logprobs: "Tensor", num_logprobs: int, token_ids: "Tensor") 
     )
 
 
-def answer_of(output: "CompletionOutput", signal: Signal, vocab_size: int) -> Answer:
-    """vLLM's finished output as arrays; a ``hidden`` answer still lacks its hidden states.
+def sampled_answer(output: "CompletionOutput", signal: Signal, vocab_size: int) -> Answer:
+    """The answer in vLLM's finished output. For ``hidden``, `hidden_states` adds the states.
 
-    A position's K + 1 entries are the drawn token's, then the K best in descending order.
+    In each position's arrays the sampled token comes first, then the best ids in descending order.
+    A batch has one K, its largest: there may be more than this signal's K.
     """
     num_tokens = len(output.token_ids)
     ids = np.fromiter(output.token_ids, np.int32, num_tokens)
@@ -114,7 +124,7 @@ def answer_of(output: "CompletionOutput", signal: Signal, vocab_size: int) -> An
 
 
 def hidden_states(answer: Answer, blob: bytes, hidden_size: int) -> Answer:
-    """A sampled answer with its hidden states: bfloat16 bits, uint16 [T, D]."""
+    """The answer with its hidden states. ``blob``: uint16 [T, D], bfloat16 bits."""
     if answer.error is not None:
         return answer
     states = np.frombuffer(blob, "<u2").reshape(-1, hidden_size)
@@ -131,7 +141,11 @@ def scored_answer(
     vocab_size: int,
     hidden_size: int,
 ) -> Answer:
-    """The signal of a given response; ``at``: the ids that were asked for, int32 [T, K]."""
+    """The signal of a given response; its ``finish_reason`` is not set.
+
+    blob: what `Capture.raystill_take` returned for it. at: int32 [T, K], the ids at which
+    logprobs were requested; None: the K best.
+    """
     num_tokens = len(response_ids)
     answer = Answer(np.asarray(response_ids, np.int32))
     if signal.kind == "text":

@@ -1,9 +1,9 @@
-"""The engine without a model: a small Markov chain that answers like a teacher, at once.
+"""An engine without a model: a small Markov chain that takes the teacher's place.
 
-Where it sits: behind the same deployment and contract as vLLM, for fault tests and for measuring
-the stream. The same prompt always has the same answer, in any group and on any replica, and the
-signal is exact: K ids and the tail hold mass 1. The next token's distribution depends on the last
-token only, so a student can learn it.
+Where it sits: it is deployed and called like vLLM, in tests of faults and to measure the stream. A
+prompt always has the same answer, in any group and on any replica. The signal is exact: the K ids
+and the tail have probability 1 together. The next token's distribution depends on the last token
+only, so that a student can learn it.
 
 Legend: B rows of a group, T response tokens, K ids kept, V vocabulary, r decay of a distribution.
 """
@@ -21,18 +21,18 @@ from raystill.datasets.rows.answers import Answer, Int32Array, why_unanswerable,
 from raystill.datasets.rows.signal import Signal
 from raystill.model.sampling import ResolvedSampling
 
-UNBOUNDED = 2**31 - 1
-EXIT_POISONED = 71
+UNBOUNDED = 2**31 - 1  # The largest int32: no limit of length or vocabulary.
+EXIT_POISONED = 71  # Exit status of a replica that was sent ``teacher.synthetic.poison_token``.
 Float64Array = NDArray[np.float64]
 Int64Array = NDArray[np.int64]
 
 
 class SyntheticEngine:
-    """Deterministic answers of ``response_tokens`` ids, each group after ``delay_s``.
+    """Deterministic answers of ``response_tokens`` ids; a group takes ``delay_s`` seconds.
 
-    After id a, the id of rank j = 0, 1, ... is (7 a + 3 + j) mod V with p_j = (1-r) r^j / (1-r^V),
-    where r in [0.3, 0.9) depends on a. The last token of an answer is its stop token (rank 0 of a
-    state of its own), unless ``max_tokens`` cuts the answer first.
+    After id a, the id of rank j = 0, 1, ... is (7 a + 3 + j) mod V, with probability
+    p_j = (1-r) r^j / (1-r^V), where r in [0.3, 0.9) depends on a. An answer ends with the stop
+    token, which then has rank 0, unless ``max_tokens`` cuts it first.
     """
 
     name = "synthetic"
@@ -51,10 +51,10 @@ class SyntheticEngine:
         self.max_model_len = max_model_len or UNBOUNDED
 
     async def start(self) -> None:
-        """Nothing to load."""
+        """Does nothing: there is no model to load."""
 
     async def sample(self, prompt_ids: Sequence[Int32Array], signal: Signal) -> list[Answer]:
-        """Answer a group; see ``Answer`` for shapes."""
+        """Answer a group of prompts, in order. Prompts that cannot be answered have an error."""
         await self._take_time(prompt_ids)
         reasons = [why_unanswerable(p, self.max_model_len, UNBOUNDED) for p in prompt_ids]
         usable = [p for p, reason in zip(prompt_ids, reasons, strict=True) if reason is None]
@@ -68,17 +68,17 @@ class SyntheticEngine:
         signal: Signal,
         at: Sequence[Int32Array] | None = None,
     ) -> list[Answer]:
-        """The signal of given responses, as if they had been drawn. ValueError with ``at``."""
+        """The signal of given responses. ``at`` is not supported: it raises ValueError."""
         if at is not None:
-            raise ValueError("the synthetic engine names the K best ids only")
+            raise ValueError("the synthetic engine gives the K best ids only; leave at=None")
         await self._take_time(prompt_ids)
         return [self._score(*pair, signal) for pair in zip(prompt_ids, response_ids, strict=True)]
 
     async def probe(self) -> None:
-        """Always in health."""
+        """Does nothing: the engine is always healthy."""
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Does nothing: there is nothing to free."""
 
     async def _take_time(self, prompt_ids: Sequence[Int32Array]) -> None:
         poison = self._config.poison_token
@@ -94,7 +94,8 @@ class SyntheticEngine:
         ids = np.asarray(response, np.int64)[None]
         last = np.concatenate([prompt[-1:], response[:-1]]).astype(np.int64)[None]
         first, decay = self._state_after(last)
-        if response[-1] in self._sampling.stop_token_ids:  # As it ends an answer of its own.
+        # ``sample`` gives a stop token rank 0 in the last position: the scores must be the same.
+        if response[-1] in self._sampling.stop_token_ids:
             first[:, -1] = ids[:, -1]
         return self._signal(ids, first, decay, "stop", signal)[0]
 
@@ -113,7 +114,7 @@ class SyntheticEngine:
         finish: str,
         signal: Signal,
     ) -> list[Answer]:
-        """Answers from their tokens, rank-0 ids and decays, each [B, T]."""
+        """Answers from their token ids, the ids of rank 0 and the decays, each [B, T]."""
         values = {}
         if signal.kind == "topk":
             rank = np.arange(signal.width)
@@ -134,7 +135,7 @@ class SyntheticEngine:
     def _draw(
         self, prompts: Sequence[Int32Array], num_tokens: int, stopped: bool
     ) -> tuple[Int64Array, Float64Array, Int64Array]:
-        """Rank-0 ids, decays and drawn ranks, each [B, T]."""
+        """Ids of rank 0, decays and sampled ranks, each [B, T]."""
         shape = (len(prompts), num_tokens)
         uniforms = np.stack([_uniforms(p, num_tokens) for p in prompts])
         first, ranks = np.empty(shape, np.int64), np.empty(shape, np.int64)
@@ -149,22 +150,23 @@ class SyntheticEngine:
         return first, decay, ranks
 
     def _state_after(self, last: Int64Array) -> tuple[Int64Array, Float64Array]:
-        """Rank-0 ids and decays of what follows the ids ``last``."""
+        """Id of rank 0 and decay of the distributions that follow the ids ``last``."""
         decay = 0.3 + 0.6 * ((last * 2_654_435_761) % 2**32) / 2**32
         return (7 * last + 3) % self.vocab_size, decay
 
     def _rank_of(self, uniform: Float64Array, decay: Float64Array) -> Int64Array:
-        """Inverse of the cumulative distribution 1 - r^(j+1), over 1 - r^V."""
+        """Rank at a uniform number: the inverse of the distribution (1 - r^(j+1)) / (1 - r^V)."""
         mass = uniform * -np.expm1(self.vocab_size * np.log(decay))
         rank = np.floor(np.log1p(-mass) / np.log(decay)).astype(np.int64)
         return np.clip(rank, 0, self.vocab_size - 1)
 
     def _logprobs(self, rank: Int64Array, decay: Float64Array) -> Float64Array:
-        whole = np.log1p(-(decay**self.vocab_size))
-        return np.log1p(-decay) + rank * np.log(decay) - whole
+        """log p_j of the ranks j, in nats."""
+        normaliser = np.log1p(-(decay**self.vocab_size))
+        return np.log1p(-decay) + rank * np.log(decay) - normaliser
 
     def _tail(self, decay: Float64Array, top_k: int) -> Float64Array:
-        """log((r^K - r^V) / (1 - r^V)), exact; -inf for K = V."""
+        """Exact tail: log((r^K - r^V) / (1 - r^V)), in nats; -inf if K = V."""
         if top_k > self.vocab_size:
             raise ValueError(
                 f"K ({top_k}) is more than the vocabulary ({self.vocab_size}); lower signal.top_k"
@@ -178,6 +180,6 @@ class SyntheticEngine:
 
 
 def _uniforms(prompt_ids: Int32Array, num_tokens: int) -> Float64Array:
-    """Uniform draws in [0, 1) that depend on the prompt's ids alone, [T]."""
+    """Uniform numbers in [0, 1), [T], that depend on the prompt's ids alone."""
     digest = hashlib.blake2b(np.asarray(prompt_ids, "<i4").tobytes(), digest_size=8).digest()
     return np.random.default_rng(int.from_bytes(digest, "little")).random(num_tokens)

@@ -1,8 +1,9 @@
-"""vLLM's async engine as a teacher: token ids in, token ids and their distributions out.
+"""vLLM's async engine as a teacher: prompt ids in, response ids with their signal out.
 
-Where it sits: inside one Serve replica, whose process has been prepared for it; vllm is imported
-when the engine starts. *Consumes* groups of prompt ids from ``Teacher``; *waits for* the engine.
-What is sampled has its signal from decoding itself, what is scored from one prefill.
+Where it sits: in a Serve replica (``replica.py``), whose process has been set up by
+``arguments.prepare_process``. vllm is imported when the engine starts. *Consumes* groups of prompt
+ids from ``Teacher``; *waits for* vLLM. The signal of a sampled response comes from decoding itself,
+the signal of a scored response from one prefill.
 
 Legend: P prompt tokens, T response tokens, K teacher ids kept for each token, D hidden size.
 """
@@ -20,7 +21,7 @@ from raystill.datasets.rows.answers import Answer, why_unanswerable, why_unscora
 from raystill.datasets.rows.signal import Signal
 from raystill.serve.engine.arguments import EngineSettings, engine_arguments
 from raystill.serve.engine.capture import CaptureRequest
-from raystill.serve.engine.outputs import answer_of, hidden_states, keep_arrays, scored_answer
+from raystill.serve.engine.outputs import hidden_states, keep_arrays, sampled_answer, scored_answer
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
@@ -34,7 +35,7 @@ SHUTDOWN_TIMEOUT_S = 5.0
 
 
 class VllmEngine:
-    """One vLLM engine; at most ``teacher.max_num_seqs`` rows are in it at a time, others queue."""
+    """One vLLM engine. At most ``teacher.max_num_seqs`` rows are in it at a time; others wait."""
 
     name = "vllm"
 
@@ -46,7 +47,10 @@ class VllmEngine:
         self._engine: Any = None
 
     async def start(self) -> None:
-        """Load the model; ``prepare_process`` must have run. Takes the event loop until done."""
+        """Load the model and start vLLM. ``prepare_process`` must have run before.
+
+        The event loop is blocked until the engine is ready.
+        """
         import vllm
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -63,27 +67,27 @@ class VllmEngine:
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     async def sample(self, prompt_ids: Sequence[Ids], signal: Signal) -> list[Answer]:
-        """Answer a group; see ``Answer`` for shapes.
+        """Answer a group of prompts, in order. Prompts that cannot be answered have an error.
 
         Raises:
-            EngineDeadError: the engine's process has ended; nothing more will come from it.
+            EngineDeadError: the engine's process has ended; it will answer nothing more.
         """
         parameters = self._parameters(_num_logprobs(signal))
-        wishes: list[CaptureRequest | None] = [None] * len(prompt_ids)
+        captures: list[CaptureRequest | None] = [None] * len(prompt_ids)
         if signal.kind == "hidden":
-            wishes = [CaptureRequest(self._tag(), len(ids) - 1, "hidden") for ids in prompt_ids]
+            captures = [CaptureRequest(self._tag(), len(ids) - 1, "hidden") for ids in prompt_ids]
         reasons = [why_unanswerable(ids, self.max_model_len, self.vocab_size) for ids in prompt_ids]
-        with self._unclaimed(wishes) as claim:
-            outputs = await self._run(prompt_ids, reasons, wishes, parameters)
+        with self._capturing(captures) as take:
+            outputs = await self._run(prompt_ids, reasons, captures, parameters)
             answers = [
                 Answer(error=output)
                 if isinstance(output, str)
-                else answer_of(output, signal, self.vocab_size)
+                else sampled_answer(output, signal, self.vocab_size)
                 for output in outputs
             ]
             if signal.kind != "hidden":
                 return answers
-            blobs = await claim([len(answer.response_ids) for answer in answers])
+            blobs = await take([len(answer.response_ids) for answer in answers])
         return [
             hidden_states(a, blob, self.hidden_size) for a, blob in zip(answers, blobs, strict=True)
         ]
@@ -95,11 +99,11 @@ class VllmEngine:
         signal: Signal,
         at: Sequence[Ids] | None = None,
     ) -> list[Answer]:
-        """The signal of given responses, by prefill; ``finish_reason`` is the caller's to say.
+        """The signal of given responses, by prefill. The caller sets ``finish_reason``.
 
-        at: int32 [T, K] a row, distinct within a token: with ``topk``, the ids to be named in
-        place of the K best, in this order. The head is not run for ``hidden``, so its
-        ``sampled_logprobs`` are NaN. Raises EngineDeadError as ``sample`` does.
+        at: for ``topk``, int32 [T, K] of each row: the ids whose logprobs are returned in place of
+        the K best, in this order; distinct within a token. For ``hidden`` the output head is not
+        applied, so ``sampled_logprobs`` are NaN. Raises EngineDeadError as ``sample`` does.
         """
         named: Sequence[Ids | None] = [None] * len(prompt_ids) if at is None else at
         pairs = list(zip(prompt_ids, response_ids, named, strict=True))
@@ -107,16 +111,17 @@ class VllmEngine:
         outputs: list[Any] = reasons
         blobs = [b""] * len(pairs)
         if signal.kind != "text":
-            wishes = [self._wish_to_score(*pair, signal) for pair in pairs]
+            captures = [self._score_request(*pair, signal) for pair in pairs]
+            # The last response token is not put in: its distribution is read one position before.
             inputs = [np.concatenate([prompt, response[:-1]]) for prompt, response, _ in pairs]
             parameters = self._parameters(None, max_tokens=1, temperature=0.0, min_p=0.0)
-            # Cached tokens would pass by the model, and their hidden states with them.
+            # Tokens from the prefix cache are not computed, so nothing could be captured of them.
             parameters.skip_reading_prefix_cache = True
-            with self._unclaimed(wishes) as claim:
-                outputs = await self._run(inputs, reasons, wishes, parameters)
+            with self._capturing(captures) as take:
+                outputs = await self._run(inputs, reasons, captures, parameters)
                 usable = [not isinstance(output, str) for output in outputs]
                 lengths = [len(r) * ok for (_, r, _), ok in zip(pairs, usable, strict=True)]
-                blobs = await claim(lengths)
+                blobs = await take(lengths)
         sizes = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size}
         return [
             Answer(error=output)
@@ -126,9 +131,12 @@ class VllmEngine:
         ]
 
     async def probe(self) -> None:
-        """One token from the engine, within a time limit: sees a dead engine and a hung one.
+        """Generate one token within ``PROBE_TIMEOUT_S``: detects a dead engine and a hung one.
 
-        Rows that finish meanwhile count as life too: the probe itself may wait for cache blocks.
+        Raises:
+            RuntimeError: no token came in time and no row has finished meanwhile. (A busy engine
+                may let the probe wait for cache blocks while it finishes rows.)
+            EngineDeadError: the engine's process has ended.
         """
         await self._engine.check_health()
         before = self._rows_finished
@@ -141,15 +149,15 @@ class VllmEngine:
                 ) from None
 
     def close(self) -> None:
-        """End the engine's processes."""
+        """End the engine's processes. Calling it twice does no harm."""
         if self._engine is not None:
             self._engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
             self._engine = None
 
     def _tag(self) -> str:
-        return f"wish-{next(self._numbers)}"
+        return f"capture-{next(self._numbers)}"
 
-    def _wish_to_score(
+    def _score_request(
         self, prompt: Ids, response: Ids, at: Ids | None, signal: Signal
     ) -> CaptureRequest:
         targets = np.ascontiguousarray(response, "<i4").tobytes()
@@ -161,6 +169,7 @@ class VllmEngine:
         return CaptureRequest(self._tag(), first, "at", signal.width, targets, ids)
 
     def _parameters(self, num_logprobs: int | None, **changes: Any) -> "SamplingParams":
+        """vLLM's parameters from ``teacher.sampling``, with these logprobs and changes."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         sampling = self._settings.sampling
@@ -170,7 +179,7 @@ class VllmEngine:
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
             "max_tokens": sampling.max_tokens,
-            # Only the resolved ids stop an answer: vLLM's own eos rule reads other files.
+            # Only the resolved ids end an answer; vLLM's own end-of-sequence id may be another.
             "ignore_eos": True,
             "stop_token_ids": list(sampling.stop_token_ids),
             "logprobs": num_logprobs,
@@ -178,53 +187,58 @@ class VllmEngine:
             "detokenize": False,
             "output_kind": RequestOutputKind.FINAL_ONLY,
         }
-        # No seed here: a request's own seed crashes the CPU build under chunked prefill.
+        # No seed here: a seed in a request crashes vLLM's CPU build under chunked prefill.
         return SamplingParams(**{**settings, **changes})
 
     async def _run(
         self,
         inputs: Sequence[Ids],
         reasons: Sequence[str | None],
-        wishes: Sequence[CaptureRequest | None],
+        captures: Sequence[CaptureRequest | None],
         parameters: "SamplingParams",
     ) -> "list[CompletionOutput | str]":
-        """The finished output of every row, or the reason that it has none."""
+        """The finished output of each row, or the reason why it has none (a row's ``error``).
 
-        async def run_row(ids: Ids, reason: str | None, wanted: CaptureRequest | None) -> Any:
+        ``reasons``: known beforehand; such rows are not sent to the engine.
+        """
+
+        async def run_row(ids: Ids, reason: str | None, capture: CaptureRequest | None) -> Any:
             if reason is not None:
                 return reason
-            mine = parameters
-            if wanted is not None:
-                mine = parameters.clone()
-                mine.extra_args = wanted.extra_args()
+            row_parameters = parameters
+            if capture is not None:
+                row_parameters = parameters.clone()
+                row_parameters.extra_args = capture.extra_args()
             async with self._slots:
-                output = await self._generate(ids.tolist(), mine)
+                output = await self._generate(ids.tolist(), row_parameters)
                 self._rows_finished += 1
             ended = output.finish_reason in ("stop", "length")
             return output if ended else f"engine_{output.finish_reason}"
 
-        return list(await asyncio.gather(*map(run_row, inputs, reasons, wishes)))
+        return list(await asyncio.gather(*map(run_row, inputs, reasons, captures)))
 
     @contextmanager
-    def _unclaimed(self, wishes: Sequence[CaptureRequest | None]) -> Iterator[Any]:
-        """Gives the coroutine that takes what the workers kept for ``wishes``, by the rows' T.
+    def _capturing(self, captures: Sequence[CaptureRequest | None]) -> Iterator[Any]:
+        """Gives a coroutine function that takes the captured bytes; its argument: each row's T.
 
-        What is left when the block is left (a cancelled call, an error) is dropped there.
+        If it was not called when the block ends (a cancelled call, an error), the workers are told
+        to drop what they have captured.
         """
-        tags = [wanted.tag for wanted in wishes if wanted is not None]
-        hold_run_folder = False
+        tags = [capture.tag for capture in captures if capture is not None]
+        taken = False
 
-        async def claim(lengths: list[int]) -> list[bytes]:
-            nonlocal hold_run_folder
-            told = await self._engine.collective_rpc("raystill_take", args=(tags, lengths))
-            hold_run_folder = True
-            return next(blobs for blobs in told if blobs is not None)
+        async def take(lengths: list[int]) -> list[bytes]:
+            nonlocal taken
+            results = await self._engine.collective_rpc("raystill_take", args=(tags, lengths))
+            taken = True
+            return next(blobs for blobs in results if blobs is not None)
 
         try:
-            yield claim
+            yield take
         finally:
-            if tags and not hold_run_folder:
+            if tags and not taken:
                 drop = self._engine.collective_rpc("raystill_drop", args=(tags,))
+                # Not awaited: the caller may be cancelled. The reference keeps the task alive.
                 self._dropping = asyncio.ensure_future(drop)
 
     async def _one_token(self) -> None:
@@ -234,7 +248,7 @@ class VllmEngine:
     async def _generate(
         self, token_ids: list[int], parameters: "SamplingParams"
     ) -> "CompletionOutput":
-        """The finished output of one request; a cancelled caller aborts it in the engine."""
+        """The finished output of one request; vLLM aborts it if the caller is cancelled."""
         request = f"row-{next(self._numbers)}"
         prompt = {"prompt_token_ids": token_ids}
         async for output in self._engine.generate(prompt, parameters, request_id=request):
@@ -243,14 +257,14 @@ class VllmEngine:
 
 
 def _num_logprobs(signal: Signal) -> int | None:
-    """vLLM's ``logprobs`` of a request: ids beside the drawn token; None for no logprobs at all."""
+    """vLLM's ``logprobs`` setting: ids beside the sampled token; None for no logprobs at all."""
     if signal.kind == "text":
         return None
     return signal.width if signal.kind == "topk" else 0
 
 
 def engine_is_dead(error: BaseException) -> bool:
-    """Whether the error means that the engine's process has ended."""
+    """Whether the error says that the engine's process has ended."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     return isinstance(error, EngineDeadError)
