@@ -57,7 +57,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class ReplicaSettings:
-    """Everything a replica is told. ``logs`` is None where output stays with Ray's own logs."""
+    """Settings of a replica. ``logs`` is None where output stays with Ray's own logs."""
 
     config: RunConfig
     model: ModelSource

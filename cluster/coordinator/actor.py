@@ -1,4 +1,4 @@
-"""The run's coordinator: row credits, dropped rows, counters and stop flag, in one small actor.
+"""The run's coordinator: an actor with the row credits, dropped rows, counters and stop flag.
 
 It carries no rows. *Consumes*: the source asks it for credits, the answer stage reports drops, the
 teacher and the workers report counters, rank 0 publishes what the restored weights have learned.
@@ -69,8 +69,8 @@ class Coordinator:
         async with self._changed:
             self._attempt += 1
             self._lives += restored
-            told = {"epoch": epoch, "step": step, "ledger": ledger}
-            self._published = {"attempt": self._attempt, **told}
+            learned = {"epoch": epoch, "step": step, "ledger": ledger}
+            self._published = {"attempt": self._attempt, **learned}
             self._credits.begin(rows_left=len(Ledger.from_dict(ledger).missing()))
             self._drops.begin(ledger)
             self._changed.notify_all()
@@ -173,7 +173,7 @@ class Coordinator:
         self._teacher_settled.set()
 
     async def close(self) -> None:
-        """The driver is about to leave: whoever waits for a wish for the teacher is let go."""
+        """The driver is about to leave: end every wait for the teacher to be needed."""
         async with self._changed:
             self._closed = True
             self._teacher_settled.set()

@@ -1,10 +1,9 @@
-"""One driver at a time for a run: a second would take the first one's files for leftovers.
+"""The driver's process: one at a time for a run, and how signals stop it.
 
-It would delete unpublished checkpoints, cut the metrics back and replace the teacher. A local run
-folder is held by a lock of the operating system, which ends with its process, however that ends. On
-a cluster the run's coordinator has a name that only one actor can have; it dies with its driver.
-
-Signals that ask a run to end: the first is a wish, the second an order.
+A second driver would take the first one's files for leftovers: it would delete unpublished
+checkpoints, cut the metrics back and replace the teacher. So a local run folder is locked by the
+operating system; the lock ends with its process, however that ends. On a cluster the run's
+coordinator has a name that only one actor can have, and it dies with its driver.
 """
 
 import fcntl
@@ -26,11 +25,13 @@ POLL_S = 0.5
 
 @contextmanager
 def hold_run_folder(folder: RunFolder) -> Iterator[None]:
-    """Hold the run folder where it is local. RunError where another process has it."""
+    """Lock a local run folder. Raises RunError where another process has it, and names that one."""
     if folder.local is None:
         yield
         return
     folder.ensure()
+    # By hand: the filelock package empties the file before it has the lock, and so would lose who
+    # holds it.
     with (folder.logs / LOCK).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,9 +45,9 @@ def hold_run_folder(folder: RunFolder) -> Iterator[None]:
 
 
 def unique_actor(start: Callable[[], Any], folder: RunFolder) -> Any:
-    """What ``start`` returns: an actor with a name, once nobody else has it. RunError if it stays.
+    """The actor that ``start`` makes under its name, as soon as no other actor has that name.
 
-    Ray raises ValueError for a name that is taken.
+    Ray raises ValueError for a name that is taken. Raises RunError where it stays taken.
     """
     deadline = time.monotonic() + NAME_WAIT_S
     while True:
@@ -59,7 +60,7 @@ def unique_actor(start: Callable[[], Any], folder: RunFolder) -> Any:
 
 
 def in_use(folder: RunFolder, who: str) -> str:
-    """What to tell the second driver."""
+    """The message for the second driver."""
     return (
         f"the run in {folder.path} is under way in {who}; wait for its end, stop it (SIGINT: it "
         "writes a checkpoint), or set output.path to another folder"
@@ -67,7 +68,7 @@ def in_use(folder: RunFolder, who: str) -> str:
 
 
 class StopSignals:
-    """Turns the first SIGINT/SIGTERM into a flag, and lets the second end the process."""
+    """Turns the first SIGINT or SIGTERM into a flag; the second one ends the process at once."""
 
     def __init__(self) -> None:
         self.received = 0

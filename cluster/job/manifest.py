@@ -23,14 +23,14 @@ def is_finished(folder: RunFolder, epochs: int) -> bool:
     """Whether the folder holds a completed run of that many epochs or more."""
     if not folder.exists("summary.json"):
         return False
-    told = json.loads(folder.read_text("summary.json"))
-    return told["status"] == "completed" and told.get("epochs", 1) >= epochs
+    summary = json.loads(folder.read_text("summary.json"))
+    return summary["status"] == "completed" and summary.get("epochs", 1) >= epochs
 
 
 def check_same_teacher(folder: RunFolder, prepared: Prepared) -> list[Problem]:
-    """A resumed run goes on with the teacher, and the sampling, that it began with.
+    """Problems of a run that is resumed with another teacher, or sampling, than it began with.
 
-    The run file names them; what the names stand for may have changed since.
+    The run file names them. What the names stand for may have changed since.
     """
     if not folder.exists("manifest.json"):
         return []
@@ -52,13 +52,13 @@ def write_folder(config: RunConfig, folder: RunFolder, prepared: Prepared) -> No
     """Write what is known before the run: configuration, manifest, tokenised prompts."""
     folder.ensure()
     folder.write_text("config.yaml", config_text(config))
-    told = manifest(config, prepared) | {"run_id": run_id(folder) or uuid4().hex}
-    folder.write_text("manifest.json", json.dumps(redacted(told), indent=2) + "\n")
+    content = manifest(config, prepared) | {"run_id": run_id(folder) or uuid4().hex}
+    folder.write_text("manifest.json", json.dumps(redacted(content), indent=2) + "\n")
     prepared.keyed.write(folder, config.stream.group_rows)
 
 
 def run_id(folder: RunFolder) -> str | None:
-    """The id under which this run pays for answers, over all its starts; None before the first."""
+    """The run's id in the teacher store, the same over all its starts; None before the first."""
     if not folder.exists("manifest.json"):
         return None
     return json.loads(folder.read_text("manifest.json")).get("run_id")

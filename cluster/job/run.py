@@ -102,11 +102,11 @@ def fit(run: Run, spec: StreamSpec) -> Background:
 
 
 def serve_teacher(run: Run, prepared: Prepared, probe: bool) -> None:
-    """Deploy the teacher if the store cannot answer all; held-out prompts answered; the probe.
+    """Deploy the teacher where the store cannot answer all; have the held-out prompts answered.
 
-    A teacher that seemed not to be needed is deployed when somebody asks for it: a stored answer
-    may turn out to be damaged. When every row has its answer it is let go, and its resources with
-    it, while the student goes on.
+    A teacher that seemed not to be needed is deployed as soon as somebody asks for it: a stored
+    answer may turn out to be damaged. When every row has its answer, the teacher is ended and its
+    resources are free, while the student goes on.
     """
     teacher, coordinator, config = TeacherApp.of(run), run.coordinator, run.config
     coordinator.phase.remote(LOADING)

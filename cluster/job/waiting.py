@@ -23,7 +23,7 @@ TELL_AFTER_S = 30.0
 
 @dataclass
 class Wait:
-    """One thing that needs resources; told of once a wait, when it has lasted half a minute.
+    """One thing that waits for resources; shown once, when the wait has lasted half a minute.
 
     ``what``: the thing with its resources, in words. ``setting`` holds ``limit_s``.
     """
@@ -95,7 +95,7 @@ class Waits:
 
     @property
     def without_workers(self) -> bool:
-        """Whether the workers have waited so long that it was told."""
+        """Whether the workers have waited so long that it was shown."""
         return self._workers.shown
 
 

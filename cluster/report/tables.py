@@ -66,22 +66,24 @@ def print_report(folder: Folder, console: Console | None = None) -> None:
 def print_comparison(folders: Sequence[Folder], console: Console | None = None) -> None:
     """Print the finished students of several runs side by side, from their folders alone."""
     console = console or Console()
-    found = []
+    columns = []
     for folder in folders:
         if not folder.exists("summary.json"):
             raise RunError(f"{folder.path} has no summary.json: no run has ended there yet")
         first, last = before_and_after(folder)
         summary = json.loads(folder.read_text("summary.json"))
         name = run_name(folder.path)
-        found.append((name, summary, last or first or {}))
-    table = _columns(*(name for name, _, _ in found))
+        columns.append((name, summary, last or first or {}))
+    table = _columns(*(name for name, _, _ in columns))
     for name, label, digits, _ in (*TEACHER_FORCED, *FREE_RUNNING):
-        table.add_row(label, *(formatting.figure(after.get(name), digits) for _, _, after in found))
+        table.add_row(
+            label, *(formatting.figure(after.get(name), digits) for _, _, after in columns)
+        )
     for name in ROWS:
-        numbers = [summary.get(name, 0) for _, summary, _ in found]
+        numbers = [summary.get(name, 0) for _, summary, _ in columns]
         if name != "rows_scored" or any(numbers):
             table.add_row(name, *map(formatting.count, numbers))
-    table.add_row("time", *(formatting.duration(summary["wall_s"]) for _, summary, _ in found))
+    table.add_row("time", *(formatting.duration(summary["wall_s"]) for _, summary, _ in columns))
     with console.capture() as captured:
         _section(console, "Finished students, on held-out prompts", table)
     for line in captured.get().splitlines():
@@ -143,10 +145,10 @@ def question(prompt: str) -> str:
 
 def _headline(folder: Folder, summary: Figures) -> Text:
     completed = summary["status"] == "completed"
-    said = "finished" if completed else "stopped; the same command resumes it"
+    status = "finished" if completed else "stopped; the same command resumes it"
     text = Text("Raystill  ", style="bold")
     text.append(formatting.path(folder.path))
-    text.append(f"  {said}", style="green" if completed else "yellow")
+    text.append(f"  {status}", style="green" if completed else "yellow")
     text.append(f"  after {formatting.duration(summary['wall_s'])}")
     return text
 

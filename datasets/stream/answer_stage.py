@@ -64,7 +64,7 @@ class AnswerGroup:
             rows = self._join(prompts, answers)
             await self._drop(attempt, prompts, dropped_reasons(answers, self._on_truncated))
         except Exception as error:
-            message = told_to_owner(error)
+            message = sentence_of(error)
             await self._coordinator.failed.remote(message)
             raise RunError(message) from None if isinstance(error, RunError) else error
         truncated = pc.sum(pc.equal(rows["finish_reason"], TRUNCATED)).as_py() or 0
@@ -128,7 +128,7 @@ def unpack_group(block: pa.Table) -> pa.Table:
     return pa.table({**columns, "epoch": epoch})
 
 
-def told_to_owner(error: BaseException) -> str:
+def sentence_of(error: BaseException) -> str:
     """What stopped the stage, in a sentence, without the remote traceback Ray wraps around it."""
     cause = getattr(error, "cause", None) or error
     if isinstance(error, RunError) or isinstance(cause, RunError):

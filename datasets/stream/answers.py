@@ -1,12 +1,14 @@
-"""A group's answers: from the store what it has, from the teacher the rest, which is then stored.
+"""Answers of a group of rows: from the store where it has them, else from the teacher.
 
 The promise: no published answer is ever asked for again. So an answer is published before it is
-passed on, and before anything is asked the name that its segment would get is looked for, since an
-earlier try of this very group may have published it. An answer that is stored with a poorer signal
-than is wished is *scored*: the teacher reads it and says the signal of just these tokens. So is a
-response that came with its prompt.
+passed on. And before the teacher is asked, the store is searched for the segment that this group
+would write: an earlier try of the same group may have published it.
 
-Blocking work runs in threads; one object serves many groups at a time.
+An answer that is stored with a poorer signal than is wanted is *scored*: the teacher reads the
+stored tokens and gives the signal for exactly these. A response that came with its prompt is scored
+too.
+
+Blocking work runs in threads. One object serves many groups at a time.
 """
 
 import asyncio
@@ -52,18 +54,18 @@ class StoredAnswers:
     async def get(
         self, rows: NDArray[np.int64], prompt_ids: pa.Array, given: pa.Array | None = None
     ) -> tuple[pa.Table, dict[str, float]]:
-        """Answers (answer_schema of the wish) in the order of ``rows``, and what to count.
+        """Answers (answer_schema of the wanted signal) in the order of ``rows``, and counters.
 
         ``given``: the response ids that rows came with, null where the teacher is to answer.
         """
         given = pa.nulls(len(rows), TOKEN_IDS) if given is None else given
-        found = await asyncio.to_thread(self._view.look_up, rows, given)
-        parts = list(found.answered)
-        scored, said = found.to_score
-        asked = found.to_ask
+        looked_up = await asyncio.to_thread(self._view.look_up, rows, given)
+        parts = list(looked_up.answered)
+        scored, responses = looked_up.to_score
+        asked = looked_up.to_ask
         if len(scored):
             prompts = prompt_ids.take(pa.array(scored))
-            parts.append((scored, await self._score(rows[scored], prompts, said)))
+            parts.append((scored, await self._score(rows[scored], prompts, responses)))
         if len(asked):
             prompts = prompt_ids.take(pa.array(asked))
             parts.append((asked, await self._ask(rows[asked], prompts)))
@@ -80,17 +82,19 @@ class StoredAnswers:
         return await self._keep(rows, prompt_ids, answers, scored=False)
 
     async def _score(
-        self, rows: NDArray[np.int64], prompt_ids: pa.Array, said: pa.Table
+        self, rows: NDArray[np.int64], prompt_ids: pa.Array, responses: pa.Table
     ) -> pa.Table:
-        """The signal for what was said. An answer's own reason to end stands: the teacher that
-        scores it sees its last token alone.
+        """The teacher's signal for given responses.
+
+        A stored answer keeps its own ``finish_reason``: the teacher that scores it can only judge
+        by the last token.
         """
-        answers = await self._teacher.score(prompt_ids, said["response_ids"].combine_chunks())
+        answers = await self._teacher.score(prompt_ids, responses["response_ids"].combine_chunks())
         usable = pc.is_null(answers["error"])
-        assert answers["response_ids"].filter(usable).equals(said["response_ids"].filter(usable)), (
-            "the teacher scored other responses than it was given"
-        )
-        reasons = pc.coalesce(said["finish_reason"], answers["finish_reason"])
+        assert (
+            answers["response_ids"].filter(usable).equals(responses["response_ids"].filter(usable))
+        ), "the teacher scored other responses than it was given"
+        reasons = pc.coalesce(responses["finish_reason"], answers["finish_reason"])
         place = answers.schema.get_field_index("finish_reason")
         kept = pc.if_else(usable, reasons, pa.scalar(None, pa.string()))
         return await self._keep(
@@ -132,14 +136,14 @@ class StoredAnswers:
         return published
 
     def _origin(self, answers: pa.Table) -> Origin:
-        told = json.loads(answers.schema.metadata[ENGINE])
+        engine = json.loads(answers.schema.metadata[ENGINE])
         return Origin(
             teacher_identity=self._paying.teacher_identity,
             teacher=self._paying.teacher,
-            engine=told["engine"],
-            engine_version=told["version"],
-            dtype=told["dtype"],
-            vocab_size=told["vocab_size"],
+            engine=engine["engine"],
+            engine_version=engine["version"],
+            dtype=engine["dtype"],
+            vocab_size=engine["vocab_size"],
             signal=self._wish,
         )
 

@@ -1,4 +1,4 @@
-"""The plan of an epoch: which row stands at which position, and which positions are left.
+"""The plan of an epoch: which row is at which position, and which positions are left.
 
 Pure arithmetic, imports no Ray. A position is a row's place in its epoch; ``group_rows``
 consecutive positions are a group, the unit of shuffle, credit, Serve call and Ray Data block.

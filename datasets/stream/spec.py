@@ -1,4 +1,4 @@
-"""What the stream is told: `StreamSpec`, and `Requester`, for whom the teacher is asked."""
+"""Settings of the stream: `StreamSpec`, and `Requester`, for whom the teacher is asked."""
 
 from dataclasses import dataclass
 from typing import Any

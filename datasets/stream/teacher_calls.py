@@ -1,10 +1,10 @@
-"""Asking the deployed teacher for a group of answers, whatever becomes of its replicas.
+"""Asks the deployed teacher for a group of answers, and survives the loss of its replicas.
 
-A group whose replica or engine dies, or that takes a replica too long, is asked once more
-elsewhere: most deaths are nobody's fault. Dying twice makes its rows *suspects*: they are asked one
-a call, and one at a time in this process, so that a death has one suspect. A row that was the only
-suspect of two deaths is poison: it comes back unusable, with the reason ``poison``, and the run
-goes on.
+A group whose replica or engine dies, or that takes a replica too long, is asked once more on
+another replica: most deaths have nothing to do with the rows. After a second death its rows are
+*suspects*: they are asked one by one, and one at a time in this process, so that each further death
+has one suspect. A row that was the only suspect of two deaths is poison: it comes back unusable,
+with the reason ``poison``, and the run goes on.
 
 *Waits for* the teacher, also for its next replica. *Unblocked by* its answers or its errors.
 """
@@ -34,8 +34,8 @@ POLL_S = 0.5
 class TeacherCalls:
     """The teacher behind one application name, as one asking process sees it.
 
-    ``coordinator`` is told whenever the teacher is needed, since a run whose answers are all in the
-    store has none, and lets it go when they are; None where it runs throughout.
+    ``coordinator`` hears whenever the teacher is needed: a run whose answers are all in the store
+    deploys none, and ends it when they are. None where the teacher runs throughout.
     """
 
     def __init__(self, app_name: str, signal: Signal, max_attempts: int, coordinator: Any) -> None:
@@ -69,8 +69,8 @@ class TeacherCalls:
                 return answers
         logger.warning("asking a group of %d suspects row by row", len(rows))
         parts = [await self._ask_suspect(method, rows.slice(i, 1)) for i in range(len(rows))]
-        told = next((part.schema.metadata for part in parts if part.schema.metadata), None)
-        whole = pa.concat_tables([part.replace_schema_metadata(told) for part in parts])
+        engine = next((part.schema.metadata for part in parts if part.schema.metadata), None)
+        whole = pa.concat_tables([part.replace_schema_metadata(engine) for part in parts])
         return whole.combine_chunks()
 
     async def _ask_suspect(self, method: str, row: pa.Table) -> pa.Table:
@@ -131,7 +131,7 @@ def unusable_answers(rows: int, reason: str, signal: Signal) -> pa.Table:
 
 
 def is_death(error: BaseException) -> bool:
-    """Whether a question may have cost its replica: replica, engine or node gone, or no answer.
+    """Whether a call may have cost its replica: replica, engine or node gone, or no answer.
 
     A replica gives up by itself after ``teacher.request_timeout_s``: only it knows when a group's
     turn came. One that cannot even do that fails its health check, and Serve replaces it.
@@ -142,7 +142,7 @@ def is_death(error: BaseException) -> bool:
 
 
 def is_absence(error: BaseException) -> bool:
-    """Whether there was nobody to take the question."""
+    """Whether there was no replica to take the call."""
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
     return isinstance(error, (BackPressureError, DeploymentUnavailableError))
@@ -158,29 +158,27 @@ def teacher_handle(app_name: str) -> Any:
     from ray.serve.schema import ApplicationStatus
 
     while True:
-        told = applications().get(app_name)
-        if told is not None and told.status == ApplicationStatus.RUNNING:
+        status = applications().get(app_name)
+        if status is not None and status.status == ApplicationStatus.RUNNING:
             return serve.get_app_handle(app_name)  # Without a replica too: Serve brings one.
-        if told is not None and told.status == ApplicationStatus.DEPLOY_FAILED:
-            raise RunError(f"the teacher could not be deployed: {told.message}")
-        if told is not None and told.status != ApplicationStatus.DELETING:
-            states = [d.replica_states for d in told.deployments.values()]
+        if status is not None and status.status == ApplicationStatus.DEPLOY_FAILED:
+            raise RunError(f"the teacher could not be deployed: {status.message}")
+        if status is not None and status.status != ApplicationStatus.DELETING:
+            states = [d.replica_states for d in status.deployments.values()]
             if any(state.get("RUNNING", 0) for state in states):
                 return serve.get_app_handle(app_name)
         time.sleep(POLL_S)
 
 
 def applications() -> dict[str, Any]:
-    """What Serve runs, by name; nothing where Serve does not run.
-
-    A run beside this one whose end left no application has shut Serve down: this process's own
-    client still holds the controller that is gone.
-    """
+    """Status of each application that Serve runs, by name; empty where Serve does not run."""
     from ray import serve
 
     try:
         return dict(serve.status().applications)
     except RayActorError:
+        # Another run has ended and shut Serve down, since no application was left. This process's
+        # client still refers to the controller that is gone.
         serve.context._set_global_client(None)
         return dict(serve.status().applications)
 

@@ -5,7 +5,7 @@ the teacher's to the same prompts. Shares are pooled over all answers, not avera
 
 ``stop_rate``: share of answers that ended with a stop id. ``length_ratio``: mean length of the
 student's answers over the mean of the teacher's. ``repeated_4gram_share``: of all 4-grams, those
-that occurred earlier in the same answer. The teacher's own figures stand beside them.
+that occurred earlier in the same answer. The teacher's own figures are given too.
 
 ``score_answers`` has the teacher score the student's answers, for the KL on contexts that the
 student wrote: on teacher-written ones it never meets the mistakes that it makes itself. *Waits for*

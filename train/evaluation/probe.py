@@ -70,11 +70,11 @@ def agreement(model: Any, rows: Sequence[Row], vocab: int) -> Agreement:
     for group in cut_micro_batches(rows, TOKENS_PER_MICRO_BATCH):
         batch = collate(group, "topk", vocab)
         assert batch.partition is not None
-        said = torch.cat([_told(row) for row in group])
+        stored = torch.cat([_drawn_logprobs(row) for row in group])
         for tokens, logits in module.logit_chunks(batch):
             partition, targets = batch.partition[tokens], batch.targets[tokens]
             figures = partition_metrics(logits, partition, targets)
-            drawn.append((said[tokens] + figures["nll"]).abs())
+            drawn.append((stored[tokens] + figures["nll"]).abs())
             log_q, _ = partition_log_probs(logits, partition.ids)
             both = torch.isfinite(log_q) & torch.isfinite(partition.log_p)
             both[:, -1] = False
@@ -93,7 +93,7 @@ def agreement(model: Any, rows: Sequence[Row], vocab: int) -> Agreement:
     )
 
 
-def disagreements(found: Agreement, dtype: str, quantised: bool) -> list[str]:
+def disagreements(agreed: Agreement, dtype: str, quantised: bool) -> list[str]:
     """What is beyond the noise of an engine of this precision, in words; nothing: they agree."""
     allowed = ALLOWED["quantised" if quantised else "float32" if dtype == "float32" else "bfloat16"]
     names = {
@@ -103,13 +103,13 @@ def disagreements(found: Agreement, dtype: str, quantised: bool) -> list[str]:
         "self_distillation": "self-distillation loss",
     }
     return [
-        f"{text} {getattr(found, name):.3g} nats (expected at most {getattr(allowed, name):.3g})"
+        f"{text} {getattr(agreed, name):.3g} nats (expected at most {getattr(allowed, name):.3g})"
         for name, text in names.items()
-        if not getattr(found, name) <= getattr(allowed, name)
+        if not getattr(agreed, name) <= getattr(allowed, name)
     ]
 
 
-def _told(row: Row) -> torch.Tensor:
+def _drawn_logprobs(row: Row) -> torch.Tensor:
     assert row.sampled_logprobs is not None
     return torch.from_numpy(row.sampled_logprobs[-row.num_targets :].copy())
 
@@ -122,7 +122,7 @@ def is_due(run: Run) -> bool:
     """Whether the teacher of this start is to be compared.
 
     Not a second time in one run folder; and not without held-out rows, with the synthetic engine,
-    or with weights that no node may be expected to hold beside its work.
+    or with weights too large for a node to hold beside its other work.
     """
     config = run.config
     if config.teacher.engine != "vllm" or not config.evaluation.enabled:
@@ -148,16 +148,16 @@ def probe_teacher(run: Run) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         teacher_folder, dtype="float32", trust_remote_code=teacher.trust_remote_code
     )
-    found = agreement(model, rows, num_classes(model, teacher_folder))
+    agreed = agreement(model, rows, num_classes(model, teacher_folder))
     dtype = teacher.dtype if teacher.dtype != "auto" else "bfloat16"
     quantised = bool(teacher.quantization or getattr(model.config, "quantization_config", None))
-    wrong = disagreements(found, dtype, quantised)
+    wrong = disagreements(agreed, dtype, quantised)
     if wrong:
         raise RunError(
-            f"the served teacher and the same model run by Hugging Face disagree on {found.tokens} "
-            f"tokens of {len(rows)} held-out answers: {'; '.join(wrong)}; see that teacher.model, "
-            "teacher.engine_args and teacher.quantization name what you mean, or go on with "
-            "--skip-probe"
+            "the served teacher and the same model run by Hugging Face disagree on "
+            f"{agreed.tokens} tokens of {len(rows)} held-out answers: {'; '.join(wrong)}; see that "
+            "teacher.model, teacher.engine_args and teacher.quantization name what you mean, or go "
+            "on with --skip-probe"
         )
-    run.folder.write_text(PROBE, json.dumps(asdict(found), indent=2) + "\n")
+    run.folder.write_text(PROBE, json.dumps(asdict(agreed), indent=2) + "\n")
     ray.get(run.coordinator.release_training.remote())

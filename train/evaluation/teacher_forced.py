@@ -1,4 +1,4 @@
-"""Teacher-forced evaluation: how near the student is to the teacher on the held-out answers.
+"""Teacher-forced evaluation: how close the student is to the teacher on the held-out answers.
 
 All ranks measure their slice of ``held_out.parquet`` (teacher-written contexts, with the teacher's
 top K and tail), sums are added over the ranks, and every response token counts the same. The

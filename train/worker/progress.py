@@ -71,8 +71,8 @@ class Progress:
     def _record(self, metrics: MetricsLog, result: StepResult, rows: StepRows[Row]) -> None:
         """Rank 0's line of metrics.jsonl; the waits in it are rank 0's own.
 
-        ``data_wait_s``: until this rank held its rows; ``teacher_wait_s``: the part of it spent
-        blocked on the stream, the rest being unpacking.
+        ``data_wait_s``: seconds until this rank had its rows. ``teacher_wait_s``: the part of it
+        that was spent waiting for the stream; the rest is unpacking.
         """
         seconds = rows.total_s + result.student_s
         line = result.metrics() | {

@@ -104,12 +104,12 @@ class Worker:
         self.checkpointer = ckpt.Checkpointer(self.run.folder, self.ranks, self._report, last_step)
 
     def publish(self, restored: bool) -> int:
-        """Tell the source what these weights have learned, before any rank iterates."""
+        """Publish what these weights have learned, for the source, before any rank iterates."""
         attempt = None
         if self.ranks.first:
             p = self.progress
-            told = (p.epoch, p.step, p.ledger.to_dict(), restored)
-            attempt = ray.get(self.coordinator.publish.remote(*told))
+            learned = (p.epoch, p.step, p.ledger.to_dict(), restored)
+            attempt = ray.get(self.coordinator.publish.remote(*learned))
         return self.ranks.from_first(attempt)  # Also the barrier that holds the other ranks back.
 
     def open_stream(self, attempt: int) -> StepRows[Row]:
