@@ -15,7 +15,7 @@ from raystill.cluster.commands.as_json import print_json
 from raystill.datasets.store.reading import DamagedSegment, NewerSegment, UnreadableSegment
 from raystill.datasets.store.segment import Origin
 from raystill.datasets.store.store import TeacherStore
-from raystill.datasets.store.upkeep import Refused, compact, prune, verify
+from raystill.datasets.store.upkeep import RefusedSegments, compact, prune, verify
 
 EXIT_DAMAGED = 1
 EXIT_UNREADABLE = 3  # 2 is a command that was refused.
@@ -128,7 +128,7 @@ def _compact(store: TeacherStore, as_json: bool) -> int:
     return 0
 
 
-def _tell(refused: Refused) -> None:
+def _tell(refused: RefusedSegments) -> None:
     """Name segments that cannot be used, kind by kind, with what to do."""
     for kind, _, words, remedy in KINDS:
         told = [error for error in refused.values() if isinstance(error, kind)]
@@ -138,7 +138,7 @@ def _tell(refused: Refused) -> None:
             print(redact(f"  - {error}"))
 
 
-def _refused(refused: Refused) -> list[dict[str, str]]:
+def _refused(refused: RefusedSegments) -> list[dict[str, str]]:
     """The same for programs: segment, kind, reason."""
     return [
         {"segment": error.name, "kind": words, "why": error.why}
@@ -148,7 +148,7 @@ def _refused(refused: Refused) -> list[dict[str, str]]:
     ]
 
 
-def _status(refused: Refused) -> int:
+def _status(refused: RefusedSegments) -> int:
     """The exit status: of the worst kind there is."""
     codes = (c for kind, c, _, _ in KINDS if any(isinstance(e, kind) for e in refused.values()))
     return next(codes, 0)

@@ -53,8 +53,6 @@ Groups = list[tuple[Group | Provenance, pa.Table]]
 RefusedSegments = dict[str, UnusableSegment]
 """Segments that cannot be used, by name. The class of the error says whether one may be deleted."""
 
-Refused = RefusedSegments
-
 
 @dataclass(frozen=True)
 class Compacted:

@@ -61,8 +61,8 @@ def origin(signal: Signal = TOPK, teacher: str = "abc") -> Origin:
     return Origin(teacher, "models/teacher", "vllm", "0.32.0", "float32", V, signal)
 
 
-def said(row: int, signal: Signal, salt: int = 0) -> Answer:
-    """What a teacher might say to a row; the logprobs are of one distribution whatever K."""
+def answer_to(row: int, signal: Signal, salt: int = 0) -> Answer:
+    """A teacher's answer to a row; the logprobs are of one distribution whatever K."""
     generator = np.random.default_rng([row, salt])
     length = int(generator.integers(1, 9))
     logits = generator.normal(0, 3, (length, V))
@@ -82,14 +82,14 @@ def said(row: int, signal: Signal, salt: int = 0) -> Answer:
 
 
 def answers(rows: list[int], signal: Signal = TOPK, salt: int = 0) -> pa.Table:
-    return answers_table([said(r, signal, salt) for r in rows], signal)
+    return answers_table([answer_to(r, signal, salt) for r in rows], signal)
 
 
 def segment(rows: list[int], signal: Signal = TOPK, salt: int = 0, teacher: int = 0) -> pa.Table:
-    told = answers(rows, signal, salt).drop_columns(["error"])
+    answered = answers(rows, signal, salt).drop_columns(["error"])
     prompts = pa.array([[row, 1] for row in rows], pa.list_(pa.int32()))
     keys = pa.array([key(row, teacher) for row in rows], pa.binary(16))
-    columns = dict(zip(told.column_names, told.columns, strict=True))
+    columns = dict(zip(answered.column_names, answered.columns, strict=True))
     return pa.table({"key": keys, "prompt_ids": prompts, **columns})
 
 
@@ -104,9 +104,8 @@ def store(tmp_path: Path) -> TeacherStore:
 
 def publish(store: TeacherStore, rows: list[int], run: str = "run", **what) -> str:
     signal = what.pop("signal", TOPK)
-    told = origin(signal, what.pop("identity", "abc"))
     return store.publish(
-        told,
+        origin(signal, what.pop("identity", "abc")),
         Provenance(run, what.pop("purpose", "training"), what.pop("scored", False)),
         segment(rows, signal, **what),
     )[0]
@@ -158,15 +157,15 @@ class TestReading:
         catalogue = store.catalogue()
         where = catalogue.locate(keys_of([8, 1, 99, 3, 7]))
         assert where.tolist()[2] == -1
-        found = store.read(catalogue, where[where >= 0], stored_columns(TOPK))
-        assert derive_answers(found, TOPK, TOPK, V).equals(answers([8, 1, 3, 7]))
+        read = store.read(catalogue, where[where >= 0], stored_columns(TOPK))
+        assert derive_answers(read, TOPK, TOPK, V).equals(answers([8, 1, 3, 7]))
 
     @pytest.mark.parametrize(
         "wanted",
         [TOPK, Signal("topk", 5), Signal("topk", 1), Signal("sampled"), Signal("text")],
         ids=str,
     )
-    def test_a_poorer_wish_is_served_exactly_as_if_asked_for(
+    def test_a_poorer_signal_is_served_exactly_as_if_asked_for(
         self, store: TeacherStore, wanted: Signal
     ) -> None:
         self.served(store, TOPK, wanted)
@@ -181,8 +180,8 @@ class TestReading:
         rows = list(range(20))
         publish(store, rows, signal=stored)
         catalogue = store.catalogue()
-        found = store.read(catalogue, catalogue.locate(keys_of(rows)), stored_columns(wanted))
-        served = derive_answers(found, stored, wanted, V)
+        read = store.read(catalogue, catalogue.locate(keys_of(rows)), stored_columns(wanted))
+        served = derive_answers(read, stored, wanted, V)
         assert served.schema.equals(answer_schema(wanted))
         assert served.equals(answers(rows, wanted))
 
@@ -194,7 +193,7 @@ class TestReading:
         assert {catalogue.entries[s].footer.origin.signal for s in segments} == {TOPK}
         assert (catalogue.rows, catalogue.duplicates) == (4, 2)
 
-    def test_each_wish_finds_its_own_of_two_signals(self, store: TeacherStore) -> None:
+    def test_each_wanted_signal_finds_its_own_of_two(self, store: TeacherStore) -> None:
         for signal in (Signal("topk", 4), HIDDEN, TOPK, Signal("sampled")):
             publish(store, [1, 2], signal=signal)
         publish(store, [2, 3], signal=Signal("text"))
@@ -202,17 +201,17 @@ class TestReading:
         assert catalogue.needed().sum() == 5  # Hidden and topk 16 of 1 and 2, and 3.
         assert (catalogue.rows, catalogue.duplicates) == (10, 5)
 
-        def found(wanted: Signal, row: int) -> Signal:
+        def used(wanted: Signal, row: int) -> Signal:
             view = catalogue.ordered_for(wanted)
             (where,) = view.locate(keys_of([row]))
             (read,) = store.read(view, np.array([where]), ["key"])["key"].to_pylist()
             assert read == key(row)
             return view.entries[view.segment[where]].footer.origin.signal
 
-        assert found(TOPK, 1) == found(Signal("topk", 4), 2) == TOPK
-        assert found(HIDDEN, 1) == found(Signal("sampled"), 1) == found(Signal("text"), 2) == HIDDEN
-        assert found(Signal("topk", 17), 1) == HIDDEN  # To be scored: nothing serves it.
-        assert found(TOPK, 3) == Signal("text")
+        assert used(TOPK, 1) == used(Signal("topk", 4), 2) == TOPK
+        assert used(HIDDEN, 1) == used(Signal("sampled"), 1) == used(Signal("text"), 2) == HIDDEN
+        assert used(Signal("topk", 17), 1) == HIDDEN  # To be scored: nothing serves it.
+        assert used(TOPK, 3) == Signal("text")
 
     def test_an_empty_store_has_nothing(self, store: TeacherStore) -> None:
         for catalogue in (store.catalogue(), store.catalogue().ordered_for(TOPK)):
@@ -223,13 +222,13 @@ class TestReading:
 def rewritten(data: bytes, change: Callable[[dict[str, Any]], object]) -> pa.Buffer:
     """The segment with another footer, its checksum right; the columns as they are."""
     file = pq.ParquetFile(pa.BufferReader(data))
-    told = json.loads(file.schema_arrow.metadata[FOOTER])
-    del told["footer_checksum"]
-    change(told)
-    text = json.dumps(told, sort_keys=True)
-    told["footer_checksum"] = blake2b(text.encode(), digest_size=8).hexdigest()
+    footer = json.loads(file.schema_arrow.metadata[FOOTER])
+    del footer["footer_checksum"]
+    change(footer)
+    text = json.dumps(footer, sort_keys=True)
+    footer["footer_checksum"] = blake2b(text.encode(), digest_size=8).hexdigest()
     sink = pa.BufferOutputStream()
-    rows = file.read().replace_schema_metadata({FOOTER: json.dumps(told, sort_keys=True)})
+    rows = file.read().replace_schema_metadata({FOOTER: json.dumps(footer, sort_keys=True)})
     pq.write_table(rows, sink)
     return sink.getvalue()
 
@@ -238,10 +237,10 @@ class TestFooter:
     def test_one_from_before_hidden_states_is_read(self) -> None:
         data = encode(origin(), [(Provenance("run", "training"), segment([1, 2]))])
 
-        def as_before(told: dict[str, Any]) -> None:
-            signal = told["origin"]["signal"]
+        def as_before(footer: dict[str, Any]) -> None:
+            signal = footer["origin"]["signal"]
             signal["top_k"] = signal.pop("width")
-            del told["origin"]["hidden_is"]
+            del footer["origin"]["hidden_is"]
 
         file = SegmentFile(pa.BufferReader(rewritten(data, as_before)), "old")
         assert file.footer == SegmentFile(pa.BufferReader(data), "new").footer
@@ -250,12 +249,12 @@ class TestFooter:
 
     def test_it_says_which_hidden_state_it_holds_and_another_is_refused(self) -> None:
         data = encode(origin(HIDDEN), [(Provenance("run", "training"), segment([1, 2], HIDDEN))])
-        told = SegmentFile(pa.BufferReader(data), "new").footer.origin
-        assert told.hidden_is == "after the final norm"
+        written = SegmentFile(pa.BufferReader(data), "new").footer.origin
+        assert written.hidden_is == "after the final norm"
         assert origin().hidden_is is None
 
-        def other_state(told: dict[str, Any]) -> None:
-            told["origin"]["hidden_is"] = "before the final norm"
+        def other_state(footer: dict[str, Any]) -> None:
+            footer["origin"]["hidden_is"] = "before the final norm"
 
         with pytest.raises(NewerSegment, match="those before the final norm; expected after"):
             SegmentFile(pa.BufferReader(rewritten(data, other_state)), "other")
@@ -369,10 +368,12 @@ class TestWriting:
 
     def test_many_processes_write_the_same_rows_at_once(self, store: TeacherStore) -> None:
         with multiprocessing.get_context("spawn").Pool(4) as pool:
-            told = pool.starmap(write_many, [(store.path, salt) for salt in range(4)])
+            published = pool.starmap(write_many, [(store.path, salt) for salt in range(4)])
         assert len(store.names()) == 10
         assert verify(store) == {}
-        assert all(rows == told[0] for rows in told), "the writers passed on different answers"
+        assert all(rows == published[0] for rows in published), (
+            "the writers passed on different answers"
+        )
 
     def test_the_name_depends_on_rows_and_signal_alone(self) -> None:
         assert segment_name([key(1), key(2)], TOPK) == segment_name([key(2), key(1)], TOPK)
@@ -436,7 +437,7 @@ class TestCompacting:
         paid = [rows_requested_by(after, run) for run in "abc"]
         assert sum(rows.asked for by_purpose in paid for rows in by_purpose.values()) == 8
 
-    def test_two_signals_of_a_key_stay_two_and_every_wish_is_served_as_before(
+    def test_two_signals_of_a_key_stay_two_and_every_signal_is_served_as_before(
         self, store: TeacherStore
     ) -> None:
         narrow, rows = Signal("topk", 4), [1, 2, 3, 4]
@@ -446,21 +447,21 @@ class TestCompacting:
         publish(store, [2], signal=narrow, salt=2)
         publish(store, [3, 9], signal=narrow)
         publish(store, [1, 4], signal=Signal("text"), salt=3)
-        wishes = [HIDDEN, TOPK, narrow, Signal("sampled"), Signal("text")]
+        signals = [HIDDEN, TOPK, narrow, Signal("sampled"), Signal("text")]
 
-        def told() -> list[pa.Table]:
-            views = [store.catalogue().ordered_for(wanted) for wanted in wishes]
+        def served() -> list[pa.Table]:
+            views = [store.catalogue().ordered_for(wanted) for wanted in signals]
             where = [view.locate(keys_of(rows)) for view in views]
             return [
-                store.read(view, found, stored_columns(Signal("sampled")))
-                for view, found in zip(views, where, strict=True)
+                store.read(view, rows_of_view, stored_columns(Signal("sampled")))
+                for view, rows_of_view in zip(views, where, strict=True)
             ]
 
-        before = told()
+        before = served()
         assert not before[0].equals(before[1])
         done = compact(store)
         assert (done.merged, done.into, done.duplicates) == (5, 2, 4)
-        assert told() == before
+        assert served() == before
         after = store.catalogue()
         assert (after.rows, after.duplicates) == (9, 0)
         assert rows_requested_by(after, "a") == {

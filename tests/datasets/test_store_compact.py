@@ -40,8 +40,8 @@ def alter(store: TeacherStore, name: str, column: str = "response_ids") -> bytes
 def missing(store: TeacherStore, rows: list[int], wanted: Signal = TOPK) -> int:
     """How many of the rows a run would have to ask for."""
     view = StoreView(store, pa.chunked_array([keys_of(rows)]), wanted)
-    found = view.look_up(np.arange(len(rows)), pa.nulls(len(rows), TOKEN_IDS))
-    return len(found.to_ask) + len(found.to_score[0])
+    lookup = view.look_up(np.arange(len(rows)), pa.nulls(len(rows), TOKEN_IDS))
+    return len(lookup.to_ask) + len(lookup.to_score[0])
 
 
 @pytest.mark.parametrize("stored", [TOPK, Signal("topk", 32)], ids=["as rich", "richer"])
@@ -123,8 +123,8 @@ def test_answers_of_two_engines_are_merged_without_one_taking_the_others_file(
         if max(name_of([a], TOPK), name_of([b], TOPK)) < name_of([a, b], TOPK)
     )
     other = max(range(100, 200), key=lambda row: name_of([row], TOPK))
-    for rows, told in (([pair[0]], newer), ([pair[1]], newer), (pair, origin())):
-        store.publish(told, Provenance("run", "training"), segment(rows))
+    for rows, source in (([pair[0]], newer), ([pair[1]], newer), (pair, origin())):
+        store.publish(source, Provenance("run", "training"), segment(rows))
     publish(store, [other])
     compact(store)
     assert missing(store, [*pair, other]) == 0

@@ -34,10 +34,10 @@ from tests.datasets.test_store import TOPK, answers, keys_of, path_of, publish, 
 
 COLUMNS = ["key", "response_ids", "topk_ids"]
 OTHER_FOOTERS: dict[str, Callable[[dict[str, Any]], object]] = {
-    "version": lambda told: told.update(schema_version=2),
-    "field": lambda told: told["groups"][0].update(paid_at="noon"),
-    "kind": lambda told: told["origin"]["signal"].update(kind="attention"),
-    "column": lambda told: told["groups"][0]["checksums"].update(attention="00"),
+    "version": lambda footer: footer.update(schema_version=2),
+    "field": lambda footer: footer["groups"][0].update(paid_at="noon"),
+    "kind": lambda footer: footer["origin"]["signal"].update(kind="attention"),
+    "column": lambda footer: footer["groups"][0]["checksums"].update(attention="00"),
 }
 
 
@@ -157,9 +157,9 @@ class TestUnreadable:
         assert verify(store) == {}
         view = view_of(store, rows)
         network.failing = {name: 3}
-        found = look_up(view, rows)
-        assert len(found.to_ask) == 0
-        assert found.answered[0][1].equals(answers(rows))
+        lookup = look_up(view, rows)
+        assert len(lookup.to_ask) == 0
+        assert lookup.answered[0][1].equals(answers(rows))
         network.failing = {name: 3}
         assert publish(store, rows, salt=1) == name
         assert store.open(name).read(0, COLUMNS).equals(segment(rows).select(COLUMNS))
@@ -175,9 +175,9 @@ class TestUnreadable:
         publish(store, other)
         view = view_of(store, [*rows, *other])
         network.failing = {name: 999}
-        found = look_up(view, [*rows, *other])
-        assert found.to_ask.tolist() == [0, 1]
-        assert found.answered[0][1].equals(answers(other))
+        lookup = look_up(view, [*rows, *other])
+        assert lookup.to_ask.tolist() == [0, 1]
+        assert lookup.answered[0][1].equals(answers(other))
         assert name in caplog.text
         network.failing, network.tried = {}, []
         now += store_view.RETRY_UNREADABLE_S - 1
@@ -210,22 +210,22 @@ class TestUnreadable:
         monkeypatch.setattr(store, "catalogue", lambda **o: (looks.append(o), looked(**o))[1])
         network.failing = {name: 999}
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda _: look_up(view, [1, 2, 3]), range(8)))
-        assert [f.to_ask.tolist() for f in found] == [[0, 1]] * 8
+            lookups = list(pool.map(lambda _: look_up(view, [1, 2, 3]), range(8)))
+        assert [f.to_ask.tolist() for f in lookups] == [[0, 1]] * 8
         assert len(looks) == 1
 
-    def test_it_keeps_its_name_and_the_answers_are_published_beside_it(
+    def test_it_keeps_its_name_and_the_answers_are_published_under_the_next(
         self, store: TeacherStore, network: Network
     ) -> None:
         rows = [1, 2]
         name = publish(store, rows)
         data = path_of(store, name).read_bytes()
         network.failing = {name: 999}
-        beside = publish(store, rows, salt=1)
-        assert beside != name
+        other = publish(store, rows, salt=1)
+        assert other != name
         assert path_of(store, name).read_bytes() == data
-        found = look_up(view_of(store, rows), rows)
-        assert found.answered[0][1].equals(answers(rows, salt=1))
+        lookup = look_up(view_of(store, rows), rows)
+        assert lookup.answered[0][1].equals(answers(rows, salt=1))
         network.failing = {}
         assert (store.catalogue().rows, store.catalogue().duplicates) == (4, 2)
         assert compact(store).duplicates == 2
@@ -261,7 +261,7 @@ class TestUnreadable:
 
 class TestNewer:
     @pytest.mark.parametrize("change", OTHER_FOOTERS)
-    def test_it_is_told_never_deleted_and_not_used(
+    def test_it_is_reported_and_neither_deleted_nor_used(
         self, store: TeacherStore, change: str, capsys
     ) -> None:
         rows = [1, 2]
@@ -284,7 +284,7 @@ class TestNewer:
         assert path_of(store, name).read_bytes() == data
 
     @pytest.mark.parametrize("remote", [False, True], ids=["local", "object store"])
-    def test_answers_to_its_rows_are_published_beside_it_and_found(
+    def test_answers_to_its_rows_are_published_under_the_next_name_and_found(
         self, store: TeacherStore, remote: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         rows = [1, 2]
@@ -295,13 +295,13 @@ class TestNewer:
             system = pafs.SubTreeFileSystem(store.path, pafs.LocalFileSystem())
             monkeypatch.setattr(RunFolder, "_opened", lambda self: (system, ""))
             monkeypatch.setattr(RunFolder, "is_local", False)
-        beside = publish(store, rows, salt=1)
-        assert publish(store, rows, salt=2) == beside
+        other = publish(store, rows, salt=1)
+        assert publish(store, rows, salt=2) == other
         assert path_of(store, name).read_bytes() == data
         for seen in (view, view_of(store, rows)):  # What a retried group finds, and another run.
-            found = look_up(seen, rows)
-            assert len(found.to_ask) == 0
-            assert found.answered[0][1].equals(answers(rows, salt=1))
+            lookup = look_up(seen, rows)
+            assert len(lookup.to_ask) == 0
+            assert lookup.answered[0][1].equals(answers(rows, salt=1))
 
     def test_a_merged_segment_does_not_take_its_name(self, store: TeacherStore) -> None:
         name = publish(store, [1, 2])
