@@ -47,8 +47,8 @@ class StoredAnswers:
     ) -> None:
         self._store = store
         self._view = StoreView(store, keys, wanted)
-        self._wish = wanted
-        self._paying = requester
+        self._wanted = wanted
+        self._requester = requester
         self._teacher = teacher
 
     async def get(
@@ -69,7 +69,7 @@ class StoredAnswers:
         if len(asked):
             prompts = prompt_ids.take(pa.array(asked))
             parts.append((asked, await self._ask(rows[asked], prompts)))
-        _, answers = in_order(parts, answer_schema(self._wish))
+        _, answers = in_order(parts, answer_schema(self._wanted))
         reused = len(rows) - len(asked) - len(scored)
         return answers, {
             "rows_asked": len(asked),
@@ -109,15 +109,15 @@ class StoredAnswers:
         if not pc.any(usable).as_py():
             return answers
         keys = self._view.keys_of(rows).filter(usable)
-        answered = answers.filter(usable).select(stored_columns(self._wish))
+        answered = answers.filter(usable).select(stored_columns(self._wanted))
         columns = dict(zip(answered.column_names, answered.columns, strict=True))
         segment = pa.table({"key": keys, "prompt_ids": prompt_ids.filter(usable), **columns})
         origin = self._origin(answers)
-        provenance = Provenance(self._paying.run, self._paying.purpose, scored)
+        provenance = Provenance(self._requester.run, self._requester.purpose, scored)
         published = await asyncio.to_thread(self._publish, origin, provenance, segment)
         if published is segment:
             return answers
-        kept = derive_answers(published, origin.signal, self._wish, origin.vocab_size)
+        kept = derive_answers(published, origin.signal, self._wanted, origin.vocab_size)
         good = usable.to_numpy(zero_copy_only=False)
         parts: list[Part] = [
             (np.flatnonzero(good), kept),
@@ -138,13 +138,13 @@ class StoredAnswers:
     def _origin(self, answers: pa.Table) -> Origin:
         engine = json.loads(answers.schema.metadata[ENGINE])
         return Origin(
-            teacher_identity=self._paying.teacher_identity,
-            teacher=self._paying.teacher,
+            teacher_identity=self._requester.teacher_identity,
+            teacher=self._requester.teacher,
             engine=engine["engine"],
             engine_version=engine["version"],
             dtype=engine["dtype"],
             vocab_size=engine["vocab_size"],
-            signal=self._wish,
+            signal=self._wanted,
         )
 
 

@@ -2,7 +2,7 @@
 
 ``build_stream`` is called in a dataset factory by Ray Train's controller (each start of the worker
 group builds it anew); ``UnevenShares`` deals its blocks to the workers. A delivered block is one
-group in the columns of ``datasets.schema.row_schema``, shorter where rows were dropped.
+group in the columns of `row_schema` (datasets/rows/schema.py), shorter where rows were dropped.
 
 What makes the row bound exact: a block is a group; the source is not fused into the answer stage,
 whose event loop its wait for credits would freeze; blocks are dealt one by one without equalising;

@@ -1,21 +1,11 @@
-"""From delivered Arrow rows to the padded tensors of one forward pass.
+"""One training row: a prompt, the teacher's answer and the signal of its tokens, as numpy arrays.
 
-The stream hands a worker tables of rows; `row_views` sees them as numpy arrays without a copy,
-`cut_micro_batches` groups them under a token budget, `collate` pads one group into a
-`MicroBatch`, or packs it into one sequence. No Ray, no vLLM.
+The stream delivers blocks of rows as Arrow tables (`datasets/rows/schema.row_schema`). Each worker
+calls `rows_from_table` on every block it takes; `batch.collate` makes tensors of the rows. The
+arrays are views of the table's buffers, so nothing is copied here. Imports numpy and pyarrow only.
 
-Legend: B rows, S length, P prompt tokens, T response tokens, N response tokens of a
-micro-batch that have a context, K teacher ids kept for each, D the teacher's hidden size.
-
-The shift, stated once: position j of the input predicts token j + 1. Response token t (from 0) of
-a row stands at P + t, so its logits are those of position P + t - 1. The last response token
-predicts nothing and is not put in. With P = 0 token 0 has no context; it bears no loss.
-
-The rows of a delivered table as numpy arrays, without a copy.
-
-Between the stream and `batch`: `rows_from_table` is what a worker does with each block it takes.
-
-Legend: T response tokens of a row, K teacher ids kept for each, D the teacher's hidden size.
+Legend: P prompt tokens, T response tokens of a row, K teacher ids kept for each token, D the
+teacher's hidden size.
 """
 
 from dataclasses import dataclass
@@ -23,14 +13,26 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+_SIGNAL_COLUMNS = ("sampled_logprobs", "topk_ids", "topk_logprobs", "tail_logprob", "hidden")
+
 
 @dataclass(slots=True)
 class Row:
-    """One prompt with the teacher's answer; arrays are views of the delivered table.
+    """One prompt with the teacher's answer.
 
-    prompt_ids int32 [P]; response_ids int32 [T], its stop token included; the signal, where the
-    kind has it: sampled_logprobs [T], topk_ids and topk_logprobs [T, K], tail_logprob [T], nats;
-    hidden uint16 [T, D], the bits of bfloat16.
+    The columns of the signal are None where its kind does not have them.
+
+    Attributes:
+        position: Place of the row in the order of the epoch, from 0.
+        row: Number of the row in the prompt table.
+        prompt_ids: int32 [P].
+        response_ids: int32 [T], with the stop token that ended the answer.
+        finish_reason: ``stop``, or ``length`` where the answer was cut off.
+        sampled_logprobs: float32 [T], nats, of the drawn tokens.
+        topk_ids: int32 [T, K].
+        topk_logprobs: float32 [T, K], nats.
+        tail_logprob: float32 [T], nats, of all ids outside the K.
+        hidden: uint16 [T, D], the bits of bfloat16, a type that numpy does not have.
     """
 
     position: int
@@ -46,17 +48,20 @@ class Row:
 
     @property
     def num_inputs(self) -> int:
-        """Tokens put into the model: all but the last."""
+        """Number of tokens the model reads: all but the last, which predicts nothing."""
         return max(0, len(self.prompt_ids) + len(self.response_ids) - 1)
 
     @property
     def num_targets(self) -> int:
-        """Response tokens that bear loss: all with at least one token before them."""
+        """Number of response tokens with a loss: all that have a token before them."""
         return max(0, len(self.response_ids) - (len(self.prompt_ids) == 0))
 
 
 def rows_from_table(table: pa.Table) -> list[Row]:
-    """The rows of a delivered table (`datasets.schema.row_schema`), as views without a copy."""
+    """The rows of a delivered table, in its order; their arrays are views of its buffers.
+
+    Raises ValueError where a list column has a row without a value.
+    """
     rows: list[Row] = []
     for batch in table.to_batches():
         columns = set(batch.schema.names)
@@ -74,13 +79,11 @@ def rows_from_table(table: pa.Table) -> list[Row]:
     return rows
 
 
-_SIGNAL_COLUMNS = ("sampled_logprobs", "topk_ids", "topk_logprobs", "tail_logprob", "hidden")
-
-
 def _list_views(column: pa.Array, name: str) -> list[np.ndarray]:
-    """One view a row of a list column: [T], or [T, K] for lists of fixed-size lists.
+    """One view for each row of a list column.
 
-    Of fixed-size binary values (2 bytes a component) uint16 [T, D].
+    The shape follows the type of the list's items: [T] for numbers, [T, K] for fixed-size lists,
+    uint16 [T, D] for fixed-size binary values of 2 bytes a component.
     """
     if column.null_count:
         raise ValueError(f"column {name} has {column.null_count} rows without a value; expected 0")
@@ -88,7 +91,7 @@ def _list_views(column: pa.Array, name: str) -> list[np.ndarray]:
     values = column.values
     if pa.types.is_fixed_size_list(values.type):
         width = values.type.list_size
-        # .values ignores the slice of a fixed-size list, .flatten() would copy around nulls.
+        # .values ignores a slice of a fixed-size list; .flatten() copies where there are nulls.
         flat = values.values.slice(values.offset * width, len(values) * width)
         array = flat.to_numpy(zero_copy_only=True).reshape(-1, width)
     elif pa.types.is_fixed_size_binary(values.type):
@@ -99,9 +102,9 @@ def _list_views(column: pa.Array, name: str) -> list[np.ndarray]:
 
 
 def _components(values: pa.FixedSizeBinaryArray) -> np.ndarray:
-    """uint16 [length, D] of fixed-size binary values, a view."""
+    """Fixed-size binary values as a view, uint16 [length, D]."""
     width = values.type.byte_width // 2
-    buffer = values.buffers()[1]
+    buffer = values.buffers()[1]  # The whole buffer, also of a slice: hence the offset below.
     if buffer is None or len(values) == 0:
         return np.empty((0, width), dtype=np.uint16)
     first = values.offset * width
