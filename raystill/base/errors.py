@@ -1,4 +1,7 @@
-"""What can be wrong with a run: problems that are collected, and the two errors that carry them."""
+"""Problems that keep a run from starting, and the errors that carry them.
+
+Checks collect every problem before they raise, so that a person can correct all of them at once.
+"""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,10 +12,10 @@ from raystill.base.redact import redact
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that keeps a run from starting.
+    """One problem that keeps a run from starting.
 
-    ``where`` is what a person edits (a dotted configuration key, a file with its line);
-    ``message`` says the value, what was expected, and the remedy.
+    ``where``: what to edit, a dotted configuration key or a file with its line. ``message``: the
+    value, what was expected, and the remedy.
     """
 
     where: str
@@ -23,27 +26,29 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """Everything found wrong with a configuration or its inputs, all at once."""
+    """Problems of a configuration or of its inputs, all in one error."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = list(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[Problem]]]:
+        # Ray pickles errors between processes. By default the message, and not the problems,
+        # would be handed to __init__.
         return (type(self), (self.problems,))
 
 
 def config_error(where: str, message: str) -> ConfigError:
-    """A ConfigError of one problem, to be raised."""
+    """Return a ConfigError of one problem; the caller raises it."""
     return ConfigError([Problem(where, message)])
 
 
 class RunError(Exception):
-    """A run cannot go on, for a reason its owner can act on; shown without a traceback."""
+    """A run cannot go on, for a reason that its owner can remove. Shown without a traceback."""
 
 
 def print_problems(problems: Sequence[object]) -> None:
-    """List the problems on the error stream, each under what a person edits."""
+    """Print the problems to standard error, one a line, credentials hidden."""
     number = f"{len(problems)} problem{'' if len(problems) == 1 else 's'}"
     print(f"{number}, nothing was started:", file=sys.stderr)
     for problem in problems:

@@ -1,4 +1,7 @@
-"""How figures are worded for a person: durations, counts, rates. Shared by live view and report."""
+"""Numbers, paths and lists as a person reads them: durations, counts, rates, sizes, shares.
+
+Shared by the live view, the report and `check`. ``None`` is shown as ``-``.
+"""
 
 import os
 from collections.abc import Mapping
@@ -10,22 +13,22 @@ NOTHING = "-"
 
 
 def duration(seconds: float | None) -> str:
-    """``0:07``, ``4:05``, ``1:02:03``."""
+    """Format seconds as minutes and hours: ``0:07``, ``4:05``, ``1:02:03``."""
     if seconds is None:
         return NOTHING
     whole = max(0, round(seconds))
     hours, rest = divmod(whole, 3600)
-    minutes, left = divmod(rest, 60)
-    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+    minutes, seconds_left = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"
 
 
 def count(number: float | None) -> str:
-    """``1,234``."""
+    """Format a whole number with separators: ``1,234``."""
     return NOTHING if number is None else f"{round(number):,}"
 
 
 def rate(per_second: float | None) -> str:
-    """Three telling digits: ``0.42``, ``3.1``, ``270``, ``1,520``."""
+    """Format a rate with about three significant digits: ``0.42``, ``3.1``, ``270``, ``1,520``."""
     if per_second is None:
         return NOTHING
     digits = 2 if per_second < 1 else 1 if per_second < 100 else 0
@@ -33,7 +36,7 @@ def rate(per_second: float | None) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """``512 B``, ``1.4 KiB``, ``3.0 GiB``."""
+    """Format bytes in binary units: ``512 B``, ``1.4 KiB``, ``3.0 GiB``."""
     for unit in ("B", "KiB", "MiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
@@ -42,35 +45,35 @@ def size(num_bytes: float) -> str:
 
 
 def share(fraction: float | None) -> str:
-    """``43 %``."""
+    """Format a fraction as percent: ``43 %``."""
     return NOTHING if fraction is None else f"{100 * fraction:.0f} %"
 
 
 def figure(number: float | None, digits: int = 3) -> str:
-    """A plain measured number; from a thousand on without digits."""
+    """Format a measured number with ``digits`` decimals; without any from 1,000 on."""
     if number is None:
         return NOTHING
     return f"{number:,.{digits if abs(number) < 1000 else 0}f}"
 
 
 def path(name: str) -> str:
-    """A path as short as it can be typed here: relative where it lies below this folder.
+    """Format a path: relative if it is below the current folder, else as it is.
 
     A URI is shown without credentials.
     """
     if "://" in name:
         return redact(name)
-    here = os.path.relpath(name)
-    return name if here.startswith("..") else here
+    relative = os.path.relpath(name)
+    return name if relative.startswith("..") else relative
 
 
 def plural(number: int, noun: str) -> str:
-    """``1 row``, ``2 rows``."""
+    """Format a number with its noun: ``1 row``, ``2 rows``."""
     return f"{count(number)} {noun}{'' if number == 1 else 's'}"
 
 
 def reasons(dropped: Mapping[str, int]) -> str:
-    """Dropped rows: ``3 (too_long 2, empty 1)``, or ``0``."""
+    """Format counts of dropped rows by reason: ``3 (empty 1, too_long 2)``, or ``0``."""
     total = sum(dropped.values())
     if not total:
         return "0"
@@ -78,7 +81,7 @@ def reasons(dropped: Mapping[str, int]) -> str:
 
 
 def one_line(text: Any, longest: int = 400) -> str:
-    """Text on one line, shortened at a word where it is long."""
+    """Put text on one line; cut it between words if it is longer than ``longest`` characters."""
     flat = " ".join(str(text).split())
     if len(flat) <= longest:
         return flat

@@ -1,9 +1,11 @@
-"""Where the chatter of Ray, Serve and vLLM goes: files in the run folder, never the terminal.
+"""Log files of a run: output of Ray, Serve and vLLM goes to the run folder, not to the terminal.
 
-``redirect_output`` is for processes of our own (a teacher replica, a student worker): everything
-they and their children write to standard output and error. ``quiet_driver`` is for the driver,
-whose terminal belongs to the live view: libraries' loggers and whatever native code writes to
-file descriptor 2 go to the file, while tracebacks and our own messages still reach the person.
+``redirect_output`` is for a process of this project, such as a teacher replica or a student worker.
+It sends everything that the process and its children write to standard output and error to a file.
+
+``quiet_driver`` is for the driver, whose terminal shows the live view. It sends log records of
+libraries, and what native code writes to file descriptor 2, to a file. Tracebacks and messages of
+this project still appear on the terminal.
 """
 
 import contextlib
@@ -24,36 +26,37 @@ _where: dict[str, object] = {"run": "-", "role": "-", "node": socket.gethostname
 
 
 def say_where(**labels: object) -> str:
-    """From now on the lines this process logs name these: run, role, node, step; what they name.
+    """Add labels (run, role, node, step) to every line that this process logs from now on.
 
-    ``key=value`` with spaces between, which log collectors read without being told.
+    Returns all labels as ``key=value`` pairs with spaces between (logfmt), which log collectors
+    parse without configuration.
     """
     global _where
-    _where = _where | labels  # Other threads may be writing a line.
+    _where = _where | labels  # A new mapping: another thread may be formatting a line with the old.
     return " ".join(f"{name}={value}" for name, value in _where.items())
 
 
 class LineFormatter(logging.Formatter):
-    """``LINE_FORMAT``, with what `say_where` was told."""
+    """Formats a record by ``LINE_FORMAT``, with the labels set by `say_where`."""
 
     def __init__(self) -> None:
         super().__init__(LINE_FORMAT)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line of a record."""
+        """Format one record as one line."""
         record.where = say_where()
         return super().format(record)
 
 
 def log_labelled(run: str, role: str, name: str | None = None) -> None:
-    """Let a logger's lines (None: all loggers') go to standard error, labelled."""
+    """Send a logger's lines to standard error, with labels. ``name`` None: those of all loggers."""
     say_where(run=run, role=role)
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter())
     logger = logging.getLogger(name)
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(logging.INFO)
-    if name is None:  # It has a handler of its own.
+    if name is None:  # transformers has a handler of its own and does not propagate to the root.
         _reroute(logging.getLogger("transformers"), handler)
 
 
@@ -63,10 +66,10 @@ def run_name(path: str) -> str:
 
 
 def redirect_output(path: str | os.PathLike[str]) -> Path:
-    """Send this process's standard output and error, and its children's, to a file (appended).
+    """Append standard output and error of this process and of its children to a file.
 
-    Works on the file descriptors, so native libraries and engine processes follow. Returns the
-    file's path, for error messages that name it.
+    Replaces the file descriptors, so that native libraries and engine processes are included.
+    Returns the file's path, for error messages.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,10 +90,10 @@ def redirect_output(path: str | os.PathLike[str]) -> Path:
 
 
 def quiet_driver(path: str | os.PathLike[str]) -> Callable[[], None]:
-    """Send libraries' log lines and native error output of this process to ``path``.
+    """Send log records of libraries, and native output to standard error, to the file ``path``.
 
-    ``sys.stderr`` keeps writing to the terminal. May be called again (a library that is imported
-    later adds its handlers then); returns a function that undoes this call.
+    ``sys.stderr`` keeps writing to the terminal. Call it again after a library was imported that
+    adds its own log handlers. Returns a function that undoes this call.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -113,11 +116,11 @@ def quiet_driver(path: str | os.PathLike[str]) -> Callable[[], None]:
 
 
 def tail(path: str | os.PathLike[str], num_lines: int = 20) -> str:
-    """The last lines of a log file, for an error message; a missing file gives ''."""
+    """Return the last lines of a log file, for an error message; '' if it cannot be read."""
     try:
         with open(path, "rb") as file:
             file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 64 * 1024))
+            file.seek(max(0, file.tell() - 64 * 1024))  # Not a whole log, which may be large.
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
@@ -128,7 +131,7 @@ _PLAIN_SHOWWARNING = warnings.showwarning
 
 
 def _reroute(logger: logging.Logger, handler: logging.Handler) -> Callable[[], None]:
-    """Make ``handler`` the logger's only one; returns the undoing."""
+    """Make ``handler`` the logger's only handler. Returns a function that undoes it."""
     handlers, propagate = list(logger.handlers), logger.propagate
     logger.handlers = [handler]
     logger.propagate = False
@@ -140,12 +143,15 @@ def _reroute(logger: logging.Logger, handler: logging.Handler) -> Callable[[], N
 
 
 def _redirect_native_errors(target: Path) -> Callable[[], None]:
-    """Point descriptor 2 at ``target`` while ``sys.stderr`` keeps the terminal."""
+    """Send file descriptor 2 to ``target`` while ``sys.stderr`` keeps the terminal.
+
+    Returns a function that undoes it.
+    """
     try:
         on_terminal = sys.stderr.fileno() == 2
     except (AttributeError, OSError, ValueError):
         on_terminal = False
-    if not on_terminal:  # Captured by a test runner, or already redirected.
+    if not on_terminal:  # A test runner captures it, or it was redirected before.
         return lambda: None
     python_stderr = sys.stderr
     python_stderr.flush()

@@ -1,12 +1,12 @@
-"""The run's line-by-line records: ``metrics.jsonl``, ``evaluation.jsonl`` and their like.
+"""JSONL records of a run folder: ``metrics.jsonl``, ``evaluation.jsonl`` and others.
 
-One JSON object a line, appended by one process. In a local run folder the lines are appended to
-the file itself; object stores cannot append, so for a remote folder they go to a local copy that
-``upload`` writes whole, at each checkpoint.
+Each line is one JSON object, and one process appends to a file. In a local run folder it appends
+to the file itself. Object stores cannot append, so for a remote folder it appends to a local copy,
+and ``upload`` writes that copy whole at each checkpoint.
 
-``step`` in a line counts finished optimizer steps: the first step's line says 1, an evaluation of
-the untrained student says 0. The file holds the steps of the surviving weights only: after a
-restart ``discard_beyond`` moves the lines of lost steps to ``<name>.discarded.jsonl``.
+``step`` is the number of finished optimizer steps: 1 in the first step's line, 0 in the evaluation
+of the untrained student. The file holds only steps that led to the current weights: after a
+restart ``discard_beyond`` moves the lines of later steps to ``<name>.discarded.jsonl``.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 
 class Folder(Protocol):
-    """What is needed of a run folder (``cluster/run_folder.py``)."""
+    """The part of `run_folder.RunFolder` that records need; tests supply a remote one."""
 
     path: str
 
@@ -41,44 +41,52 @@ class MetricsLog:
         local = folder.local
         self._file = (local if local is not None else folder.logs) / name
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        if local is None:  # The uploaded copy counts; one left here may be of another node's past.
+        if local is None:  # A copy left on this node may be older than the one in the run folder.
             self._file.write_text(folder.read_text(name) if folder.exists(name) else "")
         _end_last_line(self._file)
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one line: numpy and torch scalars become numbers, a non-finite number null."""
+        """Write one line. Numpy and torch scalars become numbers, a non-finite number null."""
         line = json.dumps(plain(record), allow_nan=False)
         with open(self._file, "a") as file:
             file.write(line + "\n")
 
     def discard_beyond(self, step: int) -> int:
-        """Move lines whose ``step`` is above ``step``, and broken ones, aside; returns how many."""
+        """Move lines of steps after ``step``, and broken lines, to the discarded file.
+
+        Returns the number of lines moved.
+        """
         if not self._file.exists():
             return 0
         lines = self._file.read_text().splitlines()
         kept = [line for line in lines if _step_of(line) <= step]
-        gone = [line for line in lines if line and _step_of(line) > step]
-        if gone:
-            aside = self.discarded_name
-            before = self.folder.read_text(aside) if self.folder.exists(aside) else ""
-            self.folder.write_text(aside, before + "".join(line + "\n" for line in gone))
+        discarded = [line for line in lines if line and _step_of(line) > step]
+        if discarded:
+            name = self.discarded_name
+            earlier = self.folder.read_text(name) if self.folder.exists(name) else ""
+            # First the copy, then the removal: a crash between them repeats lines but loses none.
+            self.folder.write_text(name, earlier + "".join(line + "\n" for line in discarded))
             _replace(self._file, "".join(line + "\n" for line in kept))
             self.upload()
-        return len(gone)
+        return len(discarded)
 
     @property
     def discarded_name(self) -> str:
-        """The file that lines of lost steps move to."""
+        """Name of the file that receives discarded lines."""
         return self.name.removesuffix(".jsonl") + ".discarded.jsonl"
 
     def upload(self) -> None:
-        """Write the whole file into a remote run folder; nothing to do for a local one."""
+        """Write the whole file into a remote run folder; does nothing for a local one."""
         if self.folder.local is None:
             self.folder.write_text(self.name, self._file.read_text())
 
 
 def read_lines(folder: Folder, name: str) -> list[dict[str, Any]]:
-    """All whole lines of a record file; a missing file gives [], a torn last line is left out."""
+    """Read all records of a file; [] if there is no file.
+
+    A last line that is cut off (a crash, or a write in progress) is left out. Raises ValueError for
+    any other line that is not JSON.
+    """
     if not folder.exists(name):
         return []
     lines = folder.read_text(name).splitlines()
@@ -96,7 +104,10 @@ def read_lines(folder: Folder, name: str) -> list[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """``value`` with only JSON's own types: scalars of numpy and torch by their ``item``."""
+    """Convert ``value`` to JSON's types: numpy and torch scalars become Python numbers.
+
+    Non-finite numbers become None, since JSON has none.
+    """
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -109,7 +120,7 @@ def plain(value: Any) -> Any:
 
 
 def _step_of(line: str) -> float:
-    """A line's step; infinity where the line is broken or names none."""
+    """Return a line's step; infinity if the line is broken or has no step."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -117,7 +128,7 @@ def _step_of(line: str) -> float:
 
 
 def _end_last_line(path: Path) -> None:
-    """A crash can leave half a line: end it, so that the next line starts on its own."""
+    """End a half line that a crash has left, so that the next record starts on a new line."""
     if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
         _replace(path, data.decode(errors="replace") + "\n")
 

@@ -1,7 +1,7 @@
-"""What must never be shown: passwords in URIs, signed query values, secrets of the environment.
+"""Removes secrets from text: passwords in URIs, signed query values, values of secret variables.
 
-The one place that knows what a secret looks like. Errors, the driver's own lines, log records and
-the copies of the configuration pass through it; imports nothing but the standard library.
+Errors, lines of the driver, log records and stored copies of the configuration pass through it.
+It is the only module that decides what a secret is. Imports the standard library only.
 """
 
 import logging
@@ -15,10 +15,11 @@ from typing import Any
 
 HIDDEN = "***"
 SHORTEST_SECRET = 8
-"""Characters; a shorter value of the environment would be found inside ordinary words."""
+"""Characters. A shorter value of an environment variable would match inside ordinary words."""
 
 _USER = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
-# ID:SECRET@ whose secret has a "/" that was not percent-encoded; HOST:PORT/... is none.
+# ID:SECRET@ with a "/" in the secret that was not percent-encoded, as AWS keys have. The look-ahead
+# leaves HOST:PORT/path@x alone.
 _RAW_SECRET = re.compile(r"(?<=://)[^/\s:@'\"]+:(?!\d{1,5}(?:[/\s'\"]|$))[^\s'\"]+?(?=@)")
 _QUERY = re.compile(
     r"([?&][\w.-]*(?:token|secret|password|signature|credential|access_?key|api_?key|sig)=)"
@@ -31,9 +32,10 @@ _SECRET_NAME = re.compile(
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """``text`` without credentials: URIs lose theirs, values of secret variables their place.
+    """Return ``text`` without secrets.
 
-    Redacting twice changes nothing more.
+    Credentials in a URI become ``***``; the value of a secret variable becomes ``$NAME``. Redacting
+    a redacted text changes nothing.
     """
     secrets = {
         value: name
@@ -41,6 +43,7 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
         if len(value) >= SHORTEST_SECRET and is_secret_name(name) and value in text
         if not os.path.exists(value)  # SSL_KEY=/etc/... names where the secret is.
     }
+    # The longest first: one secret may be part of another.
     for value in sorted(secrets, key=len, reverse=True):
         text = text.replace(value, f"${secrets[value]}")
     if "://" in text:
@@ -49,7 +52,7 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """Mappings and lists with every text redacted, and texts under a secret's name hidden."""
+    """Redact every text in nested mappings and lists; hide a text whose key names a secret."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
@@ -65,12 +68,13 @@ def redacted(value: Any) -> Any:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable or setting of that name holds a secret: ``HF_TOKEN``, ``hf_token``."""
+    """Whether a variable or setting with this name is a secret: ``HF_TOKEN``, ``hf_token``."""
     return _SECRET_NAME.search(name.upper()) is not None
 
 
 def redact_log_records() -> Callable[[], None]:
-    """Redact every record that this process logs from now on; returns the undoing."""
+    """Redact every record that this process logs from now on. Returns a function that undoes it."""
+    # By the record factory: a filter would have to be on every handler, also on later ones.
     make = logging.getLogRecordFactory()
     if getattr(make, "redacts", False):
         return lambda: None
@@ -78,10 +82,10 @@ def redact_log_records() -> Callable[[], None]:
     def make_redacted(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make(*args, **kwargs)
         try:
-            told = record.getMessage()
-        except (TypeError, ValueError):  # Its handler will say what is wrong with it.
+            message = record.getMessage()
+        except (TypeError, ValueError):  # Arguments that do not fit: the handler reports them.
             return record
-        if (clean := redact(told)) != told:
+        if (clean := redact(message)) != message:
             record.msg, record.args = clean, ()
         return record
 
@@ -96,7 +100,7 @@ def redact_log_records() -> Callable[[], None]:
 
 
 def redact_uncaught_errors() -> None:
-    """Redact the traceback that ends this process, should one."""
+    """Redact the traceback of an exception that ends this process."""
 
     def show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr)

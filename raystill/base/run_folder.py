@@ -1,7 +1,7 @@
-"""The run folder: one place for everything a run writes, local or in an object store.
+"""The run folder: everything that a run writes, on a local path or in an object store.
 
-Every process of a run opens the same folder by its path, so a ``RunFolder`` holds only that
-string and pickles. Names inside the folder are relative and use ``/`` (``checkpoints/state.json``).
+Every process of a run opens the folder by its path. A ``RunFolder`` holds only that string, so that
+it pickles. Names inside the folder are relative and use ``/``: ``checkpoints/state.json``.
 """
 
 import os
@@ -42,13 +42,14 @@ TOP_LEVEL_NAMES = frozenset(
     | {TIMELINE, "prompts", CHECKPOINTS, STUDENT, LOGS, CALIBRATION}
 )
 
-URI_QUERY = re.compile(r"\?\w+=[^?*]*$")  # A glob's "?" has no name=value behind it.
+URI_QUERY = re.compile(r"\?\w+=[^?*]*$")  # A "?" of a glob is not followed by name=value.
 
 JOB_PACKAGE_FOLDER = "runtime_resources/working_dir_files"
+"""Where Ray unpacks a job's working directory, below its session folder."""
 
 
 class RunFolder:
-    """A run's folder: a local path or a URI that ``pyarrow.fs`` can open (s3://, gs://, hdfs://)."""
+    """A run's folder: a local path, or a URI that ``pyarrow.fs`` opens (s3://, gs://, hdfs://)."""
 
     def __init__(self, path: str) -> None:
         if path.startswith("file://"):
@@ -66,7 +67,7 @@ class RunFolder:
 
     @property
     def is_local(self) -> bool:
-        """Whether the folder is a path of this machine (or of a file system mounted here)."""
+        """Whether the folder is a path on this machine or on a file system mounted here."""
         return "://" not in self.path
 
     @property
@@ -76,7 +77,7 @@ class RunFolder:
 
     @property
     def logs(self) -> Path:
-        """A local folder for log files; beside the temporary files where the run is remote."""
+        """A local folder for log files; below the temporary folder if the run folder is remote."""
         if self.is_local:
             folder = Path(self.path) / LOGS
         else:
@@ -86,33 +87,33 @@ class RunFolder:
         return folder
 
     def join(self, name: str) -> str:
-        """The full path or URI of ``name``."""
+        """Return the full path or URI of ``name``; a query of the URI stays at the end."""
         plain, query = split_query(self.path)
         return f"{plain.rstrip('/')}/{name}{query}" if name else self.path
 
     def filesystem(self) -> pafs.FileSystem:
-        """The file system that holds the folder; pair it with :attr:`root`."""
+        """The file system that holds the folder; :attr:`root` is the path in it."""
         return self._opened()[0]
 
     @property
     def root(self) -> str:
-        """The folder's path inside :meth:`filesystem` (no scheme)."""
+        """The folder's path in :meth:`filesystem`, without a scheme."""
         return self._opened()[1]
 
     def ensure(self) -> "RunFolder":
-        """Make the folder and its log folder; return self."""
+        """Make the folder and its log folder if they are not there; return self."""
         filesystem, root = self._opened()
         filesystem.create_dir(root, recursive=True)
         self.logs.mkdir(parents=True, exist_ok=True)
         return self
 
     def exists(self, name: str = "") -> bool:
-        """Whether a file or folder of that name exists."""
+        """Whether a file or folder with that name exists."""
         filesystem, path = self._at(name)
         return filesystem.get_file_info(path).type != pafs.FileType.NotFound
 
     def names(self) -> list[str]:
-        """Names directly in the folder, sorted; empty where there is no folder yet."""
+        """Names directly in the folder, sorted; empty if there is no folder yet."""
         filesystem, root = self._opened()
         selector = pafs.FileSelector(root, allow_not_found=True)
         return sorted(info.base_name for info in filesystem.get_file_info(selector))
@@ -127,26 +128,26 @@ class RunFolder:
         return self.read_bytes(name).decode("utf-8")
 
     def open_input(self, name: str) -> pa.NativeFile:
-        """A seekable input; raises FileNotFoundError where there is none."""
+        """Open the file for reading, seekable. Raises FileNotFoundError if there is none."""
         filesystem, path = self._at(name)
         return filesystem.open_input_file(path)
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write the file whole: a reader sees the old or the new content, never a part."""
+        """Write the file atomically: a reader sees the old content or the new, never a part."""
         with self._writing(name) as stream:
             stream.write(data)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write the text whole, as :meth:`write_bytes` does."""
+        """Write the text atomically, as :meth:`write_bytes` does."""
         self.write_bytes(name, text.encode("utf-8"))
 
     def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
-        """Write a Parquet file whole."""
+        """Write a Parquet file atomically."""
         with self._writing(name) as stream:
             pq.write_table(table, stream, row_group_size=row_group_size)
 
     def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read a Parquet file, or some of its columns."""
+        """Read a Parquet file; all of its columns if ``columns`` is None."""
         with self.open_input(name) as stream:
             return pq.ParquetFile(stream).read(columns=None if columns is None else list(columns))
 
@@ -162,9 +163,10 @@ class RunFolder:
 
     @contextmanager
     def _writing(self, name: str) -> Iterator[pa.NativeFile]:
-        """An output that appears under its name only when it is complete.
+        """Open an output that appears under its name only when it is complete.
 
-        Object stores publish an upload when it is closed, so only local files need the rename.
+        A local file is written beside its place and renamed. An object store publishes an upload
+        when it is closed, so there it needs no second name.
         """
         filesystem, target = self._at(name)
         filesystem.create_dir(os.path.dirname(target), recursive=True)
@@ -175,11 +177,11 @@ class RunFolder:
         folder, base = os.path.split(target)
         descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=f".{base}.")
         try:
-            os.fchmod(descriptor, 0o644)
+            os.fchmod(descriptor, 0o644)  # mkstemp makes a file that only its owner may read.
             with pa.PythonFile(os.fdopen(descriptor, "wb"), mode="w") as stream:
                 yield stream
                 stream.flush()
-                os.fsync(descriptor)
+                os.fsync(descriptor)  # Else a power cut can leave the new name with no content.
             os.replace(temporary, target)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -187,7 +189,7 @@ class RunFolder:
 
 
 def no_space_left(folder: RunFolder, error: BaseException) -> str:
-    """What the owner of a run whose disk is full should do."""
+    """Return the message for a run that stopped because its disk is full, with the remedy."""
     return (
         f"no space is left for the run folder {folder.path} ({error}); make room, and start the "
         "run again: it goes on from its last checkpoint"
@@ -195,48 +197,50 @@ def no_space_left(folder: RunFolder, error: BaseException) -> str:
 
 
 def resolve_output(path: str | None, run_file_name: str) -> str:
-    """The run folder's absolute path or URI: ``path``, else ``runs/<name of the run file>``.
+    """Return the run folder's absolute path or URI.
 
-    ``path``: the run file's ``output.path``.
+    ``path`` is the run file's ``output.path``; None gives ``runs/<name of the run file>``. A
+    relative path starts at $RAYSTILL_HOME if that is set, else at the current folder.
 
-    Raises ConfigError for a relative path inside a Ray job, whose current folder is a copy that
-    Ray deletes.
+    Raises ConfigError for a relative path inside a Ray job without RAYSTILL_HOME: the current
+    folder of a job is a copy that Ray deletes.
     """
     return _resolve_written(path or f"runs/{Path(run_file_name).stem}", "output.path")
 
 
 def resolve_store(path: str | None, output: RunFolder) -> str:
-    """The teacher store's absolute path or URI: ``path``, else beside the run folder.
+    """Return the teacher store's absolute path or URI.
 
-    ``path``: the run file's ``store.path``.
+    ``path`` is the run file's ``store.path``. None gives ``teacher_store`` beside the run folder,
+    so that runs in one parent folder share a store.
 
-    Runs in one folder so share one store. Raises ConfigError as ``resolve_output`` does, and where
-    the run folder is a whole bucket, which has nothing beside it.
+    Raises ConfigError as ``resolve_output`` does, and if the run folder is a whole bucket, which
+    has no parent folder.
     """
     if path is not None:
         return _resolve_written(path, "store.path")
     plain, query = split_query(output.path)
-    above = plain.rstrip("/").rpartition("/")[0]
-    if not above.endswith(":/"):
-        return f"{above}/{STORE}{query}"
+    parent = plain.rstrip("/").rpartition("/")[0]
+    if not parent.endswith(":/"):
+        return f"{parent}/{STORE}{query}"
     message = (
-        f"{output.path} is a whole bucket, so the teacher store has no place beside the run "
-        f"folder; set output.path to a folder in it ({output.join('runs/NAME')}), "
-        "or set store.path"
+        f"{output.path} is a whole bucket, so there is no folder beside it for the teacher store; "
+        f"set output.path to a folder in it ({output.join('runs/NAME')}), or set store.path"
     )
     raise ConfigError([Problem("output.path", message)])
 
 
 def split_query(path: str) -> tuple[str, str]:
-    """A URI without its query, and the query with its ``?``; empty where there is none.
+    """Split a URI into its path and its query with the ``?``; the query is '' if there is none.
 
-    It holds settings of the file system (``?region=...``) and stands behind whatever path.
+    The query holds settings of the file system (``?region=...``), so it follows any path in it.
     """
-    found = URI_QUERY.search(path) if "://" in path else None
-    return (path, "") if found is None else (path[: found.start()], found[0])
+    match = URI_QUERY.search(path) if "://" in path else None
+    return (path, "") if match is None else (path[: match.start()], match[0])
 
 
 def _resolve_written(path: str, setting: str) -> str:
+    """Make a path that the run writes to absolute; ``setting`` names it in the error."""
     if "://" in path:
         return path
     path = os.path.expanduser(path)
@@ -258,9 +262,10 @@ def _resolve_written(path: str, setting: str) -> str:
 
 
 def resolve_input(path: str) -> str:
-    """A file or folder that is read: a relative path is looked for in $RAYSTILL_HOME, then here.
+    """Return the path of a file or folder to read.
 
-    A path found in neither comes back relative to the current folder; URIs come back as they are.
+    A relative path is looked for in $RAYSTILL_HOME, then in the current folder. A path that exists
+    in neither, and a URI, are returned unchanged.
     """
     if "://" in path:
         return path
@@ -272,5 +277,5 @@ def resolve_input(path: str) -> str:
 
 
 def inside_job_package() -> bool:
-    """Whether the current folder is a package that Ray unpacked for a job."""
+    """Whether the current folder is a working directory that Ray unpacked for a job."""
     return f"/{JOB_PACKAGE_FOLDER}/" in f"{os.path.realpath(os.getcwd())}/"

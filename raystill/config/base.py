@@ -1,4 +1,8 @@
-"""The base of every configuration model, and the two marks a field can carry."""
+"""Base class of every configuration model, and the two kinds of field.
+
+An `identity` field decides what a run computes: an existing run folder refuses another value. An
+`operational` field decides where and how fast, and may change between restarts of one run.
+"""
 
 import re
 from typing import Annotated, Any, Literal
@@ -9,18 +13,18 @@ Kind = Literal["identity", "operational"]
 
 
 class ConfigModel(BaseModel):
-    """A configuration section: unknown keys are refused, values are frozen once validated."""
+    """A configuration section. Unknown keys are errors; values cannot be changed once validated."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 def identity(default: Any = ..., **kwargs: Any) -> Any:
-    """A field whose change makes another run (refused in an existing run folder)."""
+    """Declare a field whose change makes another run; an existing run folder refuses it."""
     return Field(default, json_schema_extra={"kind": "identity"}, **kwargs)
 
 
 def operational(default: Any = ..., **kwargs: Any) -> Any:
-    """A field that may change between restarts of the same run."""
+    """Declare a field that may change between restarts of the same run."""
     return Field(default, json_schema_extra={"kind": "operational"}, **kwargs)
 
 
@@ -29,15 +33,19 @@ PositiveInt = Annotated[int, Field(gt=0)]
 
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
 _LABEL_KEY = re.compile(rf"(?:[a-zA-Z0-9.-]{{1,253}}/)?{_LABEL}")
-_LABEL_WISH = re.compile(rf"!?(?:{_LABEL}|in\({_LABEL}(?:, ?{_LABEL})*\))")
+_LABEL_VALUE = re.compile(rf"!?(?:{_LABEL}|in\({_LABEL}(?:, ?{_LABEL})*\))")
 
 
 def require_selector(selector: dict[str, str]) -> dict[str, str]:
-    """The selector, if Ray would take it: a value, ``!value``, ``in(a, b)`` or ``!in(a, b)``."""
-    for key, wish in selector.items():
-        if not _LABEL_KEY.fullmatch(key) or not _LABEL_WISH.fullmatch(wish):
+    """Return the selector if Ray accepts it, else raise ValueError.
+
+    Ray knows four forms of a value: ``x``, ``!x``, ``in(x, y)`` and ``!in(x, y)``. It would refuse
+    another form only when the actor is placed.
+    """
+    for key, value in selector.items():
+        if not _LABEL_KEY.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
             raise ValueError(
-                f"has {key}: {wish!r}; expected a label (letters, digits, - _ . between them) and "
+                f"has {key}: {value!r}; expected a label (letters, digits, - _ . between them) and "
                 "value, !value, in(a, b) or !in(a, b)"
             )
     return selector

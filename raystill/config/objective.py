@@ -1,4 +1,9 @@
-"""Configuration of the student, its objective and its training."""
+"""Configuration of the objective: the loss that the student minimises, and its token weights.
+
+The divergences are taken over the outcomes that the signal tells apart: with ``signal.kind: topk``
+the K ids and a tail that stands for all others, with ``hidden`` the whole vocabulary. All are in
+nats.
+"""
 
 from typing import Literal
 
@@ -15,85 +20,105 @@ TERMS = (
     "total_variation",
     "cross_entropy",
 )
-"""What an objective is a weighted sum of."""
+"""Names of the terms whose weighted sum is the objective."""
 
 
 class TokenWeightsConfig(ConfigModel):
-    """How much each response token counts; the sum of all weights is what a step's loss is over."""
+    """Weights of response tokens. A step's loss is a weighted mean over its tokens."""
 
     truncated_rows: float = identity(
-        1.0, ge=0, le=100, description="Weight of rows whose answer was cut off by max_tokens."
+        1.0,
+        ge=0,
+        le=100,
+        description="Weight of the tokens in rows whose answer was cut off by max_tokens; other "
+        "rows have weight 1.",
     )
     by: Literal["none", "entropy", "confidence"] = identity(
         "none",
-        description="Shares a row's weight among its tokens in proportion to the teacher's entropy "
-        "(over ids and tail, so with a truncated signal a lower bound) or to its best id's "
-        "probability (with kind sampled the drawn id's); each row keeps its sum. With kind hidden "
-        "this takes the teacher's logits once more.",
+        description="How a row's weight is shared among its tokens; the row's sum stays the same. "
+        "none: equally. entropy: in proportion to the teacher's entropy at the token; with kind "
+        "topk or sampled that is the entropy over the kept ids and the tail, a lower bound. "
+        "confidence: in proportion to the probability of the teacher's most probable id; with kind "
+        "sampled, of the drawn id. With kind hidden, entropy and confidence compute the teacher's "
+        "logits once more.",
     )
 
 
 class ObjectiveConfig(ConfigModel):
-    """What the student minimises: a weighted sum; a weight of 0 leaves a term out."""
+    """The objective: a weighted sum of terms. A term with weight 0 is not computed."""
 
     forward_kl: float = identity(
-        0.0, ge=0, description="Weight of KL(teacher || student) on the signal's partition."
+        0.0,
+        ge=0,
+        description="Weight of KL(teacher || student), over the ids of the signal and their tail.",
     )
     reverse_kl: float = identity(
-        0.0, ge=0, description="Weight of KL(student || teacher) on the signal's partition."
+        0.0,
+        ge=0,
+        description="Weight of KL(student || teacher), over the ids of the signal and their tail.",
     )
     jsd: float = identity(
         0.0,
         ge=0,
-        description="Weight of the Jensen-Shannon divergence: jsd_beta KL(teacher || mixture) + "
-        "(1 - jsd_beta) KL(student || mixture).",
+        description="Weight of the generalised Jensen-Shannon divergence: jsd_beta * KL(teacher || "
+        "mixture) + (1 - jsd_beta) * KL(student || mixture), where mixture = jsd_beta * teacher + "
+        "(1 - jsd_beta) * student.",
     )
     jsd_beta: float = identity(
         0.5,
         gt=0,
         lt=1,
-        description="The teacher's share in jsd's mixture; instead of the ends 0 and 1 give "
-        "forward_kl or reverse_kl a weight.",
+        description="Share of the teacher in the mixture of jsd. 0 and 1 are not allowed: there "
+        "jsd is 0; use forward_kl or reverse_kl instead.",
     )
     skew_forward_kl: float = identity(
         0.0,
         ge=0,
-        description="Weight of KL(teacher || skew_alpha teacher + (1 - skew_alpha) student).",
+        description="Weight of the skew KL divergence KL(teacher || skew_alpha * teacher + (1 - "
+        "skew_alpha) * student).",
     )
     skew_reverse_kl: float = identity(
         0.0,
         ge=0,
-        description="Weight of KL(student || skew_alpha student + (1 - skew_alpha) teacher).",
+        description="Weight of the skew KL divergence KL(student || skew_alpha * student + (1 - "
+        "skew_alpha) * teacher).",
     )
     skew_alpha: float = identity(
         0.1,
         gt=0,
         lt=1,
-        description="What a skew divergence mixes of its first distribution into its second; "
-        "instead of the end 0 give forward_kl or reverse_kl a weight (at 1 nothing is learned).",
+        description="Share of the first distribution that a skew KL divergence mixes into the "
+        "second. 0 and 1 are not allowed: 0 is plain forward_kl or reverse_kl, and at 1 the "
+        "divergence is always 0.",
     )
     total_variation: float = identity(
-        0.0, ge=0, description="Weight of half the sum of |teacher - student|: 1 - acceptance."
+        0.0,
+        ge=0,
+        description="Weight of the total variation distance, half the sum of |teacher - student|. "
+        "It equals 1 - the acceptance rate of speculative decoding.",
     )
     cross_entropy: float = identity(
-        0.0, ge=0, description="Weight of cross entropy on the response tokens."
+        0.0,
+        ge=0,
+        description="Weight of the cross entropy on the response's token ids, which needs no "
+        "teacher probabilities.",
     )
 
     temperature: float = identity(
         1.0,
         gt=0,
         le=100,
-        description="Divides both sides' logits in every divergence, not in cross_entropy; other "
-        "than 1 with signal.kind: hidden only.",
+        description="Divides the logits of teacher and student in every divergence; cross_entropy "
+        "is not changed. A value other than 1 needs signal.kind: hidden.",
     )
     temperature_squared: bool = identity(
         False,
-        description="Multiply divergences by the squared temperature, so that their gradients keep "
-        "their size.",
+        description="Multiply divergences by temperature squared, so that the size of their "
+        "gradients does not depend on it (Hinton et al., 2015).",
     )
 
     token_weights: TokenWeightsConfig = identity(
-        TokenWeightsConfig(), description="How much each response token counts."
+        TokenWeightsConfig(), description="Weights of the response tokens in the loss."
     )
 
     @model_validator(mode="after")
@@ -105,24 +130,24 @@ class ObjectiveConfig(ConfigModel):
             )
         if self.temperature != 1.0 and not self.divergences:
             raise ValueError(
-                f"temperature is {self.temperature:g}, which changes divergences only, and just "
+                f"temperature is {self.temperature:g}, which changes divergences only, but only "
                 "cross_entropy has a weight; set temperature: 1, or give a divergence a weight"
             )
         return self
 
     @property
     def weights(self) -> dict[str, float]:
-        """Terms with a weight above zero, by name."""
+        """Weights above zero, by the term's name."""
         return {name: weight for name in TERMS if (weight := getattr(self, name)) > 0}
 
     @property
     def factors(self) -> dict[str, float]:
-        """What each term in use is multiplied by: its weight, and T^2 for a divergence if asked."""
+        """Factor of each term in use: its weight, times temperature^2 for a divergence if set."""
         squared = self.temperature**2 if self.temperature_squared else 1.0
         weights = self.weights.items()
         return {name: w if name == "cross_entropy" else w * squared for name, w in weights}
 
     @property
     def divergences(self) -> list[str]:
-        """Terms in use that compare the student with the teacher's probabilities."""
+        """Names of the terms in use that compare the student with the teacher's probabilities."""
         return [name for name in self.weights if name != "cross_entropy"]

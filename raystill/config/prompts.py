@@ -1,4 +1,4 @@
-"""Configuration of the prompts and of the stream that carries rows from teacher to student."""
+"""Configuration of the prompts: their files, fields, chat template, and weighted sources."""
 
 from collections import Counter
 from datetime import date
@@ -12,35 +12,38 @@ FileFormat = Literal["auto", "jsonl", "json", "csv", "text", "parquet"]
 
 
 class SourceConfig(ConfigModel):
-    """One of several sources of prompts; what it leaves unset is that of the prompts section."""
+    """One of several prompt sources. Unset fields take the value of the prompts section."""
 
     name: str = identity(
-        description="Fills the rows' source, whatever the file says; unlike every other name."
+        description="Name of the source, different from all others. It replaces what the rows' "
+        "source_field says."
     )
     path: str | tuple[str, ...] = identity(
-        description="File, glob, list of them, or URI, as in prompts.path."
+        description="Prompt files: a path, a glob, a URI, or a list of them, as in prompts.path."
     )
     weight: float = identity(
         1.0,
         gt=0,
         allow_inf_nan=False,
-        description="Rows of an epoch for each training prompt, times samples_per_prompt: 2 asks "
-        "for two samples of each, 0.25 for one of a quarter of them, chosen by seed.",
+        description="How often a training prompt of this source is used in one epoch; multiplied "
+        "by samples_per_prompt. 2: two sampled answers for each prompt. 0.25: one answer for a "
+        "quarter of the prompts, chosen by seed.",
     )
     format: FileFormat | None = identity(
-        None, description="Format of the files; default: prompts.format."
+        None, description="Format of the files. Default: prompts.format."
     )
     prompt_field: str | None = identity(
-        None, description="Field that holds plain prompt text; default: prompts.prompt_field."
+        None, description="Field with the prompt as plain text. Default: prompts.prompt_field."
     )
     messages_field: str | None = identity(
-        None, description="Field that holds chat messages; default: prompts.messages_field."
+        None, description="Field with the prompt as chat messages. Default: prompts.messages_field."
     )
     response_field: str | None = identity(
-        None, description="Field that holds the response; default: prompts.response_field."
+        None, description="Field with a given response. Default: prompts.response_field."
     )
     limit: PositiveInt | None = identity(
-        None, description="Use only the first so many prompts of this source."
+        None,
+        description="Number of prompts to use, the first of this source's files. Default: all.",
     )
 
     @field_validator("name")
@@ -52,50 +55,63 @@ class SourceConfig(ConfigModel):
 
 
 class PromptsConfig(ConfigModel):
-    """What the teacher is asked; a bare list stands for its sources."""
+    """The prompts that the teacher answers. A bare list is short for ``{sources: [...]}``."""
 
     path: str | tuple[str, ...] | None = identity(
         None,
-        description="File, glob, list of them, or URI: .jsonl .json .csv .txt .parquet. "
-        "Needed, unless there are sources.",
+        description="Prompt files: a path, a glob, a URI, or a list of them. Formats: .jsonl, "
+        ".json, .csv, .txt, .parquet. Required unless sources is set.",
     )
     format: FileFormat = identity(
-        "auto", description="Format of the files; auto goes by the file name's ending."
+        "auto", description="Format of the files. auto: by the ending of the file's name."
     )
-    prompt_field: str = identity("prompt", description="Field that holds plain prompt text.")
+    prompt_field: str = identity("prompt", description="Field with the prompt as plain text.")
     messages_field: str = identity(
-        "messages", description="Field that holds chat messages [{role, content}, ...]."
+        "messages",
+        description="Field with the prompt as chat messages, [{role, content}, ...].",
     )
     response_field: str | None = identity(
         None,
-        description="Field that holds the response to the prompt, text of whoever wrote it: the "
-        "teacher scores it and writes none. Default: the teacher answers.",
+        description="Field with a given response to the prompt, as text. The teacher scores that "
+        "response instead of writing one. Default: the teacher writes the responses.",
     )
-    source_field: str = identity("source", description="Field that names a row's source.")
+    source_field: str = identity(
+        "source",
+        description="Field with the name of a row's source, which evaluation.held_out_sources "
+        "refers to.",
+    )
     system: str | None = identity(
-        None, description="System message put before rows that bring none; needs a chat template."
+        None,
+        description="System message for rows that have none. Needs a chat template. Default: no "
+        "message is added.",
     )
     chat_template: bool = identity(
-        True, description="Put prompts through the teacher's chat template; off: raw text."
+        True,
+        description="Whether to format prompts with the teacher's chat template. false: the "
+        "prompt's text is used as it is.",
     )
     chat_template_kwargs: dict[str, Any] = identity(
         {}, description="Variables for the chat template, e.g. {enable_thinking: false}."
     )
     template_date: str | None = operational(
         None,
-        description="Day that the chat template takes for today, YYYY-MM-DD, if it prints the "
-        "date. Default: the day of each start, which makes every prompt another one.",
+        description="Date, YYYY-MM-DD, that the chat template prints as today's, if it prints one. "
+        "Default: the day on which the run starts, so that a start on another day has other "
+        "prompts and asks the teacher again.",
     )
     max_prompt_tokens: PositiveInt | None = identity(
         None,
-        description="Longer prompts are dropped and counted; default: the context.",
+        description="Longest prompt, in tokens; longer ones are dropped and counted. Default: the "
+        "teacher's context less one token.",
     )
-    limit: PositiveInt | None = identity(None, description="Use only the first so many prompts.")
+    limit: PositiveInt | None = identity(
+        None, description="Number of prompts to use, the first of the files. Default: all."
+    )
     samples_per_prompt: PositiveInt = identity(
-        1, description="Answers asked for each training prompt; each is a row of its own."
+        1, description="Answers to sample for each training prompt; each is a row of its own."
     )
     sources: tuple[SourceConfig, ...] | None = identity(
-        None, description="In place of path: a list of named sources, each with a weight."
+        None, description="List of named sources, each with a weight, in place of path."
     )
 
     @model_validator(mode="before")
@@ -108,7 +124,7 @@ class PromptsConfig(ConfigModel):
     def _is_a_day(cls, value: Any) -> Any:
         if value is None:
             return None
-        try:  # YAML makes a date of it by itself.
+        try:  # YAML reads an unquoted 2025-01-31 as a date, and --set reads it as text.
             return date.fromisoformat(str(value)).isoformat()
         except ValueError:
             raise ValueError(f"is {value!r}; expected a day as YYYY-MM-DD, or null") from None
@@ -126,8 +142,8 @@ class PromptsConfig(ConfigModel):
         twice = [name for name, count in counts.items() if count > 1]
         if twice:
             raise ValueError(
-                f"has the name {twice[0]!r} {counts[twice[0]]} times, but a name stands for one "
-                "source; rename the others, or list their files under one path"
+                f"has the name {twice[0]!r} {counts[twice[0]]} times, but each source needs a name "
+                "of its own; rename the others, or list their files under one path"
             )
         return sources
 
@@ -141,8 +157,8 @@ class PromptsConfig(ConfigModel):
         if self.path is not None and self.sources is not None:
             names = ", ".join(source.name for source in self.sources)
             raise ValueError(
-                f"has path ({self.path!r}) and sources ({names}), of which just one can say what "
-                "is asked; remove the other, or set it to null"
+                f"has path ({self.path!r}) and sources ({names}), but only one of them can name "
+                "the prompts; remove the other, or set it to null"
             )
         return self
 
@@ -158,17 +174,17 @@ class PromptsConfig(ConfigModel):
                 weighed = f"{where}weight ({weight:g}) times " if where else ""
                 raise ValueError(
                     f"has {weighed}samples_per_prompt ({self.samples_per_prompt}) above 1, but "
-                    f"response_field ({field!r}) gives each prompt its one response; lower them "
+                    f"response_field ({field!r}) gives one response for each prompt; lower them "
                     "to 1, or set response_field to null"
                 )
         return self
 
     @property
     def files_setting(self) -> str:
-        """The setting that names the files."""
+        """Name of the setting that lists the files, for messages."""
         return "prompts.path" if self.sources is None else "prompts.sources"
 
 
 def spell_out_prompts(section: Any) -> Any:
-    """The long form of a prompts section: a bare list is short for ``{sources: [...]}``."""
+    """Return the long form of a prompts section; a bare list becomes ``{sources: [...]}``."""
     return {"sources": section} if isinstance(section, list | tuple) else section

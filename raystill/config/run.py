@@ -19,7 +19,7 @@ from raystill.config.training import TrainingConfig
 
 
 class ClusterConfig(ConfigModel):
-    """The Ray cluster that the run uses."""
+    """Settings of the Ray cluster: an existing one, or one that is started on this machine."""
 
     address: str | None = operational(
         None,
@@ -49,7 +49,7 @@ class ClusterConfig(ConfigModel):
 
 
 class OutputConfig(ConfigModel):
-    """The run folder, where the run writes."""
+    """Settings of the run folder."""
 
     path: str | None = operational(
         None,

@@ -1,4 +1,4 @@
-"""Configuration of the prompts and of the stream that carries rows from teacher to student."""
+"""Configuration of the signal, the stream of rows, the teacher store and the evaluation."""
 
 from typing import Literal
 
@@ -6,98 +6,124 @@ from raystill.config.base import ConfigModel, PositiveInt, identity, operational
 
 
 class SignalConfig(ConfigModel):
-    """What the teacher says about each response token."""
+    """The signal: what the teacher gives for each response token."""
 
     kind: Literal["text", "sampled", "topk", "hidden"] = identity(
         "topk",
-        description="text: tokens only; sampled: their logprobs; topk: K best and the tail; "
-        "hidden: the teacher's last hidden state, from which the whole vocabulary follows.",
+        description="What the teacher gives for each response token. text: the token id only. "
+        "sampled: also the logprob of that id. topk: the top_k most probable ids with logprobs, "
+        "and the probability of all others together (the tail). hidden: the last hidden state, "
+        "from which the student's workers compute the teacher's whole distribution.",
     )
     top_k: PositiveInt = identity(
-        64, description="K: ids and logprobs kept for each token, with kind topk."
+        64, description="Number K of ids and logprobs for each token. Used with kind topk only."
     )
 
 
 class StreamConfig(ConfigModel):
-    """How rows flow: groups, credits, order, and what is dropped."""
+    """The stream of rows from teacher to student: group size, back-pressure, order, drops."""
 
     group_rows: PositiveInt = identity(
-        8, description="Rows that travel together: one Serve call, one block, one credit."
+        8,
+        description="Rows of a group: one request to a replica and one block of Ray Data. Larger "
+        "groups have less overhead; smaller ones wait less for their longest answer.",
     )
     max_rows_ahead: PositiveInt | None = operational(
         None,
-        description="Most rows asked for and not yet taken by a worker; default: twice "
-        "what all replicas answer at once, and two steps.",
+        description="Most rows requested from the teacher and not yet taken by a student worker. "
+        "It bounds the memory for rows that wait. Default: twice the rows that all replicas answer "
+        "at a time, and two steps.",
     )
     order: Literal["fixed", "arrival"] = identity(
         "fixed",
-        description="fixed: every step trains the same rows at any number of workers; "
-        "arrival: rows are trained as they come.",
+        description="Order of training. fixed: a step trains the same rows at any number of "
+        "workers and in any run with the same seed. arrival: rows are trained in the order in "
+        "which their answers arrive.",
     )
     on_truncated: Literal["keep", "drop"] = identity(
-        "keep", description="What to do with answers cut off by max_tokens."
+        "keep",
+        description="Whether to train on answers that were cut off by teacher.sampling.max_tokens.",
     )
     max_drop_fraction: float = operational(
-        0.0, ge=0, le=1, description="Share of rows that may be dropped before the run stops."
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of an epoch's rows that may be dropped; the run stops if more are.",
     )
     max_attempts: PositiveInt = operational(
-        4, description="Times a group is asked for when replicas fail, before the run stops."
+        4,
+        description="Attempts to have a group answered, if replicas fail. The run stops after the "
+        "last.",
     )
 
 
 class StoreConfig(ConfigModel):
-    """Where the teacher's answers are kept for later epochs, runs and students."""
+    """The teacher store, which keeps answers for later epochs, runs and students."""
 
     path: str | None = operational(
         None,
-        description="Folder or URI of the teacher store; default: teacher_store beside the run "
-        "folder, shared by the runs there.",
+        description="Folder or URI of the teacher store. Default: teacher_store beside the run "
+        "folder; runs in the same parent folder share it.",
     )
 
 
 class FreeRunningConfig(ConfigModel):
-    """How the student's own answers are drawn and judged."""
+    """Free-running evaluation: the student answers held-out prompts by itself."""
 
-    rows: int = operational(16, ge=0, description="Held-out prompts the student answers; 0: none.")
+    rows: int = operational(
+        16, ge=0, description="Number of held-out prompts that the student answers. 0: none."
+    )
     max_tokens: PositiveInt | None = operational(
-        None, description="Longest answer, tokens; default: the teacher's max_tokens."
+        None,
+        description="Longest answer of the student, in tokens. Default: "
+        "teacher.sampling.max_tokens.",
     )
     during: bool = operational(
-        False, description="Also at the evaluations during training, not only before and after."
+        False,
+        description="Whether the student also answers at the evaluations during training, and not "
+        "only before and after it.",
     )
     teacher_scores: bool = operational(
         False,
-        description="Have the teacher score what the student wrote: kl_on_student_answers. It must "
-        "run for that, also where all other answers are in the store.",
+        description="Whether the teacher scores the student's answers, which gives the figure "
+        "kl_on_student_answers. The teacher is then started even if the store has all other "
+        "answers.",
     )
 
 
 class EvaluationConfig(ConfigModel):
-    """Which rows are held out, and how often the student is measured on them."""
+    """Evaluation: which rows are held out, and how often the student is measured on them."""
 
     held_out_sources: tuple[str, ...] = identity(
         (),
-        description="Sources kept whole from training and used for evaluation; no other source is "
-        "trained on a prompt of theirs.",
+        description="Names of sources that are used for evaluation only. A prompt that such a "
+        "source shares with another one is not trained on.",
     )
     held_out_rows: int = identity(
         0,
         ge=0,
-        description="Rows drawn by seed and kept from training, beside held_out_sources; of a "
-        "prompt with several responses all are.",
+        description="Number of rows of the other sources to hold out, chosen by seed. If a prompt "
+        "has several responses, all its rows are held out.",
     )
     max_rows: PositiveInt = identity(
-        128, description="Most held-out rows that are measured (drawn by seed)."
+        128, description="Most held-out rows to measure on; chosen by seed if there are more."
     )
-    top_k: PositiveInt = identity(64, description="K of the held-out rows' signal.")
+    top_k: PositiveInt = identity(
+        64, description="Number K of ids and logprobs in the signal of held-out rows."
+    )
     every_steps: int = operational(
-        0, ge=0, description="Optimizer steps between evaluations; 0: only before and after."
+        0,
+        ge=0,
+        description="Optimizer steps between evaluations during training. 0: only before and after "
+        "it.",
     )
     baselines: bool = operational(
-        True, description="Also measure uniform, unigram and bigram models of the training answers."
+        True,
+        description="Whether to measure uniform, unigram and bigram models too, counted from the "
+        "training answers.",
     )
     free_running: FreeRunningConfig = operational(
-        FreeRunningConfig(), description="Judging what the student writes by itself."
+        FreeRunningConfig(), description="Evaluation of answers that the student writes by itself."
     )
 
     @property

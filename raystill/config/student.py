@@ -1,4 +1,4 @@
-"""Configuration of the student, its objective and its training."""
+"""Configuration of the student: where its architecture and its first weights come from."""
 
 from typing import Literal
 
@@ -8,22 +8,33 @@ from raystill.config.base import ConfigModel, PositiveInt, identity
 
 
 class StudentConfig(ConfigModel):
-    """The model that is trained, and where its first weights come from."""
+    """The student, the model that is trained, and where its first weights come from."""
 
     init: Literal["model", "from_teacher"] = identity(
         "from_teacher",
-        description="model: a Hugging Face model; from_teacher: keep some of its layers.",
+        description="Where the first weights come from. from_teacher: a copy of the teacher with "
+        "some of its layers. model: the model named by student.model.",
     )
     model: str | None = identity(
-        None, description="Local folder or Hugging Face id; needed with init: model."
+        None,
+        description="Local folder or Hugging Face id of the student. Required with init: model.",
     )
-    revision: str | None = identity(None, description="Hub revision of student.model.")
-    trust_remote_code: bool = identity(False, description="Run code that comes with the model.")
+    revision: str | None = identity(
+        None,
+        description="Branch, tag or commit of student.model on the Hub. Default: its main branch.",
+    )
+    trust_remote_code: bool = identity(
+        False, description="Whether to run Python code that comes with student.model."
+    )
     layers: tuple[int, ...] | None = identity(
-        None, description="Teacher layers kept, from 0, in this order (init: from_teacher)."
+        None,
+        description="Teacher layers to keep, counted from 0, in this order. With init: "
+        "from_teacher, set either layers or layer_stride.",
     )
     layer_stride: PositiveInt | None = identity(
-        None, description="Keep every so-manyth teacher layer, from 0 (init: from_teacher)."
+        None,
+        description="Keep every n-th teacher layer, from layer 0 on: 2 keeps layers 0, 2, 4, and "
+        "so on. With init: from_teacher, set either layers or layer_stride.",
     )
 
     @model_validator(mode="after")

@@ -69,10 +69,7 @@ class SyntheticConfig(ConfigModel):
 
 
 class ReplicasConfig(ConfigModel):
-    """Bounds between which Ray Serve scales the teacher, to the replicas that keep a student busy.
-
-    The target is `cluster.job.autoscale.ReplicaDemand`.
-    """
+    """Bounds between which Ray Serve scales the teacher, to as many as keep the student busy."""
 
     min: int = operational(
         1,
@@ -107,8 +104,8 @@ class TeacherConfig(ConfigModel):
     )
     engine: Literal["vllm", "synthetic"] = identity(
         "vllm",
-        description="vllm runs the model. synthetic gives deterministic answers without a model, "
-        "for tests.",
+        description="Engine that gives the answers. vllm: runs the model. synthetic: deterministic "
+        "answers without a model, for tests.",
     )
     trust_remote_code: bool = identity(
         False, description="Whether to run Python code that comes with the model."

@@ -1,4 +1,4 @@
-"""Configuration of the student, its objective and its training."""
+"""Configuration of training: steps, optimizer, workers, precision, memory and checkpoints."""
 
 from typing import Literal
 
@@ -8,104 +8,146 @@ from raystill.config.base import ConfigModel, LabelSelector, PositiveInt, identi
 
 
 class TrainingConfig(ConfigModel):
-    """The optimisation: steps, rates, precision, checkpoints."""
+    """Training of the student: steps, optimizer, workers, precision, memory and checkpoints."""
 
-    epochs: PositiveInt = operational(1, description="Passes over all rows.")
+    epochs: PositiveInt = operational(1, description="Number of passes over all rows.")
     rows_per_step: PositiveInt = identity(
-        32, description="Rows of one optimizer step, over all workers."
+        32, description="Rows of one optimizer step, all workers together (global batch size)."
     )
     max_failures: int = operational(
         3,
         ge=0,
-        description="Times the workers are restarted from the last checkpoint after one has died.",
+        description="How often the workers are restarted from the last checkpoint after one of "
+        "them has died.",
     )
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = operational(
         1,
-        description="Student worker processes; [min, max]: as many as the cluster has room for, "
-        "more or fewer as nodes come and go.",
+        description="Number of student worker processes. [min, max]: as many within these bounds "
+        "as the cluster has room for; their number follows as nodes join and leave.",
     )
     resize_every_s: float = operational(
         60.0,
         gt=0,
-        description="Seconds between looks for room for more workers, with [min, max]; growing "
-        "restarts the workers from the last checkpoint.",
+        description="With num_workers [min, max]: seconds between checks for room for more "
+        "workers. To add some, the workers are restarted from the last checkpoint.",
     )
     startup_timeout_s: float = operational(
         1800.0,
         gt=0,
-        description="Longest wait for the workers' places, seconds: at the start, and when nodes "
-        "have gone.",
+        description="Longest time, in seconds, to wait for resources for the workers: at the "
+        "start, and after nodes were lost.",
     )
-    learning_rate: float = identity(1e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float = identity(1e-4, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "constant"] = identity(
-        "cosine", description="Learning rate after warm-up."
+        "cosine",
+        description="Learning rate after the warm-up. cosine: falls to min_learning_rate_ratio of "
+        "the peak at the last step. constant: stays at the peak.",
     )
-    warmup_steps: int = identity(0, ge=0, description="Steps of linear warm-up.")
+    warmup_steps: int = identity(
+        0, ge=0, description="Optimizer steps of linear warm-up of the learning rate."
+    )
     min_learning_rate_ratio: float = identity(
-        0.1, ge=0, le=1, description="Cosine's end, as a share of the peak."
+        0.1,
+        ge=0,
+        le=1,
+        description="Learning rate at the end of the cosine schedule, as a share of the peak.",
     )
-    weight_decay: float = identity(0.0, ge=0, description="AdamW weight decay (matrices only).")
-    beta1: float = identity(0.9, ge=0, lt=1, description="AdamW first-moment decay.")
-    beta2: float = identity(0.95, ge=0, lt=1, description="AdamW second-moment decay.")
-    epsilon: float = identity(1e-8, gt=0, description="AdamW epsilon.")
-    max_grad_norm: float | None = identity(1.0, gt=0, description="Clipping bound; null: off.")
+    weight_decay: float = identity(
+        0.0, ge=0, description="Weight decay of AdamW; applied to matrices only."
+    )
+    beta1: float = identity(
+        0.9, ge=0, lt=1, description="AdamW's beta1, the decay rate of the first moment."
+    )
+    beta2: float = identity(
+        0.95, ge=0, lt=1, description="AdamW's beta2, the decay rate of the second moment."
+    )
+    epsilon: float = identity(
+        1e-8, gt=0, description="AdamW's epsilon, added to the denominator of an update."
+    )
+    max_grad_norm: float | None = identity(
+        1.0, gt=0, description="Global gradient norm above which gradients are clipped. null: off."
+    )
     normalise: Literal["token", "row"] = identity(
-        "token", description="token: every response token counts the same; row: every row does."
+        "token",
+        description="What the loss is a mean over. token: every response token has the same "
+        "weight. row: every row has the same weight, shared by its response tokens.",
     )
     tokens_per_micro_batch: PositiveInt = operational(
         4096,
-        description="Budget of one forward pass: prompt and response tokens, padding included.",
+        description="Most tokens of one forward pass, prompts, responses and padding together. It "
+        "bounds the memory; a step runs as many passes as it needs.",
     )
     packing: bool | Literal["auto"] = operational(
         "auto",
-        description="Rows of a pass in one sequence, none sees another; auto: with FlashAttention.",
+        description="Whether the rows of a forward pass are joined into one sequence instead of "
+        "padded; no row attends to another. auto: if the attention is FlashAttention.",
     )
     attention: Literal["auto", "flash_attention_3", "flash_attention_2", "sdpa", "eager"] = (
         operational(
             "auto",
-            description="The student's attention; auto: FlashAttention on GPUs where it is "
-            "installed, else SDPA (eager for models that cap attention logits).",
+            description="Attention implementation of the student. auto: FlashAttention if it is "
+            "installed and supports the student and its GPU, else sdpa; eager for models that cap "
+            "attention logits.",
         )
     )
     param_dtype: Literal["float32", "float64"] = identity(
-        "float32", description="Precision of parameters, optimizer and reductions."
+        "float32",
+        description="Precision of parameters, optimizer state and gradient reduction.",
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = identity(
         "auto",
-        description="Precision of matrix products; auto: bfloat16 on GPUs and CPUs with AMX, "
+        description="Precision of matrix products. auto: bfloat16 on GPUs and on CPUs with AMX, "
         "else float32.",
     )
     strategy: Literal["ddp", "fsdp"] = operational(
         "ddp",
-        description="ddp: a whole copy a worker; fsdp: parameters, gradients and optimizer state "
-        "sharded over the workers (FSDP2), gathered whole only while the student is measured.",
+        description="How the student is distributed over the workers. ddp: each worker has a whole "
+        "copy. fsdp: parameters, gradients and optimizer state are sharded (FSDP2); all parameters "
+        "are gathered at once only for evaluation.",
     )
     activation_checkpointing: bool = operational(
-        False, description="Recompute layer activations in the backward pass to save memory."
+        False,
+        description="Whether to recompute each layer's activations in the backward pass, which "
+        "saves memory and takes time.",
     )
-    compile: bool = operational(False, description="Use torch.compile on the student.")
+    compile: bool = operational(
+        False, description="Whether to compile the student with torch.compile."
+    )
     checkpoint_every_steps: int = operational(
-        100, ge=0, description="Steps between checkpoints; 0: only when stopped and at the end."
+        100,
+        ge=0,
+        description="Optimizer steps between checkpoints. 0: only when the run is stopped and at "
+        "its end.",
     )
-    num_checkpoints_to_keep: PositiveInt = operational(2, description="Newest checkpoints kept.")
+    num_checkpoints_to_keep: PositiveInt = operational(
+        2, description="Number of newest checkpoints to keep; older ones are deleted."
+    )
     export_dtype: Literal["bfloat16", "float16", "float32"] = operational(
-        "bfloat16", description="Precision of the finished model in student/."
+        "bfloat16", description="Precision of the finished model in the run folder's student/."
     )
     gpus_per_worker: float | None = operational(
-        None, ge=0, description="GPUs of one worker; default: 1 where the cluster has GPUs, else 0."
+        None,
+        ge=0,
+        description="GPUs of one worker; a share below 1 for a GPU that it shares. Default: 1 if "
+        "the cluster has GPUs, else 0.",
     )
-    cpus_per_worker: float = operational(1.0, gt=0, description="CPUs of one worker.")
+    cpus_per_worker: float = operational(
+        1.0, gt=0, description="CPUs that one worker requests from Ray."
+    )
     cpu_cores: tuple[int, ...] | Literal["all"] | None = operational(
         None,
-        description="Cores of the workers on a CPU node; default: the second half. all: every "
-        "core, for a run whose answers are all in the store.",
+        description="Ids of the CPU cores for the workers, on a node without GPUs. all: every "
+        "core, for a run that has all answers in the store. Default: the second half of the "
+        "node's cores.",
     )
     resources_per_worker: dict[str, float] = operational(
-        {}, description="Custom Ray resources a worker asks for, e.g. {student: 1}."
+        {}, description="Custom Ray resources that a worker requests, e.g. {student: 1}."
     )
-    accelerator_type: str | None = operational(None, description="Ray accelerator type, e.g. H100.")
+    accelerator_type: str | None = operational(
+        None, description="Ray's name of the GPU type to run on, e.g. H100. Default: any."
+    )
     label_selector: LabelSelector = operational(
-        {}, description="Labels of the nodes that workers may run on, e.g. {role: student}."
+        {}, description="Ray node labels that a worker's node must have, e.g. {role: student}."
     )
 
     @model_validator(mode="after")
@@ -134,10 +176,10 @@ class TrainingConfig(ConfigModel):
 
     @property
     def min_workers(self) -> int:
-        """Fewest workers the run goes on with."""
+        """Fewest workers with which the run starts and goes on."""
         return self._worker_bounds[0]
 
     @property
     def max_workers(self) -> int:
-        """Most workers the run has at a time."""
+        """Most workers that the run has at a time."""
         return self._worker_bounds[1]

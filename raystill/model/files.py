@@ -1,6 +1,7 @@
-"""From a model's name to a folder: a local one, or the Hugging Face cache.
+"""Finds a model by its name: a local folder, the Hugging Face cache, or the Hub.
 
-``check`` needs only the small files (configuration, tokenizer); weights are fetched by ``run``.
+``check`` needs only the small files (configuration, tokenizer); ``run`` fetches the weights too.
+Imports no torch.
 """
 
 import json
@@ -11,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from raystill.base.errors import RunError
+from raystill.base.errors import RunError, config_error
 from raystill.base.run_folder import resolve_input
 
 SMALL_FILES = (
@@ -26,6 +27,7 @@ SMALL_FILES = (
 )
 ALL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.py")
 HUB_WAIT_S = 20.0
+"""Longest time that ``check`` waits for the Hub; a run waits as long as a download takes."""
 CONTEXT_KEYS = (
     "max_position_embeddings",
     "n_positions",
@@ -38,35 +40,38 @@ CONTEXT_KEYS = (
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model's folder, and what its configuration says."""
+    """A model's folder, and the settings in its configuration."""
 
     name: str
     path: Path
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json``; the language model's part of it where there are several."""
+        """``config.json``; settings of its ``text_config`` (multimodal models) replace others."""
         whole = read_object(self.path / "config.json")
         return {**whole, **(whole.get("text_config") or {})}
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
-        """``generation_config.json``, empty where there is none."""
+        """``generation_config.json``; empty if there is none."""
         return read_object(self.path / "generation_config.json")
 
     @property
     def num_layers(self) -> int | None:
-        """Transformer layers, if the configuration says."""
+        """Number of transformer layers; None if the configuration does not say."""
         return self.config.get("num_hidden_layers", self.config.get("n_layer"))
 
     @property
     def vocab_size(self) -> int | None:
-        """Rows of the output head, padding included."""
+        """Rows of the output head, padding included; None if the configuration does not say."""
         return self.config.get("vocab_size")
 
     @property
     def context_tokens(self) -> int | None:
-        """Longest sequence the model itself was made for, tokens."""
+        """Context length of the model, in tokens; None if the configuration does not say.
+
+        vLLM takes the smallest of the limits too, and multiplies it if the rope scaling is YaRN.
+        """
         limits = [self.config[key] for key in CONTEXT_KEYS if self.config.get(key)]
         if not limits:
             return None
@@ -79,7 +84,7 @@ class ModelFolder:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end the model's answers by its own account."""
+        """Ids that end an answer, by the generation config, else by ``config.json``."""
         eos = self.generation_config.get("eos_token_id", self.config.get("eos_token_id"))
         if eos is None:
             return ()
@@ -87,38 +92,44 @@ class ModelFolder:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the folder holds safetensors."""
+        """Whether the folder has safetensors files."""
         return any(self.path.glob("*.safetensors"))
 
 
 @dataclass(frozen=True)
-class Found:
-    """A model, or why there is none: a problem now, or a notice that it is looked for later."""
+class ModelLookup:
+    """The result of `find_model`: exactly one of the three is set.
+
+    model: the model. problem: why there is no such model. notice: why it could not be checked now;
+    the run will look for it again.
+    """
 
     model: ModelFolder | None = None
     problem: str | None = None
     notice: str | None = None
 
 
-def find_model(name: str, revision: str | None = None) -> Found:
-    """Look for the model's small files: a local folder, the cache, then the Hub."""
+def find_model(name: str, revision: str | None = None) -> ModelLookup:
+    """Find the model's small files: in a local folder, in the cache, or else on the Hub."""
     folder = Path(resolve_input(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            return Found(problem=f"the folder {name!r} has no config.json; name a model's folder")
-        return Found(ModelFolder(name, folder))
+            problem = f"the folder {name!r} has no config.json; name a model's folder"
+            return ModelLookup(problem=problem)
+        return ModelLookup(ModelFolder(name, folder))
     if folder.exists():
-        return Found(problem=f"{name!r} is a file; name the folder with config.json and weights")
+        problem = f"{name!r} is a file; name the folder with config.json and weights"
+        return ModelLookup(problem=problem)
     if not looks_like_hub_id(name):
-        return Found(
+        return ModelLookup(
             problem=f"there is no folder {name!r} in {os.getcwd()}; run `make setup` if it is one "
-            "of the shipped ones, else name an existing folder or a Hugging Face id"
+            "of the shipped models, else name an existing folder or a Hugging Face id"
         )
     return _find_on_hub(name, revision)
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """``owner/name`` (or a bare name) that does not start in a folder that is here."""
+    """Whether ``name`` is ``owner/name`` or a bare name, and no path below a folder that exists."""
     parts = name.split("/")
     if len(parts) > 2 or not all(parts) or name.startswith((".", "~", "/")):
         return False
@@ -126,30 +137,47 @@ def looks_like_hub_id(name: str) -> bool:
 
 
 def fetch_model(name: str, revision: str | None = None) -> Path:
-    """The whole model, weights too; downloads what is missing. Raises RunError."""
+    """Return the folder of the whole model, with weights; downloads what is missing.
+
+    Raises RunError if a download fails.
+    """
     found = find_model(name, revision)
     if found.model is not None and Path(resolve_input(name)).is_dir():
         return found.model.path
     from huggingface_hub import snapshot_download
 
     if found.model is not None and found.model.path.parent.name == "snapshots":
-        revision = found.model.path.name  # What was checked, not what the Hub has since.
+        revision = found.model.path.name  # The commit that was checked; the branch may have moved.
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(ALL_FILES)))
     except Exception as error:
         raise RunError(f"{name!r} cannot be fetched from the Hugging Face Hub: {error}") from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none or it is broken (the tokeniser reports that)."""
+def read_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
+    """Read a JSON object of a model's folder; {} if there is no such file.
+
+    A broken file counts as {} too, unless ``strict``, which raises ConfigError. `check` reads a
+    model's settings leniently, because the tokenizer, which reads strictly, reports the folder.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return {}
-    return value if isinstance(value, dict) else {}
+    except (OSError, ValueError) as error:
+        if not strict:
+            return {}
+        message = f"is not valid JSON ({error}); fetch or save the model again"
+        raise config_error(str(path), message) from None
+    if isinstance(value, dict):
+        return value
+    if not strict:
+        return {}
+    message = f"is a {type(value).__name__}, expected an object; fetch or save the model again"
+    raise config_error(str(path), message)
 
 
-def _find_on_hub(name: str, revision: str | None) -> Found:
+def _find_on_hub(name: str, revision: str | None) -> ModelLookup:
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -163,34 +191,37 @@ def _find_on_hub(name: str, revision: str | None) -> Found:
     try:
         cached = download(offline=True)
         if (cached / "config.json").is_file():
-            return Found(ModelFolder(name, cached))
+            return ModelLookup(ModelFolder(name, cached))
     except HFValidationError:
-        return Found(problem=f"{name!r} is neither a folder here nor a Hugging Face id")
-    except Exception:  # not in the cache: huggingface_hub has several ways to say so
+        problem = f"{name!r} is neither an existing folder nor a Hugging Face id"
+        return ModelLookup(problem=problem)
+    except Exception:  # Not in the cache, for which huggingface_hub raises several types.
         pass
     if HF_HUB_OFFLINE:
-        return Found(
-            problem=f"{name!r} is neither a folder here nor in the Hugging Face cache, and "
+        return ModelLookup(
+            problem=f"{name!r} is neither an existing folder nor in the Hugging Face cache, and "
             "HF_HUB_OFFLINE is set; unset it, or name a local folder"
         )
-    outcome: list[Path | BaseException] = []
+    results: list[Path | BaseException] = []
 
     def try_download() -> None:
         try:
-            outcome.append(download(offline=False))
+            results.append(download(offline=False))
         except BaseException as error:
-            outcome.append(error)
+            results.append(error)
 
+    # In a daemon thread: without a network the Hub's client retries for longer than a person who
+    # waits for `check` should, and cannot be stopped.
     thread = threading.Thread(target=try_download, name="hub", daemon=True)
     thread.start()
     thread.join(HUB_WAIT_S)
-    result = outcome[0] if outcome else TimeoutError(f"no answer in {HUB_WAIT_S:.0f} s")
+    result = results[0] if results else TimeoutError(f"no answer in {HUB_WAIT_S:.0f} s")
     if isinstance(result, Path):
-        return Found(ModelFolder(name, result))
+        return ModelLookup(ModelFolder(name, result))
     if isinstance(result, RepositoryNotFoundError):
-        return Found(
-            problem=f"{name!r} is neither a folder here nor on the Hugging Face Hub (or it is "
+        return ModelLookup(
+            problem=f"{name!r} is neither an existing folder nor on the Hugging Face Hub (or it is "
             "private: log in with `hf auth login`)"
         )
     reason = str(result).splitlines()[0] if str(result) else type(result).__name__
-    return Found(notice=f"{name!r} was not checked, the Hub does not answer now ({reason})")
+    return ModelLookup(notice=f"{name!r} was not checked, the Hub does not answer now ({reason})")

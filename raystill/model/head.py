@@ -1,14 +1,10 @@
-"""Where a model's output head is among its safetensors, by their headers alone.
+"""Finds a model's output head in its safetensors files, and how the model transforms its logits.
 
-`cluster.check_models` asks before anything is started, `teacher_head` when it reads the tensors.
-Imports no torch.
+Reads only headers and ``config.json``, and imports no torch, so that `cluster.check.models` can
+check a model before anything is started. `train.loss.teacher_head` reads the tensors found here;
+`train.student.module` applies the transform.
 
 Legend: V rows of the head, D hidden size.
-
-What a model does to its logits after the output head, by its configuration.
-
-`cluster.check_models` asks before anything is started, `student_module` when the student is built.
-Imports no torch.
 """
 
 import json
@@ -21,16 +17,17 @@ from raystill.model.files import ModelFolder, read_object
 
 INDEX = "model.safetensors.index.json"
 HEADS = ("lm_head", "embed_out")
-"""Modules that are an output head of their own, by the last part of their name."""
+"""Names of output head modules: the last part of the dotted name."""
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings")
-"""Modules whose weight is the head's where the two are tied."""
+"""Names of embedding modules, whose weight is also the head's if the two are tied."""
 PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 QUANTISED_PARTS = ("qweight", "weight_packed", "weight_scale", "weight_scale_inv", "scales")
+"""Tensors that quantised modules have beside or in place of ``weight`` (GPTQ, AWQ, FP8, ...)."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a safetensors file; shape and dtype None where only the index is here."""
+    """A tensor of a safetensors file. shape and dtype are None if the file itself is not here."""
 
     file: Path
     name: str
@@ -40,39 +37,40 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class HeadTensors:
-    """The head's weight [V, D], and its bias [V] where it has one."""
+    """The head's weight [V, D], and its bias [V] or None."""
 
     weight: StoredTensor
     bias: StoredTensor | None
 
 
 def find_head(model: ModelFolder) -> HeadTensors:
-    """The tensors that make the logits: those of the head, or the embedding they are tied to.
+    """Find the output head's tensors; in a tied model they may be stored as the embedding's.
 
-    Raises ValueError, with the remedy, where there is none, several, or a quantised one.
+    Raises ValueError, with the remedy, if there is no head, more than one, or a quantised one.
     """
     names = stored_tensors(model.path)
-    heads, embeddings = _named(names, HEADS), _named(names, EMBEDDINGS)
-    # What is tied is stored once, as either; an untied head is always stored.
+    heads, embeddings = _modules_named(names, HEADS), _modules_named(names, EMBEDDINGS)
+    # A tied weight is stored once, under either name. An untied head is always stored itself.
     ordered = (
         [embeddings, heads] if model.config.get("tie_word_embeddings") else [heads, embeddings]
     )
     _require_plain(model, names, heads or embeddings)
-    found = ordered[0] or ordered[1]
-    if len(found) != 1:
-        wanted = ", ".join(f"{name}.weight" for name in (*HEADS, *EMBEDDINGS))
+    modules = ordered[0] or ordered[1]
+    if len(modules) != 1:
+        expected = ", ".join(f"{name}.weight" for name in (*HEADS, *EMBEDDINGS))
         raise ValueError(
-            f"{model.name} has {len(found)} output heads among its {len(names)} safetensors "
-            f"{sorted(found)[:4]}; expected one of {wanted}; name a folder that holds it, or set "
+            f"{model.name} has {len(modules)} output heads among its {len(names)} safetensors "
+            f"{sorted(modules)[:4]}; expected one of {expected}; name a folder that has it, or set "
             "signal.kind: topk"
         )
-    bias = f"{(heads or found)[0]}.bias"
-    weight = _described(names, f"{found[0]}.weight")
-    return HeadTensors(weight, _described(names, bias) if bias in names else None)
+    # The bias is the head's own, also if its weight is the embedding's.
+    bias = f"{(heads or modules)[0]}.bias"
+    weight = _stored_tensor(names, f"{modules[0]}.weight")
+    return HeadTensors(weight, _stored_tensor(names, bias) if bias in names else None)
 
 
 def stored_tensors(folder: Path) -> dict[str, Path]:
-    """The file of each tensor, by the index of a sharded model or by the files' own headers."""
+    """Return the file of each tensor: by a sharded model's index, else by the files' headers."""
     weight_map = read_object(folder / INDEX).get("weight_map")
     if isinstance(weight_map, dict):
         return {name: folder / file for name, file in weight_map.items()}
@@ -82,7 +80,12 @@ def stored_tensors(folder: Path) -> dict[str, Path]:
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """``{name: {dtype, shape, ...}}`` of a safetensors file; empty where it cannot be read."""
+    """Return ``{name: {dtype, shape, ...}}`` of a safetensors file; {} if it cannot be read.
+
+    The format is 8 bytes with the header's length, little-endian, and the header as JSON.
+    """
+    # By hand: safetensors' own reader refuses a whole file for one dtype that it does not know
+    # (new quantisations), and huggingface_hub's takes more than half a second to import.
     try:
         with file.open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
@@ -92,16 +95,17 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in entries if name != "__metadata__"}
 
 
-def _named(names: Iterable[str], modules: tuple[str, ...]) -> list[str]:
-    """Modules with one of these last names and a weight (also a quantised one), each once.
+def _modules_named(names: Iterable[str], last_parts: tuple[str, ...]) -> list[str]:
+    """Return modules that have a weight, plain or quantised, and one of these last names.
 
-    Those inside a layer are of extra heads that predict further tokens.
+    A module inside a layer, or below ``mtp.``, is left out: it belongs to an extra head for
+    multi-token prediction (DeepSeek-V3, Qwen3-Next).
     """
-    found = {name.rpartition(".")[0] for name in names if name.endswith(_WEIGHTS)}
+    modules = {name.rpartition(".")[0] for name in names if name.endswith(_WEIGHTS)}
     return sorted(
         module
-        for module in found
-        if module.rpartition(".")[2] in modules
+        for module in modules
+        if module.rpartition(".")[2] in last_parts
         and not module.startswith("mtp.")
         and "layers." not in module
     )
@@ -111,9 +115,10 @@ _WEIGHTS = (".weight", ".qweight", ".weight_packed")
 
 
 def _require_plain(model: ModelFolder, names: dict[str, Path], modules: list[str]) -> None:
+    """Raise ValueError if one of the modules is quantised."""
     for module in modules:
         parts = [part for part in QUANTISED_PARTS if f"{module}.{part}" in names]
-        dtype = None if parts else _described(names, f"{module}.weight").dtype
+        dtype = None if parts else _stored_tensor(names, f"{module}.weight").dtype
         if parts or dtype not in (None, *PLAIN_DTYPES):
             raise ValueError(
                 f"{model.name} has a quantised output head ({module}.{(parts or ['weight'])[0]}"
@@ -122,7 +127,7 @@ def _require_plain(model: ModelFolder, names: dict[str, Path], modules: list[str
             )
 
 
-def _described(names: dict[str, Path], name: str) -> StoredTensor:
+def _stored_tensor(names: dict[str, Path], name: str) -> StoredTensor:
     entry = read_header(names[name]).get(name, {})
     shape = entry.get("shape")
     return StoredTensor(
@@ -131,12 +136,15 @@ def _described(names: dict[str, Path], name: str) -> StoredTensor:
 
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-"""Cohere, Falcon H1 and Muse Glimmer multiply the logits by theirs."""
+"""Settings by which models multiply their logits: Cohere, Falcon H1 and Muse Glimmer."""
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """logits = cap(scale x (hidden W^T + bias)), where cap(z) = softcap tanh(z / softcap)."""
+    """What a model does to its head's output: logits = cap(scale * (hidden W^T + bias)).
+
+    cap(z) = softcap * tanh(z / softcap), as in Gemma 2; with softcap None nothing is capped.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
@@ -146,21 +154,22 @@ UNCHANGED = LogitTransform()
 
 
 def logit_transform(config: Mapping[str, Any]) -> LogitTransform:
-    """The transform of a (text) model with this ``config.json``.
+    """Return the logit transform of a language model with this ``config.json``.
 
-    Raises ValueError where a setting is none that logits can be transformed by.
+    Raises ValueError if one of its settings is not a positive number.
     """
     scale = 1.0
     for name in MULTIPLIERS:
         scale *= _positive(config, name) or 1.0
     scaling = _positive(config, "logits_scaling") or 1.0
-    # Granite divides by what HyperCLOVA X multiplies by.
+    # HyperCLOVA X multiplies by `logits_scaling`, Granite divides by it.
     multiplies = str(config.get("model_type", "")).startswith("hyperclovax")
     scale = scale * scaling if multiplies else scale / scaling
     return LogitTransform(scale, _positive(config, "final_logit_softcapping"))
 
 
 def _positive(config: Mapping[str, Any], name: str) -> float | None:
+    """Return a setting that is unset or a number above 0; raise ValueError for anything else."""
     value = config.get(name)
     if value is None:
         return None

@@ -1,10 +1,10 @@
 """The teacher's identity: one sha256 over its weights, configuration and tokenizer.
 
-Where it sits: part of every answer's key and of the manifest. Two models that differ in one
-number have different identities; a copy in another folder has the same one. Imports no torch.
+It is part of every answer's key and of the manifest. Models that differ in one number have
+different identities; a copy in another folder has the same one. Imports no torch.
 
-Weights fetched from the Hub are not read: the hub cache names each file by its content's sha256.
-Local files are read once; their hashes are cached by path, size and modification time.
+Weights from the Hub are not read again: the Hub's cache names each such file by the sha256 of its
+content. Local files are read once; their hashes are cached by path, size and modification time.
 """
 
 import hashlib
@@ -28,14 +28,13 @@ OTHER_FILES = (
     "merges.txt",
 )
 LFS_BLOB = re.compile(r"[0-9a-f]{64}")
-CHUNK_BYTES = 4 * 1024 * 1024
 
 
 def teacher_identity(folder: str | PathLike[str]) -> str:
-    """Hexadecimal sha256 that names the model in ``folder``; the folder's own name has no part.
+    """Return the identity of the model in ``folder``, a hexadecimal sha256.
 
-    Raises:
-        ValueError: the folder holds no weights or no config.json.
+    It covers the names of the files and their contents, not the folder's own name. Raises
+    ValueError if the folder has no weights or no config.json.
     """
     files = identity_files(Path(folder))
     cache = _HashCache()
@@ -45,7 +44,7 @@ def teacher_identity(folder: str | PathLike[str]) -> str:
 
 
 def identity_of_teacher(teacher: TeacherConfig, folder: str | PathLike[str]) -> str:
-    """``teacher_identity`` for a model; of the synthetic engine, a hash of what it answers by."""
+    """Return `teacher_identity`; for the synthetic engine a hash of the settings of its answers."""
     if teacher.engine == "synthetic":
         answers_by = teacher.synthetic.model_dump(exclude={"delay_s", "poison_token"})
         return hashlib.sha256(json.dumps(["synthetic", answers_by]).encode()).hexdigest()
@@ -53,7 +52,11 @@ def identity_of_teacher(teacher: TeacherConfig, folder: str | PathLike[str]) -> 
 
 
 def identity_files(folder: Path) -> list[Path]:
-    """The files the identity covers, by name; safetensors alone where there are any."""
+    """Return the files that the identity covers: the weights in one format, and OTHER_FILES.
+
+    If there are weights in several formats, the first of WEIGHT_ENDINGS counts, which is the one
+    that vLLM loads.
+    """
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     weights: list[str] = []
     for ending in WEIGHT_ENDINGS:
@@ -71,21 +74,22 @@ def identity_files(folder: Path) -> list[Path]:
 
 def _content_sha256(path: Path, cache: "_HashCache") -> str:
     real = path.resolve()
+    # The Hub's cache: snapshots/<commit>/<name> is a link to blobs/<sha256> for files in LFS.
     if path.is_symlink() and real.parent.name == "blobs" and LFS_BLOB.fullmatch(real.name):
         return real.name
-    known = cache.get(real)
-    if known is None:
-        digest = hashlib.sha256()
+    sha256 = cache.get(real)
+    if sha256 is None:
         with open(real, "rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
-        known = digest.hexdigest()
-        cache.put(real, known)
-    return known
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        cache.put(real, sha256)
+    return sha256
 
 
 class _HashCache:
-    """Hashes of files by path, size and modification time, kept under the user's cache folder."""
+    """Hashes of files by path, size and modification time, kept in the user's cache folder.
+
+    Hashing 140 GB takes minutes, and every start of a run needs the identity.
+    """
 
     def __init__(self) -> None:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -108,11 +112,12 @@ class _HashCache:
         self._changed = True
 
     def save(self) -> None:
-        """Write what is new; a cache that cannot be written only costs time."""
+        """Write the cache if it has changed. A cache that cannot be written only costs time."""
         if not self._changed:
             return
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Written beside its place and renamed: several replicas may hash at the same time.
             with tempfile.NamedTemporaryFile(
                 "w", dir=self._path.parent, delete=False, encoding="utf-8"
             ) as file:

@@ -1,9 +1,11 @@
-"""The teacher's files on whatever node needs them: replicas, workers, the probe, a calibration.
+"""Brings the teacher's files to a node that needs them: of a replica, a worker, the probe.
 
-The driver finds the folder and tells the others its files and, where they came from the Hugging
-Face Hub, the commit. A node takes the same folder where it has it (one machine, a shared disk),
-and else fetches what it lacks of that very commit into its own cache. A node that did without
-would sample by neutral settings and never stop. Imports neither torch nor Ray.
+The driver finds the model's folder, and sends the names of its files and, if they came from the
+Hugging Face Hub, the commit. A node that has the same folder (one machine, a shared disk) uses it.
+Another node downloads the missing files of that commit into its own cache.
+
+A missing file is an error: without ``generation_config.json``, say, a replica would sample with
+neutral settings and never stop. Imports neither torch nor Ray.
 """
 
 import os
@@ -25,8 +27,8 @@ Weights = Literal["none", "head", "all"]
 class ModelSource:
     """A model as the driver found it.
 
-    folder: absolute, on the driver's machine. files: names in it. commit: of the Hub's repository;
-    None for a folder that is no download.
+    name: what the run file says. folder: absolute path on the driver's machine. files: their names
+    in it. commit: that of the Hub's repository; None for a folder that was not downloaded.
     """
 
     name: str
@@ -36,17 +38,18 @@ class ModelSource:
 
     @classmethod
     def of(cls, name: str, folder: str | os.PathLike[str]) -> "ModelSource":
-        """Look at ``folder``, which is here; the model's ``name`` is what a run file says."""
+        """Describe the model ``name`` by its ``folder`` on this machine."""
         path = Path(os.path.abspath(folder))
         files = sorted({file.name for pattern in ALL_FILES for file in path.glob(pattern)})
-        # The cache's layout: models--owner--name/snapshots/<commit>.
+        # Layout of the Hub's cache: models--owner--name/snapshots/<commit>.
         is_download = path.parent.name == "snapshots"
         return cls(name, str(path), tuple(files), path.name if is_download else None)
 
     def on_this_node(self, weights: Weights) -> str:
-        """A folder with the driver's files: without weights, with the head's, or with all of them.
+        """Return a folder on this node with the driver's files; downloads those that are missing.
 
-        Raises RunError where they are not here and cannot be fetched.
+        weights: which of the safetensors files are needed, none, those with the output head, or
+        all. Raises RunError if a file is neither here nor can be downloaded.
         """
         folder = self._with([file for file in self.files if not file.endswith(WEIGHTS)])
         shards = [file for file in self.files if file.endswith(WEIGHTS)]
@@ -55,8 +58,8 @@ class ModelSource:
         return folder if weights == "none" else self._with(shards)
 
     def _with(self, files: Sequence[str]) -> str:
-        """The folder that has ``files``, the driver's or this node's."""
-        missing = lacking(self.folder, files)
+        """Return a folder that has ``files``: the driver's, or one in this node's cache."""
+        missing = missing_files(self.folder, files)
         if not missing:
             return self.folder
         if self.commit is None:
@@ -73,7 +76,8 @@ class ModelSource:
             raise RunError(
                 f"{self._where()} cannot fetch {self.name!r} at {self.commit}: {error}"
             ) from error
-        if missing := lacking(here, files):
+        # With HF_HUB_OFFLINE the Hub's client returns a snapshot that was downloaded in part.
+        if missing := missing_files(here, files):
             raise RunError(
                 f"{self._where()} has {self.name!r} in {here} without {missing[0]}, and it could "
                 "not be fetched now; unset HF_HUB_OFFLINE there, or fetch the model once more"
@@ -81,7 +85,7 @@ class ModelSource:
         return here
 
     def _head_files(self, folder: str) -> set[str]:
-        """The files that hold the output head, by the index; all where there is none."""
+        """Return the files with the output head, by the index; all files if there is no index."""
         from raystill.model.head import INDEX, find_head
 
         if not (Path(folder) / INDEX).exists():
@@ -95,12 +99,12 @@ class ModelSource:
 
 
 def student_needs(config: RunConfig) -> Weights:
-    """What a student's worker needs of the teacher's weights."""
+    """Return which of the teacher's weights a student's worker needs."""
     if config.student.init == "from_teacher":
         return "all"
     return "head" if config.signal.kind == "hidden" else "none"
 
 
-def lacking(folder: str, files: Sequence[str]) -> list[str]:
-    """Those of ``files`` that are not in ``folder``."""
+def missing_files(folder: str, files: Sequence[str]) -> list[str]:
+    """Return those of ``files`` that are not in ``folder``."""
     return [file for file in files if not (Path(folder) / file).exists()]

@@ -1,34 +1,37 @@
-"""Prompts to token ids, as ``transformers`` would make them, without importing it (or torch).
+"""Loads a tokenizer and its chat template without ``transformers``, and so without torch.
 
-``check`` has five seconds and runs on machines without torch, so this reads ``tokenizer.json``
-and the chat template itself. Tests hold it equal to ``AutoTokenizer``.
+``check`` should end within five seconds, and runs on machines without torch. So this module reads
+``tokenizer.json`` and the chat template itself. Tests compare it with ``AutoTokenizer``.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
 from raystill.base.errors import config_error
+from raystill.model.files import read_object
 
 SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """``tokenizer_config.json``, with the special tokens that older folders keep apart."""
-    settings = read_json(folder / "tokenizer_config.json")
+    """Read ``tokenizer_config.json``. Raises ConfigError if it is broken.
+
+    Older folders keep their special tokens in ``special_tokens_map.json``, which is read then too.
+    """
+    settings = read_object(folder / "tokenizer_config.json", strict=True)
     if "added_tokens_decoder" not in settings:
-        settings |= read_json(folder / "special_tokens_map.json")
+        settings |= read_object(folder / "special_tokens_map.json", strict=True)
     return settings
 
 
 def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
-    """``tokenizer.json`` and the tokens ``tokenizer_config.json`` adds. Raises ConfigError.
+    """Load ``tokenizer.json``, and add the tokens that only ``tokenizer_config.json`` names.
 
-    ``add_bos_token`` has no say beside a ``tokenizer.json``: its post-processor has (as in
-    ``transformers`` 5).
+    ``add_bos_token`` is ignored: the post-processor in ``tokenizer.json`` decides, as in
+    ``transformers`` 5. Raises ConfigError if there is no tokenizer or it is broken.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -39,7 +42,7 @@ def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises plain Exception
+    except Exception as error:  # The tokenizers library raises plain Exception.
         raise config_error(str(path), f"is not a tokenizer ({error}); save it again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -48,7 +51,10 @@ def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
 
 
 def _add_tokens(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
-    """Tokens that only ``tokenizer_config.json`` names, in the order ``transformers`` adds them."""
+    """Add tokens that only ``tokenizer_config.json`` names, in the order of ``transformers``.
+
+    The order decides their ids.
+    """
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     decoder = settings.get("added_tokens_decoder", {})
     wanted: list[Any] = [decoder[index] for index in sorted(decoder, key=int)]
@@ -60,18 +66,22 @@ def _add_tokens(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
         if text is None or text in known:
             continue
         known.add(text)
-        marks = {} if isinstance(token, str) else dict(token)
-        flags = {name: marks[name] for name in TOKEN_FLAGS if name in marks}
-        tokenizer.add_tokens([AddedToken(text, special=marks.get("special", True), **flags)])
+        fields = {} if isinstance(token, str) else dict(token)
+        flags = {name: fields[name] for name in TOKEN_FLAGS if name in fields}
+        tokenizer.add_tokens([AddedToken(text, special=fields.get("special", True), **flags)])
 
 
 def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The folder's chat template, from wherever it is kept."""
+    """Return the folder's chat template; None if it has none.
+
+    Looked for as ``transformers`` does: ``chat_template.jinja``, ``tokenizer_config.json``, then
+    ``chat_template.json``. Of several named templates the one called ``default`` is taken.
+    """
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = settings.get("chat_template")
     if template is None:
-        template = read_json(folder / "chat_template.json").get("chat_template")
+        template = read_object(folder / "chat_template.json", strict=True).get("chat_template")
     if isinstance(template, list):
         template = {item["name"]: item["template"] for item in template}
     if isinstance(template, dict):
@@ -80,18 +90,5 @@ def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
 
 
 def token_text(token: Any) -> str | None:
-    """A token's text, from either spelling: plain, or an object with ``content``."""
+    """Return a token's text; in the files a token is text, or an object with ``content``."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no file. Raises ConfigError where it is broken."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise config_error(str(path), f"cannot be read as JSON ({error}); mend it") from None
-    if not isinstance(value, dict):
-        raise config_error(str(path), f"is a {type(value).__name__}; expected an object")
-    return value

@@ -1,6 +1,7 @@
-"""Whether the nodes of a cluster can hold a run: no bundle is split, no share of a GPU spans two.
+"""Checks whether the nodes of a cluster have room for a run.
 
-Pure arithmetic over resources and labels; imports no Ray.
+A sum of resources is not enough: a bundle is never split between nodes, and a share of a GPU is
+never split between two GPUs. Pure arithmetic over resources and labels; imports no Ray.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,14 +12,15 @@ from raystill.config.run import RunConfig
 from raystill.placement.requests import SLACK, Request, Resources, add_up, describe, requests
 
 RAYS_OWN = "ray.io/"
+"""Prefix of the labels that Ray itself gives a node."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster, or one that an autoscaler may add (``is_here: False``).
+    """A node of the cluster, or one that an autoscaler may add (``is_here=False``).
 
-    Ray labels a node itself when it starts (``ray.io/accelerator-type`` and the like), so those of
-    a node that is not there yet are not known.
+    Ray sets its own labels when a node starts, such as ``ray.io/accelerator-type``. Of a node that
+    may be added they are not known.
     """
 
     resources: Resources
@@ -26,16 +28,16 @@ class Node:
     is_here: bool = True
 
     def has(self, selector: Mapping[str, str]) -> bool:
-        """Whether the labels are what the selector asks for, or may come to be."""
+        """Whether the labels fit the selector, or may fit it once the node has started."""
         return all(
             (not self.is_here and key.startswith(RAYS_OWN) and key not in self.labels)
-            or matches(wish, self.labels.get(key, ""))
-            for key, wish in selector.items()
+            or matches(value, self.labels.get(key, ""))
+            for key, value in selector.items()
         )
 
 
-class Room:
-    """What is free on a node while bundles are put there; GPUs one by one."""
+class FreeResources:
+    """The resources of a node that are still free while bundles are placed; each GPU by itself."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -43,63 +45,66 @@ class Room:
         self._gpus = [1.0] * int(node.resources.get("GPU", 0))
 
     def holds(self, bundle: Resources) -> bool:
-        """Whether the bundle would fit beside what is there."""
+        """Whether the bundle fits into what is free."""
         others = ((name, amount) for name, amount in bundle.items() if name != "GPU")
         if any(amount > self._free.get(name, 0.0) + SLACK for name, amount in others):
             return False
-        wish = bundle.get("GPU", 0.0)
-        if wish < 1:
-            return wish == 0 or any(free + SLACK >= wish for free in self._gpus)
-        return sum(free + SLACK >= 1 for free in self._gpus) >= wish
+        gpus = bundle.get("GPU", 0.0)
+        if gpus < 1:
+            return gpus == 0 or any(free + SLACK >= gpus for free in self._gpus)
+        return sum(free + SLACK >= 1 for free in self._gpus) >= gpus
 
     def take(self, bundle: Resources) -> None:
-        """Put the bundle here; a share goes to the GPU that it fills best."""
+        """Place the bundle here. A share of a GPU goes to the GPU with the least that is enough."""
         for name, amount in bundle.items():
             if name != "GPU":
                 self._free[name] = self._free.get(name, 0.0) - amount
-        wish = bundle.get("GPU", 0.0)
+        gpus = bundle.get("GPU", 0.0)
         self._gpus.sort()
-        if 0 < wish < 1:
-            chosen = next(i for i, free in enumerate(self._gpus) if free + SLACK >= wish)
-            self._gpus[chosen] -= wish
-        elif wish:
-            del self._gpus[-int(wish) :]  # The whole ones are the last.
+        if 0 < gpus < 1:
+            chosen = next(i for i, free in enumerate(self._gpus) if free + SLACK >= gpus)
+            self._gpus[chosen] -= gpus
+        elif gpus:
+            del self._gpus[-int(gpus) :]  # Sorted, so the unused GPUs are the last.
 
     @property
     def size(self) -> tuple[float, float]:
-        """GPUs and CPUs that are free, to choose the fullest by."""
+        """GPUs and CPUs that are free, by which the fullest node is chosen."""
         return sum(self._gpus), self._free.get("CPU", 0.0)
 
 
-def matches(wish: str, label: str) -> bool:
-    """Ray's selector values: ``x``, ``!x``, ``in(x, y)``, ``!in(x, y)``; '' where no label is."""
-    text = wish.removeprefix("!")
+def matches(selector_value: str, label: str) -> bool:
+    """Whether a label fits a value of a selector: ``x``, ``!x``, ``in(x, y)`` or ``!in(x, y)``.
+
+    As Ray evaluates them. ``label`` is '' if the node does not have that label.
+    """
+    text = selector_value.removeprefix("!")
     if text.startswith("in(") and text.endswith(")"):
         values = {value.strip() for value in text[3:-1].split(",")}
     else:
         values = {text}
-    return (label in values) != wish.startswith("!")
+    return (label in values) != selector_value.startswith("!")
 
 
 def require_nodes(config: RunConfig, nodes: Sequence[Node]) -> list[Problem]:
-    """What fits in the sum of ``nodes`` but on no set of them.
+    """Return the problem of a run that fits into the sum of ``nodes`` but cannot be placed on them.
 
-    Greedy, largest bundles first, each on the node it fills best.
+    Best fit decreasing: the largest bundles first, each on the fullest node that has room. That is
+    not always the best placement, so it can refuse a run that would just fit.
     """
     has_gpus = any(node.resources.get("GPU", 0) > 0 for node in nodes)
     wanted = requests(config, has_gpus)
     if problems := _require_labels(wanted, nodes):
         return problems
-    rooms = [Room(node) for node in nodes]
+    free = [FreeResources(node) for node in nodes]
     bundles = [(request, bundle) for request in wanted for bundle in request.bundles]
     bundles.sort(key=lambda item: (-item[1].get("GPU", 0), -item[1].get("CPU", 0)))
     unplaced = []
     for request, bundle in bundles:
-        fitting = [
-            room for room in rooms if room.node.has(request.label_selector) and room.holds(bundle)
-        ]
+        selector = request.label_selector
+        fitting = [one for one in free if one.node.has(selector) and one.holds(bundle)]
         if fitting:
-            min(fitting, key=lambda room: room.size).take(bundle)
+            min(fitting, key=lambda one: one.size).take(bundle)
         else:
             unplaced.append((request, bundle))
     if not unplaced:
@@ -111,15 +116,15 @@ def require_nodes(config: RunConfig, nodes: Sequence[Node]) -> list[Problem]:
             message=(
                 f"{len(unplaced)} of {len(bundles)} parts of the run fit on no node; the first is "
                 f"a {request.who} that asks for {describe(bundle)}{_on(request.label_selector)}; "
-                f"the nodes have {_listed(nodes, request.label_selector)}; ask for less a replica "
-                "or worker, run fewer of them, or add larger nodes"
+                f"the nodes have {_listed(nodes, request.label_selector)}; ask for less for each "
+                "replica or worker, run fewer of them, or add larger nodes"
             ),
         )
     ]
 
 
 def what_is_asked(config: RunConfig, nodes: Iterable[Node]) -> str:
-    """What a run asks for beside what there is and may come, for a person."""
+    """Return a sentence with what a run asks for, what the cluster has, and how it can grow."""
     nodes = list(nodes)
     here = [node.resources for node in nodes if node.is_here]
     more = [node.resources for node in nodes if not node.is_here]
@@ -140,15 +145,15 @@ def what_is_asked(config: RunConfig, nodes: Iterable[Node]) -> str:
 
 
 def _require_labels(wanted: Sequence[Request], nodes: Sequence[Node]) -> list[Problem]:
-    """Selectors that no node answers."""
+    """Return a problem for each label selector that no node fits."""
     problems = {}
     for request in wanted:
         if not any(node.has(request.label_selector) for node in nodes):
             where = f"{request.section}.label_selector"
             problems[where] = Problem(
                 where,
-                f"asks for nodes{_on(request.label_selector)}, and no node has these labels or can "
-                f"come to have them; the nodes have {_listed(nodes, request.label_selector)}; "
+                f"asks for nodes{_on(request.label_selector)}, and no node has these labels or "
+                f"will have them; the nodes have {_listed(nodes, request.label_selector)}; "
                 "correct the selector, or start nodes with such labels",
             )
     return list(problems.values())
@@ -157,12 +162,12 @@ def _require_labels(wanted: Sequence[Request], nodes: Sequence[Node]) -> list[Pr
 def _on(selector: Mapping[str, str]) -> str:
     if not selector:
         return ""
-    return f" on {', '.join(f'{key}: {wish}' for key, wish in selector.items())}"
+    return f" on {', '.join(f'{key}: {value}' for key, value in selector.items())}"
 
 
 def _listed(nodes: Sequence[Node], selector: Mapping[str, str]) -> str:
-    """The nodes' resources, alike ones once; with labels where a selector looks at them."""
-    told: dict[str, int] = {}
+    """List the nodes' resources, equal nodes once; with their labels if there is a selector."""
+    counts: dict[str, int] = {}
     for node in nodes:
         text = describe(node.resources)
         if selector:
@@ -172,5 +177,5 @@ def _listed(nodes: Sequence[Node], selector: Mapping[str, str]) -> str:
                 if key in selector or not key.startswith(RAYS_OWN)
             ]
             text += f" ({', '.join(labels) or 'no labels'})"
-        told[text] = told.get(text, 0) + 1
-    return "; ".join(f"{count} x {text}" if count > 1 else text for text, count in told.items())
+        counts[text] = counts.get(text, 0) + 1
+    return "; ".join(f"{count} x {text}" if count > 1 else text for text, count in counts.items())

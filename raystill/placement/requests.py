@@ -1,8 +1,9 @@
-"""Who runs where: CPU cores, GPUs and Ray resources of the teacher and of the student.
+"""CPU cores, GPUs and Ray resources that the teacher's replicas and the student's workers request.
 
-Pure arithmetic over the configuration and resource dictionaries; imports no Ray. On a node
-without GPUs the teacher's engine and the student's workers get disjoint core lists, since vLLM's
-own binding would put every engine on core 0 and both sides would take turns on it.
+On a node without GPUs the teacher's engines and the student's workers get disjoint lists of cores:
+vLLM's own binding would put every engine on core 0, where all of them would take turns.
+
+Pure arithmetic over the configuration and resource dictionaries; imports no Ray.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +14,10 @@ from raystill.config.run import RunConfig
 
 Resources = dict[str, float]
 SLACK = 1e-6
-# glibc gives every freed tensor back to the kernel, which clears the same pages for the next: a
-# fifth of a student's step on a CPU. Read at a process's start, these make the heap keep its peak.
+"""Amount by which sums of fractions may be off: 0.6 + 0.4 must fit on one GPU."""
+# By default glibc returns the memory of each freed tensor to the kernel, which has to clear the
+# same pages for the next tensor: a fifth of a student's step on a CPU. With these settings, which
+# glibc reads when a process starts, the heap keeps its largest size.
 CPU_STUDENT_ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -24,9 +27,10 @@ CPU_STUDENT_ENVIRONMENT = {
 
 
 def teacher_cores(config: RunConfig, available: Sequence[int]) -> tuple[int, ...]:
-    """Cores of all teacher replicas of a node: as configured, else the first half of the node's.
+    """Return the cores for all teacher replicas on a node; by default the first half.
 
-    ``available`` holds the core ids this process may use, e.g. ``os.sched_getaffinity(0)``.
+    ``available``: ids of the cores that this process may use, as ``os.sched_getaffinity(0)``.
+    Raises ValueError if a configured core is not among them.
     """
     cores = sorted(available)
     if config.teacher.cpu_cores is not None:
@@ -35,7 +39,10 @@ def teacher_cores(config: RunConfig, available: Sequence[int]) -> tuple[int, ...
 
 
 def student_cores(config: RunConfig, available: Sequence[int]) -> tuple[int, ...]:
-    """Cores of all student workers of a node: as configured, else the second half of the node's."""
+    """Return the cores for all student workers on a node; by default the second half.
+
+    ``available`` and errors: as for `teacher_cores`.
+    """
     cores = sorted(available)
     if config.training.cpu_cores == "all":
         return tuple(cores)
@@ -45,9 +52,10 @@ def student_cores(config: RunConfig, available: Sequence[int]) -> tuple[int, ...
 
 
 def share_of_cores(cores: Sequence[int], index: int, count: int) -> tuple[int, ...]:
-    """The cores of one of ``count`` processes on a node; at least one, shared where too few.
+    """Return the cores of process ``index`` of ``count`` on a node: at least one.
 
-    Shares are contiguous and differ by at most one core, the longer ones first.
+    Shares are contiguous and differ by at most one core; the larger ones come first. If there are
+    fewer cores than processes, several processes share a core.
     """
     if len(cores) <= count:
         return (cores[index % len(cores)],)
@@ -59,9 +67,11 @@ def share_of_cores(cores: Sequence[int], index: int, count: int) -> tuple[int, .
 
 @dataclass(frozen=True)
 class Request:
-    """What one teacher replica or one student worker needs: bundles of Ray resources.
+    """The Ray resources of one teacher replica or one student worker.
 
-    ``section`` of the run file asks for it; its nodes must have the labels of ``label_selector``.
+    who: "teacher replica" or "student worker". section: the section of the run file that sets it.
+    bundles: resources that must be together on one node, each. label_selector: labels that the
+    nodes must have.
     """
 
     who: str
@@ -76,10 +86,10 @@ class Request:
 
 
 def teacher_bundles(config: RunConfig, has_gpus: bool) -> list[Resources]:
-    """Placement group bundles of one replica: one for each of its GPUs; one on a CPU node.
+    """Return the placement group bundles of one replica: one for each rank, or one without GPUs.
 
-    ``teacher.resources_per_replica`` is of the whole replica and shared equally by its bundles;
-    ``teacher.gpus_per_replica`` counts whether or not the cluster has GPUs yet.
+    ``teacher.resources_per_replica`` is for the whole replica; its bundles share it equally.
+    ``teacher.gpus_per_replica`` applies whether or not the cluster has GPUs yet.
     """
     teacher = config.teacher
     ranks = teacher.tensor_parallel_size * teacher.pipeline_parallel_size
@@ -93,12 +103,12 @@ def teacher_bundles(config: RunConfig, has_gpus: bool) -> list[Resources]:
     for name, amount in teacher.resources_per_replica.items():
         bundle[name] = amount / num_bundles
     if teacher.accelerator_type is not None:
-        bundle[accelerator_resource(teacher.accelerator_type)] = 0.001
+        bundle[accelerator_resource(teacher.accelerator_type)] = 0.001  # As Ray itself asks.
     return [dict(bundle) for _ in range(num_bundles)]
 
 
 def student_resources(config: RunConfig, has_gpus: bool) -> Resources:
-    """Resources of one student worker, as ``ScalingConfig.resources_per_worker`` takes them."""
+    """Return the resources of one worker, as for ``ScalingConfig.resources_per_worker``."""
     training = config.training
     gpus = training.gpus_per_worker
     if gpus is None:
@@ -110,14 +120,15 @@ def student_resources(config: RunConfig, has_gpus: bool) -> Resources:
 
 
 def accelerator_resource(accelerator_type: str) -> str:
-    """Ray's own resource name for a kind of accelerator."""
+    """Return Ray's resource name of an accelerator type."""
     return f"accelerator_type:{accelerator_type}"
 
 
 def requests(config: RunConfig, has_gpus: bool) -> list[Request]:
-    """Everything that must run at once for rows to flow: the fewest replicas and workers.
+    """Return what must run at the same time for the run to make progress.
 
-    A pool that may shrink to nothing still needs one replica to answer.
+    That is the fewest replicas and workers that are configured. A teacher that may scale to 0
+    replicas still needs one to answer.
     """
     replicas = config.teacher.num_replicas
     fewest = replicas if isinstance(replicas, int) else max(1, replicas.min)
@@ -133,7 +144,7 @@ def requests(config: RunConfig, has_gpus: bool) -> list[Request]:
 
 
 def require(config: RunConfig, resources_total: Resources) -> list[Problem]:
-    """What the run asks for beyond ``resources_total``, resource by resource."""
+    """Return a problem for each resource of which the run needs more than ``resources_total``."""
     wanted = requests(config, has_gpus=resources_total.get("GPU", 0) > 0)
     needed = add_up(request.total for request in wanted)
     short = [
@@ -153,7 +164,7 @@ def require(config: RunConfig, resources_total: Resources) -> list[Problem]:
 
 
 def add_up(parts: Iterable[Resources]) -> Resources:
-    """Sum of resource dictionaries."""
+    """Add up resource dictionaries."""
     total: Resources = {}
     for part in parts:
         for name, amount in part.items():
@@ -162,7 +173,7 @@ def add_up(parts: Iterable[Resources]) -> Resources:
 
 
 def describe(resources: Resources) -> str:
-    """A resource dictionary as a person reads it; node names, memory and markers left out."""
+    """Format resources for a person, without memory and Ray's markers of nodes and accelerators."""
     shown = {
         name: amount
         for name, amount in resources.items()
@@ -176,17 +187,18 @@ def _number(amount: float) -> str:
     return f"{amount:.3f}".rstrip("0").rstrip(".")
 
 
-def _only_existing(where: str, asked: Sequence[int], available: Sequence[int]) -> tuple[int, ...]:
-    missing = sorted(set(asked) - set(available))
-    if missing or not asked:
+def _only_existing(where: str, cores: Sequence[int], available: Sequence[int]) -> tuple[int, ...]:
+    missing = sorted(set(cores) - set(available))
+    if missing or not cores:
         raise ValueError(
-            f"{where} names cores {missing or list(asked)}, but this node lends the run "
+            f"{where} names cores {missing or list(cores)}, but on this node the run may use "
             f"{list(available)}; name some of those, or leave {where} unset"
         )
-    return tuple(asked)
+    return tuple(cores)
 
 
 def _who_needs(wanted: Sequence[Request], name: str) -> str:
+    """Say how much of a resource the parts of the run need: ``2 student workers of 1``."""
     parts = []
     for who in dict.fromkeys(request.who for request in wanted):
         amounts = [
@@ -199,7 +211,7 @@ def _who_needs(wanted: Sequence[Request], name: str) -> str:
 
 
 def _setting_behind(config: RunConfig, name: str) -> str:
-    """The setting a person would change first when ``name`` is short."""
+    """Return the setting to change first if there is too little of the resource ``name``."""
     if name in config.teacher.resources_per_replica:
         return "teacher.resources_per_replica"
     if name in config.training.resources_per_worker:

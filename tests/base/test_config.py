@@ -102,11 +102,9 @@ def test_an_unknown_key_names_the_near_miss_and_the_known_ones(
 def test_a_wrong_type_says_value_expectation_and_meaning(tmp_path: Path) -> None:
     problems = refused(write(tmp_path), "training.epochs=two", "teacher.num_replicas=many")
     assert problems == {
-        "training.epochs": "is 'two'; expected an integer (Passes over all rows)",
+        "training.epochs": "is 'two'; expected an integer (Number of passes over all rows)",
         "teacher.num_replicas": "is 'many'; expected an integer or a mapping of keys "
-        "(A fixed number of replicas, or {min, max} to scale between by themselves.)".replace(
-            ".)", ")"
-        ),
+        "(Number of replicas of the teacher; {min, max} for autoscaling between these bounds)",
     }
 
 

@@ -1,4 +1,4 @@
-"""The teacher's files on another node: a folder that is not there is fetched, same commit."""
+"""The teacher's files on another node: what is missing is fetched, at the driver's commit."""
 
 import json
 import shutil
@@ -41,8 +41,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def gone(tmp_path: Path) -> ModelSource:
     """A download that the driver has seen, on a machine that is not this one."""
-    found = snapshot(tmp_path / "driver")
-    source = ModelSource.of(NAME, found)
+    source = ModelSource.of(NAME, snapshot(tmp_path / "driver"))
     shutil.rmtree(tmp_path / "driver")
     return source
 
@@ -75,7 +74,7 @@ def test_a_download_that_was_cut_short_is_not_taken_for_the_model(
         gone.on_this_node(weights)
 
 
-def test_a_model_that_cannot_be_fetched_is_said_so_with_the_node(
+def test_a_model_that_cannot_be_fetched_is_an_error_that_names_the_node(
     node: Path, gone: ModelSource
 ) -> None:
     with pytest.raises(RunError, match=f"the node .* cannot fetch '{NAME}' at {COMMIT}"):
@@ -127,19 +126,19 @@ def test_the_weights_are_fetched_at_the_commit_that_was_checked(
     import huggingface_hub
 
     snapshot(node)
-    asked = {}
+    requested = {}
 
     def download(name: str, revision: str | None, **_: object) -> str:
-        asked[name] = revision
+        requested[name] = revision
         return str(node)
 
     monkeypatch.setattr(
         files,
         "find_model",
-        lambda *_: files.Found(
+        lambda *_: files.ModelLookup(
             files.ModelFolder(NAME, node / "models--raystill--tiny" / "snapshots" / COMMIT)
         ),
     )
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     files.fetch_model(NAME)
-    assert asked == {NAME: COMMIT}
+    assert requested == {NAME: COMMIT}

@@ -203,8 +203,8 @@ def test_shares_that_workers_cannot_have_are_refused(gpus: float, workers: int) 
 
 
 def test_gpus_that_are_asked_for_count_before_there_are_any() -> None:
-    asked = config(teacher={"gpus_per_replica": 4, "tensor_parallel_size": 4})
-    assert requests.teacher_bundles(asked, has_gpus=False) == [{"CPU": 1.0, "GPU": 1.0}] * 4
+    wanted = config(teacher={"gpus_per_replica": 4, "tensor_parallel_size": 4})
+    assert requests.teacher_bundles(wanted, has_gpus=False) == [{"CPU": 1.0, "GPU": 1.0}] * 4
     none = config(teacher={"gpus_per_replica": 0})
     assert requests.teacher_bundles(none, has_gpus=True) == [{"CPU": 1.0}]
     assert [p.where for p in cluster.check_gpus_are_said(config())] == [
@@ -232,28 +232,28 @@ def test_parts_go_only_to_nodes_with_their_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "label", "answer"),
+    ("value", "label", "fits"),
     [
         ("spot", "spot", True), ("spot", "", False), ("!spot", "", True), ("!spot", "spot", False),
         ("in(a, b)", "b", True), ("in(a,b)", "c", False), ("!in(a, b)", "a", False),
         ("!in(a, b)", "", True),
     ],
 )  # fmt: skip
-def test_selectors_are_read_as_ray_reads_them(wish: str, label: str, answer: bool) -> None:
-    assert matches(wish, label) is answer
+def test_selectors_are_read_as_ray_reads_them(value: str, label: str, fits: bool) -> None:
+    assert matches(value, label) is fits
 
 
-def test_labels_that_ray_gives_are_unknown_of_a_node_to_come() -> None:
+def test_labels_that_ray_sets_are_not_known_before_a_node_has_started() -> None:
     selector = {"ray.io/accelerator-type": "H100", "role": "teacher"}
     assert Node({}, {"role": "teacher"}, is_here=False).has(selector)
     assert not Node({}, {"role": "teacher"}).has(selector)
     assert not Node({}, {"role": "student"}, is_here=False).has(selector)
 
 
-def test_what_is_asked_for_is_told_beside_what_there_is() -> None:
+def test_what_is_asked_for_is_shown_beside_what_there_is() -> None:
     nodes = [*machines({"CPU": 8.0}), Node({"CPU": 48.0, "GPU": 4.0}, is_here=False)]
-    asked = config(teacher={"label_selector": {"role": "teacher"}}, training={"num_workers": 2})
-    assert what_is_asked(asked, nodes) == (
+    wanted = config(teacher={"label_selector": {"role": "teacher"}}, training={"num_workers": 2})
+    assert what_is_asked(wanted, nodes) == (
         "asked for: 1 teacher replica of CPU: 1, GPU: 1 on role: teacher, 2 student workers of "
         "CPU: 1, GPU: 1; the cluster has CPU: 8 on 1 node, and can grow by CPU: 48, GPU: 4"
     )

@@ -58,15 +58,15 @@ def test_credentials_leave_a_uri_and_nothing_else_does(text: str, shown: str) ->
 
 
 def test_a_secret_variable_is_named_instead_of_shown() -> None:
-    said = redact(f"401 for {SECRETS['HF_TOKEN']} and {SECRETS['AWS_SECRET_ACCESS_KEY']}")
-    assert said == "401 for $HF_TOKEN and $AWS_SECRET_ACCESS_KEY"
+    shown = redact(f"401 for {SECRETS['HF_TOKEN']} and {SECRETS['AWS_SECRET_ACCESS_KEY']}")
+    assert shown == "401 for $HF_TOKEN and $AWS_SECRET_ACCESS_KEY"
     ordinary = {"TOKENIZERS_PARALLELISM": "disabled", "RAY_AUTH_TOKEN_PATH": "/root/.ray/token"}
     assert redact("disabled at /root/.ray/token", ordinary) == "disabled at /root/.ray/token"
 
 
 def test_settings_that_are_secrets_by_name_are_hidden_and_numbers_are_not() -> None:
-    told = {"engine_args": {"hf_token": "x", "max_num_batched_tokens": 4}, "stop_token_ids": [1]}
-    assert redacted(told) == {
+    given = {"engine_args": {"hf_token": "x", "max_num_batched_tokens": 4}, "stop_token_ids": [1]}
+    assert redacted(given) == {
         "engine_args": {"hf_token": "***", "max_num_batched_tokens": 4},
         "stop_token_ids": [1],
     }
@@ -90,7 +90,7 @@ def test_nothing_a_run_writes_holds_a_secret(run_file: Path) -> None:
     assert config is not None
     assert folder is not None
     assert prepared is not None
-    assert prepared.store_path == STORE  # It is used as it was given.
+    assert prepared.store_path == STORE  # Used as it was given: only what is shown is redacted.
     manifest.write_folder(config, folder, prepared)
     nothing = {"training": RowCounts(), "evaluation": RowCounts()}
     summary.write_summary(folder, summary.RunResult(Snapshot(), prepared, nothing))
@@ -137,9 +137,9 @@ def test_a_traceback_that_ends_the_process_is_redacted(
         raise OSError(f"AWS refused {SECRETS['AWS_SECRET_ACCESS_KEY']} for {STORE}")
     except OSError as error:
         sys.excepthook(OSError, error, error.__traceback__)
-    told = capsys.readouterr().err
-    assert "Traceback" in told
-    assert "refused $AWS_SECRET_ACCESS_KEY for s3://***@bucket" in told
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert "refused $AWS_SECRET_ACCESS_KEY for s3://***@bucket" in shown
 
 
 def test_log_records_are_redacted(tmp_path: Path) -> None:
