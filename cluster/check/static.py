@@ -1,7 +1,7 @@
-"""The static check: everything that can be known before Ray, torch or vLLM are imported.
+"""The static check: what can be known of a run before Ray, torch or vLLM are imported.
 
-``driver.py check`` prints what it finds; ``driver.py run`` refuses on it, and goes on with the
-``Prepared`` run: tokenised prompts and resolved folders.
+``driver.py check`` prints the problems; ``driver.py run`` refuses to start with any, and else goes
+on with the ``Prepared`` run: tokenised prompts and resolved folders.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,10 @@ from raystill.cluster.check.output import (
     store_space_notices,
 )
 from raystill.cluster.check.prepared import Prepared as Prepared
+from raystill.cluster.check.progress import ReadingProgress
 from raystill.config.load import load_leniently
 from raystill.config.run import RunConfig
+from raystill.datasets.prompts.progress import Progress
 from raystill.datasets.prompts.read import read_prompts
 from raystill.datasets.prompts.select import UNBOUNDED
 from raystill.datasets.prompts.tables import PromptTables, build_prompt_tables
@@ -47,7 +49,10 @@ class Checked:
 
 
 def check_run_file(path: str, overrides: Sequence[str] = ()) -> Checked:
-    """Load a run file and check it: a wrong key does not hide a missing prompt file."""
+    """Load a run file and check it; a wrong key does not hide a missing prompt file.
+
+    Shows on stderr how far the prompts are read, where that takes longer.
+    """
     loaded = load_leniently(path, overrides)
     problems, config, folder = loaded.problems, loaded.config, None
     file_is_wrong = bool(problems)
@@ -57,50 +62,45 @@ def check_run_file(path: str, overrides: Sequence[str] = ()) -> Checked:
         folder = RunFolder(resolve_output(config.output.path, path))
     except ConfigError as error:
         problems = problems + error.problems
-    check = StaticCheck(config, folder, loaded.refused)
-    prepared = check.run()
+    with ReadingProgress() as progress:
+        check = StaticCheck(config, folder, loaded.refused, progress)
+        prepared = check.run()
     problems = problems + check.problems
     return Checked(problems, check.notices, config, folder, prepared, file_is_wrong)
 
 
-def check_static(
-    config: RunConfig, output: RunFolder | None
-) -> tuple[list[Problem], Prepared | None]:
-    """Everything wrong with a whole configuration that needs no cluster.
-
-    ``Prepared`` comes back whenever the prompts could be tokenised.
-    """
-    check = StaticCheck(config, output)
-    prepared = check.run()
-    return check.problems, prepared
-
-
 class StaticCheck:
-    """One pass over a run: each step adds to ``problems`` and ``notices``.
+    """One pass over a run; each step adds to ``problems`` and ``notices``.
 
-    ``refused`` names settings (dotted) whose value in ``config`` is a stand-in: what depends on
-    them is left unjudged. Imports no ray, torch, vllm or transformers.
+    ``refused`` has the dotted names of settings whose value in ``config`` is a stand-in, because
+    that of the run file is wrong: whatever depends on them is not checked. Imports no ray, torch,
+    vllm or transformers.
     """
 
     def __init__(
-        self, config: RunConfig, output: RunFolder | None, refused: frozenset[str] = frozenset()
+        self,
+        config: RunConfig,
+        output: RunFolder | None,
+        refused: frozenset[str] = frozenset(),
+        progress: Progress | None = None,
     ) -> None:
         self.config = config
         self.output = output
         self.refused = refused
+        self.progress = progress
         self.problems: list[Problem] = []
         self.notices: list[str] = []
         self.store_path = ""
 
     def run(self) -> Prepared | None:
-        """Every step; None where there is no teacher or no prompts to go on with."""
+        """Take every step; None where the teacher or the prompts cannot be used."""
         if self.known("stream", "training", "teacher"):
             self.problems += check_rows_ahead(self.config)
         if self.known("training"):
             self.notices += sharding_notices(self.config)
-        self.look_at_output()
-        teacher, student = self.look_at_models()
-        tables = self.look_at_prompts(teacher, student)
+        self.check_folders()
+        teacher, student = self.find_models()
+        tables = self.tokenise_prompts(teacher, student)
         if teacher is None or tables is None:
             return None
         space = space_needed(self.config, student, tables) if student is not None else None
@@ -114,15 +114,15 @@ class StaticCheck:
         return Prepared(self.config, tables, teacher, student, self.store_path, space, self.notices)
 
     def known(self, *names: str) -> bool:
-        """Whether all these settings, and what is in them, are the writer's."""
+        """Whether all these settings, and those in them, have the values of the run file."""
         return not any(
             f"{name}.".startswith(f"{bad}.") or f"{bad}.".startswith(f"{name}.")
             for bad in self.refused
             for name in names
         )
 
-    def look_at_output(self) -> None:
-        """Can the run folder be written, and is it this run's?"""
+    def check_folders(self) -> None:
+        """Check that run folder and teacher store can be written, and are not another run's."""
         if self.output is None or not self.known("output"):
             return
         problems, notices = check_output(self.config, self.output, compare=not self.refused)
@@ -135,8 +135,11 @@ class StaticCheck:
             except ConfigError as error:
                 self.problems += error.problems
 
-    def look_at_models(self) -> tuple[ModelFolder | None, ModelFolder | None]:
-        """Teacher and student (the teacher again with ``init: from_teacher``), and their fit."""
+    def find_models(self) -> tuple[ModelFolder | None, ModelFolder | None]:
+        """Find teacher and student, and check that they fit the run and each other.
+
+        With ``init: from_teacher`` the student is the teacher's folder.
+        """
         config, teacher, student = self.config, None, None
         if self.known("teacher.model"):
             teacher = self.find("teacher.model", config.teacher.model, config.teacher.revision)
@@ -154,32 +157,33 @@ class StaticCheck:
         return teacher, student
 
     def find(self, where: str, name: str, revision: str | None) -> ModelFolder | None:
-        """The model's folder, or None with the reason noted."""
-        found = find_model(name, revision)
-        if found.problem is not None:
-            self.problems.append(Problem(where, found.problem))
-        if found.notice is not None and where == "student.model":
-            self.notices.append(f"{where}: {found.notice}")
-        elif found.notice is not None:  # without its tokenizer nothing can be asked
-            self.problems.append(Problem(where, f"{found.notice}; try again, or name a folder"))
-        return found.model
+        """The model's folder, or None and a problem or notice that says why."""
+        result = find_model(name, revision)
+        if result.problem is not None:
+            self.problems.append(Problem(where, result.problem))
+        if result.notice is not None and where == "student.model":
+            self.notices.append(f"{where}: {result.notice}")
+        elif result.notice is not None:  # Prompts need the teacher's tokenizer.
+            self.problems.append(Problem(where, f"{result.notice}; try again, or name a folder"))
+        return result.model
 
-    def look_at_prompts(
+    def tokenise_prompts(
         self, teacher: ModelFolder | None, student: ModelFolder | None
     ) -> PromptTables | None:
-        """The tokenised rows; without a teacher the files are still read through."""
+        """The tokenised rows; without a teacher the files are read all the same, and checked."""
         config = self.config
         if not self.known("prompts"):
             return None
         try:
             if teacher is None:
-                read_prompts(config.prompts)
+                read_prompts(config.prompts, self.progress)
                 return None
-            tokeniser = PromptTokeniser(teacher.path, config.prompts)
+            tokeniser = PromptTokeniser(teacher.path, config.prompts, self.progress)
         except ConfigError as error:
             self.problems += error.problems
             return None
         context = context_tokens(config, teacher)
+        # A prompt must leave room for one token of answer.
         longest = min(context - 1, config.prompts.max_prompt_tokens or context)
         try:
             tables = build_prompt_tables(config, tokeniser, longest, context)
@@ -188,42 +192,42 @@ class StaticCheck:
             return None
         self.problems += check_dropped(config, tables, longest, context)
         self.problems += check_answers_fit(config, tables, student)
-        self.notices += cut_answers(config, tables, teacher)
+        self.notices += truncation_notices(config, tables, teacher)
         self.notices += tokeniser.notices()
         return tables
 
 
 def sharding_notices(config: RunConfig) -> Iterator[str]:
-    """What sharding does not do here."""
+    """Where sharding saves no memory."""
     training = config.training
     if training.strategy == "fsdp" and training.min_workers == 1:
         yield (
-            "training.strategy is fsdp, but training.num_workers allows one worker: that one holds "
-            "the whole student and its optimizer's state"
+            "training.strategy is fsdp, but training.num_workers allows one worker: a single "
+            "worker holds the whole student and its optimizer's state"
         )
 
 
 def check_rows_ahead(config: RunConfig) -> Iterator[Problem]:
-    """The bounds under which a step could not fill, or replicas would idle (design 5 and 6)."""
+    """Is ``max_rows_ahead`` enough to fill a step, and to keep all replicas busy?"""
     rows, needed, advised = config.rows_ahead, config.min_rows_ahead, config.advised_rows_ahead
     bound = max(needed, advised)
     if rows < needed:
         yield Problem(
             "stream.max_rows_ahead",
             f"({rows}) is less than rows_per_step + 2 * num_workers * group_rows ({needed}), so a "
-            f"step could wait for ever; set it to {bound} or more, or lower these",
+            f"step could wait for ever; set it to {bound} or more, or lower the others",
         )
     elif rows < advised:
         yield Problem(
             "stream.max_rows_ahead",
             f"({rows}) is less than max replicas * target_ongoing_requests * group_rows + 2 * "
-            f"rows_per_step ({advised}), so the teacher would idle; set it to {bound} or more, or "
+            f"rows_per_step ({advised}), so replicas would be idle; set it to {bound} or more, or "
             "lower teacher.target_ongoing_requests",
         )
 
 
 def context_tokens(config: RunConfig, teacher: ModelFolder) -> int:
-    """Longest prompt and answer together. A prompt that is asked leaves room for one token."""
+    """Most tokens of a prompt and its answer together."""
     limits = [config.teacher.max_model_len, teacher.context_tokens]
     return min((limit for limit in limits if limit is not None), default=UNBOUNDED)
 
@@ -231,7 +235,7 @@ def context_tokens(config: RunConfig, teacher: ModelFolder) -> int:
 def check_dropped(
     config: RunConfig, tables: PromptTables, longest: int, context: int
 ) -> Iterator[Problem]:
-    """Are more prompts unusable than the run file allows?"""
+    """A problem for each reason, if more prompts are unusable than the run file allows."""
     allowed = config.stream.max_drop_fraction
     if tables.num_dropped <= allowed * tables.num_read:
         return
@@ -256,7 +260,7 @@ def check_dropped(
 def check_answers_fit(
     config: RunConfig, tables: PromptTables, student: ModelFolder | None
 ) -> Iterator[Problem]:
-    """Prompt and answer must fit a student with a context of its own."""
+    """Do the longest prompt and answer fit into the context of a student of its own?"""
     if student is None or config.student.init == "from_teacher":
         return
     limit = student.context_tokens
@@ -272,8 +276,10 @@ def check_answers_fit(
         )
 
 
-def cut_answers(config: RunConfig, tables: PromptTables, teacher: ModelFolder) -> Iterator[str]:
-    """A notice where the context can cut answers before ``max_tokens`` does."""
+def truncation_notices(
+    config: RunConfig, tables: PromptTables, teacher: ModelFolder
+) -> Iterator[str]:
+    """Where the context cuts answers before ``max_tokens`` does."""
     context, longest = context_tokens(config, teacher), tables.longest_asked_prompt
     max_tokens = config.teacher.sampling.max_tokens
     if longest is not None and longest + max_tokens > context:

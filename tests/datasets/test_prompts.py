@@ -19,6 +19,7 @@ from raystill.base.redact import redact
 from raystill.base.run_folder import TRAIN_PROMPTS, RunFolder
 from raystill.config.prompts import PromptsConfig
 from raystill.config.run import RunConfig
+from raystill.datasets.prompts import progress as prompt_progress
 from raystill.datasets.prompts import tables as prompt_table
 from raystill.datasets.prompts import tokenise
 from raystill.datasets.prompts.read import RawPrompt, read_prompts
@@ -465,3 +466,34 @@ def test_a_key_is_the_same_however_the_settings_are_spelled() -> None:
     assert answer_keys("t", "bfloat16", None, {"a": 1, "stop_token_ids": [2, 7]}, [ids]) == [one]
     # The name must never change: stored answers are found by it.
     assert one.hex() == "c193986bed83c7c0ac694148bd2bbb78"
+
+
+def test_progress_is_reported_of_every_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_progress, "BATCH_PROMPTS", 4)
+    for name in ("a", "b"):
+        rows = [{"prompt": f"{name}{i}", "answer": "x"} for i in range(5)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    reports: list[tuple[str, int, int | None]] = []
+
+    def note(*report: Any) -> None:
+        reports.append(report)
+
+    settings = prompts(paths, response_field="answer", limit=7)
+    read = read_prompts(settings, note)
+    assert read == read_prompts(settings)
+    assert reports == [("reading prompts", done, None) for done in (0, 4, 5, 7)]
+    reports.clear()
+    tokeniser = PromptTokeniser(MODEL, settings, note)
+    ids = tokeniser.encode_many(read)
+    assert [part.tolist() for part in ids] == [tokeniser.encode(raw).tolist() for raw in read]
+    assert reports[:6] == [
+        (phase, done, 7)
+        for phase in ("rendering prompts", "tokenising prompts")
+        for done in (0, 4, 7)
+    ]
+    reports.clear()
+    tokeniser.encode_responses([raw.response or "" for raw in read], [2])
+    assert reports == [("tokenising responses", done, 7) for done in (0, 4, 7)]
