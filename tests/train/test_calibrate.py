@@ -13,7 +13,7 @@ from raystill.train.batch.batch import FILLER_ID
 from raystill.train.batch.rows import Row
 from raystill.train.calibration import compare
 from raystill.train.calibration.cost import bytes_per_token, cost_of
-from raystill.train.calibration.positions import Picked, pick, read_positions
+from raystill.train.calibration.positions import RowPositions, read_positions, sample_positions
 from raystill.train.loss.head_loss import OutputHead
 from raystill.train.loss.teacher_head import TeacherHead
 from tests.support.slow_objective import DIVERGENCES
@@ -32,7 +32,8 @@ def teacher_of(dtype=torch.float32):
 
 def positions_of(teacher, signals, count=40, budget=1000):
     rows = [make_hidden_row(number, tokens=6 + number) for number in range(6)]
-    return read_positions(pick(rows, count, 8, seed=0), teacher, signals, budget, VOCAB)
+    sampled = sample_positions(rows, count, 8, seed=0)
+    return read_positions(sampled, teacher, signals, budget, VOCAB)
 
 
 def ladder(*sizes):
@@ -46,22 +47,23 @@ def test_a_small_case_by_hand() -> None:
     one = torch.ones(1, 1, dtype=torch.bfloat16).view(torch.uint16).numpy()
     row = Row(0, 0, np.ones(1, np.int32), np.zeros(1, np.int32), "stop", hidden=one)
     signals = [Signal("text"), Signal("topk", 1), Signal("topk", 4), Signal("hidden", 1)]
-    positions = read_positions([Picked(row, np.array([0]))], teacher, signals, 100, 4)
+    positions = read_positions([RowPositions(row, np.array([0]))], teacher, signals, 100, 4)
     head = OutputHead(torch.zeros(4, 2, dtype=torch.float64), compute_dtype=torch.float64)
     hidden = torch.ones(1, 2, dtype=torch.float64)
-    found = compare.compare_logits(hidden, head, positions, FORWARD_KL, teacher)
-    # Full: q - p = (-1/4, 0, 1/8, 1/8). Of topk 1: -1/4 at id 0, and 1/4 - 1/2 * 1/3 elsewhere.
-    # text: q less 1 at id 0. Both have the product 1/12 or 1/4, and the same angle.
-    angle = (1 / 12) / math.sqrt(3 / 32 * 1 / 12)
+    compared = compare.compare_logits(hidden, head, positions, FORWARD_KL, teacher)
+    # Full: q - p = (-1/4, 0, 1/8, 1/8). topk 1: -1/4 at id 0, and 1/4 - 1/2 * 1/3 elsewhere.
+    # text: q less 1 at id 0. Their products with the full one are 1/12 and 1/4, their cosine is
+    # the same.
+    cosine = (1 / 12) / math.sqrt(3 / 32 * 1 / 12)
     full = math.log(2) / 4
     expected = {
-        Signal("text"): (math.log(4), angle, None),
-        Signal("topk", 1): (0.5 * math.log(2) + 0.5 * math.log(2 / 3), angle, 0.25),
+        Signal("text"): (math.log(4), cosine, None),
+        Signal("topk", 1): (0.5 * math.log(2) + 0.5 * math.log(2 / 3), cosine, 0.25),
         Signal("topk", 4): (full, 1.0, 1.0),
         Signal("hidden", 1): (full, 1.0, 1.0),
     }
     for signal, figures in expected.items():
-        assert found[signal] == pytest.approx(figures, abs=1e-6), signal
+        assert compared[signal] == pytest.approx(figures, abs=1e-6), signal
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -70,11 +72,11 @@ def test_all_ids_are_the_full_signal_and_fewer_show_less_of_the_loss(name) -> No
     positions = positions_of(teacher, ladder(1, 2, 4, 8, 16, 32, VOCAB))
     objective = ObjectiveConfig(**{name: 1.0})
     hidden = compare.hidden_states(module, positions)
-    found = compare.compare_logits(hidden, module.head(), positions, objective, teacher)
-    whole, full = found[Signal("topk", VOCAB)], found[HIDDEN]
+    compared = compare.compare_logits(hidden, module.head(), positions, objective, teacher)
+    whole, full = compared[Signal("topk", VOCAB)], compared[HIDDEN]
     assert whole.loss == pytest.approx(full.loss, rel=1e-5)
     assert whole.cosine == pytest.approx(1.0, abs=1e-5)
-    losses = [of.loss for signal, of in found.items() if signal.kind == "topk"]
+    losses = [figures.loss for signal, figures in compared.items() if signal.kind == "topk"]
     assert losses == sorted(losses)
     assert losses[0] > 0 and losses[-1] <= full.loss * (1 + 1e-5)
     parameters = compare.compare_parameters(module, positions, objective, teacher)
@@ -85,13 +87,13 @@ def test_all_ids_are_the_full_signal_and_fewer_show_less_of_the_loss(name) -> No
 
 def test_the_angle_at_the_parameters_is_that_of_whole_gradients_however_rows_are_cut() -> None:
     teacher = teacher_of(torch.float64)
-    signals, found = ladder(4), []
+    signals, results = ladder(4), []
     for budget in (20, 1000):
         module = tiny_module(torch.float64)
         positions = positions_of(teacher, signals, budget=budget)
         cosines = compare.compare_parameters(module, positions, FORWARD_KL, teacher)
         assert all(p.grad is None for p in module.parameters())
-        found.append([cosines[signal] for signal in signals])
+        results.append([cosines[signal] for signal in signals])
         full, four = (
             flat(compare.gradient_of(module, positions, signal, FORWARD_KL, teacher))
             for signal in (HIDDEN, Signal("topk", 4))
@@ -99,58 +101,58 @@ def test_the_angle_at_the_parameters_is_that_of_whole_gradients_however_rows_are
         expected = torch.nn.functional.cosine_similarity(full, four, dim=0).item()
         assert cosines[Signal("topk", 4)] == pytest.approx(expected, abs=1e-9)
     assert len(positions.batches) == 1
-    assert found[0] == pytest.approx(found[1], abs=1e-9)
+    assert results[0] == pytest.approx(results[1], abs=1e-9)
 
 
 def test_chunks_of_the_logits_change_nothing(monkeypatch) -> None:
     teacher, module = teacher_of(torch.float64), tiny_module(torch.float64)
-    positions, found = positions_of(teacher, ladder(1, 4)), []
+    positions, results = positions_of(teacher, ladder(1, 4)), []
     hidden = compare.hidden_states(module, positions)
     for tokens in (3, 1000):
         monkeypatch.setattr("raystill.train.loss.head_loss.CPU_CHUNK_BYTES", tokens * VOCAB * 8)
-        of = (positions, ObjectiveConfig(jsd=1.0), teacher)
-        found.append(compare.compare_logits(hidden, module.head(), *of))
-    for signal, figures in found[0].items():
-        assert figures == pytest.approx(found[1][signal], abs=1e-9)
+        inputs = (positions, ObjectiveConfig(jsd=1.0), teacher)
+        results.append(compare.compare_logits(hidden, module.head(), *inputs))
+    for signal, figures in results[0].items():
+        assert figures == pytest.approx(results[1][signal], abs=1e-9)
 
 
-def test_a_student_that_is_the_teacher_has_no_angle() -> None:
+def test_a_student_that_is_the_teacher_has_no_cosine() -> None:
     teacher = teacher_of(torch.float64)
     positions = positions_of(teacher, ladder(4))
     hidden = positions.tokens.teacher_hidden.double()
     head = OutputHead(teacher.weight, compute_dtype=torch.float64)
     objective = ObjectiveConfig(total_variation=1.0)
-    found = compare.compare_logits(hidden, head, positions, objective, teacher)
-    assert found[HIDDEN].loss == 0
-    assert found[HIDDEN].cosine is None and found[Signal("topk", 4)].cosine is None
+    compared = compare.compare_logits(hidden, head, positions, objective, teacher)
+    assert compared[HIDDEN].loss == 0
+    assert compared[HIDDEN].cosine is None and compared[Signal("topk", 4)].cosine is None
 
 
-def test_positions_are_picked_by_seed_within_their_bounds() -> None:
+def test_positions_are_sampled_by_seed_within_their_bounds() -> None:
     rows = [make_hidden_row(number, tokens=6 + number) for number in range(6)]
     rows[0].prompt_ids = rows[0].prompt_ids[:0]  # Its first token has no context.
-    picked = pick(rows, 30, 7, seed=3)
-    assert sum(len(p.places) for p in picked) == 30
-    assert all(len(p.places) <= 7 and (np.diff(p.places) > 0).all() for p in picked)
-    everything = pick(rows, 1000, 100, seed=3)
-    assert sum(len(p.places) for p in everything) == sum(row.num_targets for row in rows)
-    assert all(p.places[0] == (len(p.row.prompt_ids) == 0) for p in everything)
-    for one, other in zip(picked, pick(rows, 30, 7, seed=3), strict=True):
-        assert one.row is other.row and np.array_equal(one.places, other.places)
+    sampled = sample_positions(rows, 30, 7, seed=3)
+    assert sum(len(p.indices) for p in sampled) == 30
+    assert all(len(p.indices) <= 7 and (np.diff(p.indices) > 0).all() for p in sampled)
+    everything = sample_positions(rows, 1000, 100, seed=3)
+    assert sum(len(p.indices) for p in everything) == sum(row.num_targets for row in rows)
+    assert all(p.indices[0] == (len(p.row.prompt_ids) == 0) for p in everything)
+    for one, other in zip(sampled, sample_positions(rows, 30, 7, seed=3), strict=True):
+        assert one.row is other.row and np.array_equal(one.indices, other.indices)
     with pytest.raises(ValueError, match="none of the 0 rows has a response token"):
-        pick([], 30, 7, seed=3)
+        sample_positions([], 30, 7, seed=3)
 
 
 @pytest.mark.parametrize("budget", [20, 1000])
 def test_tokens_keep_their_rows_signal_and_context(budget) -> None:
     teacher, rows = teacher_of(), [make_hidden_row(n, tokens=6 + n) for n in range(6)]
-    picked = pick(rows, 20, 5, seed=1)
-    positions = read_positions(picked, teacher, ladder(4), budget, VOCAB)
+    sampled = sample_positions(rows, 20, 5, seed=1)
+    positions = read_positions(sampled, teacher, ladder(4), budget, VOCAB)
     expected = {
-        (int(p.row.response_ids[t]), p.row.hidden[t].tobytes()) for p in picked for t in p.places
+        (int(p.row.response_ids[t]), p.row.hidden[t].tobytes()) for p in sampled for t in p.indices
     }
     states = positions.tokens.teacher_hidden.view(torch.uint16).numpy()
-    found = zip(positions.tokens.targets.tolist(), states, strict=True)
-    assert {(target, state.tobytes()) for target, state in found} == expected
+    tokens = zip(positions.tokens.targets.tolist(), states, strict=True)
+    assert {(target, state.tobytes()) for target, state in tokens} == expected
     assert sum(positions.lengths) == positions.tokens.num_tokens == 20
     signal = Signal("topk", 4)
     parts = [batch.partition.ids for batch in positions.micro_batches(signal)]
@@ -176,19 +178,19 @@ def test_bytes_are_measured_as_stored() -> None:
 
 def test_the_objectives_are_the_runs_own_or_all() -> None:
     both = ObjectiveConfig(forward_kl=1.0, jsd=0.5, jsd_beta=0.2, temperature=2.0)
-    found = compare.objectives_to_compare(both, False)
-    assert list(found) == ["forward_kl", "jsd", compare.ALL_TERMS]
-    assert found["jsd"].weights == {"jsd": 1.0} and found["jsd"].jsd_beta == 0.2
-    assert found[compare.ALL_TERMS].weights == both.weights
-    assert all(objective.temperature == 1.0 for objective in found.values())
+    objectives = compare.objectives_to_compare(both, False)
+    assert list(objectives) == ["forward_kl", "jsd", compare.ALL_TERMS]
+    assert objectives["jsd"].weights == {"jsd": 1.0} and objectives["jsd"].jsd_beta == 0.2
+    assert objectives[compare.ALL_TERMS].weights == both.weights
+    assert all(objective.temperature == 1.0 for objective in objectives.values())
     assert set(compare.objectives_to_compare(FORWARD_KL, True)) == set(DIVERGENCES)
     text = ObjectiveConfig(cross_entropy=2.0)
     assert list(compare.objectives_to_compare(text, False)) == ["cross_entropy"]
 
 
 def test_the_ladder_ends_with_the_vocabulary_and_has_the_runs_own_k() -> None:
-    found = compare.signals_to_compare(100, 576, [20])
-    assert [str(signal) for signal in found] == [
+    signals = compare.signals_to_compare(100, 576, [20])
+    assert [str(signal) for signal in signals] == [
         *("text", "sampled", "topk 1", "topk 8", "topk 16", "topk 20", "topk 64", "hidden 576")
     ]
 

@@ -1,7 +1,8 @@
-"""The process that compares signals: it holds the rows, the teacher's head and one student.
+"""`Calibrator`: compares signals in one process, with the rows, the teacher's head and a student.
 
-`cluster.calibrate` places it where a student worker would be, and asks it for one student and one
-objective at a time; what it gives back are a few figures. Imports no Ray.
+`cluster.commands.calibrate` makes it an actor with the resources of a student worker. It calls
+``load`` for each student and ``compare`` for each objective, and gets a few figures back. Imports
+no Ray.
 """
 
 import os
@@ -19,24 +20,31 @@ from raystill.datasets.rows.signal import Signal
 from raystill.model.on_node import ModelSource
 from raystill.train.batch.batch import signal_column
 from raystill.train.batch.rows import rows_from_table
-from raystill.train.calibration import compare as calibrate
+from raystill.train.calibration import compare
 from raystill.train.calibration.cost import bytes_per_token
-from raystill.train.calibration.positions import Positions, pick, read_positions
+from raystill.train.calibration.positions import Positions, read_positions, sample_positions
 from raystill.train.loss.teacher_head import TeacherHead, read_teacher_head
 from raystill.train.student.build import build_student, num_classes
 from raystill.train.student.module import StudentModule
 
 POSITIONS_PER_ROW = 16
-"""Of one answer: its tokens are alike, and more prompts cost more of the student's body."""
+"""Most positions of one answer.
+
+Tokens of one answer are alike, so few of each say more. Fewer would need more rows, and each row is
+a forward pass of the whole student.
+"""
 
 
 class Calibrator:
-    """Compares signals in float32 on the answers of one teacher. ``load`` comes first."""
+    """Compares signals in float32 on the answers of one teacher. Call ``load`` first."""
 
     def __init__(
         self, config: RunConfig, teacher: ModelSource, rows: pa.Table, num_positions: int
     ) -> None:
-        """rows: `datasets.schema.row_schema` of ``hidden``."""
+        """Take the answers and sample ``num_positions`` of them.
+
+        rows: a table of `datasets.rows.schema.row_schema` with the ``hidden`` signal.
+        """
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -46,7 +54,7 @@ class Calibrator:
             "all" if config.student.init == "from_teacher" else "head"
         )
         seed = config.section_seeds()["evaluation"]
-        self._picked = pick(
+        self._sampled = sample_positions(
             rows_from_table(rows.combine_chunks()), num_positions, POSITIONS_PER_ROW, seed
         )
         self._module: StudentModule
@@ -55,9 +63,10 @@ class Calibrator:
         self._hidden: torch.Tensor
 
     def load(self, folder: str | None) -> int:
-        """Take the student in ``folder``, or the run file's untrained one; its parameters.
+        """Load the student in ``folder``; None: the run file's untrained one.
 
-        Raises RunError where the teacher's head does not give what its engine said.
+        Returns its number of parameters. Raises RunError if the teacher's head does not give the
+        log probabilities that its engine gave.
         """
         config, device = self._config, self._device
         if folder is None:
@@ -67,7 +76,7 @@ class Calibrator:
             trust = config.student.trust_remote_code or config.teacher.trust_remote_code
             model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
         self._module = StudentModule(model.to(device, torch.float32))
-        self._module.eval()  # Dropout would give every signal another student.
+        self._module.eval()  # With dropout each signal would be compared on another student.
         vocab = num_classes(model, self._teacher_folder)
         self._teacher = read_teacher_head(
             self._teacher_folder, vocab, device=device, engine_dtype=config.teacher.dtype
@@ -75,14 +84,18 @@ class Calibrator:
         self._require_agreement()
         head, width = self._teacher, self._teacher.hidden_size
         more = [config.signal.top_k] if config.signal.kind == "topk" else []
-        signals = calibrate.signals_to_compare(len(head.weight), width, more)
+        signals = compare.signals_to_compare(len(head.weight), width, more)
         budget = config.training.tokens_per_micro_batch
-        self._positions = read_positions(self._picked, head, signals, budget, vocab)
-        self._hidden = calibrate.hidden_states(self._module, self._positions)
+        self._positions = read_positions(self._sampled, head, signals, budget, vocab)
+        self._hidden = compare.hidden_states(self._module, self._positions)
         return sum(p.numel() for p in self._module.parameters())
 
     def describe(self) -> dict[str, Any]:
-        """How many positions and rows; of each signal its bytes and the teacher's mass in it."""
+        """Return the numbers of positions and rows, and figures of each signal.
+
+        bytes_per_token: in the teacher store. teacher_mass: the teacher's probability of the ids
+        that the signal names, mean over positions; None for ``text``.
+        """
         positions = self._positions
         return {
             "positions": positions.tokens.num_tokens,
@@ -99,10 +112,14 @@ class Calibrator:
         }
 
     def compare(self, objective: ObjectiveConfig) -> dict[str, Any]:
-        """The full loss, nats a token, and of each signal its share of it and both cosines."""
-        of = (self._positions, objective, self._teacher)
-        logits = calibrate.compare_logits(self._hidden, self._module.head(), *of)
-        parameters = calibrate.compare_parameters(self._module, *of)
+        """Return the full signal's loss, nats per token, and figures of each signal.
+
+        loss_ratio: the signal's loss by the full one. cosine_logits, cosine_parameters: of the
+        signal's gradient with the full one. student_mass: as in `OnLogits`.
+        """
+        inputs = (self._positions, objective, self._teacher)
+        logits = compare.compare_logits(self._hidden, self._module.head(), *inputs)
+        parameters = compare.compare_parameters(self._module, *inputs)
         (full,) = (figures.loss for signal, figures in logits.items() if signal.kind == "hidden")
         return {
             "full_loss": full,
@@ -118,18 +135,19 @@ class Calibrator:
         }
 
     def costs(self, objective: ObjectiveConfig) -> dict[str, Any]:
-        """Time and memory of each signal's loss over all positions."""
-        found = calibrate.loss_costs(
+        """Return time and memory of each signal's loss over all positions."""
+        costs = compare.loss_costs(
             self._hidden, self._module.head(), self._positions, objective, self._teacher
         )
-        return {str(signal): cost._asdict() for signal, cost in found.items()}
+        return {str(signal): cost._asdict() for signal, cost in costs.items()}
 
     def _require_agreement(self) -> None:
-        rows = [picked.row for picked in self._picked]
+        """Raise RunError if head and hidden states do not give the engine's log probabilities."""
+        rows = [sampled.row for sampled in self._sampled]
         hidden = signal_column(rows, "hidden").view(torch.bfloat16).to(self._device)
         drawn = torch.cat([torch.from_numpy(r.response_ids[-r.num_targets :]) for r in rows])
-        told = signal_column(rows, "sampled_logprobs")
-        gap = self._teacher.mean_gap(hidden, drawn.long().to(self._device), told.to(self._device))
+        logprobs = signal_column(rows, "sampled_logprobs").to(self._device)
+        gap = self._teacher.mean_gap(hidden, drawn.long().to(self._device), logprobs)
         self._teacher.require_agreement(gap)
 
     def _bytes(self, signal: Signal) -> float:
@@ -146,7 +164,7 @@ class Calibrator:
 
 
 def require_answers(rows: pa.Table, num_prompts: int) -> None:
-    """RunError where there is nothing to compare signals on."""
+    """Raise RunError if no prompt was answered."""
     if len(rows) == 0:
         raise RunError(
             f"the teacher answered none of {num_prompts} prompts, so there is nothing to compare "

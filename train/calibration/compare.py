@@ -1,18 +1,18 @@
-"""What a poorer signal costs the student's gradient: each against the whole vocabulary's.
+"""Compares the gradients of poorer signals with that of the full signal, ``hidden``.
 
-`cluster.calibrate` asks, for one student and one objective: the loss that a signal shows, and the
-angle between its gradient and that of the `hidden` signal, from which the others are worked out on
-the same positions. The angle is taken twice: at the student's logits, where a signal acts, and at
-its parameters, where a step follows it. Plain torch.
+`calibrate` asks this for one student and one objective. For each signal it gives the loss, and the
+cosine of the angle between the signal's gradient and the full one at the same positions. The cosine
+is taken at the student's logits, which a signal acts on directly, and at its parameters, which an
+optimizer step changes. Plain torch.
 
-Legend: N sampled positions, n of a chunk, V rows of the student's head, g the gradient of the mean
-loss of a signal, f that of the full one.
+Legend: N sampled positions, n of one chunk, V rows of the student's head, D the student's hidden
+size, g the gradient of the mean loss of a signal, f that of the full signal.
 
-    cosine = sum g f / sqrt(sum g^2 sum f^2)      over all N positions and V logits together, or
-                                                  over all parameters together
+    cosine = sum(g f) / sqrt(sum(g^2) sum(f^2))    over all N positions and V logits together, or
+                                                   over all parameters together
 
-A `text` signal has no probabilities, so no divergence: what stands beside the others there is cross
-entropy on the drawn tokens, which is what such a run would be trained with.
+A ``text`` signal has no probabilities, so there is no divergence for it. It is compared by the
+cross entropy on the drawn tokens, with which such a run would train.
 """
 
 import math
@@ -38,13 +38,14 @@ from raystill.train.student.module import StudentModule
 CROSS_ENTROPY = ObjectiveConfig(cross_entropy=1.0)
 ALL_TERMS = "all terms together"
 SIZES = (1, 8, 16, 64, 256, 1024)
+"""Values of K for which a ``topk`` signal is compared."""
 
 
 class OnLogits(NamedTuple):
-    """One signal at the student's logits.
+    """Figures of one signal at the student's logits.
 
-    loss: nats a token. cosine: None where a gradient is 0. student_mass: the student's mass, mean
-    over positions, on the outcomes that are not the tail; None where there is none.
+    loss: nats per token. cosine: None if a gradient is 0. student_mass: the student's probability
+    of the ids that the signal names, mean over positions; None for ``text``.
     """
 
     loss: float
@@ -53,15 +54,18 @@ class OnLogits(NamedTuple):
 
 
 @dataclass
-class Angle:
-    """Sums from which a cosine follows, added up piece by piece."""
+class CosineSums:
+    """Sums from which a cosine is computed, added up piece by piece."""
 
     product: float = 0.0
     square: float = 0.0
     full_square: float = 0.0
 
     def add(self, gradient: Tensor, full: Tensor) -> None:
-        """Pieces of equal shape; summed in float64 over all but the last axis."""
+        """Add two pieces of equal shape, one of each gradient.
+
+        The last axis is summed in the pieces' precision, the others in float64.
+        """
         for name, a, b in (
             ("product", gradient, full),
             ("square", gradient, gradient),
@@ -72,13 +76,13 @@ class Angle:
 
     @property
     def cosine(self) -> float | None:
-        """Between -1 and 1; None where one of the two is 0."""
+        """The cosine, between -1 and 1; None if one of the gradients is 0."""
         size = math.sqrt(self.square * self.full_square)
         return self.product / size if size > 0 else None
 
 
 def signals_to_compare(vocab: int, hidden_size: int, more: Iterable[int] = ()) -> list[Signal]:
-    """The ladder, poorest first: K of `SIZES` and ``more`` within a vocabulary."""
+    """Return the signals to compare, poorest first; K from `SIZES` and ``more``, at most vocab."""
     sizes = sorted({size for size in (*SIZES, *more) if size <= vocab})
     topk = [Signal("topk", size) for size in sizes]
     return [Signal("text"), Signal("sampled"), *topk, Signal(HIDDEN, hidden_size)]
@@ -87,24 +91,25 @@ def signals_to_compare(vocab: int, hidden_size: int, more: Iterable[int] = ()) -
 def objectives_to_compare(
     objective: ObjectiveConfig, all_divergences: bool
 ) -> dict[str, ObjectiveConfig]:
-    """Each divergence of the run by itself (or every one there is), and then its weighted sum.
+    """Return the objectives to compare by name: each divergence by itself, then the weighted sum.
 
-    At temperature 1, the only one that all signals know; all tokens weigh the same.
+    The divergences are those of the run, or all that exist. The temperature is 1, since only
+    ``hidden`` allows another one, and all tokens have the same weight.
     """
     names = [name for name in TERMS if name != "cross_entropy"]
     if not all_divergences:
         names = objective.divergences
     shape = {"jsd_beta": objective.jsd_beta, "skew_alpha": objective.skew_alpha}
-    found = {name: ObjectiveConfig.model_validate({name: 1.0, **shape}) for name in names}
+    objectives = {name: ObjectiveConfig.model_validate({name: 1.0, **shape}) for name in names}
     if len(objective.weights) > 1:
-        found[ALL_TERMS] = ObjectiveConfig.model_validate({**objective.weights, **shape})
-    return found or {"cross_entropy": CROSS_ENTROPY}
+        objectives[ALL_TERMS] = ObjectiveConfig.model_validate({**objective.weights, **shape})
+    return objectives or {"cross_entropy": CROSS_ENTROPY}
 
 
 def objective_on(
     signal: Signal, objective: ObjectiveConfig, batch: MicroBatch, teacher: TeacherHead
 ) -> ChunkObjective:
-    """The objective as a run with this signal would take it; ``batch`` has the signal."""
+    """Return the objective as a run with this signal computes it; ``batch`` has the signal."""
     if signal.kind == HIDDEN:
         return HiddenObjective(objective, batch, teacher)
     return TokenObjective(CROSS_ENTROPY if signal.kind == "text" else objective, batch)
@@ -118,41 +123,43 @@ def compare_logits(
     objective: ObjectiveConfig,
     teacher: TeacherHead,
 ) -> dict[Signal, OnLogits]:
-    """Every signal at the student's logits, a chunk of positions at a time.
+    """Compare all signals at the student's logits, a chunk of positions at a time.
 
-    hidden [N, D]: what the student's head is given at the positions. Beside the chunk's logits, its
-    full gradient and that of one signal exist.
+    hidden [N, D]: the inputs of the student's head at the positions. At most three tensors [n, V]
+    exist at a time: the chunk's logits, the full gradient, and the gradient of one signal.
     """
     objectives = {
         signal: objective_on(signal, objective, positions.all_tokens(signal), teacher)
         for signal in positions.partitions
     }
     (full,) = (signal for signal in objectives if signal.kind == HIDDEN)
-    angles = {signal: Angle() for signal in objectives}
+    cosines = {signal: CosineSums() for signal in objectives}
     figures: dict[Signal, list[Tensor]] = {signal: [] for signal in objectives}
     for rows, z in head.logit_chunks(hidden):
         for tokens in objectives.values():
             tokens.begin(rows)
         reference = z.clone()
         figures[full].append(objectives[full].differentiate(reference, rows))
-        angles[full].add(reference, reference)
+        cosines[full].add(reference, reference)
         for signal, tokens in objectives.items():
             if signal is not full:
                 gradient = z.clone()
                 figures[signal].append(tokens.differentiate(gradient, rows))
-                angles[signal].add(gradient, reference)
+                cosines[signal].add(gradient, reference)
     return {
-        signal: _on_logits(signal, tokens, torch.cat(figures[signal]), angles[signal])
+        signal: _on_logits(signal, tokens, torch.cat(figures[signal]), cosines[signal])
         for signal, tokens in objectives.items()
     }
 
 
-def _on_logits(signal: Signal, tokens: ChunkObjective, figures: Tensor, angle: Angle) -> OnLogits:
+def _on_logits(
+    signal: Signal, tokens: ChunkObjective, figures: Tensor, cosine: CosineSums
+) -> OnLogits:
     sums = tokens.sums(tokens.total(figures), figures)
     mass = None
     if signal.kind != "text" and sums.student_tail_mass is not None:
         mass = 1.0 - sums.student_tail_mass.item() / len(figures)
-    return OnLogits(sums.total.item() / len(figures), angle.cosine, mass)
+    return OnLogits(sums.total.item() / len(figures), cosine.cosine, mass)
 
 
 def compare_parameters(
@@ -161,22 +168,22 @@ def compare_parameters(
     objective: ObjectiveConfig,
     teacher: TeacherHead,
 ) -> dict[Signal, float | None]:
-    """The cosine of every signal at the student's parameters, head and body.
+    """Return the cosine of every signal at the student's parameters, head included.
 
-    One forward and backward pass over the positions for each signal; beside the parameters only the
-    full gradient and that of one signal exist.
+    Runs one forward and backward pass over the positions for each signal. Beside the parameters
+    only the full gradient and that of one signal exist at a time.
     """
     (full,) = (signal for signal in positions.partitions if signal.kind == HIDDEN)
     reference = gradient_of(module, positions, full, objective, teacher)
     cosines: dict[Signal, float | None] = {}
     for signal in positions.partitions:
-        angle = Angle()
+        sums = CosineSums()
         gradient = reference
         if signal is not full:
             gradient = gradient_of(module, positions, signal, objective, teacher)
-        for mine, theirs in zip(gradient, reference, strict=True):
-            angle.add(mine, theirs)
-        cosines[signal] = angle.cosine
+        for part, full_part in zip(gradient, reference, strict=True):
+            sums.add(part, full_part)
+        cosines[signal] = sums.cosine
     module.zero_grad(set_to_none=True)
     return cosines
 
@@ -188,9 +195,13 @@ def gradient_of(
     objective: ObjectiveConfig,
     teacher: TeacherHead,
 ) -> Sequence[Tensor]:
-    """Gradients of the summed loss, one for each trainable parameter, 0 where it has no part."""
+    """Return the gradients of the summed loss, one tensor for each trainable parameter.
+
+    A parameter on which the loss does not depend has gradient 0.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    module.zero_grad(set_to_none=True)  # New tensors: the caller may hold those of another signal.
+    # To None and not to zero: the caller may still use the tensors of another signal.
+    module.zero_grad(set_to_none=True)
     for batch in positions.micro_batches(signal):
         tokens = objective_on(signal, objective, batch, teacher)
         head_loss(module.hidden_states(batch), module.head(), tokens).total.backward()
@@ -199,7 +210,7 @@ def gradient_of(
 
 @torch.no_grad()
 def hidden_states(module: StudentModule, positions: Positions) -> Tensor:
-    """What the student's head is given at all positions, [N, D]."""
+    """Return the inputs of the student's head at all positions, [N, D]."""
     return torch.cat([module.hidden_states(batch) for batch in positions.batches])
 
 
@@ -210,14 +221,15 @@ def loss_costs(
     objective: ObjectiveConfig,
     teacher: TeacherHead,
 ) -> dict[Signal, Cost]:
-    """What the loss of each signal takes, to the gradients of hidden states [N, D] and head."""
+    """Measure the loss of each signal, with the gradients of hidden states [N, D] and head."""
 
     def loss(signal: Signal) -> Tensor:
-        # Leaves of their own: the gradients are given back, and none is added to another.
+        # New leaves each time: their gradients are freed with them, and are not added to the
+        # student's.
         bias = None if head.bias is None else head.bias.detach().requires_grad_()
-        mine = replace(head, weight=head.weight.detach().requires_grad_(), bias=bias)
+        new_head = replace(head, weight=head.weight.detach().requires_grad_(), bias=bias)
         tokens = objective_on(signal, objective, positions.all_tokens(signal), teacher)
-        return head_loss(hidden.detach().requires_grad_(), mine, tokens).total
+        return head_loss(hidden.detach().requires_grad_(), new_head, tokens).total
 
     return {
         signal: cost_of(partial(loss, signal), hidden.device) for signal in positions.partitions

@@ -1,13 +1,12 @@
-"""What one loss takes, forward and backward: time, and memory at its peak.
+"""Measures what a signal costs: time and memory of its loss, and bytes in the teacher store.
 
-On a GPU the memory is the allocator's, on a CPU the kernel's: the peak of the resident set
-(VmHWM, reset through /proc/self/clear_refs) over what was resident before. It includes the
-gradients of hidden states and head.
+The loss is measured forward and backward. On a GPU its memory is the allocator's peak. On a CPU it
+is the peak of the resident set (VmHWM, reset through /proc/self/clear_refs) over what was resident
+before. Both include the gradients of hidden states and head.
 
-How many bytes a response token takes in the teacher store, by its signal.
-
-Measured, not worked out: answers are encoded as a segment, compression and all, and the columns
-that hold tokens and their signal are counted. What a row has once (key, prompt, footer) is not.
+The bytes are measured and not calculated: answers are encoded and compressed as a segment of the
+store, and the columns of tokens and signal are counted. What a row has once (key, prompt, footer)
+is left out.
 """
 
 import io
@@ -26,17 +25,21 @@ from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.segment import Origin, Provenance, encode
 
 ROUNDS = 2
+"""Timed repetitions, after one that warms up and whose memory is measured."""
 
 
 class Cost(NamedTuple):
-    """``peak_bytes`` is None where the kernel does not tell."""
+    """Seconds of the fastest round; peak_bytes is None if the kernel does not report it."""
 
     seconds: float
     peak_bytes: int | None
 
 
 def cost_of(loss: Callable[[], Tensor], device: torch.device) -> Cost:
-    """``loss`` gives a scalar, which is differentiated; the first round's memory, the best time."""
+    """Measure ``loss``, which returns a scalar, and its backward pass on ``device``.
+
+    The memory is that of the first round, the time that of the fastest of the others.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -60,16 +63,21 @@ def cost_of(loss: Callable[[], Tensor], device: torch.device) -> Cost:
 
 
 def resident(name: str) -> int | None:
-    """Bytes of this process by a line of /proc/self/status, e.g. VmRSS; None without it."""
+    """Return a field of /proc/self/status in bytes, e.g. VmRSS; None if there is no such file.
+
+    By hand: psutil has no peak that can be reset, and getrusage's includes what the process was
+    before it was this program.
+    """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
-    return int(found[0]) * 1024 if found else None
+    kibibytes = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(kibibytes[0]) * 1024 if kibibytes else None
 
 
 def _resident_before() -> int | None:
+    """Reset the peak of the resident set; return its size now, or None if that is not allowed."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -78,7 +86,11 @@ def _resident_before() -> int | None:
 
 
 def bytes_per_token(answers: pa.Table, signal: Signal) -> float:
-    """answers: ``answer_schema`` of the signal, with one response token or more."""
+    """Return the stored bytes of a response token and its signal, compressed, on average.
+
+    answers: a table of ``answer_schema`` with this signal and at least one response token.
+    """
+    # Keys and prompts are not counted; the segment only needs some.
     keys = [number.to_bytes(KEY_BYTES, "little") for number in range(len(answers))]
     rows = answers.drop_columns("error").append_column("key", pa.array(keys, pa.binary(KEY_BYTES)))
     prompts = pa.array([[]] * len(answers), TOKEN_IDS)

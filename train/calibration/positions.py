@@ -1,19 +1,14 @@
-"""Poorer signals of given positions, exactly, from the teacher's full distribution.
+"""Sampled response positions, with every signal that a teacher could give for them.
 
-A `hidden` signal holds all that a `topk` or `sampled` one would say of the same tokens. So several
-signals can be compared on the very same positions (`calibrate`, `benchmarks/signals.py`), where
-asking the teacher again would give other answers. Plain torch.
+`calibrate` compares the gradients of several signals, and all of them must be of the same tokens;
+asking the teacher again would give other answers. So the poorer signals are computed from a
+``hidden`` one, which holds the teacher's whole distribution: `truncate` gives exactly the
+``sampled`` and ``topk`` signals of the same tokens. `benchmarks/signals.py` uses it too. Plain
+torch.
 
-Legend: N response tokens, n of a chunk, K teacher ids kept for each, V rows of the teacher's head,
-D its hidden size. Everything in nats, of the full vocabulary.
-
-Sampled response positions, with every signal that could be kept of them.
-
-`calibrate` compares the gradients of several signals: all of them must speak of the same tokens, so
-the poorer ones are worked out from the teacher's hidden states (`truncate`). Plain torch.
-
-Legend: N sampled positions, T response tokens of a row, K teacher ids kept for each, D the
-teacher's hidden size.
+Legend: N sampled positions, n of one chunk or row, T response tokens of a row, K teacher ids kept
+for each, V rows of the teacher's head, D the teacher's hidden size. Log probabilities are in nats,
+of the whole vocabulary.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -32,22 +27,24 @@ from raystill.train.batch.partition import Partition, sampled_partition, topk_pa
 from raystill.train.batch.rows import Row
 from raystill.train.loss.teacher_head import TeacherHead
 
+HIDDEN = "hidden"
+
 
 class TopK(NamedTuple):
-    """A ``topk`` signal: ids int64 [N, K], logprobs [N, K] descending, tail [N]."""
+    """A ``topk`` signal: ids int64 [N, K]; logprobs [N, K], descending, and tail [N] in nats."""
 
     ids: Tensor
     logprobs: Tensor
     tail: Tensor
 
     def first(self, size: int) -> "TopK":
-        """The signal of the ``size`` best ids; the others' mass goes to the tail."""
+        """Keep the ``size`` most probable ids; the mass of the others is added to the tail."""
         rest = torch.logsumexp(self.logprobs[:, size:], dim=1)
         return TopK(self.ids[:, :size], self.logprobs[:, :size], torch.logaddexp(self.tail, rest))
 
 
 class Truncated(NamedTuple):
-    """``drawn``: logprobs [N] of the drawn tokens; ``topk``: a signal for each K asked for."""
+    """The signals `truncate` gives. drawn: logprobs [N] of the drawn ids; topk: a signal by K."""
 
     drawn: Tensor
     topk: dict[int, TopK]
@@ -57,19 +54,21 @@ class Truncated(NamedTuple):
 def truncate(
     teacher: TeacherHead, hidden: Tensor, drawn: Tensor, sizes: Collection[int]
 ) -> Truncated:
-    """What the teacher would have said of each token with a poorer signal.
+    """Compute the ``sampled`` signal, and a ``topk`` signal for each of ``sizes``.
 
-    hidden bfloat16 [N, D]; drawn int64 [N] token ids; sizes: the K, each from 1 to V. The tail is
-    the logarithm of the sum of what is outside, never of 1 minus a sum; -inf where nothing is.
+    hidden: bfloat16 [N, D]. drawn: token ids, int64 [N]. sizes: values of K, each from 1 to V.
+    Raises ValueError for another K, and if there is no token.
     """
-    vocab, most = len(teacher.weight), max(sizes, default=1)
-    if not 1 <= min(sizes, default=1) <= most <= vocab:
+    vocab, largest = len(teacher.weight), max(sizes, default=1)
+    if not 1 <= min(sizes, default=1) <= largest <= vocab:
         raise ValueError(f"K is {sorted(sizes)}; expected 1 to {vocab}, the teacher's vocabulary")
     parts, drawn_parts = [], []
     for rows, z in teacher.logit_chunks(hidden):
         log_p = torch.log_softmax(z, dim=1)
         drawn_parts.append(log_p.gather(1, drawn[rows, None]).squeeze(1))
-        logprobs, ids = log_p.topk(most, dim=1)
+        logprobs, ids = log_p.topk(largest, dim=1)
+        # The sum over the ids outside, and not 1 minus the sum inside: a small tail keeps its
+        # digits. With K = V nothing is outside, and the tail is -inf.
         tail = torch.logsumexp(log_p.scatter_(1, ids, -torch.inf), dim=1)
         parts.append(TopK(ids, logprobs, tail))
     if not parts:
@@ -78,24 +77,26 @@ def truncate(
     return Truncated(torch.cat(drawn_parts), {size: richest.first(size) for size in sizes})
 
 
-HIDDEN = "hidden"
-
-
 @dataclass(frozen=True)
-class Picked:
-    """A row and which of its response tokens are sampled: places [n] in 0..T, ascending."""
+class RowPositions:
+    """Sampled positions of one row: indices [n] of its response tokens, 0 to T - 1, ascending."""
 
     row: Row
-    places: NDArray[np.int64]
+    indices: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Positions:
-    """N sampled positions of a ``hidden`` signal, each of weight 1.
+    """N sampled positions with a ``hidden`` signal, each with weight 1.
 
-    batches: the micro-batches of the student's body. tokens: all N tokens in the same order, as a
-    micro-batch for the head alone (nothing is put in). lengths: how many of them each row has.
-    truncated: what poorer signals say; partitions: the same as outcomes of the student.
+    Attributes:
+        batches: Micro-batches for the whole student.
+        tokens: All N tokens in the same order, as one micro-batch for the head alone, without
+            inputs.
+        lengths: Number of sampled positions of each row.
+        truncated: The poorer signals of the tokens.
+        partitions: The same signals as partitions of the student's vocabulary; None for ``text``
+            and ``hidden``.
     """
 
     batches: list[MicroBatch]
@@ -105,11 +106,11 @@ class Positions:
     partitions: dict[Signal, Partition | None]
 
     def all_tokens(self, signal: Signal) -> MicroBatch:
-        """``tokens`` as if just this signal had been kept."""
+        """Return ``tokens`` as a run with this signal would have them."""
         return _as_signal(self.tokens, signal, self.partitions[signal])
 
     def micro_batches(self, signal: Signal) -> Iterator[MicroBatch]:
-        """``batches`` as if just this signal had been kept."""
+        """Yield ``batches`` as a run with this signal would have them."""
         partition, start = self.partitions[signal], 0
         for batch in self.batches:
             end = start + batch.num_tokens
@@ -118,7 +119,7 @@ class Positions:
             start = end
 
     def answers(self, signal: Signal) -> list[Answer]:
-        """What a teacher store would hold of these tokens: an answer a row, of its sampled ones."""
+        """Return answers as a teacher store would keep them: of each row, its sampled tokens."""
         columns: dict[str, Tensor] = {"response_ids": self.tokens.targets.int()}
         if signal.kind != "text":
             columns["sampled_logprobs"] = self.truncated.drawn.float()
@@ -139,46 +140,51 @@ class Positions:
         ]
 
 
-def pick(rows: Sequence[Row], count: int, per_row: int, seed: int) -> list[Picked]:
-    """``count`` positions of rows in random order, at most ``per_row`` of each; fewer where the
-    rows have no more. ValueError where they have none.
+def sample_positions(
+    rows: Sequence[Row], count: int, per_row: int, seed: int
+) -> list[RowPositions]:
+    """Sample ``count`` positions, at most ``per_row`` of a row; rows come in random order.
+
+    Gives fewer if the rows have no more. Raises ValueError if they have none.
     """
     random = np.random.default_rng(seed)
-    found: list[Picked] = []
-    for index in random.permutation(len(rows)):
-        row, left = rows[index], count - sum(len(p.places) for p in found)
+    sampled: list[RowPositions] = []
+    for number in random.permutation(len(rows)):
+        row, left = rows[number], count - sum(len(p.indices) for p in sampled)
+        # The first token of a row without a prompt has no context, and so no loss.
         first = len(row.response_ids) - row.num_targets
-        places = np.sort(random.permutation(row.num_targets)[: min(per_row, left)]) + first
-        if len(places):
-            found.append(Picked(row, places))
-    if not found:
+        indices = np.sort(random.permutation(row.num_targets)[: min(per_row, left)]) + first
+        if len(indices):
+            sampled.append(RowPositions(row, indices))
+    if not sampled:
         raise ValueError(
             f"none of the {len(rows)} rows has a response token to compare signals on; expected "
             "one or more; raise teacher.sampling.max_tokens, or choose other prompts"
         )
-    return found
+    return sampled
 
 
 def read_positions(
-    picked: Sequence[Picked],
+    sampled: Sequence[RowPositions],
     teacher: TeacherHead,
     signals: Sequence[Signal],
     tokens_budget: int,
     student_vocab: int,
 ) -> Positions:
-    """The picked positions on the teacher head's device; what they are, in all ``signals``.
+    """Put the sampled positions into micro-batches, and compute all ``signals`` of them.
 
-    tokens_budget: of one forward pass, as ``training.tokens_per_micro_batch``; student_vocab as in
-    `batch.collate`.
+    tokens_budget: most tokens of a forward pass, as ``training.tokens_per_micro_batch``.
+    student_vocab: as for `batch.collate`. The result is on the device of the teacher's head.
     """
-    rows = [_up_to_last(p) for p in picked]
-    places = {id(row): p.places for row, p in zip(rows, picked, strict=True)}
+    rows = [_up_to_last(p) for p in sampled]
+    # By identity: cut_micro_batches brings the rows into another order.
+    indices = {id(row): p.indices for row, p in zip(rows, sampled, strict=True)}
     device, batches, lengths = teacher.weight.device, [], []
     for group in cut_micro_batches(rows, tokens_budget):
         batch = collate(group, HIDDEN, student_vocab)
         index, start = [], 0
         for row in group:
-            mine = places[id(row)] - (len(row.response_ids) - row.num_targets)
+            mine = indices[id(row)] - (len(row.response_ids) - row.num_targets)
             index.append(torch.from_numpy(start + mine))
             lengths.append(len(mine))
             start += row.num_targets
@@ -197,15 +203,15 @@ def _as_signal(batch: MicroBatch, signal: Signal, partition: Partition | None) -
     return replace(batch, partition=partition, teacher_hidden=None)
 
 
-def _up_to_last(picked: Picked) -> Row:
-    """The row without what follows its last sampled token."""
-    row, end = picked.row, int(picked.places[-1]) + 1
+def _up_to_last(positions: RowPositions) -> Row:
+    """Cut the row after its last sampled token; later tokens cannot change what is measured."""
+    row, end = positions.row, int(positions.indices[-1]) + 1
     assert row.hidden is not None, "positions are sampled from rows with hidden states"
     return replace(row, response_ids=row.response_ids[:end], hidden=row.hidden[:end])
 
 
 def _tokens_of(batch: MicroBatch, index: Tensor) -> MicroBatch:
-    """The micro-batch with only some of its tokens bearing loss, each of weight 1."""
+    """Keep the loss of the tokens at ``index`` only, each with weight 1."""
     assert batch.teacher_hidden is not None
     return replace(
         batch,
@@ -218,18 +224,18 @@ def _tokens_of(batch: MicroBatch, index: Tensor) -> MicroBatch:
 
 
 def _together(batches: Sequence[MicroBatch]) -> MicroBatch:
-    """The tokens of all micro-batches as one, without inputs."""
+    """Join the tokens of all micro-batches into one, without inputs."""
     columns = {
         name: torch.cat([getattr(batch, name) for batch in batches])
         for name in ("targets", "weights", "teacher_hidden")
     }
-    none = torch.zeros(0, dtype=torch.long)
+    empty = torch.zeros(0, dtype=torch.long)
     count = len(columns["targets"])
     return replace(
         batches[0],
-        input_ids=none,
-        position_ids=none,
-        logit_index=none,
+        input_ids=empty,
+        position_ids=empty,
+        logit_index=empty,
         num_tokens=count,
         **columns,
     )
