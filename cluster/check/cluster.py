@@ -1,6 +1,6 @@
-"""The part of the check that needs the cluster's answer: room for the run, shared paths, engine.
+"""Check a run against the connected cluster: resources, shared paths, engine arguments.
 
-Runs after ``connect``. What an autoscaler could still add counts as there.
+Nodes that an autoscaler can still add count as if they were there.
 """
 
 import ast
@@ -25,7 +25,7 @@ NODE_GROUP_LABEL = "ray.io/node-group"
 
 @dataclass(frozen=True)
 class NodeGroup:
-    """A kind of node that an autoscaler may add, and how many of it at most."""
+    """A node type of an autoscaler, and the most nodes that it may have of it."""
 
     name: str
     resources: requests.Resources
@@ -34,29 +34,29 @@ class NodeGroup:
 
 
 def check_cluster(config: RunConfig, tell: Callable[[str], None] | None = None) -> list[Problem]:
-    """Everything the connected cluster says against the run, all at once.
+    """All problems of the run on the connected cluster.
 
-    ``tell`` is given one line: what is asked for beside what there is.
+    ``tell`` is called with one line: the resources that the run requests, and those available.
     """
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    here = [Node(dict(node["Resources"]), node.get("Labels") or {}) for node in alive]
+    running = [Node(dict(node["Resources"]), node.get("Labels") or {}) for node in alive]
     groups = autoscaler_groups(ray.get_runtime_context().gcs_address)
     growth = reachable_nodes(alive, groups, config) if groups is not None else []
-    nodes = [*here, *growth]
+    nodes = [*running, *growth]
     if tell is not None:
         tell(what_is_asked(config, nodes))
-    grows_out_of_sight = groups is None and _scales_out_of_sight(alive)
+    grows_unseen = groups is None and _grows_unseen(alive)
     problems: list[Problem] = []
-    if not grows_out_of_sight:
+    if not grows_unseen:  # Else more may come than is known here, so that anything may fit.
         problems = requests.require(config, requests.add_up(node.resources for node in nodes))
         if not problems:
             problems = require_nodes(config, nodes)
     machines = {node["NodeManagerAddress"] for node in alive}
     problems += check_paths(config, num_machines=len(machines) + len(growth))
     has_gpus = any(node.resources.get("GPU", 0) > 0 for node in nodes)
-    if not has_gpus_now(here) and (has_gpus or grows_out_of_sight):
+    if not has_gpus_now(running) and (has_gpus or grows_unseen):
         problems += check_gpus_are_said(config)
     if groups is not None:
         problems += check_parallel(config, has_gpus)
@@ -66,38 +66,39 @@ def check_cluster(config: RunConfig, tell: Callable[[str], None] | None = None) 
 
 
 def has_gpus_now(nodes: Sequence[Node]) -> bool:
-    """Whether a GPU is there already."""
+    """Whether any of the nodes has a GPU."""
     return any(node.resources.get("GPU", 0) > 0 for node in nodes)
 
 
 def check_gpus_are_said(config: RunConfig) -> list[Problem]:
-    """Where GPUs may come only when they are asked for, the run file must ask.
+    """On a cluster that starts GPU nodes only on request, the run file must set the GPUs.
 
-    By default a run takes GPUs if the cluster has some when it starts; here it has none yet, and
-    would go on without.
+    By default a run uses GPUs if the cluster has any when it starts. Here it has none yet, and the
+    run would go on without.
     """
-    unsaid = []
+    unset = []
     teacher, training = config.teacher, config.training
     if teacher.gpus_per_replica is None and teacher.engine == "vllm":
         ranks = teacher.tensor_parallel_size * teacher.pipeline_parallel_size
-        unsaid.append(("teacher.gpus_per_replica", ranks))
+        unset.append(("teacher.gpus_per_replica", ranks))
     if training.gpus_per_worker is None:
-        unsaid.append(("training.gpus_per_worker", 1))
+        unset.append(("training.gpus_per_worker", 1))
     return [
         Problem(
             where,
-            "is unset, and the cluster has no GPU now but may grow to some, which only start when "
-            f"they are asked for; set it to {number}, or to 0 for CPUs",
+            "is unset, and the cluster has no GPU now but may add some, which only start when they "
+            f"are asked for; set it to {number}, or to 0 for CPUs",
         )
-        for where, number in unsaid
+        for where, number in unset
     ]
 
 
 def autoscaler_groups(gcs_address: str) -> list[NodeGroup] | None:
-    """What the cluster's autoscaler may add; [] without one, None where it cannot be known here.
+    """The node types of the cluster's autoscaler: [] without one, None if unknown on this machine.
 
-    Ray keeps no list of node types in the cluster itself. On the head node, where ``ray up`` and
-    submitted jobs run their drivers, the autoscaler's process names its configuration file.
+    Ray keeps no list of node types in the cluster itself. On the head node, where the drivers of
+    ``ray up`` and of submitted jobs run, the command line of the autoscaler's process has the path
+    of its configuration file.
     """
     monitors = [
         command
@@ -125,12 +126,12 @@ def autoscaler_groups(gcs_address: str) -> list[NodeGroup] | None:
 def reachable_nodes(
     alive: Sequence[dict[str, Any]], groups: Sequence[NodeGroup], config: RunConfig
 ) -> list[Node]:
-    """Nodes the autoscaler may still add that the run could have a use for."""
+    """Nodes that the autoscaler can still add, of each type at most as many as the run can use."""
     useful = sum(len(r.bundles) for r in requests.requests(config, has_gpus=True))
-    running = Counter(node.get("Labels", {}).get(NODE_GROUP_LABEL) for node in alive)
+    counts = Counter(node.get("Labels", {}).get(NODE_GROUP_LABEL) for node in alive)
     nodes: list[Node] = []
     for group in groups:
-        more = min(useful, max(0, group.max_count - running[group.name]))
+        more = min(useful, max(0, group.max_count - counts[group.name]))
         nodes += [Node(dict(group.resources), group.labels, is_here=False)] * more
     return nodes
 
@@ -140,19 +141,22 @@ def _own(group: str) -> dict[str, str]:
     return {NODE_GROUP_LABEL: group}
 
 
-def _scales_out_of_sight(alive: Sequence[dict[str, Any]]) -> bool:
-    """Whether nodes are of autoscaled groups, while their bounds are on another machine."""
+def _grows_unseen(alive: Sequence[dict[str, Any]]) -> bool:
+    """Whether nodes belong to an autoscaler's types, whose limits only the head node knows."""
     return any(NODE_GROUP_LABEL in node.get("Labels", {}) for node in alive)
 
 
 def _commands_on_this_machine() -> Iterator[list[str]]:
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # A process that has ended meanwhile.
             yield (folder / "cmdline").read_text(errors="replace").split("\0")
 
 
 def check_paths(config: RunConfig, num_machines: int) -> list[Problem]:
-    """On several machines a local path is another folder on each, unless said otherwise."""
+    """On several machines, local paths need ``cluster.shared_filesystem``.
+
+    Otherwise the path is another folder on each of them.
+    """
     if num_machines <= 1 or config.cluster.shared_filesystem:
         return []
     remedy = (
@@ -187,7 +191,7 @@ def check_paths(config: RunConfig, num_machines: int) -> list[Problem]:
 
 
 def check_engine_args(config: RunConfig) -> list[Problem]:
-    """Names in ``teacher.engine_args`` that this vLLM does not know."""
+    """Does vLLM know all names in ``teacher.engine_args``?"""
     wanted = config.teacher.engine_args
     if not wanted or config.teacher.engine != "vllm":
         return []
@@ -209,7 +213,7 @@ def check_engine_args(config: RunConfig) -> list[Problem]:
 
 
 def check_parallel(config: RunConfig, has_gpus: bool) -> list[Problem]:
-    """A teacher spread over GPUs needs GPUs: on CPUs one process holds a replica."""
+    """A parallel teacher needs GPUs: on CPUs a replica is one process."""
     teacher = config.teacher
     ranks = teacher.tensor_parallel_size * teacher.pipeline_parallel_size
     if ranks == 1 or has_gpus or teacher.engine != "vllm":
@@ -226,24 +230,24 @@ def check_parallel(config: RunConfig, has_gpus: bool) -> list[Problem]:
 
 
 def check_gpu_shares(config: RunConfig) -> list[Problem]:
-    """Shares of a GPU that Ray or NCCL would refuse when the workers start."""
+    """Is ``gpus_per_worker`` a share that Ray and NCCL accept when the workers start?"""
     gpus, workers = config.training.gpus_per_worker or 0.0, config.training.max_workers
     if gpus > 1 and gpus != int(gpus):
-        wish = "; expected whole GPUs, or a share of one below 1"
+        expected = "; expected whole GPUs, or a share of one below 1"
     elif 0 < gpus < 1 and workers > 1:
-        wish = (
+        expected = (
             f" with {workers} workers, and NCCL refuses two ranks on one GPU; set "
             "training.num_workers: 1, or gpus_per_worker: 1"
         )
     else:
         return []
-    return [Problem("training.gpus_per_worker", f"is {gpus:g}{wish}")]
+    return [Problem("training.gpus_per_worker", f"is {gpus:g}{expected}")]
 
 
 def engine_arg_names() -> set[str]:
-    """Fields of vLLM's engine arguments, read from its source: importing vLLM takes 20 s.
+    """Names of vLLM's engine arguments; empty if vLLM is not installed.
 
-    Empty where vLLM is not installed.
+    They are read from its source code, because importing vLLM takes 20 s.
     """
     spec = importlib.util.find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
@@ -261,7 +265,7 @@ def engine_arg_names() -> set[str]:
 
 
 def _ask_a_node() -> set[str]:
-    """The same from a node of the cluster, for a driver whose machine has no vLLM."""
+    """:func:`engine_arg_names` on a node of the cluster, for a driver's machine without vLLM."""
     import ray
 
     task = ray.remote(num_cpus=0.01)(engine_arg_names)

@@ -1,8 +1,10 @@
-"""The static check of teacher and student: do they fit the run and each other?
+"""Check that teacher and student fit the run file and each other, before anything is started.
 
-Reads configuration and tokenizer files only: no weights, no torch, no transformers.
+Reads configuration files, tokenizers and the headers of weight files: no weights, no torch, no
+transformers.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,13 +21,13 @@ NAMED_TOKENS = ("bos", "eos", "pad")
 
 
 def check_teacher(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
-    """The teacher's context, vocabulary, stop ids and weights against the run file."""
+    """Do the teacher's context, vocabulary, stop ids and weights fit the run file?"""
     settings = config.teacher
-    limit, wanted = teacher.context_tokens, settings.max_model_len
-    if limit is not None and wanted is not None and wanted > limit:
+    limit, context = teacher.context_tokens, settings.max_model_len
+    if limit is not None and context is not None and context > limit:
         yield Problem(
             "teacher.max_model_len",
-            f"is {wanted}, but {teacher.name} takes at most {limit} tokens; set it to {limit} or "
+            f"is {context}, but {teacher.name} takes at most {limit} tokens; set it to {limit} or "
             "less",
         )
     vocabulary = teacher.vocab_size
@@ -56,7 +58,10 @@ def check_teacher(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
 
 
 def check_student(config: RunConfig, teacher: ModelFolder, student: ModelFolder) -> list[Problem]:
-    """The student against the teacher; they are one model with ``init: from_teacher``."""
+    """Does the student fit the teacher, and can this version train it?
+
+    With ``init: from_teacher`` both are the same folder.
+    """
     if config.student.init == "from_teacher":
         problems = list(_check_layers(config, teacher))
         where = "student.init"
@@ -77,18 +82,21 @@ def check_student(config: RunConfig, teacher: ModelFolder, student: ModelFolder)
 
 
 def check_tokenizers(teacher: ModelFolder, student: ModelFolder) -> list[Problem]:
-    """Both must mean the same by every id that both name, since the stream carries ids only."""
+    """An id must be the same token for both, because the stream carries ids only.
+
+    Either may have tokens that the other lacks.
+    """
     if _same_file(teacher.path / "tokenizer.json", student.path / "tokenizer.json"):
         return []
     try:
-        theirs, ours = vocabulary_of(teacher), vocabulary_of(student)
+        of_teacher, of_student = vocabulary_of(teacher), vocabulary_of(student)
     except ConfigError as error:
         return error.problems
-    names = {index: token for token, index in ours.items()}
+    names = {index: token for token, index in of_student.items()}
     differing = [
         (token, index)
-        for token, index in theirs.items()
-        if names.get(index, token) != token or ours.get(token, index) != index
+        for token, index in of_teacher.items()
+        if names.get(index, token) != token or of_student.get(token, index) != index
     ]
     problems = []
     if differing:
@@ -97,12 +105,12 @@ def check_tokenizers(teacher: ModelFolder, student: ModelFolder) -> list[Problem
             Problem(
                 "student.model",
                 f"{student.name} has another tokenizer than {teacher.name}: {len(differing)} of "
-                f"{len(theirs)} ids differ (id {index} is {token!r} for the teacher and "
+                f"{len(of_teacher)} ids differ (id {index} is {token!r} for the teacher and "
                 f"{names.get(index)!r} for the student); choose a student with the teacher's "
                 "tokenizer, or init: from_teacher",
             )
         )
-    size, needed = student.vocab_size, max(theirs.values(), default=-1) + 1
+    size, needed = student.vocab_size, max(of_teacher.values(), default=-1) + 1
     if size is not None and size < needed and not problems:
         message = f"{student.name} has {size} ids, but the teacher's tokenizer names {needed}"
         problems.append(Problem("student.model", message + "; choose a student that has them all"))
@@ -110,12 +118,12 @@ def check_tokenizers(teacher: ModelFolder, student: ModelFolder) -> list[Problem
 
 
 def tokenizer_notices(teacher: ModelFolder, student: ModelFolder) -> Iterator[str]:
-    """What differs and does no harm, since ``student/`` gets the teacher's."""
-    mine, theirs = read_settings(student.path), read_settings(teacher.path)
+    """Named tokens that differ, which does no harm: the exported student gets the teacher's."""
+    of_student, of_teacher = read_settings(student.path), read_settings(teacher.path)
     for name in NAMED_TOKENS:
-        ours, asked = mine.get(f"{name}_token"), theirs.get(f"{name}_token")
-        if ours != asked:
-            yield f"the student's {name} token is {ours!r}, the teacher's {asked!r} is used"
+        own, used = of_student.get(f"{name}_token"), of_teacher.get(f"{name}_token")
+        if own != used:
+            yield f"the student's {name} token is {own!r}, the teacher's {used!r} is used"
 
 
 def vocabulary_of(model: ModelFolder) -> dict[str, int]:
@@ -125,7 +133,15 @@ def vocabulary_of(model: ModelFolder) -> dict[str, int]:
 
 
 def count_parameters(model: ModelFolder, layers: list[int] | None = None) -> int | None:
-    """Parameters by the safetensors headers, of some layers only if given; None if unknown."""
+    """Number of parameters by the safetensors headers; None if it cannot be known.
+
+    ``layers``: count only these layers, and what is outside of layers. Where the files are still to
+    be downloaded, their total size tells the number.
+
+    The headers are read by ``read_header`` and not by ``safetensors.safe_open``, which refuses a
+    file with a data type of a newer version, nor by ``huggingface_hub``, whose import takes a third
+    of a second.
+    """
     files = sorted(model.path.glob("*.safetensors"))
     if not files:
         index = read_object(model.path / "model.safetensors.index.json")
@@ -135,21 +151,20 @@ def count_parameters(model: ModelFolder, layers: list[int] | None = None) -> int
             return None
         kept = 1.0 if layers is None else len(layers) / max(1, model.num_layers or len(layers))
         return round(total / width * kept)
-    total, wanted = 0, None if layers is None else set(layers)
+    total = 0
     for file in files:
         for name, entry in read_header(file).items():
             layer = name.partition("layers.")[2].partition(".")[0]
-            if wanted is not None and layer.isdigit() and int(layer) not in wanted:
-                continue
-            size = 1
-            for extent in entry["shape"]:
-                size *= extent
-            total += size
+            if layers is None or not layer.isdigit() or int(layer) in layers:
+                total += math.prod(entry["shape"])
     return total
 
 
 def _check_hidden(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
-    """With ``signal.kind: hidden``: are there states, and a head at the student to give them to?"""
+    """With ``signal.kind: hidden``: does the teacher have hidden states and a readable output head?
+
+    The student computes the teacher's logits from both.
+    """
     if config.signal.kind != "hidden":
         return
     if config.teacher.engine == "synthetic":
@@ -162,7 +177,7 @@ def _check_hidden(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
     try:
         size = hidden_size(teacher.config)
         logit_transform(teacher.config)
-        if not stored_tensors(teacher.path):  # Still to be fetched, or missed elsewhere.
+        if not stored_tensors(teacher.path):  # To be downloaded, or a problem of another check.
             return
         weight = find_head(teacher).weight
     except ValueError as error:
@@ -174,15 +189,15 @@ def _check_hidden(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
             "teacher.model",
             f"{teacher.name} has an output head ({weight.name}) of {list(weight.shape)}, but by "
             f"its config.json it would have {list(expected)} (ids, hidden size), so the student "
-            "could not rebuild its logits; mend config.json, or set signal.kind: topk",
+            "could not compute its logits; correct config.json, or set signal.kind: topk",
         )
 
 
 def _check_top_k(config: RunConfig, vocabulary: int) -> Iterator[Problem]:
-    asked = {"evaluation.top_k": config.evaluation.top_k if config.evaluation.enabled else 0}
+    settings = {"evaluation.top_k": config.evaluation.top_k if config.evaluation.enabled else 0}
     if config.signal.kind == "topk":
-        asked["signal.top_k"] = config.signal.top_k
-    for where, top_k in asked.items():
+        settings["signal.top_k"] = config.signal.top_k
+    for where, top_k in settings.items():
         if top_k > vocabulary:
             yield Problem(
                 where,

@@ -1,7 +1,4 @@
-"""The static check of the run folder: can it be written, is it this run's, is there space?
-
-Will what a run writes fit: the run folder on its disk, the teacher's answers on the store's.
-"""
+"""Check the run folder and the teacher store: writable, of this run, and with enough free space."""
 
 import os
 import shutil
@@ -31,36 +28,46 @@ from raystill.datasets.rows.signal import signal_of
 from raystill.model.files import ModelFolder
 
 REMOTE_WAIT_S = 4.0
+"""Longest wait for an object store: the whole check has five seconds."""
+ADAMW_BYTES = {"float32": 12, "float64": 24}  # of a parameter and its two moments
+EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SIGNAL_BYTES = 8  # of an id and a logprob
+HIDDEN_BYTES = 2  # of a component of a state; noise in its low bits hardly compresses
+STORED_TOKEN_BYTES = 6.1  # of an id and a logprob, compressed; see benchmarks/results/store.json
+ESTIMATED = (CHECKPOINTS, STUDENT, HELD_OUT)
+"""What of the run folder ``space_needed`` counts."""
 WRITE_TEST = ".raystill-write-test"
 
 
 def check_output(
     config: RunConfig, folder: RunFolder, compare: bool = True
 ) -> tuple[list[Problem], list[str]]:
-    """Problems with the run folder, and notices; writes nothing that stays.
+    """Problems and notices of the run folder. Leaves nothing behind in it.
 
-    ``compare``: whether ``config`` is whole, so that it can be held against an earlier run's.
+    ``compare``: whether ``config`` can be compared with that of an earlier run; it cannot if parts
+    of it are stand-ins.
     """
     if folder.is_local:
         problem = why_not_writable(Path(folder.path), "output.path")
         if problem is not None:
             return [Problem("output.path", problem)], []
         return check_earlier_run(config, folder) if compare else [], []
-    outcome: list[list[Problem]] = []
+    results: list[list[Problem]] = []
+    # A daemon thread, since some object stores retry for minutes and cannot be interrupted.
     thread = threading.Thread(
-        target=lambda: outcome.append(_check_remote(config, folder, compare)),
+        target=lambda: results.append(_check_remote(config, folder, compare)),
         name="output",
         daemon=True,
     )
     thread.start()
     thread.join(REMOTE_WAIT_S)
-    if not outcome:
+    if not results:
         return [], [f"output.path: {folder.path} did not answer in {REMOTE_WAIT_S:.0f} s"]
-    return outcome[0], []
+    return results[0], []
 
 
 def check_store(path: str) -> list[Problem]:
-    """Can the teacher store be written? One on an object store is tried when it is first used."""
+    """Can the teacher store be written? An object store is first tried when it is used."""
     problem = why_not_writable(Path(path), "store.path") if "://" not in path else None
     return [Problem("store.path", problem)] if problem is not None else []
 
@@ -83,15 +90,16 @@ def why_not_writable(path: Path, setting: str) -> str | None:
 
 
 def check_earlier_run(config: RunConfig, folder: RunFolder) -> list[Problem]:
-    """An existing folder must be of this very run."""
+    """A folder that exists must be empty or of this run."""
     names = folder.names()
     if CONFIG not in names:
-        strange = [n for n in names if n not in TOP_LEVEL_NAMES and not n.startswith(".")]
-        if not strange:
+        foreign = [n for n in names if n not in TOP_LEVEL_NAMES and not n.startswith(".")]
+        if not foreign:
             return []
-        listed = ", ".join(strange[:5]) + (", ..." if len(strange) > 5 else "")
+        listed = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
         message = f"{folder.path} is no run folder, but has {listed}; name a new or empty folder"
         return [Problem("output.path", message)]
+    # Leniently: an earlier version may have had fields that this one does not know.
     earlier = validate_leniently(parse_yaml(folder.read_text(CONFIG)) or {}, []).config
     if earlier is None:
         message = f"{folder.path}/{CONFIG} cannot be read by this version; set another output.path"
@@ -100,8 +108,8 @@ def check_earlier_run(config: RunConfig, folder: RunFolder) -> list[Problem]:
     was, now = earlier.training.epochs, config.training.epochs
     if now < was or (now > was and config.training.schedule != "constant"):
         differences.append(
-            f"training.epochs was {was}, is {now}: they may only grow, and with training.schedule: "
-            "constant, since the others end with the epochs"
+            f"training.epochs was {was}, is {now}: it may only grow, and only with "
+            "training.schedule: constant, because every other schedule depends on it"
         )
     if not differences:
         return []
@@ -116,9 +124,10 @@ def check_earlier_run(config: RunConfig, folder: RunFolder) -> list[Problem]:
 
 
 def check_same_prompts(folder: RunFolder, train: pa.Table, setting: str) -> list[Problem]:
-    """A resumed run must find the rows it began with: its ledger counts them by number.
+    """A resumed run needs the rows that it began with, since its ledger counts them by number.
 
-    ``setting`` names the prompts' files. Where all rows are there, the date in them may be another.
+    ``setting`` is the key of the prompts' files. If the rows have the same sources as before, only
+    a date in the prompts may differ, and the message says how to set it.
     """
     if not folder.exists(TRAIN_PROMPTS):
         return []
@@ -142,7 +151,7 @@ def check_same_prompts(folder: RunFolder, train: pa.Table, setting: str) -> list
 
 
 def _day_of(folder: RunFolder, name: str) -> str:
-    """The day, here, on which a file of the run was last written."""
+    """The local day on which a file of the run was last written."""
     written = folder.filesystem().get_file_info(f"{folder.root}/{name}").mtime
     return "an unknown day" if written is None else f"{written.astimezone():%Y-%m-%d}"
 
@@ -152,22 +161,16 @@ def _check_remote(config: RunConfig, folder: RunFolder, compare: bool) -> list[P
         folder.write_bytes(WRITE_TEST, b"")
         folder.filesystem().delete_file(f"{folder.root}/{WRITE_TEST}")
         return check_earlier_run(config, folder) if compare else []
-    except Exception as error:  # every object store has its own
+    except Exception as error:  # Every object store has its own errors.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         message = f"{folder.path} cannot be written ({reason}); check the name and your credentials"
         return [Problem("output.path", message)]
 
 
-ADAMW_BYTES = {"float32": 12, "float64": 24}  # a parameter and its two moments
-EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-SIGNAL_BYTES = 8  # an id and a logprob
-HIDDEN_BYTES = 2  # of a component of a state; noise in its low bits hardly compresses
-STORED_TOKEN_BYTES = 6.1  # the same compressed, as benchmarks/results/store.json has it
-ESTIMATED = (CHECKPOINTS, STUDENT, HELD_OUT)  # what of the run folder space_needed counts
-
-
 def space_needed(config: RunConfig, student: ModelFolder, tables: PromptTables) -> int | None:
-    """Bytes the run folder will take: checkpoints (one more while writing), export, held-out."""
+    """Bytes of checkpoints, exported student and held-out answers; None if the number of
+    parameters is unknown.
+    """
     kept = None
     if config.student.init == "from_teacher":
         kept = config.student.kept_layers(student.num_layers or 0)
@@ -175,6 +178,7 @@ def space_needed(config: RunConfig, student: ModelFolder, tables: PromptTables) 
     if parameters is None:
         return None
     training = config.training
+    # One more than are kept: the newest is written before the oldest is removed.
     checkpoints = (training.num_checkpoints_to_keep + 1) * ADAMW_BYTES[training.param_dtype]
     tokens = tables.response_tokens("held_out", config.teacher.sampling.max_tokens)
     held_out = tokens * config.evaluation.top_k * SIGNAL_BYTES
@@ -182,7 +186,7 @@ def space_needed(config: RunConfig, student: ModelFolder, tables: PromptTables) 
 
 
 def check_space(folder: RunFolder, needed_bytes: int | None) -> list[Problem]:
-    """Is there room for what the run has yet to write? Object stores are taken to have it."""
+    """Is there space for what the run has yet to write? An object store always has it."""
     free = free_bytes(folder)
     if needed_bytes is None or free is None:
         return []
@@ -202,7 +206,10 @@ def check_space(folder: RunFolder, needed_bytes: int | None) -> list[Problem]:
 def store_space_notices(
     config: RunConfig, store_path: str, tables: PromptTables, teacher: ModelFolder
 ) -> Iterator[str]:
-    """Where the store's disk might fill: if no answer is stored yet and all are of full length."""
+    """A notice if the store's disk is too small for the most that the answers can take.
+
+    That is: no answer is stored yet, and all are ``max_tokens`` long.
+    """
     train, held_out = (
         tables.response_tokens(name, config.teacher.sampling.max_tokens)
         for name in ("train", "held_out")
@@ -218,11 +225,11 @@ def store_space_notices(
 
 
 def _stored_token_bytes(config: RunConfig, teacher: ModelFolder) -> float:
-    """Bytes a response token of a training row takes in the store."""
+    """Bytes in the store of one response token of a training row."""
     if config.signal.kind == "topk":
         return STORED_TOKEN_BYTES * (1 + config.signal.top_k)
     if config.signal.kind == "hidden":
-        with suppress(ValueError):  # Which another check reports.
+        with suppress(ValueError):  # Another check reports it.
             return (
                 STORED_TOKEN_BYTES + HIDDEN_BYTES * signal_of(config.signal, teacher.config).width
             )
@@ -231,16 +238,16 @@ def _stored_token_bytes(config: RunConfig, teacher: ModelFolder) -> float:
 
 def _file_bytes(path: Path) -> int:
     """Size of a file, or of all files below a folder; 0 where there is none."""
-    found = 0
+    size = 0
     below = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
     for file in below if path.is_dir() else [path]:
-        with suppress(OSError):  # A checkpoint that is removed meanwhile.
-            found += os.lstat(file).st_size
-    return found
+        with suppress(OSError):  # A checkpoint may be removed meanwhile.
+            size += os.lstat(file).st_size
+    return size
 
 
 def free_bytes(folder: RunFolder) -> int | None:
-    """Room on the disk where a folder is or will be; None for an object store."""
+    """Free bytes of the disk where the folder is or will be; None for an object store."""
     if not folder.is_local:
         return None
     existing = Path(folder.path)

@@ -1,4 +1,4 @@
-"""A checked run, ready to be started: its rows, its models, what it will need."""
+"""A run that passed the static check: its rows, its models, and what it will need."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -17,10 +17,11 @@ from raystill.model.files import ModelFolder, fetch_model
 
 @dataclass(frozen=True)
 class Stored:
-    """Rows that the store has as they are wished, and others that the teacher need not answer.
+    """Numbers of rows that the teacher need not answer, because their answers are there already.
 
-    ``given``: came with their response, of which no signal is wished. ``to_score``: have an answer,
-    stored or given, whose signal is wanted. ``covers_all``: no row needs the teacher.
+    ``train_rows`` and ``held_out_rows``: the store has an answer with the signal of the run.
+    ``given``: a response is given, and the run needs no signal of it. ``to_score``: an answer is
+    stored or given, but its signal is still to be asked. ``covers_all``: no row needs the teacher.
     """
 
     train_rows: int
@@ -32,10 +33,11 @@ class Stored:
 
 @dataclass
 class Prepared:
-    """A run that passed the check: its rows, its folders, and what it will need.
+    """A run that passed the static check.
 
-    The tables' keys name the teacher by its weights, which ``check`` has no time to read; so
-    ``teacher_identity``, ``sampling``, ``train`` and ``held_out`` are made when first asked for.
+    The keys of its rows contain a hash of the teacher's weights, which ``check`` has no time to
+    read. So ``teacher_identity``, ``train``, ``held_out`` and ``stored`` are made when they are
+    first used.
     """
 
     config: RunConfig
@@ -53,7 +55,7 @@ class Prepared:
 
     @property
     def num_held_out_rows(self) -> int:
-        """Rows that evaluation measures."""
+        """Rows on which the student is evaluated."""
         return self.tables.held_out.num_rows
 
     @property
@@ -63,7 +65,7 @@ class Prepared:
 
     @property
     def duplicates(self) -> int:
-        """Prompts equal to an earlier one, or to a held-out one."""
+        """Prompts that are equal to an earlier or to a held-out one."""
         return self.tables.duplicates
 
     @property
@@ -79,15 +81,16 @@ class Prepared:
         return str(self.student.path)
 
     def fetch_models(self) -> None:
-        """Download the weights that are not here yet. Raises RunError."""
+        """Download the weights that are not on this machine yet. Raises RunError."""
         fetch_model(self.config.teacher.model, self.config.teacher.revision)
         if self.config.student.model is not None:
             fetch_model(self.config.student.model, self.config.student.revision)
 
     @cached_property
     def teacher_identity(self) -> str:
-        """sha256 over the teacher's weights, configuration and tokenizer (of its settings, where
-        the engine is synthetic).
+        """sha256 over the teacher's weights, configuration and tokenizer.
+
+        With the synthetic engine it is over the engine's settings.
         """
         from raystill.model.identity import identity_of_teacher
 
@@ -95,14 +98,14 @@ class Prepared:
 
     @cached_property
     def sampling(self) -> dict[str, Any]:
-        """The sampling settings with the model's own defaults filled in."""
+        """The sampling settings, with the model's own defaults where the run file has none."""
         from raystill.model.sampling import resolve_sampling
 
         return asdict(resolve_sampling(self.config.teacher, self.teacher_folder))
 
     @cached_property
     def signal(self) -> Signal:
-        """What is wished of each response token of the training rows."""
+        """The signal of the training rows."""
         return signal_of(self.config.signal, self.teacher.config)
 
     @cached_property
@@ -119,26 +122,31 @@ class Prepared:
 
     @cached_property
     def stored(self) -> Stored:
-        """What the teacher store, or the prompts themselves, have of this run's rows."""
+        """How many rows have an answer in the teacher store, or in the prompt files themselves."""
         catalogue = TeacherStore(self.store_path).catalogue()
-        told, free, to_score = [], 0, 0
-        for table, wish in (
+        num_served, num_given, num_to_score = [], 0, 0
+        for table, wanted in (
             (self.train, self.signal),
             (self.held_out, Signal("topk", self.config.evaluation.top_k)),
         ):
-            view = catalogue.ordered_for(wish)
+            view = catalogue.ordered_for(wanted)
             where = view.locate(table["key"].combine_chunks())
-            serves = [entry.footer.origin.signal.serves(wish) for entry in view.entries]
-            held, served = where >= 0, np.zeros(len(where), bool)
-            served[held] = np.array(serves, bool)[view.segment[where[held]]]
-            given = table["response_ids"].is_valid().to_numpy() & ~served
-            told.append(int(served.sum()))
-            if wish.kind == "text":
-                free += int(given.sum())
+            serves = [entry.footer.origin.signal.serves(wanted) for entry in view.entries]
+            is_stored, is_served = where >= 0, np.zeros(len(where), bool)
+            is_served[is_stored] = np.array(serves, bool)[view.segment[where[is_stored]]]
+            is_given = table["response_ids"].is_valid().to_numpy() & ~is_served
+            num_served.append(int(is_served.sum()))
+            if wanted.kind == "text":
+                num_given += int(is_given.sum())
             else:
-                to_score += int(((held & ~served) | given).sum())
-        every = self.num_train_rows + self.num_held_out_rows
-        return Stored(told[0], told[1], free, to_score, covers_all=sum(told) + free == every)
+                num_to_score += int(((is_stored & ~is_served) | is_given).sum())
+        return Stored(
+            train_rows=num_served[0],
+            held_out_rows=num_served[1],
+            given=num_given,
+            to_score=num_to_score,
+            covers_all=sum(num_served) + num_given == self.num_train_rows + self.num_held_out_rows,
+        )
 
     @property
     def train(self) -> pa.Table:
@@ -151,18 +159,18 @@ class Prepared:
         return self.keyed.held_out
 
     def describe_stored(self) -> str:
-        """What will not be asked again, for a person."""
-        held = self.stored
-        said = (
-            f"teacher store: {self.store_path} has {held.train_rows} of {self.num_train_rows} rows "
-            f"to train on, {held.held_out_rows} of {self.num_held_out_rows} held out"
+        """A line on the rows that are answered already, for a person."""
+        stored = self.stored
+        line = (
+            f"teacher store: {self.store_path} has {stored.train_rows} of {self.num_train_rows} "
+            f"rows to train on, {stored.held_out_rows} of {self.num_held_out_rows} held out"
         )
-        if held.given:
-            said += f"; {held.given} came with their response"
-        return said + (f"; {held.to_score} answers are to be scored" if held.to_score else "")
+        if stored.given:
+            line += f"; {stored.given} came with their response"
+        return line + (f"; {stored.to_score} answers are to be scored" if stored.to_score else "")
 
     def describe(self) -> str:
-        """What the run will do, for a person."""
+        """Rows, steps, what is left out, and all notices, for a person."""
         per_step = self.config.training.rows_per_step
         steps = -(-self.num_train_rows // per_step)
         lines = [
@@ -181,7 +189,7 @@ class Prepared:
         return "\n".join(lines + [f"note: {notice}" for notice in self.notices])
 
     def _describe_sources(self) -> list[str]:
-        """Where there are several sources: a line for each."""
+        """A line for each source, if there are several."""
         sources = self.config.prompts.sources or ()
         if len(sources) < 2:
             return []

@@ -51,10 +51,10 @@ def prepared(*changes: dict[str, dict[str, Any]]) -> Prepared:
 
 def publish(run: Prepared, table: pa.Table, signal: Signal) -> None:
     """Empty answers to those rows."""
-    told = {"key": table["key"], "finish_reason": pa.array(["stop"] * len(table))}
+    filled = {"key": table["key"], "finish_reason": pa.array(["stop"] * len(table))}
     schema = segment_schema(signal)
     columns = [
-        told[field.name] if field.name in told else pa.array([[]] * len(table), field.type)
+        filled[field.name] if field.name in filled else pa.array([[]] * len(table), field.type)
         for field in schema
     ]
     rows = pa.table(columns, schema=schema)
@@ -62,39 +62,39 @@ def publish(run: Prepared, table: pa.Table, signal: Signal) -> None:
     TeacherStore(run.store_path).publish(origin, Provenance("another", "training"), rows)
 
 
-def found(run: Prepared) -> tuple[int, int, int, bool]:
-    told = run.stored
-    return told.train_rows, told.held_out_rows, told.to_score, told.covers_all
+def counts(run: Prepared) -> tuple[int, int, int, bool]:
+    stored = run.stored
+    return stored.train_rows, stored.held_out_rows, stored.to_score, stored.covers_all
 
 
 def test_a_poorer_answer_is_counted_as_one_to_score_and_needs_the_teacher() -> None:
     run = prepared()
-    assert found(run) == (0, 0, 0, False)
+    assert counts(run) == (0, 0, 0, False)
     publish(run, run.train, Signal("text"))
     publish(run, run.held_out, Signal("topk", HELD_OUT_K))
     run = prepared()
-    assert found(run) == (0, 4, 8, False)
+    assert counts(run) == (0, 4, 8, False)
     assert (
         "has 0 of 8 rows to train on, 4 of 4 held out; 8 answers are to be scored"
         in run.describe_stored()
     )
-    assert found(prepared(TEXT)) == (8, 4, 0, True)
+    assert counts(prepared(TEXT)) == (8, 4, 0, True)
     publish(run, run.train.slice(0, 6), Signal("topk", 9))
     publish(run, run.train.slice(6), Signal("hidden", 7))
-    assert found(prepared()) == (6, 4, 2, False)
+    assert counts(prepared()) == (6, 4, 2, False)
     publish(run, run.train.slice(6), Signal("topk", 8))
     run = prepared()
-    assert found(run) == (8, 4, 0, True)
+    assert counts(run) == (8, 4, 0, True)
     assert "score" not in run.describe_stored()
 
 
 def test_given_responses_need_the_teacher_for_a_signal_only() -> None:
-    assert found(prepared(WITH_RESPONSES)) == (0, 0, 12, False)
+    assert counts(prepared(WITH_RESPONSES)) == (0, 0, 12, False)
     # The held-out rows are measured against the teacher's probabilities all the same.
-    assert found(prepared(WITH_RESPONSES, TEXT)) == (0, 0, 4, False)
+    assert counts(prepared(WITH_RESPONSES, TEXT)) == (0, 0, 4, False)
     run = prepared(WITH_RESPONSES, TEXT, {"evaluation": {"held_out_rows": 0}})
-    assert found(run) == (0, 0, 0, True)
+    assert counts(run) == (0, 0, 0, True)
     assert run.describe_stored().endswith("0 of 0 held out; 12 came with their response")
     run = prepared(WITH_RESPONSES)
     publish(run, run.train, Signal("topk", 8))
-    assert found(prepared(WITH_RESPONSES)) == (8, 0, 4, False)
+    assert counts(prepared(WITH_RESPONSES)) == (8, 0, 4, False)
