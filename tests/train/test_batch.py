@@ -142,7 +142,7 @@ def test_hidden_states_reach_the_micro_batch_as_bfloat16():
     moved = batch.to("meta")
     assert moved.teacher_hidden.device.type == "meta"
     rows[0].hidden = np.full((2, 4), 0x7FC0, np.uint16)
-    with pytest.raises(ValueError, match=r"hidden state of token 0.*ask it again"):
+    with pytest.raises(ValueError, match=r"hidden state of token 0.*ask for it again"):
         collate(rows, "hidden", 60)
     rows[0].hidden = None
     with pytest.raises(ValueError, match=r"hidden is missing; expected one entry for each"):

@@ -158,17 +158,17 @@ def test_pieces_of_any_cut_are_put_together_and_missing_or_strange_ones_named(tm
         if start == 0:
             slices["count"] = TensorSlice(whole["count"])
         write_slices(path, slices)
-    found = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
-    read_slices(paths, found)
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    read = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
+    read_slices(paths, read)
+    assert all(torch.equal(read[name], whole[name]) for name in whole)
     with pytest.raises(ValueError, match="lacks rows of 1 tensors, first a, in model-00001"):
-        read_slices(paths[:2], found)
+        read_slices(paths[:2], read)
     with pytest.raises(ValueError, match="1 tensors differ, first count"):
-        read_slices(paths[1:], {**found, "b": torch.zeros(0)})
+        read_slices(paths[1:], {**read, "b": torch.zeros(0)})
     with pytest.raises(ValueError, match=r"a is \[7, 3\] here and stored in rows of \[2\]"):
-        read_slices(paths, {**found, "a": torch.zeros(7, 3)})
+        read_slices(paths, {**read, "a": torch.zeros(7, 3)})
     with pytest.raises(ValueError, match="a has 5 rows here and at least 6 there"):
-        read_slices(paths, {**found, "a": torch.zeros(5, 2)})
+        read_slices(paths, {**read, "a": torch.zeros(5, 2)})
 
 
 def test_pytorchs_own_reader_of_distributed_checkpoints_reads_the_pieces(tmp_path):
@@ -177,9 +177,9 @@ def test_pytorchs_own_reader_of_distributed_checkpoints_reads_the_pieces(tmp_pat
     whole = torch.arange(14.0).view(7, 2)
     for name, rows in zip(file_names("model", 2), (slice(0, 4), slice(4, 7)), strict=True):
         write_slices(tmp_path / name, {"a": TensorSlice(whole[rows].clone(), rows.start)})
-    found = {"a": torch.zeros(7, 2)}
-    dcp.load(found, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
-    assert torch.equal(found["a"], whole)
+    read = {"a": torch.zeros(7, 2)}
+    dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)), no_dist=True)
+    assert torch.equal(read["a"], whole)
 
 
 def test_a_checkpoint_of_another_model_or_format_is_refused(tmp_path):

@@ -84,11 +84,11 @@ def test_each_worked_by_hand(name, value, grad):
     logits = torch.tensor([[math.log(2.0), 0.0, 0.0, 0.0]], dtype=torch.float64)
     log_p = torch.tensor([[0.8, 0.2]], dtype=torch.float64).log()
     partition = Partition(torch.tensor([[0]]), log_p)
-    found, found_grad = gradient(lambda z: on(name, z, partition), logits)
-    assert found.item() == pytest.approx(value, abs=2e-6)
+    result, result_grad = gradient(lambda z: on(name, z, partition), logits)
+    assert result.item() == pytest.approx(value, abs=2e-6)
     rest = -grad / 3  # The gradient sums to 0, and the three ids of the tail are alike.
     expected = torch.tensor([[grad, rest, rest, rest]], dtype=torch.float64)
-    torch.testing.assert_close(found_grad, expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(result_grad, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["sampled", "topk"])
@@ -171,8 +171,8 @@ def test_logits_of_ten_thousand_give_the_values_of_certainty(name):
 
 
 @pytest.mark.parametrize("name", BOUNDED)
-def test_outcomes_without_mass_on_either_side_are_finite(name):
-    # p = (0.75, 0.25, 0 | 0), q = (0.5, 0, 0.5 | 0): beside these 4 ids nothing has mass.
+def test_classes_without_mass_on_either_side_are_finite(name):
+    # p = (0.75, 0.25, 0 | 0), q = (0.5, 0, 0.5 | 0): no other id has mass.
     logits = torch.tensor([[0.0, -math.inf, 0.0, -math.inf]], dtype=torch.float64)
     log_p = torch.tensor([[0.75, 0.25, 0.0, 0.0]], dtype=torch.float64).log()
     partition = Partition(torch.tensor([[0, 1, 2]]), log_p)

@@ -83,8 +83,8 @@ def test_value_and_gradients_are_those_of_the_dense_formulas(monkeypatch, kind, 
     sums = run(inputs, batch, objective, transform)
     expected = dense_loss(*inputs, transform, objective, batch)
     torch.testing.assert_close(sums.total, expected, rtol=1e-10, atol=0)
-    found, wanted = gradients(sums.total, inputs), gradients(expected, inputs)
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+    grads, wanted = gradients(sums.total, inputs), gradients(expected, inputs)
+    torch.testing.assert_close(grads, wanted, rtol=1e-9, atol=1e-11)
     assert set(sums.terms) == set(objective.weights)
     assert (sums.student_tail_mass is None) == (kind == "text")
 
@@ -93,9 +93,9 @@ def test_value_and_gradients_are_those_of_the_dense_formulas(monkeypatch, kind, 
 def test_finite_differences_agree_through_the_head(name):
     inputs, batch = tensors(), signal("topk")
     objective = ObjectiveConfig(**{name: 1.0})
-    found = gradients(run(inputs, batch, objective, TRANSFORMS["both"]).total, inputs)
+    grads = gradients(run(inputs, batch, objective, TRANSFORMS["both"]).total, inputs)
     generator, step = torch.Generator().manual_seed(1), 1e-5
-    for t, grad in zip(inputs, found, strict=True):
+    for t, grad in zip(inputs, grads, strict=True):
         direction = torch.randn(t.shape, generator=generator, dtype=t.dtype)
         ends = []
         for sign in (1, -1):
@@ -106,14 +106,14 @@ def test_finite_differences_agree_through_the_head(name):
 
 
 def test_the_size_of_chunks_changes_nothing(monkeypatch):
-    found = []
+    results = []
     for tokens_per_chunk in (1, 2, 3, 100):
         monkeypatch.setattr(module, "CPU_CHUNK_BYTES", tokens_per_chunk * VOCAB * 8)
         inputs = tensors()
         sums = run(inputs, signal("topk"), transform=TRANSFORMS["both"])
-        found.append((sums.total.detach(), *gradients(sums.total, inputs)))
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-14)
+        results.append((sums.total.detach(), *gradients(sums.total, inputs)))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_a_frozen_head_costs_no_gradient_and_changes_no_other():
     inputs, batch = tensors(), signal("topk")
     (expected, *_) = gradients(run(inputs, batch).total, inputs)
     hidden, weight, bias = inputs[0], inputs[1].detach(), inputs[2].detach()
-    found = gradients(run((hidden, weight, bias), batch).total, [hidden])
-    assert torch.equal(found[0], expected)
+    grads = gradients(run((hidden, weight, bias), batch).total, [hidden])
+    assert torch.equal(grads[0], expected)
     kept = module._Gradients(hidden, OutputHead(weight, bias), [True, False, False])
     kept.add(slice(0, 2), torch.ones(2, VOCAB).double(), hidden[:2], weight)
     assert kept.finished()[1:] == [None, None] and kept.weight is None
@@ -172,8 +172,8 @@ def test_a_frozen_head_costs_no_gradient_and_changes_no_other():
 def test_a_frozen_body_still_gives_the_head_its_gradient_and_no_grad_gives_none():
     inputs, batch = tensors(), signal("topk")
     expected = gradients(run(inputs, batch).total, inputs)[1:]
-    found = gradients(run((inputs[0].detach(), *inputs[1:]), batch).total, inputs[1:])
-    torch.testing.assert_close(found, expected)
+    grads = gradients(run((inputs[0].detach(), *inputs[1:]), batch).total, inputs[1:])
+    torch.testing.assert_close(grads, expected)
     with torch.no_grad():
         sums = run(inputs, batch)
     assert not sums.total.requires_grad
@@ -197,7 +197,7 @@ def test_the_gradient_is_scaled_by_what_comes_in_and_can_be_taken_once():
     total = run(inputs, batch).total
     (0.25 * total).backward(retain_graph=True)
     torch.testing.assert_close([t.grad for t in inputs], [0.25 * g for g in once])
-    with pytest.raises(AssertionError, match="run it again"):
+    with pytest.raises(AssertionError, match="run the forward pass again"):
         total.backward()
 
 
@@ -232,9 +232,9 @@ def test_products_in_bfloat16_add_the_heads_gradient_in_float32(monkeypatch):
     # Chunks of one token: added in bfloat16, late tokens would be lost.
     monkeypatch.setattr(module, "CPU_CHUNK_BYTES", VOCAB * 4)
     inputs, batch = tensors(torch.float32), signal("topk")
-    found = gradients(run(inputs, batch, dtype=torch.bfloat16).total, inputs)
+    grads = gradients(run(inputs, batch, dtype=torch.bfloat16).total, inputs)
     exact = gradients(run(inputs, batch, dtype=torch.float32).total, inputs)
-    for got, wanted in zip(found, exact, strict=True):
+    for got, wanted in zip(grads, exact, strict=True):
         assert got.dtype == torch.float32 and relative_error(got, wanted) < 2e-2
 
 
@@ -244,8 +244,8 @@ def test_logits_of_ten_thousand_stay_finite(name, dtype):
     inputs, batch = tensors(dtype, size=60.0), signal("topk")
     assert (inputs[0] @ inputs[1].T).abs().max() > 1e4
     sums = run(inputs, batch, ObjectiveConfig(**{name: 1.0}), dtype=dtype)
-    found = gradients(sums.total, inputs)
-    assert math.isfinite(sums.total.item()) and all(torch.isfinite(g).all() for g in found)
+    grads = gradients(sums.total, inputs)
+    assert math.isfinite(sums.total.item()) and all(torch.isfinite(g).all() for g in grads)
 
 
 def test_the_transform_follows_the_configuration():

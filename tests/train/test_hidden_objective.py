@@ -32,7 +32,7 @@ from tests.support.slow_objective import (
 from tests.support.tiny_student import relative_error
 from tests.train.test_head_loss import LargestTensor
 
-TOKENS, OUTCOMES, HIDDEN, TEACHER_HIDDEN = 7, 60, 6, 5
+TOKENS, NUM_CLASSES, HIDDEN, TEACHER_HIDDEN = 7, 60, 6, 5
 # Rows of the student's and of the teacher's head: padding on neither, either and both sides.
 SIZES = {"equal": (60, 60), "student": (66, 60), "teacher": (60, 64), "both": (66, 64)}
 TERM = {name: ObjectiveConfig(**{name: 1.0}, jsd_beta=BETA, skew_alpha=ALPHA) for name in TERMS}
@@ -47,7 +47,9 @@ class Case:
     batch: MicroBatch
 
 
-def make(sizes="equal", dtype=torch.float64, tokens=TOKENS, scale=1.0, seed=0, outcomes=OUTCOMES):
+def make(
+    sizes="equal", dtype=torch.float64, tokens=TOKENS, scale=1.0, seed=0, num_classes=NUM_CLASSES
+):
     """Random heads with bias; the teacher's caps and scales its logits."""
     generator = torch.Generator().manual_seed(seed)
     student_rows, teacher_rows = SIZES[sizes] if isinstance(sizes, str) else sizes
@@ -65,9 +67,9 @@ def make(sizes="equal", dtype=torch.float64, tokens=TOKENS, scale=1.0, seed=0, o
         bias.to(torch.float64 if dtype == torch.float64 else torch.float32),
         transform,
         dtype,
-        num_classes=min(outcomes, teacher_rows),
+        num_classes=min(num_classes, teacher_rows),
     )
-    targets = torch.randint(min(outcomes, teacher_rows), (tokens,), generator=generator)
+    targets = torch.randint(min(num_classes, teacher_rows), (tokens,), generator=generator)
     return Case(inputs, teacher, micro_batch(hidden, targets, torch.linspace(0.2, 1.5, tokens)))
 
 
@@ -92,7 +94,7 @@ def teacher_logits(case):
     return z if cap is None else cap * torch.tanh(z / cap)
 
 
-def outcomes_of(logits, size, has_tail):
+def classes_of(logits, size, has_tail):
     """Probabilities [N, O] over ids below ``size``, each by itself, and maybe all others."""
     p = torch.softmax(logits, dim=1)
     inside, outside = p[:, :size], p[:, size:].sum(dim=1, keepdim=True)
@@ -107,8 +109,8 @@ def dense_terms(case, objective, inputs=None):
     z, t = hidden @ weight.T + bias, teacher_logits(case)
     size, temperature = case.teacher.num_classes, objective.temperature
     has_tail = z.shape[1] > size
-    q = outcomes_of(z / temperature, size, has_tail)
-    p = outcomes_of(t / temperature, size, has_tail)
+    q = classes_of(z / temperature, size, has_tail)
+    p = classes_of(t / temperature, size, has_tail)
     terms = {}
     for name in objective.weights:
         if name == "cross_entropy":
@@ -143,8 +145,8 @@ def test_value_and_gradients_are_those_of_the_dense_formulas(monkeypatch, sizes,
         objective = alone.model_copy(update=settings)
         sums, expected = run(case, objective), dense_loss(case, objective)
         torch.testing.assert_close(sums.total, expected, rtol=1e-9, atol=1e-12, msg=name)
-        found, wanted = gradients(sums.total, case.inputs), gradients(expected, case.inputs)
-        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10, msg=name)
+        grads, wanted = gradients(sums.total, case.inputs), gradients(expected, case.inputs)
+        torch.testing.assert_close(grads, wanted, rtol=1e-8, atol=1e-10, msg=name)
         for term, values in dense_terms(case, objective).items():
             total = (case.batch.weights * values).sum()
             torch.testing.assert_close(sums.terms[term], total, rtol=1e-9, atol=1e-12)
@@ -182,9 +184,9 @@ def test_worked_by_hand_at_temperature_two():
 def test_finite_differences_agree_through_the_head(name, sizes):
     case = make(sizes)
     objective = TERM[name].model_copy(update={"temperature": 1.7})
-    found = gradients(run(case, objective).total, case.inputs)
+    grads = gradients(run(case, objective).total, case.inputs)
     generator, step = torch.Generator().manual_seed(1), 1e-5
-    for t, grad in zip(case.inputs, found, strict=True):
+    for t, grad in zip(case.inputs, grads, strict=True):
         direction = torch.randn(t.shape, generator=generator, dtype=t.dtype)
         ends = []
         for sign in (1, -1):
@@ -228,7 +230,7 @@ def test_padding_of_the_teachers_head_alone_leaves_no_loss_where_the_rest_agrees
     head = case.teacher
     weight = torch.cat([head.weight, torch.zeros(4, HIDDEN, dtype=torch.float64)])
     bias = torch.cat([head.bias, torch.zeros(4, dtype=torch.float64)])
-    padded = TeacherHead(weight, bias, compute_dtype=torch.float64, num_classes=OUTCOMES)
+    padded = TeacherHead(weight, bias, compute_dtype=torch.float64, num_classes=NUM_CLASSES)
     sums = run(
         Case(case.inputs, padded, case.batch), EVERYTHING.model_copy(update={"cross_entropy": 0})
     )
@@ -242,7 +244,7 @@ def test_the_full_value_is_what_a_top_k_partition_rises_to(name):
     hidden, weight, bias = case.inputs
     z, teacher = (hidden @ weight.T + bias).detach(), teacher_logits(case)
     full = figures_of(HiddenObjective(TERM[name], case.batch, case.teacher), z.clone())[:, 0]
-    for k in (1, 4, 20, OUTCOMES - 1, OUTCOMES):
+    for k in (1, 4, 20, NUM_CLASSES - 1, NUM_CLASSES):
         part = on(name, z, teacher_partition(teacher, k))
         assert (part <= full + 1e-12).all()
     torch.testing.assert_close(part, full, rtol=1e-10, atol=1e-12)
@@ -253,21 +255,21 @@ def test_a_students_padding_is_pushed_down_and_reverse_kl_counts_the_floor():
     sums = run(case, TERM["reverse_kl"])
     assert sums.floored_tokens == TOKENS and sums.teacher_tail_mass == 0
     gradient = gradients(sums.total, case.inputs)[2]
-    assert sums.student_tail_mass > 0 and (gradient[OUTCOMES:] > 0).all()
+    assert sums.student_tail_mass > 0 and (gradient[NUM_CLASSES:] > 0).all()
     assert run(make("equal"), TERM["reverse_kl"]).floored_tokens == 0
 
 
 def test_the_size_of_chunks_and_of_blocks_changes_nothing(monkeypatch):
-    found = []
+    results = []
     for chunk_rows, block_rows in ((1, 1), (2, 1), (3, 2), (100, 3), (100, 100)):
         monkeypatch.setattr(chunking, "CPU_CHUNK_BYTES", chunk_rows * 66 * 8)
         monkeypatch.setattr(full_vocabulary, "CPU_BLOCK_BYTES", block_rows * 66 * 8)
         case = make("both")
         objective = EVERYTHING.model_copy(update={"temperature": 1.5})
         sums = run(case, objective)
-        found.append((sums.total.detach(), *gradients(sums.total, case.inputs)))
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-14)
+        results.append((sums.total.detach(), *gradients(sums.total, case.inputs)))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-12, atol=1e-14)
 
 
 def test_tokens_may_be_differentiated_in_any_parts_and_more_than_once():
@@ -282,8 +284,8 @@ def test_tokens_may_be_differentiated_in_any_parts_and_more_than_once():
     for parts in ([(0, TOKENS)], [(2, 4), (0, 2), (4, TOKENS + 5)], [(1, 5), (1, 3)]):
         for start, stop in parts:
             part = z[start:stop].clone()
-            found = objective.differentiate(part, slice(start, stop))
-            torch.testing.assert_close(found, figures[start:stop], rtol=1e-12, atol=1e-14)
+            part_figures = objective.differentiate(part, slice(start, stop))
+            torch.testing.assert_close(part_figures, figures[start:stop], rtol=1e-12, atol=1e-14)
             torch.testing.assert_close(part, once[start:stop], rtol=1e-12, atol=1e-14)
 
 
@@ -330,9 +332,9 @@ def test_logits_of_ten_thousand_stay_finite(name, sizes, dtype):
     for temperature in (1.0, 0.5, 4.0):
         objective = TERM[name].model_copy(update={"temperature": temperature})
         sums = run(case, objective, dtype=dtype)
-        found = gradients(sums.total, case.inputs)
+        grads = gradients(sums.total, case.inputs)
         assert math.isfinite(sums.total.item())
-        assert all(torch.isfinite(g).all() for g in found)
+        assert all(torch.isfinite(g).all() for g in grads)
 
 
 @pytest.mark.parametrize("chunk_rows", [2, 100])
@@ -344,30 +346,32 @@ def test_bfloat16_is_right_to_its_own_precision(monkeypatch, chunk_rows):
     sums, exact = run(case, dtype=torch.bfloat16), dense_loss(case, EVERYTHING)
     assert sums.total.dtype == torch.float32
     assert sums.total.item() == pytest.approx(exact.item(), rel=2e-2)
-    found, wanted = gradients(sums.total, case.inputs), gradients(exact, case.inputs)
-    for got, expected in zip(found, wanted, strict=True):
+    grads, wanted = gradients(sums.total, case.inputs), gradients(exact, case.inputs)
+    for got, expected in zip(grads, wanted, strict=True):
         assert relative_error(got.double(), expected.double()) < 3e-2
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(st.data())
 def test_over_random_shapes_all_is_finite_right_and_not_negative(data):
-    outcomes = data.draw(st.integers(2, 24), "outcomes")
-    sizes = tuple(outcomes + data.draw(st.integers(0, 3), side) for side in ("student", "teacher"))
+    num_classes = data.draw(st.integers(2, 24), "num_classes")
+    sizes = tuple(
+        num_classes + data.draw(st.integers(0, 3), side) for side in ("student", "teacher")
+    )
     tokens = data.draw(st.integers(1, 4), "tokens")
     scale = data.draw(st.sampled_from([1e-3, 0.5, 1.5]), "scale")
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32]), "dtype")
     temperature = data.draw(st.sampled_from([1.0, 0.5, 4.0]), "temperature")
     seed = data.draw(st.integers(0, 2**31), "seed")
-    case = make(sizes, dtype, tokens, scale, seed, outcomes)
+    case = make(sizes, dtype, tokens, scale, seed, num_classes)
     for name in DIVERGENCES:
         objective = TERM[name].model_copy(update={"temperature": temperature})
         sums, exact = run(case, objective, dtype=dtype), dense_loss(case, objective)
         value, expected = sums.total.double(), exact.double()
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=name)
         assert torch.isfinite(value) and value > -1e-5, name
-        found, wanted = gradients(sums.total, case.inputs), gradients(exact, case.inputs)
-        for got, right in zip(found, wanted, strict=True):
+        grads, wanted = gradients(sums.total, case.inputs), gradients(exact, case.inputs)
+        for got, right in zip(grads, wanted, strict=True):
             allowed = 1e-9 if dtype == torch.float64 else 1e-4
             torch.testing.assert_close(
                 got.double(), right.double(), rtol=allowed, atol=10 * allowed, msg=name

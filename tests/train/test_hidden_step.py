@@ -96,24 +96,25 @@ def test_the_gradient_is_that_of_the_weighted_mean_over_all_tokens(normalise):
 
 
 def test_micro_batches_sum_to_the_batch():
-    rows, found = make_rows(range(12)), []
+    rows, results = make_rows(range(12)), []
     for budget in (40, 100_000):
         module = tiny_module(torch.float64)
         training = training_config(tokens_per_micro_batch=budget, max_grad_norm=None)
-        found.append(gradients_of_first_step(module, hidden_step(module, training=training), rows))
+        step = hidden_step(module, training=training)
+        results.append(gradients_of_first_step(module, step, rows))
     # Weights are float32, and their entropies come from other chunks of tokens.
-    assert relative_error(found[0][0], found[1][0]) < 1e-7
-    assert found[0][1].loss == pytest.approx(found[1][1].loss, rel=1e-7)
+    assert relative_error(results[0][0], results[1][0]) < 1e-7
+    assert results[0][1].loss == pytest.approx(results[1][1].loss, rel=1e-7)
 
 
 def test_a_row_without_a_token_of_the_response_changes_nothing():
-    empty, found = make_hidden_row(9), []
+    empty, results = make_hidden_row(9), []
     for name in ("response_ids", "hidden", "sampled_logprobs"):
         setattr(empty, name, getattr(empty, name)[:0])
     for rows in (make_rows(range(4)), [*make_rows(range(4)), empty]):
         module = tiny_module(torch.float64)
-        found.append(gradients_of_first_step(module, hidden_step(module), rows)[0])
-    assert torch.equal(*found)
+        results.append(gradients_of_first_step(module, hidden_step(module), rows)[0])
+    assert torch.equal(*results)
 
 
 def broken(number):
@@ -139,7 +140,7 @@ def test_the_first_rows_are_compared_and_no_later_ones():
 
 
 def test_a_head_and_the_hidden_signal_come_together():
-    with pytest.raises(AssertionError, match="hidden states need their head"):
+    with pytest.raises(AssertionError, match="teacher's head is needed with the signal hidden"):
         make_step(tiny_module(), teacher=tiny_teacher())
     with pytest.raises(ValueError, match="hidden is missing"):
         hidden_step(tiny_module()).run(0, [make_row(1)], has_more=True, stop=False)
@@ -178,16 +179,16 @@ def test_two_workers_with_uneven_and_empty_shares_train_as_one(tmp_path):
 
 def worker_main(rank, folder):
     join_workers(rank, folder)
-    found = {"float32": train(torch.float32, rank, 2), "float64": train(torch.float64, rank, 2)}
+    results = {"float32": train(torch.float32, rank, 2), "float64": train(torch.float64, rank, 2)}
     module = torch.nn.parallel.DistributedDataParallel(tiny_module())
     rows = [make_hidden_row(1), broken(2)] if rank == 1 else [make_hidden_row(3)]
     try:
         hidden_step(module, torch.float32, world_size=2).run(0, rows, has_more=False, stop=False)
-        found["refused"] = False
+        results["refused"] = False
     except RunError:
-        found["refused"] = True
-    torch.save(found, folder / f"{rank}.pt")
-    os._exit(0)  # What was found is written; gloo taking itself apart now and then hangs.
+        results["refused"] = True
+    torch.save(results, folder / f"{rank}.pt")
+    os._exit(0)  # The results are written, and shutting gloo down hangs now and then.
 
 
 if __name__ == "__main__":

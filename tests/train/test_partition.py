@@ -8,7 +8,7 @@ import torch
 from raystill.train.batch.partition import NO_ID, sampled_partition, topk_partition
 
 
-def test_the_outcomes_of_a_token_sum_to_one_after_rounding():
+def test_the_classes_of_a_token_sum_to_one_after_rounding():
     torch.manual_seed(0)
     logprobs = torch.log_softmax(torch.randn(200, 50) * 4, dim=1)
     top, ids = logprobs.topk(8, dim=1)

@@ -110,18 +110,18 @@ class Training:
 
 
 def train(case, strategy="alone", rank=0):
-    """All of SHARES: what the steps came to, and what the first one saw."""
+    """Trains all of SHARES: figures of the steps, gradients of the first, the parameters."""
     training = Training(case, strategy, rank)
     figures = [training.run(0)]
     grads = flat(p.grad for p in training.inner.parameters())
     figures += [training.run(number) for number in range(1, len(SHARES))]
     parameters = list(training.inner.parameters())
-    held = [p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters]
+    own = [p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in parameters]
     return {
         "grads": grads,
         "parameters": training.parameters(),
         "figures": torch.stack(figures),
-        "held": sum(held) / sum(p.numel() for p in parameters),
+        "own_share": sum(own) / sum(p.numel() for p in parameters),
     }
 
 
@@ -137,7 +137,7 @@ def write_checkpoint(training, folder, ranks):
 
 
 def write_in_vain(folder, ranks):
-    """Rank 1's file cannot be written: what every rank is told."""
+    """The message that every rank gets when rank 1's file cannot be written."""
     part = folder / "torn" / "checkpoints" / ".step-00000001.part"
     (part / "model-00002-of-00002.safetensors").mkdir(parents=True, exist_ok=True)
     training = Training("tied", "fsdp", ranks.rank)
@@ -151,10 +151,10 @@ def resume(folder, case, strategy="alone", rank=0):
     """The student of a checkpoint, after it was measured, and after the other steps."""
     training = Training(case, strategy, rank)
     load_tensors(folder, read_snapshot(folder).num_files, training.model, training.optimizer)
-    found = measure(training.inner, passes=PASSES[case] if rank else 3)
+    results = measure(training.inner, passes=PASSES[case] if rank else 3)
     for number in range(1, len(SHARES)):
         training.run(number)
-    return found | {"parameters": training.parameters()}
+    return results | {"parameters": training.parameters()}
 
 
 def measure(module, passes):
@@ -192,7 +192,7 @@ def test_a_sharded_student_trains_as_ddp_and_as_one_worker(ranks, case):
     bound = 1e-10 if exact else 1e-2 if case == "bfloat16" else 2e-6
     for rank in ranks:
         sharded, ddp = rank[case]["fsdp"], rank[case]["ddp"]
-        assert sharded["held"] == 0.5 and ddp["held"] == 1
+        assert sharded["own_share"] == 0.5 and ddp["own_share"] == 1
         for other in (alone, ddp):
             assert relative_error(sharded["grads"], other["grads"]) < bound
             assert relative_error(sharded["figures"], other["figures"]) < max(bound, 1e-6)
@@ -210,9 +210,9 @@ def test_a_checkpoint_is_read_by_other_numbers_of_workers_and_other_strategies(r
     sizes = [path.stat().st_size for path in two.glob("*-of-00002.safetensors")]
     largest = max(path.stat().st_size for path in one.glob("optimizer-*"))
     assert len(sizes) == 4 and max(sizes) < 0.7 * largest
-    found = [resume(two, case), resume(one, case)]
-    found += [rank[case][f"resumed {strategy}"] for rank in ranks for strategy in ("fsdp", "ddp")]
-    for each in found:
+    resumed = [resume(two, case), resume(one, case)]
+    resumed += [rank[case][f"resumed {strategy}"] for rank in ranks for strategy in ("fsdp", "ddp")]
+    for each in resumed:
         assert (each["parameters"] - whole_run).abs().max() < 1e-10
 
 
@@ -226,14 +226,14 @@ def test_a_checkpoint_that_one_rank_cannot_write_is_published_by_none(ranks, fol
 def test_ranks_measure_a_sharded_student_in_passes_of_their_own(ranks, folder, case):
     expected = resume(next((folder / "alone" / case / "checkpoints").iterdir()), case)
     for rank in ranks:
-        found = rank[case]["resumed fsdp"]
-        for mine, other in zip(found["logits"], expected["logits"], strict=False):
+        resumed = rank[case]["resumed fsdp"]
+        for mine, other in zip(resumed["logits"], expected["logits"], strict=False):
             torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-10)
-        answers = found["answers"]
+        answers = resumed["answers"]
         assert answers == expected["answers"][: len(answers)]
     for name, most in (("answers", 3), ("logits", 1)):
-        found = [len(rank[case]["resumed fsdp"][name]) for rank in ranks]
-        assert found == [most, min(most, PASSES[case])]
+        num_passes = [len(rank[case]["resumed fsdp"][name]) for rank in ranks]
+        assert num_passes == [most, min(most, PASSES[case])]
 
 
 @pytest.mark.parametrize("case", ["tied", "untied"])
@@ -273,7 +273,7 @@ def export(training, folder, rank):
 
 def worker_main(rank, folder):
     join_workers(rank, folder)
-    found = {
+    results = {
         case: {strategy: train(case, strategy, rank) for strategy in ("ddp", "fsdp")}
         for case in CASES
     }
@@ -285,13 +285,13 @@ def worker_main(rank, folder):
         for number in range(1, len(SHARES)):
             training.run(number)
         (folder / "student").mkdir(exist_ok=True)
-        found[case]["rounded"] = export(training, folder / "student" / case, rank)
+        results[case]["rounded"] = export(training, folder / "student" / case, rank)
         one = next((folder / "alone" / case / "checkpoints").iterdir())
         for strategy in ("fsdp", "ddp"):
-            found[case][f"resumed {strategy}"] = resume(one, case, strategy, rank)
-    found["in vain"] = write_in_vain(folder, ranks)
-    torch.save(found, folder / f"{rank}.pt")
-    os._exit(0)  # What was found is written; gloo taking itself apart now and then hangs.
+            results[case][f"resumed {strategy}"] = resume(one, case, strategy, rank)
+    results["in vain"] = write_in_vain(folder, ranks)
+    torch.save(results, folder / f"{rank}.pt")
+    os._exit(0)  # The results are written, and shutting gloo down hangs now and then.
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def test_the_gradient_is_that_of_the_weighted_mean_over_all_tokens():
             log_p = torch.log_softmax(torch.from_numpy(log_p), dim=0).double()
             rest = torch.ones(VOCAB, dtype=torch.bool)
             rest[top] = False
-            outcomes = torch.cat([log_q[top], torch.logsumexp(log_q[rest], dim=0)[None]])
-            kl = (log_p.exp() * (log_p - outcomes)).sum()
+            log_q_classes = torch.cat([log_q[top], torch.logsumexp(log_q[rest], dim=0)[None]])
+            kl = (log_p.exp() * (log_p - log_q_classes)).sum()
             losses.append(kl - 0.3 * log_q[row.response_ids[t]])
     loss = torch.stack(losses).mean()
     loss.backward()
@@ -69,24 +69,26 @@ def test_the_gradient_is_that_of_the_weighted_mean_over_all_tokens():
 @pytest.mark.parametrize("normalise", ["token", "row"])
 def test_micro_batches_sum_to_the_batch(normalise):
     rows = [make_row(i) for i in range(12)]
-    found = []
+    results = []
     for budget in (40, 100_000):
         module = tiny_module(torch.float64)
         training = training_config(tokens_per_micro_batch=budget, normalise=normalise)
-        found.append(gradients_of_first_step(module, make_step(module, training), rows))
+        results.append(gradients_of_first_step(module, make_step(module, training), rows))
     assert len(cut_micro_batches(rows, 40)) > 3
-    assert relative_error(found[0][0], found[1][0]) < 1e-12
-    assert found[0][1].loss == pytest.approx(found[1][1].loss, rel=1e-12)
-    assert found[0][1].student_tail_mass == pytest.approx(found[1][1].student_tail_mass, rel=1e-12)
+    assert relative_error(results[0][0], results[1][0]) < 1e-12
+    assert results[0][1].loss == pytest.approx(results[1][1].loss, rel=1e-12)
+    assert results[0][1].student_tail_mass == pytest.approx(
+        results[1][1].student_tail_mass, rel=1e-12
+    )
 
 
 def test_the_same_cut_is_bitwise_the_same():
     rows = [make_row(i) for i in range(12)]
-    found = []
+    results = []
     for order in (1, -1):
         module = tiny_module()
-        found.append(gradients_of_first_step(module, make_step(module), rows[::order])[0])
-    assert torch.equal(*found)
+        results.append(gradients_of_first_step(module, make_step(module), rows[::order])[0])
+    assert torch.equal(*results)
 
 
 def logit_gradients(batch):
@@ -178,9 +180,10 @@ def test_mass_outside_the_top_k_is_warned_of_once_in_a_while(caplog, name, warne
     for number in (0, 1, 150):
         result = step.run(number, [make_row(1)], has_more=True, stop=False)
         assert result.student_tail_mass > 0.1
-    found = [r.getMessage() for r in caplog.records if "outside the teacher's top K" in r.message]
-    assert len(found) == (2 if warned else 0)
-    assert all("jsd" in message and "signal.top_k" in message for message in found)
+    logged = [record.getMessage() for record in caplog.records]
+    messages = [message for message in logged if "outside the teacher's top K" in message]
+    assert len(messages) == (2 if warned else 0)
+    assert all("jsd" in message and "signal.top_k" in message for message in messages)
 
 
 def run_all_steps(module, step, shares):
@@ -223,17 +226,17 @@ def test_two_workers_with_uneven_and_empty_shares_train_as_one(tmp_path):
 
 def worker_main(rank, folder):
     join_workers(rank, folder)
-    found = {"float32": train(torch.float32, rank, 2), "float64": train(torch.float64, rank, 2)}
+    results = {"float32": train(torch.float32, rank, 2), "float64": train(torch.float64, rank, 2)}
     module = torch.nn.parallel.DistributedDataParallel(tiny_module())
     if rank == 1:
         module.module.model.model.norm.weight.data[0] = float("nan")
     try:
         make_step(module, world_size=2).run(0, [make_row(1)], has_more=False, stop=False)
-        found["nan"] = False
+        results["nan"] = False
     except NonFiniteLossError:
-        found["nan"] = True
-    torch.save(found, folder / f"{rank}.pt")
-    os._exit(0)  # What was found is written; gloo taking itself apart now and then hangs.
+        results["nan"] = True
+    torch.save(results, folder / f"{rank}.pt")
+    os._exit(0)  # The results are written, and shutting gloo down hangs now and then.
 
 
 if __name__ == "__main__":

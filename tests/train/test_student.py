@@ -113,7 +113,7 @@ def test_a_student_from_a_model_folder_is_that_model(teacher):
     assert {p.dtype for p in student.parameters()} == {torch.float64}
 
 
-def test_outcomes_are_the_ids_that_head_and_tokenizer_both_have(teacher, tmp_path):
+def test_classes_are_the_ids_that_head_and_tokenizer_both_have(teacher, tmp_path):
     student = build_student(run_config(teacher), str(teacher), seed=1)
     assert num_classes(student, str(teacher)) == 37
     assert num_classes(student, str(tmp_path)) == 40

@@ -109,8 +109,8 @@ def test_students_of_every_kind_train_as_their_own_logits_say(kind):
     parameters = list(student.parameters())
     expected = torch.autograd.grad(loss, parameters)
     objective = ObjectiveConfig(cross_entropy=1.0, jsd=1.0, jsd_beta=BETA)
-    found = torch.autograd.grad(student(batch, objective).total, parameters)
-    for got, wanted in zip(found, expected, strict=True):
+    grads = torch.autograd.grad(student(batch, objective).total, parameters)
+    for got, wanted in zip(grads, expected, strict=True):
         assert relative_error(got, wanted) < 1e-6
 
 
@@ -129,11 +129,11 @@ def _doubled(output):
 
 def test_activation_checkpointing_changes_no_gradient():
     rows = [make_row(i) for i in range(4)]
-    found = []
+    grads = []
     for recompute in (False, True):
         module = tiny_module(activation_checkpointing=recompute).train()
-        found.append(gradients_of_first_step(module, make_step(module), rows)[0])
-    assert relative_error(found[0], found[1]) < 1e-6
+        grads.append(gradients_of_first_step(module, make_step(module), rows)[0])
+    assert relative_error(grads[0], grads[1]) < 1e-6
 
 
 def test_decay_is_on_matrices_only():

@@ -1,4 +1,4 @@
-"""The tail outcome: exact however small, right at other vocabularies, a bound of the full KL."""
+"""The tail: exact however small, right with other vocabularies, and a bound of the full KL."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Token weights: by how a row ended, and shared within it by the teacher's word on each token."""
+"""Token weights: by how a row ended, and within it by the teacher's distribution of each token."""
 
 from dataclasses import replace
 
@@ -40,8 +40,8 @@ def test_the_denominator_is_the_sum_of_the_weights(normalise, by, kind):
     targets = [row.num_targets for row in rows]
     whole = [n if normalise == "token" else 1 for n in targets]
     wanted = [w * (0.25 if i in (1, 4) else 1) for i, w in enumerate(whole)]
-    found = [part.sum().item() for part in batch.weights.split(targets)]
-    assert found == pytest.approx(wanted, rel=1e-6), "each row keeps its sum"
+    sums = [part.sum().item() for part in batch.weights.split(targets)]
+    assert sums == pytest.approx(wanted, rel=1e-6), "each row keeps its sum"
 
 
 def test_a_row_cut_off_can_weigh_nothing():
@@ -68,8 +68,8 @@ def test_worked_by_hand():
     # only and keeps its weight. Best ids 0.5 and 1, mean 0.75: factors 2/3 and 4/3.
     log_p = torch.tensor([[0.5, 0.0, 0.5], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]).log()
     assert share(partition_batch(log_p), "entropy", None).weights.tolist() == [2.0, 0.0, 1.0]
-    found = share(partition_batch(log_p), "confidence", None).weights
-    assert found.tolist() == pytest.approx([2 / 3, 4 / 3, 1.0])
+    shared = share(partition_batch(log_p), "confidence", None).weights
+    assert shared.tolist() == pytest.approx([2 / 3, 4 / 3, 1.0])
     moved = torch.tensor([[NO_ID, NO_ID], [0, 1], [2, 3]])
     log_p = torch.tensor([[0.0, 0.0, 1.0], [0.2, 0.3, 0.5], [0.5, 0.5, 0.0]]).log()
     assert share(partition_batch(log_p, moved), "confidence", None).weights.tolist() == [0, 2, 1]
@@ -80,5 +80,5 @@ def test_a_hidden_signal_is_weighed_by_the_whole_vocabulary():
     batch = collate([row], "hidden", VOCAB)
     p = torch.softmax(batch.teacher_hidden.float() @ tiny_teacher().weight.T, dim=1)
     for by, values in (("entropy", -(p * p.log()).sum(dim=1)), ("confidence", p.amax(dim=1))):
-        found = share(batch, by, tiny_teacher()).weights
-        torch.testing.assert_close(found, values / values.mean())
+        shared = share(batch, by, tiny_teacher()).weights
+        torch.testing.assert_close(shared, values / values.mean())

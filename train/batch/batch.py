@@ -1,15 +1,17 @@
-"""From delivered Arrow rows to the padded tensors of one forward pass.
+"""Rows as the tensors of one forward pass.
 
-The stream hands a worker tables of rows; `row_views` sees them as numpy arrays without a copy,
-`cut_micro_batches` groups them under a token budget, `collate` pads one group into a
-`MicroBatch`, or packs it into one sequence. No Ray, no vLLM.
+`cut_micro_batches` groups the rows of a step under a token budget. `collate` makes one
+`MicroBatch` of a group: rows padded to one length, or packed one behind the other into a single
+sequence. `step.micro_batches` calls both for training, `evaluation` for measuring.
 
-Legend: B rows, S length, P prompt tokens, T response tokens, N response tokens of a
-micro-batch that have a context, K teacher ids kept for each, D the teacher's hidden size.
+Legend: B rows, S length of a sequence, P prompt tokens and T response tokens of a row, N response
+tokens of a micro-batch that have a loss, K teacher ids kept for each of them, D the teacher's
+hidden size.
 
 The shift, stated once: position j of the input predicts token j + 1. Response token t (from 0) of
-a row stands at P + t, so its logits are those of position P + t - 1. The last response token
-predicts nothing and is not put in. With P = 0 token 0 has no context; it bears no loss.
+a row is at place P + t, so its logits are those of position P + t - 1. The last response token
+predicts nothing, so it is not part of the input. Where P = 0, token 0 has nothing before it and
+therefore no loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,24 +21,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from raystill.train.batch.partition import Partition, sampled_partition, topk_partition
+from raystill.train.batch.partition import NO_ID, Partition, sampled_partition, topk_partition
 from raystill.train.batch.rows import Row
 
-FILLER_ID = 0  # Stands in padding; masks come from lengths, so any id of the vocabulary would do.
+FILLER_ID = 0
+"""Token id of padded positions. Any id would do: lengths say what is padding, not this id, so a
+stop token that is also the tokenizer's padding token keeps its loss."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The tensors of one forward pass; rows are padded on the right, or packed into one sequence.
+    """The tensors of one forward pass: rows padded on the right, or packed into one sequence.
 
-    input_ids, position_ids int64 [B, S], packed [1, S]; attention_mask None: under causal
-    attention no real token sees what stands to its right, and packed rows are told apart by their
-    positions, each from 0. logit_index int64 [N] points into the flattened positions, targets
-    int64 [N] are the tokens predicted there, weights float32 [N] their share in the loss.
-    padded_tokens is how many positions there are, input_tokens how many of these are real. The
-    teacher's word is ``partition``, or for a ``hidden`` signal teacher_hidden, bfloat16 [N, D].
-    row_starts int32 [B + 1]: where each row begins among the flattened positions, and the end;
-    longest: the most inputs of a row.
+    Attributes:
+        input_ids: int64 [B, S], packed [1, S].
+        attention_mask: None: attention is causal and padding is on the right, so no token sees it.
+        position_ids: int64, as input_ids. They count from 0 in each row, which is how attention
+            tells packed rows apart.
+        logit_index: int64 [N], the positions that predict a token with a loss, as indices into the
+            flattened input.
+        targets: int64 [N], the tokens predicted there.
+        weights: float32 [N], the weight of each of these tokens in the loss.
+        partition: The teacher's probabilities; None for the signals ``text`` and ``hidden``.
+        num_rows: B; 0 for a dummy.
+        num_tokens: N; 0 for a dummy.
+        input_tokens: Number of positions that hold a token.
+        padded_tokens: Number of all positions.
+        teacher_hidden: bfloat16 [N, D], for the signal ``hidden`` only.
+        row_starts: int32 [B + 1], where each row begins in the flattened input, and the end.
+        longest: Number of input tokens of the longest row.
     """
 
     input_ids: Tensor
@@ -55,11 +68,11 @@ class MicroBatch:
     longest: int = 0
 
     def to(self, device: torch.device | str) -> "MicroBatch":
-        """The same micro-batch on another device."""
+        """A copy of the micro-batch on ``device``."""
         return self.mapped(lambda tensor: tensor.to(device))
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        """The same micro-batch with every tensor put through ``change``."""
+        """A copy of the micro-batch with ``change`` applied to every tensor."""
         parts = {item.name: getattr(self, item.name) for item in fields(self)}
         changed = {n: change(value) for n, value in parts.items() if isinstance(value, Tensor)}
         if self.partition is not None:
@@ -71,13 +84,15 @@ class MicroBatch:
 def cut_micro_batches(
     rows: Sequence[Row], tokens_budget: int, packed: bool = False
 ) -> list[list[Row]]:
-    """Groups rows so that each group's positions stay within the budget.
+    """Groups rows so that the input of each group has at most ``tokens_budget`` positions.
 
-    Padded, rows of like length are together, and B * S is what counts; packed, each goes to the
-    first group that has room for it (first-fit decreasing), and the sum of their lengths counts. A
-    pure function of the rows, whatever order they came in: longest first, equal lengths by
-    position. A row longer than the budget is alone. Rows without a loss-bearing token are left
-    out.
+    Padded, a group has B * S positions, and rows of similar length are grouped. Packed, it has the
+    sum of the rows' lengths, and each row joins the first group with enough room (first-fit
+    decreasing bin packing). A row longer than the budget is a group of its own. Rows without a
+    token that has a loss are left out.
+
+    The result does not depend on the order of ``rows``: they are sorted by length, the longest
+    first, and rows of equal length by position. So a step is the same whatever came in first.
     """
     usable = [row for row in rows if row.num_targets > 0]
     usable.sort(key=lambda row: (-row.num_inputs, row.position))
@@ -93,30 +108,31 @@ def cut_micro_batches(
 
 
 def _first_fit(rows: Sequence[Row], tokens_budget: int) -> list[list[Row]]:
+    """Each row, the longest first, in the first group that has room for it."""
     groups: list[list[Row]] = []
     room: list[int] = []
     for row in rows:
-        at = next((i for i, left in enumerate(room) if row.num_inputs <= left), len(groups))
-        if at == len(groups):
+        index = next((i for i, left in enumerate(room) if row.num_inputs <= left), len(groups))
+        if index == len(groups):
             groups.append([])
             room.append(tokens_budget)
-        groups[at].append(row)
-        room[at] -= row.num_inputs
+        groups[index].append(row)
+        room[index] -= row.num_inputs
     return groups
 
 
 def row_weight(row: Row, normalise: str, truncated_rows: float = 1.0) -> float:
-    """Sum of the token weights of one row.
+    """The sum of the token weights of one row.
 
-    normalise: each loss-bearing token weighs 1 (``token``), or the row does (``row``);
-    truncated_rows: what a row cut off by its length is multiplied by.
+    normalise: ``token`` gives each token that has a loss the weight 1, ``row`` gives the whole row
+    the weight 1. truncated_rows: factor for a row whose answer was cut off at the length limit.
     """
     weight = truncated_rows if row.finish_reason == "length" else 1.0
     return weight * (row.num_targets if normalise == "token" else row.num_targets > 0)
 
 
 def loss_weight(rows: Sequence[Row], normalise: str, truncated_rows: float = 1.0) -> float:
-    """Sum of all token weights of these rows: the rows' share of the step's denominator."""
+    """The sum of all token weights of these rows: what they add to the step's denominator."""
     return float(sum(row_weight(row, normalise, truncated_rows) for row in rows))
 
 
@@ -128,11 +144,15 @@ def collate(
     truncated_rows: float = 1.0,
     packed: bool = False,
 ) -> MicroBatch:
-    """Pads or packs rows (each with a loss-bearing token) into one micro-batch.
+    """One micro-batch of rows that each have at least one token with a loss.
 
-    student_vocab: how many ids are outcomes of the student (its head's rows, at most what the
-    tokenizer names); teacher ids from there on count as tail, an input or target there is an
-    error. normalise, truncated_rows: as in `row_weight`, of which every token has its share.
+    signal_kind: ``text``, ``sampled``, ``topk`` or ``hidden``. student_vocab: number of ids that
+    the student has a class for, see `student.build.num_classes`. Teacher ids from there on are
+    counted in the tail. normalise, truncated_rows: as in `row_weight`; the tokens of a row share
+    its weight equally. packed: one sequence instead of padded rows.
+
+    Raises ValueError where an input or target id is outside the student's vocabulary, or where
+    the signal of a row is incomplete or damaged.
     """
     lengths = np.array([row.num_inputs for row in rows])
     longest = int(lengths.max())
@@ -149,7 +169,7 @@ def collate(
                 f"{student_vocab}; use a student whose tokenizer has the teacher's ids"
             )
         input_ids[start : start + len(ids) - 1] = ids[:-1]
-        first = len(ids) - row.num_targets
+        first = len(ids) - row.num_targets  # Place of the first token with a loss; see the shift.
         index.append(start + np.arange(first - 1, len(ids) - 1))
         targets.append(ids[first:])
         weight = row_weight(row, normalise, truncated_rows) / row.num_targets
@@ -176,7 +196,7 @@ def collate(
 def _partition(
     rows: Sequence[Row], signal_kind: str, student_vocab: int, targets: Tensor
 ) -> Partition | None:
-    """The rows' signal as one partition of N tokens; None for ``text`` and ``hidden``."""
+    """The signal of all rows as one partition of N tokens; None for ``text`` and ``hidden``."""
     if signal_kind in ("text", "hidden"):
         return None
     if signal_kind == "sampled":
@@ -190,27 +210,31 @@ def _partition(
 
 
 def _teacher_hidden(rows: Sequence[Row]) -> Tensor:
-    """bfloat16 [N, D]. Raises ValueError where a component is no number."""
+    """The teacher's hidden states, bfloat16 [N, D]; ValueError where one is not finite."""
     hidden = signal_column(rows, "hidden").view(torch.bfloat16)
     finite = torch.isfinite(hidden).all(dim=1)
     if not bool(finite.all()):
         token = int((~finite).nonzero()[0, 0])
         raise ValueError(
-            f"the teacher's hidden state of token {token} has a component that is infinite or no "
-            "number; expected finite ones; the teacher's answer is broken, ask it again"
+            f"the teacher's hidden state of token {token} has a component that is infinite or NaN; "
+            "expected finite numbers; the teacher's answer is damaged, ask for it again"
         )
     return hidden
 
 
 def signal_column(rows: Sequence[Row], name: str) -> Tensor:
-    """One signal column of the loss-bearing tokens of all rows: [N], [N, K] or [N, D]."""
+    """One signal column of all tokens that have a loss: [N], [N, K] or [N, D].
+
+    name: a field of `Row`. Raises ValueError where a row does not have one entry for each response
+    token.
+    """
     parts = []
     for row in rows:
         values = getattr(row, name)
         if values is None or len(values) != len(row.response_ids):
-            found = "missing" if values is None else f"{len(values)} long"
+            state = "missing" if values is None else f"{len(values)} long"
             raise ValueError(
-                f"row {row.row}: {name} is {found}; expected one entry for each of its "
+                f"row {row.row}: {name} is {state}; expected one entry for each of its "
                 f"{len(row.response_ids)} response tokens; the teacher's answer is incomplete"
             )
         parts.append(values[len(values) - row.num_targets :])
@@ -218,23 +242,34 @@ def signal_column(rows: Sequence[Row], name: str) -> Tensor:
 
 
 def dummy_micro_batch(signal_kind: str, width: int = 1) -> MicroBatch:
-    """One token of weight 0: the forward and backward pass of a worker that has no rows left.
+    """A micro-batch of one token with weight 0, for a rank that has fewer rows than another.
 
-    width: D of a ``hidden`` signal; any K will do for ``topk``.
+    All ranks must run equally many forward and backward passes, since each pass waits for the
+    others. width: D for a ``hidden`` signal, K for ``topk``; without effect for the other kinds.
     """
     partition = hidden = None
     if signal_kind == "hidden":
         hidden = torch.zeros(1, width, dtype=torch.bfloat16)
     elif signal_kind != "text":
-        # All mass in the tail: any K is valid, whatever the student's vocabulary.
+        # All probability in the tail, and no id: right for any K and any student's vocabulary.
         size = 1 if signal_kind == "sampled" else width
         log_p = torch.full((1, size + 1), -torch.inf)
         log_p[:, -1] = 0.0
-        partition = Partition(torch.full((1, size), -1), log_p)
+        partition = Partition(torch.full((1, size), NO_ID), log_p)
     zero = torch.zeros(1, dtype=torch.long)
-    starts = torch.tensor([0, 1], dtype=torch.int32)
     return MicroBatch(
-        *(zero[None], None, zero[None], zero, zero, torch.zeros(1), partition, 0, 0, 0, 1, hidden),
-        row_starts=starts,
+        input_ids=zero[None],
+        attention_mask=None,
+        position_ids=zero[None],
+        logit_index=zero,
+        targets=zero,
+        weights=torch.zeros(1),
+        partition=partition,
+        num_rows=0,
+        num_tokens=0,
+        input_tokens=0,
+        padded_tokens=1,
+        teacher_hidden=hidden,
+        row_starts=torch.tensor([0, 1], dtype=torch.int32),
         longest=1,
     )

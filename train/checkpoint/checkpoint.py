@@ -1,19 +1,24 @@
-"""Checkpoints: everything needed to go on as if nothing had happened, ledger included.
+"""Checkpoints: everything that a run needs to go on as if it had not been stopped.
 
-A checkpoint is copied to host memory at one step, by every rank what it holds, while all ranks
-stand at that step; a thread of each rank writes it; it is published at a later step, at which all
-ranks report it to Ray Train. One is in flight at a time. Only a published checkpoint is ever
-resumed from (``register``).
+A checkpoint goes through three phases. Between two steps every rank copies what it has to host
+memory. A thread of each rank writes the copy, while training goes on. After a later step it is
+published: all ranks report it to Ray Train. At most one checkpoint is between the first and the
+last phase. A run resumes from published checkpoints only (``ray_register``).
 
-``<run>/checkpoints/step-<finished steps>/`` holds ``model-*`` (parameters and persistent buffers in
-the training precision) and ``optimizer-*`` (AdamW's state), one safetensors file a rank that holds
-a part of them (``pieces``: read by any number of workers, sharded or not); ``random.pt`` (tensors
-and numbers, loadable with ``weights_only=True``; one random state a rank), ``ledger.json``,
-``state.json`` and, where baselines are measured, ``counts.npz``. The schedule is a function of the
-step.
+``<run>/checkpoints/step-<finished steps>/`` has
 
-Consumes: the ranks' states. Waits for: nothing, except ``finish``, which waits for the threads of
-all ranks.
+- ``model-*.safetensors``: parameters and persistent buffers in ``training.param_dtype``, and
+- ``optimizer-*.safetensors``: AdamW's state, both one file for each rank that has a part of them
+  (``tensors``: they can be read by any number of workers, sharded or not);
+- ``random.pt``: the random states of each rank, loadable with ``weights_only=True``;
+- ``ledger.json``: the rows that are trained or dropped;
+- ``counts.npz``: counts of token pairs, where baselines are measured;
+- ``state.json``: step, epoch and format. It is written last: a folder that has it is complete.
+
+The learning rate is not in it, since it is a function of the step.
+
+Consumes: the states of all ranks. Waits for: nothing, except ``finish``, which waits for the
+threads of all ranks.
 """
 
 import json
@@ -35,59 +40,81 @@ from torch import nn
 
 from raystill.base.errors import RunError
 from raystill.base.run_folder import CHECKPOINTS, RunFolder
-from raystill.train.checkpoint import tensors as pc
 from raystill.train.checkpoint.ray_register import STATE_FILE
+from raystill.train.checkpoint.tensors import (
+    TensorSlice,
+    are_empty,
+    file_names,
+    host_slices,
+    model_tensors,
+    optimizer_tensors,
+    read_slices,
+    write_slices,
+)
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.sharding import is_sharded
 
 FORMAT_VERSION = 4
-
-
 KINDS = ("model", "optimizer")
+"""Kinds of tensors; each has files of its own."""
 
 
 @dataclass
 class Snapshot:
-    """The state of a run after ``step`` finished optimizer steps, its large tensors apart.
+    """The state of a run without its large tensors; rank 0 writes it.
 
-    num_files: of each of ``KINDS``; 1 unless the student is sharded.
+    Attributes:
+        step: Number of finished optimizer steps.
+        epoch: The epoch that the run is in, from 0.
+        random: The random states of each rank, in rank order.
+        ledger: `Ledger.to_dict` of all ranks' rows.
+        num_files: Number of files of each of ``KINDS``; 1 unless the student is sharded.
+        counts: Counts of token pairs; empty where no baselines are measured.
+        extra: Further numbers, see `Progress.take_over`.
     """
 
     step: int
     epoch: int
-    random: list[dict[str, Any]]  # One a rank.
+    random: list[dict[str, Any]]
     ledger: dict[str, Any]
     num_files: int = 1
     counts: dict[str, np.ndarray] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)  # Numbers, see Progress.take_over.
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank writes of a checkpoint's tensors, on the host, by kind; and into which file."""
+    """The tensors that one rank writes of a checkpoint, in host memory.
 
-    slices: dict[str, dict[str, pc.TensorSlice]]
+    Attributes:
+        slices: By kind, then by name.
+        file: Number of the rank's file of each kind, from 0; ``num_files`` or more: it has none.
+        num_files: Number of files of each kind.
+    """
+
+    slices: dict[str, dict[str, TensorSlice]]
     file: int
     num_files: int
 
     @classmethod
     def copied(cls, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> "Part":
-        """A copy of what this rank holds, so that training may go on."""
-        tensors = pc.model_tensors(model), pc.optimizer_tensors(model, optimizer)
-        copies = (pc.host_slices(of_kind, ranks.first) for of_kind in tensors)
+        """A copy of what this rank has to write, so that training can go on."""
+        tensors = model_tensors(model), optimizer_tensors(model, optimizer)
+        copies = (host_slices(of_kind, ranks.first) for of_kind in tensors)
         sharded = is_sharded(model)
         num_files = ranks.world_size if sharded else 1
         return cls(dict(zip(KINDS, copies, strict=True)), ranks.rank, num_files)
 
     def write(self, folder: Path) -> None:
-        """Write this rank's files into ``folder``; nothing where it holds no part."""
+        """Writes this rank's files into ``folder``, if it has any."""
         if self.file < self.num_files:
-            for kind, held in self.slices.items():
-                pc.write_slices(folder / pc.file_names(kind, self.num_files)[self.file], held)
+            for kind, slices in self.slices.items():
+                write_slices(folder / file_names(kind, self.num_files)[self.file], slices)
 
 
 def random_state(device: torch.device | None = None) -> dict[str, Any]:
-    """This process's random states: Python's, numpy's, torch's, and the device's."""
+    """The random states of this process: Python's, numpy's, torch's, and that of a GPU."""
+    # numpy's as a tensor and numbers: `torch.load` with weights_only=True refuses numpy arrays.
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     words = torch.from_numpy(np.asarray(keys).astype(np.int64))
     state: dict[str, Any] = {
@@ -101,7 +128,7 @@ def random_state(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device | None = None) -> None:
-    """Restore what :func:`random_state` returned."""
+    """Sets the random states that ``random_state`` returned."""
     random.setstate(state["python"])
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
@@ -111,7 +138,7 @@ def set_random_state(state: dict[str, Any], device: torch.device | None = None) 
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
-    """Write what rank 0 writes beside its ``Part``; ``state.json`` last."""
+    """Writes ``snapshot`` into ``folder``, ``state.json`` last."""
     torch.save(snapshot.random, folder / "random.pt")
     (folder / "ledger.json").write_text(json.dumps(snapshot.ledger))
     if snapshot.counts:
@@ -128,13 +155,13 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
 
 
 def read_snapshot(folder: str | Path) -> Snapshot:
-    """Read what :func:`write_snapshot` wrote."""
+    """Reads what ``write_snapshot`` wrote. Raises ValueError where the format is another one."""
     folder = Path(folder)
     state = json.loads((folder / STATE_FILE).read_text())
     version = state.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{folder} holds a checkpoint of format {version}, but this version reads format "
+            f"{folder} has a checkpoint of format {version}, but this version reads format "
             f"{FORMAT_VERSION}; resume with the version that wrote it, or start a new run folder"
         )
     counts = folder / "counts.npz"
@@ -153,24 +180,26 @@ def read_snapshot(folder: str | Path) -> Snapshot:
 def load_tensors(
     folder: str | Path, num_files: int, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Fill ``model`` and ``optimizer`` (this rank's part of them) from a checkpoint's files.
+    """Fills this rank's part of ``model`` and ``optimizer`` from the files of a checkpoint.
 
-    The optimizer of a run that has made no step yet stays as it is. Raises ValueError where the
-    checkpoint is of another student.
+    num_files: `Snapshot.num_files`. The optimizer keeps its state if the run that wrote the
+    checkpoint had made no step. Raises ValueError where the checkpoint is of another student, or
+    incomplete.
     """
     model_files, optimizer_files = (
-        [Path(folder) / name for name in pc.file_names(kind, num_files)] for kind in KINDS
+        [Path(folder) / name for name in file_names(kind, num_files)] for kind in KINDS
     )
-    pc.read_slices(model_files, pc.model_tensors(model))
-    if not pc.are_empty(optimizer_files):
-        pc.read_slices(optimizer_files, pc.optimizer_tensors(model, optimizer, create=True))
+    read_slices(model_files, model_tensors(model))
+    if not are_empty(optimizer_files):
+        read_slices(optimizer_files, optimizer_tensors(model, optimizer, create=True))
 
 
 class Checkpointer:
-    """Writes checkpoints of one run; every method is called by all ranks at the same step.
+    """Writes the checkpoints of one run. All ranks must call each method, after the same step.
 
-    ``report(path)`` registers a written folder with Ray Train: on rank 0 with the folder's path in
-    the run's file system, on the others with None.
+    Attributes:
+        last_step: Finished steps in the newest checkpoint, be it published or still being written;
+            -1 before the first.
     """
 
     def __init__(
@@ -180,37 +209,54 @@ class Checkpointer:
         report: Callable[[str | None], None],
         last_step: int = -1,
     ) -> None:
-        self.last_step = last_step  # Finished steps in the newest checkpoint, written or begun.
+        """report: registers a written checkpoint with Ray Train. Rank 0 calls it with the path of
+        the folder in the run's file system, the others with None.
+        """
+        self.last_step = last_step
         self._folder = folder
         self._ranks = ranks
         self._report = report
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self._state = b""  # On rank 0, of a remote folder: what is uploaded last.
+        self._state = b""  # On rank 0 and in an object store: state.json, which is uploaded last.
 
     def begin(self, step: int, part: Part, snapshot: Snapshot | None) -> None:
-        """Write this rank's ``part``, and the ``snapshot`` (rank 0's), in the background."""
+        """Starts to write a checkpoint in the background.
+
+        step: finished steps. part: this rank's tensors. snapshot: on rank 0, else None. Waits for a
+        checkpoint that is still being written.
+        """
         self.finish()
         self.last_step = step
         assert (snapshot is not None) == self._ranks.first, "rank 0 writes the snapshot"
         self._writing = self._writer.submit(self._write, part, snapshot)
 
     def poll(self) -> bool:
-        """Publish the checkpoint in flight if all have written; whether one was published."""
+        """Publishes a checkpoint if all ranks have written it; returns whether they had.
+
+        Raises RunError where a rank could not write.
+        """
+        # Publishing is collective: no rank may begin it just because its own thread is done.
         if self._writing is None or not self._ranks.all(self._writing.done()):
             return False
         self._publish(self._writing)
         return True
 
     def finish(self) -> bool:
-        """Wait until the checkpoint in flight is written and publish it; whether there was one."""
+        """Waits for a checkpoint that is being written and publishes it; returns whether one was.
+
+        Raises RunError where a rank could not write.
+        """
         if self._writing is None:
             return False
         self._publish(self._writing)
         return True
 
     def _publish(self, writing: Future[None]) -> None:
-        """Make the folder whole and report it. Raises RunError where a rank could not write."""
+        """Completes the folder and reports it.
+
+        Raises RunError, on all ranks, where one of them could not write.
+        """
         errors = [error for error in self._ranks.gather(self._error(writing)) or [] if error]
         path = None
         if self._ranks.first and not errors:
@@ -223,18 +269,19 @@ class Checkpointer:
                 shutil.rmtree(self._part, ignore_errors=True)
             raise RunError(
                 f"the checkpoint of step {self.last_step} could not be written to "
-                f"{self._folder.join(CHECKPOINTS)} ({failure}); make room or mend it, and start "
-                "the run again: it goes on from the last checkpoint that was"
+                f"{self._folder.join(CHECKPOINTS)} ({failure}); make room or correct the cause, "
+                "and start the run again: it resumes from the checkpoint before"
             )
         self._report(path)
         self._writing = None
 
     @staticmethod
     def _error(writing: Future[None]) -> str | None:
-        """Waits for this rank's thread; what kept it from writing: no space, no permission."""
+        """Waits for this rank's thread; returns why it could not write, None if it could."""
         try:
             return writing.result()
-        except (OSError, RuntimeError, SafetensorError) as error:  # As its files' writers say it.
+        # A full disk raises each of these, depending on what writes the file.
+        except (OSError, RuntimeError, SafetensorError) as error:
             return str(error) or type(error).__name__
 
     @property
@@ -243,22 +290,24 @@ class Checkpointer:
 
     @property
     def _part(self) -> Path:
-        """Where a local folder is written, all ranks' files, until it is whole."""
+        """The hidden folder that all ranks write to, until it is complete; local folders only."""
         return Path(self._folder.root, CHECKPOINTS, f".{self._name}.part")
 
     @property
     def _target(self) -> str:
+        """The path of the complete folder in the run's file system."""
         return f"{self._folder.root}/{CHECKPOINTS}/{self._name}"
 
     def _write(self, part: Part, snapshot: Snapshot | None) -> None:
-        """This rank's files: under the name of a part, or in a local copy that is uploaded."""
+        """Writes this rank's files; for an object store to a temporary folder that is uploaded."""
         if self._folder.is_local:
             self._part.mkdir(parents=True, exist_ok=True)
             self._write_files(self._part, part, snapshot)
             return
         with tempfile.TemporaryDirectory() as temporary:
             self._write_files(Path(temporary), part, snapshot)
-            if snapshot is not None:  # It says: whole. `_complete` adds it when all is there.
+            # state.json says that the folder is complete, so `_complete` uploads it at the end.
+            if snapshot is not None:
                 self._state = (Path(temporary) / STATE_FILE).read_bytes()
                 (Path(temporary) / STATE_FILE).unlink()
             filesystem = self._folder.filesystem()
@@ -272,7 +321,11 @@ class Checkpointer:
             write_snapshot(folder, snapshot)
 
     def _complete(self) -> str:
-        """On rank 0, when all ranks have written: the folder gets its name, or what says: whole."""
+        """On rank 0, when all ranks have written: makes the folder a complete one.
+
+        A local folder gets its final name; in an object store, which cannot rename, it gets
+        state.json. Returns the folder's path.
+        """
         if self._folder.is_local:
             os.replace(self._part, self._target)
         else:

@@ -1,10 +1,12 @@
-"""Ray Train's list of the checkpoints it may resume from, read and kept sound.
+"""Ray Train's register: the file that lists the checkpoints it may resume from.
 
-Ray Train's controller writes the list into the run folder, in place; only a checkpoint that it
-names is ever resumed from. The newest *folder* may be ahead of it, and folders that it does not
-name are deleted at start-up, since their step will be trained again. Where the list itself cannot
-be read (a disk that was full, a machine that died while it was written) or is another Ray
-version's, which Ray refuses, it is made anew from the folders, each of which is whole.
+Ray Train's controller writes the file into the run folder, in place. A run resumes only from a
+checkpoint that is listed there. The newest checkpoint folder may not be listed yet. The worker
+deletes folders that are not listed when it starts, since their steps will be trained again.
+
+The file may be damaged, because the disk was full or the machine failed while it was written, or
+it may be from another Ray version, which Ray refuses. ``fit`` then has it written anew from the
+folders that are complete.
 """
 
 import json
@@ -20,11 +22,11 @@ SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 FOLDER_NAME = re.compile(r"^step-\d{8,}$")
 PART_NAME = re.compile(r"^\.step-\d{8,}\.part$")
 STATE_FILE = "state.json"
-"""Written last: a folder that has it is whole."""
+"""Written last: a checkpoint folder that has it is complete."""
 
 
 def registered_names(folder: RunFolder) -> set[str]:
-    """Names of the checkpoint folders that Ray Train's manager knows; empty before the first."""
+    """Names of the checkpoint folders that the register lists; empty before the first."""
     name = f"{CHECKPOINTS}/{SNAPSHOT_FILE}"
     if not folder.exists(name):
         return set()
@@ -34,7 +36,7 @@ def registered_names(folder: RunFolder) -> set[str]:
 
 
 def remove_unregistered(folder: RunFolder) -> list[str]:
-    """Delete checkpoint folders that are not registered, and half-written ones; their names."""
+    """Deletes checkpoint folders that are not registered or not complete; returns their names."""
     registered = registered_names(folder)
     removed = []
     for info in _folders(folder):
@@ -46,30 +48,36 @@ def remove_unregistered(folder: RunFolder) -> list[str]:
 
 
 def repair_register(folder: RunFolder) -> str | None:
-    """Before a start: make the list anew if Ray would not take it; why, or None if it is sound."""
+    """Writes the register anew if Ray Train would refuse it; returns the reason, None if not.
+
+    Called before Ray Train starts.
+    """
     name = f"{CHECKPOINTS}/{SNAPSHOT_FILE}"
     if not folder.exists(name):
         return None
     try:
         version = json.loads(folder.read_text(name))["ray_version"]
     except (ValueError, KeyError, TypeError) as error:
-        why = f"it cannot be read ({error})"
+        reason = f"it cannot be read ({error})"
     else:
         if version == metadata.version("ray"):
             return None
-        why = f"it is of Ray {version}, and this is {metadata.version('ray')}"
-    whole = sorted(
+        reason = f"it is from Ray {version}, and this is Ray {metadata.version('ray')}"
+    complete = sorted(
         info.base_name
         for info in _folders(folder)
         if FOLDER_NAME.match(info.base_name)
         and folder.exists(f"{CHECKPOINTS}/{info.base_name}/{STATE_FILE}")
     )
-    folder.write_text(name, json.dumps(_register_of(whole)))
-    return why
+    folder.write_text(name, json.dumps(_register_of(complete)))
+    return reason
 
 
 def _register_of(names: list[str]) -> dict[str, object]:
-    """What Ray 2.60 writes for these checkpoints (``_CheckpointManagerState``), the newest last."""
+    """The register of these checkpoints, the newest last.
+
+    The fields are those of ``_CheckpointManagerState``, which Ray Train 2.60 writes.
+    """
     results = [
         {"version": 0, "checkpoint_dir_name": n, "metrics": {"step": int(n.split("-")[1])}}
         for n in names
@@ -89,6 +97,7 @@ def _register_of(names: list[str]) -> dict[str, object]:
 
 
 def _folders(folder: RunFolder) -> Iterator[pafs.FileInfo]:
+    """All folders under ``checkpoints/``, complete or not."""
     root = f"{folder.root}/{CHECKPOINTS}"
     for info in folder.filesystem().get_file_info(pafs.FileSelector(root, allow_not_found=True)):
         if info.type == pafs.FileType.Directory:

@@ -1,16 +1,17 @@
-"""The objective and its gradient from hidden states and output head, without [N, V] logits.
+"""The objective and its gradient from hidden states and the output head, without [N, V] logits.
 
-`student_module` calls `head_loss` inside its forward pass (so that DDP sees the head used there).
-A chunk of tokens at a time, the logits are computed, differentiated in place and forgotten: the
-gradient is formed in the forward pass, nothing is recomputed, and the three matrix products are
-those of dense cross entropy. Memory beyond inputs and gradients is one chunk, in the precision of
-the products; where softmax and sums have a wider one, a block of it is widened at a time.
+`student.module` calls `head_loss` in its forward pass. The tokens are processed in chunks: the
+logits of a chunk are computed, overwritten with their gradient, multiplied into the gradients of
+the hidden states and of the head, and forgotten. So the gradient is ready after the forward pass,
+nothing is computed twice, and there are three matrix products, as many as with full logits.
+Memory beyond the inputs and their gradients is one chunk in the dtype of the products. Where
+softmax and sums have a wider dtype, one block of the chunk at a time is converted to it.
 
-Legend: N response tokens, n of a chunk, D hidden size, V rows of the head, W the head's weight.
+A `ChunkObjective` turns the logits of some tokens into their loss and gradient: for partitions
+`objective.TokenObjective`, for the full vocabulary `full_vocabulary.HiddenObjective`.
 
-What a signal is compared with is not known here: a `ChunkObjective` turns the logits of some tokens
-into their values and gradient. `objective.TokenObjective` does so for partitions; one that rebuilds
-the teacher's logits from its hidden states chunk by chunk fits in the same place.
+Legend: N response tokens, n of a chunk, D hidden size, V rows of the head, W the head's weight, F
+figures of a token, such as the terms of its loss.
 """
 
 from collections.abc import Iterator
@@ -25,43 +26,51 @@ from raystill.model.head import UNCHANGED, LogitTransform
 from raystill.train.loss.log_probs import row_blocks, sum_dtype
 from raystill.train.loss.objective import ObjectiveSums
 
-# Large enough that reading W and adding to its gradient costs little beside the products.
+# Each chunk reads W and adds to its gradient once. Chunks are so large that this costs little in
+# comparison with the products.
 CPU_CHUNK_BYTES = 64 << 20
 DEVICE_CHUNK_BYTES = 512 << 20
-# Products of another number of rows can be a quarter slower (bfloat16, 682 against 672 rows).
+# The number of tokens in a chunk is a multiple of this: a matrix product of another number of rows
+# can take a quarter longer (bfloat16, 682 rows against 672).
 ROWS_AT_ONCE = 16
-# What is widened at a time: rows enough for small operations on them not to matter.
+# A block that is converted to the dtype of the sums: small enough for the cache, and large enough
+# that the cost of launching its operations does not matter.
 CPU_WIDE_BYTES = 1 << 20
 DEVICE_WIDE_BYTES = 256 << 20
 
 
 class ChunkObjective(Protocol):
-    """An objective on the N tokens of one micro-batch, for any slice of them.
+    """An objective on the N tokens of one micro-batch, computed for slices of them.
 
-    ``num_figures``: F, how many figures it has of a token.
+    Attributes:
+        num_figures: F, the number of figures of a token.
     """
 
     num_figures: int
 
     def begin(self, rows: slice) -> None:
-        """The tokens of a chunk, all of which `differentiate` is given next, in parts."""
+        """Prepares a chunk: the next calls of `differentiate` are for parts of ``rows``."""
 
     def differentiate(self, z: Tensor, rows: slice) -> Tensor:
-        """Figures [n, F] of these tokens; their logits z [n, V] become d total / d z."""
+        """The figures [n, F] of these tokens; their logits z [n, V] become d total / d z."""
 
     def total(self, figures: Tensor) -> Tensor:
-        """What is differentiated, a scalar, from the figures [N, F] of all tokens."""
+        """The scalar that is differentiated, from the figures [N, F] of all tokens."""
 
     def sums(self, total: Tensor, figures: Tensor) -> ObjectiveSums:
-        """The sums of the micro-batch around the differentiable total."""
+        """All sums of the micro-batch, with ``total`` as the differentiable one."""
 
 
 @dataclass(frozen=True)
 class OutputHead:
-    """logits = transform(hidden weight^T + bias): weight [V, D], bias [V] or None.
+    """The last layer of a model: logits = transform(hidden weight^T + bias).
 
-    compute_dtype: precision of the matrix products; softmax and sums are in float32 (float64 for
-    float64), and so is the gradient of the weight until all chunks are added.
+    Attributes:
+        weight: [V, D].
+        bias: [V] or None.
+        transform: Scale and cap of the logits.
+        compute_dtype: dtype of the matrix products. Softmax and sums are in float32, or in float64
+            for float64; so is the gradient of the weight until all chunks are added.
     """
 
     weight: Tensor
@@ -71,7 +80,10 @@ class OutputHead:
 
     @torch.no_grad()
     def logit_chunks(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Logits [n, V] in the precision of sums, chunk by chunk, for measuring; hidden [N, D]."""
+        """The logits [n, V] of hidden states [N, D], one chunk after the other, without gradient.
+
+        Yields the slice of tokens and its logits, in the dtype of softmax and sums.
+        """
         weight = self.weight.to(self.compute_dtype)
         dtype = sum_dtype(self.compute_dtype)
         for rows in chunks(len(hidden), len(weight), dtype, hidden.device):
@@ -80,7 +92,10 @@ class OutputHead:
             yield rows, z
 
     def apply_transform(self, z: Tensor) -> Tensor | None:
-        """Bias, scale and cap on z [n, V] in place; returns tanh(z / cap) where there is a cap."""
+        """Applies bias, scale and cap to z [n, V] in place.
+
+        Returns tanh(z / cap) for `undo_transform`; None where there is no cap.
+        """
         if self.bias is not None:
             z.add_(self.bias)
         if self.transform.scale != 1.0:
@@ -92,19 +107,23 @@ class OutputHead:
         return squashed
 
     def undo_transform(self, grad: Tensor, squashed: Tensor | None) -> None:
-        """The gradient of the logits [n, V] to that of hidden weight^T + bias, in place."""
-        if squashed is not None:  # d cap / d z = 1 - tanh^2
+        """Turns the gradient of the logits [n, V] into that of hidden weight^T + bias, in place.
+
+        squashed: what `apply_transform` returned.
+        """
+        if squashed is not None:  # d (cap tanh(z / cap)) / d z = 1 - tanh(z / cap)^2
             grad.mul_(squashed.square_().neg_().add_(1.0))
         if self.transform.scale != 1.0:
             grad.mul_(self.transform.scale)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # Its gradient is written by hand, in place: nothing for autograd to trace.
 def head_loss(hidden: Tensor, head: OutputHead, objective: ChunkObjective) -> ObjectiveSums:
-    """The sums of the objective over hidden states [N, D], differentiable in hidden and the head.
+    """The sums of the objective over hidden states [N, D].
 
-    A frozen head costs no weight gradient. A head that is tied to the embeddings gets this part of
-    its gradient here and the other from them.
+    The total is differentiable with respect to the hidden states and the head, once. No gradient is
+    computed for a frozen head. A head that is tied to the embeddings gets its part of their common
+    gradient here.
     """
     total, figures = _HeadLoss.apply(
         hidden, head.weight, head.bias, head, objective, torch.is_grad_enabled()
@@ -113,7 +132,10 @@ def head_loss(hidden: Tensor, head: OutputHead, objective: ChunkObjective) -> Ob
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Keeps the finished gradients for the backward pass, which can therefore run once only."""
+    """Computes the gradients in the forward pass; the backward pass only scales them.
+
+    It gives them away, so it can run only once.
+    """
 
     @staticmethod
     def forward(
@@ -135,18 +157,22 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        # Given away, not lent: the weight's gradient can become .grad itself, without a copy.
+        # Nothing here keeps a reference, so autograd can make the weight's gradient the parameter's
+        # .grad without a copy of [V, D].
         gradients, ctx.gradients = ctx.gradients, None
-        assert gradients is not None, "the head's loss was differentiated before: run it again"
+        assert gradients is not None, (
+            "the head's loss was differentiated a second time; run the forward pass again"
+        )
         scaled = [None if g is None else g.mul_(upstream.to(g.dtype)) for g in gradients]
         return *scaled, None, None, None
 
 
 class _Gradients:
-    """Gradients of hidden, weight and bias (None where not wanted), added up chunk by chunk.
+    """The gradients of hidden states, weight and bias, added up over the chunks.
 
-    The weight's is added in the precision of sums. Where the products have a narrower one, a first
-    chunk stays as it is until there is a second: most micro-batches have one only.
+    wanted: for which of the three a gradient is computed. The gradient of the weight is added up in
+    the dtype of the sums. Where the products have a narrower dtype, the first chunk's is converted
+    only when there is a second chunk: most micro-batches have just one.
     """
 
     def __init__(self, hidden: Tensor, head: OutputHead, wanted: list[bool]) -> None:
@@ -163,7 +189,10 @@ class _Gradients:
         return self.wants_weight or not (self.hidden is None and self.bias is None)
 
     def add(self, rows: slice, grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
-        """grad [n, V] of hidden W^T, with the hidden [n, D] and the weight that were multiplied."""
+        """Adds a chunk: grad [n, V] of the product hidden W^T, and its factors hidden and weight.
+
+        rows: the slice of tokens. hidden: [n, D]. weight: [V, D], in the dtype of the products.
+        """
         if self.hidden is not None:
             self.hidden[rows] = grad @ weight
         if not self.wants_weight:
@@ -181,13 +210,13 @@ class _Gradients:
         add_widened(self.weight, torch.mm(grad.T, hidden, out=self.product))
 
     def finished(self) -> list[Tensor | None]:
-        """In the precision of what they are gradients of."""
+        """The three gradients, each in the dtype of its tensor; None where it is not wanted."""
         gradients = (self.hidden, self._finished_weight(), self.bias)
         pairs = zip(gradients, self.inputs, strict=True)
         return [None if g is None or t is None else g.to(t.dtype) for g, t in pairs]
 
     def _finished_weight(self) -> Tensor | None:
-        """The sum over all chunks, in memory that is there already where that is possible."""
+        """The sum over all chunks, in memory that is already allocated where its dtype fits."""
         wanted = self.inputs[1]
         if not self.wants_weight:
             return None
@@ -199,7 +228,7 @@ class _Gradients:
 
 
 def add_widened(total: Tensor, part: Tensor) -> None:
-    """Adds a narrower part [V, D] to the total, by rows that stay in the cache once widened."""
+    """Adds a part [V, D] of a narrower dtype to the total, in blocks of rows that fit the cache."""
     for rows in row_blocks(total, CPU_WIDE_BYTES, DEVICE_WIDE_BYTES):
         total[rows] += part[rows].to(total.dtype)
 
@@ -207,15 +236,16 @@ def add_widened(total: Tensor, part: Tensor) -> None:
 def _run_chunks(
     hidden: Tensor, head: OutputHead, objective: ChunkObjective, gradients: _Gradients
 ) -> Tensor:
-    """Figures [N, F] of all tokens; their gradients are added to ``gradients``.
+    """The figures [N, F] of all tokens; adds the gradients of each chunk to ``gradients``.
 
-    Every chunk is computed in the same memory, in the compute precision.
+    All chunks use the same memory for their logits.
     """
     weight = head.weight.to(head.compute_dtype)
     slices = chunks(len(hidden), len(weight), weight.dtype, hidden.device)
     length = slices[0].stop if slices else 0
     products = torch.empty(length, len(weight), dtype=weight.dtype, device=weight.device)
-    # One tensor for all: small ones, kept between large ones that go, would break up the heap.
+    # One tensor for all chunks: small tensors that stay, allocated between large ones that are
+    # freed, would fragment the memory.
     figures = products.new_empty(len(hidden), objective.num_figures, dtype=gradients.dtype)
     for rows in slices:
         inputs = hidden[rows].to(weight.dtype)
@@ -235,10 +265,11 @@ def _differentiate(
     gradients: _Gradients,
     figures: Tensor,
 ) -> None:
-    """The products z [n, V] of a chunk that begins at token ``start`` become gradients.
+    """Turns the products z [n, V] = hidden W^T of a chunk into their gradient, in place.
 
-    All at once where they have the precision of sums, else a widened block after the other. Writes
-    the tokens' rows of ``figures`` [N, F].
+    start: the first token of the chunk. Also writes the chunk's rows of ``figures`` [N, F] and adds
+    to the gradient of the bias. Where z has a narrower dtype than the sums, one block of it after
+    the other is converted.
     """
     narrow = z.dtype != gradients.dtype
     blocks = row_blocks(z, CPU_WIDE_BYTES, DEVICE_WIDE_BYTES) if narrow else [slice(0, len(z))]
@@ -257,14 +288,16 @@ def _differentiate(
 
 
 def chunks(num_tokens: int, vocab: int, dtype: torch.dtype, device: torch.device) -> list[slice]:
-    """Slices of equal length (the last may be shorter) whose logits are within the chunk size.
+    """Slices of the tokens whose logits [n, vocab] have at most the chunk size of the device.
 
-    From ``ROWS_AT_ONCE`` on the length is a multiple of it.
+    They have the same length, except the last, which may be shorter. A length of ``ROWS_AT_ONCE``
+    or more is a multiple of it.
     """
     limit = CPU_CHUNK_BYTES if device.type == "cpu" else DEVICE_CHUNK_BYTES
     most = max(1, limit // (vocab * dtype.itemsize))
     unit = ROWS_AT_ONCE if min(most, num_tokens) >= ROWS_AT_ONCE else 1
     most -= most % unit
-    size = -(-num_tokens // max(1, -(-num_tokens // most)))
+    num_chunks = max(1, -(-num_tokens // most))  # -(-a // b) is a / b rounded up.
+    size = -(-num_tokens // num_chunks)
     size = min(num_tokens, size + -size % unit)
     return [slice(start, start + size) for start in range(0, num_tokens, max(1, size))]

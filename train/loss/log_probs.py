@@ -1,20 +1,24 @@
-"""The student's log probabilities on a partition, exact in the tail, and their gradient.
+"""The student's log probabilities of K ids and of the tail, and the gradient of its logits.
 
-`objective` and, chunk by chunk, `head_loss` call it. Nothing goes through 1 - sum q.
+`objective.TokenObjective` uses `gather_log_probs` and `put_gradient` on the logits of some tokens.
+`partition_log_probs` is the same as one differentiable function, for measuring and for tests.
 
-Legend: N tokens (n of a block), K ids kept for each, V vocabulary, tau the tail: all other ids.
-z logits, q their softmax. Everything in nats.
+Legend: N tokens (n of a chunk), K ids kept for each token, V vocabulary, tau the tail, which is all
+other ids, z logits, q = softmax(z). Logarithms are in nats.
 
-Forward: log q_tau = logsumexp(z outside the ids) - logsumexp(z), never log(1 - sum q), which in
-float32 has lost its digits. Backward, for gradients G_i of log q_i, G_tau of log q_tau and g of
-log q_target, with S = sum_i G_i + G_tau + g:
+Forward: log q_tau = logsumexp(z of the ids outside the K) - logsumexp(z). It is never computed as
+log(1 - sum q), of which float32 keeps no digits where the tail is small.
 
-    d / d z_j = G_j - S q_j                                    j among the K ids
-              = (G_tau - S q_tau) softmax(z outside the ids)_j j elsewhere
-                + g                                            at j = target
+Backward: let G_i, G_tau and g be the gradients of the loss with respect to log q_i, log q_tau and
+log q_target, and S = sum_i G_i + G_tau + g. Then
 
-Both work in the logits' own memory: `gather_log_probs` leaves exp(z - the largest outside) there,
-which `put_gradient` turns into the gradient. So each logit costs one exponential.
+    d loss / d z_j = G_j - S q_j                                       j among the K ids
+                   = (G_tau - S q_tau) softmax(z outside the K ids)_j  j elsewhere
+                     + g                                               added at j = target
+
+Both directions work in the memory of the logits: `gather_log_probs` overwrites them with
+exp(z - largest z outside the K ids), and `put_gradient` turns this into the gradient. So no second
+[n, V] tensor exists, and each logit costs one exponential.
 """
 
 from typing import Any, NamedTuple
@@ -25,21 +29,21 @@ from torch.autograd.function import once_differentiable
 
 from raystill.train.batch.partition import NO_ID
 
-# A block of logits is read several times: on a CPU each core's share stays in its cache meanwhile.
+# A block of logits is read several times. It is so small that it stays in the cache (CPU: of each
+# core) from one time to the next.
 CPU_BLOCK_BYTES = 1 << 20
 DEVICE_BLOCK_BYTES = 1 << 28
 
 
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision of softmax and sums for logits of this dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class PartitionLogits(NamedTuple):
-    """What `gather_log_probs` found, and what `put_gradient` needs of it.
+    """Log probabilities of n tokens, and what `put_gradient` needs to go back from them.
 
-    log_q [n, K + 1] (last column the tail; -inf at ``NO_ID`` slots and where no id is left for the
-    tail), log_q_target [n]; tail_sum [n, 1] = sum of exp(z - the largest outside).
+    Attributes:
+        log_q: [n, K + 1], nats; the last column is the tail. -inf where the slot has no id, and in
+            the tail where no id is left for it.
+        log_q_target: [n], nats.
+        tail_sum: [n, 1], the sum of exp(z - largest z) over the ids outside the K.
+        slots: The K ids of each token.
     """
 
     log_q: Tensor
@@ -49,9 +53,10 @@ class PartitionLogits(NamedTuple):
 
 
 def gather_log_probs(z: Tensor, ids: Tensor, targets: Tensor) -> PartitionLogits:
-    """PartitionLogits of the logits z [n, V], float32 or float64, whose memory is overwritten.
+    """The log probabilities of the ids, the tail and the target of each token.
 
-    ids int64 [n, K], distinct or ``NO_ID``; targets int64 [n].
+    z: logits [n, V], float32 or float64; overwritten. ids: int64 [n, K], distinct within a token or
+    ``NO_ID``. targets: int64 [n].
     """
     slots = _Slots(ids)
     inside, origin = slots.gather(z)
@@ -72,15 +77,19 @@ def gather_log_probs(z: Tensor, ids: Tensor, targets: Tensor) -> PartitionLogits
 
 
 def put_gradient(
-    z: Tensor, outcomes: PartitionLogits, targets: Tensor, grad_log_q: Tensor, grad_target: Tensor
+    z: Tensor, log_probs: PartitionLogits, targets: Tensor, grad_log_q: Tensor, grad_target: Tensor
 ) -> None:
-    """Overwrites what `gather_log_probs` left in z [n, V] with the gradient of the logits."""
-    q, slots = outcomes.log_q.exp(), outcomes.slots
+    """Overwrites z [n, V], as `gather_log_probs` left it, with the gradient of the logits.
+
+    grad_log_q: [n, K + 1] and grad_target: [n], the gradients with respect to ``log_q`` and
+    ``log_q_target``.
+    """
+    q, slots = log_probs.log_q.exp(), log_probs.slots
     total = (grad_log_q.sum(dim=1) + grad_target)[:, None]
     inside = grad_log_q[:, :-1] - total * q[:, :-1]
     outside = grad_log_q[:, -1:] - total * q[:, -1:]
-    # Where nothing is outside the ids there is nothing to scale.
-    scale = outside / outcomes.tail_sum.masked_fill(outcomes.tail_sum == 0, 1.0)
+    # The sum is 0 where no id is outside the K: all z that it would scale are overwritten below.
+    scale = outside / log_probs.tail_sum.masked_fill(log_probs.tail_sum == 0, 1.0)
     inside = slots.fill(inside, z.gather(1, slots.ids) * scale)
     for rows in _blocks(z):
         part = z[rows].mul_(scale[rows])
@@ -91,13 +100,12 @@ def put_gradient(
 def partition_log_probs(
     logits: Tensor, ids: Tensor, targets: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """log_q [N, K + 1] and log_q_target [N] of logits [N, V], as in `PartitionLogits`.
+    """log_q [N, K + 1] and log_q_target [N] as in `PartitionLogits`, differentiable.
 
-    The logits may have any float dtype.
-
-    Both float32, or float64 for float64 logits, and differentiable. ids int64 [N, K], distinct or
-    ``NO_ID``; targets int64 [N] (default: id 0). Beside the logits and their gradient no [N, V]
-    tensor exists.
+    logits: [N, V] of any float dtype; not overwritten. ids: int64 [N, K], distinct within a token
+    or ``NO_ID``. targets: int64 [N]; None: id 0. The results are in float32, or in float64 for
+    float64 logits. Besides the logits and their gradient no [N, V] tensor exists: the backward pass
+    computes each block again.
     """
     if targets is None:
         targets = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
@@ -123,17 +131,18 @@ class _PartitionLogProbs(torch.autograd.Function):
         grad = torch.empty_like(logits)
         for rows in _blocks(logits):
             z = logits[rows].to(grad_log_q.dtype, copy=True)
-            outcomes = gather_log_probs(z, ids[rows], targets[rows])
-            put_gradient(z, outcomes, targets[rows], grad_log_q[rows], grad_target[rows])
+            log_probs = gather_log_probs(z, ids[rows], targets[rows])
+            put_gradient(z, log_probs, targets[rows], grad_log_q[rows], grad_target[rows])
             grad[rows] = z
         return grad, None, None
 
 
 class _Slots:
-    """Ids that can index the logits, also where a slot has no id.
+    """The K ids of each token as indices of the logits, also where a slot has no id.
 
-    A slot without an id borrows one that its token keeps, so that what is written there is
-    written anyway; a token that keeps none borrows id 0, and there nothing may change.
+    An index must exist in every slot, since gather and scatter have no mask. A slot with ``NO_ID``
+    borrows an id that its token has, and writes there the value that this id gets anyway. A token
+    without any id borrows id 0, whose value must then stay that of the tail.
     """
 
     def __init__(self, ids: Tensor) -> None:
@@ -143,10 +152,10 @@ class _Slots:
         self.ids = torch.where(self.kept, ids, lender).clamp_min(0)
 
     def gather(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [n, K] at the ids, relative to the largest of them, and that origin [n, 1].
+        """The logits at the ids minus the largest of them, [n, K], and that largest, [n, 1].
 
-        -inf where a slot has no id. Sums of logits taken from a near origin are not rounded at
-        the logits' own magnitude.
+        -inf where a slot has no id. The differences are small numbers, so sums of them are not
+        rounded to the precision that logits of a large magnitude have.
         """
         inside = z.gather(1, self.ids)
         origin = inside.amax(dim=1, keepdim=True)
@@ -154,11 +163,15 @@ class _Slots:
         return (inside - origin).masked_fill_(~self.kept, -torch.inf), origin
 
     def hide(self, z: Tensor) -> Tensor:
-        """What replaces the logits at the ids so that only the tail is left: -inf."""
+        """What to write at the ids so that only the tail is left: -inf, or the logit itself."""
         return torch.where(self.none_kept, z.gather(1, self.ids), -torch.inf)
 
     def fill(self, inside: Tensor, outside: Tensor) -> Tensor:
-        """Gradients [n, K] to write at the ids: the kept slots' own, the tail's where none is."""
+        """The gradients [n, K] to write at the ids.
+
+        inside: the gradient of each id; a borrowed id gets its owner's. outside: the gradient as
+        part of the tail, for tokens without any id.
+        """
         lent = inside.gather(1, self.lender_slot)
         return torch.where(self.none_kept, outside, torch.where(self.kept, inside, lent))
 
@@ -168,13 +181,19 @@ def _blocks(z: Tensor) -> list[slice]:
 
 
 def row_blocks(z: Tensor, cpu_bytes: int, device_bytes: int) -> list[slice]:
-    """Row slices of z [n, V] that have about the given size in the precision of the sums.
+    """Slices of the rows of z [n, V], each of about the given size in the dtype of the sums.
 
-    ``cpu_bytes`` is the share of each core, a row at least: torch deals the elements of a block out
-    to its threads, and a row that is cut makes each operation wait for another core.
+    On a CPU a block has ``cpu_bytes`` for each thread, and at least one row for each: torch deals
+    the elements of a tensor out to its threads, and a row shared by two makes every operation wait
+    for both.
     """
     on_cpu = z.device.type == "cpu"
     row_bytes = z.shape[1] * sum_dtype(z.dtype).itemsize
     rows = max(1, (cpu_bytes if on_cpu else device_bytes) // row_bytes)
     rows *= torch.get_num_threads() if on_cpu else 1
     return [slice(start, start + rows) for start in range(0, len(z), rows)]
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax and sums for logits of ``dtype``: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

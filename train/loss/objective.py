@@ -1,17 +1,20 @@
-"""What the student minimises, for each response token, and the sums a step is made of.
+"""The objective on the K + 1 classes of a partition, and the sums over the tokens of a micro-batch.
 
-`head_loss` calls `TokenObjective` on the logits of a micro-batch, chunk by chunk; evaluation calls
-`partition_metrics`. Pure functions of tensors: typed tensors in, one value a token out; the
-division by the step's global weight is in `step`.
+`head_loss` gives `TokenObjective` the logits of a micro-batch, one chunk of tokens after the other.
+Evaluation calls `partition_metrics`. This module returns sums over tokens; `step` divides them by
+the weight of the whole step.
 
-Legend: N response tokens, K teacher ids kept for each, V student vocabulary, p teacher, q student
-(softmax of the logits over all V), tau the tail outcome. Everything in nats.
+Legend: N response tokens, n of a chunk, K teacher ids kept for each token, V student vocabulary, p
+teacher, q student (softmax of the logits over all V ids), tau the tail, F figures of a token.
+Values are in nats.
 
-    a divergence  d(p, q) over the K ids and tau, as `divergence` defines it
-    cross_entropy -log q_target
+The objective of a token is the weighted sum of its terms:
 
-The temperature is 1 on both sides; `hidden_objective` has the full vocabulary, and the temperature.
-Nothing is renormalised over the K ids and nothing is clamped.
+    a divergence   d(p, q) over the K ids and tau, as `divergence` defines it
+    cross_entropy  -log q_target
+
+Nothing is renormalised over the K ids. The temperature is 1 on both sides; for the full vocabulary,
+and for other temperatures, see `full_vocabulary`.
 """
 
 import math
@@ -30,16 +33,20 @@ from raystill.train.loss.divergence import Divergence
 from raystill.train.loss.log_probs import gather_log_probs, partition_log_probs, put_gradient
 
 LOG_FLOOR = math.log(1e-6)
-"""The teacher's tail is the engine's noise below this (nats): see `floored`."""
+"""Nats. A teacher's tail below this is rounding noise of its engine, see `floored`."""
 
 
 class ObjectiveSums(NamedTuple):
-    """Sums over one micro-batch's tokens, each token times its weight.
+    """Sums over the tokens of one micro-batch, each token multiplied by its weight.
 
-    total: what is differentiated, sum over terms of term weight x term. terms: each term alone,
-    without its term weight, detached. The tail masses are of the outcome that holds all ids without
-    one of their own (for a `hidden` signal the padding, mostly 0); None for the `text` signal.
-    floored_tokens: how many tokens of a weight above 0 used the floor; None without reverse_kl.
+    Attributes:
+        total: The sum of all terms, each multiplied by its factor; this is differentiated.
+        terms: The sum of each term alone, without its factor and detached, by name.
+        teacher_tail_mass: The teacher's probability of the tail. For a ``hidden`` signal the tail
+            is the padding of the heads, mostly 0. None for ``text``.
+        student_tail_mass: The student's probability of the tail.
+        floored_tokens: Number of tokens with a weight above 0 that used the floor of `floored`;
+            None without reverse_kl.
     """
 
     total: Tensor
@@ -50,10 +57,10 @@ class ObjectiveSums(NamedTuple):
 
 
 def divergences(objective: ObjectiveConfig, has_tail: bool = True) -> dict[str, Divergence]:
-    """The divergences in use, by name, with their parameters.
+    """The divergences that have a weight, by name, with their parameters filled in.
 
-    has_tail: the last outcome is the tail of a partition, so that `reverse_kl` is `floored`; over
-    a full vocabulary, where every outcome has a logarithm of its own, it is not.
+    has_tail: whether the last class is a tail; reverse_kl is then `floored`. Over a full vocabulary
+    every class has a logarithm of its own, and no floor is needed.
     """
     parameters = {
         "jsd": {"beta": objective.jsd_beta},
@@ -67,20 +74,25 @@ def divergences(objective: ObjectiveConfig, has_tail: bool = True) -> dict[str, 
 
 
 def on_partition(d: Divergence, logits: Tensor, partition: Partition) -> Tensor:
-    """The divergence of each token on the partition, [N] nats: logits [N, V] of any float dtype."""
+    """The divergence of each token on the partition, [N] nats, differentiable.
+
+    logits: [N, V] of any float dtype.
+    """
     log_q, _ = partition_log_probs(logits, partition.ids)
     return _Differentiable.apply(log_q, partition.log_p.to(log_q.dtype), d)
 
 
 def floored(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """log_p [N, K + 1] as `reverse_kl`, which divides by p, takes it; and where that differs, [N].
+    """log_p [N, K + 1] with a floor for `reverse_kl`, and the tokens that needed it, bool [N].
 
-    A teacher's tail is 1 minus a sum, or what float32 left of it: below 1e-6 its logarithm says
-    nothing, and it can be exactly 0. There any mass of the student up to the floor counts as
-    agreement, and mass above it is compared with the floor: p_tau is raised to min(q_tau, 1e-6).
-    So a student equal to its teacher still has 0, no value falls below 0, values and gradients are
-    continuous, and what is reported is a lower bound of what it would be without a floor. The K
-    ids keep their own logarithms, however small, except where the teacher gave one no mass at all.
+    KL(q || p) divides by p. A teacher's tail is computed as 1 minus a sum, so below 1e-6 it is
+    rounding noise, and it may be exactly 0. Such a p_tau is raised to min(q_tau, 1e-6): up to 1e-6
+    the student's tail counts as equal to the teacher's, and a larger one is compared with 1e-6.
+
+    So a student equal to its teacher still has the value 0, no value is below 0, values and
+    gradients are continuous, and the result is a lower bound of the value without a floor. The K
+    ids keep their own logarithms, however small; only where the teacher gave an id the probability
+    0 it is raised in the same way.
     """
     floor = log_q.clamp_max(LOG_FLOOR)
     noise = log_p == -torch.inf
@@ -96,9 +108,14 @@ def _floored_reverse_kl(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor
 class WeightedTerms:
     """The terms of an objective on one micro-batch, and their sums over its tokens.
 
-    Figures of a token, one column each: the terms in the order of ``names``, the teacher's and the
-    student's tail mass, and 1 where the floor was used. ``factors``: what each term is multiplied
-    by in the total, its weight and, if asked for, the squared temperature.
+    Subclasses compute the figures of each token, one column each: the terms in the order of
+    ``names``, the teacher's and the student's tail mass, and 1 where the floor was used, else 0.
+
+    Attributes:
+        factors: The factor of each term in the total: its weight and, if configured, the squared
+            temperature.
+        names: The terms that have a weight.
+        num_figures: F.
     """
 
     def __init__(self, objective: ObjectiveConfig, micro_batch: MicroBatch) -> None:
@@ -109,64 +126,64 @@ class WeightedTerms:
         self.num_figures = len(self.names) + 3
 
     def begin(self, rows: slice) -> None:
-        """Nothing is to be got ready for a chunk."""
+        """Does nothing: a partition needs no preparation for a chunk of tokens."""
 
     def total(self, figures: Tensor) -> Tensor:
-        """Sum over tokens and terms of token weight x factor x term."""
+        """The sum over tokens and terms of token weight x factor x term, from figures [N, F]."""
         factors = figures.new_tensor(list(self.factors.values()))
         return (self._weighted(figures[:, : len(self.names)]).sum(dim=0) * factors).sum()
 
     def sums(self, total: Tensor, figures: Tensor) -> ObjectiveSums:
-        """All sums of the micro-batch; ``total`` is the one that is differentiable."""
+        """All sums of the micro-batch from figures [N, F], around the differentiable ``total``."""
         *terms, teacher, student = self._weighted(figures[:, :-1]).sum(dim=0).unbind()
         named = dict(zip(self.names, terms, strict=True))
-        used = None
+        floored_tokens = None
         if "reverse_kl" in named:
-            used = (figures[:, -1] * (self.token_weights > 0)).sum()
-        return ObjectiveSums(total, named, teacher, student, used)
+            floored_tokens = (figures[:, -1] * (self.token_weights > 0)).sum()
+        return ObjectiveSums(total, named, teacher, student, floored_tokens)
 
     def _weighted(self, figures: Tensor) -> Tensor:
         return figures * self.token_weights.to(figures.dtype)[:, None]
 
 
 class TokenObjective(WeightedTerms):
-    """The objective on the tokens of one micro-batch (a `head_loss.ChunkObjective`).
+    """The objective on the partition of one micro-batch; a `head_loss.ChunkObjective`.
 
-    A `text` signal is the partition {target, rest} of which only the target's probability is used;
-    its tail masses mean nothing.
+    A ``text`` signal has no partition: the classes are then {target, all others}, of which only
+    the target's probability is used.
     """
 
     def __init__(self, objective: ObjectiveConfig, micro_batch: MicroBatch) -> None:
-        """Raises ValueError where the objective has a term that a `text` signal cannot serve."""
+        """Raises ValueError where a divergence has a weight and the signal is ``text``."""
         super().__init__(objective, micro_batch)
         if micro_batch.partition is None and objective.divergences:
             raise ValueError(
-                f"objective {objective.divergences} does not fit the signal; expected "
-                "cross_entropy alone: a divergence needs the teacher's probabilities; set "
-                "signal.kind: topk"
+                f"objective gives {', '.join(objective.divergences)} a weight, but the signal is "
+                "text; expected cross_entropy alone: a divergence needs the teacher's "
+                "probabilities; set signal.kind: topk"
             )
         self.partition = micro_batch.partition
         self.divergences = divergences(objective)
 
     def differentiate(self, z: Tensor, rows: slice) -> Tensor:
-        """Figures [n, F] of some tokens; their logits z [n, V] become d total / d z."""
+        """The figures [n, F] of the tokens ``rows``; their logits z [n, V] become d total / d z."""
         targets, partition = self.targets[rows], self.partition
         ids = targets[:, None] if partition is None else partition.ids[rows]
-        outcomes = gather_log_probs(z, ids, targets)
-        log_q, q = outcomes.log_q, outcomes.log_q.exp()
+        log_probs = gather_log_probs(z, ids, targets)
+        log_q, q = log_probs.log_q, log_probs.log_q.exp()
         log_p = torch.zeros_like(log_q) if partition is None else partition.log_p[rows].to(z.dtype)
-        grad_log_q, grad_target = torch.zeros_like(log_q), torch.zeros_like(outcomes.log_q_target)
+        grad_log_q, grad_target = torch.zeros_like(log_q), torch.zeros_like(log_probs.log_q_target)
         figures = []
         for name, weight in self.factors.items():
             if name == "cross_entropy":
-                figures.append(-outcomes.log_q_target)
+                figures.append(-log_probs.log_q_target)
                 grad_target -= weight
             else:
                 value, grad = self.divergences[name](log_p, log_q, q)
                 figures.append(value)
                 grad_log_q.add_(grad, alpha=weight)
         weights = self.token_weights[rows].to(z.dtype)
-        put_gradient(z, outcomes, targets, grad_log_q * weights[:, None], grad_target * weights)
+        put_gradient(z, log_probs, targets, grad_log_q * weights[:, None], grad_target * weights)
         used_floor = torch.zeros_like(weights)
         if "reverse_kl" in self.divergences:
             used_floor = floored(log_p, log_q)[1].to(z.dtype)
@@ -174,7 +191,7 @@ class TokenObjective(WeightedTerms):
         return torch.stack(figures, dim=1)
 
     def sums(self, total: Tensor, figures: Tensor) -> ObjectiveSums:
-        """As of every objective; without a partition there are no tails."""
+        """As for every objective; the tail masses are None without a partition."""
         sums = super().sums(total, figures)
         if self.partition is None:
             return sums._replace(teacher_tail_mass=None, student_tail_mass=None)
@@ -183,10 +200,13 @@ class TokenObjective(WeightedTerms):
 
 @torch.no_grad()
 def partition_metrics(logits: Tensor, partition: Partition, targets: Tensor) -> dict[str, Tensor]:
-    """How near the student is on each token, [N] each: ``kl acceptance top1 nll``.
+    """How close the student is to the teacher on each token: four measures by name, [N] each.
 
-    kl is a lower and acceptance, sum of min(p, q), an upper bound of the full vocabulary's value;
-    top1 is 1 where the student's best id is the teacher's best id; nll is -log q of the target.
+    kl: KL(p || q), nats, a lower bound of the value over the full vocabulary. acceptance: the sum
+    of min(p, q), an upper bound of it. top1: 1 where both have the same most likely id, else 0.
+    nll: -log q of the target, nats.
+
+    logits: [N, V]. targets: int64 [N].
     """
     log_q, log_q_target = partition_log_probs(logits, partition.ids, targets)
     log_p = partition.log_p.to(log_q.dtype)
@@ -201,7 +221,7 @@ def partition_metrics(logits: Tensor, partition: Partition, targets: Tensor) -> 
 
 
 class _Differentiable(torch.autograd.Function):
-    """A divergence [N] whose gradient reaches log_q [N, K + 1]; log_p is data."""
+    """A divergence [N] as a function of log_q [N, K + 1]; log_p gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, log_q: Tensor, log_p: Tensor, d: Divergence) -> Tensor:

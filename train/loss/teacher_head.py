@@ -1,10 +1,10 @@
-"""The teacher's output head at the student's worker: from its hidden states to its logits.
+"""The teacher's output head on a student worker: it turns stored hidden states into logits.
 
-A ``hidden`` signal carries what the teacher's head was given (the state after the final norm), in
-bfloat16; each worker holds the head, read once from the teacher's folder, and `hidden_objective`
-rebuilds the logits of some tokens at a time. No other tensor of the teacher is read.
+A ``hidden`` signal is the input of the teacher's head, the state after the final norm, in bfloat16.
+Each worker reads the head once from the teacher's folder, and no other tensor of the teacher.
+`full_vocabulary` computes the logits of some tokens at a time with it.
 
-Legend: N response tokens, D the teacher's hidden size, V rows of its head.
+Legend: N response tokens, n of a chunk, D the teacher's hidden size, V rows of its head.
 """
 
 from dataclasses import dataclass
@@ -22,22 +22,26 @@ from raystill.train.loss.head_loss import OutputHead
 from raystill.train.loss.log_probs import sum_dtype
 
 MOST_GAP = {"float32": 0.02, "auto": 0.2, "bfloat16": 0.2, "float16": 0.2}
-"""Mean |rebuilt - stored| log probability of drawn tokens that precision explains, nats, by the
-engine's ``teacher.dtype``. Measured with SmolLM2-135M on 1,023 tokens: 0.005 for a float32 teacher,
-whose states the signal rounds to bfloat16; 0.025 for a bfloat16 one, which rounds its logits too.
-Logits scaled by 1.1 give 0.2 and by 2 give 2.2, states from before the final norm 8.5."""
+"""Nats, by ``teacher.dtype``: the largest `TeacherHead.mean_gap` that rounding can explain.
+
+Measured with SmolLM2-135M on 1,023 tokens. A float32 teacher, whose states the signal rounds to
+bfloat16, has 0.005. A bfloat16 teacher, which also rounds its logits, has 0.025. Mistakes have
+more: logits scaled by 1.1 have 0.2 and by 2 have 2.2, states before the final norm have 8.5."""
 
 FEWEST_TOKENS = 16
-"""Fewer tokens are taken for so many: a single one's rounding can be ten times the mean."""
+"""`TeacherHead.mean_gap` divides by at least this number of tokens: the rounding of a single token
+can be ten times the mean, so the plain mean of a few tokens could stop a run without need."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherHead(OutputHead):
-    """The head, and which of its rows the student is compared on.
+    """The teacher's output head, and the ids on which the student is compared with it.
 
-    num_classes: ids below it are outcomes of their own: both heads have them and the tokenizer
-    names them. Further rows of either head (padding) are one outcome together. name: the folder,
-    for messages; most_gap: see `require_agreement`.
+    Attributes:
+        num_classes: Each id below this is a class of its own: both heads have it and the tokenizer
+            names it. Further rows of either head are padding, which is one class together.
+        name: The teacher's folder, for messages.
+        most_gap: The largest `mean_gap` that `require_agreement` accepts, nats.
     """
 
     num_classes: int
@@ -46,45 +50,48 @@ class TeacherHead(OutputHead):
 
     @property
     def hidden_size(self) -> int:
-        """D."""
+        """D, the number of components of a hidden state."""
         return self.weight.shape[1]
 
     @torch.no_grad()
     def products(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """hidden W^T [n, V] in the compute precision, without bias, scale and cap.
+        """hidden W^T [n, V] in the compute dtype, without bias, scale and cap.
 
-        hidden [n, D] in bfloat16; ``out`` is memory to use.
+        hidden: bfloat16 [n, D]. out: memory to write the products to.
         """
         self._require_size(hidden)
         return torch.mm(hidden.to(self.weight.dtype), self.weight.T, out=out)
 
     def mean_gap(self, hidden: Tensor, drawn: Tensor, logprobs: Tensor) -> float:
-        """Mean |rebuilt - stored| log probability, nats, of the drawn tokens.
+        """Mean |log p of this head - log p of the engine| over the drawn tokens, nats.
 
-        hidden bfloat16 [N, D]; drawn int64 [N] token ids; logprobs [N] as the engine gave them, NaN
-        where it gave none (answers that were scored for their states): those are left out.
+        hidden: bfloat16 [N, D]. drawn: int64 [N], token ids. logprobs: [N], nats, as the teacher's
+        engine gave them; NaN where it gave none, as for answers that it only read for their hidden
+        states. Those tokens are left out. Raises RunError where the hidden states have another
+        size than this head takes.
         """
         self._require_size(hidden)
         known = ~logprobs.isnan()
         hidden, drawn, logprobs = hidden[known], drawn[known], logprobs[known]
         gaps = [logprobs.new_zeros(0)]
         for rows, z in self.logit_chunks(hidden):
-            rebuilt = torch.log_softmax(z, dim=1).gather(1, drawn[rows, None]).squeeze(1)
-            gaps.append((rebuilt - logprobs[rows].to(z.dtype)).abs())
+            own = torch.log_softmax(z, dim=1).gather(1, drawn[rows, None]).squeeze(1)
+            gaps.append((own - logprobs[rows].to(z.dtype)).abs())
         return torch.cat(gaps).sum().item() / max(FEWEST_TOKENS, len(hidden))
 
     def require_agreement(self, gap: float) -> None:
-        """RunError where the states and this head cannot be of the model that answered.
+        """Raises RunError where ``gap`` is larger than rounding can explain, or NaN.
 
-        gap: the largest `mean_gap` of all ranks, so that all of them go on or none does.
+        Hidden states and head are then not of the same model. gap: the largest `mean_gap` of all
+        ranks, nats, so that either all ranks go on or all stop.
         """
         if not gap <= self.most_gap:
             raise RunError(
-                f"the log probabilities of the drawn tokens, rebuilt from the hidden states with "
+                f"the log probabilities of the drawn tokens, computed from the hidden states with "
                 f"the output head in {self.name}, differ from those that the teacher's engine gave "
-                f"by {gap:.3g} nats on average; expected at most {self.most_gap}: the folder is "
-                "not the model that answered, or it scales its logits in a way that is not known "
-                "here; correct teacher.model, or set signal.kind: topk"
+                f"by {gap:.3g} nats on average; expected at most {self.most_gap}: the folder holds "
+                "another model than the one that answered, or a model that changes its logits in a "
+                "way that is not supported; correct teacher.model, or set signal.kind: topk"
             )
 
     def _require_size(self, hidden: Tensor) -> None:
@@ -102,7 +109,11 @@ def head_of_signal(
     compute_dtype: torch.dtype,
     device: torch.device,
 ) -> TeacherHead | None:
-    """The head that the run's signal needs: None unless its kind is ``hidden``. Raises RunError."""
+    """The teacher's head for a ``hidden`` signal; None for the other kinds.
+
+    folder: the teacher's, on this node. The other arguments are those of `read_teacher_head`.
+    Raises RunError where the head cannot be read.
+    """
     if config.signal.kind != "hidden":
         return None
     try:
@@ -118,10 +129,12 @@ def read_teacher_head(
     device: torch.device | str = "cpu",
     engine_dtype: str = "auto",
 ) -> TeacherHead:
-    """The head of the model in ``folder``, in the precision of the student's matrix products.
+    """The output head of the model in ``folder``.
 
-    student_vocab as in `batch.collate`; engine_dtype is ``teacher.dtype``. Raises ValueError where
-    the folder has no plain head, or it does not fit its own configuration.
+    student_vocab: as in `batch.collate`. compute_dtype: dtype of the student's matrix products, in
+    which the teacher's logits are computed as well. engine_dtype: ``teacher.dtype``, by which
+    ``most_gap`` is chosen. Raises ValueError where the folder has no head, several, or a quantised
+    one, or where a setting of its logits is invalid.
     """
     model = ModelFolder(str(folder), Path(folder))
     tensors = find_head(model)
@@ -141,6 +154,6 @@ def read_teacher_head(
 
 
 def _read(tensor: StoredTensor) -> Tensor:
-    """One tensor, without reading the others of its file."""
+    """Reads one tensor, without the others of its file."""
     with safe_open(tensor.file, framework="pt") as file:
         return file.get_tensor(tensor.name)

@@ -1,21 +1,13 @@
-"""The micro-batches of a run: this rank's rows as one forward pass after the other.
+"""This rank's rows of a step as micro-batches on its device.
 
-`step` asks for them. Everything that is the same in every step (signal, vocabulary, weights, the
-teacher's head, the device) is said once, here.
+`BatchMaker` has everything that is the same in every step: the kind of the signal, the student's
+vocabulary, how tokens are weighed, the teacher's head, the device. `step` asks it for one
+micro-batch after the other. `DeviceCopies` copies them to the device while the device still
+computes the one before. `share` divides the weight of each row among its tokens, in proportion to
+what the teacher's distribution says about them.
 
-Micro-batches on their way to the device, beside the work it is doing.
-
-On a GPU the host is ahead of the device: when the kernels of one pass are queued, the next
-micro-batch is collated, put into pinned memory and copied on a stream of its own, so the copy goes
-on while the device still computes. On a CPU there is nothing to copy.
-
-How a row's weight is shared among its tokens, by what the teacher says of each.
-
-`batch_maker` calls `share` on every micro-batch. Each row keeps the sum of its weights, so neither
-the step's denominator nor the cut into micro-batches matters; a row of which all values are 0 keeps
-its weights as they are.
-
-Legend: N response tokens, B rows, K ids kept for each token, V rows of the teacher's head.
+Legend: N response tokens of a micro-batch that have a loss, B rows, K teacher ids kept for each
+token.
 """
 
 from collections.abc import Sequence
@@ -40,7 +32,7 @@ from raystill.train.loss.teacher_head import TeacherHead
 
 
 class BatchMaker:
-    """Makes micro-batches on one device, their tokens weighed."""
+    """Makes the micro-batches of a run on one device, with the weights of their tokens."""
 
     def __init__(
         self,
@@ -52,8 +44,13 @@ class BatchMaker:
         device: torch.device,
         packed: bool = False,
     ) -> None:
-        """student_vocab, packed as in `batch.collate`; teacher: with the ``hidden`` signal only."""
-        assert (teacher is not None) == (signal_kind == "hidden"), "hidden states need their head"
+        """signal_kind, student_vocab, packed: as in `batch.collate`.
+
+        teacher: the teacher's head, on the device; with the signal ``hidden`` only.
+        """
+        assert (teacher is not None) == (signal_kind == "hidden"), (
+            "the teacher's head is needed with the signal hidden, and only there"
+        )
         self._token_weights = objective.token_weights
         self._training = training
         self._signal_kind = signal_kind
@@ -61,20 +58,20 @@ class BatchMaker:
         self._teacher = teacher
         self._copies = DeviceCopies(device)
         self._packed = packed
-        self._compared = False
+        self._checked = False
 
     def cut(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """The rows of each forward pass."""
+        """The rows of each forward pass, as `batch.cut_micro_batches` groups them."""
         budget = self._training.tokens_per_micro_batch
         return cut_micro_batches(rows, budget, self._packed)
 
     def weight(self, rows: Sequence[Row]) -> float:
-        """Sum of the weights of all tokens of these rows."""
+        """The sum of the weights of all tokens of these rows, as `batch.loss_weight`."""
         truncated = self._token_weights.truncated_rows
         return loss_weight(rows, self._training.normalise, truncated)
 
     def make(self, rows: Sequence[Row]) -> MicroBatch:
-        """One forward pass of the rows that `cut` put together."""
+        """The micro-batch of one group of rows that `cut` returned."""
         batch = collate(
             rows,
             self._signal_kind,
@@ -86,15 +83,18 @@ class BatchMaker:
         return share(self._copies.copy(batch), self._token_weights.by, self._teacher)
 
     def dummy(self) -> MicroBatch:
-        """A pass without weight, for a rank that has fewer rows than another."""
+        """A micro-batch of one token with weight 0, for a rank with fewer rows than another."""
         width = 1 if self._teacher is None else self._teacher.hidden_size
         return self._copies.copy(dummy_micro_batch(self._signal_kind, width))
 
     def teacher_gap(self, groups: list[list[Row]]) -> float:
-        """`TeacherHead.mean_gap` of the first micro-batch this rank is given; from then on 0."""
-        if self._teacher is None or self._compared or not groups:
+        """`TeacherHead.mean_gap` of the first rows that this rank is given, nats; later 0.
+
+        groups: the rows of a step, as `cut` returned them. Without a head the result is 0.
+        """
+        if self._teacher is None or self._checked or not groups:
             return 0.0
-        self._compared = True
+        self._checked = True
         batch = self.make(groups[0])
         assert batch.teacher_hidden is not None
         logprobs = signal_column(groups[0], "sampled_logprobs").to(batch.targets.device)
@@ -102,43 +102,54 @@ class BatchMaker:
 
 
 class DeviceCopies:
-    """Copies micro-batches to one device."""
+    """Copies micro-batches to one device.
+
+    The host is ahead of a GPU: once the kernels of one pass are queued, it collates the next
+    micro-batch, puts it into pinned memory, and copies it on a CUDA stream of its own. So the copy
+    runs while the GPU still computes. On a CPU nothing has to be copied.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, batch: MicroBatch) -> MicroBatch:
-        """The micro-batch on the device; what is queued there from now on waits for the copy."""
+        """The micro-batch on the device; kernels that are queued after this wait for the copy."""
         if self._stream is None:
             return batch.to(self._device)
         with torch.cuda.stream(self._stream):
             moved = batch.mapped(self._begin)
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
-        # Memory of the copying stream must not be used again before the current one is done.
-        moved.mapped(lambda tensor: _held(tensor, current))
+        # The memory belongs to the copying stream, which knows nothing of the current one: without
+        # this it could use the memory again before the kernels of the pass have read it.
+        moved.mapped(lambda tensor: _record_use(tensor, current))
         return moved
 
     def _begin(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
 
-def _held(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+def _record_use(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
     tensor.record_stream(stream)
     return tensor
 
 
 @torch.no_grad()
 def share(batch: MicroBatch, by: str, teacher: TeacherHead | None) -> MicroBatch:
-    """The micro-batch with weights in proportion to ``by`` (none, entropy or confidence).
+    """The micro-batch with the weight of each row divided anew among its tokens.
 
-    teacher: the head of a ``hidden`` signal.
+    by: ``none`` changes nothing; ``entropy`` and ``confidence`` give each token a weight in
+    proportion to the entropy of the teacher's distribution, or to the probability of its most
+    likely id. teacher: the teacher's head, with the signal ``hidden`` only.
+
+    The weights of a row keep their sum, so neither the step's denominator nor the cut into
+    micro-batches changes. A row in which all values are 0 keeps its weights.
     """
     if by == "none":
         return batch
     values = _values(batch, by, teacher).double()
-    assert batch.row_starts is not None, "collated"
+    assert batch.row_starts is not None, "a collated micro-batch knows where its rows begin"
     row = torch.searchsorted(batch.row_starts[1:].long(), batch.logit_index, right=True)
     sums, counts = (
         values.new_zeros(batch.num_rows).index_add_(0, row, each)
@@ -150,11 +161,16 @@ def share(batch: MicroBatch, by: str, teacher: TeacherHead | None) -> MicroBatch
 
 
 def _values(batch: MicroBatch, by: str, teacher: TeacherHead | None) -> Tensor:
-    """[N]: the entropy of the teacher's outcomes, nats, or the probability of its best id."""
+    """For each token the teacher's entropy, nats, or the probability of its most likely id, [N].
+
+    Both are over the K + 1 classes of a partition, or over the whole vocabulary of the head.
+    """
     if batch.partition is not None:
         log_p = batch.partition.log_p
         return _entropy(log_p) if by == "entropy" else log_p[:, :-1].amax(dim=1).exp()
-    assert teacher is not None and batch.teacher_hidden is not None, "a text signal says nothing"
+    assert teacher is not None and batch.teacher_hidden is not None, (
+        "a text signal has no teacher's distribution to weigh tokens by"
+    )
     parts = []
     for _, z in teacher.logit_chunks(batch.teacher_hidden):
         for block in row_blocks(z, CPU_BLOCK_BYTES, DEVICE_BLOCK_BYTES):
@@ -164,4 +180,5 @@ def _values(batch: MicroBatch, by: str, teacher: TeacherHead | None) -> Tensor:
 
 
 def _entropy(log_p: Tensor) -> Tensor:
+    """-sum p log p of each token, [N] nats; a p of 0 adds 0."""
     return torch.special.entr(log_p.exp()).sum(dim=1)

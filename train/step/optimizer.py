@@ -1,7 +1,7 @@
-"""The optimizer and its learning rate, which depends on the step alone.
+"""The optimizer, and the learning rate as a function of the step alone.
 
-A restart, another number of workers or another cut into micro-batches leaves the rate of a step
-what it was.
+So the rate of a step is the same after a restart, with another number of workers, and with another
+cut into micro-batches.
 """
 
 import math
@@ -13,9 +13,10 @@ from raystill.config.training import TrainingConfig
 
 
 def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on matrices (2 or more axes) only.
+    """AdamW over the trainable parameters, with weight decay on those with 2 or more axes only.
 
-    Parameters keep the module's order within each group, so that a saved state fits again.
+    Biases and the weights of norms have one axis. In each group the parameters are in the order of
+    the module.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -32,10 +33,11 @@ def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Ad
 
 
 def learning_rate(step: int, total_steps: int, config: TrainingConfig) -> float:
-    """The rate of optimizer step ``step`` (from 0) of ``total_steps``.
+    """The learning rate of step ``step`` (from 0) of ``total_steps``.
 
-    Linear from peak / warmup_steps to the peak over the warm-up; then constant, or a half cosine
-    that starts at the peak and reaches ``min_learning_rate_ratio`` x peak at the last step.
+    During the warm-up it rises linearly, from peak / warmup_steps in step 0 to the peak. After it,
+    the rate is constant, or follows half a cosine from the peak down to
+    ``min_learning_rate_ratio`` x peak in the last step, and stays there.
     """
     peak = config.learning_rate
     if step < config.warmup_steps:

@@ -1,7 +1,8 @@
-"""What the student's workers say to each other beside gradients: small objects, flags and sums.
+"""Collective operations of the student's workers on small objects, flags and numbers.
 
-Every call is collective: all ranks make it, in the same order. Objects travel over gloo, also
-where gradients travel over NCCL. At world size 1 nothing needs a process group.
+Every method is collective: all ranks must call it, and in the same order. It uses gloo, also where
+gradients are reduced with NCCL: the objects are on the host. A single worker needs no process
+group.
 """
 
 from datetime import timedelta
@@ -12,9 +13,15 @@ import torch.distributed as dist
 
 
 class Ranks:
-    """The group of workers, seen from one of them."""
+    """The group of the student's workers, seen from one of them.
+
+    Attributes:
+        rank: Number of this worker, from 0.
+        world_size: Number of workers.
+    """
 
     def __init__(self, rank: int = 0, world_size: int = 1, timeout_s: float = 7200.0) -> None:
+        """timeout_s: how long a rank waits for the others; not used where gradients use gloo."""
         self.rank = rank
         self.world_size = world_size
         self._group: Any = None
@@ -27,11 +34,11 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for every rank."""
+        """Waits until all ranks have called this."""
         self.from_first(None)
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0's ``value``, on every rank."""
+        """Returns rank 0's ``value`` on every rank."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -39,7 +46,7 @@ class Ranks:
         return box[0]
 
     def gather(self, value: Any) -> list[Any] | None:
-        """Every rank's ``value`` in rank order, on rank 0; None on the others."""
+        """Returns the values of all ranks in rank order on rank 0, and None on the others."""
         if self.world_size == 1:
             return [value]
         box: list[Any] | None = [None] * self.world_size if self.first else None
@@ -47,11 +54,11 @@ class Ranks:
         return box
 
     def all(self, flag: bool) -> bool:
-        """Whether the flag is set on every rank."""
+        """Whether ``flag`` is true on every rank."""
         return self.sum({"set": float(flag)})["set"] == self.world_size
 
     def sum(self, values: dict[str, float]) -> dict[str, float]:
-        """Each number summed over the ranks, in float64; the keys must be equal everywhere."""
+        """Each number summed over the ranks, in float64; all ranks must have the same keys."""
         if self.world_size == 1:
             return values
         total = torch.tensor([values[name] for name in values], dtype=torch.float64)

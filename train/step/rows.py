@@ -1,17 +1,19 @@
-"""Which rows make a step: this rank's share of each optimizer step.
+"""The rows of each optimizer step that this rank trains on.
 
-Sits between the stream and the global step: blocks (one group of rows each, some dropped) come in,
-the rows of one step go out. Pure Python: the blocks, the function that turns one into rows, and
-the function that tells the coordinator a block was taken are given.
+Between the stream and the step: blocks of rows come in, the rows of one step go out. Some rows of a
+block may have been dropped. Pure Python: it knows blocks, ledger and coordinator only by what it is
+given.
 
-``fixed``: step s trains the rows at positions [s * rows_per_step, (s + 1) * rows_per_step),
-whichever rank holds them. Positions ascend within a rank, so a rank holds all its rows of step s
-once it sees a row of a later step, or the end. A dropped row leaves a hole; nothing shifts.
+``stream.order: fixed``: step s trains the rows at positions [s * rows_per_step,
+(s + 1) * rows_per_step), on whichever rank they are. The positions that a rank gets ascend, so it
+has all its rows of step s when it sees a row of a later step, or the end. A dropped row is
+missing from its step; no other row takes its place.
 
-``arrival``: a rank takes its share of ``rows_per_step`` as rows come. The remainder of
-``rows_per_step / world_size`` moves from rank to rank with the step: the stream deals every rank
-the same number of rows, so with fixed unequal shares the low ranks would starve while the blocks
-of the others, never taken, used up all credits.
+``stream.order: arrival``: a rank takes its share of ``rows_per_step`` as rows come. If
+``rows_per_step`` is not a multiple of the number of ranks, the ranks with one row more change with
+the step. The stream gives every rank the same number of rows. If the same ranks always took more,
+they would run out of rows, while the blocks that the other ranks never take would use up the
+credits of the stream, by which it may be ahead of training.
 
 Consumes: blocks of the stream. Waits for: the next block. Unblocked by: the stream, or its end.
 """
@@ -24,14 +26,14 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 
 class Positioned(Protocol):
-    """What is needed of a row: its place in the epoch."""
+    """A row, as far as this module uses it: its place in the order of the epoch, from 0."""
 
     @property
     def position(self) -> int: ...
 
 
 class TrainedRows(Protocol):
-    """What is needed of the ledger: whether a position is trained or dropped."""
+    """The ledger, as far as this module uses it: whether a position is trained or dropped."""
 
     def done(self, position: int) -> bool: ...
 
@@ -40,7 +42,12 @@ R = TypeVar("R", bound=Positioned)
 
 
 class StepRows(Generic[R]):
-    """This rank's rows of each step; call ``take`` with ascending step indices (from 0)."""
+    """This rank's rows of each step. ``take`` is called with ascending steps, from 0 in each epoch.
+
+    Attributes:
+        blocked_s: Seconds that the last ``take`` waited for the stream's next block.
+        total_s: Seconds of the last ``take``, with the unpacking of blocks.
+    """
 
     def __init__(
         self,
@@ -54,6 +61,9 @@ class StepRows(Generic[R]):
         to_rows: Callable[[Any], Sequence[R]],
         taken: Callable[[int], object] = lambda rows: None,
     ) -> None:
+        """blocks: the stream, as this rank gets it. to_rows: unpacks a block. taken: is called with
+        the number of rows of each block that was taken, so that the stream may deliver more.
+        """
         self._blocks: Iterator[Any] = iter(blocks)
         self._order = order
         self._rows_per_step = rows_per_step
@@ -62,21 +72,24 @@ class StepRows(Generic[R]):
         self._ledger = ledger
         self._to_rows = to_rows
         self._taken = taken
-        self._held: deque[R] = deque()
+        self._waiting: deque[R] = deque()  # Taken off the stream, and not yet given to a step.
         self._ended = False
         self._first: Future[Any] | None = None
-        self.blocked_s = 0.0  # Of the last take: waiting for the stream's next block.
-        self.total_s = 0.0  # Of the last take: all of it, unpacking included.
+        self.blocked_s = 0.0
+        self.total_s = 0.0
 
     def start(self) -> None:
-        """Ask for the first block in a thread, so that the stream runs while this rank works."""
+        """Asks for the first block in a thread, so that the stream starts while this rank works."""
         if self._first is None:
             pool = ThreadPoolExecutor(1, thread_name_prefix="first-block")
             self._first = pool.submit(next, self._blocks, None)
             pool.shutdown(wait=False)
 
     def take(self, step: int) -> list[R]:
-        """This rank's rows of ``step``; [] where it holds none. Waits until they are complete."""
+        """This rank's rows of ``step``, possibly none. Waits until it has all of them.
+
+        Raises RuntimeError where a row is in the wrong place, or was trained already.
+        """
         start = time.perf_counter()
         self.blocked_s = 0.0
         rows = self._take_fixed(step) if self._order == "fixed" else self._take_arrival(step)
@@ -85,37 +98,45 @@ class StepRows(Generic[R]):
 
     @property
     def has_more(self) -> bool:
-        """Whether rows may follow; certain in ``fixed`` order, and always once it is False."""
-        return bool(self._held) or not self._ended
+        """Whether this rank may have rows of later steps.
+
+        False is certain, and in ``fixed`` order so is True. In ``arrival`` order the stream may
+        turn out to have ended.
+        """
+        return bool(self._waiting) or not self._ended
 
     def share(self, step: int) -> int:
-        """Rows of ``step`` that are this rank's in ``arrival`` order; sums to rows_per_step."""
+        """Number of rows that this rank takes for ``step`` in ``arrival`` order.
+
+        Over all ranks these sum to ``rows_per_step``.
+        """
         size, remainder = divmod(self._rows_per_step, self._world_size)
         return size + ((self._rank - step) % self._world_size < remainder)
 
     def _take_fixed(self, step: int) -> list[R]:
         end = (step + 1) * self._rows_per_step
-        while not self._ended and (not self._held or self._held[-1].position < end):
+        while not self._ended and (not self._waiting or self._waiting[-1].position < end):
             self._pull()
         rows = []
-        while self._held and self._held[0].position < end:
-            rows.append(self._held.popleft())
-        early = [row.position for row in rows if row.position < step * self._rows_per_step]
-        if early:
+        while self._waiting and self._waiting[0].position < end:
+            rows.append(self._waiting.popleft())
+        late = [row.position for row in rows if row.position < step * self._rows_per_step]
+        if late:
             raise RuntimeError(
-                f"rows at positions {early[:5]} came in step {step}, after their own step; the "
-                "stream's order is not the plan's: use stream.order: arrival, or report this"
+                f"rows at positions {late[:5]} came in step {step}, after their own step: the "
+                "stream did not keep the order of the plan; set stream.order: arrival, or report "
+                "this"
             )
         return rows
 
     def _take_arrival(self, step: int) -> list[R]:
         share = self.share(step)
-        while not self._ended and len(self._held) < share:
+        while not self._ended and len(self._waiting) < share:
             self._pull()
-        return [self._held.popleft() for _ in range(min(share, len(self._held)))]
+        return [self._waiting.popleft() for _ in range(min(share, len(self._waiting)))]
 
     def _pull(self) -> None:
-        """Take one block off the stream, or note its end."""
+        """Takes one block off the stream, or notes the stream's end."""
         start = time.perf_counter()
         if self._first is not None:
             block, self._first = self._first.result(), None
@@ -135,4 +156,4 @@ class StepRows(Generic[R]):
                 f"rows at positions {repeated[:5]} came from the stream although this run has "
                 "trained on them; nothing was trained twice: start the run again to resume"
             )
-        self._held.extend(rows)
+        self._waiting.extend(rows)

@@ -1,20 +1,25 @@
-"""One optimizer step over all workers, whatever rows each of them holds.
+"""One optimizer step over all workers, whatever rows each of them has.
 
-`worker` calls `GlobalStep.run` on every rank for every step, with this rank's rows (possibly
-none). Waits for: the other ranks, in one all-gather before the work, in DDP's reduction of the
-last micro-batch (FSDP's gatherings and reductions of each), and in one all-reduce of the figures.
-Unblocked by: every rank calling `run`.
+The worker calls `GlobalStep.run` on every rank for every step, with this rank's rows, possibly
+none. Apart from rounding, a step does not depend on the number of workers, nor on which of them has
+a row. With w the weight of a token and d its objective, the loss is
 
-A step is global [the same step at any number of workers]. With w the token weights and d the
-objective, the loss is sum over all ranks of w d / W, W = sum over all ranks of w. So that ranks may
-hold different shares:
+    loss = sum over all tokens of all ranks of w d / W,    W = sum over the same tokens of w
 
-1. all ranks learn (rows, tokens, weight, micro-batches, has more, stop) of all ranks, and with the
-   first rows of a ``hidden`` signal how far its states are from what the teacher said;
-2. each runs as many forward and backward passes as the rank with most, its own first, then
-   dummies of one token and weight 0: every rank enters each reduction as often as the others;
-3. gradients of the undivided sums accumulate; DDP at the last pass, FSDP at each, reduces and
-   *averages*, so one multiplication by world_size / W, before clipping, gives the loss's gradient.
+So that ranks may have different numbers of rows, a step has three parts:
+
+1. All ranks learn from all ranks: rows, tokens, weight, number of micro-batches, whether more rows
+   follow, and whether to stop. With a ``hidden`` signal they also learn, once, how far the hidden
+   states are from the log probabilities that the teacher gave.
+2. Each rank runs as many forward and backward passes as the rank with the most micro-batches: its
+   own first, then dummies of one token with weight 0. So all ranks enter each reduction equally
+   often.
+3. The gradients of the undivided sums accumulate. DDP reduces them in the last pass, FSDP in each,
+   and both *average* over the ranks. One multiplication by world_size / W, before clipping, gives
+   the gradient of the loss.
+
+Waits for: the other ranks, in one all-gather before the passes, in the reductions of the gradients,
+and in one all-reduce of the figures. Unblocked by: every rank calling `run`.
 """
 
 import logging
@@ -43,24 +48,37 @@ from raystill.train.student.sharding import is_sharded, whole
 logger = logging.getLogger(__name__)
 
 TAIL_MASS_TO_WARN_OF = 0.1
+"""The student's mean probability of the tail from which on a warning is logged."""
 WARN_EVERY_STEPS = 100
 NUM_FIXED_FIGURES = 6
-"""Sums of a pass beside the terms: total, two tail masses; floored, input and padded tokens."""
+"""Sums of a pass besides the terms: total, two tail masses, floored, input and padded tokens."""
 
 
 class NonFiniteLossError(RunError):
-    """The loss or its gradient is not a number; the weights are still those of the last step."""
+    """The loss or its gradient is not finite; the weights are still those of the step before."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did, the same on every rank except ``student_s``.
+    """What one step did; the same on every rank, except ``student_s``.
 
-    loss and objective in nats per unit of weight; tail masses are weighted means over tokens (None
-    for the text signal); floored_tokens: as in `ObjectiveSums`; student_s: seconds from when all
-    ranks had their rows; any_more: a rank holds or expects rows of later steps; any_stop: a rank
-    was asked to stop. ``trained`` is False for a step without weight (no rows, or none with a
-    loss-bearing token): the weights did not change.
+    Attributes:
+        step: Number of the step, from 0.
+        trained: False for a step without weight (no rows, or no token with a loss), which leaves
+            the student as it is.
+        rows: Rows of all ranks.
+        tokens: Tokens with a loss, of all ranks.
+        any_more: Whether a rank has, or expects, rows of later steps.
+        any_stop: Whether a rank was asked to stop.
+        lr: The learning rate.
+        loss: Nats per unit of weight, the weighted sum of the terms.
+        objective: Each term alone, nats per unit of weight.
+        grad_norm: Norm of the gradient before clipping.
+        padding_fraction: Share of the input positions that are padding or dummies.
+        teacher_tail_mass: The teacher's mean probability of the tail; None for ``text``.
+        student_tail_mass: The student's mean probability of the tail; None for ``text``.
+        floored_tokens: As in `objective.ObjectiveSums`, of all ranks.
+        student_s: Seconds from the moment that all ranks had their rows.
     """
 
     step: int
@@ -80,7 +98,7 @@ class StepResult:
     student_s: float = 0.0
 
     def metrics(self) -> dict[str, Any]:
-        """The fields of a metrics line that the step knows, flat, objectives as ``objective/*``."""
+        """The fields of this step's line of metrics.jsonl; terms are named ``objective/<term>``."""
         names = ["step", "loss", "grad_norm", "lr", "rows", "tokens", "student_s"]
         names += ["padding_fraction", "teacher_tail_mass", "student_tail_mass"]
         names += ["floored_tokens"] if self.floored_tokens is not None else []
@@ -90,7 +108,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class _Totals:
-    """What step 1 learns, over all ranks."""
+    """What all ranks learn from all ranks before a step's passes."""
 
     rows: int
     tokens: int
@@ -102,7 +120,7 @@ class _Totals:
 
 
 class GlobalStep:
-    """Runs optimizer steps of one student on this rank, in lock-step with the other ranks."""
+    """Runs the optimizer steps of one student on this rank, each together with all other ranks."""
 
     def __init__(
         self,
@@ -119,10 +137,11 @@ class GlobalStep:
         teacher: TeacherHead | None = None,
         packed: bool = False,
     ) -> None:
-        """module: a `StudentModule`, in DDP or sharded when world_size > 1 (in its process group).
+        """module: a `StudentModule`; with world_size > 1 in DDP or sharded.
 
-        student_vocab, packed as in `batch.collate`; total_steps: length of the learning-rate
-        schedule; teacher: the head of the teacher, on the device, with the ``hidden`` signal only.
+        signal_kind, student_vocab, packed: as in `batch.collate`. total_steps: steps of the whole
+        run, the length of the learning-rate schedule. teacher: the teacher's head, on the device;
+        with the signal ``hidden`` only.
         """
         parallel = isinstance(module, DistributedDataParallel) or is_sharded(module)
         assert world_size == 1 or parallel, "several workers need the student in DDP or sharded"
@@ -143,11 +162,12 @@ class GlobalStep:
         self._term_names = sorted(objective.weights)
 
     def run(self, step: int, rows: Sequence[Row], has_more: bool, stop: bool) -> StepResult:
-        """Trains on the rows of ``step`` (from 0) that this rank holds; all ranks call it.
+        """Trains on this rank's ``rows`` of ``step`` (from 0). All ranks must call this.
 
-        Raises, on every rank and before the weights change, NonFiniteLossError where the loss or
-        the gradient is not finite, and RunError where a ``hidden`` signal's states and the
-        teacher's head do not give the log probabilities that the teacher gave.
+        has_more: whether this rank may have rows of later steps. stop: whether this rank was asked
+        to stop. Raises NonFiniteLossError where the loss or its gradient is not finite, and
+        RunError where the hidden states and the teacher's head do not give the log probabilities
+        that the teacher gave: both on every rank, and before the weights change.
         """
         groups = self.batches.cut(rows)
         totals = self._gather_totals(rows, groups, has_more, stop)
@@ -174,10 +194,11 @@ class GlobalStep:
     def _gather_totals(
         self, rows: Sequence[Row], groups: list[list[Row]], has_more: bool, stop: bool
     ) -> _Totals:
-        """Step 1: one all-gather tells every rank what all ranks hold."""
+        """Part 1: one all-gather, after which every rank has the same totals."""
         tokens = sum(row.num_targets for row in rows)
         weight, gap = self.batches.weight(rows), self.batches.teacher_gap(groups)
         mine = [len(rows), tokens, weight, len(groups), has_more, stop, gap]
+        # float64 holds every count exactly.
         local = torch.tensor(mine, dtype=torch.float64, device=self.device)
         gathered = [local]
         if self.world_size > 1:
@@ -191,9 +212,9 @@ class GlobalStep:
         )
 
     def _accumulate(self, groups: list[list[Row]], num_passes: int) -> Tensor:
-        """Step 2: gradients of the undivided sums; returns this rank's figures, float64.
+        """Part 2: accumulates the gradients of the undivided sums over ``num_passes`` passes.
 
-        The last pass is the one that DDP reduces in, on all ranks alike; FSDP reduces in each.
+        Returns the sums of this rank's figures, float64, in the order of `_forward_backward`.
         """
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(
@@ -206,12 +227,15 @@ class GlobalStep:
         return sums
 
     def _reduction(self, is_last: bool) -> Any:
+        """A context in which DDP reduces the gradients in the last pass only; FSDP in each."""
         if is_last or not isinstance(self.module, DistributedDataParallel):
             return nullcontext()
         return self.module.no_sync()
 
     def _forward_backward(self, batch: MicroBatch) -> Tensor:
-        """One pass; returns (total, terms..., tail masses, floored, input and padded tokens)."""
+        """One pass; returns its figures: total, each term, the teacher's and the student's tail
+        mass, floored tokens, input tokens, padded tokens.
+        """
         sums = self.module(batch, self.objective, self.teacher)
         sums.total.backward()
         zero = sums.total.new_zeros(())
@@ -225,7 +249,10 @@ class GlobalStep:
         return torch.cat([figures, lengths])
 
     def _reduce_figures(self, step: int, sums: Tensor, weight: float) -> dict[str, Any]:
-        """Adds the figures of all ranks; every rank sees the same sums and so the same failure."""
+        """Sums the figures over all ranks and divides them by ``weight``: fields of `StepResult`.
+
+        Every rank has the same sums, so a loss that is not finite stops all of them.
+        """
         if self.world_size > 1:
             dist.all_reduce(sums)
         total, *rest = sums.tolist()
@@ -250,7 +277,11 @@ class GlobalStep:
         }
 
     def _warn_of_tail(self, step: int, student_tail: float) -> None:
-        """Only forward KL's error is bounded by the *teacher's* tail; the others' by both."""
+        """Warns where the student gives much probability to ids that the signal does not have.
+
+        The error of forward KL is bounded by the teacher's tail alone. That of the other
+        divergences is bounded by the tails of both.
+        """
         others = [name for name in self.objective.divergences if name != "forward_kl"]
         if not others or self.signal_kind != "topk" or student_tail <= TAIL_MASS_TO_WARN_OF:
             return
@@ -258,9 +289,10 @@ class GlobalStep:
         if first and step - self._warned_at >= WARN_EVERY_STEPS:
             self._warned_at = step
             logger.warning(
-                "step %d: %.2f of the student's mass is outside the teacher's top K, whose shape "
-                "there is not known: the gradient of %s is rough; raise signal.top_k, or train "
-                "with objective.forward_kl until student_tail_mass is below %s",
+                "step %d: %.2f of the student's probability is outside the teacher's top K, where "
+                "the teacher's distribution is unknown: the gradient of %s is inexact; raise "
+                "signal.top_k, or train with objective.forward_kl until student_tail_mass is "
+                "below %s",
                 step,
                 student_tail,
                 ", ".join(others),
@@ -268,7 +300,10 @@ class GlobalStep:
             )
 
     def _update(self, step: int, weight: float, lr: float) -> float:
-        """Step 3: the one division by the global weight, clipping, the optimizer; the norm."""
+        """Part 3: the division by the step's weight, clipping, the optimizer's step.
+
+        Returns the norm of the gradient before clipping.
+        """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         torch._foreach_mul_(gradients, self.world_size / weight)
         bound = self.training.max_grad_norm

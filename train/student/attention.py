@@ -1,12 +1,13 @@
-"""How the student's rows attend: which kernel, and whether a micro-batch is one packed sequence.
+"""The student's attention kernel, and whether its micro-batches are packed into one sequence.
 
-`sharding.place_student` asks both once, when model, device and precision are known. Packed, the
-rows of a micro-batch stand one behind the other in a single sequence, each with positions from 0,
-and no row sees another: FlashAttention is told where rows begin and works row by row; the others
-get a mask of S x S, which costs time and memory with the square of the whole micro-batch, so that
-there padded rows of like length are the cheaper form.
+`sharding.place_student` chooses both once, when model, device and dtype are known.
 
-Legend: B rows, S length of the sequence, D hidden size.
+In a packed micro-batch the rows follow each other in a single sequence, each with positions from
+0, and no row may attend to another. FlashAttention gets the bounds of the rows and works row by
+row. The other kernels need a mask [S, S], whose time and memory grow with the square of the whole
+micro-batch; for them padded rows of similar length are cheaper.
+
+Legend: S length of the packed sequence, D hidden size.
 """
 
 import importlib
@@ -27,7 +28,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Kernel:
-    """A FlashAttention: the module it is imported from, the compute capabilities it runs on."""
+    """One version of FlashAttention.
+
+    Attributes:
+        module: The Python module it is imported from.
+        capabilities: Major compute capabilities of the GPUs it runs on.
+        has_dropout: Whether it can drop attention weights.
+    """
 
     module: str
     capabilities: range
@@ -38,61 +45,70 @@ FLASH = {
     "flash_attention_3": Kernel("flash_attn_interface", range(9, 10), has_dropout=False),
     "flash_attention_2": Kernel("flash_attn", range(8, 100), has_dropout=True),
 }
-"""By transformers' name, the faster first."""
+"""By the name that transformers uses, the faster first."""
 HALF = (torch.bfloat16, torch.float16)
 UNPACKABLE = (
     *("chunked_attention", "linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"),
     *("indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention"),
     "minimax_m3_sparse",
 )
-"""Layer types whose state, bounds or choice run through the sequence, not the row."""
-LEAK = 0.03
-"""Share of a hidden state's size that may change with another row: routing of experts, rounding."""
-MISPLACED = 1e-3
-"""The same against the row alone, where matrix products are in float32 or better."""
+"""Layer types that go over the whole sequence and not row by row: a recurrent state, chunk bounds,
+or a choice of tokens."""
+MOST_LEAK = 0.03
+"""How far a row's hidden states may differ after another row, as a share of the largest component:
+rounding, and experts that are chosen differently because of it."""
+MOST_SHIFT = 1e-3
+"""How far a packed row's hidden states may differ from those of the row alone, as a share of the
+largest component; checked where matrix products are in float32 or float64."""
 
 
 def use_attention(name: str, model: Any, device: torch.device, dtype: torch.dtype) -> str:
-    """Lets the model attend as ``training.attention`` says; its ``attn_implementation`` then.
+    """Sets the attention kernel of the model, and returns the name of the one that it now has.
 
-    auto: the first FlashAttention that can run here, else what the model in a `StudentModule` has
-    (SDPA, or eager where a cap needs it). Raises ValueError where the named one cannot run here.
+    name: ``training.attention``. ``auto`` is the first FlashAttention that can run here, otherwise
+    the kernel that the model has in a `StudentModule`: SDPA, or eager where SDPA would leave out a
+    cap. dtype: of the matrix products. Raises ValueError where the named kernel cannot run here.
     """
     current = model.config._attn_implementation
     wanted = _fastest(model, device, dtype) or current if name == "auto" else name
-    if name in FLASH and (why := why_not(name, model, device, dtype)):
-        raise ValueError(f"training.attention is {name}, but {why}; set training.attention: auto")
+    if name in FLASH and (reason := why_not(name, model, device, dtype)):
+        raise ValueError(
+            f"training.attention is {name}, but {reason}; set training.attention: auto"
+        )
     if name == "sdpa" and has_attention_cap(model):
         raise ValueError(
             f"training.attention is sdpa, which leaves out the cap that {type(model).__name__} "
-            "puts on its attention's logits; set training.attention: auto"
+            "puts on its attention logits; set training.attention: auto"
         )
     if wanted != current:
         model.set_attn_implementation(wanted)
-    taken = str(model.config._attn_implementation)
-    if taken != wanted and name != "auto":
+    chosen = str(model.config._attn_implementation)  # The model may have kept its own.
+    if chosen != wanted and name != "auto":
         raise ValueError(
-            f"training.attention is {name}, but {type(model).__name__} stays with {taken}; "
+            f"training.attention is {name}, but {type(model).__name__} keeps using {chosen}; "
             "set training.attention: auto"
         )
-    return taken
+    return chosen
 
 
 def why_not(name: str, model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps this FlashAttention from computing this model's attention here; None: nothing."""
+    """The reason why this FlashAttention cannot run for this model on this device; None: it can.
+
+    name: a key of ``FLASH``. dtype: of the matrix products.
+    """
     kernel, kind = FLASH[name], type(model).__name__
     if device.type != "cuda" or dtype not in HALF:
         return f"the student runs on {device.type} in {dtype}; it needs a GPU and bfloat16"
     compatible = getattr(model, "_compatible_flash_implementations", None)
     if not model._supports_flash_attn or (compatible and name not in compatible):
-        return f"{kind} cannot run with it"
+        return f"{kind} does not support it"
     major, minor = torch.cuda.get_device_capability(device)
     if major not in kernel.capabilities:
         return f"the GPU has compute capability {major}.{minor}, on which it does not run"
     try:
         attend = importlib.import_module(kernel.module).flash_attn_varlen_func
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return f"{kernel.module} does not import on this worker ({error!r})"
+        return f"{kernel.module} cannot be imported on this worker ({error!r})"
     if has_attention_cap(model) and "softcap" not in inspect.signature(attend).parameters:
         return f"the installed {kernel.module} leaves out the cap on {kind}'s attention logits"
     if not kernel.has_dropout and getattr(model.config, "attention_dropout", None):
@@ -101,75 +117,89 @@ def why_not(name: str, model: Any, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _fastest(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The first FlashAttention that can run here; says why one that is asked about cannot."""
+    """The first FlashAttention that can run here; logs why another one cannot."""
     if device.type != "cuda" or dtype not in HALF:
         return None
     for name in FLASH:
-        if (why := why_not(name, model, device, dtype)) is None:
+        if (reason := why_not(name, model, device, dtype)) is None:
             return name
-        logger.info("no %s: %s", name, why)
+        logger.info("no %s: %s", name, reason)
     return None
 
 
 def wants_packing(packing: bool | str, attention: str) -> bool:
-    """Whether rows are to be packed if the model allows it."""
+    """Whether rows should be packed, if the model allows it.
+
+    packing: ``training.packing``. attention: the name of the kernel.
+    """
     return packing is True or (packing == "auto" and "flash" in attention)
 
 
 def use_packing(
     packing: bool | str, student: StudentModule, attention: str, device: torch.device
 ) -> bool:
-    """Whether micro-batches are packed; auto: where FlashAttention makes that the cheaper form.
+    """Whether micro-batches are packed; ``auto``: with FlashAttention, where it is cheaper.
 
-    The model is tried on two packed rows: all ranks call this with whole weights. Where it would
-    mix rows they stay padded with auto, and ValueError is raised where packing is wanted.
+    Runs the model on two packed rows, to see whether one changes the other. A sharded model must be
+    whole for this (`sharding.whole_weights`). Where rows change each other, ``auto`` pads them, and
+    true raises ValueError.
     """
     if not wants_packing(packing, attention):
         return False
-    why = _mixing_layers(student.model) or _mixing_rows(student, device)
-    if why is None:
+    reason = _mixing_layers(student.model) or _mixing_rows(student, device)
+    if reason is None:
         return True
-    told = f"{type(student.model).__name__} cannot be packed: {why}"
+    problem = f"the rows of {type(student.model).__name__} cannot be packed: {reason}"
     if packing == "auto":
-        logger.warning("%s; rows are padded", told)
+        logger.warning("%s; rows are padded", problem)
         return False
-    raise ValueError(f"training.packing is true, but {told}; set training.packing: auto")
+    raise ValueError(f"training.packing is true, but {problem}; set training.packing: auto")
 
 
 def _mixing_layers(model: Any) -> str | None:
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    mixing = sorted(kinds & set(UNPACKABLE))
+    """The reason why rows cannot be packed, from the types of the model's layers; None: none."""
+    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    mixing = sorted(types & set(UNPACKABLE))
     return f"its layers of type {', '.join(mixing)} reach across rows" if mixing else None
 
 
 @torch.no_grad()
 def _mixing_rows(student: StudentModule, device: torch.device) -> str | None:
-    """How far one row's hidden states depend on the row packed before it, or on being packed."""
+    """The reason why rows cannot be packed, from a trial of the model; None: they can.
+
+    A row's hidden states must not depend on the row before it, nor on being packed.
+    """
     first, other, row = ([1, 2, 3], [3, 1, 1], [3, 1, 2, 0])
 
-    def states(*rows: list[int]) -> Tensor:
+    def states_of_last(*rows: list[int]) -> Tensor:
         batch = collate([_row(ids) for ids in rows], "text", student.vocab_size, packed=True)
         return student.hidden_states(batch.to(device))[1 - len(row) :]
 
     was_training = student.training
     student.eval()  # Dropout would make the same row differ.
     try:
-        found, beside, alone = states(first, row), states(other, row), states(row)
+        packed = states_of_last(first, row)
+        after_other, alone = states_of_last(other, row), states_of_last(row)
     finally:
         student.train(was_training)
-    if (leak := _distance(found, beside)) > LEAK:
+    if (leak := _distance(packed, after_other)) > MOST_LEAK:
         return f"a row's hidden states change by {leak:.2g} of their size with the row before it"
     exact = student.compute_dtype not in HALF
-    if exact and (moved := _distance(found, alone)) > MISPLACED:
-        return f"a packed row's hidden states differ by {moved:.2g} of their size from it alone"
+    if exact and (shift := _distance(packed, alone)) > MOST_SHIFT:
+        return (
+            f"a packed row's hidden states differ by {shift:.2g} of their size from those of the "
+            "row alone"
+        )
     return None
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def _distance(states: Tensor, expected: Tensor) -> float:
+    """The largest difference as a share of the largest component; infinity where one is NaN."""
     size = expected.abs().max().clamp_min(1e-6)
-    return float(((found - expected).abs().max() / size).nan_to_num(torch.inf))
+    return float(((states - expected).abs().max() / size).nan_to_num(torch.inf))
 
 
 def _row(ids: list[int]) -> Row:
+    """A row whose prompt is the first id."""
     tokens = torch.tensor(ids, dtype=torch.int32).numpy()
     return Row(0, 0, tokens[:1], tokens[1:])

@@ -1,9 +1,7 @@
-"""The student as a Hugging Face model: made before training, saved after it.
+"""The untrained student as a Hugging Face model: loaded as it is, or some layers of the teacher.
 
-``build_student`` loads a model, or keeps some layers of the teacher. ``save_student`` writes the
-finished model as a folder that ``transformers`` and vLLM load: weights in the export precision,
-the teacher's tokenizer and chat template, and a generation configuration with the teacher's stop
-ids and sampling defaults, which is how a served student knows when to stop.
+The worker calls ``build_student`` on every rank before `sharding.place_student` puts the model on
+its device. ``num_classes`` says which ids the student and the teacher are compared on.
 """
 
 import copy
@@ -23,15 +21,17 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-# Configuration fields with one entry for each layer, and those that list layer numbers.
 PER_LAYER_FIELDS = ("layer_types", "no_rope_layers", "layers_block_type", "mlp_layer_types")
+"""Fields of a model's configuration that have one entry for each layer."""
 LAYER_NUMBER_FIELDS = ("mlp_only_layers", "no_rope_layer_indices")
+"""Fields of a model's configuration that list numbers of layers."""
 
 
 def build_student(config: RunConfig, teacher_folder: str, seed: int) -> nn.Module:
-    """The untrained student in ``training.param_dtype`` on the CPU; equal on every rank.
+    """The untrained student on the CPU, in ``training.param_dtype``; the same on every rank.
 
-    ``seed`` draws the weights that the source does not bring.
+    teacher_folder: on this node. seed: for weights that the source model does not have. Raises
+    ValueError where a layer that the teacher does not have is to be kept.
     """
     student = config.student
     torch.manual_seed(seed)
@@ -52,10 +52,11 @@ def build_student(config: RunConfig, teacher_folder: str, seed: int) -> nn.Modul
 
 
 def keep_layers(model: nn.Module, layers: list[int]) -> None:
-    """Cut ``model`` to these decoder layers, in this order; a layer named twice is copied.
+    """Cuts ``model`` down to these decoder layers, in this order, in place.
 
-    The configuration's layer count and per-layer lists follow, and each layer's own index: the
-    key-value cache is addressed by it.
+    A layer that is named twice is copied. The number of layers and the per-layer lists of the
+    configuration change with it, and so does the index that each layer has of itself, since the
+    key-value cache is addressed by that index.
     """
     text: Any = model.config.get_text_config()
     num_layers = text.num_hidden_layers
@@ -86,27 +87,33 @@ def keep_layers(model: nn.Module, layers: list[int]) -> None:
 
 
 def layer_list(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The one list of decoder layers: its owner, its name there, itself."""
+    """The list of the model's decoder layers: the module that owns it, its name there, the list.
+
+    Raises ValueError where there is none, or more than one.
+    """
     config: Any = model.config
     num_layers = config.get_text_config().num_hidden_layers
-    found = [
+    lists = [
         (owner, name, child)
         for owner in model.modules()
         for name, child in owner.named_children()
         if isinstance(child, nn.ModuleList) and name in ("layers", "h", "blocks")
         if len(child) == num_layers
     ]
-    if len(found) != 1:
+    if len(lists) != 1:
         raise ValueError(
-            f"{type(model).__name__} has {len(found)} lists of {num_layers} layers where "
-            "student.init: from_teacher and training.strategy: fsdp expect one; make the student "
-            "as a folder of its own and use init: model with strategy: ddp"
+            f"{type(model).__name__} has {len(lists)} lists of {num_layers} layers; expected one, "
+            "which student.init: from_teacher and training.strategy: fsdp need; save the student "
+            "as a model folder, and set student.init: model and training.strategy: ddp"
         )
-    return found[0]
+    return lists[0]
 
 
 def num_classes(model: nn.Module, teacher_folder: str) -> int:
-    """V: ids that the student's head scores and the tokenizer names; all others are tail."""
+    """The number of ids that have a class of their own; all others are counted in the tail.
+
+    An id has one if the student's head has a row for it and the tokenizer a token.
+    """
     head = int(model.get_output_embeddings().weight.shape[0])
     tokenizer = Path(teacher_folder) / "tokenizer.json"
     if not tokenizer.exists():

@@ -1,16 +1,16 @@
-"""The student as a Hugging Face model: made before training, saved after it.
+"""The trained student as a folder that ``transformers`` and vLLM load.
 
-``build_student`` loads a model, or keeps some layers of the teacher. ``save_student`` writes the
-finished model as a folder that ``transformers`` and vLLM load: weights in the export precision,
-the teacher's tokenizer and chat template, and a generation configuration with the teacher's stop
-ids and sampling defaults, which is how a served student knows when to stop.
+It holds the weights in ``training.export_dtype``, the teacher's tokenizer and chat template, and a
+generation configuration with the teacher's stop ids and sampling defaults: a served student reads
+there when to stop. The worker calls ``round_weights`` before the last evaluation, and
+``export_student`` after it.
 """
 
 import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow.fs as pafs
 import torch
@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 
 from raystill.base.run_folder import STUDENT, RunFolder
 from raystill.config.run import RunConfig
+from raystill.model.sampling import ResolvedSampling
 from raystill.train.student.build import DTYPES
 from raystill.train.student.sharding import whole
 
@@ -33,38 +34,27 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-
-
-class Sampling(Protocol):
-    """The teacher's resolved sampling (serve/sampling.py), as far as the student inherits it."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def min_p(self) -> float: ...
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]: ...
+"""What makes up a tokenizer; those of these that the teacher has are copied."""
 
 
 @torch.no_grad()
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every floating-point weight, in place, the value it has in ``dtype``.
+    """Rounds every floating-point weight to ``dtype``, in place; the weights keep their own dtype.
 
-    Evaluating after this measures the model as it is exported, not the one before rounding.
+    An evaluation after this measures the model as it is exported.
     """
-    for tensor in model.state_dict().values():  # Derived buffers (rotary tables) are not in it.
+    # Not `parameters()` and `buffers()`: the state dict leaves out derived buffers, such as rotary
+    # tables, which a loaded model computes anew and does not round.
+    for tensor in model.state_dict().values():
         if tensor.is_floating_point():
             tensor.copy_(tensor.to(dtype))
 
 
 def exported_state(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
-    """The state dict on the host in ``dtype``, gathered where it is sharded; collective then.
+    """The model's state dict on the host in ``dtype``; of a sharded model, gathered.
 
-    Tensors that are one in the model still are. keep: whether this rank wants it; else empty.
+    All ranks of a sharded model must call this. keep: whether this rank needs the result; the
+    others get an empty one. Tensors that the model shares are shared in the result.
     """
     converted: dict[int, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
@@ -72,7 +62,7 @@ def exported_state(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str
         if id(tensor) not in converted:
             gathered = whole(tensor.detach())
             if not keep:
-                gathered = gathered.new_empty(0)
+                gathered = gathered.new_empty(0)  # Frees the whole tensor before the next one.
             target = dtype if gathered.is_floating_point() else gathered.dtype
             converted[id(tensor)] = gathered.to("cpu", target)
         if keep:
@@ -85,12 +75,13 @@ def save_student(
     folder: str | Path,
     config: RunConfig,
     teacher_folder: str,
-    sampling: Sampling,
+    sampling: ResolvedSampling,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write ``model`` as a Hugging Face folder; an older one there is replaced only when whole.
+    """Writes ``model`` as a Hugging Face folder.
 
-    state: its ``exported_state``, which a sharded model's ranks have gathered before.
+    A folder that is there already is replaced when the new one is complete. state: the model's
+    ``exported_state``, needed for a sharded model; None: computed here.
     """
     if state is None:
         state = exported_state(model, DTYPES[config.training.export_dtype], keep=True)
@@ -98,12 +89,13 @@ def save_student(
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     exported: Any = model
-    kept = exported.generation_config
-    exported.generation_config = GenerationConfig()  # The file is written below.
+    own_generation = exported.generation_config
+    # An empty one: `save_pretrained` would write, and check, the settings that training ignores.
+    exported.generation_config = GenerationConfig()
     try:
         exported.save_pretrained(part, state_dict=state)
     finally:
-        exported.generation_config = kept
+        exported.generation_config = own_generation
     _describe_weights(part / "config.json", config.training.export_dtype)
     for name in TOKENIZER_FILES:
         source = Path(teacher_folder) / name
@@ -120,13 +112,14 @@ def export_student(
     run: RunFolder,
     config: RunConfig,
     teacher_folder: str,
-    sampling: Sampling,
+    sampling: ResolvedSampling,
     *,
     first: bool = True,
 ) -> None:
-    """``save_student`` into the run folder's ``student/``, also where that is an object store.
+    """Writes the student to ``student/`` of the run folder, which may be in an object store.
 
-    Called on all ranks, since a sharded model is gathered; rank 0 (``first``) writes.
+    All ranks must call this, since a sharded model is gathered. first: whether this is rank 0,
+    which alone writes.
     """
     state = exported_state(model, DTYPES[config.training.export_dtype], first)
     if not first:
@@ -142,10 +135,11 @@ def export_student(
         pafs.copy_files(str(local), target, destination_filesystem=filesystem)
 
 
-def generation_config(teacher_folder: Path, sampling: Sampling) -> dict[str, Any]:
-    """``generation_config.json`` of the student: the teacher's, with the sampling of this run.
+def generation_config(teacher_folder: Path, sampling: ResolvedSampling) -> dict[str, Any]:
+    """The contents of the student's ``generation_config.json``: the teacher's own file, with the
+    sampling and the stop ids of this run.
 
-    A length limit is left out: servers would apply it to every request.
+    A length limit is left out, since servers would apply it to every request.
     """
     path = teacher_folder / "generation_config.json"
     settings: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -163,7 +157,10 @@ def generation_config(teacher_folder: Path, sampling: Sampling) -> dict[str, Any
 
 
 def _describe_weights(path: Path, dtype: str) -> None:
-    """Name the written precision in a ``config.json``, where transformers put the trained one."""
+    """Writes the exported dtype into ``config.json``, where transformers put the trained one.
+
+    Also allows the key-value cache again, which was off during training.
+    """
     settings = json.loads(path.read_text())
     for part in (settings, *(v for v in settings.values() if isinstance(v, dict))):
         if "dtype" in part or part is settings:

@@ -1,31 +1,21 @@
-"""FSDP2: parameters, gradients and optimizer state of the student spread over its workers.
+"""FSDP2: parameters, gradients and optimizer state of the student, sharded over its workers.
 
-`worker` places the student through here before the optimizer is made; where `training.strategy` is
-fsdp, step, checkpoint and export then see DTensors where they saw tensors. A decoder layer is
-gathered when its forward or backward pass needs it and freed after it. What is outside the layers
-(embeddings, final norm, output head) is the root's: gathered once a micro-batch, before the forward
-pass, and kept until the backward pass has ended. So `head_loss` multiplies with a plain tensor,
-and the head's gradient is reduced like any other.
+The worker calls `place_student` before the optimizer is made. With ``training.strategy: fsdp``, the
+step, the checkpoint and the export then see DTensors in place of tensors. A decoder layer is
+gathered when its forward or backward pass needs it, and freed after it. Everything outside the
+layers (embeddings, final norm, output head) belongs to the root: it is gathered once a micro-batch,
+before the forward pass, and freed after the backward pass. So `head_loss` multiplies with a plain
+tensor, and the gradient of the head is reduced like any other.
 
-Precision. A layer is gathered in the compute precision: autocast would round its matrices to it
-anyway, and half as much travels. The root is gathered as it is, so that the residual stream and the
-head's gradient are in float32 as they are without sharding. Every gradient is added up over the
-ranks in the precision of the parameters, at every pass, and *averaged*, as DDP does. Adding up
-unreduced gradients over the passes of a step would save traffic, but takes a whole copy of the
-gradients on every worker, which is what sharding is to avoid.
+Dtypes. A layer is gathered in the compute dtype: autocast would round its matrices to it anyway,
+and half as many bytes are sent. The root is gathered in the dtype of the parameters, so that the
+residual stream and the gradient of the head are in float32, as they are without sharding. Gradients
+are summed over the ranks in the dtype of the parameters, after every backward pass, and *averaged*,
+as in DDP. Reducing only once a step would send less, but every worker would need a full copy of
+the gradients, which sharding is there to avoid.
 
-Waits for: the other ranks, at every gathering, so all run equally many passes. Imports no Ray.
-
-The tensors of a checkpoint, each in one piece or in one for each rank that holds a part of it.
-
-A rank writes what it holds: a sharded tensor's rows, and on the first rank whatever every rank has
-whole. It reads what it will hold, whatever the files were cut into: row ranges are intersected. So
-a checkpoint of N workers is read by M, of ddp by fsdp and the other way round, and nobody ever has
-more in memory than its own part.
-
-Files are safetensors (numbers only, nothing that is executed), named ``<kind>-<rank + 1>-of-<n>``.
-Their header says where each piece begins as PyTorch's distributed checkpoints (DCP) do, so that
-`torch.distributed.checkpoint.HuggingFaceStorageReader` reads them too.
+Waits for: the other ranks, whenever parameters are gathered or gradients reduced. So all ranks must
+run equally many passes. Imports no Ray.
 """
 
 import logging
@@ -51,9 +41,10 @@ logger = logging.getLogger(__name__)
 def place_student(
     model: nn.Module, training: TrainingConfig, device: torch.device, world_size: int
 ) -> StudentModule:
-    """The student in training mode on its device: whole, or this worker's part; collective then.
+    """The student in training mode on ``device``: all of it, or with FSDP this worker's shards.
 
-    One worker has nobody to share with, and trains the whole under both strategies.
+    With FSDP all ranks must call this. A single worker is not sharded. Raises ValueError where the
+    configured attention kernel or packing does not fit the model.
     """
     dtype = resolve_compute_dtype(training.compute_dtype, device, training.param_dtype)
     sharded = training.strategy == "fsdp" and world_size > 1
@@ -70,9 +61,10 @@ def place_student(
 
 
 def shard_student(student: StudentModule, device: torch.device, world_size: int) -> None:
-    """Spread ``student`` over the process group, in place; collective.
+    """Shards ``student`` over the process group, in place. All ranks must call this.
 
-    It may be on the host: one layer at a time is whole on the device, then cut.
+    The student may be on the host, so that the device never holds all of it: one layer at a time is
+    copied to the device and then sharded.
     """
     mesh = init_device_mesh(device.type, (world_size,))
     root = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -84,23 +76,25 @@ def shard_student(student: StudentModule, device: torch.device, world_size: int)
     for layer in layer_list(student.model)[2]:
         fully_shard(layer, mesh=mesh, mp_policy=layer_policy)
     fully_shard(student, mesh=mesh, mp_policy=root, reshard_after_forward=False)
-    # FSDP takes what is called first for the root, and measuring enters below it.
+    # The module that is called first becomes FSDP's root, and measuring calls `model` inside. So a
+    # dummy goes through the whole student now.
     with torch.no_grad():
         student(dummy_micro_batch("text").to(device), ObjectiveConfig(cross_entropy=1.0))
     _parts(student)[0].reshard()
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether ``module``, or a part of it, is spread over the workers."""
+    """Whether ``module``, or a module inside it, is sharded."""
     return bool(_parts(module))
 
 
 @contextmanager
 def whole_weights(module: StudentModule) -> Iterator[None]:
-    """Within it every rank has all weights and may run any number of passes; collective.
+    """A context in which every rank has all weights and may run any number of forward passes.
 
-    For measuring, where ranks generate answers of different lengths. Takes the memory of all
-    weights, layers in the compute precision. Nothing to do for a module that is not sharded.
+    It is for measuring, where the ranks generate answers of different lengths. All ranks must enter
+    and leave it. It needs the memory of all weights, of layers in the compute dtype. Does nothing
+    for a module that is not sharded.
     """
     parts = _parts(module)
     for part in parts:
@@ -113,16 +107,16 @@ def whole_weights(module: StudentModule) -> Iterator[None]:
             part.reshard()
             part.set_reshard_after_forward(index > 0, recurse=False)
         if parts:
-            # FSDP fetches ahead by the order of past passes, which here were each rank's own: its
-            # next backward pass would gather on some ranks what others do not.
+            # FSDP gathers ahead in the order of past passes, which differed between the ranks here.
+            # Without this the next backward pass would gather other layers on some ranks.
             parts[0].reset_iter_state()
 
 
 def _parts(module: nn.Module) -> list[FSDPModule]:
-    """What is gathered together: the root first, then the layers."""
+    """The modules whose parameters are gathered together: the root first, then the layers."""
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """``tensor`` gathered from all ranks where it is spread over them; collective then."""
+    """``tensor``, gathered from all ranks if it is sharded; then all ranks must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
