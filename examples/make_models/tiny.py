@@ -1,9 +1,8 @@
-"""The tiny teacher: a seeded random Llama with the quickstart teacher's tokenizer.
+"""Makes the tiny teacher: a Llama with seeded random weights and the quickstart's tokenizer.
 
-Where it sits: tests and benchmarks that need a teacher's form but not its sense load this
-folder, in a fraction of a second, wherever they would load the quickstart teacher. It shares
-the quickstart teacher's vocabulary, chat template and stop ids, so either can teach or learn
-from the other.
+Tests and benchmarks that need a teacher, but no sensible answers, load its folder in a fraction of
+a second. It has the quickstart teacher's vocabulary, chat template and stop ids, so that each of
+them can teach the other.
 
 Run: python -m examples.make_models.tiny [--teacher models/SmolLM2-135M-Instruct]
      [--output models/tiny-teacher]
@@ -39,13 +38,13 @@ COPIED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-# what vLLM's CPU attention accepts; its GPU kernels accept more
+# Those that vLLM's CPU attention supports; its GPU kernels support more.
 SUPPORTED_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-# The output head is tied to the embedding and reads a unit-variance state of D numbers, so the
-# logits have standard deviation sqrt(D) * EMBEDDING_STD: 3.2 at D = 64. That is far from flat
-# (0.02, the usual start, gives 0.16 and every KL is near zero), and short of one-hot.
+# The output head is tied to the embedding. Its input has D numbers of unit variance, so that logits
+# have the standard deviation sqrt(D) * EMBEDDING_STD: 3.2 for D = 64. The distributions are then
+# neither flat (the usual 0.02 gives 0.16, and every KL is near zero) nor one-hot.
 EMBEDDING_STD = 0.4
-# Wide enough that the layers, not the last token's own embedding, decide the next token.
+# Large enough that the layers decide the next token, and not the last token's own embedding.
 PROJECTION_STD = 0.2
 
 
@@ -62,7 +61,9 @@ def make_tiny_model(
 ) -> Path:
     """Write a small random Llama to `output`, with the tokenizer and stop ids of `teacher`.
 
-    The same arguments give the same weights; a folder made with them is returned as it is.
+    The same arguments give the same weights. A folder that was made with them is kept as it is.
+    Raises ValueError for sizes that attention cannot take, an incomplete teacher, or an `output`
+    that was not made here.
     """
     sizes = {
         "num_hidden_layers": num_layers,
@@ -99,7 +100,7 @@ def make_tiny_model(
 
 
 def check_sizes(sizes: dict[str, int]) -> None:
-    """Refuse sizes that attention or the engine cannot take."""
+    """Raise ValueError for sizes that attention or the engine cannot take."""
     heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     head_dim = sizes["head_dim"]
     if heads * head_dim != sizes["hidden_size"] or head_dim not in SUPPORTED_HEAD_DIMS:
@@ -115,14 +116,14 @@ def check_sizes(sizes: dict[str, int]) -> None:
 
 
 def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
-    """Draw every matrix from a normal distribution, in model order; norms are one."""
+    """Draw every matrix from a normal distribution, in the model's order; norm weights are 1."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     generator = torch.Generator().manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**config))
     weights = {}
-    for name, parameter in model.named_parameters():  # a tied head is not listed
+    for name, parameter in model.named_parameters():  # A tied head is not among them.
         weight = torch.ones(parameter.shape)
         if weight.ndim == 2:
             std = EMBEDDING_STD if name.endswith("embed_tokens.weight") else PROJECTION_STD

@@ -29,7 +29,7 @@ CONVERSATIONS = [
 
 @pytest.fixture(scope="module")
 def teacher() -> Path:
-    """The quickstart teacher's folder; its absence is a failure, never a skip."""
+    """The quickstart teacher's folder. If it is missing, the tests fail and are not skipped."""
     assert is_complete(TEACHER, ORIGIN), f"{TEACHER} is not complete: run `make setup`"
     return TEACHER
 
