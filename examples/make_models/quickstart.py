@@ -257,6 +257,7 @@ def read_tensors(reader: GGUFReader, num_heads: int, num_kv_heads: int) -> dict[
 
     tensors = {}
     for tensor in reader.tensors:
+        # In float32, and rounded once, at the end.
         values = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
         if tensor.name.endswith(("attn_q.weight", "attn_k.weight")):
             heads = num_heads if "attn_q" in tensor.name else num_kv_heads

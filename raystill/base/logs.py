@@ -101,12 +101,13 @@ def quiet_driver(path: str | os.PathLike[str]) -> Callable[[], None]:
     handler.setFormatter(LineFormatter())
     undo = [_reroute(logging.getLogger(name), handler) for name in NOISY_LOGGERS]
     undo.append(redact_log_records())
+    # The logging module does not say whether it captures warnings.
     capture_was_off = warnings.showwarning is _PLAIN_SHOWWARNING
     logging.captureWarnings(True)
     undo.append(_redirect_native_errors(target))
 
     def restore() -> None:
-        for step in reversed(undo):
+        for step in reversed(undo):  # Each undoes to the state that the one before it left.
             step()
         if capture_was_off:
             logging.captureWarnings(False)

@@ -134,6 +134,7 @@ def _end_last_line(path: Path) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
+    # Written beside its place and renamed, so that a crash leaves the old file or the new one.
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text)
     os.replace(temporary, path)

@@ -152,6 +152,7 @@ class RunFolder:
             return pq.ParquetFile(stream).read(columns=None if columns is None else list(columns))
 
     def _opened(self) -> tuple[pafs.FileSystem, str]:
+        # Opened anew each time and not kept, so that the folder pickles and can be hashed.
         if self.is_local:
             return pafs.LocalFileSystem(), self.path
         filesystem, root = pafs.FileSystem.from_uri(self.path)
@@ -270,6 +271,7 @@ def resolve_input(path: str) -> str:
     if "://" in path:
         return path
     path = os.path.expanduser(path)
+    # A job's current folder is a copy of the code; large inputs stay in $RAYSTILL_HOME.
     home = os.environ.get("RAYSTILL_HOME")
     if home and not os.path.isabs(path) and os.path.exists(os.path.join(home, path)):
         return os.path.normpath(os.path.join(home, path))

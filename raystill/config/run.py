@@ -174,6 +174,8 @@ class RunConfig(ConfigModel):
 
     def section_seeds(self) -> dict[str, Any]:
         """Seeds of the run's parts, derived from ``seed``. The manifest records them."""
+        # The order of the names is part of the seeds: a new name belongs at the end. Below 2**31,
+        # which every library accepts as a seed.
         names = ("order", "engine", "student", "held_out", "evaluation", "weights")
         return {
             name: (self.seed * 1_000_003 + i * 7_919 + 17) % 2**31 for i, name in enumerate(names)

@@ -126,10 +126,10 @@ class TeacherConfig(ConfigModel):
         "context length.",
     )
     tensor_parallel_size: PositiveInt = operational(
-        1, description="Tensor parallelism: GPUs over which each layer is split."
+        1, description="Tensor parallelism: number of GPUs over which each layer is split."
     )
     pipeline_parallel_size: PositiveInt = operational(
-        1, description="Pipeline parallelism: stages over which the layers are distributed."
+        1, description="Pipeline parallelism: number of stages that the layers are divided into."
     )
     gpu_memory_utilization: float = operational(
         0.9, gt=0, le=1, description="Share of a GPU's memory that the engine may use."

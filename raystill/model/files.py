@@ -23,7 +23,7 @@ SMALL_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
-    "model.safetensors.index.json",
+    "model.safetensors.index.json",  # `check` counts parameters by it, without the weights.
 )
 ALL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.py")
 HUB_WAIT_S = 20.0

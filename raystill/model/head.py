@@ -173,6 +173,7 @@ def _positive(config: Mapping[str, Any], name: str) -> float | None:
     value = config.get(name)
     if value is None:
         return None
+    # The bounds leave out NaN and infinity too; a bool is an int to Python.
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
         raise ValueError(
             f"{name} is {value!r}; expected a number above 0, by which logits are scaled or capped "

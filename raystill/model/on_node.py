@@ -101,7 +101,8 @@ class ModelSource:
 def student_needs(config: RunConfig) -> Weights:
     """Return which of the teacher's weights a student's worker needs."""
     if config.student.init == "from_teacher":
-        return "all"
+        return "all"  # Its layers are copied from the teacher's.
+    # With hidden states the workers compute the teacher's logits themselves.
     return "head" if config.signal.kind == "hidden" else "none"
 
 

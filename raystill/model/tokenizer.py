@@ -44,6 +44,7 @@ def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # The tokenizers library raises plain Exception.
         raise config_error(str(path), f"is not a tokenizer ({error}); save it again") from None
+    # tokenizer.json may have been saved with the truncation and padding of a training.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _add_tokens(tokenizer, settings)

@@ -98,6 +98,7 @@ def require_nodes(config: RunConfig, nodes: Sequence[Node]) -> list[Problem]:
         return problems
     free = [FreeResources(node) for node in nodes]
     bundles = [(request, bundle) for request in wanted for bundle in request.bundles]
+    # Large bundles first: small ones fit into what is left, and not the other way round.
     bundles.sort(key=lambda item: (-item[1].get("GPU", 0), -item[1].get("CPU", 0)))
     unplaced = []
     for request, bundle in bundles:

@@ -48,6 +48,7 @@ def student_cores(config: RunConfig, available: Sequence[int]) -> tuple[int, ...
         return tuple(cores)
     if config.training.cpu_cores is not None:
         return _only_existing("training.cpu_cores", config.training.cpu_cores, cores)
+    # On a node with one core the teacher has it, and the student shares it.
     return tuple(cores[max(1, len(cores) // 2) :]) or tuple(cores)
 
 

@@ -46,7 +46,7 @@ class Calibrator:
         rows: a table of `datasets.rows.schema.row_schema` with the ``hidden`` signal.
         """
         on_gpu = torch.cuda.is_available()
-        if not on_gpu:
+        if not on_gpu:  # Ray sets OMP_NUM_THREADS to the actor's CPUs, which is 1 by default.
             torch.set_num_threads(len(os.sched_getaffinity(0)))
         self._device = torch.device("cuda" if on_gpu else "cpu")
         self._config = config

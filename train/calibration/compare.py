@@ -138,6 +138,7 @@ def compare_logits(
     for rows, z in head.logit_chunks(hidden):
         for tokens in objectives.values():
             tokens.begin(rows)
+        # `differentiate` overwrites the logits by their gradient, so each signal gets a copy.
         reference = z.clone()
         figures[full].append(objectives[full].differentiate(reference, rows))
         cosines[full].add(reference, reference)

@@ -57,7 +57,7 @@ def cost_of(loss: Callable[[], Tensor], device: torch.device) -> Cost:
         started = time.perf_counter()
         loss().backward()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # Else only the start of the kernels would be timed.
         best = min(best, time.perf_counter() - started)
     return Cost(best, None if before is None or after is None else max(0, after - before))
 

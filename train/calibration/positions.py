@@ -114,8 +114,8 @@ class Positions:
         partition, start = self.partitions[signal], 0
         for batch in self.batches:
             end = start + batch.num_tokens
-            mine = None if partition is None else partition[start:end]
-            yield _as_signal(batch, signal, mine)
+            part = None if partition is None else partition[start:end]
+            yield _as_signal(batch, signal, part)
             start = end
 
     def answers(self, signal: Signal) -> list[Answer]:
@@ -184,9 +184,10 @@ def read_positions(
         batch = collate(group, HIDDEN, student_vocab)
         index, start = [], 0
         for row in group:
-            mine = indices[id(row)] - (len(row.response_ids) - row.num_targets)
-            index.append(torch.from_numpy(start + mine))
-            lengths.append(len(mine))
+            # From response tokens to targets: the first response token may not be a target.
+            targets = indices[id(row)] - (len(row.response_ids) - row.num_targets)
+            index.append(torch.from_numpy(start + targets))
+            lengths.append(len(targets))
             start += row.num_targets
         batches.append(_tokens_of(batch, torch.cat(index)).to(device))
     tokens = _together(batches)
