@@ -1,8 +1,12 @@
-"""From a run file and its overrides to a ``RunConfig``, or to everything that is wrong with them.
+"""Load a run file and its overrides as a ``RunConfig``, or list all that is wrong with them.
 
-Consumes YAML; feeds the driver, ``check`` and every stage. Imports no torch, ray or vllm.
+Imports no torch, ray or vllm.
 
-YAML as run files use it: safe, without repeated keys, and with ``1e-4`` as a number.
+Validation is lenient: what is wrong is taken out, stand-ins take its place, and the rest is
+validated again and can be checked further. Two strict stages, first the schema and then the files,
+would need no stand-ins, but would hide problems behind others: a misspelt key those of the prompt
+files and models, and a wrong value the rules between values, which pydantic applies only where
+every single value is valid.
 """
 
 import re
@@ -21,7 +25,7 @@ from raystill.config.describe import dotted, problems_of, section_model, value_a
 from raystill.config.prompts import spell_out_prompts
 from raystill.config.run import RunConfig
 
-# What stands in for a required section that cannot be used, so that the others are still checked.
+# Stand-ins for required sections that cannot be used, so that the others are still checked.
 STAND_INS: dict[str, dict[str, Any]] = {
     "teacher": {"model": "-"},
     "student": {"init": "from_teacher", "layers": [0]},
@@ -31,11 +35,11 @@ STAND_INS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Loaded:
-    """A configuration with what was wrong with it.
+    """A configuration, and the problems of its run file.
 
-    ``config`` is the writer's where there are no problems. Otherwise defaults and stand-ins take
-    the place of what was refused, and ``refused`` has the dotted names of those settings, which
-    say nothing; it is None where nothing of the file could be used.
+    Without problems ``config`` is that of the run file. Otherwise it has defaults and stand-ins for
+    the settings whose dotted names are in ``refused``; no conclusion can be drawn from these. It is
+    None if nothing of the file could be used.
     """
 
     config: RunConfig | None
@@ -44,7 +48,7 @@ class Loaded:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run file with ``a.b=c`` overrides applied. Raises ConfigError with all problems."""
+    """Load a run file and apply ``a.b=c`` overrides. Raises ConfigError with all problems."""
     loaded = load_leniently(path, overrides)
     if loaded.problems or loaded.config is None:
         raise ConfigError(loaded.problems)
@@ -52,7 +56,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def load_leniently(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
-    """Like :func:`load_config`, but keep what is usable, so that a check can go on to the rest."""
+    """Like :func:`load_config`, but keep what is usable, so that a check can go on with it."""
     data, problems = read_run_file(path)
     if data is None:
         return Loaded(None, problems)
@@ -62,15 +66,18 @@ def load_leniently(path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
 
 
 def validate_leniently(data: dict[str, Any], problems: list[Problem]) -> Loaded:
-    """Validate; on failure take out what was refused and try again, then whole sections."""
+    """Validate; on failure take out what was refused and try again.
+
+    The first time only the refused settings are taken out, later their whole sections.
+    """
     data = deepcopy(data)
     refused: set[str] = set()
-    for attempt in range(4):
+    for attempt in range(4):  # Single values, rules in a section, rules between sections, success.
         try:
             return Loaded(RunConfig.model_validate(data), problems, frozenset(refused))
         except ValidationError as error:
-            # A rule between values is only judged once each of them is valid. What it says then
-            # counts, unless a stand-in of ours is what it objects to.
+            # pydantic applies rules between values only once each of them is valid, so a later
+            # attempt finds further problems. Where a section has stand-ins, its may be due to them.
             sections = {name.partition(".")[0] for name in refused}
             problems = problems + problems_of(error, data, skip_sections=sections)
             for item in error.errors():
@@ -80,7 +87,7 @@ def validate_leniently(data: dict[str, Any], problems: list[Problem]) -> Loaded:
 
 
 def read_run_file(path: str | Path) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """The file's mapping, or why there is none."""
+    """The mapping in the file, or None and the problem with it."""
     where = str(path)
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -132,25 +139,28 @@ def apply_override(data: dict[str, Any], override: str) -> list[Problem]:
 
 
 def _spelled_out(data: dict[str, Any]) -> dict[str, Any]:
-    """The data with sections in their long form, in place: overrides and errors speak of that."""
+    """The data with the prompts section in its long form, to which overrides and errors refer.
+
+    It is changed in place.
+    """
     if "prompts" in data:
         data["prompts"] = spell_out_prompts(data["prompts"])
     return data
 
 
 def config_text(config: RunConfig) -> str:
-    """The resolved configuration as YAML, every default written out; loads back to the same.
+    """The resolved configuration as YAML with every default; it loads back to the same.
 
-    Credentials are left out: a copy is for reading and comparing, and nobody runs it.
+    Credentials are hidden: such a copy is read and compared, and not run.
     """
-    told = redacted(config.model_dump(mode="json"))
-    return yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+    data = redacted(config.model_dump(mode="json"))
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
 def identity_fields(config: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """The settings that make a run this run and not another: dotted key to JSON value."""
+    """The settings that make it another run if they change: dotted key to JSON value."""
     values: dict[str, Any] = {}
-    dumped = redacted(config.model_dump(mode="json"))  # An earlier run's copy has no credentials.
+    dumped = redacted(config.model_dump(mode="json"))  # As in the copy of an earlier run.
     for name, info in type(config).model_fields.items():
         value = getattr(config, name)
         extra = info.json_schema_extra
@@ -162,7 +172,7 @@ def identity_fields(config: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 
 def compare_identity(old: BaseModel, new: BaseModel) -> list[str]:
-    """What makes ``new`` another run than ``old``, one line a setting; empty if nothing does."""
+    """The settings that make ``new`` another run than ``old``, one line each."""
     before, after = identity_fields(old), identity_fields(new)
     return [
         f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
@@ -172,8 +182,12 @@ def compare_identity(old: BaseModel, new: BaseModel) -> list[str]:
 
 
 def _take_out(data: dict[str, Any], item: Any, whole: bool) -> set[str]:
-    """Remove what one error refuses, in place; return the names whose values are now made up."""
-    if not item["loc"]:  # a rule between sections: both sides of the only one there is
+    """Take out of ``data`` what one error refuses; return the names that now have stand-ins.
+
+    ``whole``: take out the whole section. An unknown key leaves no stand-in, as nothing depends on
+    it.
+    """
+    if not item["loc"]:  # The only rule between sections is that of these two.
         _stand_in(data, "objective")
         _stand_in(data, "signal")
         return {"objective", "signal"}
@@ -185,8 +199,8 @@ def _take_out(data: dict[str, Any], item: Any, whole: bool) -> set[str]:
     names = [first, *rest]
     for depth in range(len(rest), 0, -1):
         section = value_at(data, ".".join(names[:depth]))
-        if isinstance(section, dict):  # an entry of a list goes with the list
-            section.pop(names[depth], None)  # gone where several errors are about one value
+        if isinstance(section, dict):  # Of a list the whole list is taken out, not an entry.
+            section.pop(names[depth], None)  # None: an earlier error may be of the same value.
             break
     return set() if unknown else {".".join(names[: depth + 1])}
 
@@ -208,10 +222,10 @@ def _reason(error: yaml.YAMLError) -> str:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, where YAML would keep the last in silence."""
+    """PyYAML's safe loader, but it refuses a repeated key instead of keeping the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build the mapping of ``node``; raises ConstructorError on a repeated key."""
+        """Build the mapping of ``node``. Raises ConstructorError for a repeated key."""
         seen = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
@@ -226,7 +240,7 @@ class StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads 1e-4 as text, since it wants a dot and a sign.
+# PyYAML follows YAML 1.1, where 1e-4 is text: a number needs a dot, and a sign in its exponent.
 StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
@@ -235,8 +249,8 @@ StrictLoader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text; raises yaml.YAMLError."""
+    """The value of a YAML text. Raises yaml.YAMLError."""
     try:
         return yaml.load(text, Loader=StrictLoader)
-    except ValueError as error:  # A day that no month has.
+    except ValueError as error:  # A date that does not exist, such as 2030-02-30.
         raise yaml.YAMLError(str(error)) from None

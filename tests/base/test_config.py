@@ -1,4 +1,4 @@
-"""Run files: what they may say, what is said of mistakes, and what makes two runs one."""
+"""Run files: valid and invalid ones, the messages, and which settings identify a run."""
 
 import pickle
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The static check: each mistake found, all at once, fast, and without the heavy imports."""
+"""The static check reports every mistake at once, fast, and without the heavy imports."""
 
 import io
 import json
@@ -135,7 +135,7 @@ def test_one_mistake_is_one_problem(
 
 def test_several_mistakes_are_reported_together(run_file: Path, tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"prompt": "x"}\n{"prompt": \n')
-    found = problems(
+    reported = problems(
         run_file,
         "prompts.path=[broken.jsonl, missing.jsonl]",
         "signal.topk=3",
@@ -153,8 +153,8 @@ def test_several_mistakes_are_reported_together(run_file: Path, tmp_path: Path) 
         "output.path: /proc/run cannot be written",
         "student.layers: has [9]",
     ):
-        assert any(words in problem for problem in found), (words, found)
-    assert len(found) == 7
+        assert any(words in problem for problem in reported), (words, reported)
+    assert len(reported) == 7
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_several_mistakes_are_reported_together(run_file: Path, tmp_path: Path) 
         ("output.path=/proc/run", False),
     ],
 )
-def test_a_wrong_run_file_is_told_from_one_that_does_not_fit_what_there_is(
+def test_a_wrong_run_file_differs_from_one_that_does_not_fit_its_surroundings(
     run_file: Path, override: str, is_wrong: bool
 ) -> None:
     checked = check_run_file(str(run_file), [override])
@@ -242,7 +242,7 @@ def test_a_student_with_the_same_ids_is_accepted(run_file: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("num_workers", "noticed"), [("1", True), ("2", False), ("[1, 2]", True)])
-def test_a_worker_that_may_be_alone_is_said_to_share_with_nobody(
+def test_a_notice_says_that_a_single_worker_is_not_sharded(
     run_file: Path, num_workers: str, noticed: bool
 ) -> None:
     overrides = ["training.strategy=fsdp", f"training.num_workers={num_workers}"]
@@ -336,10 +336,10 @@ def test_a_teacher_whose_head_the_student_cannot_use_is_refused_with_the_remedy(
     }
     for number, (words, (config, tensors)) in enumerate(cases.items()):
         override = teacher_with(tmp_path / str(number), config, tensors)
-        found = problems(run_file, HIDDEN, override)
-        mine = [problem for problem in found if problem.startswith("teacher.model: ")]
-        assert any(words in problem for problem in mine), (words, found)
-        assert words == "logit_scale is 0" or "signal.kind: topk" in mine[0]
+        reported = problems(run_file, HIDDEN, override)
+        of_model = [problem for problem in reported if problem.startswith("teacher.model: ")]
+        assert any(words in problem for problem in of_model), (words, reported)
+        assert words == "logit_scale is 0" or "signal.kind: topk" in of_model[0]
         others = [problem.split(":")[0] for problem in problems(run_file, override)]
         assert "teacher.model" not in others, "other signals need no head at the student"
     padded = teacher_with(tmp_path / "padded", {}, {"lm_head.weight": head})
@@ -461,9 +461,9 @@ def test_one_number_changed_in_the_teacher_makes_every_key_new(
 
 def test_a_hub_model_that_is_nowhere_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    found = files.find_model("nobody/no-such-model")
-    assert found.problem is not None
-    assert "HF_HUB_OFFLINE" in found.problem
+    result = files.find_model("nobody/no-such-model")
+    assert result.problem is not None
+    assert "HF_HUB_OFFLINE" in result.problem
     assert files.find_model("/nowhere/model").problem is not None
 
 

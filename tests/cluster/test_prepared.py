@@ -1,4 +1,4 @@
-"""What a checked run needs the teacher for: rows stored, rows to be scored, rows to be asked."""
+"""Rows of a checked run that are stored, that the teacher scores, and that it answers."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Prompts that bring their response: read, tokenised, keyed, and what is said of mistakes."""
+"""Prompts with a given response: reading, tokenising, keys, and the messages for mistakes."""
 
 import json
 from pathlib import Path
@@ -75,17 +75,17 @@ def encode(text: str) -> list[int]:
 def test_a_response_ends_with_a_stop_token_whether_its_text_does_or_not() -> None:
     rows: list[Any] = [("a", "one"), ("b", "two<|im_end|>"), ("c", "<|im_end|>")]
     (stop,) = encode("<|im_end|>")
-    found = tables(rows).train["response_ids"].to_pylist()
-    assert found == [[*encode(word), stop] for word in ("one", "two", "")]
+    responses = tables(rows).train["response_ids"].to_pylist()
+    assert responses == [[*encode(word), stop] for word in ("one", "two", "")]
     # Where the tokenizer's end token is none of them: the first that ends the teacher's answers.
-    found = tables(rows[:2], teacher={"sampling": {"stop_token_ids": [11, 7]}}).train
-    assert [ids[-1] for ids in found["response_ids"].to_pylist()] == [11, 11]
-    assert found["response_ids"].to_pylist()[1][-2] == stop
+    train = tables(rows[:2], teacher={"sampling": {"stop_token_ids": [11, 7]}}).train
+    assert [ids[-1] for ids in train["response_ids"].to_pylist()] == [11, 11]
+    assert train["response_ids"].to_pylist()[1][-2] == stop
     with pytest.raises(ConfigError, match=r"stop_token_ids: is empty, and prompts.response_field"):
         tables(rows, teacher={"sampling": {"stop_token_ids": []}})
 
 
-def test_rows_are_told_apart_dropped_and_counted() -> None:
+def test_equal_and_unusable_rows_are_dropped_and_counted() -> None:
     rows = [("a", "x"), ("a", "y"), ("a", "x"), ("b", ""), ("b", None), ("c", "many " * 50)]
     made = tables([*rows, ("", "x"), ("d " * 40, "x")])
     assert [TOKENISER.tokenizer.decode(ids) for ids in made.train["prompt_ids"].to_pylist()] == [
@@ -160,7 +160,7 @@ def test_a_key_changes_with_all_that_decides_the_signal() -> None:
         answer_key("t", "bfloat16", None, {}, prompt),
     ]
     assert len(set(keys)) == len(keys)
-    # The name must never change: stored answers are found by it.
+    # This value must never change: stored answers are looked up by it.
     assert key().hex() == "4d2190574cad78a09bdde60951a89335"
 
 
@@ -229,14 +229,14 @@ def test_one_response_is_not_sampled_twice(prompts: Any, words: str) -> None:
     assert "set response_field to null" in problem.message
 
 
-def test_the_check_names_what_is_dropped_and_does_not_reckon_with_max_tokens() -> None:
+def test_the_check_names_what_is_dropped_and_ignores_max_tokens() -> None:
     teacher = {"max_model_len": 64, "sampling": {"max_tokens": 60}}
     path = write("p.jsonl", [("word " * 9, "x"), ("a", "y"), ("b", "z"), ("c", "word " * 64)])
-    found = checked({"path": path}, teacher=teacher)
-    (problem,) = found.problems
+    given = checked({"path": path}, teacher=teacher)
+    (problem,) = given.problems
     assert "1 of 4 prompts are longer than 64 tokens with their response" in problem.message
     assert "p.jsonl, line 4: 67 tokens" in problem.message
-    assert not any("leaves its answer" in notice for notice in found.notices)
+    assert not any("leaves its answer" in notice for notice in given.notices)
     asked = checked({"path": path, "response_field": None}, teacher=teacher)
     assert asked.problems == []
     assert any("leaves its answer" in notice for notice in asked.notices)

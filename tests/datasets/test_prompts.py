@@ -1,4 +1,4 @@
-"""Prompts: every format, broken rows named, tokens as transformers makes them, tables and keys."""
+"""Prompts: file formats, broken rows, tokens equal to those of transformers, tables and keys."""
 
 import csv
 import gzip
@@ -122,7 +122,7 @@ def test_broken_lines_are_named_all_at_once(tmp_path: Path) -> None:
         "7",
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    found = broken(prompts(tmp_path / "p.jsonl"))
+    reported = broken(prompts(tmp_path / "p.jsonl"))
     for number, words in [
         (2, "is not JSON"),
         (3, "has neither 'prompt' nor 'messages' (it has: question)"),
@@ -130,9 +130,9 @@ def test_broken_lines_are_named_all_at_once(tmp_path: Path) -> None:
         (5, "message 0 has content None"),
         (6, "the last message is the assistant's"),
     ]:
-        assert f"p.jsonl, line {number}: " in found[number - 2]
-        assert words in found[number - 2]
-    assert found[5].endswith("2 more broken rows")
+        assert f"p.jsonl, line {number}: " in reported[number - 2]
+        assert words in reported[number - 2]
+    assert reported[5].endswith("2 more broken rows")
 
 
 def test_each_format_says_what_is_wrong_with_the_file(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_each_format_says_what_is_wrong_with_the_file(tmp_path: Path) -> None:
     (tmp_path / "e.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "f.jsonl").write_text("\n")
     (tmp_path / "g.docx").write_text("x")
-    found = broken(prompts([*sorted(tmp_path.iterdir()), tmp_path / "f.json"]))
+    reported = broken(prompts([*sorted(tmp_path.iterdir()), tmp_path / "f.json"]))
     words = {
         "a.json, line 2": "set prompts.format: jsonl",
         "b.json": "expected a list of rows",
@@ -154,9 +154,9 @@ def test_each_format_says_what_is_wrong_with_the_file(tmp_path: Path) -> None:
         "g.docx": "set prompts.format",
         "no such file": "f.json",
     }
-    assert len(found) == len(words)
+    assert len(reported) == len(words)
     for where, message in words.items():
-        assert any(where in line and message in line for line in found), (where, found)
+        assert any(where in line and message in line for line in reported), (where, reported)
 
 
 def test_a_missing_file_names_the_near_miss(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("query", ["?region=eu-west-1", QUERY])
 @pytest.mark.parametrize(
-    ("path", "found"),
+    ("path", "texts"),
     [
         ("/data/a-1/p.txt", ["a-1"]),
         ("/data/a-1", ["a-1"]),
@@ -211,10 +211,10 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ],
 )
 def test_uris_keep_their_credentials_and_query(
-    path: str, query: str, found: list[str], bucket: list[str]
+    path: str, query: str, texts: list[str], bucket: list[str]
 ) -> None:
     read = read_prompts(prompts(f"{BUCKET}{path}{query}"))
-    assert [r.text for r in read] == found
+    assert [r.text for r in read] == texts
     assert all("cret" not in r.where for r in read)
     (opened,) = bucket
     assert opened.startswith(f"{BUCKET}/data")
@@ -464,7 +464,7 @@ def test_a_key_is_the_same_however_the_settings_are_spelled() -> None:
     two = answer_key("t", "bfloat16", None, {"stop_token_ids": [2, 7], "a": 1.0}, ids.astype("i4"))
     assert one == two
     assert answer_keys("t", "bfloat16", None, {"a": 1, "stop_token_ids": [2, 7]}, [ids]) == [one]
-    # The name must never change: stored answers are found by it.
+    # This value must never change: stored answers are looked up by it.
     assert one.hex() == "c193986bed83c7c0ac694148bd2bbb78"
 
 

@@ -1,4 +1,4 @@
-"""Sources of prompts: names that fill the rows' source, weights, and what is said of mistakes."""
+"""Sources of prompts: names, weights, and the messages for mistakes."""
 
 import json
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_a_source_names_its_rows_whatever_the_file_says() -> None:
     assert {raw.source for raw in read} == {"letters", "numbers"}
 
 
-def test_settings_of_a_source_stand_before_those_of_the_section() -> None:
+def test_settings_of_a_source_replace_those_of_the_section() -> None:
     Path("c.data").write_text('{"q": "why?", "chat": [{"role": "user", "content": "no"}]}\n')
     third = {"name": "third", "path": ["c.data"], "format": "jsonl", "messages_field": "m"}
     prompts = {"sources": [*sources(), third], "prompt_field": "prompt"}
@@ -193,9 +193,9 @@ def test_what_is_held_out_does_not_depend_on_weights() -> None:
     weighted = tables(sources({"weight": 0.5}, {"weight": 3}), samples=2, held_out_rows=5)
     assert keys(weighted, "held_out") == keys(plain, "held_out")
     assert not set(keys(weighted)) & set(keys(plain, "held_out"))
-    held = plain.held_out["source"].to_pylist()
-    assert rows_of(weighted, "letters") == 10 - held.count("letters")
-    assert rows_of(weighted, "numbers") == 6 * (8 - held.count("numbers"))
+    names = plain.held_out["source"].to_pylist()
+    assert rows_of(weighted, "letters") == 10 - names.count("letters")
+    assert rows_of(weighted, "numbers") == 6 * (8 - names.count("numbers"))
 
 
 def test_a_held_out_source_is_named_as_in_the_list() -> None:
@@ -258,13 +258,13 @@ def test_what_is_wrong_with_a_file_names_its_source() -> None:
     run_file(listed)
     with pytest.raises(ConfigError) as caught:
         read_prompts(PromptsConfig.model_validate(listed))
-    found = {problem.where: problem.message for problem in caught.value.problems}
-    assert "source 'letters': no such file: 'aa.txt'" in found["prompts.sources.0.path"]
-    assert "set prompts.sources.1.prompt_field" in found["source 'numbers': b.jsonl, line 2"]
-    assert "holds no prompts" in found["source 'none': empty.jsonl"]
-    assert "source 'hollow': nothing matches" in found["prompts.sources.3.path"]
-    assert "set prompts.sources.4.format" in found["prompts.sources.4.path"]
-    assert len(found) == 5
+    reported = {problem.where: problem.message for problem in caught.value.problems}
+    assert "source 'letters': no such file: 'aa.txt'" in reported["prompts.sources.0.path"]
+    assert "set prompts.sources.1.prompt_field" in reported["source 'numbers': b.jsonl, line 2"]
+    assert "holds no prompts" in reported["source 'none': empty.jsonl"]
+    assert "source 'hollow': nothing matches" in reported["prompts.sources.3.path"]
+    assert "set prompts.sources.4.format" in reported["prompts.sources.4.path"]
+    assert len(reported) == 5
 
 
 def test_a_bare_list_is_short_for_sources() -> None:
@@ -318,8 +318,8 @@ def test_exactly_one_of_path_and_sources_is_set() -> None:
     ],
 )
 def test_a_mistake_in_a_source_is_one_problem(listed: Any, where: str, words: str) -> None:
-    ((found, message),) = refused(listed).items()
-    assert found == where
+    ((reported, message),) = refused(listed).items()
+    assert reported == where
     assert words in message
 
 
@@ -355,8 +355,8 @@ def test_the_check_prints_the_rows_of_each_source() -> None:
     assert checked.problems == []
     assert checked.prepared is not None
     lines = checked.prepared.describe().splitlines()
-    held = checked.prepared.tables.held_out["source"].to_pylist()
-    letters, numbers = held.count("letters"), held.count("numbers")
+    names = checked.prepared.tables.held_out["source"].to_pylist()
+    letters, numbers = names.count("letters"), names.count("numbers")
     assert lines[1:3] == [
         f"  letters: {(11 - letters) // 2} to train on (weight 0.5), {letters} held out",
         f"  numbers: {2 * (8 - numbers)} to train on (weight 2), {numbers} held out",
@@ -366,7 +366,7 @@ def test_the_check_prints_the_rows_of_each_source() -> None:
     assert "weight" not in lone.describe()
 
 
-def test_too_long_prompts_of_sources_are_said_of_the_sources() -> None:
+def test_too_long_prompts_name_their_source() -> None:
     Path("a.txt").write_text("word " * 200 + "\nshort")
     teacher = {"model": str(MODEL), "max_model_len": 64, "sampling": {"max_tokens": 4}}
     checked = check_run_file(str(run_file(sources(), teacher=teacher)))
