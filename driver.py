@@ -58,11 +58,12 @@ def exit_with(status: int, **_: object) -> NoReturn:
     raise typer.Exit(status)
 
 
-# Plain help: rich's panels double the time until it is shown. A shell completes the arguments of a
-# program, and "python driver.py" is none.
+# Plain help, since rich's panels double the time until it is shown. Completion for the installed
+# program only: a shell cannot complete the arguments of "python driver.py".
 app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["--help", "-h"]},
     add_completion=program() == "raystill",
     result_callback=exit_with,
     epilog=STATUSES,
@@ -72,6 +73,7 @@ app.add_typer(store, name="store", help="List, verify, compact or prune a teache
 
 
 def show_version(asked: bool) -> None:
+    """Print the version and end, if asked."""
     if asked:
         print(f"raystill {__version__}")
         raise typer.Exit
@@ -128,8 +130,8 @@ def run(
             result = watch(this_run, prepared, teacher, student)
         summary.write_summary(folder, result)
     if result.stopped_by:
-        command = resume_command(run_file, overrides, skip_probe)
-        say(f"Stopped after step {result.snapshot.step}; resume with:\n  {command}")
+        again = resume_command(run_file, overrides, skip_probe)
+        say(f"Stopped after step {result.snapshot.step}; resume with:\n  {again}")
         return 128 + result.stopped_by
     tables.print_report(folder)
     return 0
@@ -290,15 +292,18 @@ def fields(
 
 
 def say(text: str) -> None:
+    """Print a line without credentials, at once."""
     print(redact(text), flush=True)
 
 
 def refuse(problems: Sequence[object]) -> int:
+    """Print the problems; the exit status."""
     print_problems(problems)
     return EXIT_REFUSED
 
 
 def resume_command(run_file: str, overrides: Sequence[str], skip_probe: bool) -> str:
+    """The command that resumes a run, for a shell."""
     words = [run_file, *(word for override in overrides for word in ("--set", override))]
     return f"{program()} run {shlex.join(words + ['--skip-probe'] * skip_probe)}"
 
@@ -306,26 +311,30 @@ def resume_command(run_file: str, overrides: Sequence[str], skip_probe: bool) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that ``argv`` names; the exit status, also of a wrong command line."""
     try:
-        status = called(argv)
+        status = call(argv)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        gone = [stream for stream in (sys.stdout, sys.stderr) if nobody_reads(stream)]
-        if not gone:  # Another pipe, such as one to Ray.
+        unread = [stream for stream in (sys.stdout, sys.stderr) if nobody_reads(stream)]
+        if not unread:  # Another pipe, such as one to Ray.
             raise
-        for stream in gone:  # Python writes what it still holds when it ends.
+        for stream in unread:  # At its end Python writes what is still buffered.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return EXIT_CLOSED_PIPE
 
 
-def called(argv: Sequence[str] | None) -> int:
+def call(argv: Sequence[str] | None) -> int:
+    """Parse ``argv`` and run the command; its exit status. Errors for a person are shown."""
     color = False if os.environ.get("NO_COLOR") else None
     try:
         typer.main.get_command(app).main(argv, program(), color=color)
-    except SystemExit as ended:  # Whatever the command did, typer ends with this.
-        if isinstance(ended.__context__, BrokenPipeError):
-            raise ended.__context__ from None
-        return int(ended.code or 0)
+    except SystemExit as end:  # Typer always raises it.
+        cause = end.__context__.__cause__ if isinstance(end.__context__, typer.Abort) else None
+        error = cause or end.__context__
+        # Typer takes these for a person who has left. They may come from anywhere in a run.
+        if isinstance(error, BrokenPipeError | EOFError):
+            raise error from None
+        return int(end.code or 0)
     except ConfigError as error:
         return refuse(error.problems)
     except RunError as error:
@@ -335,13 +344,13 @@ def called(argv: Sequence[str] | None) -> int:
 
 
 def nobody_reads(stream: TextIO) -> bool:
-    """Whether the stream is a pipe whose reader has left (``| head``)."""
+    """Whether the stream is a pipe whose reader has closed it, as ``| head -1`` does."""
     try:
         descriptor = stream.fileno()
     except OSError:  # A test's stand-in.
         return False
     poll = select.poll()
-    poll.register(descriptor, 0)  # Errors are told unasked.
+    poll.register(descriptor, 0)  # Of no event: an error is reported always.
     return bool(poll.poll(0))
 
 
@@ -358,7 +367,7 @@ def leave(code: int) -> NoReturn:
 
 
 def command() -> NoReturn:
-    """The installed ``raystill``."""
+    """The whole program: ``python driver.py``, and ``raystill`` where it is installed."""
     redact_uncaught_errors()
     leave(main())
 

@@ -129,11 +129,3 @@ def test_what_cannot_be_compared_is_refused(run_file, words, expected, capsys) -
     (problem,) = listed(shown.err, shown.out)
     assert expected in problem
     assert not Path("runs").exists()
-
-
-@pytest.mark.parametrize("words", [["--positions", "0"], ["--cosine", "1"], ["--cosine", "x"]])
-def test_numbers_out_of_bounds_show_the_usage(run_file, words, capsys) -> None:
-    with pytest.raises(SystemExit) as ended:
-        driver.main(["calibrate", run_file, *words])
-    assert ended.value.code == driver.EXIT_REFUSED
-    assert "usage: driver.py calibrate" in capsys.readouterr().err
