@@ -131,10 +131,10 @@ def _compact(store: TeacherStore, as_json: bool) -> int:
 def _tell(refused: RefusedSegments) -> None:
     """Name segments that cannot be used, kind by kind, with what to do."""
     for kind, _, words, remedy in KINDS:
-        told = [error for error in refused.values() if isinstance(error, kind)]
-        if told:
-            print(f"{formatting.plural(len(told), 'segment')} {words} ({remedy}):")
-        for error in told:
+        errors = [error for error in refused.values() if isinstance(error, kind)]
+        if errors:
+            print(f"{formatting.plural(len(errors), 'segment')} {words} ({remedy}):")
+        for error in errors:
             print(redact(f"  - {error}"))
 
 

@@ -181,7 +181,7 @@ def follow(client: JobClient, job: str, signals: StopSignals, stop_wait_s: int, 
     log = LogTail(client, job, out)
     log.start()
     asked_at = None
-    while not (told := patiently(lambda: client.get_job_info(job), job)).status.is_terminal():
+    while not (details := patiently(lambda: client.get_job_info(job), job)).status.is_terminal():
         if signals.received and asked_at is None:
             asked_at = time.monotonic()
             note(
@@ -193,22 +193,22 @@ def follow(client: JobClient, job: str, signals: StopSignals, stop_wait_s: int, 
     log.finish()
     if asked_at is not None and time.monotonic() - asked_at >= stop_wait_s:
         note(f"{job} was not done after {stop_wait_s} s and was killed; raise --stop-wait-s")
-    return exit_code(told, signals.received)
+    return exit_code(details, signals.received)
 
 
-def exit_code(told: Any, stopped_by: int) -> int:
+def exit_code(details: Any, stopped_by: int) -> int:
     """The driver's own exit code, as far as Ray tells it: of a stopped job it keeps none.
 
-    ``told``: Ray's JobDetails. ``stopped_by``: the signal that we passed on, or 0.
+    ``details``: Ray's JobDetails. ``stopped_by``: the signal that we passed on, or 0.
     """
-    if told.status == "SUCCEEDED":
+    if details.status == "SUCCEEDED":
         return 0
-    if told.status == "STOPPED":
+    if details.status == "STOPPED":
         return 128 + (stopped_by or signal.SIGTERM)
-    if told.driver_exit_code is None:
-        note(f"the job could not be run: {redact(told.message or 'Ray gives no reason')}")
+    if details.driver_exit_code is None:
+        note(f"the job could not be run: {redact(details.message or 'Ray gives no reason')}")
         return 1
-    code = int(told.driver_exit_code)
+    code = int(details.driver_exit_code)
     return code if code >= 0 else 128 - code  # Of a signal's number.
 
 
