@@ -84,7 +84,7 @@ class LiveView:
         self.total_rows = total_rows
         self.total_steps = total_steps
         self.run_path = formatting.path(run_path)
-        self.console = console or Console()
+        self.console = console or Console(markup=False, emoji=False)
         self.pace = Pace()
         self.snapshot = Snapshot()
         self.first_evaluation: dict[str, Any] = {}

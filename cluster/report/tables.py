@@ -56,7 +56,7 @@ def print_report(folder: Folder, console: Console | None = None) -> None:
             f"{folder.path} has no summary.json: no run has ended there yet; "
             "name the folder of a run that has, e.g. runs/quickstart"
         )
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)
     with console.capture() as captured:
         _print_sections(console, folder)
     for line in captured.get().splitlines():  # Tables pad their last column; nobody needs that.
@@ -65,7 +65,7 @@ def print_report(folder: Folder, console: Console | None = None) -> None:
 
 def print_comparison(folders: Sequence[Folder], console: Console | None = None) -> None:
     """Print the finished students of several runs side by side, from their folders alone."""
-    console = console or Console()
+    console = console or Console(markup=False, emoji=False)
     columns = []
     for folder in folders:
         if not folder.exists("summary.json"):

@@ -3,6 +3,7 @@
 Checks collect every problem before they raise, so that a person can correct all of them at once.
 """
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class RunError(Exception):
 def print_problems(problems: Sequence[object]) -> None:
     """Print the problems to standard error, one a line, credentials hidden."""
     number = f"{len(problems)} problem{'' if len(problems) == 1 else 's'}"
-    print(f"{number}, nothing was started:", file=sys.stderr)
+    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    heading = f"{number}, nothing was started:"
+    print(f"\033[31m{heading}\033[0m" if coloured else heading, file=sys.stderr)
     for problem in problems:
         print(f"  - {redact(str(problem))}", file=sys.stderr)

@@ -74,7 +74,9 @@ class Calibrator:
             model = build_student(config, self._teacher_folder, seed)
         else:
             trust = config.student.trust_remote_code or config.teacher.trust_remote_code
-            model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=trust, use_safetensors=True
+            )
         self._module = StudentModule(model.to(device, torch.float32))
         self._module.eval()  # With dropout each signal would be compared on another student.
         vocab = num_classes(model, self._teacher_folder)

@@ -146,7 +146,10 @@ def probe_teacher(run: Run) -> None:
     rows = rows_from_table(run.folder.read_table(HELD_OUT).slice(0, NUM_ROWS).combine_chunks())
     teacher, teacher_folder = run.config.teacher, run.teacher.on_this_node("all")
     model = AutoModelForCausalLM.from_pretrained(
-        teacher_folder, dtype="float32", trust_remote_code=teacher.trust_remote_code
+        teacher_folder,
+        dtype="float32",
+        trust_remote_code=teacher.trust_remote_code,
+        use_safetensors=True,
     )
     agreed = agreement(model, rows, num_classes(model, teacher_folder))
     dtype = teacher.dtype if teacher.dtype != "auto" else "bfloat16"

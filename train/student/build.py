@@ -41,6 +41,7 @@ def build_student(config: RunConfig, teacher_folder: str, seed: int) -> nn.Modul
         source,
         revision=None if from_teacher else student.revision,
         dtype="auto",
+        use_safetensors=True,  # Nothing is unpickled.
         trust_remote_code=student.trust_remote_code
         or (from_teacher and config.teacher.trust_remote_code),
     )
