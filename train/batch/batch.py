@@ -163,6 +163,7 @@ def collate(
     index, targets, weights = [], [], []
     for start, row in zip(starts[:-1], rows, strict=True):
         ids = np.concatenate([row.prompt_ids, row.response_ids])
+        # Checked here: on a GPU an id outside the embedding is an error without a row or a value.
         if ids.max() >= student_vocab or ids.min() < 0:
             raise ValueError(
                 f"row {row.row} has token id {ids.max()} but the student's vocabulary ends at "

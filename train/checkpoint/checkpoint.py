@@ -327,7 +327,7 @@ class Checkpointer:
         state.json. Returns the folder's path.
         """
         if self._folder.is_local:
-            os.replace(self._part, self._target)
+            os.replace(self._part, self._target)  # Atomic: the name means that it is complete.
         else:
             self._folder.write_bytes(f"{CHECKPOINTS}/{self._name}/{STATE_FILE}", self._state)
         return self._target

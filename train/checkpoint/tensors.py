@@ -124,7 +124,7 @@ def read_slices(paths: Sequence[Path], tensors: Mapping[str, Tensor]) -> None:
             names = set(file.keys())
             stored |= names
             for name in names & tensors.keys():
-                start = (offsets[name]["saved_offsets"] or [0])[0]
+                start = (offsets[name]["saved_offsets"] or [0])[0]  # A scalar has none.
                 missing[name] -= _fill(name, tensors[name], file, start)
     absent = {name for name, tensor in tensors.items() if tensor.numel() and name not in stored}
     if differing := sorted(stored - tensors.keys() | absent):

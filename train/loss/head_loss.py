@@ -178,6 +178,7 @@ class _Gradients:
     def __init__(self, hidden: Tensor, head: OutputHead, wanted: list[bool]) -> None:
         self.dtype = sum_dtype(head.compute_dtype)
         self.inputs = (hidden, head.weight, head.bias)
+        # Uninitialised: each chunk writes its own rows. The others are sums over all chunks.
         self.hidden = torch.empty_like(hidden) if wanted[0] else None
         self.bias = torch.zeros_like(head.bias, dtype=self.dtype) if wanted[2] else None
         self.wants_weight = wanted[1]

@@ -66,7 +66,7 @@ def gather_log_probs(z: Tensor, ids: Tensor, targets: Tensor) -> PartitionLogits
     for rows in _blocks(z):
         part = z[rows].scatter_(1, slots.ids[rows], hidden[rows])
         top = part.amax(dim=1, keepdim=True)
-        top.masked_fill_(top == -torch.inf, 0.0)
+        top.masked_fill_(top == -torch.inf, 0.0)  # No mass outside the K: -inf - -inf is NaN.
         part.sub_(top).exp_()
         tail_top[rows] = top
         tail_sum[rows] = part.sum(dim=1, keepdim=True)
@@ -159,7 +159,7 @@ class _Slots:
         """
         inside = z.gather(1, self.ids)
         origin = inside.amax(dim=1, keepdim=True)
-        origin = origin.masked_fill(~torch.isfinite(origin), 0.0)
+        origin = origin.masked_fill(~torch.isfinite(origin), 0.0)  # -inf - -inf is NaN.
         return (inside - origin).masked_fill_(~self.kept, -torch.inf), origin
 
     def hide(self, z: Tensor) -> Tensor:

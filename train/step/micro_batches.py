@@ -148,6 +148,7 @@ def share(batch: MicroBatch, by: str, teacher: TeacherHead | None) -> MicroBatch
     """
     if by == "none":
         return batch
+    # float64: the step's denominator is computed from the rows, so each row must keep its sum.
     values = _values(batch, by, teacher).double()
     assert batch.row_starts is not None, "a collated micro-batch knows where its rows begin"
     row = torch.searchsorted(batch.row_starts[1:].long(), batch.logit_index, right=True)

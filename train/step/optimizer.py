@@ -28,7 +28,7 @@ def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Ad
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
-        fused=True,
+        fused=True,  # One pass over parameters and state, instead of one for each operation.
     )
 
 

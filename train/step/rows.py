@@ -83,7 +83,7 @@ class StepRows(Generic[R]):
         if self._first is None:
             pool = ThreadPoolExecutor(1, thread_name_prefix="first-block")
             self._first = pool.submit(next, self._blocks, None)
-            pool.shutdown(wait=False)
+            pool.shutdown(wait=False)  # The thread ends after its only task.
 
     def take(self, step: int) -> list[R]:
         """This rank's rows of ``step``, possibly none. Waits until it has all of them.

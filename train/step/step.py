@@ -182,7 +182,7 @@ class GlobalStep:
             "any_more": totals.any_more,
             "any_stop": totals.any_stop,
         }
-        if totals.weight == 0:
+        if totals.weight == 0:  # Of all ranks, so all of them return here.
             return StepResult(trained=False, **common)
         started = time.perf_counter()
         sums = self._accumulate(groups, totals.num_passes)
@@ -206,6 +206,7 @@ class GlobalStep:
             dist.all_gather(gathered, local)
         table = torch.stack(gathered).cpu()
         num_rows, num_tokens, weight = table[:, :3].sum(dim=0).tolist()
+        # The maximum of a flag is whether any rank has set it.
         passes, more, stopped, gap = table[:, 3:].amax(dim=0).tolist()
         return _Totals(
             int(num_rows), int(num_tokens), weight, int(passes), bool(more), bool(stopped), gap
@@ -216,6 +217,7 @@ class GlobalStep:
 
         Returns the sums of this rank's figures, float64, in the order of `_forward_backward`.
         """
+        # None instead of zeros: the first pass then writes its gradients without an addition.
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(
             len(self._term_names) + NUM_FIXED_FIGURES, dtype=torch.float64, device=self.device
@@ -244,6 +246,7 @@ class GlobalStep:
             for value in (sums.teacher_tail_mass, sums.student_tail_mass, sums.floored_tokens)
         ]
         terms = [sums.terms[name] for name in self._term_names]
+        # float64, since these are summed over passes and ranks.
         figures = torch.stack([f.double() for f in (sums.total.detach(), *terms, *others)])
         lengths = figures.new_tensor([batch.input_tokens, batch.padded_tokens])
         return torch.cat([figures, lengths])
@@ -305,6 +308,7 @@ class GlobalStep:
         Returns the norm of the gradient before clipping.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        # Before clipping: max_grad_norm is about the gradient of the loss, not of undivided sums.
         torch._foreach_mul_(gradients, self.world_size / weight)
         bound = self.training.max_grad_norm
         norm = whole(nn.utils.get_total_norm(gradients))
@@ -316,6 +320,7 @@ class GlobalStep:
                 f"the gradient norm of step {step} is {grad_norm}; expected a finite number; lower "
                 "training.learning_rate, and resume from the last checkpoint"
             )
+        # Set in every step, so a checkpoint needs no state of the schedule.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

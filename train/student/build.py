@@ -48,7 +48,7 @@ def build_student(config: RunConfig, teacher_folder: str, seed: int) -> nn.Modul
     if from_teacher:
         keep_layers(model, student.kept_layers(model.config.get_text_config().num_hidden_layers))
     model.to(DTYPES[config.training.param_dtype])
-    model.config.use_cache = False
+    model.config.use_cache = False  # Training reads each sequence once.
     return model
 
 

@@ -103,6 +103,7 @@ def save_student(
             shutil.copyfile(source, part / name)
     generation = generation_config(Path(teacher_folder), sampling)
     (part / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    # If the process ends between these two, the new student is complete in `part`.
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
 

@@ -173,6 +173,7 @@ def parallel_module(
     module: Any = torch.compile(student, dynamic=True) if compiled else student
     if world_size > 1 and not isinstance(student, FSDPModule):
         ids = [device.index] if device.type == "cuda" else None
+        # The bucket view saves a second copy of all gradients.
         module = DistributedDataParallel(
             module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
         )
