@@ -187,6 +187,7 @@ def student_part(run_file: str, rows_path: str, overrides: list[str], until: str
 
     from raystill.placement.requests import student_cores
     from raystill.train.batch.rows import rows_from_table
+    from raystill.train.step.micro_batches import BatchMaker
     from raystill.train.step.optimizer import build_optimizer
     from raystill.train.step.step import GlobalStep
     from raystill.train.student.build import build_student, num_classes
@@ -200,15 +201,13 @@ def student_part(run_file: str, rows_path: str, overrides: list[str], until: str
     dtype = resolve_compute_dtype(training.compute_dtype, torch.device("cpu"), training.param_dtype)
     student = StudentModule(build_student(config, config.teacher.model, 0), dtype)
     student.train()
-    step = GlobalStep(
-        student,
-        build_optimizer(student, training),
+    batches = BatchMaker(
         training,
-        objective=config.objective,
+        config.objective,
         signal_kind=config.signal.kind,
         student_vocab=num_classes(student.model, config.teacher.model),
-        total_steps=100,
     )
+    step = GlobalStep(student, build_optimizer(student, training), batches, total_steps=100)
     rows = rows_from_table(pq.read_table(rows_path).combine_chunks())
     per_step = training.rows_per_step
     in_rows = len(rows) // per_step

@@ -46,6 +46,7 @@ from raystill.train.loss import divergence
 from raystill.train.loss.head_loss import head_loss
 from raystill.train.loss.objective import ObjectiveSums, WeightedTerms
 from raystill.train.loss.teacher_head import TeacherHead, read_teacher_head
+from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import build_optimizer
 from raystill.train.step.step import GlobalStep
 from raystill.train.student.build import build_student, num_classes
@@ -190,16 +191,15 @@ def train(
     model = build_student(config, experiment.folder, config.section_seeds()["student"])
     student = (RenormalisedStudent if name == RENORMALISED else StudentModule)(model)
     student.train()
-    step = GlobalStep(
-        student,
-        build_optimizer(student, config.training),
+    batches = BatchMaker(
         config.training,
-        objective=FORWARD_KL,
+        FORWARD_KL,
         signal_kind="hidden" if size is None else "topk",
         student_vocab=experiment.vocab,
-        total_steps=experiment.steps,
         teacher=experiment.head if size is None else None,
     )
+    optimizer = build_optimizer(student, config.training)
+    step = GlobalStep(student, optimizer, batches, total_steps=experiment.steps)
     per_step = config.training.rows_per_step
     order = np.random.default_rng(seed).permutation(len(experiment.rows))
     curve, seconds = [], 0.0

@@ -14,6 +14,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The dashboard's agent measures every process of the node each 2.5 s, which no test reads.
+os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
+os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
@@ -36,6 +39,8 @@ def ray_cluster() -> Iterator[None]:
         logging_level="ERROR",
         _system_config={"metrics_report_interval_ms": 1000},  # One test waits for them.
     )
+    # It only carries workers' output to this process, which does not want it.
+    ray._private.worker._global_node.kill_log_monitor()
     yield
     ray.shutdown()
 

@@ -22,9 +22,7 @@ class Clock:
 
 
 def snapshot(phase: str, **counters: float) -> Snapshot:
-    return Snapshot(
-        phases=((1, phase),), counters=counters, rows_ahead=12, progress={"workers": 2}
-    )
+    return Snapshot(phases=((1, phase),), counters=counters, rows_ahead=12, progress={"workers": 2})
 
 
 def test_windows_end_with_their_time_or_their_phase_and_hold_what_grew() -> None:

@@ -69,7 +69,11 @@ class CountingWorker(Worker):
         step.world_size = self.ranks.world_size
         step.teacher = None
         step.batches = BatchMaker(
-            step.objective, step.training, step.signal_kind, self.vocab, None, self.device
+            step.training,
+            step.objective,
+            signal_kind=step.signal_kind,
+            student_vocab=self.vocab,
+            device=self.device,
         )
         step._warned_at = 0
         step._term_names = sorted(step.objective.weights)

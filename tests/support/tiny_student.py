@@ -13,6 +13,7 @@ from raystill.config.objective import ObjectiveConfig
 from raystill.config.training import TrainingConfig
 from raystill.train.batch.rows import Row
 from raystill.train.loss.teacher_head import TeacherHead
+from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import build_optimizer
 from raystill.train.step.step import GlobalStep
 from raystill.train.student.module import StudentModule, parallel_module
@@ -115,17 +116,15 @@ def join_workers(rank, folder):
     )
 
 
-def make_step(module, training=None, world_size=1, **kwargs):
+def make_step(module, training=None, world_size=1, total_steps=NUM_STEPS, **kwargs):
     training = training or training_config()
     inner = getattr(module, "module", module)
-    settings = dict(
-        objective=OBJECTIVE, signal_kind="topk", student_vocab=VOCAB, total_steps=NUM_STEPS
-    )
+    settings = dict(objective=OBJECTIVE, signal_kind="topk", student_vocab=VOCAB) | kwargs
     return GlobalStep(
         module,
         build_optimizer(inner, training),
-        training,
-        **(settings | kwargs),
+        BatchMaker(training, **settings),
+        total_steps=total_steps,
         world_size=world_size,
     )
 

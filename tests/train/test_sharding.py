@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from raystill.base.errors import RunError
 from raystill.base.run_folder import RunFolder
 from raystill.config.objective import ObjectiveConfig
-from raystill.config.run import RunConfig
 from raystill.train.checkpoint.checkpoint import (
     Checkpointer,
     Part,
@@ -28,7 +27,12 @@ from raystill.train.checkpoint.tensors import model_tensors
 from raystill.train.evaluation.free_running import FreeRunning, generate
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.build import num_classes
-from raystill.train.student.export import exported_state, round_weights, save_student
+from raystill.train.student.export import (
+    ExportSettings,
+    exported_state,
+    round_weights,
+    save_student,
+)
 from raystill.train.student.sharding import whole_weights
 from tests.support.tiny_student import (
     STOP_ID,
@@ -256,17 +260,11 @@ def export(training, folder, rank):
     """Rank 0 writes the student; whether its weights are those in memory, rounded."""
     round_weights(training.model, torch.bfloat16)
     assert num_classes(training.model, "no tokenizer there") == VOCAB
-    config = RunConfig.model_validate(
-        {
-            "teacher": {"model": "unused"},
-            "student": {"layers": [0]},
-            "prompts": {"path": "unused"},
-        }
-    )
     state = exported_state(training.model, torch.bfloat16, keep=rank == 0)
     assert bool(state) == (rank == 0)
     if rank == 0:
-        save_student(training.model, folder, config, "no folder", SAMPLING, state)
+        settings = ExportSettings("bfloat16", "no folder", SAMPLING)
+        save_student(training.model, folder, settings, state)
     parameters = training.parameters()
     return torch.equal(parameters, parameters.bfloat16().to(F64))
 

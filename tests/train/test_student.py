@@ -1,7 +1,6 @@
 """The student as a Hugging Face model: made from the teacher, saved, loaded again."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,21 +10,24 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from raystill.config.run import RunConfig
+from raystill.model.sampling import ResolvedSampling
 from raystill.train.student.build import build_student, keep_layers, num_classes
-from raystill.train.student.export import export_student, round_weights, save_student
+from raystill.train.student.export import (
+    ExportSettings,
+    export_student,
+    round_weights,
+    save_student,
+)
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 SETTINGS = {"num_hidden_layers": 4, "hidden_size": 16, "intermediate_size": 24}
 SETTINGS |= {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 40}
 
 
-@dataclass
-class FakeSampling:
-    temperature: float = 0.7
-    top_p: float = 0.9
-    top_k: int = 0
-    min_p: float = 0.0
-    stop_token_ids: tuple[int, ...] = (2, 5)
+def settings_of(teacher, temperature=0.7, dtype="bfloat16"):
+    """What a student of this teacher is exported with."""
+    sampling = ResolvedSampling(temperature, 0.9, 0, 0.0, max_tokens=8, stop_token_ids=(2, 5))
+    return ExportSettings(dtype, str(teacher), sampling)
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +123,12 @@ def test_classes_are_the_ids_that_head_and_tokenizer_both_have(teacher, tmp_path
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_saved_student_loads_with_transformers_as_it_was_measured(teacher, tmp_path, dtype):
-    config = run_config(teacher, export_dtype=dtype)
-    student = build_student(config, str(teacher), seed=1)
+    student = build_student(run_config(teacher), str(teacher), seed=1)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.01)
     round_weights(student, getattr(torch, dtype))
-    save_student(student, tmp_path / "student", config, str(teacher), FakeSampling())
+    save_student(student, tmp_path / "student", settings_of(teacher, dtype=dtype))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype="auto")
     assert loaded.dtype == getattr(torch, dtype)
     assert loaded.config.use_cache
@@ -143,8 +144,8 @@ def test_the_saved_student_brings_the_teachers_tokenizer_template_and_stop_ids(t
     config = run_config(teacher)
     student = build_student(config, str(teacher), seed=1)
     folder = tmp_path / "student"
-    save_student(student, folder, config, str(teacher), FakeSampling())
-    save_student(student, folder, config, str(teacher), FakeSampling())  # Replaces the first.
+    save_student(student, folder, settings_of(teacher))
+    save_student(student, folder, settings_of(teacher))  # Replaces the first.
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == (
@@ -163,8 +164,7 @@ def test_the_saved_student_brings_the_teachers_tokenizer_template_and_stop_ids(t
 def test_a_greedy_teachers_student_is_greedy(teacher, tmp_path):
     config = run_config(teacher)
     student = build_student(config, str(teacher), seed=1)
-    sampling = FakeSampling(temperature=0.0)
-    save_student(student, tmp_path / "student", config, str(teacher), sampling)
+    save_student(student, tmp_path / "student", settings_of(teacher, temperature=0.0))
     generation = json.loads((tmp_path / "student" / "generation_config.json").read_text())
     assert generation["do_sample"] is False
     assert "temperature" not in generation
@@ -176,6 +176,6 @@ def test_a_student_is_exported_into_the_run_folder(teacher, tmp_path):
     config = run_config(teacher)
     student = build_student(config, str(teacher), seed=1)
     folder = RunFolder(str(tmp_path / "run")).ensure()
-    export_student(student, folder, config, str(teacher), FakeSampling())
+    export_student(student, folder, settings_of(teacher))
     assert folder.exists("student/config.json")
     assert student.config.use_cache is False  # Exporting changes only what is written.

@@ -32,7 +32,7 @@ def test_the_denominator_is_the_sum_of_the_weights(normalise, by, kind):
     objective = ObjectiveConfig(cross_entropy=1, token_weights=weights)
     training = training_config(normalise=normalise)
     teacher = tiny_teacher() if kind == "hidden" else None
-    maker = BatchMaker(objective, training, kind, VOCAB, teacher, torch.device("cpu"))
+    maker = BatchMaker(training, objective, signal_kind=kind, student_vocab=VOCAB, teacher=teacher)
     rows = rows_of_every_kind()
     batch = maker.make(rows)
     assert batch.weights.sum().item() == pytest.approx(maker.weight(rows), rel=1e-6)

@@ -33,6 +33,7 @@ from raystill.datasets.stream.spec import StreamSpec
 from raystill.train.batch.rows import rows_from_table
 from raystill.train.checkpoint.checkpoint import read_snapshot
 from raystill.train.checkpoint.ray_register import registered_names
+from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import build_optimizer
 from raystill.train.step.step import GlobalStep
 from raystill.train.student.build import build_student
@@ -213,15 +214,8 @@ def reference_student(config, teacher):
     schema = row_schema(Signal("topk", K))
     model = build_student(config, str(teacher), config.section_seeds()["student"])
     module = StudentModule(model)
-    step = GlobalStep(
-        module,
-        build_optimizer(module, config.training),
-        config.training,
-        objective=config.objective,
-        signal_kind="topk",
-        student_vocab=VOCAB,
-        total_steps=5,
-    )
+    batches = BatchMaker(config.training, config.objective, signal_kind="topk", student_vocab=VOCAB)
+    step = GlobalStep(module, build_optimizer(module, config.training), batches, total_steps=5)
     for index in range(5):
         positions = range(index * ROWS_PER_STEP, min((index + 1) * ROWS_PER_STEP, NUM_ROWS))
         kept = [p for p in positions if order[p] not in TOO_LONG]

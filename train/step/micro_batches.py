@@ -32,16 +32,25 @@ from raystill.train.loss.teacher_head import TeacherHead
 
 
 class BatchMaker:
-    """Makes the micro-batches of a run on one device, with the weights of their tokens."""
+    """Makes the micro-batches of a run on one device, with the weights of their tokens.
+
+    Attributes:
+        training: How many tokens a micro-batch has, and how rows are weighed.
+        objective: How the weight of a row is divided among its tokens.
+        signal_kind: ``text``, ``sampled``, ``topk`` or ``hidden``.
+        teacher: The teacher's head, with the signal ``hidden`` only.
+        device: Where the micro-batches are.
+    """
 
     def __init__(
         self,
-        objective: ObjectiveConfig,
         training: TrainingConfig,
+        objective: ObjectiveConfig,
+        *,
         signal_kind: str,
         student_vocab: int,
-        teacher: TeacherHead | None,
-        device: torch.device,
+        teacher: TeacherHead | None = None,
+        device: torch.device | str = "cpu",
         packed: bool = False,
     ) -> None:
         """signal_kind, student_vocab, packed: as in `batch.collate`.
@@ -51,54 +60,56 @@ class BatchMaker:
         assert (teacher is not None) == (signal_kind == "hidden"), (
             "the teacher's head is needed with the signal hidden, and only there"
         )
+        self.training = training
+        self.objective = objective
+        self.signal_kind = signal_kind
+        self.teacher = teacher
+        self.device = torch.device(device)
         self._token_weights = objective.token_weights
-        self._training = training
-        self._signal_kind = signal_kind
         self._student_vocab = student_vocab
-        self._teacher = teacher
-        self._copies = DeviceCopies(device)
+        self._copies = DeviceCopies(self.device)
         self._packed = packed
         self._checked = False
 
     def cut(self, rows: Sequence[Row]) -> list[list[Row]]:
         """The rows of each forward pass, as `batch.cut_micro_batches` groups them."""
-        budget = self._training.tokens_per_micro_batch
+        budget = self.training.tokens_per_micro_batch
         return cut_micro_batches(rows, budget, self._packed)
 
     def weight(self, rows: Sequence[Row]) -> float:
         """The sum of the weights of all tokens of these rows, as `batch.loss_weight`."""
         truncated = self._token_weights.truncated_rows
-        return loss_weight(rows, self._training.normalise, truncated)
+        return loss_weight(rows, self.training.normalise, truncated)
 
     def make(self, rows: Sequence[Row]) -> MicroBatch:
         """The micro-batch of one group of rows that `cut` returned."""
         batch = collate(
             rows,
-            self._signal_kind,
+            self.signal_kind,
             self._student_vocab,
-            self._training.normalise,
+            self.training.normalise,
             self._token_weights.truncated_rows,
             self._packed,
         )
-        return share(self._copies.copy(batch), self._token_weights.by, self._teacher)
+        return share(self._copies.copy(batch), self._token_weights.by, self.teacher)
 
     def dummy(self) -> MicroBatch:
         """A micro-batch of one token with weight 0, for a rank with fewer rows than another."""
-        width = 1 if self._teacher is None else self._teacher.hidden_size
-        return self._copies.copy(dummy_micro_batch(self._signal_kind, width))
+        width = 1 if self.teacher is None else self.teacher.hidden_size
+        return self._copies.copy(dummy_micro_batch(self.signal_kind, width))
 
     def teacher_gap(self, groups: list[list[Row]]) -> float:
         """`TeacherHead.mean_gap` of the first rows that this rank is given, nats; later 0.
 
         groups: the rows of a step, as `cut` returned them. Without a head the result is 0.
         """
-        if self._teacher is None or self._checked or not groups:
+        if self.teacher is None or self._checked or not groups:
             return 0.0
         self._checked = True
         batch = self.make(groups[0])
         assert batch.teacher_hidden is not None
         logprobs = signal_column(groups[0], "sampled_logprobs").to(batch.targets.device)
-        return self._teacher.mean_gap(batch.teacher_hidden, batch.targets, logprobs)
+        return self.teacher.mean_gap(batch.teacher_hidden, batch.targets, logprobs)
 
 
 class DeviceCopies:

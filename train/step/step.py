@@ -36,11 +36,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raystill.base.errors import RunError
-from raystill.config.objective import ObjectiveConfig
-from raystill.config.training import TrainingConfig
 from raystill.train.batch.batch import MicroBatch
 from raystill.train.batch.rows import Row
-from raystill.train.loss.teacher_head import TeacherHead
 from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import learning_rate
 from raystill.train.student.sharding import is_sharded, whole
@@ -126,40 +123,31 @@ class GlobalStep:
         self,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        training: TrainingConfig,
+        batches: BatchMaker,
         *,
-        objective: ObjectiveConfig,
-        signal_kind: str,
-        student_vocab: int,
         total_steps: int,
-        device: torch.device | str = "cpu",
         world_size: int = 1,
-        teacher: TeacherHead | None = None,
-        packed: bool = False,
     ) -> None:
         """module: a `StudentModule`; with world_size > 1 in DDP or sharded.
 
-        signal_kind, student_vocab, packed: as in `batch.collate`. total_steps: steps of the whole
-        run, the length of the learning-rate schedule. teacher: the teacher's head, on the device;
-        with the signal ``hidden`` only.
+        batches: makes the micro-batches, and has the settings that they and the step share.
+        total_steps: steps of the whole run, the length of the learning-rate schedule.
         """
         parallel = isinstance(module, DistributedDataParallel) or is_sharded(module)
         assert world_size == 1 or parallel, "several workers need the student in DDP or sharded"
         self.module = module
         self.optimizer = optimizer
-        self.training = training
-        self.objective = objective
-        self.signal_kind = signal_kind
+        self.batches = batches
+        self.training = batches.training
+        self.objective = batches.objective
+        self.signal_kind = batches.signal_kind
+        self.device = batches.device
+        self.teacher = batches.teacher
         self.total_steps = total_steps
-        self.device = torch.device(device)
         self.world_size = world_size
-        self.teacher = teacher
-        self.batches = BatchMaker(
-            objective, training, signal_kind, student_vocab, teacher, self.device, packed
-        )
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self._warned_at = -WARN_EVERY_STEPS
-        self._term_names = sorted(objective.weights)
+        self._term_names = sorted(self.objective.weights)
 
     def run(self, step: int, rows: Sequence[Row], has_more: bool, stop: bool) -> StepResult:
         """Trains on this rank's ``rows`` of ``step`` (from 0). All ranks must call this.

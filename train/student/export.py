@@ -9,6 +9,7 @@ there when to stop. The worker calls ``round_weights`` before the last evaluatio
 import json
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch import nn
 from transformers import GenerationConfig
 
 from raystill.base.run_folder import STUDENT, RunFolder
-from raystill.config.run import RunConfig
 from raystill.model.sampling import ResolvedSampling
 from raystill.train.student.build import DTYPES
 from raystill.train.student.sharding import whole
@@ -35,6 +35,21 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 """What makes up a tokenizer; those of these that the teacher has are copied."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What a student is written with, beside its weights.
+
+    Attributes:
+        dtype: Name of the weights' dtype, ``training.export_dtype``.
+        teacher_folder: The teacher's folder on this node: tokenizer and generation configuration.
+        sampling: The teacher's sampling: defaults and stop ids of the student.
+    """
+
+    dtype: str
+    teacher_folder: str
+    sampling: ResolvedSampling
 
 
 @torch.no_grad()
@@ -73,9 +88,7 @@ def exported_state(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str
 def save_student(
     model: nn.Module,
     folder: str | Path,
-    config: RunConfig,
-    teacher_folder: str,
-    sampling: ResolvedSampling,
+    settings: ExportSettings,
     state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes ``model`` as a Hugging Face folder.
@@ -84,7 +97,7 @@ def save_student(
     ``exported_state``, needed for a sharded model; None: computed here.
     """
     if state is None:
-        state = exported_state(model, DTYPES[config.training.export_dtype], keep=True)
+        state = exported_state(model, DTYPES[settings.dtype], keep=True)
     folder = Path(folder)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -96,12 +109,12 @@ def save_student(
         exported.save_pretrained(part, state_dict=state)
     finally:
         exported.generation_config = own_generation
-    _describe_weights(part / "config.json", config.training.export_dtype)
+    _describe_weights(part / "config.json", settings.dtype)
     for name in TOKENIZER_FILES:
-        source = Path(teacher_folder) / name
+        source = Path(settings.teacher_folder) / name
         if source.exists():
             shutil.copyfile(source, part / name)
-    generation = generation_config(Path(teacher_folder), sampling)
+    generation = generation_config(Path(settings.teacher_folder), settings.sampling)
     (part / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     # If the process ends between these two, the new student is complete in `part`.
     shutil.rmtree(folder, ignore_errors=True)
@@ -109,28 +122,22 @@ def save_student(
 
 
 def export_student(
-    model: nn.Module,
-    run: RunFolder,
-    config: RunConfig,
-    teacher_folder: str,
-    sampling: ResolvedSampling,
-    *,
-    first: bool = True,
+    model: nn.Module, run: RunFolder, settings: ExportSettings, *, first: bool = True
 ) -> None:
     """Writes the student to ``student/`` of the run folder, which may be in an object store.
 
     All ranks must call this, since a sharded model is gathered. first: whether this is rank 0,
     which alone writes.
     """
-    state = exported_state(model, DTYPES[config.training.export_dtype], first)
+    state = exported_state(model, DTYPES[settings.dtype], first)
     if not first:
         return
     if run.local is not None:
-        save_student(model, run.local / STUDENT, config, teacher_folder, sampling, state)
+        save_student(model, run.local / STUDENT, settings, state)
         return
     with tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary) / STUDENT
-        save_student(model, local, config, teacher_folder, sampling, state)
+        save_student(model, local, settings, state)
         filesystem, target = run.filesystem(), f"{run.root}/{STUDENT}"
         filesystem.create_dir(target, recursive=True)
         pafs.copy_files(str(local), target, destination_filesystem=filesystem)

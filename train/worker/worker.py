@@ -2,7 +2,7 @@
 
 ``train_worker`` is the run as this process lives it: restore, publish what was learned, take rows,
 step, checkpoint, measure, finish or stop. Everything that is not order of events lives elsewhere:
-the rows of a step in ``shares``, the arithmetic of a step in ``step``, what was learned in
+the rows of a step in ``step.rows``, the arithmetic of a step in ``step.step``, what was learned in
 ``progress``, files in ``checkpoint``, figures in ``measure``.
 
 Consumes: its shard of the stream, ``held_out.parquet``. Waits for: the stream's next block, the
@@ -27,6 +27,7 @@ from raystill.train.checkpoint.ray_register import remove_unregistered
 from raystill.train.evaluation.free_running import score_answers
 from raystill.train.evaluation.measure import LocalStudent, Measurer
 from raystill.train.loss.teacher_head import head_of_signal
+from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import build_optimizer
 from raystill.train.step.ranks import Ranks
 from raystill.train.step.rows import StepRows
@@ -189,10 +190,9 @@ class Worker:
         if self.config.evaluation.enabled:
             self._measure("after", f"as exported ({export_dtype})")
         self.phase("saving the student")
-        folder, model, first = self.run.folder, self.student.model, self.ranks.first
-        export.export_student(
-            model, folder, self.config, self.teacher_folder, self.sampling, first=first
-        )
+        settings = export.ExportSettings(export_dtype, self.teacher_folder, self.sampling)
+        model, first = self.student.model, self.ranks.first
+        export.export_student(model, self.run.folder, settings, first=first)
 
     def leave(self, outcome: str) -> None:
         """Publish the last checkpoint; the run is ``completed`` or ``stopped``."""
@@ -233,18 +233,23 @@ class Worker:
 
     def _build_step(self) -> GlobalStep:
         training, world_size = self.config.training, self.ranks.world_size
-        dtype, folder = self.student.compute_dtype, self.teacher_folder
         return GlobalStep(
             parallel_module(self.student, self.device, world_size, training.compile),
             self.optimizer,
-            training,
-            objective=self.config.objective,
+            self._build_batches(),
+            total_steps=self.progress.total_steps,
+            world_size=world_size,
+        )
+
+    def _build_batches(self) -> BatchMaker:
+        dtype, folder = self.student.compute_dtype, self.teacher_folder
+        return BatchMaker(
+            self.config.training,
+            self.config.objective,
             signal_kind=self.config.signal.kind,
             student_vocab=self.vocab,
-            total_steps=self.progress.total_steps,
-            device=self.device,
-            world_size=world_size,
             teacher=head_of_signal(self.config, folder, self.vocab, dtype, self.device),
+            device=self.device,
             packed=self.student.packed,
         )
 
