@@ -74,7 +74,7 @@ def test_the_coordinator_of_a_run_is_the_only_one_until_it_is_gone(
         return start_coordinator("claimed-twice", 8, 8, 0.0)
 
     first = driver_process.unique_actor(start, RunFolder(str(tmp_path)))
-    assert ray.get(first.snapshot.remote())["from_step"] == 0
+    assert ray.get(first.snapshot.remote()).from_step == 0
     with pytest.raises(ValueError, match="claimed-twice"):
         start()
     ray.kill(first)
