@@ -79,5 +79,5 @@ def test_the_coordinator_of_a_run_is_the_only_one_until_it_is_gone(
         start()
     ray.kill(first)
     second = driver_process.unique_actor(start, RunFolder(str(tmp_path)))
-    assert ray.get(second.snapshot.remote())["ahead"] == 0
+    assert ray.get(second.snapshot.remote()).rows_ahead == 0
     ray.kill(second)

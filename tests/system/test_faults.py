@@ -207,10 +207,10 @@ def test_five_faults_of_five_kinds_lose_and_repeat_no_row(tmp_path: Path) -> Non
     ended = run_through(tmp_path, config_of("fixed", 2), list(KINDS), seed=11)
     assert sorted(ended.killed) == sorted(KINDS), "the run ended before all faults had come"
     check_exact(ended)
-    told = ended.snapshot["counters"]
+    told = ended.snapshot.counters
     in_flight = len(KINDS) * GROUPS_IN_FLIGHT * GROUP_ROWS
     assert NUM_ROWS <= told["teacher_rows"] <= NUM_ROWS + in_flight
-    assert ended.snapshot["lives"] > 1
+    assert ended.snapshot.lives > 1
 
 
 @pytest.mark.chaos
@@ -238,7 +238,7 @@ def test_a_row_that_kills_its_replica_each_time_is_dropped_and_the_others_are_no
     ended = run_through(tmp_path, RunConfig.model_validate(config), [], seed=0)
     counts = json.loads(ended.folder.read_text(counting_student.COUNTS))
     assert counts == [0.0 if row == POISON_ROW else 2.0 for row in range(NUM_ROWS)]
-    assert ended.snapshot["dropped"] == {"poison": 1}
+    assert ended.snapshot.dropped == {"poison": 1}
     catalogue = ended.store.catalogue()
     assert (catalogue.rows, catalogue.duplicates) == (NUM_ROWS - 1, 0)
 
@@ -262,7 +262,7 @@ def test_damage_done_to_the_store_between_epochs_is_asked_again(tmp_path: Path) 
     (tmp_path / "second").mkdir()
     os.rename(store.path, tmp_path / "second" / "store")
     second = run_through(tmp_path / "second", config, [], seed=0)
-    assert second.snapshot["counters"]["teacher_rows"] == sum(rows[name] for name in bad)
+    assert second.snapshot.counters["teacher_rows"] == sum(rows[name] for name in bad)
     check_exact(second)
 
 

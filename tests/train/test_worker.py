@@ -267,7 +267,7 @@ def check_completed(config, folder, snapshot):
     """Every row trained or dropped once, every step recorded once, every file there."""
     assert snapshot.outcome == "completed"
     assert snapshot.dropped == {"too_long": 3}
-    assert snapshot["max_ahead"] <= config.rows_ahead
+    assert snapshot.max_rows_ahead_seen <= config.rows_ahead
     final = last_checkpoint(folder)
     ledger = Ledger.from_dict(final.ledger)
     assert ledger.num_trained == NUM_ROWS - 3
