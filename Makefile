@@ -14,7 +14,7 @@ TINY := models/tiny-teacher
 QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
 CODE := driver.py raystill cluster serve train datasets tests benchmarks examples
 
-.PHONY: help demo test test-faults chaos check bench setup models lint types fast clean
+.PHONY: help demo demo-second test test-faults chaos check bench setup models lint types fast clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 14
@@ -43,8 +43,10 @@ models: $(STAMP)   ## the quickstart teacher and the tiny test model
 	@$(BIN)/python -m examples.make_models.quickstart --output $(TEACHER)
 	@$(BIN)/python -m examples.make_models.tiny --teacher $(TEACHER) --output $(TINY)
 
-demo: setup      ## the whole job here: real teacher, a student, a second one from the same answers
+demo: setup      ## the whole job here: a real teacher and a student
 	$(QUIET) $(BIN)/python driver.py run configs/quickstart.yaml
+
+demo-second: demo   ## a second student from the same answers, without a teacher
 	$(QUIET) $(BIN)/python driver.py run configs/quickstart_text.yaml
 	$(QUIET) $(BIN)/python driver.py report runs/quickstart runs/quickstart_text
 

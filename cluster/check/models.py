@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from raystill.base.errors import ConfigError, Problem
 from raystill.config.run import RunConfig
+from raystill.config.student import LayerChoice
 from raystill.datasets.rows.signal import hidden_size
 from raystill.model.files import ModelFolder, read_object
 from raystill.model.head import find_head, logit_transform, read_header, stored_tensors
@@ -207,6 +208,13 @@ def _check_top_k(config: RunConfig, vocabulary: int) -> Iterator[Problem]:
 
 def _check_layers(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
     layers, number = config.student.layers, teacher.num_layers
+    if isinstance(layers, LayerChoice):
+        if number is not None and layers.keep > number:
+            yield Problem(
+                "student.layers.keep",
+                f"is {layers.keep}, but {teacher.name} has {number} layers; keep {number} or fewer",
+            )
+        return
     if layers is None or number is None:
         return
     outside = [layer for layer in layers if not 0 <= layer < number]

@@ -36,10 +36,11 @@ STUDENT = "student"
 LOGS = "logs"
 STORE = "teacher_store"
 CALIBRATION = "calibration"
+LAYERS = "layers.json"
 
 TOP_LEVEL_NAMES = frozenset(
     {CONFIG, MANIFEST, METRICS, METRICS_DISCARDED, EVALUATION, ANSWERS, HELD_OUT, PROBE, SUMMARY}
-    | {TIMELINE, "prompts", CHECKPOINTS, STUDENT, LOGS, CALIBRATION}
+    | {TIMELINE, "prompts", CHECKPOINTS, STUDENT, LOGS, CALIBRATION, LAYERS}
 )
 
 URI_QUERY = re.compile(r"\?\w+=[^?*]*$")  # A "?" of a glob is not followed by name=value.

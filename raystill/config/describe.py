@@ -84,7 +84,7 @@ def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[Fie
             None if info.default is PydanticUndefined else _as_json(info.default),
         )
         if inner is not None:
-            entry = "[]" if _is_list(info.annotation) else ""
+            entry = "[]" if _lists_sections(info.annotation) else ""
             yield from fields(inner, f"{prefix}{name}{entry}.")
 
 
@@ -231,7 +231,7 @@ def dotted(item: Any) -> str:
 def _takes_mapping(where: str) -> bool:
     """Whether the setting may be a section (``teacher.num_replicas`` is a number or a section)."""
     info = field_info(where)
-    if info is None or _is_list(info.annotation):
+    if info is None or _lists_sections(info.annotation):
         return False
     return _inner_model(info.annotation) is not None
 
@@ -268,11 +268,11 @@ def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) in (Union, types.UnionType)
 
 
-def _is_list(annotation: Any) -> bool:
-    """Whether it is a list, or a union that a list is a member of."""
-    return get_origin(annotation) is tuple or (
-        _is_union(annotation) and any(_is_list(part) for part in get_args(annotation))
-    )
+def _lists_sections(annotation: Any) -> bool:
+    """Whether it is a list of sections, or a union that such a list is a member of."""
+    if _is_union(annotation):
+        return any(_lists_sections(part) for part in get_args(annotation))
+    return get_origin(annotation) is tuple and _inner_model(annotation) is not None
 
 
 def _bounds_text(info: FieldInfo | None) -> str:

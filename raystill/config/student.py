@@ -7,6 +7,28 @@ from pydantic import model_validator
 from raystill.config.base import ConfigModel, PositiveInt, identity
 
 
+class LayerChoice(ConfigModel):
+    """How many of the teacher's layers to keep, and how the run chooses them."""
+
+    keep: PositiveInt = identity(description="Number of teacher layers to keep.")
+    by: Literal["importance", "influence", "even"] = identity(
+        "importance",
+        description="importance: layers are removed one by one, each time the one without which "
+        "the student stays closest to the teacher on a few prompts. influence: keep the layers "
+        "that change their input most. even: evenly spaced, first and last layer included.",
+    )
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether the choice is made with the teacher's weights, at the start of the run."""
+        return self.by != "even"
+
+    def evenly(self, num_layers: int) -> list[int]:
+        """``keep`` layers, evenly spaced over ``num_layers``."""
+        steps = max(1, self.keep - 1)
+        return [round(i * (num_layers - 1) / steps) for i in range(self.keep)]
+
+
 class StudentConfig(ConfigModel):
     """The student, the model that is trained, and where its first weights come from."""
 
@@ -26,10 +48,11 @@ class StudentConfig(ConfigModel):
     trust_remote_code: bool = identity(
         False, description="Whether to run Python code that comes with student.model."
     )
-    layers: tuple[int, ...] | None = identity(
+    layers: tuple[int, ...] | LayerChoice | None = identity(
         None,
-        description="Teacher layers to keep, counted from 0, in this order. With init: "
-        "from_teacher, set either layers or layer_stride.",
+        description="Teacher layers to keep, counted from 0, in this order; or how many, and how "
+        "the run chooses them: {keep: 22, by: importance}. With init: from_teacher, set either "
+        "layers or layer_stride.",
     )
     layer_stride: PositiveInt | None = identity(
         None,
@@ -56,12 +79,18 @@ class StudentConfig(ConfigModel):
                 raise ValueError(
                     "init: from_teacher needs exactly one of layers (a list) and layer_stride"
                 )
-            if self.layers is not None and len(self.layers) == 0:
+            if self.layers == ():
                 raise ValueError("layers is empty; name at least one teacher layer")
         return self
 
     def kept_layers(self, num_layers: int) -> list[int]:
-        """Teacher layers that the student keeps, in order, of ``num_layers`` (from_teacher)."""
+        """Teacher layers that the student keeps, in order, of ``num_layers`` (from_teacher).
+
+        Of a choice that needs the teacher's weights: as many layers, evenly spaced, which stand
+        in for it wherever only their number matters.
+        """
+        if isinstance(self.layers, LayerChoice):
+            return self.layers.evenly(num_layers)
         if self.layers is not None:
             return list(self.layers)
         return list(range(0, num_layers, self.layer_stride or 1))

@@ -228,7 +228,11 @@ def test_identity_holds_what_makes_a_run_and_nothing_operational() -> None:
         assert name not in identity
     marked = {field.name for field in fields() if field.kind == "identity"}
     marked = {name for name in marked if "[]" not in name}  # entries are compared with their list
-    assert set(identity) == marked
+    of_a_choice = {"student.layers.keep", "student.layers.by"}
+    assert set(identity) == marked - of_a_choice  # Of these it has none: it names the layers.
+    choice = {**SMALL, "student": {"layers": {"keep": 2}}}
+    chosen = identity_fields(RunConfig.model_validate(choice))
+    assert set(chosen) == marked - {"student.layers"}
 
 
 def test_differences_of_identity_are_listed_by_name() -> None:

@@ -10,11 +10,13 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from raystill.base.errors import RunError
 from raystill.config.objective import ObjectiveConfig
 from raystill.config.run import RunConfig
+from raystill.config.student import LayerChoice
 from raystill.datasets.rows.answers import answers_table
 from raystill.datasets.rows.signal import Signal
 from raystill.model.on_node import ModelSource
@@ -25,6 +27,7 @@ from raystill.train.calibration.cost import bytes_per_token
 from raystill.train.calibration.positions import Positions, read_positions, sample_positions
 from raystill.train.loss.teacher_head import TeacherHead, read_teacher_head
 from raystill.train.student.build import build_student, num_classes
+from raystill.train.student.importance import Texts, choose_layers
 from raystill.train.student.module import StudentModule
 
 POSITIONS_PER_ROW = 16
@@ -33,6 +36,8 @@ POSITIONS_PER_ROW = 16
 Tokens of one answer are alike, so few of each say more. Fewer would need more rows, and each row is
 a forward pass of the whole student.
 """
+CHOICE_ROWS = 8
+"""Answers on which the student's layers are chosen, where the run file leaves them to the run."""
 
 
 class Calibrator:
@@ -71,7 +76,7 @@ class Calibrator:
         config, device = self._config, self._device
         if folder is None:
             seed = config.section_seeds()["student"]
-            model = build_student(config, self._teacher_folder, seed)
+            model = build_student(config, self._teacher_folder, seed, self._choose_layers)
         else:
             trust = config.student.trust_remote_code or config.teacher.trust_remote_code
             model = AutoModelForCausalLM.from_pretrained(
@@ -91,6 +96,15 @@ class Calibrator:
         self._positions = read_positions(self._sampled, head, signals, budget, vocab)
         self._hidden = compare.hidden_states(self._module, self._positions)
         return sum(p.numel() for p in self._module.parameters())
+
+    def _choose_layers(self, model: nn.Module) -> list[int]:
+        """Layers to keep where the run file leaves them to the run, by the teacher's answers."""
+        choice = self._config.student.layers
+        assert isinstance(choice, LayerChoice), "the run file names the layers"
+        rows = list({id(one.row): one.row for one in self._sampled}.values())[:CHOICE_ROWS]
+        texts = Texts.of([r.prompt_ids for r in rows], [r.response_ids for r in rows])
+        search = choice.by == "importance"
+        return choose_layers(model.float().eval(), texts, choice.keep, search).layers
 
     def describe(self) -> dict[str, Any]:
         """Return the numbers of positions and rows, and figures of each signal.

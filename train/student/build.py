@@ -5,6 +5,7 @@ its device. ``num_classes`` says which ids the student and the teacher are compa
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from raystill.config.run import RunConfig
+from raystill.config.student import LayerChoice
 
 DTYPES = {
     "float16": torch.float16,
@@ -27,11 +29,17 @@ LAYER_NUMBER_FIELDS = ("mlp_only_layers", "no_rope_layer_indices")
 """Fields of a model's configuration that list numbers of layers."""
 
 
-def build_student(config: RunConfig, teacher_folder: str, seed: int) -> nn.Module:
+def build_student(
+    config: RunConfig,
+    teacher_folder: str,
+    seed: int,
+    choose: Callable[[nn.Module], list[int]] | None = None,
+) -> nn.Module:
     """The untrained student on the CPU, in ``training.param_dtype``; the same on every rank.
 
-    teacher_folder: on this node. seed: for weights that the source model does not have. Raises
-    ValueError where a layer that the teacher does not have is to be kept.
+    teacher_folder: on this node. seed: for weights that the source model does not have. choose:
+    the layers to keep of the whole teacher, where ``student.layers`` leaves them to the run.
+    Raises ValueError where a layer that the teacher does not have is to be kept.
     """
     student = config.student
     torch.manual_seed(seed)
@@ -46,7 +54,12 @@ def build_student(config: RunConfig, teacher_folder: str, seed: int) -> nn.Modul
         or (from_teacher and config.teacher.trust_remote_code),
     )
     if from_teacher:
-        keep_layers(model, student.kept_layers(model.config.get_text_config().num_hidden_layers))
+        if isinstance(student.layers, LayerChoice) and student.layers.needs_model:
+            assert choose is not None, "student.layers leaves the layers to whoever builds"
+            layers = choose(model)
+        else:
+            layers = student.kept_layers(model.config.get_text_config().num_hidden_layers)
+        keep_layers(model, layers)
     model.to(DTYPES[config.training.param_dtype])
     model.config.use_cache = False  # Training reads each sequence once.
     return model

@@ -35,6 +35,7 @@ from raystill.train.step.step import GlobalStep
 from raystill.train.student import build, export
 from raystill.train.student.module import StudentModule, parallel_module
 from raystill.train.student.sharding import place_student
+from raystill.train.worker.layers import run_layers
 from raystill.train.worker.process import report_final_errors, settle_process
 from raystill.train.worker.progress import Progress
 
@@ -228,7 +229,8 @@ class Worker:
 
     def _build_student(self) -> StudentModule:
         training, seeds = self.config.training, self.config.section_seeds()
-        model = build.build_student(self.config, self.teacher_folder, seeds["student"])
+        choose = partial(run_layers, self.run, self.teacher_folder, self.ranks, self.device)
+        model = build.build_student(self.config, self.teacher_folder, seeds["student"], choose)
         return place_student(model, training, self.device, self.ranks.world_size)
 
     def _build_step(self) -> GlobalStep:
