@@ -21,6 +21,9 @@ from raystill.datasets.rows.signal import Signal
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
 
+NO_LOGPROBS = "no_logprobs"
+"""Error of a stored row that was scored for ``hidden``, where ``sampled`` is wanted."""
+
 
 def _no_ids() -> Int32Array:
     return np.empty(0, np.int32)
@@ -162,12 +165,17 @@ def derive_answers(rows: pa.Table, stored: Signal, wanted: Signal, vocab_size: i
     rows: ``stored_columns(wanted)`` of a segment. The result equals bit for bit what the teacher
     would have returned if asked for ``wanted``: its K best ids are the first K of the stored ones,
     and the tail is computed from their logprobs by the same function as in the engine.
+
+    A row whose logprobs are wanted but were not computed (see ``Answer.sampled_logprobs``) has the
+    error NO_LOGPROBS. It is therefore dropped and counted, and never trained on.
     """
     assert stored.serves(wanted), f"{stored} is stored, {wanted} wanted"
     columns = {name: rows[name] for name in ("response_ids", "finish_reason")}
     columns["error"] = pa.nulls(len(rows), pa.string())
     if wanted.kind != "text":
         columns["sampled_logprobs"] = rows["sampled_logprobs"]
+    if wanted.kind == "sampled":  # The other kinds have a loss without them.
+        columns["error"] = _why_no_logprobs(rows["sampled_logprobs"].combine_chunks())
     if wanted.kind == "topk":
         ids, logprobs = rows["topk_ids"].combine_chunks(), rows["topk_logprobs"].combine_chunks()
         tail = rows["tail_logprob"]
@@ -183,6 +191,14 @@ def derive_answers(rows: pa.Table, stored: Signal, wanted: Signal, vocab_size: i
         columns["hidden"] = rows["hidden"]
     schema = answer_schema(wanted)
     return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _why_no_logprobs(logprobs: pa.ListArray) -> pa.Array:
+    """NO_LOGPROBS for each row of logprobs [T] that has a NaN; null for the others."""
+    unknown = np.isnan(logprobs.flatten().to_numpy(zero_copy_only=False))
+    before = np.concatenate([[0], np.cumsum(unknown)])  # Number of NaN before each token.
+    in_row = np.diff(before[_offsets_from_zero(logprobs.offsets).to_numpy()])
+    return pa.array([NO_LOGPROBS if number else None for number in in_row], pa.string())
 
 
 def _first_of_each_token(

@@ -44,15 +44,20 @@ class Signal:
         """Sort key: a signal that can serve another is never less rich than the other."""
         return KINDS.index(self.kind), self.width
 
-    def serves(self, wanted: "Signal") -> bool:
+    def serves(self, wanted: "Signal", scored: bool = False) -> bool:
         """Whether ``wanted`` can be derived from this signal without asking the teacher.
 
         Every signal serves ``text``; all but ``text`` serve ``sampled``; ``topk`` serves ``topk``
         of the same or a smaller K; ``hidden`` serves ``hidden`` of the same D. ``hidden`` does not
         serve ``topk``: logprobs computed from states rounded to bfloat16 differ from the teacher's.
+
+        scored: the teacher was given the response, and did not generate it. To score ``hidden`` it
+        does not run its output head, so the logprobs of such a row are NaN: ``sampled`` is not
+        served.
         """
         if wanted.kind in ("text", "sampled"):
-            return self.richness >= wanted.richness
+            no_logprobs = scored and self.kind == "hidden" and wanted.kind == "sampled"
+            return self.richness >= wanted.richness and not no_logprobs
         if self.kind != wanted.kind:
             return False
         return self.width == wanted.width if self.kind == "hidden" else self.width >= wanted.width
