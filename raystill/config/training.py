@@ -37,16 +37,18 @@ class TrainingConfig(ConfigModel):
         description="Longest time, in seconds, to wait for resources for the workers: at the "
         "start, and after nodes were lost.",
     )
-    learning_rate: float = identity(1e-4, gt=0, description="Peak learning rate of AdamW.")
+    # The three numbers of the learning rate may change on resume: lowering them is the remedy of a
+    # loss that is not finite. Each line of metrics.jsonl has the rate of its step.
+    learning_rate: float = operational(1e-4, gt=0, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "constant"] = identity(
         "cosine",
         description="Learning rate after the warm-up. cosine: falls to min_learning_rate_ratio of "
         "the peak at the last step. constant: stays at the peak.",
     )
-    warmup_steps: int = identity(
+    warmup_steps: int = operational(
         0, ge=0, description="Optimizer steps of linear warm-up of the learning rate."
     )
-    min_learning_rate_ratio: float = identity(
+    min_learning_rate_ratio: float = operational(
         0.1,
         ge=0,
         le=1,
@@ -66,6 +68,13 @@ class TrainingConfig(ConfigModel):
     )
     max_grad_norm: float | None = identity(
         1.0, gt=0, description="Global gradient norm above which gradients are clipped. null: off."
+    )
+    skip_non_finite: int = operational(
+        0,
+        ge=0,
+        description="Most steps of the run that are skipped because their loss or gradient norm is "
+        "not finite. A skipped step leaves the student as it is, and its rows are not asked for "
+        "again. One more ends the run.",
     )
     normalise: Literal["token", "row"] = identity(
         "token",

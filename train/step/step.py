@@ -51,6 +51,13 @@ NUM_FIXED_FIGURES = 6
 """Sums of a pass besides the terms: total, two tail masses, floored, input and padded tokens."""
 
 
+NON_FINITE_REMEDY = (
+    "start the run again with a lower training.learning_rate or a longer training.warmup_steps, "
+    "which may change between starts, or with a higher training.skip_non_finite, which skips such "
+    "steps; it goes on from its last checkpoint"
+)
+
+
 class NonFiniteLossError(RunError):
     """The loss or its gradient is not finite; the weights are still those of the step before."""
 
@@ -61,8 +68,8 @@ class StepResult:
 
     Attributes:
         step: Number of the step, from 0.
-        trained: False for a step without weight (no rows, or no token with a loss), which leaves
-            the student as it is.
+        trained: False for a step that leaves the student as it is: one without weight (no rows, or
+            no token with a loss), or one that is not finite.
         rows: Rows of all ranks.
         tokens: Tokens with a loss, of all ranks.
         any_more: Whether a rank has, or expects, rows of later steps.
@@ -76,6 +83,7 @@ class StepResult:
         student_tail_mass: The student's mean probability of the tail; None for ``text``.
         floored_tokens: As in `objective.ObjectiveSums`, of all ranks.
         student_s: Seconds from the moment that all ranks had their rows.
+        not_finite: What is not finite, for a step that is skipped because of it; else None.
     """
 
     step: int
@@ -93,12 +101,13 @@ class StepResult:
     student_tail_mass: float | None = None
     floored_tokens: int | None = None
     student_s: float = 0.0
+    not_finite: str | None = None
 
     def metrics(self) -> dict[str, Any]:
         """The fields of this step's line of metrics.jsonl; terms are named ``objective/<term>``."""
         names = ["step", "loss", "grad_norm", "lr", "rows", "tokens", "student_s"]
         names += ["padding_fraction", "teacher_tail_mass", "student_tail_mass"]
-        names += ["floored_tokens"] if self.floored_tokens is not None else []
+        names += [n for n in ("floored_tokens", "not_finite") if getattr(self, n) is not None]
         terms = {f"objective/{name}": value for name, value in self.objective.items()}
         return {name: getattr(self, name) for name in names} | terms
 
@@ -153,9 +162,10 @@ class GlobalStep:
         """Trains on this rank's ``rows`` of ``step`` (from 0). All ranks must call this.
 
         has_more: whether this rank may have rows of later steps. stop: whether this rank was asked
-        to stop. Raises NonFiniteLossError where the loss or its gradient is not finite, and
-        RunError where the hidden states and the teacher's head do not give the log probabilities
-        that the teacher gave: both on every rank, and before the weights change.
+        to stop. Raises NonFiniteLossError where the loss or its gradient is not finite and no such
+        step may be skipped, and RunError where the hidden states and the teacher's head do not give
+        the log probabilities that the teacher gave: both on every rank, and before the weights
+        change.
         """
         groups = self.batches.cut(rows)
         totals = self._gather_totals(rows, groups, has_more, stop)
@@ -174,10 +184,21 @@ class GlobalStep:
             return StepResult(trained=False, **common)
         started = time.perf_counter()
         sums = self._accumulate(groups, totals.num_passes)
-        figures = self._reduce_figures(step, sums, totals.weight)
-        grad_norm = self._update(step, totals.weight, lr)
+        figures = self._reduce_figures(sums, totals.weight)
+        # The reduced loss and the norm of reduced gradients are the same on every rank, and each is
+        # read from the device anyway: so all ranks skip a step, or none, without another message.
+        grad_norm = self._update(totals.weight, lr) if math.isfinite(figures["loss"]) else None
         seconds = time.perf_counter() - started
-        return StepResult(trained=True, grad_norm=grad_norm, student_s=seconds, **common, **figures)
+        not_finite = _what_is_not_finite(step, figures, grad_norm)
+        if not_finite is None:
+            self._warn_of_tail(step, figures["student_tail_mass"] or 0.0)
+            return StepResult(
+                trained=True, grad_norm=grad_norm, student_s=seconds, **common, **figures
+            )
+        if self.training.skip_non_finite == 0:
+            raise NonFiniteLossError(f"{not_finite}; {NON_FINITE_REMEDY}")
+        common["padding_fraction"] = figures["padding_fraction"]
+        return StepResult(trained=False, student_s=seconds, not_finite=not_finite, **common)
 
     def _gather_totals(
         self, rows: Sequence[Row], groups: list[list[Row]], has_more: bool, stop: bool
@@ -239,28 +260,19 @@ class GlobalStep:
         lengths = figures.new_tensor([batch.input_tokens, batch.padded_tokens])
         return torch.cat([figures, lengths])
 
-    def _reduce_figures(self, step: int, sums: Tensor, weight: float) -> dict[str, Any]:
+    def _reduce_figures(self, sums: Tensor, weight: float) -> dict[str, Any]:
         """Sums the figures over all ranks and divides them by ``weight``: fields of `StepResult`.
 
-        Every rank has the same sums, so a loss that is not finite stops all of them.
+        Every rank has the same sums.
         """
         if self.world_size > 1:
             dist.all_reduce(sums)
         total, *rest = sums.tolist()
         terms, (teacher_tail, student_tail, floored, inputs, padded) = rest[:-5], rest[-5:]
-        loss = total / weight
-        objective = {n: s / weight for n, s in zip(self._term_names, terms, strict=True)}
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(
-                f"the loss of step {step} is {loss} ({objective}); expected a finite number; lower "
-                "training.learning_rate or lengthen training.warmup_steps, and resume from the "
-                "last checkpoint"
-            )
         has_tail = self.signal_kind != "text"
-        self._warn_of_tail(step, student_tail / weight)
         return {
-            "loss": loss,
-            "objective": objective,
+            "loss": total / weight,
+            "objective": {n: s / weight for n, s in zip(self._term_names, terms, strict=True)},
             "padding_fraction": 1.0 - inputs / padded,
             "teacher_tail_mass": teacher_tail / weight if has_tail else None,
             "student_tail_mass": student_tail / weight if has_tail else None,
@@ -290,10 +302,11 @@ class GlobalStep:
                 TAIL_MASS_TO_WARN_OF,
             )
 
-    def _update(self, step: int, weight: float, lr: float) -> float:
+    def _update(self, weight: float, lr: float) -> float:
         """Part 3: the division by the step's weight, clipping, the optimizer's step.
 
-        Returns the norm of the gradient before clipping.
+        Returns the norm of the gradient before clipping. One that is not finite leaves the weights
+        and the optimizer as they are.
         """
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # Before clipping: max_grad_norm is about the gradient of the loss, not of undivided sums.
@@ -304,12 +317,19 @@ class GlobalStep:
             nn.utils.clip_grads_with_norm_(self.parameters, bound, norm)
         grad_norm = float(norm)
         if not math.isfinite(grad_norm):
-            raise NonFiniteLossError(
-                f"the gradient norm of step {step} is {grad_norm}; expected a finite number; lower "
-                "training.learning_rate, and resume from the last checkpoint"
-            )
+            return grad_norm
         # Set in every step, so a checkpoint needs no state of the schedule.
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         return grad_norm
+
+
+def _what_is_not_finite(step: int, figures: dict[str, Any], grad_norm: float | None) -> str | None:
+    """The loss, or else the gradient norm, that is not finite, in words; None: both are finite."""
+    if not math.isfinite(figures["loss"]):
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in figures["objective"].items())
+        return f"the loss of step {step} is {figures['loss']} ({terms}); expected a finite number"
+    if grad_norm is not None and not math.isfinite(grad_norm):
+        return f"the gradient norm of step {step} is {grad_norm}; expected a finite number"
+    return None

@@ -4,6 +4,7 @@ Each rank notes its own rows; at a checkpoint the others' notes are moved into r
 ledger and counts then cover all ranks. Imports no Ray; ``coordinator`` is an actor's handle.
 """
 
+import logging
 import time
 from typing import Any
 
@@ -19,7 +20,9 @@ from raystill.train.batch.rows import Row
 from raystill.train.evaluation.baselines import PairCounts
 from raystill.train.step.ranks import Ranks
 from raystill.train.step.rows import StepRows
-from raystill.train.step.step import StepResult
+from raystill.train.step.step import NON_FINITE_REMEDY, NonFiniteLossError, StepResult
+
+logger = logging.getLogger(__name__)
 
 
 class Progress:
@@ -30,6 +33,8 @@ class Progress:
         epoch_step: Those of the running epoch.
         total_steps: Steps of the whole run.
         ledger: Positions of the running epoch that are trained or dropped.
+        skipped_steps: Steps that left the student as it is, also those of ``non_finite_steps``.
+        non_finite_steps: Steps skipped because their loss or gradient norm was not finite.
         counts: Token pairs of the first epoch, for the baselines; None where none are asked for.
         metrics: Rank 0's metrics.jsonl; None on the others.
     """
@@ -38,7 +43,8 @@ class Progress:
         config, folder = run.config, run.folder
         training, evaluation = config.training, config.evaluation
         counts_pairs = evaluation.enabled and evaluation.baselines
-        self.step = self.epoch = self.epoch_step = self.rows_trained = self.skipped_steps = 0
+        self.step = self.epoch = self.epoch_step = self.rows_trained = 0
+        self.skipped_steps = self.non_finite_steps = 0
         self.ledger = Ledger(run.num_rows)
         self.counts = PairCounts(student_vocab) if counts_pairs else None
         self.metrics = MetricsLog(folder, METRICS) if ranks.first else None
@@ -46,12 +52,17 @@ class Progress:
         self._first = ranks.first
         self._world_size = ranks.world_size
         self._epochs = training.epochs
+        self._most_non_finite = training.skip_non_finite
         self._coordinator = run.coordinator
         self._fixed_order = config.stream.order == "fixed"
         self._newly_trained: list[int] = []
 
     def account(self, result: StepResult, mine: list[Row], rows: StepRows[Row]) -> None:
-        """Note one step: ``mine`` are this rank's rows of it, ``rows`` knows how long they took."""
+        """Note one step: ``mine`` are this rank's rows of it, ``rows`` knows how long they took.
+
+        The rows of a skipped step count as trained: they are not asked for again. Raises
+        NonFiniteLossError, on every rank, where more steps were not finite than may be skipped.
+        """
         positions = [row.position for row in mine]
         self.ledger.mark_trained(positions)
         self._newly_trained += positions
@@ -67,6 +78,24 @@ class Progress:
             counters |= {"student_rows": result.rows, "student_tokens": result.tokens}
             self._record(self.metrics, result, rows)
         self._coordinator.add.remote(counters)
+        if result.not_finite is not None:
+            self._skip_non_finite(result.not_finite)
+
+    def _skip_non_finite(self, what: str) -> None:
+        """Count a step that was not finite. All ranks have the same count."""
+        self.non_finite_steps += 1
+        if self.non_finite_steps > self._most_non_finite:
+            raise NonFiniteLossError(
+                f"{what}; training.skip_non_finite is {self._most_non_finite}, and so many steps "
+                f"were skipped before; {NON_FINITE_REMEDY}"
+            )
+        if self._first:
+            logger.warning(
+                "%s: the step was skipped (%d of at most %d, training.skip_non_finite)",
+                what,
+                self.non_finite_steps,
+                self._most_non_finite,
+            )
 
     def _record(self, metrics: MetricsLog, result: StepResult, rows: StepRows[Row]) -> None:
         """Rank 0's line of metrics.jsonl; the waits in it are rank 0's own.
@@ -121,6 +150,7 @@ class Progress:
                 "epoch_step": self.epoch_step,
                 "rows_trained": self.rows_trained,
                 "skipped_steps": self.skipped_steps,
+                "non_finite_steps": self.non_finite_steps,
             },
         }
 
@@ -144,6 +174,7 @@ class Progress:
         self.epoch_step = extra["epoch_step"]
         self.rows_trained = extra["rows_trained"]
         self.skipped_steps = extra["skipped_steps"]
+        self.non_finite_steps = extra.get("non_finite_steps", 0)  # Earlier versions had none.
         if self.counts is not None and self._first:
             self.counts.add_counts(counts)
 
