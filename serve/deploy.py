@@ -42,6 +42,7 @@ class TeacherApp:
         model: The teacher's files; a node that lacks them fetches the same from the Hub.
         coordinator: Handle of the coordinator actor that gets the counters, or None.
         logs: Folder of ``teacher-<n>.log``, or None to leave output with Ray's own logs.
+        identity: The teacher's identity, with which each replica compares its own files'.
     """
 
     def __init__(
@@ -51,17 +52,20 @@ class TeacherApp:
         model: ModelSource,
         coordinator: Any = None,
         logs: Path | None = None,
+        identity: str | None = None,
     ) -> None:
         self.name = name
         self._config = config
         self._model = model
         self._coordinator = coordinator
         self._logs = logs
+        self._identity = identity
 
     @classmethod
     def of(cls, run: Run) -> "TeacherApp":
         """The teacher of a run."""
-        return cls(run.app, run.config, run.teacher, run.coordinator, run.folder.logs)
+        name, identity = run.app, run.teacher_identity
+        return cls(name, run.config, run.teacher, run.coordinator, run.folder.logs, identity)
 
     def deploy(self) -> None:
         """Start the deployment and return at once; ``wait`` waits for its first replica."""
@@ -73,6 +77,7 @@ class TeacherApp:
             logs=None if self._logs is None else str(self._logs),
             gpus=_gpus(config, has_gpus),
             replicas_per_node=_replicas_per_node(config),
+            teacher_identity=self._identity,
         )
         serve.start(proxy_location="Disabled")
         options = deployment_options(config, has_gpus)

@@ -20,12 +20,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raystill.base.errors import RunError
 from raystill.base.logs import redirect_output, run_name
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.answers import Answer, answers_table
 from raystill.datasets.rows.schema import ENGINE
 from raystill.datasets.rows.signal import Signal
-from raystill.model.identity import identity_of_teacher
+from raystill.model.identity import dtype_problem, identity_of_teacher, identity_problem
 from raystill.model.on_node import ModelSource, Weights
 from raystill.model.sampling import ResolvedSampling, resolve_sampling
 from raystill.placement.requests import share_of_cores, teacher_cores
@@ -57,7 +58,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class ReplicaSettings:
-    """Settings of a replica. ``logs`` is None where output stays with Ray's own logs."""
+    """Settings of a replica. ``logs`` is None where output stays with Ray's own logs.
+
+    ``teacher_identity``: the driver's, which is in the keys of all answers; None: not compared.
+    """
 
     config: RunConfig
     model: ModelSource
@@ -65,6 +69,7 @@ class ReplicaSettings:
     logs: str | None
     gpus: int
     replicas_per_node: int
+    teacher_identity: str | None = None
 
 
 class Teacher:
@@ -88,8 +93,17 @@ class Teacher:
         weights: Weights = "none" if teacher.engine == "synthetic" else "all"
         self._folder = await asyncio.to_thread(settings.model.on_this_node, weights)
         self._sampling = resolve_sampling(teacher, self._folder)
+        # A thread that begins at once: the engine's start blocks the event loop.
+        loop = asyncio.get_running_loop()
+        compared = loop.run_in_executor(None, _files_problem, settings, self._folder)
         self._engine = build_engine(settings, self._folder, self._sampling, number, number_on_node)
         await self._engine.start()
+        problem = await compared
+        if teacher.engine == "vllm":
+            problem = problem or dtype_problem(teacher, self._folder, self._engine.dtype)
+        if problem is not None:
+            self._engine.close()
+            raise RunError(problem)
 
     async def sample(self, prompts: pa.Table, signal: Signal) -> pa.Table:
         """Answer each row of ``prompts`` (column ``prompt_ids``): an ``answer_schema`` table."""
@@ -200,6 +214,17 @@ class Teacher:
             "teacher_busy_s": self._busy.take(),
         }
         coordinator.add.remote(counters)
+
+
+def _files_problem(settings: ReplicaSettings, folder: str) -> str | None:
+    """Why the files in ``folder`` are not those whose identity the driver put into the keys.
+
+    The synthetic engine has no files; its identity is a hash of the settings it is given.
+    """
+    teacher, expected = settings.config.teacher, settings.teacher_identity
+    if teacher.engine == "synthetic" or expected is None:
+        return None
+    return identity_problem(teacher, folder, expected)
 
 
 def build_engine(

@@ -1,7 +1,7 @@
 """A run that passed the static check: its rows, its models, and what it will need."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -10,9 +10,11 @@ import pyarrow as pa
 
 from raystill.config.run import RunConfig
 from raystill.datasets.prompts.tables import PromptTables
+from raystill.datasets.rows.keys import KeyedEngine
 from raystill.datasets.rows.signal import Signal, signal_of
 from raystill.datasets.store.store import TeacherStore
 from raystill.model.files import ModelFolder, fetch_model
+from raystill.serve.engine.arguments import keyed_arguments
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Prepared:
         """The sampling settings, with the model's own defaults where the run file has none."""
         from raystill.model.sampling import resolve_sampling
 
-        return asdict(resolve_sampling(self.config.teacher, self.teacher_folder))
+        return resolve_sampling(self.config.teacher, self.teacher_folder).keyed()
 
     @cached_property
     def signal(self) -> Signal:
@@ -111,14 +113,26 @@ class Prepared:
     @cached_property
     def keyed(self) -> PromptTables:
         """The prompt tables with their keys."""
+        from raystill.model.identity import keyed_dtype
+
         teacher = self.config.teacher
-        dtype = teacher.dtype
-        if dtype == "auto":
-            names = (self.teacher.config.get(name) for name in ("dtype", "torch_dtype"))
-            dtype = next((name for name in names if name), "auto")
         return self.tables.with_keys(
-            self.teacher_identity, dtype, teacher.quantization, self.sampling
+            self.teacher_identity,
+            keyed_dtype(teacher, self.teacher.config),
+            teacher.quantization,
+            self.sampling,
+            KeyedEngine(keyed_arguments(teacher), self._shorter_context()),
         )
+
+    def _shorter_context(self) -> int | None:
+        """``teacher.max_model_len`` where it is less than the model's own context, else None.
+
+        The synthetic engine does not cut its answers by it.
+        """
+        asked, own = self.config.teacher.max_model_len, self.teacher.context_tokens
+        if asked is None or self.config.teacher.engine == "synthetic":
+            return None
+        return asked if own is None or asked < own else None
 
     @cached_property
     def stored(self) -> Stored:

@@ -28,7 +28,7 @@ from raystill.datasets.prompts.select import (
     samples_asked,
     sort_prompts,
 )
-from raystill.datasets.rows.keys import answer_keys, given_keys
+from raystill.datasets.rows.keys import DEFAULT_ENGINE, KeyedEngine, answer_keys, given_keys
 from raystill.datasets.rows.schema import PROMPT_SCHEMA, TOKEN_IDS
 
 if TYPE_CHECKING:
@@ -94,10 +94,15 @@ class PromptTables:
         return sum(self.dropped.values())
 
     def with_keys(
-        self, teacher_identity: str, dtype: str, quantization: str | None, sampling: dict[str, Any]
+        self,
+        teacher_identity: str,
+        dtype: str,
+        quantization: str | None,
+        sampling: dict[str, Any],
+        engine: KeyedEngine = DEFAULT_ENGINE,
     ) -> "PromptTables":
         """The tables with their ``key`` column, in ``PROMPT_SCHEMA``."""
-        asked = (teacher_identity, dtype, quantization, sampling)
+        asked = (teacher_identity, dtype, quantization, sampling, engine)
         return replace(
             self,
             train=_with_keys(self.train, asked, self.samples),
@@ -256,21 +261,20 @@ def _token_lists(rows: list[np.ndarray | None]) -> pa.ListArray:
 
 def _with_keys(
     table: pa.Table,
-    asked: tuple[str, str, str | None, dict[str, Any]],
+    asked: tuple[str, str, str | None, dict[str, Any], KeyedEngine],
     samples: NDArray[np.int64],
 ) -> pa.Table:
-    """The table with its ``key`` column; ``asked`` is teacher identity, dtype, quantization,
-    sampling.
-    """
+    """The table with its ``key`` column; ``asked`` are the arguments of ``with_keys``."""
+    engine = asked[4]
     # Of Python objects: numpy's own bytes lose zero bytes at their end.
     keys = np.empty(len(table), object)
     given = table["response_ids"].is_valid().to_numpy()
     for sample in np.unique(samples[~given]):
         rows = np.flatnonzero(~given & (samples == sample))
-        keys[rows] = answer_keys(*asked, _ids(table["prompt_ids"], rows), int(sample))
+        keys[rows] = answer_keys(*asked[:4], _ids(table["prompt_ids"], rows), int(sample), engine)
     rows = np.flatnonzero(given)
     prompts, responses = (_ids(table[name], rows) for name in ("prompt_ids", "response_ids"))
-    keys[rows] = given_keys(*asked[:3], prompts, responses)
+    keys[rows] = given_keys(*asked[:3], prompts, responses, engine)
     column = pa.array(keys, PROMPT_SCHEMA.field("key").type)
     return table.append_column(PROMPT_SCHEMA.field("key"), column).select(PROMPT_SCHEMA.names)
 

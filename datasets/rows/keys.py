@@ -1,13 +1,18 @@
 """Keys of the teacher store: a 16-byte hash of what was asked of which teacher.
 
 A key covers what decides the teacher's distribution over answers: teacher, precision, sampling
-settings, prompt and sample number. It does not cover how the answer is fetched or stored: signal,
-K, engine version, parallelism, seed. A response that came with its prompt was not sampled, so its
-key covers the response in place of the sampling settings.
+settings, engine arguments, prompt and sample number. It does not cover how the answer is fetched or
+stored: signal, K, engine version, parallelism, seed. A response that came with its prompt was not
+sampled, so its key covers the response in place of the sampling settings.
+
+A setting that is new since version 1 of the keys is hashed only where it differs from its default.
+So a run that leaves it alone finds the answers that were stored before the setting existed.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
@@ -17,6 +22,26 @@ from raystill.datasets.rows.schema import KEY_BYTES
 
 KEY_VERSION = 1
 """Part of every key: raising it makes all stored answers unreachable."""
+
+
+@dataclass(frozen=True)
+class KeyedEngine:
+    """Settings of the engine that change answers. With its defaults it changes no key.
+
+    arguments: engine arguments that may change answers and differ from vLLM's defaults.
+    max_model_len: most tokens of prompt and answer together, where the run allows fewer than the
+    model does; None where the model's own context is the limit, which its identity covers.
+    """
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    max_model_len: int | None = None
+
+    def in_key(self) -> dict[str, Any]:
+        """The part of a key's request that all prompts share; empty with the defaults."""
+        return {"engine_args": _plain(self.arguments)} if self.arguments else {}
+
+
+DEFAULT_ENGINE = KeyedEngine()
 
 
 def answer_key(
@@ -44,17 +69,34 @@ def answer_keys(
     sampling: Mapping[str, Any],
     prompts: Iterable[np.ndarray],
     sample: int = 0,
+    engine: KeyedEngine = DEFAULT_ENGINE,
 ) -> list[bytes]:
-    """The ``answer_key`` of each of many prompts of one teacher."""
-    request = {
+    """The ``answer_key`` of each of many prompts of one teacher.
+
+    Where ``engine.max_model_len`` leaves an answer fewer tokens than ``max_tokens``, these are the
+    ``max_tokens`` of its key: the limits have the same effect, and an answer that either has cut
+    must not be served to a run that allows more.
+    """
+    request: dict[str, Any] = {
         "version": KEY_VERSION,
         "teacher": teacher_identity,
         "dtype": dtype,
         "quantization": quantization,
         "sampling": {name: _canonical(value) for name, value in sampling.items()},
         "sample": sample,
+        **engine.in_key(),
     }
-    return _keys(request, (_bytes(ids) for ids in prompts))
+    most = sampling.get("max_tokens", math.inf)
+    context = math.inf if engine.max_model_len is None else engine.max_model_len
+    hashes = {most: _shared(request)}  # by the most tokens of an answer
+    keys = []
+    for ids in prompts:
+        limit = min(most, context - len(ids))
+        if limit not in hashes:
+            cut = {**request["sampling"], "max_tokens": limit}
+            hashes[limit] = _shared({**request, "sampling": cut})
+        keys.append(_key(hashes[limit], _bytes(ids)))
+    return keys
 
 
 def given_keys(
@@ -63,6 +105,7 @@ def given_keys(
     quantization: str | None,
     prompts: Iterable[np.ndarray],
     responses: Iterable[np.ndarray],
+    engine: KeyedEngine = DEFAULT_ENGINE,
 ) -> list[bytes]:
     """Keys of responses ``[T]`` that came with their prompts ``[P]`` and are to be scored."""
     request = {
@@ -71,22 +114,26 @@ def given_keys(
         "dtype": dtype,
         "quantization": quantization,
         "response": "given",
+        **engine.in_key(),
     }
-    pairs = zip(prompts, responses, strict=True)
+    shared = _shared(request)
     # The prompt's length comes first: else moving a token from prompt to response kept the key.
-    return _keys(request, (len(p).to_bytes(8, "little") + _bytes(p) + _bytes(r) for p, r in pairs))
+    return [
+        _key(shared, len(prompt).to_bytes(8, "little") + _bytes(prompt) + _bytes(response))
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
 
 
-def _keys(request: dict[str, Any], contents: Iterable[bytes]) -> list[bytes]:
-    """Hash of the request that all share, then of each content; the shared part is hashed once."""
+def _shared(request: dict[str, Any]) -> blake2b:
+    """The hash after the request, which many keys share."""
     text = json.dumps(request, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    common = blake2b(text.encode() + b"\0", digest_size=KEY_BYTES)
-    keys = []
-    for content in contents:
-        key = common.copy()
-        key.update(content)
-        keys.append(key.digest())
-    return keys
+    return blake2b(text.encode() + b"\0", digest_size=KEY_BYTES)
+
+
+def _key(shared: blake2b, content: bytes) -> bytes:
+    key = shared.copy()
+    key.update(content)
+    return key.digest()
 
 
 def _bytes(ids: np.ndarray) -> bytes:
@@ -103,3 +150,18 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, list | tuple | set | frozenset | np.ndarray):
         return sorted(_canonical(item) for item in value)
     return value
+
+
+def _plain(value: Any) -> Any:
+    """An engine argument in JSON's types. Lists keep their order, which may have a meaning."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Set):
+        return sorted((_plain(item) for item in value), key=repr)
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return int(value) if value.is_integer() else value
+    return repr(value)  # what JSON lacks: infinity, a date

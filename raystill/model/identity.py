@@ -1,4 +1,4 @@
-"""The teacher's identity: one sha256 over its weights, configuration and tokenizer.
+"""The teacher's identity: one sha256 over its weights, configuration, tokenizer and own code.
 
 It is part of every answer's key and of the manifest. Models that differ in one number have
 different identities; a copy in another folder has the same one. Imports no torch.
@@ -10,13 +10,16 @@ content. Local files are read once; their hashes are cached by path, size and mo
 import hashlib
 import json
 import os
+import platform
 import re
 import tempfile
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from raystill.config.teacher import TeacherConfig
+from raystill.model.files import ModelFolder, read_object
 
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 OTHER_FILES = (
@@ -27,16 +30,19 @@ OTHER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+QUANT_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""How the weights are quantised, where config.json does not say (or in part: the first)."""
 LFS_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
-def teacher_identity(folder: str | PathLike[str]) -> str:
+def teacher_identity(folder: str | PathLike[str], *, own_code: bool = False) -> str:
     """Return the identity of the model in ``folder``, a hexadecimal sha256.
 
-    It covers the names of the files and their contents, not the folder's own name. Raises
-    ValueError if the folder has no weights or no config.json.
+    It covers the names of the files and their contents, not the folder's own name. ``own_code``:
+    the engine runs Python files of the folder, so they are covered too. Raises ValueError if the
+    folder has no weights or no config.json.
     """
-    files = identity_files(Path(folder))
+    files = identity_files(Path(folder), own_code=own_code)
     cache = _HashCache()
     listing = [[path.name, _content_sha256(path, cache)] for path in files]
     cache.save()
@@ -48,14 +54,59 @@ def identity_of_teacher(teacher: TeacherConfig, folder: str | PathLike[str]) -> 
     if teacher.engine == "synthetic":
         answers_by = teacher.synthetic.model_dump(exclude={"delay_s", "poison_token"})
         return hashlib.sha256(json.dumps(["synthetic", answers_by]).encode()).hexdigest()
-    return teacher_identity(folder)
+    return teacher_identity(folder, own_code=teacher.trust_remote_code)
 
 
-def identity_files(folder: Path) -> list[Path]:
+def keyed_dtype(teacher: TeacherConfig, config: dict[str, Any]) -> str:
+    """Return the precision that stands in the keys. ``config``: the model's ``config.json``.
+
+    ``auto`` is the checkpoint's own precision. It stays ``auto`` where that is not known, and where
+    it is float32: vLLM then runs bfloat16 or float16, whichever the device has, and the key of a
+    stated float32 would be wrong.
+    """
+    if teacher.dtype != "auto":
+        return teacher.dtype
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "auto")
+    is_full = dtype.removeprefix("torch.") in ("float32", "float")
+    return "auto" if is_full and teacher.engine == "vllm" else dtype
+
+
+def identity_problem(
+    teacher: TeacherConfig, folder: str | PathLike[str], expected: str
+) -> str | None:
+    """Return why the model in ``folder`` is not the one with the identity ``expected``, or None."""
+    try:
+        found = identity_of_teacher(teacher, folder)
+    except (OSError, ValueError) as error:
+        return f"the teacher's files in {folder} cannot be compared with the driver's: {error}"
+    if found == expected:
+        return None
+    return (
+        f"the teacher's files in {folder} on the node {platform.node()} have the identity {found}, "
+        f"but those of {teacher.model} that the driver found have {expected}; give both the same "
+        "files, or name the model by its Hugging Face id and a revision"
+    )
+
+
+def dtype_problem(
+    teacher: TeacherConfig, folder: str | PathLike[str], engine_dtype: str
+) -> str | None:
+    """Return why the engine's precision is not the one in the keys of its answers, or None."""
+    keyed = keyed_dtype(teacher, ModelFolder(teacher.model, Path(folder)).config)
+    if keyed not in ("bfloat16", "float16", "float32") or keyed == engine_dtype:
+        return None
+    return (
+        f"vLLM runs {teacher.model} in {engine_dtype} here, but its answers would be stored as "
+        f"those of {keyed} (teacher.dtype: {teacher.dtype}); set teacher.dtype: {engine_dtype}"
+    )
+
+
+def identity_files(folder: Path, *, own_code: bool = False) -> list[Path]:
     """Return the files that the identity covers: the weights in one format, and OTHER_FILES.
 
     If there are weights in several formats, the first of WEIGHT_ENDINGS counts, which is the one
-    that vLLM loads.
+    that vLLM loads. Files that say how the weights are quantised and, with ``own_code``, the
+    model's Python files come last, so that models without any keep their identity.
     """
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     weights: list[str] = []
@@ -69,7 +120,12 @@ def identity_files(folder: Path) -> list[Path]:
             f"{folder} holds no {missing}, expected a Hugging Face model folder; "
             "set teacher.model to one, or to a Hub id"
         )
-    return [folder / name for name in [*weights, *(n for n in OTHER_FILES if n in names)]]
+    # vLLM reads only the first of them where config.json says how the weights are quantised.
+    is_said = bool(read_object(folder / "config.json").get("quantization_config"))
+    quantised = QUANT_FILES[: 1 if is_said else None]
+    others = [name for name in (*OTHER_FILES, *quantised) if name in names]
+    code = [name for name in names if name.endswith(".py")] if own_code else []
+    return [folder / name for name in (*weights, *others, *code)]
 
 
 def _content_sha256(path: Path, cache: "_HashCache") -> str:

@@ -4,7 +4,7 @@ The keys of answers, the manifest, the engine and the finished student's generat
 the one `ResolvedSampling` made here. Imports neither Ray, vLLM nor torch.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,10 @@ from raystill.model.tokenizer import token_text
 
 @dataclass(frozen=True)
 class ResolvedSampling:
-    """Sampling settings, all of them set. They decide an answer's tokens, not their signal."""
+    """Sampling settings, all of them set. They decide an answer's tokens, not their signal.
+
+    A field that is added needs a default, with which answers are as they were without it.
+    """
 
     temperature: float
     top_p: float
@@ -28,6 +31,15 @@ class ResolvedSampling:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings in JSON's types."""
         return {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
+
+    def keyed(self) -> dict[str, Any]:
+        """Return the settings that keys cover: of those with a default, the ones that differ."""
+        values = ((one, getattr(self, one.name)) for one in fields(self))
+        return {
+            one.name: value
+            for one, value in values
+            if one.default is MISSING or value != one.default
+        }
 
 
 def resolve_sampling(teacher: TeacherConfig, model_folder: str | PathLike[str]) -> ResolvedSampling:

@@ -1,8 +1,8 @@
 """The arguments of vLLM's engine, and the process in which it starts.
 
 Where it sits: ``replica.py`` prepares the process and ``vllm.py`` starts the engine with the
-arguments; ``driver.py check`` asks which arguments a user may pass through. Imports no vllm, so
-that it can run before vllm is imported.
+arguments; ``driver.py check`` asks which arguments a user may pass through, and which of them are
+part of the answers' keys. Imports no vllm, so that it can run before vllm is imported.
 """
 
 import difflib
@@ -43,6 +43,7 @@ OWNED = {
     "override_generation_config": "teacher.sampling",
     "model_weights": "teacher.model",
     "hf_overrides": "teacher.model to a folder with the changed config.json",
+    "hf_config_path": "teacher.model to a folder with the changed config.json",
 }
 """Engine arguments that are set from the run file; the value names the setting."""
 
@@ -54,6 +55,79 @@ FIXED = {
     "worker_extension_cls": "hidden states and scores are captured through it",
 }
 """Engine arguments that cannot be changed; the value is the reason."""
+
+NEUTRAL = {
+    "parallelism: who computes which part of the same sums": (
+        "tensor_parallel_size pipeline_parallel_size distributed_executor_backend master_addr "
+        "master_port nnodes node_rank distributed_timeout_seconds cpu_distributed_timeout_seconds "
+        "numa_bind numa_bind_nodes numa_bind_cpus device_ids decode_context_parallel_size "
+        "prefill_context_parallel_size enable_expert_parallel expert_placement_strategy "
+        "enable_eplb eplb_config disable_custom_all_reduce ray_workers_use_nsight"
+    ),
+    "memory: where the same weights and cache blocks lie, and how many there are": (
+        "gpu_memory_utilization kv_cache_memory_bytes num_gpu_blocks_override block_size "
+        "swap_space cpu_offload_gb cpu_offload_params offload_backend offload_group_size "
+        "offload_num_in_group offload_prefetch_step offload_params kv_offloading_size "
+        "kv_offloading_backend enable_sleep_mode sleep_mode_offload_cudagraph "
+        "enable_cumem_allocator disable_hybrid_kv_cache_manager watermark enable_shm_tensor_arena"
+    ),
+    "scheduling: which rows are in a step, and how much of a prompt": (
+        "max_num_seqs max_num_batched_tokens max_num_scheduled_tokens max_num_active_seqs "
+        "max_num_queued_reqs max_num_queued_tokens long_prefill_token_threshold "
+        "long_prefill_token_threshold_adaptive enable_chunked_prefill enable_prefix_caching "
+        "prefix_caching_hash_algo scheduling_policy scheduler_reserve_full_isl "
+        "prefill_schedule_interval async_scheduling stream_interval"
+    ),
+    "CUDA graphs: the same kernels, started together": (
+        "enforce_eager cudagraph_capture_sizes max_cudagraph_capture_size"
+    ),
+    "loading: how the same files are fetched and read": (
+        "download_dir hf_token safetensors_load_strategy safetensors_prefetch_num_threads "
+        "safetensors_prefetch_block_size max_parallel_loading_workers use_tqdm_on_load"
+    ),
+    "logs and figures": (
+        "disable_log_stats aggregate_engine_logging enable_log_requests disable_log_requests "
+        "logging_config log_level log_config_file served_model_name otlp_traces_endpoint "
+        "show_hidden_metrics_for_version collect_detailed_traces per_request_spec_decode_metrics "
+        "kv_cache_metrics kv_cache_metrics_sample custom_histogram_buckets cudagraph_metrics "
+        "enable_layerwise_nvtx_tracing enable_mfu_metrics enable_logging_iteration_details "
+        "jit_monitor_mode jit_monitor_verbose enable_mm_processor_stats profiler_config "
+        "kv_events_config shutdown_timeout"
+    ),
+    "the dice: answers are drawn from the same distribution": "seed",
+    "the signal's width, which the store tells apart itself": "max_logprobs",
+}
+"""Engine arguments that do not decide the teacher's distribution over answers, by reason.
+
+They may change in which order numbers are added, as another batch or another GPU does. Every other
+argument is in the keys of the answers: `keyed_arguments`. An argument whose effect is in doubt
+(kernels, formats, compilation) does not belong here.
+"""
+NEUTRAL_NAMES = frozenset(name for names in NEUTRAL.values() for name in names.split())
+
+DEFAULTS: dict[str, Any] = {
+    "kv_cache_dtype": "auto",
+    "load_format": "auto",
+    "config_format": "auto",
+    "tokenizer_mode": "auto",
+    "model_impl": "auto",
+    "moe_backend": "auto",
+    "mamba_cache_dtype": "auto",
+    "mamba_ssm_cache_dtype": "auto",
+    "disable_sliding_window": False,
+    "enable_lora": False,
+    "use_fp64_gumbel": False,
+    "quantization_config": None,
+    "speculative_config": None,
+    "logits_processors": None,
+    "scheduler_cls": None,
+    "attention_backend": None,
+    "code_revision": None,
+}
+"""vLLM's defaults of arguments that are in the keys: spelled out, they change no key.
+
+A missing one costs no more than asking again.
+"""
 
 
 @dataclass(frozen=True)
@@ -82,6 +156,21 @@ def engine_argument_problems(teacher: TeacherConfig, known: Set[str]) -> dict[st
             hint = f"did you mean {near[0]!r}?" if near else "see vLLM's AsyncEngineArgs"
             problems[name] = f"is not an engine argument of the installed vLLM; {hint}"
     return problems
+
+
+def keyed_arguments(teacher: TeacherConfig) -> dict[str, Any]:
+    """Those of ``teacher.engine_args`` that are part of the answers' keys.
+
+    All that are not in NEUTRAL, and differ from vLLM's default. An engine without arguments, the
+    synthetic one, has none.
+    """
+    if teacher.engine == "synthetic":
+        return {}
+    return {
+        name: value
+        for name, value in teacher.engine_args.items()
+        if name not in NEUTRAL_NAMES and not (name in DEFAULTS and DEFAULTS[name] == value)
+    }
 
 
 def label_replica(run: str, number: int) -> None:

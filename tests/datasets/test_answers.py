@@ -206,6 +206,64 @@ def test_weights_in_the_hub_cache_are_named_by_their_hash_and_not_read(
     assert teacher_identity(linked) == teacher_identity(plain)
 
 
+@pytest.mark.parametrize(
+    ("model", "identity"),
+    [
+        ("tiny-teacher", "10424e55382625e93b39837ca784434667a458991c3ff0a89afcee5c01dccfae"),
+        (
+            "SmolLM2-135M-Instruct",
+            "82023295dc845806e03fbceaf92e028576b082edc325a251ff634fcece23be9c",
+        ),
+    ],
+)
+@pytest.mark.parametrize("trusted", [False, True])
+def test_the_shipped_models_keep_their_identity(model: str, identity: str, trusted: bool) -> None:
+    folder = Path(__file__).resolve().parents[2] / "models" / model
+    if not (folder / "model.safetensors").exists():
+        pytest.skip(f"{folder} is not there")
+    assert identity_of_teacher(teacher(trust_remote_code=trusted), folder) == identity
+
+
+def test_code_beside_the_weights_is_in_the_identity_where_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = write_model(tmp_path / "m", {})
+
+    def identities() -> list[str]:
+        kinds = (teacher(), teacher(trust_remote_code=True))
+        return [identity_of_teacher(kind, folder) for kind in kinds]
+
+    plain, trusted = identities()
+    assert plain == trusted  # there is no code
+    seen = {plain}
+    for name, code in (("modeling.py", "a = 1"), ("modeling.py", "a = 22"), ("more.py", "")):
+        (folder / name).write_text(code)
+        unused, trusted = identities()
+        assert unused == plain and trusted not in seen
+        seen.add(trusted)
+
+
+def test_files_that_say_how_weights_are_quantised_are_in_the_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    inside = {"quantization_config": {"quant_method": "gptq"}}
+    for kind, config, names in (
+        ("beside", {}, ("hf_quant_config.json", "quantize_config.json", "quant_config.json")),
+        ("inside", inside, ("hf_quant_config.json",)),
+    ):
+        folder = write_model(tmp_path / kind, {"config.json": config})
+        seen = [teacher_identity(folder)]
+        for name in names:
+            for content in ({"bits": 4}, {"bits": 16}):
+                (folder / name).write_text(json.dumps(content))
+                seen.append(teacher_identity(folder))
+        assert len(set(seen)) == len(seen)
+    (folder / "quantize_config.json").write_text("{}")  # vLLM does not read it here
+    assert teacher_identity(folder) == seen[-1]
+
+
 def test_a_folder_without_weights_has_no_identity(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no weights .* set teacher\.model"):
         teacher_identity(tmp_path)
