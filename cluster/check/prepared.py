@@ -118,7 +118,7 @@ class Prepared:
         teacher = self.config.teacher
         return self.tables.with_keys(
             self.teacher_identity,
-            keyed_dtype(teacher, self.teacher.config),
+            keyed_dtype(teacher, self.teacher_folder),
             teacher.quantization,
             self.sampling,
             KeyedEngine(keyed_arguments(teacher), self._shorter_context()),

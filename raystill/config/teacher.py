@@ -157,7 +157,7 @@ class TeacherConfig(ConfigModel):
     engine_args: dict[str, Any] = operational(
         {},
         description="Further arguments of vLLM's engine, by vLLM's own names. Unknown names are "
-        "refused.",
+        "refused. Those that may change answers are part of the stored answers' keys.",
     )
     sampling: SamplingConfig = identity(
         SamplingConfig(), description="How the teacher samples its answers."

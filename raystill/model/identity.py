@@ -16,10 +16,9 @@ import tempfile
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from raystill.config.teacher import TeacherConfig
-from raystill.model.files import ModelFolder, read_object
+from raystill.model.files import read_object
 
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 OTHER_FILES = (
@@ -57,16 +56,20 @@ def identity_of_teacher(teacher: TeacherConfig, folder: str | PathLike[str]) -> 
     return teacher_identity(folder, own_code=teacher.trust_remote_code)
 
 
-def keyed_dtype(teacher: TeacherConfig, config: dict[str, Any]) -> str:
-    """Return the precision that stands in the keys. ``config``: the model's ``config.json``.
+def keyed_dtype(teacher: TeacherConfig, folder: str | PathLike[str]) -> str:
+    """Return the precision that stands in the keys of the answers of the model in ``folder``.
 
-    ``auto`` is the checkpoint's own precision. It stays ``auto`` where that is not known, and where
-    it is float32: vLLM then runs bfloat16 or float16, whichever the device has, and the key of a
-    stated float32 would be wrong.
+    ``auto`` is the checkpoint's own precision: as vLLM reads it from ``config.json``, where that of
+    a multimodal model's ``text_config`` comes second. It stays ``auto`` where that is not known,
+    and where it is float32: vLLM then runs bfloat16 or float16, whichever the device has, and the
+    key of a stated float32 would be wrong.
     """
     if teacher.dtype != "auto":
         return teacher.dtype
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or "auto")
+    whole = read_object(Path(folder) / "config.json")
+    parts = (whole, whole.get("text_config") or {})
+    stated = (part.get(name) for part in parts for name in ("dtype", "torch_dtype"))
+    dtype = str(next((name for name in stated if name), "auto"))
     is_full = dtype.removeprefix("torch.") in ("float32", "float")
     return "auto" if is_full and teacher.engine == "vllm" else dtype
 
@@ -92,7 +95,7 @@ def dtype_problem(
     teacher: TeacherConfig, folder: str | PathLike[str], engine_dtype: str
 ) -> str | None:
     """Return why the engine's precision is not the one in the keys of its answers, or None."""
-    keyed = keyed_dtype(teacher, ModelFolder(teacher.model, Path(folder)).config)
+    keyed = keyed_dtype(teacher, folder)
     if keyed not in ("bfloat16", "float16", "float32") or keyed == engine_dtype:
         return None
     return (

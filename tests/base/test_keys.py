@@ -216,6 +216,16 @@ def test_auto_of_a_float32_checkpoint_shares_no_key_with_float32_or_bfloat16(
     assert keys_of(folder)[0] != keys_of(folder, dtype="float32")[0]
     model_folder(folder, dtype=None, torch_dtype="float16")
     assert keys_of(folder) == keys_of(folder, dtype="float16")
+    model_folder(folder, dtype=None)  # vLLM looks into the weights then
+    asked = [keys_of(folder, dtype=d) for d in ("auto", "float32", "bfloat16")]
+    assert len({keys[0] for keys in asked}) == 3
+
+
+def test_the_precision_of_a_multimodal_model_is_the_one_that_vllm_reads(folder: Path) -> None:
+    model_folder(folder, dtype="bfloat16", text_config={"dtype": "float16"})
+    assert keys_of(folder) == keys_of(folder, dtype="bfloat16")
+    model_folder(folder, dtype=None, text_config={"torch_dtype": "float16"})
+    assert keys_of(folder) == keys_of(folder, dtype="float16")
 
 
 def test_the_synthetic_engines_keys_know_neither_precision_nor_context(folder: Path) -> None:
