@@ -6,10 +6,12 @@ import importlib.util
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from raystill.base.errors import RunError
+from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
 from raystill.config.teacher import TeacherConfig
 from raystill.model.identity import identity_of_teacher
@@ -25,6 +27,7 @@ from raystill.serve.engine.arguments import (
     keyed_arguments,
 )
 from raystill.serve.replica import ReplicaSettings, Teacher
+from tests.support.runs import run_of
 
 OF_OTHER_VERSIONS = {"swap_space", "disable_log_requests"}
 CHANGES_ANSWERS = {
@@ -38,6 +41,15 @@ CHANGES_ANSWERS = {
 
 def teacher_of(**fields: Any) -> TeacherConfig:
     return TeacherConfig.model_validate({"model": "m", **fields})
+
+
+def run_config(model: str, **teacher: Any) -> RunConfig:
+    settings = {
+        "teacher": {"model": model, **teacher},
+        "student": {"layers": [0]},
+        "prompts": {"path": "p.jsonl"},
+    }
+    return RunConfig.model_validate(settings)
 
 
 def vllm_sources() -> Path:
@@ -147,13 +159,7 @@ def start(
     """Start a replica of the model in ``folder``; ``expected``: the driver's identity."""
     engine = Engine(runs_in)
     monkeypatch.setattr(replica_module, "build_engine", lambda *_: engine)
-    config = RunConfig.model_validate(
-        {
-            "teacher": {"model": str(folder), **teacher},
-            "student": {"layers": [0]},
-            "prompts": {"path": "p.jsonl"},
-        }
-    )
+    config = run_config(str(folder), **teacher)
     source = ModelSource.of("m", folder)
     settings = ReplicaSettings(config, source, None, None, 0, 1, teacher_identity=expected)
 
@@ -234,6 +240,22 @@ def test_a_replica_refuses_to_run_in_another_precision_than_the_keys_say(
         return
     with pytest.raises(RunError, match=rf"in {runs_in} here, .*; set teacher\.dtype: {runs_in}"):
         start(monkeypatch, folder, None, runs_in, dtype=asked)
+
+
+def test_the_driver_sends_its_identity_to_the_replicas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raystill.serve import deploy
+
+    serve = MagicMock()
+    monkeypatch.setattr(deploy, "serve", serve)
+    monkeypatch.setattr(deploy, "_replicas_per_node", lambda config: 1)
+    monkeypatch.setattr(deploy.TeacherApp, "_has_gpus", lambda self: False)
+    config = run_config(str(tmp_path))
+    run = run_of(config, RunFolder(str(tmp_path / "run")), teacher_identity="the driver's")
+    deploy.TeacherApp.of(run).deploy()
+    (settings,) = serve.deployment.return_value.bind.call_args.args
+    assert settings.teacher_identity == "the driver's"
 
 
 def test_a_synthetic_replica_has_no_files_to_compare(
