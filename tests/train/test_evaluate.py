@@ -190,6 +190,36 @@ def test_padding_on_the_left_does_not_change_a_greedy_answer():
     assert together == alone
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_answers_are_drawn_without_the_settings_of_the_students_folder(temperature):
+    """As the teacher's are: it ignores the penalties of its own folder."""
+    plain, other = tiny_model(), tiny_model()
+    own = transformers.GenerationConfig(
+        repetition_penalty=9.0,
+        no_repeat_ngram_size=1,
+        suppress_tokens=[5, 6, 7, 8, 9],
+        bad_words_ids=[[10], [11]],
+        min_new_tokens=6,
+        forced_eos_token_id=2,
+        num_beams=2,
+        renormalize_logits=True,
+        top_k=1,
+        top_p=0.1,
+        min_p=0.9,
+        typical_p=0.2,
+        eos_token_id=list(range(12, 32)),
+        begin_suppress_tokens=list(range(3, 20)),
+        sequence_bias=[[[4], 50.0]],
+    )
+    other.generation_config = own
+    prompts = [np.array(p, dtype=np.int32) for p in ([5, 6, 7], [9], [4, 4, 8, 1, 3])]
+    settings = free(max_tokens=20, temperature=temperature)
+    expected = generate(plain, prompts, settings, CPU)
+    assert generate(other, prompts, settings, CPU) == expected
+    assert other.generation_config is own and own.repetition_penalty == 9.0
+    assert any(len(set(answer)) < len(answer) for answer in expected), "nothing to penalise"
+
+
 def test_free_running_is_repeatable_and_leaves_the_random_state_alone():
     model, rows = tiny_model().train(), some_rows()
     torch.manual_seed(1)

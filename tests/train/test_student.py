@@ -15,6 +15,7 @@ from raystill.train.student.build import build_student, keep_layers, num_classes
 from raystill.train.student.export import (
     ExportSettings,
     export_student,
+    generation_config,
     round_weights,
     save_student,
 )
@@ -159,6 +160,21 @@ def test_the_saved_student_brings_the_teachers_tokenizer_template_and_stop_ids(t
     assert GenerationConfig.from_model_config(student.config) is not None
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.generation_config.eos_token_id == [2, 5]
+
+
+def test_the_saved_student_has_none_of_the_teachers_penalties(teacher, tmp_path, caplog):
+    penalties = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "suppress_tokens": [4]}
+    penalties |= {"min_new_tokens": 5, "bad_words_ids": [[7]], "num_beams": 4, "max_length": 9}
+    source = tmp_path / "teacher"
+    source.mkdir()
+    own = {"bos_token_id": 1, "pad_token_id": 2, "eos_token_id": 2} | penalties
+    (source / "generation_config.json").write_text(json.dumps(own))
+    caplog.set_level("INFO")
+    written = generation_config(source, settings_of(source).sampling)
+    assert not written.keys() & penalties.keys()
+    assert (written["bos_token_id"], written["pad_token_id"]) == (1, 2)
+    assert written["eos_token_id"] == [2, 5]
+    assert "repetition_penalty 1.3" in caplog.text and "max_length" not in caplog.text
 
 
 def test_a_greedy_teachers_student_is_greedy(teacher, tmp_path):

@@ -1,7 +1,8 @@
 """What the student writes by itself: whether it stops, how long its answers are, what it repeats.
 
 The student answers some held-out prompts with the teacher's sampling. Its answers are compared with
-the teacher's to the same prompts. Shares are pooled over all answers, not averaged by answer.
+the teacher's to the same prompts. Penalties of the student's folder are not applied, as the
+teacher's own are not. Shares are pooled over all answers, not averaged by answer.
 
 ``stop_rate``: share of answers that ended with a stop id. ``length_ratio``: mean length of the
 student's answers over the mean of the teacher's. ``repeated_4gram_share``: of all 4-grams, those
@@ -126,6 +127,9 @@ def generate(
     was: evaluating does not change training.
     """
     was_training, was_caching = model.training, model.config.use_cache
+    # transformers fills what is not set from the model's own settings, such as a repetition penalty
+    # of its folder. The teacher's answers were drawn without: so are the student's.
+    own_generation, model.generation_config = model.generation_config, GenerationConfig()
     model.eval()
     devices = [device] if device.type == "cuda" else []
     try:
@@ -137,6 +141,7 @@ def generate(
                 answers += _generate_batch(model, batch, settings, device)
             return answers
     finally:
+        model.generation_config = own_generation
         model.config.use_cache = was_caching
         model.train(was_training)
 

@@ -7,6 +7,7 @@ there when to stop. The worker calls ``round_weights`` before the last evaluatio
 """
 
 import json
+import logging
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -35,6 +36,17 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 """What makes up a tokenizer; those of these that the teacher has are copied."""
+SPECIAL_IDS = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+"""Fields of the teacher's generation configuration that the student's has too."""
+SAMPLING_FIELDS = frozenset(
+    {
+        *("do_sample", "temperature", "top_p", "top_k", "min_p", "eos_token_id"),
+        *("max_new_tokens", "max_length", "transformers_version", "_from_model_config"),
+    }
+)
+"""Fields that this run sets in their place, or that are about the file alone."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,15 +156,19 @@ def export_student(
 
 
 def generation_config(teacher_folder: Path, sampling: ResolvedSampling) -> dict[str, Any]:
-    """The contents of the student's ``generation_config.json``: the teacher's own file, with the
-    sampling and the stop ids of this run.
+    """The contents of the student's ``generation_config.json``: the sampling and the stop ids of
+    this run, and the teacher's other special ids.
 
-    A length limit is left out, since servers would apply it to every request.
+    All else of the teacher's own file is left out, and named in the log: the student has learned
+    from answers without its penalties, and servers would apply a length limit to every request.
     """
     path = teacher_folder / "generation_config.json"
-    settings: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for name in ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "max_length"):
-        settings.pop(name, None)
+    theirs: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    settings = {name: theirs[name] for name in SPECIAL_IDS if name in theirs}
+    left_out = sorted(theirs.keys() - settings.keys() - SAMPLING_FIELDS)
+    if left_out:
+        named = ", ".join(f"{name} {theirs[name]!r}" for name in left_out)
+        logger.info("left out of the student's generation_config.json: %s", named)
     settings["eos_token_id"] = list(sampling.stop_token_ids)
     settings["do_sample"] = sampling.temperature > 0
     if settings["do_sample"]:
