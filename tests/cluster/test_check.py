@@ -372,9 +372,9 @@ def test_a_run_folder_of_another_configuration_is_refused(run_file: Path) -> Non
     begin_run(run_file)
     assert problems(run_file) == []
     assert problems(run_file, "training.num_workers=2", "evaluation.every_steps=3") == []
-    problem = only(run_file, "training.learning_rate=0.5", "seed=9")
+    problem = only(run_file, "training.rows_per_step=2", "seed=9")
     assert "seed was 0, is 9" in problem
-    assert "training.learning_rate was 0.0001, is 0.5" in problem
+    assert "training.rows_per_step was 4, is 2" in problem
 
 
 def test_a_folder_that_is_no_run_folder_is_refused(run_file: Path, tmp_path: Path) -> None:

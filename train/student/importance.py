@@ -24,7 +24,7 @@ from raystill.train.student.build import (
     layer_list,
 )
 
-CANDIDATES = 4
+CANDIDATES = 3
 """Layers of least influence that the search tries at each removal."""
 LEAST_NORM = 1e-8
 

@@ -21,8 +21,8 @@ from raystill.train.student.importance import ChosenLayers, Texts, choose_layers
 
 logger = logging.getLogger(__name__)
 
-NUM_PROMPTS = 8
-PROMPT_TOKENS, ANSWER_TOKENS = 512, 48
+NUM_PROMPTS = 6
+PROMPT_TOKENS, ANSWER_TOKENS = 256, 32
 """Longest prompt that is used, and tokens that the teacher writes to each."""
 
 
