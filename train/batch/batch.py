@@ -67,6 +67,11 @@ class MicroBatch:
     row_starts: Tensor | None = None
     longest: int = 0
 
+    @property
+    def packed(self) -> bool:
+        """Whether a sequence holds several rows, which only ``position_ids`` tell apart."""
+        return bool(self.num_rows > len(self.input_ids))
+
     def to(self, device: torch.device | str) -> "MicroBatch":
         """A copy of the micro-batch on ``device``."""
         return self.mapped(lambda tensor: tensor.to(device))

@@ -27,6 +27,7 @@ from raystill.train.loss.full_vocabulary import HiddenObjective
 from raystill.train.loss.head_loss import ChunkObjective, OutputHead, head_loss
 from raystill.train.loss.objective import ObjectiveSums, TokenObjective
 from raystill.train.loss.teacher_head import TeacherHead
+from raystill.train.student.masks import ROWS, tell_transformers
 
 
 class StudentModule(nn.Module):
@@ -53,6 +54,7 @@ class StudentModule(nn.Module):
         `require_known_head` does.
         """
         super().__init__()
+        tell_transformers()
         if has_attention_cap(model) and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation("eager")  # SDPA leaves the cap out, without a warning.
         self.model = model
@@ -85,15 +87,20 @@ class StudentModule(nn.Module):
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """The input of the head, [N, D], at the positions that predict a response token."""
-        with self._autocast(batch.input_ids.device.type):
-            hidden = self.model.get_decoder()(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                **self._row_bounds(batch),
-            ).last_hidden_state
-            return hidden.flatten(0, 1).index_select(0, batch.logit_index)
+        ROWS.packed = batch.packed
+        try:
+            with self._autocast(batch.input_ids.device.type):
+                hidden = self.model.get_decoder()(
+                    input_ids=batch.input_ids,
+                    attention_mask=batch.attention_mask,
+                    # Only where they say more than the model's own, which count from 0.
+                    position_ids=batch.position_ids if batch.packed else None,
+                    use_cache=False,
+                    **self._row_bounds(batch),
+                ).last_hidden_state
+                return hidden.flatten(0, 1).index_select(0, batch.logit_index)
+        finally:
+            ROWS.packed = None
 
     def head(self, compute_dtype: torch.dtype | None = None) -> OutputHead:
         """The output head with the parameters of this moment; compute_dtype None: the module's.
