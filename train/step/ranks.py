@@ -33,6 +33,15 @@ class Ranks:
         """Whether this is rank 0, which alone writes files and reports progress."""
         return self.rank == 0
 
+    def draw_apart(self, seed: int) -> None:
+        """From now on this rank draws random numbers of its own; rank 0 goes on with what it has.
+
+        The student is built from one seed on every rank. With that state they would drop the same
+        units of different rows.
+        """
+        if not self.first:
+            torch.manual_seed(seed + self.rank)
+
     def barrier(self) -> None:
         """Waits until all ranks have called this."""
         self.from_first(None)

@@ -93,6 +93,8 @@ class Worker:
     def restore(self) -> None:
         """Go back to the last *registered* checkpoint; without one, start from the beginning."""
         self.phase("loading the student")
+        # Before a checkpoint is loaded, which brings the random state of each rank.
+        self.ranks.draw_apart(self.config.section_seeds()["student"])
         if self.ranks.first and (removed := remove_unregistered(self.run.folder)):
             logger.warning("deleted unregistered checkpoints %s", removed)
         registered = ray.train.get_checkpoint()
