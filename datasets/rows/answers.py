@@ -8,11 +8,12 @@ Legend: T response tokens of a row, K teacher ids kept for each token, V vocabul
 hidden size. Logprobs are nats of the teacher's full vocabulary, at temperature 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.datasets.rows.schema import TOKEN_FLOATS, answer_schema, signal_fields
@@ -23,6 +24,8 @@ Float32Array = NDArray[np.float32]
 
 NO_LOGPROBS = "no_logprobs"
 """Error of a stored row that was scored for ``hidden``, where ``sampled`` is wanted."""
+FOREIGN_ID = "foreign_id"
+"""Error of an answer with an id that no token has, such as a padded row of the teacher's head."""
 
 
 def _no_ids() -> Int32Array:
@@ -193,12 +196,35 @@ def derive_answers(rows: pa.Table, stored: Signal, wanted: Signal, vocab_size: i
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
+def without_foreign(answers: pa.Table, num_ids: int) -> pa.Table:
+    """The answers, where those with a response id of ``num_ids`` or more have the error FOREIGN_ID.
+
+    answers: ``answer_schema``. num_ids: ids that the student has a class for. The student cannot
+    be trained on such a row, nor measured; unmarked, it would stop the run at each start.
+    """
+    responses = answers["response_ids"].combine_chunks()
+    foreign = _has_any(responses, lambda ids: (ids >= num_ids) | (ids < 0))
+    if not foreign.any():
+        return answers
+    errors = pc.if_else(pa.array(foreign), pa.scalar(FOREIGN_ID), pa.scalar(None, pa.string()))
+    place = answers.schema.get_field_index("error")
+    # An error that is there already stays.
+    return answers.set_column(place, "error", pc.coalesce(answers["error"], errors))
+
+
+def _has_any(
+    lists: pa.ListArray, test: Callable[[np.ndarray], NDArray[np.bool_]]
+) -> NDArray[np.bool_]:
+    """Whether a row has a value that passes a test. lists: [T] numbers for each row."""
+    passed = test(lists.flatten().to_numpy(zero_copy_only=False))
+    before = np.concatenate([[0], np.cumsum(passed)])  # Number of passing ones before each token.
+    return np.diff(before[_offsets_from_zero(lists.offsets).to_numpy()]) > 0
+
+
 def _why_no_logprobs(logprobs: pa.ListArray) -> pa.Array:
     """NO_LOGPROBS for each row of logprobs [T] that has a NaN; null for the others."""
-    unknown = np.isnan(logprobs.flatten().to_numpy(zero_copy_only=False))
-    before = np.concatenate([[0], np.cumsum(unknown)])  # Number of NaN before each token.
-    in_row = np.diff(before[_offsets_from_zero(logprobs.offsets).to_numpy()])
-    return pa.array([NO_LOGPROBS if number else None for number in in_row], pa.string())
+    unknown = _has_any(logprobs, np.isnan)
+    return pa.array([NO_LOGPROBS if row else None for row in unknown], pa.string())
 
 
 def _first_of_each_token(
