@@ -12,14 +12,26 @@ from raystill.base import formatting
 from raystill.base.errors import RunError
 from raystill.base.redact import redact
 from raystill.cluster.commands.as_json import print_json
-from raystill.datasets.store.reading import DamagedSegment, NewerSegment, UnreadableSegment
+from raystill.datasets.store.reading import (
+    DamagedSegment,
+    ForeignFile,
+    NewerSegment,
+    UnreadableSegment,
+)
 from raystill.datasets.store.segment import Origin
 from raystill.datasets.store.store import TeacherStore
-from raystill.datasets.store.upkeep import RefusedSegments, compact, prune, verify
+from raystill.datasets.store.upkeep import (
+    RefusedSegments,
+    compact,
+    prune,
+    refuse_foreign,
+    verify,
+)
 
 EXIT_DAMAGED = 1
 EXIT_UNREADABLE = 3  # 2 is a command that was refused.
 EXIT_NEWER = 4
+EXIT_FOREIGN = 5
 
 KINDS = (
     (
@@ -43,6 +55,13 @@ KINDS = (
         "they are not used here, and are never removed: use the version that wrote them, or a "
         "later one",
     ),
+    (
+        ForeignFile,
+        EXIT_FOREIGN,
+        "that this program did not write",
+        "they are no segments of the store, are not used and are never removed: move them out of "
+        "its folder",
+    ),
 )
 """Kinds of segments that cannot be used: class, exit status, words, what to do. The worst first."""
 
@@ -64,6 +83,7 @@ def store_command(
             raise RunError(
                 f"there is no teacher store at {store.path}; name one, as a run printed it"
             )
+        refuse_foreign(store)
         if action == "list":
             return _list(store, as_json)
         if action == "compact":

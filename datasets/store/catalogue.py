@@ -30,6 +30,23 @@ class Entry:
     footer: Footer
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What a stored row can serve: its signal, and whether its response was scored."""
+
+    signal: Signal
+    scored: bool
+
+    def replaces(self, other: "Stored") -> bool:
+        """Whether a row of this kind serves every signal that one of the other kind serves."""
+        if not self.signal.serves(other.signal, self.scored):
+            return False
+        sampled = Signal("sampled")
+        return self.signal.serves(sampled, self.scored) or not other.signal.serves(
+            sampled, other.scored
+        )
+
+
 @dataclass
 class Catalogue:
     """The stored rows of a store, and the segments that could not be used.
@@ -68,14 +85,31 @@ class Catalogue:
         A row is a duplicate if an earlier row of the same key serves every signal that it serves,
         with the same answer or another.
         """
-        signals = [entry.footer.origin.signal for entry in self.entries]
-        needed = np.zeros(self.rows, bool)
-        for wanted in set(signals):
-            with_it = self._rows_of([signal == wanted for signal in signals])
-            serving = self._rows_of([signal.serves(wanted) for signal in signals])
-            first = pc.index_in(self.keys.take(with_it), value_set=self.keys.take(serving))
-            needed[with_it] = serving.to_numpy()[first.to_numpy()] == with_it.to_numpy()
-        return needed
+        return self.witnesses() == np.arange(self.rows)
+
+    def witnesses(self) -> NDArray[np.int64]:
+        """For each row [S] the first row of its key that serves all that it serves, or itself.
+
+        The witness of a duplicate is no duplicate, since what serves what is transitive.
+        """
+        kinds = [
+            Stored(entry.footer.origin.signal, group.scored)
+            for entry in self.entries
+            for group in entry.footer.groups
+        ]
+        groups = [len(entry.footer.groups) for entry in self.entries]
+        first_group = np.cumsum([0, *groups], dtype=np.int64)
+        of_row = first_group[self.segment] + self.group
+        witness = np.arange(self.rows)
+        for wanted in set(kinds):
+            with_it = np.flatnonzero(np.array([k == wanted for k in kinds], bool)[of_row])
+            serves = np.array([kind.replaces(wanted) for kind in kinds], bool)
+            serving = np.flatnonzero(serves[of_row])
+            first = pc.index_in(
+                self.keys.take(pa.array(with_it)), value_set=self.keys.take(pa.array(serving))
+            )
+            witness[with_it] = serving[first.to_numpy()]
+        return witness
 
     def ordered_for(self, wanted: Signal) -> "Catalogue":
         """The same catalogue with the segments that serve ``wanted`` first.
@@ -95,10 +129,6 @@ class Catalogue:
             group=self.group[rows],
             place=self.place[rows],
         )
-
-    def _rows_of(self, entries: list[bool]) -> pa.Int64Array:
-        """Numbers of the rows in the marked entries, ascending."""
-        return pa.array(np.flatnonzero(np.array(entries, bool)[self.segment]), pa.int64())
 
     def locate(self, keys: pa.Array) -> NDArray[np.int64]:
         """Number of the first stored row of each of ``keys`` [N]; -1 where there is none."""

@@ -47,6 +47,10 @@ class NewerSegment(UnusableSegment):
     """A newer version wrote something unknown here. It may be sound and is never deleted."""
 
 
+class ForeignFile(UnusableSegment):
+    """A file that was never a segment of a store: it is not used and never removed."""
+
+
 class GoneSegment(UnusableSegment):
     """There is no file of that name, or it has been deleted."""
 

@@ -11,6 +11,7 @@ Imports neither Ray nor torch. Nothing in a segment is ever unpickled.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
@@ -25,6 +26,7 @@ from raystill.datasets.rows.schema import KEY_BYTES, SCHEMA_VERSION, TOKEN_IDS, 
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.reading import (
     DamagedSegment,
+    ForeignFile,
     NewerSegment,
     UnreadableSegment,
     UnusableSegment,
@@ -33,6 +35,9 @@ from raystill.datasets.store.reading import (
 
 FOOTER = b"raystill.segment"
 AFTER_FINAL_NORM = "after the final norm"
+OWN_NAME = re.compile(r"(\.removed-[0-9a-f]{16}-)?[0-9a-f]{32}\.parquet(\.aside)?")
+"""Names that this module gives to segments; such a file is taken for one without its footer."""
+
 COMPRESSION = "zstd"
 COMPRESSION_LEVEL = 1
 CHECKSUM_BYTES = 8
@@ -190,19 +195,23 @@ class SegmentFile:
     """An open segment. What its methods return has been verified.
 
     Raises:
-        UnusableSegment: (all methods) as DamagedSegment, UnreadableSegment or NewerSegment.
+        UnusableSegment: (all methods) as DamagedSegment, UnreadableSegment, NewerSegment or
+            ForeignFile.
     """
 
     def __init__(self, source: pa.NativeFile, name: str) -> None:
         self.name = name
+        self._is_segment = OWN_NAME.fullmatch(name) is not None
         try:
             self._source = WatchedSource(source)
         except OSError as error:
             raise UnreadableSegment(name, _reason(error)) from error
         try:
             self._file = pq.ParquetFile(self._source, page_checksum_verification=True)
-            self.footer = _footer(self._file.schema_arrow.metadata or {}, name)
             metadata = self._file.metadata
+            described = metadata.metadata or {}
+            self._is_segment |= FOOTER in described
+            self.footer = _footer(described, name)
             actual = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             expected = [group.rows for group in self.footer.groups]
             if actual != expected:
@@ -229,7 +238,9 @@ class SegmentFile:
         if failure is not None or isinstance(error, MemoryError):
             return UnreadableSegment(self.name, where + _reason(failure or error))
         # A type or encoding that this build of Arrow lacks may be what a newer one wrote.
-        kind = NewerSegment if isinstance(error, NotImplementedError) else DamagedSegment
+        if isinstance(error, NotImplementedError):
+            return NewerSegment(self.name, where + _reason(error))
+        kind = DamagedSegment if self._is_segment else ForeignFile
         return kind(self.name, where + _reason(error))
 
     def rows_of(self, keys: pa.ChunkedArray, columns: Sequence[str]) -> pa.Table:

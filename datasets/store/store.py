@@ -22,6 +22,7 @@ import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
 from raystill.base.run_folder import RunFolder
+from raystill.datasets.store import removal
 from raystill.datasets.store.catalogue import Catalogue, Entry, build_catalogue
 from raystill.datasets.store.reading import (
     DamagedSegment,
@@ -42,6 +43,8 @@ from raystill.datasets.store.segment import (
 
 SEGMENTS = "segments"
 READERS = 8
+LISTINGS = 8
+"""How often a catalogue lists a store at most until a listing shows nothing that was not read."""
 
 
 class TeacherStore:
@@ -59,7 +62,8 @@ class TeacherStore:
         """Names of all segments, sorted."""
         selector = pafs.FileSelector(f"{self.folder.root}/{SEGMENTS}", allow_not_found=True)
         infos = self.folder.filesystem().get_file_info(selector)
-        return sorted(i.base_name for i in infos if i.base_name.endswith(".parquet"))
+        files = [i.base_name for i in infos if i.type == pafs.FileType.File]
+        return sorted(name for name in files if name.endswith(".parquet"))
 
     def open(self, name: str) -> SegmentFile:
         """Open a segment by name. Raises UnusableSegment (GoneSegment if there is no such file)."""
@@ -75,6 +79,11 @@ class TeacherStore:
         """Whether there is a segment of that name."""
         return self.folder.exists(f"{SEGMENTS}/{name}")
 
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """Size and time of change of a segment, which tell if it is the same; None if gone."""
+        info = self.folder.filesystem().get_file_info(f"{self.folder.root}/{SEGMENTS}/{name}")
+        return (info.size, info.mtime_ns) if info.type == pafs.FileType.File else None
+
     def size(self, name: str) -> int:
         """Size of a segment in bytes; 0 if there is none."""
         path = f"{self.folder.root}/{SEGMENTS}/{name}"
@@ -89,14 +98,24 @@ class TeacherStore:
 
         ``progress`` is called with (segments read, segments in all).
         """
-        names = [name for name in self.names() if name not in without]
+        results: dict[str, tuple[Entry, list[pa.Array]] | UnusableSegment] = {}
+        for again in range(LISTINGS):
+            listed = [name for name in self.names() if name not in without]
+            # A segment that is gone was merged into one that this listing may be the first to show.
+            results = {n: results[n] for n in listed if n in results}
+            unread = [name for name in listed if name not in results]
+            if again and not unread:
+                break
+            shown = None if again else progress
+            read_now = read_each(self._keys, unread, shown, READERS)
+            results |= {n: r for n, r in read_now.items() if not isinstance(r, GoneSegment)}
         read: list[tuple[Entry, list[pa.Array]]] = []
         refused: dict[str, UnusableSegment] = {}
-        for name, result in read_each(self._keys, names, progress, READERS).items():
-            if not isinstance(result, UnusableSegment):
-                read.append(result)
-            elif not isinstance(result, GoneSegment):  # Compacting removes segments meanwhile.
+        for name, result in sorted(results.items()):
+            if isinstance(result, UnusableSegment):
                 refused[name] = result
+            else:
+                read.append(result)
         read.sort(key=lambda item: item[0].footer.origin.signal.richness, reverse=True)
         return build_catalogue(read, refused)
 
@@ -124,20 +143,67 @@ class TeacherStore:
         """Publish one group's answers; returns the segment's name and the rows that are in it.
 
         If another writer was first, these are the rows that it published. A damaged segment of the
-        name is replaced. One that may be sound but cannot be used stays, and the next name is used.
+        name is taken away first. One that may be sound but cannot be used stays, and the next name
+        is used.
         Raises OSError if the segment cannot be written.
         """
         name = segment_name(rows["key"].to_pylist(), origin.signal)
         data = encode(origin, [(provenance, rows)])
-        while not self._put(name, data):
+        keys, columns = rows["key"], rows.column_names
+
+        def damaged(file: str) -> bool:
             try:
-                return name, self.rows_of(name, rows["key"], rows.column_names)[1]
-            except (DamagedSegment, GoneSegment):
-                self.folder.write_bytes(f"{SEGMENTS}/{name}", data)
-                break
+                self.rows_of(file, keys, columns)
+            except DamagedSegment:
+                return True
+            except UnusableSegment:
+                return False
+            return False
+
+        while not self.put(name, data):
+            try:
+                return name, self.rows_of(name, keys, columns)[1]
+            except GoneSegment:  # Removed meanwhile and the name is free, or a link to nothing.
+                name = next_name(name) if self.exists(name) or self._is_link(name) else name
+            except DamagedSegment:
+                # Not written over: another writer may have replaced it since it was read.
+                if not self.take_away(name, damaged) and damaged(name):
+                    name = next_name(name)
             except UnusableSegment:
                 name = next_name(name)
         return name, rows
+
+    def take_away(self, name: str, may_go: Callable[[str], bool]) -> bool:
+        """Remove a segment if ``may_go`` says so of it; whether it was removed.
+
+        may_go: is given the name under which the segment can be opened. In a local store it is
+        asked twice, the second time when the file was set aside, so that a sound segment that has
+        just taken the name is kept. On an object store, which cannot rename, it is asked once.
+        Links are never removed.
+        """
+        folder = f"{self.folder.root}/{SEGMENTS}"
+        if self._is_link(name) or not may_go(name):
+            return False
+        if not self.folder.is_local:
+            self.folder.filesystem().delete_file(f"{folder}/{name}")
+            return True
+        aside = removal.set_aside(folder, name)
+        if aside is None:
+            return False
+        goes = False
+        try:
+            goes = may_go(aside)
+        finally:
+            (removal.discard if goes else removal.put_back)(folder, aside)
+        return goes
+
+    def _is_link(self, name: str) -> bool:
+        return self.folder.is_local and os.path.islink(f"{self.folder.root}/{SEGMENTS}/{name}")
+
+    def put_back_all(self) -> None:
+        """Put back what an upkeep that died had set aside. Nothing is then lost by its death."""
+        if self.folder.is_local:
+            removal.put_all_back(f"{self.folder.root}/{SEGMENTS}")
 
     def rows_of(
         self, name: str, keys: pa.ChunkedArray, columns: Sequence[str]
@@ -180,7 +246,7 @@ class TeacherStore:
         except UnusableSegment as error:
             return error
 
-    def _put(self, name: str, data: bytes) -> bool:
+    def put(self, name: str, data: bytes) -> bool:
         """Publish a segment; False, and nothing is written, if the name is taken."""
         if self.folder.is_local:
             return self._link(name, data)
@@ -190,7 +256,7 @@ class TeacherStore:
         return True
 
     def _link(self, name: str, data: bytes) -> bool:
-        """``_put`` in a local store: a hard link is atomic and fails if the name is taken."""
+        """``put`` in a local store: a hard link is atomic and fails if the name is taken."""
         folder = f"{self.folder.root}/{SEGMENTS}"
         os.makedirs(folder, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".", suffix=".part")

@@ -2,14 +2,16 @@
 
 Each can be interrupted at any moment without losing a row, and can run beside training runs that
 use the store. Nothing is removed that could not be read: unreadable segments and those of a newer
-version stay.
+version stay. A lease (``lease.py``) lets one process at a time remove segments; how that is safe
+even without it is in ``removal.py``.
 
 Imports neither Ray nor torch.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,14 +21,20 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
+from raystill.base.errors import RunError
 from raystill.datasets.store.catalogue import Catalogue
+from raystill.datasets.store.lease import Lease
+from raystill.datasets.store.proof import Proof, problem_of
 from raystill.datasets.store.reading import (
     DamagedSegment,
+    ForeignFile,
     GoneSegment,
     UnusableSegment,
     read_each,
 )
+from raystill.datasets.store.removal import TEMPORARY
 from raystill.datasets.store.segment import (
+    OWN_NAME,
     Group,
     Origin,
     Provenance,
@@ -74,7 +82,7 @@ class Pruned:
 
 def verify(store: TeacherStore, progress: Progress | None = None) -> RefusedSegments:
     """Read all segments whole, check every checksum, and return those that cannot be used."""
-    return _unusable(read_each(partial(_problem, store), store.names(), progress))
+    return _unusable(read_each(partial(problem_of, store), store.names(), progress))
 
 
 def compact(store: TeacherStore, progress: Progress | None = None) -> Compacted:
@@ -82,31 +90,53 @@ def compact(store: TeacherStore, progress: Progress | None = None) -> Compacted:
 
     The signal is part of the origin, so a key with two signals keeps two rows. A row is left out
     only if another row that stays serves the same signals and has been read without error.
-    A merged segment is published before the ones it replaces are removed, so that every row can be
-    read at any moment; a run that finds a segment gone reads the catalogue again. Segments that
-    cannot be used are left as they are, and their rows do not make others duplicates.
+    A merged segment is published, and read again, before the ones it replaces are removed, so that
+    every row can be read at any moment; a run that finds a segment gone reads the catalogue again.
+    Segments that cannot be used are left as they are, and their rows do not make others duplicates.
+
+    Raises RunError if another process compacts or prunes the store.
     """
-    catalogue, needed, refused = _catalogue_to_compact(store)
+    lease = Lease(store.folder, "compact")
+    with lease.held():
+        _refuse_links(store)
+        store.put_back_all()
+        return _compact(store, lease, progress)
+
+
+def _compact(store: TeacherStore, lease: Lease, progress: Progress | None) -> Compacted:
+    """``compact``, under the lease."""
+    catalogue, witnesses, refused = _catalogue_to_compact(store)
+    needed = witnesses == np.arange(catalogue.rows)
     batches = list(_segments_to_merge(catalogue, needed))
     merged = into = duplicates = 0
+    moved: dict[str, str] = {}  # Segment -> the one that holds its needed rows now.
     for number, (origin, segments) in enumerate(batches, 1):
         kept: dict[str, Groups] = {}
+        numbers: dict[str, int] = {}
         for segment in segments:
-            entry = catalogue.entries[segment]
+            name = catalogue.entries[segment].name
             try:
-                kept[entry.name] = list(_needed_groups(store, catalogue, segment, needed))
+                kept[name] = list(_needed_groups(store, catalogue, segment, needed))
+                numbers[name] = segment
             except GoneSegment:  # Removed meanwhile, or its name now holds other rows.
                 continue
             except UnusableSegment as error:
-                refused[entry.name] = error
-                continue
-            rows = sum(len(rows) for _, rows in kept[entry.name])
-            duplicates += entry.footer.rows - rows
+                refused[name] = error
         new = _publish_merged(store, origin, kept)
+        moved |= {name: new for name in kept if new is not None}
+        proof = Proof(store, lease)
         for name in kept:
-            if name != new:
-                remove(store, name)
-        merged, into = merged + len(kept), into + (new is not None)
+            entry = catalogue.entries[numbers[name]]
+            mine = catalogue.segment == numbers[name]
+            left_out = np.unique(catalogue.segment[witnesses[mine & ~needed]])
+            names = {catalogue.entries[witness].name for witness in left_out}
+            held_by = {moved.get(name, name) for name in {name, *names}} - {name}
+            if name == new:
+                merged += 1
+            elif proof.remove(entry, catalogue, mine, held_by):
+                merged += 1
+                duplicates += int((mine & ~needed).sum())
+        into += new is not None
         if progress is not None:
             progress(number, len(batches))
     return Compacted(merged, into, duplicates, refused)
@@ -117,52 +147,84 @@ def prune(
 ) -> Pruned:
     """Remove damaged segments, old temporary files and, on request, the segments of one teacher.
 
-    refused: what ``verify`` returned. Damaged segments are read again before they are removed,
-    since a run may have replaced one meanwhile; the others of it stay.
+    refused: what ``verify`` returned. Damaged segments are read again when they were set aside,
+    since a run may have replaced one meanwhile; the others of it stay. Files that never were
+    segments stay, and so do links.
     teacher: the beginning of a teacher's identity, whose segments are removed; None for none.
     dry_run: only report what would be removed.
+
+    Raises RunError if another process compacts or prunes the store.
     """
-    left = {n: e for n, e in refused.items() if not isinstance(e, DamagedSegment)}
-    damaged = [name for name in refused if name not in left]
-    still_unusable = _unusable(read_each(partial(_problem, store), damaged))
-    names = [n for n, error in still_unusable.items() if isinstance(error, DamagedSegment)]
-    left |= {n: error for n, error in still_unusable.items() if n not in names}
-    others = [name for name in store.names() if name not in refused] if teacher else []
-    for name, result in read_each(partial(_identity, store), others).items():
-        if isinstance(result, str):
-            names += [name] if result.startswith(teacher or "") else []
-        elif not isinstance(result, GoneSegment):
-            left[name] = result
+    _refuse_links(store)
+    lease = Lease(store.folder, "prune")
+    with nullcontext() if dry_run else lease.held():
+        if not dry_run:
+            store.put_back_all()
+        left = {n: e for n, e in refused.items() if not isinstance(e, DamagedSegment)}
+        damaged = [name for name in refused if name not in left]
+        results = _unusable(read_each(partial(problem_of, store), damaged))
+        names = [n for n, error in results.items() if isinstance(error, DamagedSegment)]
+        left |= {n: error for n, error in results.items() if n not in names}
+        if teacher:
+            others = [name for name in store.names() if name not in refused]
+            for name, result in read_each(partial(_identity, store), others).items():
+                if isinstance(result, str):
+                    names += [name] if result.startswith(teacher) else []
+                elif not isinstance(result, GoneSegment):
+                    left[name] = result
+
+        def may_go(name: str) -> bool:
+            lease.confirm()
+            identity = _identity(store, name)
+            if teacher and isinstance(identity, str) and identity.startswith(teacher):
+                return True
+            return isinstance(problem_of(store, name), DamagedSegment)
+
+        removed = [name for name in names if dry_run or store.take_away(name, may_go)]
+        return Pruned(sorted(removed + _stale_files(store, dry_run)), left)
+
+
+def _stale_files(store: TeacherStore, dry_run: bool) -> list[str]:
+    """Remove the temporary files of writers that have died; their names."""
     selector = pafs.FileSelector(f"{store.folder.root}/{SEGMENTS}", allow_not_found=True)
-    for info in store.folder.filesystem().get_file_info(selector):
-        stale = time.time() - (info.mtime_ns or 0) / 1e9 > STALE_S
-        if info.base_name.startswith(".") and stale:
-            names.append(info.base_name)
-    for name in names if not dry_run else ():
-        remove(store, name)
-    return Pruned(sorted(names), left)
+    names = [
+        info.base_name
+        for info in store.folder.filesystem().get_file_info(selector)
+        if TEMPORARY.fullmatch(info.base_name)
+        and info.type == pafs.FileType.File
+        and time.time() - (info.mtime_ns or 0) / 1e9 > STALE_S
+    ]
+    return [name for name in names if dry_run or store.take_away(name, lambda _: True)]
 
 
-def remove(store: TeacherStore, name: str) -> None:
-    """Delete one file of the segments folder. A file that is gone already is no error."""
-    with suppress(FileNotFoundError):
-        store.folder.filesystem().delete_file(f"{store.folder.root}/{SEGMENTS}/{name}")
+def refuse_foreign(store: TeacherStore) -> None:
+    """Raise RunError if the folder is no teacher store."""
+    if not store.folder.exists(SEGMENTS):
+        raise RunError(
+            f"{store.path} is no teacher store: it has no folder '{SEGMENTS}'; name the folder "
+            "that a run printed as its teacher store"
+        )
+    names = store.names()
+    if names and not any(OWN_NAME.fullmatch(name) for name in names):
+        problems = read_each(partial(problem_of, store), names)
+        if all(isinstance(problem, ForeignFile) for problem in problems.values()):
+            raise RunError(
+                f"{store.path} is no teacher store: no file of its folder '{SEGMENTS}' is a "
+                f"segment (for example {names[0]}); name the folder that a run printed"
+            )
 
 
-def _problem(store: TeacherStore, name: str) -> UnusableSegment | None:
-    """The error that reading the whole segment ends with; None if it is sound."""
-    try:
-        file = store.open(name)
-        columns = segment_schema(file.footer.origin.signal).names
-        for group in range(len(file.footer.groups)):
-            file.read(group, columns)
-    except UnusableSegment as error:
-        return error
-    return None
+def _refuse_links(store: TeacherStore) -> None:
+    """Raise RunError if the segments are not in the store's own folder, but behind a link."""
+    if store.folder.is_local and os.path.islink(f"{store.folder.root}/{SEGMENTS}"):
+        raise RunError(
+            f"the folder '{SEGMENTS}' of the teacher store {store.path} is a link, and nothing is "
+            "removed through a link; name the folder that holds the segments' folder itself"
+        )
 
 
 def _unusable(results: Mapping[str, UnusableSegment | None]) -> RefusedSegments:
-    """The segments that are there and cannot be used, from what ``_problem`` returned for each."""
+    """The segments that are there and cannot be used, from what ``problem_of`` said of each."""
     return {n: e for n, e in results.items() if e is not None and not isinstance(e, GoneSegment)}
 
 
@@ -176,8 +238,8 @@ def _identity(store: TeacherStore, name: str) -> str | UnusableSegment:
 
 def _catalogue_to_compact(
     store: TeacherStore,
-) -> tuple[Catalogue, NDArray[np.bool_], RefusedSegments]:
-    """The catalogue to compact by, the mask [S] of its needed rows, and the segments left out.
+) -> tuple[Catalogue, NDArray[np.int64], RefusedSegments]:
+    """The catalogue to compact by, the witnesses [S] of its rows, and the segments left out.
 
     Reading a catalogue verifies only footers and keys. Therefore segments with duplicate keys are
     read whole here, and if one cannot be used, the catalogue is read again without it. Else a sound
@@ -188,13 +250,14 @@ def _catalogue_to_compact(
     while True:
         catalogue = store.catalogue(without=refused)
         refused |= catalogue.refused
-        needed = catalogue.needed()
-        duplicate_keys = catalogue.keys.filter(pa.array(~needed))
+        witnesses = catalogue.witnesses()
+        duplicates = witnesses != np.arange(catalogue.rows)
+        duplicate_keys = catalogue.keys.filter(pa.array(duplicates))
         shared = pc.is_in(catalogue.keys, value_set=duplicate_keys).to_numpy(zero_copy_only=False)
         names = [catalogue.entries[s].name for s in np.unique(catalogue.segment[shared])]
-        results = read_each(partial(_problem, store), [n for n in names if n not in sound])
+        results = read_each(partial(problem_of, store), [n for n in names if n not in sound])
         if not any(results.values()):
-            return catalogue, needed, refused
+            return catalogue, witnesses, refused
         sound.update(name for name, problem in results.items() if problem is None)
         refused |= _unusable(results)
 
@@ -212,9 +275,9 @@ def _publish_merged(store: TeacherStore, origin: Origin, kept: Mapping[str, Grou
     name = segment_name([k for _, rows in groups for k in rows["key"].to_pylist()], origin.signal)
     if [n for n, of_segment in kept.items() if of_segment] == [name]:
         return name
-    while store.exists(name):
+    data = encode(origin, groups)
+    while not store.put(name, data):
         name = next_name(name)
-    store.folder.write_bytes(f"{SEGMENTS}/{name}", encode(origin, groups))
     return name
 
 

@@ -9,11 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from raystill.base.errors import RunError
+from raystill.cluster.commands.store import store_command
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.lease import Lease
 from raystill.datasets.store.segment import DamagedSegment, Provenance, segment_name
 from raystill.datasets.store.store import TeacherStore
-from raystill.datasets.store.upkeep import compact, remove, verify
+from raystill.datasets.store.upkeep import compact, prune, verify
 from raystill.datasets.store.view import StoreView
 from tests.datasets.test_store import TOPK, key, keys_of, origin, path_of, publish, segment
 
@@ -99,7 +102,7 @@ def test_a_segment_that_vanishes_meanwhile_is_skipped(
 
     def catalogue(**what):
         seen = looked(**what)
-        remove(store, gone)
+        path_of(store, gone).unlink(missing_ok=True)
         return seen
 
     monkeypatch.setattr(store, "catalogue", catalogue)
@@ -146,3 +149,51 @@ def test_the_answers_that_were_served_are_those_that_stay(store: TeacherStore) -
     assert (after.rows, len(after.entries)) == (2, 1)
     assert store.read(after, after.locate(keys_of(pair)), ["response_ids"]).equals(served)
     assert compact(store).merged == 0
+
+
+def test_one_upkeep_at_a_time_and_the_other_is_told_whose_it_is(store: TeacherStore) -> None:
+    publish(store, [1])
+    with Lease(store.folder, "compact").held():
+        for change in (compact, lambda s: prune(s, {}, None, dry_run=False)):
+            with pytest.raises(RunError, match=r"in use by 'store compact' \(process \d+ on "):
+                change(store)
+        prune(store, {}, None, dry_run=True)
+    compact(store)
+
+
+def test_what_an_upkeep_that_died_had_set_aside_comes_back(store: TeacherStore) -> None:
+    name = publish(store, [1])
+    path_of(store, name).rename(path_of(store, f".removed-{'0' * 16}-{name}.aside"))
+    assert missing(store, [1]) == 1
+    compact(store)
+    assert store.names() == [name] and missing(store, [1]) == 0
+
+
+def test_prune_leaves_what_never_was_a_segment(store: TeacherStore, tmp_path: Path) -> None:
+    """Tables and hidden files of others, and what a link of a segment's name leads to."""
+    bad, linked = publish(store, [1]), publish(store, [2])
+    path_of(store, bad).write_bytes(b"torn")
+    outside = tmp_path / "outside.parquet"
+    pq.write_table(pa.table({"a": [1]}), outside)
+    path_of(store, linked).unlink()
+    path_of(store, linked).symlink_to(outside)
+    pq.write_table(pa.table({"a": [1]}), path_of(store, "others.parquet"))
+    path_of(store, ".nfs0001").write_bytes(b"")
+    path_of(store, "folder.parquet").mkdir()
+    before = sorted(path.name for path in path_of(store, "").iterdir())
+    assert store_command("prune", store.path) in (1, 5)
+    after = sorted(path.name for path in path_of(store, "").iterdir())
+    assert after == [name for name in before if name != bad]
+    assert outside.exists() and path_of(store, linked).is_symlink()
+
+
+@pytest.mark.parametrize("action", ["list", "verify", "compact", "prune"])
+def test_a_folder_that_is_no_store_is_refused(action: str, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="is no teacher store: it has no folder 'segments'"):
+        store_command(action, str(tmp_path))
+    table = tmp_path / "segments" / "sales.parquet"
+    table.parent.mkdir()
+    pq.write_table(pa.table({"a": [1]}), table)
+    with pytest.raises(RunError, match=r"no file of its folder 'segments' is a segment"):
+        store_command(action, str(tmp_path))
+    assert table.exists()

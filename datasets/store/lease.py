@@ -1,0 +1,122 @@
+"""The lease of a store's upkeep: only one ``compact`` or ``prune`` changes a store at a time.
+
+In a local store it is a lock (``flock``) on the file ``upkeep.lock``, which ends with its process.
+A file system without such locks has no lease; upkeep is safe there too (see ``removal.py``), and
+may leave more duplicates. On an object store it is the file itself, with a token and the time at
+which it ends. Object stores are not asked for a conditional write, so two processes that write it
+at the same moment may both go on until the next ``confirm``, which reads the token again.
+
+Imports neither Ray nor torch.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+
+from raystill.base.errors import RunError
+from raystill.base.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+LEASE = "upkeep.lock"
+LEASE_S = 600.0
+"""Seconds for which a lease on an object store holds. It is renewed at each ``confirm``."""
+
+
+class Lease:
+    """The right to remove segments of one store."""
+
+    def __init__(self, folder: RunFolder, doing: str) -> None:
+        self._folder = folder
+        self._token = secrets.token_hex(16)
+        self._who = {
+            "doing": doing,
+            "owner": f"process {os.getpid()} on {socket.gethostname()}",
+            "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def confirm(self) -> None:
+        """Make sure that the lease is still held. Raises RunError if another process has it."""
+        if self._folder.is_local:
+            return
+        holder = _read(self._folder)
+        if holder.get("token") != self._token:
+            raise _in_use(self._folder, holder)
+        if _ends(holder) - time.time() < LEASE_S / 2:
+            self._write()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lease in the block. Raises RunError if another process has it."""
+        with self._locked() if self._folder.is_local else self._written():
+            yield
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        # The file is never deleted: another process could hold a lock on what was deleted.
+        with open(f"{self._folder.path}/{LEASE}", "a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise _in_use(self._folder, _read(self._folder)) from error
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                logger.warning("%s has no locks (%s)", self._folder.path, error)
+            file.truncate(0)
+            file.write(json.dumps(self._who).encode())
+            file.flush()
+            yield
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        holder = _read(self._folder)
+        if _ends(holder) > time.time():
+            raise _in_use(self._folder, holder)
+        self._write()
+        self.confirm()
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                if _read(self._folder).get("token") == self._token:
+                    self._folder.filesystem().delete_file(f"{self._folder.root}/{LEASE}")
+
+    def _write(self) -> None:
+        ends = str(time.time() + LEASE_S)
+        self._folder.write_text(
+            LEASE, json.dumps({**self._who, "token": self._token, "ends": ends})
+        )
+
+
+def _read(folder: RunFolder) -> dict[str, str]:
+    """Who holds the lease; empty if nobody does, or the file says nothing."""
+    with suppress(FileNotFoundError, ValueError):
+        found = json.loads(folder.read_text(LEASE))
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _ends(holder: dict[str, str]) -> float:
+    """The time (of ``time.time``) at which the lease ends; 0 if it says none."""
+    with suppress(ValueError):
+        return float(holder.get("ends", 0))
+    return 0.0
+
+
+def _in_use(folder: RunFolder, holder: dict[str, str]) -> RunError:
+    who = holder.get("owner", "another process")
+    doing = holder.get("doing", "upkeep")
+    return RunError(
+        f"the teacher store {folder.path} is in use by 'store {doing}' ({who}, since "
+        f"{holder.get('since', 'just now')}); wait until it has ended, and run this again"
+    )

@@ -1,0 +1,85 @@
+"""Proof that a segment's rows are in other segments, read just before it is removed.
+
+Imports neither Ray nor torch.
+"""
+
+from collections.abc import Collection
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raystill.datasets.store.catalogue import Catalogue, Entry, Stored
+from raystill.datasets.store.lease import Lease
+from raystill.datasets.store.reading import UnusableSegment
+from raystill.datasets.store.segment import segment_schema
+from raystill.datasets.store.store import TeacherStore
+
+Stamp = tuple[int, int]
+"""Size and time of change of a file."""
+
+
+def problem_of(store: TeacherStore, name: str) -> UnusableSegment | None:
+    """The error that reading the whole segment ends with; None if it is sound."""
+    try:
+        file = store.open(name)
+        columns = segment_schema(file.footer.origin.signal).names
+        for group in range(len(file.footer.groups)):
+            file.read(group, columns)
+    except UnusableSegment as error:
+        return error
+    return None
+
+
+class Proof:
+    """Removal of segments whose rows have just been read, without error, in other ones."""
+
+    def __init__(self, store: TeacherStore, lease: Lease) -> None:
+        self._store = store
+        self._lease = lease
+        self._read: dict[str, tuple[Stamp, list[tuple[Stored, pa.Array]]] | None] = {}
+
+    def remove(
+        self, entry: Entry, catalogue: Catalogue, rows: NDArray[np.bool_], held_by: Collection[str]
+    ) -> bool:
+        """Remove a segment if those of ``held_by`` have all of its rows; whether it was removed.
+
+        rows: mask [S] of its rows in the catalogue. Each segment of ``held_by`` is read whole once,
+        and must still be there, unchanged, after this one was set aside. So must this one's bytes
+        be those that were catalogued.
+        """
+        held = {name: found for name in held_by if (found := self._whole(name)) is not None}
+        groups = [group for _, of_segment in held.values() for group in of_segment]
+        for number, group in enumerate(entry.footer.groups):
+            wanted = Stored(entry.footer.origin.signal, group.scored)
+            keys = catalogue.keys.filter(pa.array(rows & (catalogue.group == number)))
+            there = [of_group for stored, of_group in groups if stored.replaces(wanted)]
+            found = pc.is_in(keys, value_set=pa.concat_arrays([*there, keys.slice(0, 0)]))
+            if not pc.all(found, min_count=0).as_py():
+                return False
+
+        def may_go(name: str) -> bool:
+            self._lease.confirm()
+            try:
+                same = self._store.open(name).footer == entry.footer
+            except UnusableSegment:
+                return False
+            return same and all(self._store.stamp(n) == found[0] for n, found in held.items())
+
+        return self._store.take_away(entry.name, may_go)
+
+    def _whole(self, name: str) -> tuple[Stamp, list[tuple[Stored, pa.Array]]] | None:
+        """A segment that can be read whole: its stamp, and each group's kind and keys."""
+        if name not in self._read:
+            self._read[name] = None
+            stamp = self._store.stamp(name)
+            if stamp is not None and problem_of(self._store, name) is None:
+                file = self._store.open(name)
+                signal = file.footer.origin.signal
+                keys = [
+                    (Stored(signal, g.scored), file.read(i, ["key"])["key"].combine_chunks())
+                    for i, g in enumerate(file.footer.groups)
+                ]
+                self._read[name] = stamp, keys
+        return self._read[name]
