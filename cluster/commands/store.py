@@ -15,6 +15,7 @@ from raystill.cluster.commands.as_json import print_json
 from raystill.datasets.store.reading import (
     DamagedSegment,
     ForeignFile,
+    ImpossibleValues,
     NewerSegment,
     UnreadableSegment,
 )
@@ -40,6 +41,13 @@ KINDS = (
         "damaged",
         "read, and not what was written; a run that needs their rows asks for them again, and "
         "'store prune' removes them",
+    ),
+    (
+        ImpossibleValues,
+        EXIT_DAMAGED,
+        "with impossible values",
+        "no student learns from such rows; 'store prune' removes them and keeps the others, and a "
+        "run that needs them asks for them again",
     ),
     (
         UnreadableSegment,

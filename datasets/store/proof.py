@@ -12,12 +12,21 @@ from numpy.typing import NDArray
 
 from raystill.datasets.store.catalogue import Catalogue, Entry, Stored
 from raystill.datasets.store.lease import Lease
-from raystill.datasets.store.reading import UnusableSegment
-from raystill.datasets.store.segment import segment_schema
+from raystill.datasets.store.reading import ImpossibleValues, UnusableSegment
+from raystill.datasets.store.segment import Origin, segment_schema
 from raystill.datasets.store.store import TeacherStore
+from raystill.datasets.store.values import impossible_rows
 
 Stamp = tuple[int, int]
 """Size and time of change of a file."""
+
+
+def refuse_impossible(name: str, rows: pa.Table, origin: Origin) -> None:
+    """Raise ImpossibleValues if some of a segment's rows have values that no teacher means."""
+    if number := int(impossible_rows(rows, origin.signal, origin.vocab_size).sum()):
+        raise ImpossibleValues(
+            name, f"{number} of {len(rows)} rows of a group have logprobs or ids that cannot be"
+        )
 
 
 def problem_of(store: TeacherStore, name: str) -> UnusableSegment | None:
@@ -26,7 +35,8 @@ def problem_of(store: TeacherStore, name: str) -> UnusableSegment | None:
         file = store.open(name)
         columns = segment_schema(file.footer.origin.signal).names
         for group in range(len(file.footer.groups)):
-            file.read(group, columns)
+            rows = file.read(group, columns)
+            refuse_impossible(name, rows, file.footer.origin)
     except UnusableSegment as error:
         return error
     return None

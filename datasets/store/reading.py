@@ -47,6 +47,10 @@ class NewerSegment(UnusableSegment):
     """A newer version wrote something unknown here. It may be sound and is never deleted."""
 
 
+class ImpossibleValues(UnusableSegment):
+    """It is as it was written, and some of its rows have values that no teacher means."""
+
+
 class ForeignFile(UnusableSegment):
     """A file that was never a segment of a store: it is not used and never removed."""
 

@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from raystill.base.errors import RunError
 from raystill.datasets.store.catalogue import Catalogue
 from raystill.datasets.store.lease import Lease
-from raystill.datasets.store.proof import Proof, problem_of
+from raystill.datasets.store.proof import Proof, problem_of, refuse_impossible
 from raystill.datasets.store.reading import (
     DamagedSegment,
     ForeignFile,
     GoneSegment,
+    ImpossibleValues,
     UnusableSegment,
     read_each,
 )
@@ -45,6 +46,7 @@ from raystill.datasets.store.segment import (
     segment_schema,
 )
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
+from raystill.datasets.store.values import impossible_rows
 
 COMPACT_ROWS = 8192
 """Largest number of rows of a merged segment. A segment that is larger already is left as it is."""
@@ -148,8 +150,9 @@ def prune(
     """Remove damaged segments, old temporary files and, on request, the segments of one teacher.
 
     refused: what ``verify`` returned. Damaged segments are read again when they were set aside,
-    since a run may have replaced one meanwhile; the others of it stay. Files that never were
-    segments stay, and so do links.
+    since a run may have replaced one meanwhile; the others of it stay. Of a segment with impossible
+    values only the rows that have them are removed: the others are published in another. Files that
+    never were segments stay, and so do links.
     teacher: the beginning of a teacher's identity, whose segments are removed; None for none.
     dry_run: only report what would be removed.
 
@@ -160,8 +163,10 @@ def prune(
     with nullcontext() if dry_run else lease.held():
         if not dry_run:
             store.put_back_all()
-        left = {n: e for n, e in refused.items() if not isinstance(e, DamagedSegment)}
-        damaged = [name for name in refused if name not in left]
+        to_mend = [n for n, e in refused.items() if isinstance(e, ImpossibleValues)]
+        kinds = (DamagedSegment, ImpossibleValues)
+        left = {n: e for n, e in refused.items() if not isinstance(e, kinds)}
+        damaged = [name for name in refused if name not in left and name not in to_mend]
         results = _unusable(read_each(partial(problem_of, store), damaged))
         names = [n for n, error in results.items() if isinstance(error, DamagedSegment)]
         left |= {n: error for n, error in results.items() if n not in names}
@@ -181,7 +186,43 @@ def prune(
             return isinstance(problem_of(store, name), DamagedSegment)
 
         removed = [name for name in names if dry_run or store.take_away(name, may_go)]
+        removed += [name for name in to_mend if dry_run or _mend(store, lease, name)]
+        left |= {n: refused[n] for n in to_mend if n not in removed and store.exists(n)}
         return Pruned(sorted(removed + _stale_files(store, dry_run)), left)
+
+
+def _mend(store: TeacherStore, lease: Lease, name: str) -> bool:
+    """Put a segment without its impossible rows in the place of a segment; whether that was done.
+
+    The rows that are left are published, and read again, before the segment goes.
+    """
+    try:
+        file = store.open(name)
+        origin = file.footer.origin
+        groups: Groups = []
+        for number, group in enumerate(file.footer.groups):
+            rows = file.read(number, segment_schema(origin.signal).names)
+            bad = impossible_rows(rows, origin.signal, origin.vocab_size)
+            if not bad.any():
+                groups.append((group, rows))
+            elif not bad.all():
+                groups.append((group.provenance, rows.filter(pa.array(~bad))))
+    except UnusableSegment:
+        return False
+    new = _publish_merged(store, origin, {"": groups})
+    stamp = None if new is None else store.stamp(new)
+    if new is not None and (stamp is None or problem_of(store, new) is not None):
+        return False
+
+    def may_go(opened: str) -> bool:
+        lease.confirm()
+        try:
+            same = store.open(opened).footer == file.footer
+        except UnusableSegment:
+            return False
+        return same and (new is None or store.stamp(new) == stamp)
+
+    return store.take_away(name, may_go)
 
 
 def _stale_files(store: TeacherStore, dry_run: bool) -> list[str]:
@@ -321,6 +362,7 @@ def _needed_groups(
     opened: dict[str, SegmentFile] = {}
     for number, group in enumerate(entry.footer.groups):
         rows = store.read_group(entry.name, number, columns, opened)
+        refuse_impossible(entry.name, rows, entry.footer.origin)
         in_group = in_segment[catalogue.group[in_segment] == number]
         if not rows["key"].combine_chunks().equals(catalogue.keys.take(pa.array(in_group))):
             raise GoneSegment(entry.name, "another segment has replaced it")

@@ -25,10 +25,15 @@ from raystill.datasets.rows.schema import ENGINE, TOKEN_IDS, answer_schema, row_
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.segment import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
+from raystill.datasets.store.values import impossible_rows
 from raystill.datasets.store.view import Part, StoreView, in_order
 from raystill.datasets.stream.spec import Requester
 from raystill.datasets.stream.teacher_calls import TeacherCalls
 from raystill.run import Run
+
+NOT_FINITE = "not_finite"
+"""Error of an answer with NaN or positive logprobs, or ids outside the vocabulary: it is dropped
+and not stored, so that it is asked for again."""
 
 
 class StoredAnswers:
@@ -105,6 +110,8 @@ class StoredAnswers:
         self, rows: NDArray[np.int64], prompt_ids: pa.Array, answers: pa.Table, scored: bool
     ) -> pa.Table:
         """Publish the usable ones; the answers with what is published in their places."""
+        origin = self._origin(answers)
+        answers = without_impossible(answers, origin)
         usable = pc.is_null(answers["error"]).combine_chunks()
         if not pc.any(usable).as_py():
             return answers
@@ -112,7 +119,6 @@ class StoredAnswers:
         answered = answers.filter(usable).select(stored_columns(self._wanted))
         columns = dict(zip(answered.column_names, answered.columns, strict=True))
         segment = pa.table({"key": keys, "prompt_ids": prompt_ids.filter(usable), **columns})
-        origin = self._origin(answers)
         provenance = Provenance(self._requester.run, self._requester.purpose, scored)
         published = await asyncio.to_thread(self._publish, origin, provenance, segment)
         if published is segment:
@@ -146,6 +152,14 @@ class StoredAnswers:
             vocab_size=engine["vocab_size"],
             signal=self._wanted,
         )
+
+
+def without_impossible(answers: pa.Table, origin: Origin) -> pa.Table:
+    """The answers; the error of those whose values no teacher means is NOT_FINITE."""
+    bad = pa.array(impossible_rows(answers, origin.signal, origin.vocab_size))
+    place = answers.schema.get_field_index("error")
+    errors = pc.if_else(bad, pa.scalar(NOT_FINITE), pa.scalar(None, pa.string()))
+    return answers.set_column(place, "error", pc.coalesce(answers["error"], errors))
 
 
 def answer_prompts(

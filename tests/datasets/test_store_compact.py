@@ -14,11 +14,24 @@ from raystill.cluster.commands.store import store_command
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.lease import Lease
+from raystill.datasets.store.reading import ImpossibleValues
 from raystill.datasets.store.segment import DamagedSegment, Provenance, segment_name
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.upkeep import compact, prune, verify
+from raystill.datasets.store.values import impossible_rows
 from raystill.datasets.store.view import StoreView
-from tests.datasets.test_store import TOPK, key, keys_of, origin, path_of, publish, segment
+from raystill.datasets.stream.answers import without_impossible
+from tests.datasets.test_store import (
+    HIDDEN,
+    TOPK,
+    answers,
+    key,
+    keys_of,
+    origin,
+    path_of,
+    publish,
+    segment,
+)
 
 
 @pytest.fixture
@@ -197,3 +210,57 @@ def test_a_folder_that_is_no_store_is_refused(action: str, tmp_path: Path) -> No
     with pytest.raises(RunError, match=r"no file of its folder 'segments' is a segment"):
         store_command(action, str(tmp_path))
     assert table.exists()
+
+
+def changed(rows: pa.Table, column: str, row: int, value: float) -> pa.Table:
+    """The rows with the first number of a column's row replaced."""
+    values = rows[column].to_pylist()
+    numbers = values[row][0] if isinstance(values[row][0], list) else values[row]
+    numbers[-1] = value
+    place = rows.schema.get_field_index(column)
+    return rows.set_column(place, column, pa.array(values, rows.schema.field(column).type))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("sampled_logprobs", np.nan),
+        ("sampled_logprobs", 0.5),
+        ("topk_logprobs", np.inf),
+        ("topk_logprobs", 0.0),
+        ("topk_ids", 300),
+        ("topk_ids", -1),
+        ("tail_logprob", np.nan),
+    ],
+)
+def test_stored_rows_that_no_student_takes_are_found_and_only_they_are_pruned(
+    store: TeacherStore, column: str, value: float
+) -> None:
+    rows = changed(segment([1, 2, 3]), column, 1, value)
+    name, _ = store.publish(origin(), Provenance("run", "training"), rows)
+    sound = publish(store, [4])
+    refused = verify(store)
+    assert list(refused) == [name] and isinstance(refused[name], ImpossibleValues)
+    compact(store)
+    assert store.names() == sorted([name, sound])
+    assert prune(store, refused, None, dry_run=True).files == [name]
+    assert store_command("verify", store.path) == 1
+    assert prune(store, refused, None, dry_run=False).files == [name]
+    assert verify(store) == {}
+    assert (missing(store, [1, 3, 4]), missing(store, [2])) == (0, 1)
+
+
+def test_an_answer_with_impossible_values_is_dropped_by_name_and_scored_states_are_not() -> None:
+    given = answers([1, 2], TOPK)
+    told = without_impossible(changed(given, "sampled_logprobs", 1, np.nan), origin())
+    assert told["error"].to_pylist() == [None, "not_finite"]
+    hidden = segment([1, 2], HIDDEN)
+    numbers = hidden["sampled_logprobs"].to_pylist()
+    numbers[0] = [np.nan] * len(numbers[0])
+    place = hidden.schema.get_field_index("sampled_logprobs")
+    scored = hidden.set_column(place, "sampled_logprobs", pa.array(numbers, pa.list_(pa.float32())))
+    assert not impossible_rows(scored, HIDDEN, 300).any()
+    assert impossible_rows(changed(hidden, "sampled_logprobs", 1, 1.0), HIDDEN, 300).tolist() == [
+        False,
+        True,
+    ]
