@@ -2,9 +2,9 @@
 
 A state machine runs the store's own code in threads of which only one moves at a time. Each
 listing, opening, publishing, setting aside, deleting and putting back of a file is a step, and the
-strategy says who takes the next.
+strategy says who takes the next. Two pairs of processes are stepped through exhaustively beside it.
 
-What it found in the upkeep before, without a lease and without reading again: one ``compact``
+These two fail on the upkeep from before the lease, which read nothing again: one ``compact``
 publishes the merged segment M of X1 and X2. A second one takes its catalogue of X1, X2 and M, and
 counts the rows of M as duplicates of those in X1 and X2. The first removes X1 and X2. The second
 finds both gone, skips them, has nothing to keep of M, and removes M: all rows are lost. With a run:
