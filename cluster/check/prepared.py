@@ -145,9 +145,8 @@ class Prepared:
         ):
             view = catalogue.ordered_for(wanted)
             where = view.locate(table["key"].combine_chunks())
-            serves = [entry.footer.origin.signal.serves(wanted) for entry in view.entries]
             is_stored, is_served = where >= 0, np.zeros(len(where), bool)
-            is_served[is_stored] = np.array(serves, bool)[view.segment[where[is_stored]]]
+            is_served[is_stored] = view.serves(wanted, where[is_stored])
             is_given = table["response_ids"].is_valid().to_numpy() & ~is_served
             num_served.append(int(is_served.sum()))
             if wanted.kind == "text":

@@ -7,7 +7,7 @@ Legend: N rows looked for, S rows stored.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -111,21 +111,25 @@ class Catalogue:
             witness[with_it] = serving[first.to_numpy()]
         return witness
 
+    def serves(self, wanted: Signal, rows: NDArray[np.int64] | None = None) -> NDArray[np.bool_]:
+        """Whether ``wanted`` can be derived from each of the stored ``rows``; default: all, [S]."""
+        groups = [(e.footer.origin.signal, g.scored) for e in self.entries for g in e.footer.groups]
+        serving = np.array([signal.serves(wanted, scored) for signal, scored in groups], bool)
+        first = np.cumsum([0, *(len(entry.footer.groups) for entry in self.entries)])
+        at = slice(None) if rows is None else rows
+        return np.asarray(serving[first[self.segment[at]] + self.group[at]], bool)
+
     def ordered_for(self, wanted: Signal) -> "Catalogue":
-        """The same catalogue with the segments that serve ``wanted`` first.
+        """The same catalogue with the rows that serve ``wanted`` first.
 
         Within both halves the order stays. ``locate`` then finds a row that serves ``wanted`` if
         there is one.
         """
-        serves = np.array([e.footer.origin.signal.serves(wanted) for e in self.entries], bool)
-        order = np.argsort(~serves, kind="stable")
-        number = np.argsort(order).astype(np.int32)
-        rows = np.argsort(number[self.segment], kind="stable")
-        return Catalogue(
-            entries=[self.entries[index] for index in order],
-            refused=self.refused,
+        rows = np.argsort(~self.serves(wanted), kind="stable")
+        return replace(
+            self,
             keys=self.keys.take(pa.array(rows)),
-            segment=number[self.segment][rows],
+            segment=self.segment[rows],
             group=self.group[rows],
             place=self.place[rows],
         )

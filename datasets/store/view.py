@@ -125,9 +125,8 @@ class StoreView:
 
     def _sort(self, catalogue: Catalogue, where: NDArray[np.int64], given: pa.Array) -> Lookup:
         """Sort a group's rows. where: [n] the stored row of each; -1 where there is none."""
-        serves = [e.footer.origin.signal.serves(self._wanted) for e in catalogue.entries]
         stored = np.flatnonzero(where >= 0)
-        rich_enough = np.array(serves, bool)[catalogue.segment[where[stored]]]
+        rich_enough = catalogue.serves(self._wanted, where[stored])
         served, poorer = stored[rich_enough], stored[~rich_enough]
         missing = np.flatnonzero(where < 0)
         has_response = given.is_valid().to_numpy(zero_copy_only=False)[missing]

@@ -47,6 +47,7 @@ from raystill.datasets.store.segment import (
 )
 from raystill.datasets.store.store import SEGMENTS, RowCounts, TeacherStore, rows_requested_by
 from raystill.datasets.store.upkeep import compact, prune, verify
+from raystill.datasets.store.view import StoreView
 
 V = 300
 TOPK = Signal("topk", 16)
@@ -470,6 +471,48 @@ class TestCompacting:
         }
         assert verify(store) == {}
         assert compact(store).merged == 0
+
+    def test_a_response_scored_for_hidden_is_scored_once_more_for_logprobs_and_never_again(
+        self, store: TeacherStore
+    ) -> None:
+        sampled, wishes = Signal("sampled"), np.arange(5)
+        keys = pa.chunked_array([keys_of([0, 1, 2, 3, 4])])
+        without = segment([1, 2], HIDDEN)
+        place = without.schema.get_field_index("sampled_logprobs")
+        nan = [[float("nan")] * len(each) for each in without["response_ids"].to_pylist()]
+        values = pa.array(nan, without.schema.field(place).type)
+        store.publish(
+            origin(HIDDEN),
+            Provenance("run", "training", scored=True),
+            without.set_column(place, "sampled_logprobs", values),
+        )
+        publish(store, [3], signal=HIDDEN)
+        publish(store, [4])
+
+        def look_up(wanted: Signal) -> tuple[list[int], list[int], list[int]]:
+            view = StoreView(store, keys, wanted)
+            found = view.look_up(wishes, pa.nulls(5, pa.list_(pa.int32())))
+            for _, part in found.answered:
+                assert part["error"].null_count == len(part)
+            answered = [place for places, _ in found.answered for place in places.tolist()]
+            return sorted(answered), found.to_score[0].tolist(), found.to_ask.tolist()
+
+        def look_up_all() -> None:
+            assert look_up(sampled) == ([1, 2, 3, 4], [], [0])
+            assert look_up(HIDDEN) == ([1, 2, 3], [4], [0])
+            assert look_up(Signal("text")) == ([1, 2, 3, 4], [], [0])
+
+        assert look_up(sampled) == ([3, 4], [1, 2], [0])
+        assert compact(store).duplicates == 0
+        assert look_up(sampled) == ([3, 4], [1, 2], [0])
+        publish(store, [1, 2], signal=sampled, scored=True)
+        look_up_all()
+        assert compact(store).duplicates == 0  # The logprobs are nowhere else.
+        look_up_all()
+        publish(store, [1], signal=HIDDEN, salt=1)  # With logprobs: it serves all of the others.
+        assert store.catalogue().duplicates in (1, 2)  # By the order of names.
+        compact(store)
+        look_up_all()
 
     def test_a_damaged_segment_is_left_alone(self, store: TeacherStore) -> None:
         bad = publish(store, [1])
