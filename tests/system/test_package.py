@@ -107,7 +107,7 @@ def test_the_light_requirements_suffice_without_a_cluster(
     """The environment has neither Ray nor torch nor transformers."""
     check = ("raystill", "check", "configs/tiny.yaml", "--static")
     assert "no problems found" in run(environment, *check, folder=ROOT)
-    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "segments").mkdir(parents=True)
     run(environment, "raystill", "store", "list", "store", folder=tmp_path)
 
 
