@@ -46,13 +46,13 @@ def test_a_killed_engine_ends_its_replica_and_every_row_is_answered(
 
     teacher = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())["teacher"]
     teacher |= {"model": str(TEACHER), "max_num_seqs": 2}
-    teacher["sampling"] |= {"max_tokens": MAX_TOKENS}
+    teacher["sampling"] |= {"max_tokens": MAX_TOKENS // 2}
     config = RunConfig.model_validate(
         {"teacher": teacher, "student": {"layers": [0]}, "prompts": {"path": "unused"}}
     )
     model = ModelSource.of(str(TEACHER), TEACHER)
     app = TeacherApp("teacher-to-be-killed", config, model, logs=tmp_path)
-    groups = [pa.array([[5 + 10 * g + r, 7] for r in range(4)], TOKEN_IDS) for g in range(8)]
+    groups = [pa.array([[5 + 10 * g + r, 7] for r in range(3)], TOKEN_IDS) for g in range(6)]
 
     async def ask_all() -> list[pa.Table]:
         calls = TeacherCalls(app.name, Signal("topk", 8), max_attempts=10, coordinator=None)
