@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.datasets.rows.schema import TOKEN_FLOATS, answer_schema, signal_fields
@@ -24,8 +23,6 @@ Float32Array = NDArray[np.float32]
 
 NO_LOGPROBS = "no_logprobs"
 """Error of a stored row that was scored for ``hidden``, where ``sampled`` is wanted."""
-FOREIGN_ID = "foreign_id"
-"""Error of an answer with an id that no token has, such as a padded row of the teacher's head."""
 
 
 def _no_ids() -> Int32Array:
@@ -194,22 +191,6 @@ def derive_answers(rows: pa.Table, stored: Signal, wanted: Signal, vocab_size: i
         columns["hidden"] = rows["hidden"]
     schema = answer_schema(wanted)
     return pa.table([columns[name] for name in schema.names], schema=schema)
-
-
-def without_foreign(answers: pa.Table, num_ids: int) -> pa.Table:
-    """The answers, where those with a response id of ``num_ids`` or more have the error FOREIGN_ID.
-
-    answers: ``answer_schema``. num_ids: ids that the student has a class for. The student cannot
-    be trained on such a row, nor measured; unmarked, it would stop the run at each start.
-    """
-    responses = answers["response_ids"].combine_chunks()
-    foreign = _has_any(responses, lambda ids: (ids >= num_ids) | (ids < 0))
-    if not foreign.any():
-        return answers
-    errors = pc.if_else(pa.array(foreign), pa.scalar(FOREIGN_ID), pa.scalar(None, pa.string()))
-    place = answers.schema.get_field_index("error")
-    # An error that is there already stays.
-    return answers.set_column(place, "error", pc.coalesce(answers["error"], errors))
 
 
 def _has_any(

@@ -9,13 +9,11 @@ import pyarrow.compute as pc
 import pytest
 
 from raystill.datasets.rows.answers import (
-    FOREIGN_ID,
     NO_LOGPROBS,
     Answer,
     answers_table,
     derive_answers,
     stored_columns,
-    without_foreign,
 )
 from raystill.datasets.rows.signal import Signal
 
@@ -62,18 +60,3 @@ def test_a_stored_row_without_logprobs_is_an_unusable_answer_and_never_a_row(sta
 def test_a_signal_that_has_its_loss_without_logprobs_is_served_all_the_same(wanted: Signal) -> None:
     rows = stored_rows([float("nan")], [-1.0]).select(stored_columns(wanted))
     assert derive_answers(rows, HIDDEN, wanted, V)["error"].null_count == 2
-
-
-@pytest.mark.parametrize("start", [0, 1])
-def test_an_answer_with_an_id_that_no_token_has_is_unusable(start: int) -> None:
-    ids = [[1, 2], [3, V, 4], [], [V - 1], [-1], [V + 7]]
-    answers = [
-        Answer(response_ids=np.array(each, np.int32), finish_reason="stop") for each in ids
-    ] + [Answer(error="too_long")]
-    table = answers_table(answers, Signal("text")).slice(start)
-    marked = without_foreign(table, V)
-    expected = [None, FOREIGN_ID, None, None, FOREIGN_ID, FOREIGN_ID, "too_long"]
-    assert marked["error"].to_pylist() == expected[start:]
-    assert marked.schema.equals(table.schema)
-    assert marked.drop_columns(["error"]).equals(table.drop_columns(["error"]))
-    assert without_foreign(table, V + 8)["error"].to_pylist().count(FOREIGN_ID) == 1  # -1
