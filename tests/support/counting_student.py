@@ -7,13 +7,13 @@ stream, shares, epochs, checkpoints, restarts.
 
 import json
 import time
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from raystill.run import Run
-from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.step import NUM_FIXED_FIGURES, GlobalStep
 from raystill.train.worker.worker import Worker, run_worker
 
@@ -25,19 +25,24 @@ SECONDS_PER_STEP = 0.2
 class CountingStep(GlobalStep):
     """The real step around another loss: the gradients of all ranks are summed, not averaged."""
 
+    def __init__(self, counts: nn.Parameter, *args: Any, world_size: int, **options: Any) -> None:
+        super().__init__(*args, **options)  # One rank: the student is in neither DDP nor FSDP.
+        self.world_size = world_size
+        self.counts = counts
+
     def _accumulate(self, groups: list, num_passes: int) -> torch.Tensor:
         time.sleep(SECONDS_PER_STEP)
         self.optimizer.zero_grad()
         rows = torch.tensor([row.row for group in groups for row in group], dtype=torch.int64)
-        loss = -self.module[rows].sum()
+        loss = -self.counts[rows].sum()
         loss.backward()
         if self.world_size > 1:
-            dist.all_reduce(self.module.grad)
+            dist.all_reduce(self.counts.grad)
         sums = torch.zeros(len(self._term_names) + NUM_FIXED_FIGURES, dtype=torch.float64)
         sums[-1] = 1  # Padded tokens, which the padding fraction is divided by.
         return sums
 
-    def _update(self, step: int, weight: float, lr: float) -> float:
+    def _update(self, weight: float, lr: float) -> float:
         self.optimizer.step()
         return 0.0
 
@@ -58,26 +63,14 @@ class CountingWorker(Worker):
             self.run.folder.write_text(COUNTS, json.dumps(counts))
 
     def _build_step(self) -> GlobalStep:
-        step = CountingStep.__new__(CountingStep)
-        step.module = self.student.model.counts
-        step.optimizer = self.optimizer
-        step.training = self.config.training
-        step.objective = self.config.objective
-        step.signal_kind = self.config.signal.kind
-        step.total_steps = self.progress.total_steps
-        step.device = self.device
-        step.world_size = self.ranks.world_size
-        step.teacher = None
-        step.batches = BatchMaker(
-            step.training,
-            step.objective,
-            signal_kind=step.signal_kind,
-            student_vocab=self.vocab,
-            device=self.device,
+        return CountingStep(
+            self.student.model.counts,
+            self.student.model,
+            self.optimizer,
+            self._build_batches(),
+            total_steps=self.progress.total_steps,
+            world_size=self.ranks.world_size,
         )
-        step._warned_at = 0
-        step._term_names = sorted(step.objective.weights)
-        return step
 
 
 def counting_worker(settings: dict[str, Run]) -> None:

@@ -77,7 +77,7 @@ def config_of(order: str, num_workers: int, epochs: int = EPOCHS) -> RunConfig:
                 "num_workers": num_workers,
                 "cpus_per_worker": 0.5,
                 "checkpoint_every_steps": 2,
-                "max_failures": 100,
+                "max_failures": 40,
             },
         }
     )
