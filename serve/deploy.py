@@ -21,7 +21,7 @@ from raystill.datasets.stream.teacher_calls import applications
 from raystill.model.on_node import ModelSource
 from raystill.placement.requests import add_up, describe, teacher_bundles
 from raystill.run import Run
-from raystill.serve.engine.vllm import PROBE_TIMEOUT_S
+from raystill.serve.engine.arguments import PROBE_TIMEOUT_S
 from raystill.serve.replica import ReplicaSettings, Teacher
 
 DEPLOYMENT = "Teacher"

@@ -32,7 +32,6 @@ from raystill.model.sampling import ResolvedSampling, resolve_sampling
 from raystill.placement.requests import share_of_cores, teacher_cores
 from raystill.serve.engine.arguments import EngineSettings, label_replica, prepare_process
 from raystill.serve.engine.synthetic import SyntheticEngine
-from raystill.serve.engine.vllm import VllmEngine, engine_is_dead
 
 EXIT_ENGINE_DEAD = 70
 Ids = list[NDArray[np.int32]]
@@ -195,7 +194,11 @@ class Teacher:
 
     def _exit_if_engine_died(self, error: Exception) -> None:
         """End the process, so that callers see an actor that died and Serve starts another."""
-        if self._engine.name == "vllm" and engine_is_dead(error):
+        if self._engine.name != "vllm":
+            return
+        from raystill.serve.engine.vllm import engine_is_dead
+
+        if engine_is_dead(error):
             print(f"the engine died ({error}); this replica exits", flush=True)
             os._exit(EXIT_ENGINE_DEAD)
 
@@ -252,6 +255,8 @@ def build_engine(
     by_name = cores is None and teacher.pipeline_parallel_size > 1 and settings.model.commit
     if not by_name:
         os.environ["HF_HUB_OFFLINE"] = "1"
+    from raystill.serve.engine.vllm import VllmEngine  # Here: the driver imports this module.
+
     root_seed = config.section_seeds()["engine"] if teacher.seed is None else teacher.seed
     return VllmEngine(
         EngineSettings(

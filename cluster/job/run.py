@@ -30,7 +30,6 @@ from raystill.model.on_node import ModelSource
 from raystill.run import Run
 from raystill.serve.deploy import TeacherApp
 from raystill.train.evaluation.probe import is_due, probe_teacher
-from raystill.train.worker import fit as train
 
 LEAVE_S = 5.0
 LOADING = "loading the teacher and the student"
@@ -98,7 +97,13 @@ def stream(run: Run, prepared: Prepared) -> StreamSpec:
 
 def fit(run: Run, spec: StreamSpec) -> Background:
     """The thread that trains the student on the stream; not started yet."""
-    return Background("student", lambda: train.fit(run, spec))
+
+    def work() -> None:
+        from raystill.train.worker import fit  # Three seconds, while the teacher starts.
+
+        fit.fit(run, spec)
+
+    return Background("student", work)
 
 
 def serve_teacher(run: Run, prepared: Prepared, probe: bool) -> None:

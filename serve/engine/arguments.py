@@ -18,6 +18,8 @@ from raystill.model.sampling import ResolvedSampling
 GIB = 2**30
 CPU_KV_CACHE_GIB = 2.0
 """KV cache on a CPU where ``teacher.kv_cache_gib`` is not set."""
+PROBE_TIMEOUT_S = 60.0
+"""Within which a sound engine gives one token."""
 
 OWNED = {
     "model": "teacher.model",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from raystill.datasets.rows.answers import Answer, why_unanswerable, why_unscorable
 from raystill.datasets.rows.signal import Signal
-from raystill.serve.engine.arguments import EngineSettings, engine_arguments
+from raystill.serve.engine.arguments import PROBE_TIMEOUT_S, EngineSettings, engine_arguments
 from raystill.serve.engine.capture import CaptureRequest
 from raystill.serve.engine.outputs import hidden_states, keep_arrays, sampled_answer, scored_answer
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 Ids = NDArray[np.int32]
 
-PROBE_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 5.0
 
 

@@ -382,6 +382,7 @@ def test_a_machine_without_git_has_no_commit_to_tell(
 
 
 @pytest.mark.ray
+@pytest.mark.faults  # test_connect holds the refusal by a real cluster, test_check the others.
 def test_more_workers_than_the_cluster_can_have_are_refused_beside_other_problems(
     run_file: str,
 ) -> None:

@@ -42,11 +42,13 @@ def workers(teacher):
     return ray.remote(num_cpus=0, max_concurrency=2 * sum(WORLD_SIZES))(rig.Workers).remote()
 
 
-@pytest.mark.parametrize("order", ["fixed", "arrival"])
-def test_all_rows_arrive_within_the_smallest_bound_at_one_to_four_workers(workers, tmp_path, order):
+@pytest.mark.parametrize(("order", "world_sizes"), [("fixed", (2, 4)), ("arrival", (1, 3))])
+def test_all_rows_arrive_within_the_smallest_bound_at_one_to_four_workers(
+    workers, tmp_path, order, world_sizes
+):
     num_rows = 161
     runs = []
-    for world_size in WORLD_SIZES:
+    for world_size in world_sizes:
         run = Run(tmp_path, [rig.RANDOM_DELAY] * num_rows, order, world_size)
         assert run.bound == ROWS_PER_STEP + 2 * world_size * GROUP_ROWS
         runs.append(run.start(workers))
@@ -229,7 +231,7 @@ def test_a_poison_row_is_dropped_once_and_not_asked_in_the_next_epoch(workers, t
 
 def test_further_epochs_are_read_from_the_store_in_another_order(workers, tmp_path):
     run = Run(tmp_path, [PLAIN] * 100, "fixed", 2)
-    epochs = [run.stream(workers, epoch=epoch) for epoch in range(3)]
+    epochs = [run.stream(workers, epoch=epoch) for epoch in range(2)]
     for epoch, streamed in enumerate(epochs):
         assert streamed.positions == list(range(100))
         order = epoch_order(100, SEED, epoch, GROUP_ROWS)
@@ -237,7 +239,7 @@ def test_further_epochs_are_read_from_the_store_in_another_order(workers, tmp_pa
             assert table["row"].to_pylist() == order[table["position"].to_numpy()].tolist()
             assert table["response_ids"].to_pylist() == [[r, 1] for r in table["row"].to_pylist()]
     counters = epochs[-1].snapshot.counters
-    assert (counters["rows_asked"], counters["rows_reused"]) == (100, 200)
+    assert (counters["rows_asked"], counters["rows_reused"]) == (100, 100)
     rows = {tuple(t["row"].to_pylist()) for s in epochs for t in s.tables}
     assert len(rows) > 100 // GROUP_ROWS + 1, "the rows within groups were not shuffled anew"
 

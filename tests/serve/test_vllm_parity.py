@@ -4,6 +4,7 @@ A chain: what the replica says of a token equals what the plain model says of it
 that float32 kernels of two libraries allow.
 """
 
+import asyncio
 import os
 import signal
 from collections.abc import Iterator
@@ -13,9 +14,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from ray.exceptions import RayActorError
 
 from raystill.config.run import RunConfig
+from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.stream.teacher_calls import TeacherCalls
 from raystill.model.on_node import ModelSource
 
 pytestmark = pytest.mark.vllm
@@ -82,19 +86,23 @@ def prompts(tokenizer: Any) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def info(
+def teacher(
     ray_serve: None, stop_ids: list[int], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Any]]:
-    from ray import serve
-
+) -> Iterator[Any]:
     from raystill.serve.deploy import TeacherApp
 
     config = run_config(stop_ids)
     model = ModelSource.of(config.teacher.model, MODEL)
-    teacher = TeacherApp(APP, config, model, logs=tmp_path_factory.mktemp("logs"))
-    teacher.deploy()
-    yield teacher.wait(300.0)
-    serve.delete(APP)
+    app = TeacherApp(APP, config, model, logs=tmp_path_factory.mktemp("logs"))
+    app.deploy()
+    yield app
+    app.end()
+
+
+@pytest.fixture(scope="module")
+def info(teacher: Any) -> dict[str, Any]:
+    found: dict[str, Any] = teacher.wait(300.0)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -347,18 +355,40 @@ def test_poorer_signals_leave_their_columns_out(
     assert (np.array(sampled[0]["sampled_logprobs"]) <= 0).all()
 
 
-def test_a_replica_whose_engine_died_leaves_its_callers_an_actor_error(
-    info: dict[str, Any], prompts: list[list[int]]
+def test_a_killed_engine_ends_its_replica_and_every_row_is_answered(
+    teacher: Any, info: dict[str, Any], prompts: list[list[int]]
 ) -> None:
-    """Last in this module: Serve starts another replica meanwhile, which nobody waits for."""
-    from ray.exceptions import RayActorError
+    """Groups are in flight when the engine's process is killed; the next replica answers them.
+
+    Last in this module, since it costs the next replica's start.
+    """
+    from ray import serve
 
     engines = engine_processes(info["pid"])
     assert engines
-    for pid in engines:
-        os.kill(pid, signal.SIGKILL)
-    with pytest.raises(RayActorError):
-        ask(prompts[:2], "text")
+    groups = [pa.array(prompts[i : i + 3], TOKEN_IDS) for i in range(4)]
+    table = pa.table({"prompt_ids": groups[0]})
+
+    async def ask_all() -> tuple[list[pa.Table], Any]:
+        calls = TeacherCalls(APP, Signal("topk", 8), max_attempts=10, coordinator=None)
+        plain = serve.get_app_handle(APP).sample.remote(table, Signal("text"))
+        tasks = [asyncio.create_task(calls.sample(group)) for group in [*groups, *groups]]
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        assert not all(task.done() for task in tasks)
+        for pid in engines:
+            os.kill(pid, signal.SIGKILL)
+        later = serve.get_app_handle(APP).sample.remote(table, Signal("text"))
+        told = await asyncio.gather(plain, later, return_exceptions=True)
+        return await asyncio.gather(*tasks), told
+
+    answers, told = asyncio.run(ask_all())
+    assert any(isinstance(answer, RayActorError) for answer in told), "as callers are told of it"
+    assert teacher.wait(300.0)["pid"] != info["pid"]
+    assert not Path(f"/proc/{info['pid']}").exists()
+    for table, group in zip(answers, [*groups, *groups], strict=True):
+        assert len(table) == len(group)
+        assert table["error"].null_count == len(table)
+        assert min(map(len, table["response_ids"].to_pylist())) > 0
 
 
 def engine_processes(replica: int) -> list[int]:

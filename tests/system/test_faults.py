@@ -41,7 +41,7 @@ from tests.support.runs import run_of
 
 pytestmark = pytest.mark.ray
 
-NUM_ROWS, EPOCHS, GROUP_ROWS, ROWS_PER_STEP = 161, 3, 8, 16
+NUM_ROWS, EPOCHS, GROUP_ROWS, ROWS_PER_STEP = 161, 2, 8, 16
 GROUPS_IN_FLIGHT = 4
 PATIENCE_S = 1200
 POISON_ROW = 70

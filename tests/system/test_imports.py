@@ -204,6 +204,15 @@ def test_what_comes_before_spending_imports_nothing_heavy(code: str) -> None:
     assert "HEAVY []" in run_python(f"{code}\n{tell}")
 
 
+def test_a_run_begins_before_a_framework_is_imported() -> None:
+    """The driver's job needs Ray; torch costs it seconds in which the teacher could be starting."""
+    found = run_python(
+        "import sys, raystill.cluster.job.run\n"
+        "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
+    )
+    assert "[]" in found
+
+
 def test_an_installed_hugging_face_datasets_wins_over_the_folder(tmp_path: Path) -> None:
     package = tmp_path / "datasets"
     package.mkdir()

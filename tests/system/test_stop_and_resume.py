@@ -1,4 +1,4 @@
-"""A run stopped by signals and begun again, beside one that nobody disturbed.
+"""A run stopped by signals and begun again; with the faults, beside one that nobody disturbed.
 
 Signals go to the driver only.
 """
@@ -204,6 +204,7 @@ def test_every_row_was_trained_once_by_the_weights_that_were_kept(disturbed: Dis
     assert summary["evaluation_rows_asked"] == NUM_HELD_OUT  # Their answers were kept.
 
 
+@pytest.mark.faults
 def test_no_trace_of_the_stops_is_left_in_figures_or_weights(
     disturbed: Disturbed, undisturbed: RunFiles
 ) -> None:

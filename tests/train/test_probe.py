@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from raystill.base.run_folder import PROBE, RunFolder
 from raystill.config.run import RunConfig
 from raystill.train.batch.rows import Row
-from raystill.train.evaluation.probe import Agreement, agreement, disagreements, is_due
+from raystill.train.evaluation.agreement import Agreement, agreement, disagreements
+from raystill.train.evaluation.probe import is_due
 from tests.support.end_to_end import TEACHER as TINY_TEACHER
 from tests.support.runs import run_of
 
