@@ -39,6 +39,7 @@ class Coordinator:
         self._teacher_settled = asyncio.Event()  # Not on its way out.
         self._teacher_settled.set()
         self._teacher_lives = 1
+        self._teacher_served = True
         self._let_go_in = 0  # The last attempt in which the teacher was let go.
         self._may_train = asyncio.Event()
         self._may_train.set()
@@ -145,6 +146,7 @@ class Coordinator:
         """Something is not in the store: the teacher is needed. Which of its lives will answer."""
         await self._teacher_settled.wait()
         self._teacher_wanted.set()
+        self._teacher_served = True
         return self._teacher_lives
 
     async def wait_teacher_wanted(self) -> bool:
@@ -169,8 +171,13 @@ class Coordinator:
             return True
 
     async def teacher_gone(self) -> None:
-        """Its replicas have ended; another life begins when it is wanted."""
+        """It has no replicas (any more); another life begins when it is wanted."""
+        self._teacher_served = self._teacher_wanted.is_set()
         self._teacher_settled.set()
+
+    async def teacher_served(self) -> bool:
+        """Whether the teacher has replicas, or is about to have them."""
+        return self._teacher_served
 
     async def close(self) -> None:
         """The driver is about to leave: end every wait for the teacher to be needed."""

@@ -116,8 +116,10 @@ def serve_teacher(run: Run, prepared: Prepared, probe: bool) -> None:
     teacher, coordinator, config = TeacherApp.of(run), run.coordinator, run.config
     coordinator.phase.remote(LOADING)
     held_out = [answer_held_out.remote(run)] if prepared.num_held_out_rows else []
-    if prepared.stored.covers_all and not wait_until_wanted(coordinator, held_out):
-        return
+    if prepared.stored.covers_all:
+        coordinator.teacher_gone.remote()
+        if not wait_until_wanted(coordinator, held_out):
+            return
     teacher.deploy()
     teacher.wait()
     if held_out:

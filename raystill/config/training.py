@@ -149,6 +149,12 @@ class TrainingConfig(ConfigModel):
         "core, for a run that has all answers in the store. Default: the second half of the "
         "node's cores.",
     )
+    idle_teacher_cores: bool = operational(
+        True,
+        description="On nodes without GPUs, unless cpu_cores is set: whether the workers take "
+        "over the teacher's cores while no teacher is served, and give them back when it is "
+        "wanted. Sums of more threads may differ in their last bits.",
+    )
     resources_per_worker: dict[str, float] = operational(
         {}, description="Custom Ray resources that a worker requests, e.g. {student: 1}."
     )

@@ -293,9 +293,11 @@ def test_the_teacher_may_go_when_every_row_has_its_answer():
         assert await idle
         assert await waits(c.wait_teacher_idle(2)), "once an attempt"
         assert await waits(c.want_teacher()), "it is on its way out"
-        wish = asyncio.ensure_future(c.want_teacher())
+        assert await c.teacher_served()
         await c.teacher_gone()
-        assert await wish == 2
+        assert not await c.teacher_served()
+        assert await c.want_teacher() == 2
+        assert await c.teacher_served(), "its cores are its own again"
         assert await c.wait_teacher_wanted()
         assert await c.publish(1, 2, Ledger(16).to_dict()) == attempt + 1
         assert await waits(c.wait_teacher_idle(2)), "the next epoch has no answers yet"
@@ -303,6 +305,18 @@ def test_the_teacher_may_go_when_every_row_has_its_answer():
         assert not await c.wait_teacher_idle(2)
 
     asyncio.run(run())
+
+
+def test_a_run_that_begins_without_a_teacher_says_so_unless_it_is_wanted_by_then():
+    async def run(wanted):
+        c = coordinator()
+        if wanted:
+            await c.want_teacher()
+        await c.teacher_gone()
+        return await c.teacher_served()
+
+    assert not asyncio.run(run(wanted=False))
+    assert asyncio.run(run(wanted=True))
 
 
 @pytest.mark.parametrize(("last_epoch", "goes"), [(1, False), (0, True)])

@@ -52,6 +52,7 @@ def write_run_file(folder: Path, **changes: dict[str, Any]) -> Path:
             "checkpoint_every_steps": 3,
             "compute_dtype": "float32",
             "export_dtype": "float32",
+            "idle_teacher_cores": False,  # Weights are compared bit by bit.
         },
         "evaluation": {"held_out_rows": NUM_HELD_OUT, "top_k": 8, "free_running": {"rows": 2}},
         "cluster": {"num_cpus": 4},

@@ -1,6 +1,7 @@
 """A worker's process: where its output goes, which cores or device it has, what ends the run."""
 
 import errno
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,28 +14,61 @@ from ray.train.torch import get_device
 from raystill.base.errors import RunError
 from raystill.base.logs import log_labelled, redirect_output, run_name
 from raystill.base.run_folder import no_space_left
+from raystill.config.run import RunConfig
 from raystill.placement.requests import share_of_cores, student_cores
 from raystill.run import Run
 
+logger = logging.getLogger(__name__)
 
-def settle_process(run: Run, context: Any) -> torch.device:
-    """Send output to ``logs/student-<rank>.log``, pin to the student's cores; the device.
 
-    ``context`` is Ray Train's. On a CPU the workers of a node share the student's cores, and torch
-    runs as many threads as it got cores: beside a teacher on the other half, unpinned threads
-    would take turns with it. Threads started from here on inherit the pinning.
+class Cores:
+    """The CPU cores of this worker's process, and a thread of torch for each.
+
+    Beside a teacher the workers of a node share the student's cores: unpinned threads would take
+    turns with the teacher's. While no teacher is served they share all cores of the node that the
+    process was given. Threads started from then on inherit the pinning of the main thread.
+    """
+
+    def __init__(self, config: RunConfig, index: int, count: int) -> None:
+        """This process is number ``index`` of ``count`` workers on its node."""
+        everything = sorted(os.sched_getaffinity(0))
+        beside = share_of_cores(student_cores(config, everything), index, count)
+        training = config.training
+        may_grow = training.idle_teacher_cores and training.cpu_cores is None
+        self._beside = beside
+        self._alone = share_of_cores(everything, index, count) if may_grow else beside
+        self._mine: tuple[int, ...] = ()
+        self.follow(teacher_served=True)
+
+    @property
+    def may_change(self) -> bool:
+        """Whether it makes a difference if a teacher is served."""
+        return self._alone != self._beside
+
+    def follow(self, teacher_served: bool) -> None:
+        """Use the cores that are this process's beside a teacher, or without one."""
+        mine = self._beside if teacher_served else self._alone
+        if mine != self._mine:
+            logger.info("cores %s", list(mine))
+            os.sched_setaffinity(0, mine)
+            torch.set_num_threads(len(mine))
+            self._mine = mine
+
+
+def settle_process(run: Run, context: Any) -> tuple[torch.device, Cores | None]:
+    """Send output to ``logs/student-<rank>.log``; the device, and on a CPU the cores.
+
+    ``context`` is Ray Train's.
     """
     role = f"student-{context.get_world_rank()}"
     redirect_output(run.folder.logs / f"{role}.log")
     log_labelled(run_name(run.folder.path), role)
     device = get_device()
     assert isinstance(device, torch.device), "one device a worker"
-    if device.type == "cpu":
-        cores = student_cores(run.config, sorted(os.sched_getaffinity(0)))
-        mine = share_of_cores(cores, context.get_local_rank(), context.get_local_world_size())
-        os.sched_setaffinity(0, mine)
-        torch.set_num_threads(len(mine))
-    return device
+    if device.type != "cpu":
+        return device, None
+    index, count = context.get_local_rank(), context.get_local_world_size()
+    return device, Cores(run.config, index, count)
 
 
 @contextmanager

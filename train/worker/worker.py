@@ -73,7 +73,7 @@ class Worker:
         context = ray.train.get_context()
         self.run, self.config, self.coordinator = run, run.config, run.coordinator
         self.ranks = Ranks(context.get_world_rank(), context.get_world_size())
-        self.device = settle_process(run, context)
+        self.device, self.cores = settle_process(run, context)
         self.teacher_folder = run.teacher.on_this_node(student_needs(run.config))
         self.student = self._build_student()
         self.optimizer = build_optimizer(self.student, self.config.training)
@@ -145,6 +145,7 @@ class Worker:
         while True:
             asked = self.coordinator.stop_requested.remote() if self.ranks.first else None
             mine = rows.take(self.progress.epoch_step)
+            self._follow_teacher()
             stop = asked is not None and ray.get(asked) != 0
             say_where(step=self.progress.step)
             result = self.global_step.run(self.progress.step, mine, rows.has_more, stop)
@@ -222,8 +223,14 @@ class Worker:
         else:
             self.checkpointer.poll()
 
+    def _follow_teacher(self) -> None:
+        """Take over the cores of a teacher that was let go, or give them back."""
+        if self.cores is not None and self.cores.may_change:
+            self.cores.follow(ray.get(self.coordinator.teacher_served.remote()))
+
     def _measure(self, when: str, weights: str) -> None:
         self.phase(f"measuring the student {when} training")
+        self._follow_teacher()
         counts = self.progress.counts if when == "after" else None
         figures = self.measurer.measure(self.progress.step, when, weights, counts)
         if self.ranks.first:
