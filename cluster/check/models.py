@@ -16,6 +16,7 @@ from raystill.config.student import LayerChoice
 from raystill.datasets.rows.signal import hidden_size
 from raystill.model.files import ModelFolder, read_object
 from raystill.model.head import find_head, logit_transform, read_header, stored_tensors
+from raystill.model.sizes import Sizes
 from raystill.model.tokenizer import load_tokenizer, read_settings
 
 NAMED_TOKENS = ("bos", "eos", "pad")
@@ -64,7 +65,7 @@ def check_student(config: RunConfig, teacher: ModelFolder, student: ModelFolder)
     With ``init: from_teacher`` both are the same folder.
     """
     if config.student.init == "from_teacher":
-        problems = list(_check_layers(config, teacher))
+        problems = [*_check_layers(config, teacher), *_check_widths(config, teacher)]
         where = "student.init"
     else:
         problems = check_tokenizers(teacher, student)
@@ -80,6 +81,19 @@ def check_student(config: RunConfig, teacher: ModelFolder, student: ModelFolder)
         message = f"{student.name} has quantised weights, which cannot be trained; name a plain one"
         problems.append(Problem(where, message))
     return problems
+
+
+def _check_widths(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
+    """Has the teacher as many units, neurons and heads as the student is to keep?"""
+    student = config.student
+    if not student.narrowed:
+        return
+    try:
+        sizes = Sizes.of(teacher.config)
+    except ValueError as error:
+        yield Problem("student", f"{teacher.name}: {error}")
+        return
+    yield from sizes.problems(student.hidden_size, student.ffn_size, student.num_heads)
 
 
 def check_tokenizers(teacher: ModelFolder, student: ModelFolder) -> list[Problem]:

@@ -60,14 +60,31 @@ class StudentConfig(ConfigModel):
         "so on. With init: from_teacher, set either layers or layer_stride.",
     )
 
+    hidden_size: PositiveInt | None = identity(
+        None,
+        description="Width of the residual stream: so many of the teacher's hidden units, those "
+        "with the largest activations on a few prompts. With init: from_teacher.",
+    )
+    ffn_size: PositiveInt | None = identity(
+        None,
+        description="Feed-forward neurons of each layer to keep, chosen in the same way. With "
+        "init: from_teacher.",
+    )
+    num_heads: PositiveInt | None = identity(
+        None,
+        description="Attention heads of each layer to keep, chosen in the same way: a multiple of "
+        "the number of key-value heads, or whole groups that share one. With init: from_teacher.",
+    )
+
     @model_validator(mode="after")
     def _consistent(self) -> "StudentConfig":
         if self.init == "model":
             if self.model is None:
                 raise ValueError("init is 'model' but model is unset; name the student's model")
-            if self.layers is not None or self.layer_stride is not None:
+            if self.layers is not None or self.layer_stride is not None or self.narrowed:
                 raise ValueError(
-                    "layers and layer_stride belong to init: from_teacher; remove them"
+                    "layers, layer_stride, hidden_size, ffn_size and num_heads belong to init: "
+                    "from_teacher; remove them"
                 )
         else:
             if self.model is not None:
@@ -75,13 +92,27 @@ class StudentConfig(ConfigModel):
                     f"model ({self.model!r}) is set but init is 'from_teacher'; "
                     "set init: model to train that model, or remove it"
                 )
-            if (self.layers is None) == (self.layer_stride is None):
+            both = self.layers is not None and self.layer_stride is not None
+            neither = self.layers is None and self.layer_stride is None
+            if both or (neither and not self.narrowed):
                 raise ValueError(
-                    "init: from_teacher needs exactly one of layers (a list) and layer_stride"
+                    "init: from_teacher needs exactly one of layers (a list) and layer_stride, or "
+                    "a width (hidden_size, ffn_size, num_heads) with all layers"
                 )
             if self.layers == ():
                 raise ValueError("layers is empty; name at least one teacher layer")
         return self
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether the student has fewer units, neurons or heads than its teacher."""
+        return any(size is not None for size in (self.hidden_size, self.ffn_size, self.num_heads))
+
+    @property
+    def chosen_by_run(self) -> bool:
+        """Whether what is kept of the teacher is chosen with its weights, at the run's start."""
+        by_layers = isinstance(self.layers, LayerChoice) and self.layers.needs_model
+        return by_layers or self.narrowed
 
     def kept_layers(self, num_layers: int) -> list[int]:
         """Teacher layers that the student keeps, in order, of ``num_layers`` (from_teacher).

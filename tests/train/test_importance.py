@@ -13,7 +13,8 @@ from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
 from raystill.config.student import LayerChoice
 from raystill.train.step.ranks import Ranks
-from raystill.train.student.build import build_student
+from raystill.train.student import build as building
+from raystill.train.student.build import Shape, build_student
 from raystill.train.student.importance import (
     Texts,
     block_influence,
@@ -21,7 +22,7 @@ from raystill.train.student.importance import (
     judged_log_probs,
     only_layers,
 )
-from raystill.train.worker import layers as worker_layers
+from raystill.train.worker.shape import run_shape
 from tests.support.runs import run_of
 
 NUM_LAYERS, IDLE = 6, (1, 4)
@@ -134,8 +135,8 @@ def test_a_run_chooses_once_and_keeps_the_same_layers_at_every_start(
     run, cpu = run_of(config, folder, str(place)), torch.device("cpu")
 
     def build() -> torch.nn.Module:
-        def choose(model: torch.nn.Module) -> list[int]:
-            return worker_layers.run_layers(run, str(place), Ranks(), cpu, model)
+        def choose(model: torch.nn.Module) -> Shape:
+            return run_shape(run, str(place), Ranks(), cpu, model)
 
         return build_student(config, str(place), 0, choose)
 
@@ -143,7 +144,7 @@ def test_a_run_chooses_once_and_keeps_the_same_layers_at_every_start(
     assert json.loads(folder.read_text("layers.json"))["layers"] == [0, 2, 3, 5]
     assert student.config.num_hidden_layers == 4
     assert not student.config.use_cache
-    monkeypatch.setattr(worker_layers, "choose_layers", None)  # Another choice would fail.
+    monkeypatch.setattr(building, "choose_layers", None)  # Another choice would fail.
     again = build()
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])

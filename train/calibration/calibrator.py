@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 from raystill.base.errors import RunError
 from raystill.config.objective import ObjectiveConfig
 from raystill.config.run import RunConfig
-from raystill.config.student import LayerChoice
 from raystill.datasets.rows.answers import answers_table
 from raystill.datasets.rows.signal import Signal
 from raystill.model.on_node import ModelSource
@@ -26,8 +25,8 @@ from raystill.train.calibration import compare
 from raystill.train.calibration.cost import bytes_per_token
 from raystill.train.calibration.positions import Positions, read_positions, sample_positions
 from raystill.train.loss.teacher_head import TeacherHead, read_teacher_head
-from raystill.train.student.build import build_student, num_classes
-from raystill.train.student.importance import Texts, choose_layers
+from raystill.train.student.build import Shape, build_student, choose_shape, num_classes
+from raystill.train.student.importance import Texts
 from raystill.train.student.module import StudentModule
 
 POSITIONS_PER_ROW = 16
@@ -76,7 +75,7 @@ class Calibrator:
         config, device = self._config, self._device
         if folder is None:
             seed = config.section_seeds()["student"]
-            model = build_student(config, self._teacher_folder, seed, self._choose_layers)
+            model = build_student(config, self._teacher_folder, seed, self._choose_shape)
         else:
             trust = config.student.trust_remote_code or config.teacher.trust_remote_code
             model = AutoModelForCausalLM.from_pretrained(
@@ -97,14 +96,11 @@ class Calibrator:
         self._hidden = compare.hidden_states(self._module, self._positions)
         return sum(p.numel() for p in self._module.parameters())
 
-    def _choose_layers(self, model: nn.Module) -> list[int]:
-        """Layers to keep where the run file leaves them to the run, by the teacher's answers."""
-        choice = self._config.student.layers
-        assert isinstance(choice, LayerChoice), "the run file names the layers"
+    def _choose_shape(self, model: nn.Module) -> Shape:
+        """What to keep where the run file leaves it to the run, by the teacher's answers."""
         rows = list({id(one.row): one.row for one in self._sampled}.values())[:CHOICE_ROWS]
         texts = Texts.of([r.prompt_ids for r in rows], [r.response_ids for r in rows])
-        search = choice.by == "importance"
-        return choose_layers(model.float().eval(), texts, choice.keep, search).layers
+        return choose_shape(self._config.student, model.float().eval(), texts)[0]
 
     def describe(self) -> dict[str, Any]:
         """Return the numbers of positions and rows, and figures of each signal.

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raystill.train.student.build import (
+from raystill.train.student.cut import (
     LAYER_NUMBER_FIELDS,
     PER_LAYER_FIELDS,
     keep_layers,

@@ -35,9 +35,9 @@ from raystill.train.step.step import GlobalStep
 from raystill.train.student import build, export
 from raystill.train.student.module import StudentModule, parallel_module
 from raystill.train.student.sharding import place_student
-from raystill.train.worker.layers import run_layers
 from raystill.train.worker.process import report_final_errors, settle_process
 from raystill.train.worker.progress import Progress
+from raystill.train.worker.shape import run_shape
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ class Worker:
 
     def _build_student(self) -> StudentModule:
         training, seeds = self.config.training, self.config.section_seeds()
-        choose = partial(run_layers, self.run, self.teacher_folder, self.ranks, self.device)
+        choose = partial(run_shape, self.run, self.teacher_folder, self.ranks, self.device)
         model = build.build_student(self.config, self.teacher_folder, seeds["student"], choose)
         return place_student(model, training, self.device, self.ranks.world_size)
 

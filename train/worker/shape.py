@@ -1,11 +1,13 @@
-"""The layers that a run's student keeps, where the run file leaves the choice to the run.
+"""What a run's student keeps of its teacher, where the run file leaves the choice to the run.
 
-Rank 0 chooses once, on a few training prompts that the plain teacher answers, and writes
-``layers.json``. Later starts and the other ranks keep the same layers.
+Rank 0 chooses layers and widths once, on a few training prompts that the plain teacher answers, and
+writes ``layers.json``. Later starts and the other ranks keep the same.
 """
 
 import json
 import logging
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,9 @@ from raystill.model.sampling import resolve_sampling
 from raystill.run import Run
 from raystill.train.evaluation.free_running import FreeRunning, generate
 from raystill.train.step.ranks import Ranks
-from raystill.train.student.importance import ChosenLayers, Texts, choose_layers
+from raystill.train.student.build import Shape, choose_shape
+from raystill.train.student.importance import ChosenLayers, Texts
+from raystill.train.student.width import Widths
 
 logger = logging.getLogger(__name__)
 
@@ -26,22 +30,23 @@ PROMPT_TOKENS, ANSWER_TOKENS = 256, 32
 """Longest prompt that is used, and tokens that the teacher writes to each."""
 
 
-def run_layers(
+def run_shape(
     run: Run, teacher_folder: str, ranks: Ranks, device: torch.device, model: nn.Module
-) -> list[int]:
-    """Layers of ``model``, the whole teacher, to keep; the same at every start. Collective."""
-    layers: list[int] | None = None
+) -> Shape:
+    """What to keep of ``model``, the whole teacher; the same at every start. Collective."""
+    shape: Shape | None = None
     if ranks.first:
         if run.folder.exists(LAYERS):
-            layers = json.loads(run.folder.read_text(LAYERS))["layers"]
+            record = json.loads(run.folder.read_text(LAYERS))
+            widths = record.get("widths")
+            shape = Shape(record["layers"], Widths(**widths) if widths else None)
         else:
-            layers = _choose(run, teacher_folder, device, model)
-    return ranks.from_first(layers)
+            shape = _choose(run, teacher_folder, device, model)
+    found: Shape = ranks.from_first(shape)
+    return found
 
 
-def _choose(run: Run, teacher_folder: str, device: torch.device, model: nn.Module) -> list[int]:
-    choice = run.config.student.layers
-    assert isinstance(choice, LayerChoice), "the run file names the layers"
+def _choose(run: Run, teacher_folder: str, device: torch.device, model: nn.Module) -> Shape:
     was_training = model.training
     model.to(device).eval()
     prompts = _some_prompts(run)
@@ -54,10 +59,10 @@ def _choose(run: Run, teacher_folder: str, device: torch.device, model: nn.Modul
     )
     answers = [np.array(ids, np.int64) for ids in generate(model, prompts, settings, device)]
     texts = Texts.of(prompts, answers).to(device)
-    chosen = choose_layers(model, texts, choice.keep, search=choice.by == "importance")
+    shape, chosen = choose_shape(run.config.student, model, texts)
     model.to("cpu").train(was_training)
-    _record(run, choice, chosen)
-    return chosen.layers
+    _record(run, shape, chosen)
+    return shape
 
 
 def _some_prompts(run: Run) -> list[np.ndarray]:
@@ -76,12 +81,15 @@ def _some_prompts(run: Run) -> list[np.ndarray]:
     return prompts
 
 
-def _record(run: Run, choice: LayerChoice, chosen: ChosenLayers) -> None:
-    record = {
-        "layers": chosen.layers,
-        "by": choice.by,
-        "kl_nats_per_token": chosen.kl,
-        "influence": chosen.influence,
-    }
-    run.folder.write_text(LAYERS, json.dumps(record, indent=2) + "\n")
-    logger.info("keeps the teacher's layers %s", chosen.layers)
+def _record(run: Run, shape: Shape, chosen: ChosenLayers | None) -> None:
+    record: dict[str, Any] = {"layers": shape.layers}
+    if chosen is not None:
+        choice = run.config.student.layers
+        assert isinstance(choice, LayerChoice)
+        record["by"] = choice.by
+        record["kl_nats_per_token"] = chosen.kl
+        record["influence"] = chosen.influence
+    if shape.widths is not None:
+        record["widths"] = asdict(shape.widths)
+    run.folder.write_text(LAYERS, json.dumps(record, indent=None if shape.widths else 2) + "\n")
+    logger.info("keeps the teacher's layers %s", shape.layers)

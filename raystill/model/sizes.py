@@ -1,0 +1,56 @@
+"""The widths of a decoder as ``config.json`` names them, and which narrower ones it can have."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from raystill.base.errors import Problem
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Widths of a decoder: hidden units, neurons, query heads, key-value heads, size of a head."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_size: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Sizes":
+        """The sizes in a text decoder's ``config.json``; ValueError where it does not name them."""
+        names = ("num_attention_heads", "hidden_size", "intermediate_size")
+        if missing := [name for name in names if config.get(name) is None]:
+            raise ValueError(
+                f"the teacher's configuration has no {', '.join(missing)}, so that its widths "
+                "cannot be chosen; leave student.hidden_size, ffn_size and num_heads unset"
+            )
+        heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        size = config.get("head_dim") or config["hidden_size"] // heads
+        return cls(config["hidden_size"], config["intermediate_size"], heads, kv_heads, size)
+
+    def problems(self, hidden: int | None, ffn: int | None, heads: int | None) -> list[Problem]:
+        """Why a student of a teacher with these sizes cannot have those."""
+        found = [
+            Problem(
+                f"student.{name}", f"is {wanted}, but the teacher has {there}; name at most {there}"
+            )
+            for name, wanted, there in (
+                ("hidden_size", hidden, self.hidden),
+                ("ffn_size", ffn, self.ffn),
+            )
+            if wanted is not None and wanted > there
+        ]
+        group = self.heads // self.kv_heads
+        possible = [n for n in range(1, self.heads + 1) if n % self.kv_heads == 0 or n % group == 0]
+        if heads is not None and heads not in possible:
+            found.append(
+                Problem(
+                    "student.num_heads",
+                    f"is {heads}, but of the teacher's {self.heads} heads {group} share a "
+                    f"key-value head; possible are {', '.join(map(str, possible))}",
+                )
+            )
+        return found

@@ -1,0 +1,212 @@
+"""A narrower student: the parts that do nothing go first, and what is left computes what it did."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from raystill.base.run_folder import RunFolder
+from raystill.config.run import RunConfig
+from raystill.config.student import StudentConfig
+from raystill.model.sizes import Sizes
+from raystill.train.step.ranks import Ranks
+from raystill.train.student.build import build_student, choose_shape
+from raystill.train.student.importance import Texts
+from raystill.train.student.width import Widths, choose_widths, narrow
+from raystill.train.worker.shape import run_shape
+from tests.support.runs import run_of
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": False}),
+    "tied llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),  # Biases of queries, keys and values.
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),  # Norms of queries and keys.
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"query_pre_attn_scalar": 8}),  # Four norms.
+}
+TEXTS = Texts.of(
+    [np.array([3, 4, 5]), np.array([6, 7, 8, 9, 10])],
+    [np.array([11, 12, 13, 14]), np.array([15, 2])],
+)
+
+
+def model_of(family: str) -> Any:
+    config, kind, more = FAMILIES[family]
+    torch.manual_seed(0)
+    return kind(config(**SIZES, initializer_range=0.3, **more)).eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=TEXTS.input_ids, attention_mask=TEXTS.mask).logits[TEXTS.mask.bool()]
+
+
+@torch.no_grad()
+def silence(model: Any, ffn: list[int], heads: list[int]) -> None:
+    """These neurons and query heads add nothing any more."""
+    size = Sizes.of(model.config.to_dict()).head_size
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight[ffn] = 0
+        columns = [head * size + i for head in heads for i in range(size)]
+        layer.self_attn.o_proj.weight[:, columns] = 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_what_adds_nothing_the_model_computes_the_same(family: str) -> None:
+    model = model_of(family)
+    ffn, heads = [0, 7, 31], [1, 2]
+    silence(model, ffn, heads)
+    expected = logits(model)
+    widths = choose_widths(model, TEXTS, ffn=48 - len(ffn))
+    assert widths.ffn == [[i for i in range(48) if i not in ffn]] * 3
+    # One head of each group: which one is free to choose, so it is given here.
+    smaller = narrow(model, Widths(ffn=widths.ffn, heads=[[0, 3]] * 3))
+    assert torch.allclose(logits(smaller), expected, atol=1e-5)
+    assert logits(model).equal(expected), "the teacher is as it was"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_narrow_model_is_saved_and_loads_as_what_it_is(family: str, tmp_path: Path) -> None:
+    model = model_of(family)
+    widths = choose_widths(model, TEXTS, hidden=24, ffn=20, heads=2)
+    smaller: Any = narrow(model, widths)
+    sizes = Sizes.of(smaller.config.to_dict())
+    assert (sizes.hidden, sizes.ffn, sizes.heads, sizes.kv_heads, sizes.head_size) == (
+        24,
+        20,
+        2,
+        2,
+        8,
+    )
+    smaller.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(logits(loaded), logits(smaller))
+    tied = smaller.get_output_embeddings().weight is smaller.get_input_embeddings().weight
+    assert tied == model.config.tie_word_embeddings
+    loss = smaller.train()(input_ids=TEXTS.input_ids, labels=TEXTS.input_ids).loss
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in smaller.parameters())
+
+
+def test_each_weight_has_the_rows_and_columns_that_were_kept() -> None:
+    model = model_of("qwen2")
+    hidden, ffn, heads = list(range(0, 32, 2)), [[1, 5]] * 3, [[2, 3]] * 3
+    smaller: Any = narrow(model, Widths(hidden, ffn, heads))
+    old, new = model.model.layers[1], smaller.model.layers[1]
+    rows = torch.arange(16, 32)  # Of heads 2 and 3.
+    assert torch.equal(new.self_attn.q_proj.weight, old.self_attn.q_proj.weight[rows][:, hidden])
+    assert torch.equal(new.self_attn.q_proj.bias, old.self_attn.q_proj.bias[rows])
+    kv = torch.arange(8, 16)  # Both heads share key-value head 1.
+    assert torch.equal(new.self_attn.v_proj.weight, old.self_attn.v_proj.weight[kv][:, hidden])
+    assert torch.equal(new.self_attn.o_proj.weight, old.self_attn.o_proj.weight[hidden][:, rows])
+    assert torch.equal(new.mlp.down_proj.weight, old.mlp.down_proj.weight[hidden][:, [1, 5]])
+    assert torch.equal(smaller.lm_head.weight, model.lm_head.weight[:, hidden])
+    assert torch.equal(new.input_layernorm.weight, old.input_layernorm.weight[hidden])
+
+
+def test_heads_go_one_of_each_group_or_in_whole_groups() -> None:
+    model = model_of("llama")
+    for count, per_group in ((2, 1), (4, 2)):
+        for heads in choose_widths(model, TEXTS, heads=count).heads or []:
+            assert [sum(h // 2 == g for h in heads) for g in (0, 1)] == [per_group] * 2
+    config = LlamaConfig(
+        **{**SIZES, "num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48}
+    )
+    for heads in choose_widths(LlamaForCausalLM(config).eval(), TEXTS, heads=4).heads or []:
+        assert len(heads) == 4
+        assert len({h // 2 for h in heads}) == 2
+    with pytest.raises(ValueError, match=r"student\.num_heads: is 3.*2, 4"):
+        choose_widths(model, TEXTS, heads=3)
+
+
+@pytest.mark.parametrize(
+    ("widths", "words"),
+    [
+        ({"hidden": 33}, r"student\.hidden_size: is 33, but the teacher has 32"),
+        ({"ffn": 64}, r"student\.ffn_size: is 64, but the teacher has 48"),
+        ({"heads": 8}, r"student\.num_heads: is 8"),
+    ],
+)
+def test_more_than_the_teacher_has_is_refused(widths: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        choose_widths(model_of("llama"), TEXTS, **widths)
+
+
+def test_a_model_with_other_parts_is_refused_by_the_name_of_the_part() -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40)).eval()
+    with pytest.raises(ValueError, match="has no intermediate_size"):
+        choose_widths(gpt2, TEXTS, ffn=16)
+    phi = PhiForCausalLM(PhiConfig(**{**SIZES, "num_key_value_heads": 4})).eval()
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.dense\.weight has no part"):
+        narrow(phi, Widths(hidden=list(range(16))))
+
+
+def test_sizes_that_the_architecture_does_not_take_together_are_refused_with_its_reason() -> None:
+    model = model_of("llama")
+    widths = choose_widths(model, TEXTS, hidden=30, heads=4)
+    with pytest.raises(ValueError, match=r"LlamaConfig does not take .*multiple of the number of"):
+        narrow(model, widths)
+
+
+def test_a_run_cuts_layers_and_widths_and_keeps_them_at_every_start(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    place = tmp_path / "teacher"
+    model_of("llama").save_pretrained(place)
+    config = RunConfig.model_validate(
+        {
+            "teacher": {"model": str(place), "sampling": {"max_tokens": 6, "temperature": 1.0}},
+            "student": {"layers": [0, 2], "ffn_size": 16, "hidden_size": 24, "num_heads": 2},
+            "prompts": {"path": "unused"},
+        }
+    )
+    folder = RunFolder(str(tmp_path / "run")).ensure()
+    prompts = pa.table({"prompt_ids": pa.array([[3, 4, 5], [6, 7]], pa.list_(pa.int32()))})
+    folder.write_table("prompts/train.parquet", prompts)
+    run, cpu = run_of(config, folder, str(place)), torch.device("cpu")
+    students = [
+        build_student(config, str(place), 0, lambda m: run_shape(run, str(place), Ranks(), cpu, m))
+        for _ in range(2)
+    ]
+    found: Any = students[0].config
+    assert (found.num_hidden_layers, found.hidden_size, found.intermediate_size) == (2, 24, 16)
+    for name, tensor in students[0].state_dict().items():
+        assert torch.equal(tensor, students[1].state_dict()[name])
+
+
+def test_all_layers_are_kept_where_only_a_width_is_named() -> None:
+    student = StudentConfig(ffn_size=16)
+    shape, chosen = choose_shape(student, model_of("llama"), TEXTS)
+    assert (shape.layers, chosen) == ([0, 1, 2], None)
+    with pytest.raises(ValidationError, match="belong to init: from_teacher"):
+        StudentConfig(init="model", model="x", ffn_size=16)
+    with pytest.raises(ValidationError, match="or a width"):
+        StudentConfig()
