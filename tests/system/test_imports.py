@@ -176,7 +176,6 @@ def test_the_house_stays_small() -> None:
     """A folder holds at most ten modules, a module 400 lines, a function 60."""
     sizes = Counter(folder_of(path) for path in python_files())
     assert not {folder: n for folder, n in sizes.items() if n > MOST_MODULES}
-    assert sum(sizes.values()) < 130
     long = {p: n for p in python_files() if (n := p.read_text().count("\n")) > LONGEST_MODULE}
     assert not long
     functions = [

@@ -162,7 +162,7 @@ def test_more_than_the_teacher_has_is_refused(widths: dict[str, int], words: str
 
 def test_a_model_with_other_parts_is_refused_by_the_name_of_the_part() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40)).eval()
-    with pytest.raises(ValueError, match="has no intermediate_size"):
+    with pytest.raises(ValueError, match="has no num_attention_heads"):
         choose_widths(gpt2, TEXTS, ffn=16)
     phi = PhiForCausalLM(PhiConfig(**{**SIZES, "num_key_value_heads": 4})).eval()
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.dense\.weight has no part"):
