@@ -150,3 +150,14 @@ def test_the_learning_rate_depends_on_the_step_alone():
     assert rates == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1, 0.1])
     constant = training_config(learning_rate=1.0, warmup_steps=2, schedule="constant")
     assert [learning_rate(step, 7, constant) for step in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 1.0]
+
+
+def test_figures_are_measured_with_float32_products_of_the_head():
+    """bfloat16 logits of a student against those of its own teacher look like a difference."""
+    batch = collate([make_row(i) for i in range(4)], "topk", VOCAB)
+    module = tiny_module(compute_dtype=torch.bfloat16)
+    logits = module.logits(batch)
+    hidden = module.hidden_states(batch).float()
+    expected = hidden @ module.model.get_output_embeddings().weight.float().T
+    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(logits, logits.bfloat16().float())

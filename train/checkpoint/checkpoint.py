@@ -191,7 +191,9 @@ def load_tensors(
     )
     read_slices(model_files, model_tensors(model))
     if not are_empty(optimizer_files):
-        read_slices(optimizer_files, optimizer_tensors(model, optimizer, create=True))
+        state = optimizer_tensors(model, optimizer, create=True)
+        # A parameter that never had a gradient has no moments: zeros, as it would begin with.
+        read_slices(optimizer_files, state, may_lack=state)
 
 
 class Checkpointer:

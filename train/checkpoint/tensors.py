@@ -12,7 +12,7 @@ can read them too.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,10 +111,13 @@ def are_empty(paths: Sequence[Path]) -> bool:
 
 
 @torch.no_grad()
-def read_slices(paths: Sequence[Path], tensors: Mapping[str, Tensor]) -> None:
+def read_slices(
+    paths: Sequence[Path], tensors: Mapping[str, Tensor], may_lack: Collection[str] = ()
+) -> None:
     """Fills this rank's rows of ``tensors`` from the files of all ranks.
 
-    Raises ValueError where the files have other names or shapes, or lack rows.
+    may_lack: tensors that stay as they are where no file has them. Raises ValueError where the
+    files have other names or shapes, or lack rows.
     """
     missing = {name: _local(tensor)[0].numel() for name, tensor in tensors.items()}
     stored: set[str] = set()
@@ -127,6 +130,9 @@ def read_slices(paths: Sequence[Path], tensors: Mapping[str, Tensor]) -> None:
                 start = (offsets[name]["saved_offsets"] or [0])[0]  # A scalar has none.
                 missing[name] -= _fill(name, tensors[name], file, start)
     absent = {name for name, tensor in tensors.items() if tensor.numel() and name not in stored}
+    for name in absent & set(may_lack):
+        absent.remove(name)
+        del missing[name]
     if differing := sorted(stored - tensors.keys() | absent):
         raise ValueError(
             f"the checkpoint's model is not this student: {len(differing)} tensors differ, first "

@@ -100,7 +100,22 @@ def build_student(
             model = narrow(model, shape.widths)
     model.to(DTYPES[config.training.param_dtype])
     model.config.use_cache = False  # Training reads each sequence once.
+    freeze_unreached(model)
     return model
+
+
+def freeze_unreached(model: nn.Module) -> None:
+    """No gradients for what the text decoder and its head do not read, such as a vision tower.
+
+    Rows are text. A parameter that waits for a gradient which never comes stops DDP, and has no
+    moments that a checkpoint could hold.
+    """
+    whole: Any = model
+    parts = (whole.get_decoder(), whole.get_input_embeddings(), whole.get_output_embeddings())
+    reached = {id(p) for part in parts for p in part.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
 
 
 def num_classes(model: nn.Module, teacher_folder: str) -> int:

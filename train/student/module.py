@@ -25,6 +25,7 @@ from raystill.model.head import logit_transform
 from raystill.train.batch.batch import MicroBatch
 from raystill.train.loss.full_vocabulary import HiddenObjective
 from raystill.train.loss.head_loss import ChunkObjective, OutputHead, head_loss
+from raystill.train.loss.log_probs import sum_dtype
 from raystill.train.loss.objective import ObjectiveSums, TokenObjective
 from raystill.train.loss.teacher_head import TeacherHead
 from raystill.train.student.masks import ROWS, tell_transformers
@@ -112,9 +113,14 @@ class StudentModule(nn.Module):
         return OutputHead(head.weight, bias, self.transform, compute_dtype or self.compute_dtype)
 
     def logit_chunks(self, batch: MicroBatch) -> Iterator[tuple[slice, Tensor]]:
-        """The logits [n, V] of all N tokens, one chunk after the other, without gradient."""
+        """The logits [n, V] of all N tokens, one chunk after the other, without gradient.
+
+        The head's products are in float32 (float64 for float64) whatever the training's: bfloat16
+        logits differ from themselves by 1e-4 nats, which a figure must not show.
+        """
         with torch.no_grad():
-            return self.head().logit_chunks(self.hidden_states(batch))
+            head = self.head(sum_dtype(self.compute_dtype))
+            return head.logit_chunks(self.hidden_states(batch))
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """The logits [N, V] of all tokens at once, without gradient; for small vocabularies."""
