@@ -20,6 +20,7 @@ class Run:
         teacher_identity: The teacher's identity, by the content of its files.
         store_path: Path or URI of the teacher store.
         num_rows: Training rows of one epoch.
+        num_ids: Token ids that the student can take: those below it; None: not known.
         coordinator: Handle of the run's coordinator actor; None where nobody counts.
     """
 
@@ -30,6 +31,7 @@ class Run:
     teacher_identity: str
     store_path: str
     num_rows: int
+    num_ids: int | None = None
     coordinator: Any = None
 
     @property

@@ -98,6 +98,18 @@ class Prepared:
 
         return identity_of_teacher(self.config.teacher, self.teacher_folder)
 
+    @property
+    def num_ids(self) -> int:
+        """Ids below this one are tokens, and have a row of the student's embedding.
+
+        A model may have rows beyond its tokenizer's tokens, and draw one of them.
+        """
+        from raystill.cluster.check.models import vocabulary_of
+
+        named = max(vocabulary_of(self.teacher).values(), default=-1) + 1
+        rows = (self.student or self.teacher).vocab_size
+        return named if rows is None else min(named, rows)
+
     @cached_property
     def sampling(self) -> dict[str, Any]:
         """The sampling settings, with the model's own defaults where the run file has none."""

@@ -67,6 +67,7 @@ def begin(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Run:
         teacher_identity=prepared.teacher_identity,
         store_path=prepared.store_path,
         num_rows=prepared.num_train_rows,
+        num_ids=prepared.num_ids,
     )
     start = partial(
         start_coordinator,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.datasets.rows.schema import TOKEN_FLOATS, answer_schema, signal_fields
@@ -151,6 +152,15 @@ def _flat_values(answers: Sequence[Answer], column: pa.Field, width: int) -> pa.
         numbers = pa.array(flat, inner.value_type)
         return pa.FixedSizeListArray.from_arrays(numbers, type=inner)
     return pa.array(flat, inner)
+
+
+def with_foreign_ids(ids: pa.Array, num_ids: int) -> NDArray[np.bool_]:
+    """Which rows of ``ids`` (lists of int32) hold an id that is not below ``num_ids``, bool [N]."""
+    ids = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
+    outside = ids.flatten().to_numpy() >= num_ids
+    found = np.zeros(len(ids), bool)
+    found[pc.list_parent_indices(ids).to_numpy()[outside]] = True
+    return found
 
 
 def stored_columns(wanted: Signal) -> list[str]:

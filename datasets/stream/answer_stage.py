@@ -15,6 +15,7 @@ import ray
 from raystill.base.errors import RunError
 from raystill.base.logs import log_labelled, run_name
 from raystill.datasets.prompts.tables import open_table
+from raystill.datasets.rows.answers import with_foreign_ids
 from raystill.datasets.rows.schema import row_schema
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream.answers import StoredAnswers
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 TRUNCATED = "length"
+FOREIGN = "foreign_id"
 
 
 class AnswerGroup:
@@ -39,6 +41,7 @@ class AnswerGroup:
         log_labelled(run_name(spec.prompt_table.rpartition("/prompts/")[0]), "answers", "raystill")
         self._coordinator = spec.coordinator
         self._on_truncated = spec.stream.on_truncated
+        self._num_ids = spec.num_ids
         self._signal = spec.signal
         self._schema = row_schema(spec.signal)
         self._answers = StoredAnswers(
@@ -62,7 +65,7 @@ class AnswerGroup:
         try:
             answers, counters = await self._answer(prompts)
             rows = self._join(prompts, answers)
-            await self._drop(attempt, prompts, dropped_reasons(answers, self._on_truncated))
+            await self._drop(attempt, prompts, self._reasons(prompts, answers))
         except Exception as error:
             message = sentence_of(error)
             await self._coordinator.failed.remote(message)
@@ -92,12 +95,17 @@ class AnswerGroup:
         return pa.concat_tables([answers, empty]).take(pa.array(back)), counters
 
     def _join(self, prompts: pa.Table, answers: pa.Table) -> pa.Table:
-        reasons = dropped_reasons(answers, self._on_truncated)
+        reasons = self._reasons(prompts, answers)
         columns = {**_columns(prompts), **_columns(answers)}
         rows = pa.table([columns[name] for name in self._schema.names], schema=self._schema)
         if reasons.null_count < len(reasons):
             rows = rows.filter(pc.is_null(reasons))
         return rows
+
+    def _reasons(self, prompts: pa.Table, answers: pa.Table) -> pa.Array:
+        """Why each row is dropped, string; null: it is kept."""
+        reasons = dropped_reasons(answers, self._on_truncated)
+        return with_foreign(reasons, prompts, answers, self._num_ids)
 
     async def _drop(self, attempt: int, prompts: pa.Table, reasons: pa.Array) -> None:
         gone = pc.is_valid(reasons)
@@ -117,6 +125,18 @@ def dropped_reasons(answers: pa.Table, on_truncated: str) -> pa.Array:
         mark = pc.if_else(truncated, pa.scalar("truncated"), pa.scalar(None, pa.string()))
         reasons = pc.coalesce(reasons, mark)
     return reasons
+
+
+def with_foreign(
+    reasons: pa.Array, prompts: pa.Table, answers: pa.Table, num_ids: int | None
+) -> pa.Array:
+    """The same reasons, and ``foreign_id`` where the student has no embedding for an id."""
+    if num_ids is None:
+        return reasons
+    foreign = with_foreign_ids(prompts["prompt_ids"], num_ids)
+    foreign |= with_foreign_ids(answers["response_ids"], num_ids)
+    mark = pc.if_else(pa.array(foreign), pa.scalar(FOREIGN), pa.scalar(None, pa.string()))
+    return pc.coalesce(reasons, mark)
 
 
 def unpack_group(block: pa.Table) -> pa.Table:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.base.errors import RunError
-from raystill.datasets.rows.answers import derive_answers, stored_columns
+from raystill.datasets.rows.answers import derive_answers, stored_columns, with_foreign_ids
 from raystill.datasets.rows.schema import ENGINE, TOKEN_IDS, answer_schema, row_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.segment import Origin, Provenance
@@ -180,7 +180,12 @@ def answer_prompts(
         ids, given = (group[name].combine_chunks() for name in ("prompt_ids", "response_ids"))
         async with slots:
             answered, _ = await answers.get(np.arange(start, start + len(group)), ids, given)
-        return _rows_of(group, answered, wanted, epoch)
+        rows = _rows_of(group, answered, wanted, epoch)
+        if run.num_ids is None:
+            return rows
+        foreign = with_foreign_ids(rows["prompt_ids"], run.num_ids)
+        foreign |= with_foreign_ids(rows["response_ids"], run.num_ids)
+        return rows.filter(pa.array(~foreign))
 
     async def ask_all() -> list[pa.Table]:
         slots = asyncio.Semaphore(config.teacher.max_groups_in_flight)

@@ -48,6 +48,7 @@ class StreamSpec:
         groups_in_flight: Groups that the largest pool of replicas works on at once.
         store_path: Path or URI of the teacher store.
         requester: For whom the teacher is asked.
+        num_ids: `Run.num_ids`.
     """
 
     prompt_table: str
@@ -62,6 +63,7 @@ class StreamSpec:
     groups_in_flight: int
     store_path: str
     requester: Requester
+    num_ids: int | None = None
 
     @classmethod
     def of(cls, run: Run, signal: Signal) -> "StreamSpec":
@@ -80,4 +82,5 @@ class StreamSpec:
             groups_in_flight=config.teacher.max_groups_in_flight,
             store_path=run.store_path,
             requester=Requester.of(run, "training"),
+            num_ids=run.num_ids,
         )

@@ -9,7 +9,7 @@ from raystill.datasets.prompts import tables
 from raystill.datasets.rows.schema import PROMPT_SCHEMA, answer_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.stream import source
-from raystill.datasets.stream.answer_stage import dropped_reasons, unpack_group
+from raystill.datasets.stream.answer_stage import dropped_reasons, unpack_group, with_foreign
 
 
 @pytest.fixture
@@ -58,3 +58,17 @@ def test_truncated_rows_are_dropped_only_on_request_and_errors_always():
     answers = pa.table(columns, schema=answer_schema(Signal("text")))
     assert dropped_reasons(answers, "keep").to_pylist() == [None, None, "too_long"]
     assert dropped_reasons(answers, "drop").to_pylist() == ["truncated", None, "too_long"]
+
+
+def test_rows_with_an_id_that_the_student_has_not_are_dropped_by_that_reason():
+    """A model may draw an id that its tokenizer does not name, from a padded row of its head."""
+    columns = [[[1, 9], [2], [10], []], ["stop"] * 3 + [None], [None] * 3 + ["too_long"]]
+    answers = pa.table(columns, schema=answer_schema(Signal("text")))
+    prompts = pa.table({"prompt_ids": pa.array([[3], [12, 3], [4], [5]], pa.list_(pa.int32()))})
+    reasons = dropped_reasons(answers, "keep")
+    told = with_foreign(reasons, prompts, answers, 10).to_pylist()
+    assert told == [None, "foreign_id", "foreign_id", "too_long"]
+    assert with_foreign(reasons, prompts, answers, None).to_pylist() == [None] * 3 + ["too_long"]
+    # Slices keep their own rows apart.
+    sliced = with_foreign(reasons.slice(1), prompts.slice(1), answers.slice(1), 10)
+    assert sliced.to_pylist() == told[1:]
