@@ -50,6 +50,8 @@ class MicroBatch:
         teacher_hidden: bfloat16 [N, D], for the signal ``hidden`` only.
         row_starts: int32 [B + 1], where each row begins in the flattened input, and the end.
         longest: Number of input tokens of the longest row.
+        unweighted: Whether every weight is known to be 1; told here, since on a device it would
+            have to be read from there.
     """
 
     input_ids: Tensor
@@ -66,6 +68,7 @@ class MicroBatch:
     teacher_hidden: Tensor | None = None
     row_starts: Tensor | None = None
     longest: int = 0
+    unweighted: bool = False
 
     @property
     def packed(self) -> bool:
@@ -196,6 +199,7 @@ def collate(
         teacher_hidden=_teacher_hidden(rows) if signal_kind == "hidden" else None,
         row_starts=torch.from_numpy(starts.astype(np.int32)),
         longest=longest,
+        unweighted=all(bool((each == 1).all()) for each in weights),
     )
 
 

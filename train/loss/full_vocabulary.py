@@ -60,7 +60,7 @@ class HiddenObjective(WeightedTerms):
             has_tail: divergences(objective, has_tail=has_tail) for has_tail in (False, True)
         }
         # Most micro-batches have only weights of 1: this saves a pass over the logits.
-        self.unweighted = self.temperature == 1.0 and bool((self.token_weights == 1.0).all())
+        self.unweighted = self.temperature == 1.0 and micro_batch.unweighted
         self._memory = self.teacher.weight.new_empty(0, 0)
         self._first = 0
         self._unused = range(0)

@@ -130,8 +130,10 @@ class WeightedTerms:
 
     def total(self, figures: Tensor) -> Tensor:
         """The sum over tokens and terms of token weight x factor x term, from figures [N, F]."""
-        factors = figures.new_tensor(list(self.factors.values()))
-        return (self._weighted(figures[:, : len(self.names)]).sum(dim=0) * factors).sum()
+        terms = self._weighted(figures[:, : len(self.names)]).sum(dim=0).unbind()
+        # Numbers and no tensor of them, for whose copy the host would wait for the device.
+        parts = [t * factor for t, factor in zip(terms, self.factors.values(), strict=True)]
+        return torch.stack(parts).sum()
 
     def sums(self, total: Tensor, figures: Tensor) -> ObjectiveSums:
         """All sums of the micro-batch from figures [N, F], around the differentiable ``total``."""

@@ -169,7 +169,7 @@ def share(batch: MicroBatch, by: str, teacher: TeacherHead | None) -> MicroBatch
     )
     mean = (sums / counts)[row]
     factor = torch.where(mean > 0, values / mean, 1.0)
-    return replace(batch, weights=(batch.weights * factor).float())
+    return replace(batch, weights=(batch.weights * factor).float(), unweighted=False)
 
 
 def _values(batch: MicroBatch, by: str, teacher: TeacherHead | None) -> Tensor:

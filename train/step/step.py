@@ -224,17 +224,23 @@ class GlobalStep:
     def _accumulate(self, groups: list[list[Row]], num_passes: int) -> Tensor:
         """Part 2: accumulates the gradients of the undivided sums over ``num_passes`` passes.
 
-        Returns the sums of this rank's figures, float64, in the order of `_forward_backward`.
+        Returns the sums of this rank's figures, float64, in the order of `_forward_backward`, and
+        its input and padded tokens.
         """
         # None instead of zeros: the first pass then writes its gradients without an addition.
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(
             len(self._term_names) + NUM_FIXED_FIGURES, dtype=torch.float64, device=self.device
         )
+        input_tokens = padded_tokens = 0
         for i in range(num_passes):
             batch = self.batches.make(groups[i]) if i < len(groups) else self.batches.dummy()
+            input_tokens += batch.input_tokens
+            padded_tokens += batch.padded_tokens
             with self._reduction(is_last=i == num_passes - 1):
-                sums += self._forward_backward(batch)
+                sums[:-2] += self._forward_backward(batch)
+        # Known on the host: one copy a step, for which it does not wait.
+        sums[-2:] = torch.tensor([input_tokens, padded_tokens]).to(sums, non_blocking=True)
         return sums
 
     def _reduction(self, is_last: bool) -> Any:
@@ -244,8 +250,8 @@ class GlobalStep:
         return self.module.no_sync()
 
     def _forward_backward(self, batch: MicroBatch) -> Tensor:
-        """One pass; returns its figures: total, each term, the teacher's and the student's tail
-        mass, floored tokens, input tokens, padded tokens.
+        """One pass; returns its figures, float64: total, each term, the teacher's and the student's
+        tail mass, floored tokens.
         """
         sums = self.module(batch, self.objective, self.teacher)
         sums.total.backward()
@@ -256,9 +262,7 @@ class GlobalStep:
         ]
         terms = [sums.terms[name] for name in self._term_names]
         # float64, since these are summed over passes and ranks.
-        figures = torch.stack([f.double() for f in (sums.total.detach(), *terms, *others)])
-        lengths = figures.new_tensor([batch.input_tokens, batch.padded_tokens])
-        return torch.cat([figures, lengths])
+        return torch.stack([f.double() for f in (sums.total.detach(), *terms, *others)])
 
     def _reduce_figures(self, sums: Tensor, weight: float) -> dict[str, Any]:
         """Sums the figures over all ranks and divides them by ``weight``: fields of `StepResult`.
