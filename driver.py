@@ -109,6 +109,7 @@ def run(
     from raystill.cluster.job.driver_process import hold_run_folder
     from raystill.cluster.job.watch import watch
     from raystill.cluster.report import summary, tables
+    from raystill.cluster.report.page.during import close_page
 
     if manifest.is_finished(folder, config.training.epochs):
         say(f"This run is finished; its report, from {folder.path}:")
@@ -129,6 +130,7 @@ def run(
             student = job.fit(this_run, stream)
             result = watch(this_run, prepared, teacher, student)
         summary.write_summary(folder, result)
+        close_page(folder, stopped=result.stopped_by != 0, tell=say)
     if result.stopped_by:
         again = resume_command(run_file, overrides, skip_probe)
         say(f"Stopped after step {result.snapshot.step}; resume with:\n  {again}")
@@ -205,23 +207,18 @@ def submit(
 
 
 @app.command()
-def report(run_folders: options.RunFolders, as_json: options.AsJson = False) -> int:
-    """Print a run's closing table again, or compare several runs.
+def report(
+    run_folders: options.RunFolders,
+    as_json: options.AsJson = False,
+    html: options.ReportPage = None,
+) -> int:
+    """Show a run, or several side by side.
 
-    It is made from their folders alone.
+    A short table here, and all of it on a page for a browser; made from their folders alone.
     """
-    from raystill.base.run_folder import RunFolder
-    from raystill.cluster.commands.as_json import print_totals
-    from raystill.cluster.report import tables
+    from raystill.cluster.commands.report import report_command
 
-    folders = [RunFolder(path) for path in run_folders]
-    if as_json:
-        print_totals(folders)
-    elif len(folders) == 1:
-        tables.print_report(folders[0])
-    else:
-        tables.print_comparison(folders)
-    return 0
+    return report_command(run_folders, as_json, html, say)
 
 
 @store.command("list")

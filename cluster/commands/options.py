@@ -100,6 +100,15 @@ Python = Annotated[
 RunFolders = Annotated[
     list[str], typer.Argument(metavar="RUN_FOLDER", help="One or more, e.g. runs/quickstart.")
 ]
+ReportPage = Annotated[
+    str | None,
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        show_default="RUN_FOLDER/report.html, of several comparison.html",
+        help="Where to write the page.",
+    ),
+]
 
 # store
 StorePath = Annotated[

@@ -22,6 +22,7 @@ from raystill.cluster.job.driver_process import StopSignals
 from raystill.cluster.job.waiting import Waits
 from raystill.cluster.report.exporters import Telemetry, TensorBoard
 from raystill.cluster.report.live import LiveView
+from raystill.cluster.report.page.during import LivePage
 from raystill.cluster.report.summary import RunResult
 from raystill.cluster.report.timeline import Timeline
 from raystill.datasets.store.store import TeacherStore, rows_requested_by
@@ -97,11 +98,15 @@ def watch(run: Run, prepared: Prepared, teacher: Background, student: Background
         StopSignals() as signals,
         LiveView(run.num_rows * training.epochs, steps, run.folder.path) as view,
     ):
-        watcher = Watcher(run, app, signals, view)
+        page = LivePage(run.folder, view.note)
+        watcher = Watcher(run, app, signals, view, page)
         teacher.start()
         student.start()
         try:
             snapshot = watcher.watch(teacher, student)
+        except BaseException as error:
+            page.failed(error)
+            raise
         finally:
             run.coordinator.close.remote()
             app.shutdown()
@@ -118,7 +123,9 @@ def watch(run: Run, prepared: Prepared, teacher: Background, student: Background
 class Watcher:
     """Looks at all parts of a run once a second: what the main thread does while it goes on."""
 
-    def __init__(self, run: Run, app: TeacherApp, signals: StopSignals, view: LiveView) -> None:
+    def __init__(
+        self, run: Run, app: TeacherApp, signals: StopSignals, view: LiveView, page: LivePage
+    ) -> None:
         self._run = run
         self._signals = signals
         self._view = view
@@ -126,6 +133,7 @@ class Watcher:
         self._demand = ReplicaDemand(teacher, group_rows, app.num_replicas)
         self._waits = Waits(run.config, app)
         self._records = Records(run, app)
+        self._page = page
         self._asked_to_stop = False
         run.coordinator.let_in_flight.remote(self._demand.groups_in_flight)
 
@@ -158,6 +166,7 @@ class Watcher:
             self._run.coordinator.let_in_flight.remote(self._demand.groups_in_flight)
             self._view.note(self._demand.sentence)
         self._records.look(snapshot)
+        self._page.look()
         return snapshot
 
     def _keeps_going(self, snapshot: Snapshot) -> bool:

@@ -37,10 +37,13 @@ LOGS = "logs"
 STORE = "teacher_store"
 CALIBRATION = "calibration"
 LAYERS = "layers.json"
+REPORT = "report.html"
+COMPARISON = "comparison.html"
+STATUS = "status.json"
 
 TOP_LEVEL_NAMES = frozenset(
     {CONFIG, MANIFEST, METRICS, METRICS_DISCARDED, EVALUATION, ANSWERS, HELD_OUT, PROBE, SUMMARY}
-    | {TIMELINE, "prompts", CHECKPOINTS, STUDENT, LOGS, CALIBRATION, LAYERS}
+    | {TIMELINE, "prompts", CHECKPOINTS, STUDENT, LOGS, CALIBRATION, LAYERS, REPORT, COMPARISON, STATUS}
 )
 
 URI_QUERY = re.compile(r"\?\w+=[^?*]*$")  # A "?" of a glob is not followed by name=value.

@@ -173,6 +173,8 @@ def test_the_run_folder_holds_every_file(finished: Finished) -> None:
         "metrics.jsonl",
         "probe.json",
         "prompts",
+        "report.html",
+        "status.json",
         "student",
         "summary.json",
         "timeline.jsonl",

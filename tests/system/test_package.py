@@ -27,6 +27,7 @@ EXTRAS = {
 BESIDE_MODULES = {
     "raystill/cluster/grafana/raystill.json",
     *(f"raystill/cluster/kuberay/{n}" for n in ("Dockerfile", "raycluster.yaml", "rayjob.yaml")),
+    "raystill/cluster/report/page/style.css",
 }
 
 

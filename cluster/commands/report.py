@@ -1,0 +1,49 @@
+"""The command ``report``: the closing table on the terminal, and the page of one run or several.
+
+Reads run folders; needs no cluster.
+"""
+
+from collections.abc import Callable, Sequence
+
+from raystill.base import formatting
+from raystill.base.errors import RunError
+from raystill.base.run_folder import SUMMARY, RunFolder
+from raystill.cluster.commands.as_json import print_totals
+from raystill.cluster.report import tables
+from raystill.cluster.report.page.page import write_page
+
+
+def report_command(
+    paths: Sequence[str], as_json: bool, html: str | None, say: Callable[[str], None]
+) -> int:
+    """Write the page and print the tables; the exit status.
+
+    html: where to write the page; None: into the (first) run folder. With ``as_json`` only the
+    totals are printed, and the page is written only where ``html`` names its place. A run that has
+    not ended has a page and no table.
+
+    Raises RunError for a folder that holds no run, and where the page cannot be written and
+    ``html`` had named its place.
+    """
+    folders = [RunFolder(path) for path in paths]
+    if as_json:
+        print_totals(folders)
+        if html is not None:
+            write_page(folders, html)
+        return 0
+    try:
+        page = f"Page: {formatting.path(write_page(folders, html))}"
+    except OSError as error:  # Of somebody else's run the table can still be read.
+        page = f"the page cannot be written ({error}); name a place with --html FILE"
+        if html is not None:
+            raise RunError(page) from error
+    without_end = [folder for folder in folders if not folder.exists(SUMMARY)]
+    for folder in without_end:
+        say(f"{formatting.path(folder.path)} has no {SUMMARY}: no start of this run has ended yet")
+    if not without_end:
+        if len(folders) == 1:
+            tables.print_report(folders[0])
+        else:
+            tables.print_comparison(folders)
+    say(page)
+    return 0

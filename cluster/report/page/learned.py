@@ -1,0 +1,190 @@
+"""What was learned: held-out figures before and after, beside baselines, and the curves."""
+
+from collections.abc import Sequence
+
+from raystill.base import formatting
+from raystill.cluster.report.page.charts import Series, line_chart
+from raystill.cluster.report.page.curves import Curve
+from raystill.cluster.report.page.html import Child, Html, element, join, table
+from raystill.cluster.report.page.read import Record, RunData, number
+from raystill.cluster.report.tables import FREE_RUNNING, TEACHER_FORCED
+
+MANY_POINTS = 60
+"""Steps from which on a curve is drawn faint, with its mean over stretches above it."""
+HELD_OUT_CURVES = (
+    ("kl_nats_per_token", "Held-out KL(teacher || student)", "nats/token"),
+    ("top1_agreement", "Held-out top-1 agreement", "share of tokens"),
+    ("acceptance", "Held-out acceptance as a draft model", "rate"),
+)
+
+
+def learned(runs: Sequence[RunData]) -> Html:
+    """The whole section."""
+    parts: list[Child] = [_table(runs), _notes(runs)]
+    if len(runs) == 1:
+        parts.append(_baselines(runs[0]))
+        charts = [_loss(runs[0]), *_held_out(runs), _extra(runs[0])]
+    else:
+        charts = [_losses(runs), *_held_out(runs)]
+    drawn = [chart for chart in charts if chart is not None]
+    if drawn:
+        parts.append(element("div", *drawn, class_="charts"))
+    return join(parts)
+
+
+def figure(record: Record, name: str, digits: int = 3) -> str:
+    """A figure of a record in words; ``-`` where it holds no number of that name."""
+    return formatting.figure(number(record.get(name)), digits)
+
+
+def _table(runs: Sequence[RunData]) -> Html:
+    if not any(run.before for run in runs):
+        return element("p", "No held-out figures were recorded.", class_="nothing")
+    if len(runs) == 1:
+        return _before_and_after(runs[0])
+    rows: list[list[Child]] = []
+    for name, label, digits, _ in (*TEACHER_FORCED, *FREE_RUNNING):
+        newest = [run.after or run.before for run in runs]
+        if any(number(record.get(name)) is not None for record in newest):
+            rows.append([label, *(figure(record, name, digits) for record in newest)])
+    headings = ["", *(element("bdi", run.name) for run in runs)]
+    return table("Finished students on their held-out prompts", headings, rows, "figures")
+
+
+def _before_and_after(run: RunData) -> Html:
+    before, after = run.before, run.after
+    newest = after or before
+    rows: list[list[Child]] = []
+    for name, label, digits, reference in (*TEACHER_FORCED, *FREE_RUNNING):
+        if number(before.get(name)) is None and number(newest.get(name)) is None:
+            continue
+        against = number(newest.get(reference)) if isinstance(reference, str) else reference
+        figures: list[Child] = [figure(before, name, digits)]
+        if after:
+            figures.append(element("strong", figure(after, name, digits)))
+        rows.append([label, *figures, formatting.figure(against, digits)])
+    steps = [f"before (step {before.get('step')})"]
+    if after:
+        steps.append(f"after (step {after.get('step')})")
+    return table("Figures on held-out prompts", ["", *steps, "the teacher's own"], rows, "figures")
+
+
+def _notes(runs: Sequence[RunData]) -> Html | None:
+    notes = []
+    for run in runs:
+        newest = run.after or run.before
+        tokens = number(newest.get("num_tokens"))
+        said = f"{formatting.count(tokens)} held-out tokens; " if tokens else ""
+        if newest.get("bound"):
+            said += str(newest["bound"])
+        if rows := number(newest.get("free_running_rows")):
+            prompts = formatting.plural(int(rows), "prompt")
+            said += f"; stop rate and below: the student writing by itself, {prompts}"
+        if said:
+            notes.append(f"{run.name}: {said}" if len(runs) > 1 else said)
+    return join(element("p", note, class_="note") for note in dict.fromkeys(notes))
+
+
+def _baselines(run: RunData) -> Html | None:
+    if not run.baselines or not run.before:
+        return None
+    rows: list[list[Child]] = []
+    named: list[tuple[Child, Record]] = [
+        (name, figures) for name, figures in run.baselines.items() if isinstance(figures, dict)
+    ]
+    named.append((element("strong", "the student"), run.after or run.before))
+    for name, figures in named:
+        rows.append([name, figure(figures, "kl_nats_per_token"), figure(figures, "top1_agreement")])
+    caption = "Models that only count the training answers, on the same held-out tokens"
+    return table(caption, ["", "KL, nats/token", "top-1 agreement"], rows, "figures narrow")
+
+
+def _loss(run: RunData) -> Html:
+    curves = [("loss", "loss"), *_terms(run)]
+    series: list[Series] = []
+    for colour, (name, label) in enumerate(curves):
+        curve = run.metrics.get(name, Curve())
+        if curve.known > MANY_POINTS:
+            series.append(Series(f"{label}, each step", curve.points(), colour, "faint"))
+            series.append(Series(f"{label}, mean", curve.means(), colour))
+        else:
+            series.append(Series(label, curve.points(), colour))
+    said = _course(run.metrics.get("loss", Curve()))
+    return line_chart("Training loss by term of the objective", series, unit="nats", note=said)
+
+
+def _terms(run: RunData) -> list[tuple[str, str]]:
+    """The terms of the objective; a single one of weight 1 is the loss itself."""
+    names = sorted(name for name in run.metrics if name.startswith("objective/"))
+    if len(names) == 1 and (curve := run.metrics[names[0]]).known:
+        loss = run.metrics.get("loss")
+        if loss and loss.known == curve.known and abs(loss.total - curve.total) < 1e-3 * loss.known:
+            return []
+    return [(name, name.removeprefix("objective/")) for name in names]
+
+
+def _course(curve: Curve) -> str:
+    if curve.first is None or curve.last is None or curve.least is None:
+        return ""
+    said = (
+        f"{formatting.figure(curve.first[1])} at step {curve.first[0]:,.0f}, "
+        f"{formatting.figure(curve.last[1])} at step {curve.last[0]:,.0f}; "
+        f"least {formatting.figure(curve.least[1])} at step {curve.least[0]:,.0f}"
+    )
+    if curve.gaps:
+        said += f"; {formatting.plural(curve.gaps, 'step')} without a loss"
+    return said
+
+
+def _losses(runs: Sequence[RunData]) -> Html:
+    series = []
+    for colour, run in enumerate(runs):
+        curve = run.metrics.get("loss", Curve())
+        points = curve.means() if curve.known > MANY_POINTS else curve.points()
+        series.append(Series(run.name, points, colour))
+    note = "Objectives may differ: compare losses only between runs that minimise the same."
+    return line_chart("Training loss", series, unit="nats", note=note)
+
+
+def _held_out(runs: Sequence[RunData]) -> list[Html]:
+    charts = []
+    for name, title, unit in HELD_OUT_CURVES:
+        series = []
+        for colour, run in enumerate(runs):
+            curve = Curve()
+            for record in run.evaluations:
+                curve.add(number(record.get("step")) or 0, number(record.get(name)))
+            if curve.known:
+                label = run.name if len(runs) > 1 else "the student"
+                series.append(Series(label, curve.points(), colour))
+        if not any(len(s.points) > 1 for s in series):
+            continue
+        if len(runs) == 1 and (level := _bigram(runs[0], name)) is not None:
+            edge = series[0].points[0][0]
+            series.append(Series("bigram model", [(edge, level)], 3, "level"))
+        charts.append(line_chart(title, series, unit=unit))
+    return charts
+
+
+def _bigram(run: RunData, name: str) -> float | None:
+    figures = run.baselines.get("bigram")
+    return number(figures.get(name)) if isinstance(figures, dict) else None
+
+
+def _extra(run: RunData) -> Html | None:
+    """Gradient norm and learning rate, folded: who needs them knows to look."""
+    charts = [
+        line_chart(title, [Series(title.lower(), curve.points(), colour)], unit=unit)
+        for name, title, unit, colour in (
+            ("grad_norm", "Gradient norm before clipping", "", 1),
+            ("lr", "Learning rate", "", 2),
+            ("tokens_per_s", "Speed, waits included", "response tokens/s", 4),
+            ("padding_fraction", "Padding", "share of positions", 5),
+        )
+        if (curve := run.metrics.get(name)) and curve.known
+    ]
+    if not charts:
+        return None
+    summary = element("summary", "Gradient norm, learning rate, speed, padding")
+    inner = element("div", *charts, class_="charts")
+    return element("details", summary, inner, class_="wide")

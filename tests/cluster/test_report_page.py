@@ -1,0 +1,240 @@
+"""The page of a run: what it shows, that data cannot act in it, and that it stays small."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raystill.base.errors import RunError
+from raystill.base.run_folder import RunFolder
+from raystill.cluster.report.page.during import ALIVE_S, LivePage, close_page, record_state
+from raystill.cluster.report.page.html import element, escape, readable
+from raystill.cluster.report.page.page import page, write_page
+from raystill.cluster.report.page.read import RunReader
+
+VOID = {"meta", "br"}
+HOSTILE = (
+    "<script>document.title='hacked'</script>",
+    "</style></title><img src=x onerror=alert(1)>",
+    '" onload="alert(1)',
+    "\u202e\u2066reversed\u202a",
+    "\x1b[31mred\x1b]8;;http://evil\x07 \x00 \x9b2J",
+    "W" * 10_000,
+    "\ud800 half a pair",
+)
+
+
+class Outline(HTMLParser):
+    """A page's tags; ``problems`` has what is not well formed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.problems: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        self.problems += [f"{tag} is not closed" for tag in self.open]
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(f"</{tag}> closes nothing")
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def write_lines(folder: RunFolder, name: str, records: list[dict[str, Any]]) -> None:
+    folder.write_text(name, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def window(at: float, phase: str = "training", **more: float) -> dict[str, Any]:
+    record: dict[str, Any] = {"time": at, "phase": phase, "seconds": 10.0, "replicas": 1}
+    record |= {"workers": 1, "rows_ahead": 16, "teacher_rows": 8, "teacher_busy_s": 9.0}
+    return record | {"student_rows": 8, "student_busy_s": 6.0, "student_wait_s": 4.0} | more
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(str(tmp_path / "runs" / "demo")).ensure()
+    steps = range(1, 21)
+    losses = [
+        {"step": s, "loss": 2.0 / s, "objective/forward_kl": 2.0 / s, "rows": 8, "tokens": 100}
+        for s in steps
+    ]
+    write_lines(folder, "metrics.jsonl", losses)
+    before = {"step": 0, "kl_nats_per_token": 4.25, "top1_agreement": 0.125, "num_tokens": 900}
+    bigram = {"bigram": {"kl_nats_per_token": 3.5, "top1_agreement": 0.2}}
+    after = {**before, "step": 20, "kl_nats_per_token": 0.75, "baselines": bigram}
+    write_lines(folder, "evaluation.jsonl", [before, after])
+    answers = [
+        {"step": step, "row": 1, "prompt": "Name a colour.", "teacher": "Blue.", "student": said}
+        for step, said in ((0, "cell cell"), (20, "Green."))
+    ]
+    write_lines(folder, "answers.jsonl", answers)
+    write_lines(folder, "timeline.jsonl", [window(1000.0 + 10 * n) for n in range(20)])
+    folder.write_text("config.yaml", "seed: 7\ntraining:\n  learning_rate: 0.0003\n  epochs: 1\n")
+    folder.write_text("manifest.json", json.dumps({"teacher": "models/T", "run_id": "abc"}))
+    summary = {"status": "completed", "wall_s": 200.0, "rows_total": 160, "rows_trained": 160}
+    folder.write_text("summary.json", json.dumps(summary))
+    return folder
+
+
+def shown(*folders: RunFolder) -> Outline:
+    return Outline(page([RunReader(folder).read() for folder in folders]))
+
+
+def test_the_page_says_what_was_learned_and_where_the_time_went(folder: RunFolder) -> None:
+    outline = shown(folder)
+    assert outline.problems == []
+    for said in ("finished", "4.250", "0.750", "bigram", "of 160 rows, 20 steps"):
+        assert said in outline.text
+    assert "teacher-bound: the student waits 40 %" in outline.text
+    for said in ("Name a colour.", "cell cell", "Green.", "models/T", "0.0003"):
+        assert said in outline.text
+    assert "2.000 at step 1, 0.100 at step 20" in outline.text
+
+
+def test_the_page_is_one_file_without_scripts_whose_parts_have_names(folder: RunFolder) -> None:
+    outline = shown(folder)
+    names = {name for name, _ in outline.tags}
+    assert not names & {"script", "link", "img", "iframe", "object", "base", "form"}
+    for _, attributes in outline.tags:
+        assert not [key for key in attributes if key.startswith("on") or key == "src"]
+        assert str(attributes.get("href", "#")).startswith("#")
+    css = page([RunReader(folder).read()]).partition("<style>")[2].partition("</style>")[0]
+    assert "url(" not in css and "@import" not in css
+    assert outline.count("table") == outline.count("caption")
+    assert outline.count("figure") == outline.count("figcaption") > 3
+    pictures = [attributes for name, attributes in outline.tags if name == "svg"]
+    assert all(a.get("aria-label") or a.get("aria-hidden") for a in pictures)
+    assert outline.count("h1") == 1
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_text_of_any_file_is_shown_and_never_acts(folder: RunFolder, text: str) -> None:
+    harmless = shown(folder)
+    record = {"row": 1, "prompt": text, "teacher": text, "student": text}
+    tokens = {"teacher_tokens": [text, "", text], "kl": [0.5, 1.5, 9.0]}
+    write_lines(folder, "answers.jsonl", [{"step": s, **record, **tokens} for s in (0, 20)])
+    manifest = {"teacher": text, "seeds": {text: text}, "versions": {text: text}, "commit": text}
+    folder.write_text("manifest.json", json.dumps(manifest))
+    folder.write_text("config.yaml", json.dumps({"seed": text, text: {text: [text]}}))
+    write_lines(folder, "timeline.jsonl", [window(1000.0, text), window(1010.0, text)])
+    dropped = {"status": text, "dropped": {text: 1}, "bottleneck": text, "phases": {text: 3}}
+    folder.write_text("summary.json", json.dumps(dropped))
+    record_state(folder, "failed", error=text)
+    written = write_page([folder])
+    content = Path(written).read_text(encoding="utf-8")
+    outline = Outline(content)
+    assert outline.problems == []
+    assert {name for name, _ in outline.tags} <= {name for name, _ in harmless.tags} | {"em"}
+    attributes = {key for _, attributes in outline.tags for key in attributes}
+    assert not [key for key in attributes if key.startswith("on") or key == "src"]
+    for character in ("\x1b", "\x00", "\x9b", "\x07", "\u202e", "\u2066", "\u202a"):
+        assert character not in content
+    assert len(content) < 250_000
+
+
+def test_only_html_made_here_is_html() -> None:
+    assert escape("<b>") == "&lt;b&gt;"
+    made = element("p", element("b", "a & b"), '"', title="x\"y'", class_="z", open=None)
+    assert made == '<p title="x&quot;y&#x27;" class="z"><b>a &amp; b</b>&quot;</p>'
+    assert readable("\x1b[1m\ttab\r\nline\x7f\u202e\ud800") == "␛[1m\ttab\nline␡⟨U+202E⟩\ufffd"
+
+
+def test_a_folder_with_little_in_it_has_a_page(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "bare")).ensure()
+    with pytest.raises(RunError, match="not the folder of a run"):
+        write_page([folder])
+    folder.write_text("config.yaml", "")
+    outline = Outline(Path(write_page([folder])).read_text())
+    assert outline.problems == []
+    assert "no end recorded" in outline.text
+
+
+def test_broken_lines_and_wrong_types_are_left_out(folder: RunFolder) -> None:
+    for name in ("metrics.jsonl", "evaluation.jsonl", "answers.jsonl", "timeline.jsonl"):
+        text = folder.read_text(name)
+        wrong = (
+            '{"step": "x", "loss": []}\n[1]\n{"step": 3, "loss": "high", "phase": 3}\n\xff\n{"st'
+        )
+        folder.write_text(name, text + wrong)
+    strange = '{"wall_s": "long", "dropped": 3, "phases": [], "teacher": 5, "restarts": {}}'
+    folder.write_text("summary.json", strange)
+    folder.write_text("manifest.json", "[")
+    folder.write_text("config.yaml", "a: [")
+    folder.write_text("held_out.parquet", "no parquet")
+    outline = shown(folder)
+    assert outline.problems == []
+    assert "unreadable lines left out" in outline.text
+
+
+# During a run, and however it ends
+
+
+def test_the_page_says_what_became_of_the_run(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    now = [0.0]
+    live = LivePage(folder, told.append, clock=lambda: now[0])
+    live.look()
+    assert not folder.exists("report.html")  # Nothing to see in the first seconds.
+    now[0] = 61.0
+    live.look()
+    text = folder.read_text("report.html")
+    assert "running" in Outline(text).text and 'http-equiv="refresh"' in text
+    live.failed(ValueError("no space is left for <the store>"))
+    text = folder.read_text("report.html")
+    assert "failed; the same command resumes it" in text
+    assert "no space is left for &lt;the store&gt;" in text and "refresh" not in text
+    close_page(folder, stopped=True, tell=told.append)
+    assert "stopped; the same command resumes it" in folder.read_text("report.html")
+    close_page(folder, stopped=False, tell=told.append)
+    assert "finished" in Outline(folder.read_text("report.html")).text
+    assert told == []
+
+
+def test_a_run_whose_driver_was_killed_is_not_running_for_ever(folder: RunFolder) -> None:
+    LivePage(folder, print)
+    assert RunReader(folder).read().state == "running"
+    status = json.loads(folder.read_text("status.json"))
+    status["alive_until"] -= 2 * ALIVE_S
+    folder.write_text("status.json", json.dumps(status))
+    assert "its driver is gone" in shown(folder).text
+
+
+def test_a_page_that_cannot_be_written_is_told_once_and_ends_nothing(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    now = [0.0]
+    live = LivePage(folder, told.append, clock=lambda: now[0])
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "write_text", full)
+    for _ in range(3):
+        now[0] += 100.0
+        live.look()
+    live.failed(RunError("the run's own error"))
+    close_page(folder, stopped=False, tell=lambda _: None)
+    assert len(told) == 1 and "No space left" in told[0]
