@@ -131,7 +131,8 @@ def test_the_page_is_one_file_without_scripts_whose_parts_have_names(folder: Run
 def test_text_of_any_file_is_shown_and_never_acts(folder: RunFolder, text: str) -> None:
     harmless = shown(folder)
     record = {"row": 1, "prompt": text, "teacher": text, "student": text}
-    tokens = {"teacher_tokens": [text, "", text], "kl": [0.5, 1.5, 9.0]}
+    tokens: dict[str, Any] = {"teacher_tokens": [text, "", text], "teacher_kl": [0.5, 1.5, 9.0]}
+    tokens |= {"student_tokens": [text], "student_kl": [0.2]}
     write_lines(folder, "answers.jsonl", [{"step": s, **record, **tokens} for s in (0, 20)])
     manifest = {"teacher": text, "seeds": {text: text}, "versions": {text: text}, "commit": text}
     folder.write_text("manifest.json", json.dumps(manifest))

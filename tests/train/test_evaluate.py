@@ -25,8 +25,13 @@ from raystill.train.evaluation.free_running import (
     repeated_ngrams,
     run_free,
 )
-from raystill.train.evaluation.measure import LocalStudent, Measurer
-from raystill.train.evaluation.teacher_forced import evaluate
+from raystill.train.evaluation.measure import (
+    MOST_TOKENS_BY_TOKEN,
+    LocalStudent,
+    Measurer,
+    tokens_of,
+)
+from raystill.train.evaluation.teacher_forced import TokenKl, evaluate
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.module import StudentModule
 from tests.support.runs import run_of
@@ -130,6 +135,39 @@ def test_teacher_forced_figures_equal_a_slow_reference(tokens_budget):
     assert figures["top1_agreement"] == pytest.approx(expected["top1"])
     assert figures["perplexity"] == pytest.approx(math.exp(expected["nll"]), rel=1e-6)
     assert "lower" in figures["bound"]
+
+
+@pytest.mark.parametrize("tokens_budget", [1, 9, 4096])
+def test_the_kl_of_single_tokens_is_kept_of_the_rows_that_are_wanted(tokens_budget):
+    model, rows = tiny_model(), some_rows()
+    tokens = TokenKl(frozenset([rows[1].row, rows[3].row]))
+    settings = {"tokens_budget": tokens_budget, "student_vocab": VOCAB, "device": CPU}
+    evaluate(StudentModule(model), rows, **settings, ranks=Ranks(), tokens=tokens)
+    assert set(tokens.nats) == tokens.rows
+    for row in (rows[1], rows[3]):
+        alone, count = slow_reference(model, [row])
+        assert len(tokens.nats[row.row]) == count == row.num_targets
+        assert sum(tokens.nats[row.row]) / count == pytest.approx(alone["kl"], rel=1e-5)
+    assert tokens.nats[rows[1].row] != tokens.nats[rows[3].row]
+
+
+def test_an_answer_is_told_token_by_token():
+    def text(ids):  # 9 is a special token; 7 and 8 are the two bytes of one character.
+        return b"".join({7: b"\xc3", 8: b"\xa9", 9: b""}.get(i, b"%d " % i) for i in ids).decode(
+            errors="replace"
+        )
+
+    told = tokens_of("teacher", [1, 7, 8, 2, 9], [0.1, 0.2, 0.30001, 4.0, 0.5], text)
+    assert told["teacher_tokens"] == ["1 ", "", "é", "2 ", ""]
+    assert told["teacher_kl"] == [0.1, 0.2, 0.3, 4.0, 0.5]
+    # Without a prompt the first token has no loss.
+    assert tokens_of("student", [1, 2], [0.5], text) == {
+        "student_tokens": ["2 "],
+        "student_kl": [0.5],
+    }
+    assert tokens_of("student", [1, 2], None, text) == {}
+    many = tokens_of("student", [1] * 2000, [0.5] * 2000, text)
+    assert len(many["student_tokens"]) == len(many["student_kl"]) == MOST_TOKENS_BY_TOKEN
 
 
 class OneOfMany(Ranks):
@@ -401,7 +439,10 @@ def test_an_evaluation_writes_its_figures_and_the_students_answers(measured_run)
     assert set(record["baselines"]) == {"uniform", "unigram", "bigram"}
     answers = read_lines(folder, "answers.jsonl")
     assert len(answers) == 2
-    assert set(answers[0]) == {"step", "row", "prompt", "teacher", "student"}
+    texts = {"step", "row", "prompt", "teacher", "student"}
+    assert set(answers[0]) == {*texts, "teacher_tokens", "teacher_kl"}
+    for answer in answers:
+        assert "".join(answer["teacher_tokens"]) == answer["teacher"]
     expected, _ = slow_reference(tiny_model(), some_rows())
     assert record["kl_nats_per_token"] == pytest.approx(expected["kl"], rel=1e-5)
 

@@ -20,13 +20,18 @@ from raystill.model.sampling import ResolvedSampling
 from raystill.run import Run
 from raystill.train.batch.rows import Row, rows_from_table
 from raystill.train.evaluation.baselines import HeldOutTokens, PairCounts, measure_baselines
-from raystill.train.evaluation.free_running import FreeRunning, Written, run_free
-from raystill.train.evaluation.teacher_forced import evaluate, micro_batches
+from raystill.train.evaluation.free_running import FreeRunning, Written, choose_rows, run_free
+from raystill.train.evaluation.teacher_forced import TokenKl, evaluate, micro_batches
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.module import StudentModule
 from raystill.train.student.sharding import whole_weights
 
 logger = logging.getLogger(__name__)
+
+MOST_ROWS_BY_TOKEN = 32
+"""Answers of one evaluation whose tokens are recorded one by one, for the page of the run."""
+MOST_TOKENS_BY_TOKEN = 512
+"""Tokens of one answer that are recorded so."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,11 @@ class Measurer:
         """
         record: dict[str, Any] = {"step": step, "when": when, "weights": weights}
         with whole_weights(self._student.module):  # Ranks write answers of lengths of their own.
-            record |= self._evaluate(self.rows)
-            if self._free_running.rows > 0 and (when != "during" or self._free_during):
-                record |= self._run_free(step)
+            runs_free = self._free_running.rows > 0 and (when != "during" or self._free_during)
+            tokens = TokenKl(self._rows_by_token() if runs_free else frozenset())
+            record |= self._evaluate(self.rows, tokens)
+            if runs_free:
+                record |= self._run_free(step, tokens)
         if self._ranks.first:
             if counts is not None:
                 record["baselines"] = self._measure_baselines(counts)
@@ -120,16 +127,25 @@ class Measurer:
             logger.info("evaluation %s", record)
         return record
 
-    def _run_free(self, step: int) -> dict[str, float | None]:
+    def _rows_by_token(self) -> frozenset[int]:
+        """Numbers of the held-out rows whose tokens are recorded: some that the student answers."""
+        chosen = choose_rows(self.rows, self._free_running.rows, self._free_running.seed)
+        return frozenset(row.row for row in chosen[:MOST_ROWS_BY_TOKEN])
+
+    def _run_free(self, step: int, tokens: TokenKl) -> dict[str, float | None]:
         model, device = self._student.module.model, self._student.device
         figures, pairs = run_free(model, self.rows, self._free_running, device, self._ranks)
-        if self._ranks.first:
-            self._write_answers(step, pairs)
+        own = TokenKl(tokens.rows)
         if self._config.evaluation.free_running.teacher_scores:
-            figures |= self._scored_by_teacher(pairs)
+            figures |= self._scored_by_teacher(pairs, own)
+        gathered = self._ranks.gather((tokens.nats, own.nats)) or []
+        if self._ranks.first:
+            teachers = {row: nats for part, _ in gathered for row, nats in part.items()}
+            students = {row: nats for _, part in gathered for row, nats in part.items()}
+            self._write_answers(step, pairs, teachers, students)
         return figures
 
-    def _scored_by_teacher(self, pairs: Written) -> dict[str, float | None]:
+    def _scored_by_teacher(self, pairs: Written, tokens: TokenKl) -> dict[str, float | None]:
         """KL(teacher || student) on the answers that rank 0 has of all ranks."""
         rows: list[Row] = []
         if self._ranks.first:
@@ -138,13 +154,13 @@ class Measurer:
         rows = self._ranks.from_first(rows)
         if not any(row.num_targets for row in rows):
             return {"kl_on_student_answers": None, "student_answer_tokens": 0}
-        figures = self._evaluate(rows)
+        figures = self._evaluate(rows, tokens)
         return {
             "kl_on_student_answers": figures["kl_nats_per_token"],
             "student_answer_tokens": figures["num_tokens"],
         }
 
-    def _evaluate(self, rows: list[Row]) -> dict[str, Any]:
+    def _evaluate(self, rows: list[Row], tokens: TokenKl) -> dict[str, Any]:
         return evaluate(
             self._student.module,
             rows,
@@ -152,9 +168,17 @@ class Measurer:
             student_vocab=self._student.vocab,
             device=self._student.device,
             ranks=self._ranks,
+            tokens=tokens,
         )
 
-    def _write_answers(self, step: int, pairs: list[tuple[Row, list[int]]]) -> None:
+    def _write_answers(
+        self,
+        step: int,
+        pairs: list[tuple[Row, list[int]]],
+        teachers: dict[int, list[float]],
+        students: dict[int, list[float]],
+    ) -> None:
+        """teachers, students: KL by row at the tokens of the teacher's and the student's answer."""
         log = MetricsLog(self._folder, ANSWERS)
         log.discard_beyond(step - 1)  # A restart may measure the same step again.
         text = text_of(self._student.teacher_folder)
@@ -164,7 +188,9 @@ class Measurer:
                 "teacher": text(row.response_ids.tolist()),
                 "student": text(answer),
             }
-            log.append({"step": step, "row": row.row, **texts})
+            by_token = tokens_of("teacher", row.response_ids.tolist(), teachers.get(row.row), text)
+            by_token |= tokens_of("student", answer, students.get(row.row), text)
+            log.append({"step": step, "row": row.row, **texts, **by_token})
         log.upload()
 
     def _measure_baselines(self, counts: PairCounts) -> dict[str, dict[str, float]]:
@@ -185,3 +211,26 @@ def text_of(teacher_folder: str) -> Callable[[list[int]], str]:
         return lambda ids: " ".join(map(str, ids))
     tokenizer = Tokenizer.from_file(str(path))
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def tokens_of(
+    who: str, ids: list[int], nats: list[float] | None, text: Callable[[list[int]], str]
+) -> dict[str, Any]:
+    """An answer token by token: ``<who>_tokens``, texts, and ``<who>_kl``, nats; {} without nats.
+
+    Only tokens with a loss, at most ``MOST_TOKENS_BY_TOKEN``. Joined, the texts are the answer's
+    text; a token that has none by itself (a special one, the first bytes of a character) has ''.
+    """
+    if not nats:
+        return {}
+    first = len(ids) - len(nats)
+    end = min(len(ids), first + MOST_TOKENS_BY_TOKEN)
+    texts, before = [], text(ids[:first])
+    for place in range(first, end):
+        now = text(ids[: place + 1])
+        # A character whose bytes are not all there yet is decoded as the replacement character.
+        now = now if not now.endswith("\ufffd") or place + 1 == len(ids) else before
+        texts.append(now[len(before) :] if now.startswith(before) else "")
+        before = now
+    kl = [round(value, 4) for value in nats[: end - first]]
+    return {f"{who}_tokens": texts, f"{who}_kl": kl}

@@ -10,6 +10,7 @@ Consumes: ``held_out.parquet``. Waits for: the ranks' sums. Imports no Ray.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +23,29 @@ from raystill.train.student.module import StudentModule
 
 BOUND = "partition of K ids and a tail: KL is a lower, acceptance an upper bound"
 SUMS = ("kl", "top1", "acceptance", "nll")
+
+
+@dataclass(frozen=True)
+class TokenKl:
+    """KL(teacher || student) at each token of some rows, kept while they are measured.
+
+    Attributes:
+        rows: Numbers of the rows whose tokens are wanted.
+        nats: By row number, one value for each token with a loss; of this rank's rows.
+    """
+
+    rows: frozenset[int] = frozenset()
+    nats: dict[int, list[float]] = field(default_factory=dict)
+
+    def keep(self, group: Sequence[Row], kl: Sequence[torch.Tensor]) -> None:
+        """Take the KL of a micro-batch's tokens, given in chunks, for the wanted rows in it."""
+        if self.rows.isdisjoint(row.row for row in group):
+            return
+        values, start = torch.cat(list(kl)).tolist(), 0
+        for row in group:
+            if row.row in self.rows:
+                self.nats[row.row] = values[start : start + row.num_targets]
+            start += row.num_targets
 
 
 def micro_batches(
@@ -41,10 +65,12 @@ def evaluate(
     student_vocab: int,
     device: torch.device,
     ranks: Ranks,
+    tokens: TokenKl | None = None,
 ) -> dict[str, Any]:
     """Teacher-forced figures of ``module`` on ``rows``, on every rank.
 
     ``rows`` are all held-out rows, the same on every rank; each takes every world_size-th.
+    ``tokens`` keeps the KL of single tokens on the way, of the rows that it names.
     Raises ValueError where the rows hold no token to measure.
     """
     was_training = module.training
@@ -52,15 +78,19 @@ def evaluate(
     sums = dict.fromkeys((*SUMS, "tokens"), 0.0)
     try:
         mine = rows[ranks.rank :: ranks.world_size]
-        for batch in micro_batches(mine, tokens_budget, student_vocab):
-            moved = batch.to(device)
+        for group in cut_micro_batches(mine, tokens_budget):
+            batch = collate(group, "topk", student_vocab, "token")
+            moved, kl = batch.to(device), []
             assert moved.partition is not None, "held-out rows carry the topk signal"
-            for tokens, logits in module.logit_chunks(moved):
-                part = moved.partition[tokens]
-                values = partition_metrics(logits, part, moved.targets[tokens])
+            for chunk, logits in module.logit_chunks(moved):
+                part = moved.partition[chunk]
+                values = partition_metrics(logits, part, moved.targets[chunk])
                 for name in SUMS:
                     sums[name] += values[name].double().sum().item()
+                kl.append(values["kl"])
             sums["tokens"] += batch.num_tokens
+            if tokens is not None:
+                tokens.keep(group, kl)
     finally:
         module.train(was_training)
     return figures(ranks.sum(sums))

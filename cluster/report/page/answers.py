@@ -26,7 +26,7 @@ def answers(runs: Sequence[RunData]) -> Html:
     shown = _aligned(runs)
     if not shown:
         return element("p", "No answers were recorded.", class_="nothing")
-    if any(_tokens(record) for run in runs for record in run.answers):
+    if any(_tokens(record, "teacher") for run in runs for record in run.answers):
         parts.append(_legend())
     for number_, (key, by_run) in enumerate(shown[:MOST_PROMPTS]):
         parts.append(_example(key, by_run, runs, opened=number_ < 3))
@@ -70,9 +70,11 @@ def _example(key: Key, by_run: dict[int, Pair], runs: Sequence[RunData], opened:
         name = runs[number_].name if many else "student after"
         if before is not None and not many:
             columns.append(_answer("student before", _text(before, "student")))
-            strips.append(_coloured("before training", before))
+            strips.append(_coloured("the teacher's answer, before training", before, "teacher"))
         columns.append(_answer(name, _text(after, "student")))
-        strips.append(_coloured(name if many else "after training", after))
+        when = name if many else "after training"
+        strips.append(_coloured(f"the teacher's answer, {when}", after, "teacher"))
+        strips.append(_coloured(f"the student's own answer, {when}", after, "student"))
     asked = question(prompt)
     drawn = [one for one in strips if one is not None]
     return element(
@@ -97,9 +99,9 @@ def _answer(who: str, text: str) -> Html:
     )
 
 
-def _tokens(record: Record) -> list[tuple[str, float]]:
-    """(text, nats) of the teacher's answer; a token without text of its own joins the next."""
-    texts, figures = record.get("teacher_tokens"), record.get("kl")
+def _tokens(record: Record, who: str) -> list[tuple[str, float]]:
+    """(text, nats) of ``who``'s answer; a token without text of its own joins the next."""
+    texts, figures = record.get(f"{who}_tokens"), record.get(f"{who}_kl")
     if not isinstance(texts, list) or not isinstance(figures, list) or len(texts) != len(figures):
         return []
     tokens: list[tuple[str, float]] = []
@@ -116,8 +118,8 @@ def _tokens(record: Record) -> list[tuple[str, float]]:
     return tokens
 
 
-def _coloured(when: str, record: Record) -> Html | None:
-    tokens = _tokens(record)
+def _coloured(title: str, record: Record, who: str) -> Html | None:
+    tokens = _tokens(record, who)
     if not tokens:
         return None
     spans = [
@@ -137,7 +139,7 @@ def _coloured(when: str, record: Record) -> Html | None:
     )
     return element(
         "div",
-        element("h4", f"the teacher's answer, {when}: {mean:.2f} nats a token"),
+        element("h4", f"{title}: {mean:.2f} nats a token"),
         element("div", *spans, class_="text tokens", dir="auto"),
         element("p", "furthest: ", listed, class_="said"),
     )
