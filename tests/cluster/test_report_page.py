@@ -1,6 +1,7 @@
 """The page of a run: what it shows, that data cannot act in it, and that it stays small."""
 
 import json
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from raystill.cluster.report.page.during import ALIVE_S, LivePage, close_page, r
 from raystill.cluster.report.page.html import element, escape, readable
 from raystill.cluster.report.page.page import page, write_page
 from raystill.cluster.report.page.read import RunReader
+from tests.support.browser import MISSING, Browser, find_browser
 
 VOID = {"meta", "br"}
 HOSTILE = (
@@ -127,9 +129,8 @@ def test_the_page_is_one_file_without_scripts_whose_parts_have_names(folder: Run
     assert outline.count("h1") == 1
 
 
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_text_of_any_file_is_shown_and_never_acts(folder: RunFolder, text: str) -> None:
-    harmless = shown(folder)
+def fill_with(folder: RunFolder, text: str) -> None:
+    """Put a text wherever a run folder holds one."""
     record = {"row": 1, "prompt": text, "teacher": text, "student": text}
     tokens: dict[str, Any] = {"teacher_tokens": [text, "", text], "teacher_kl": [0.5, 1.5, 9.0]}
     tokens |= {"student_tokens": [text], "student_kl": [0.2]}
@@ -141,6 +142,12 @@ def test_text_of_any_file_is_shown_and_never_acts(folder: RunFolder, text: str) 
     dropped = {"status": text, "dropped": {text: 1}, "bottleneck": text, "phases": {text: 3}}
     folder.write_text("summary.json", json.dumps(dropped))
     record_state(folder, "failed", error=text)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_text_of_any_file_is_shown_and_never_acts(folder: RunFolder, text: str) -> None:
+    harmless = shown(folder)
+    fill_with(folder, text)
     written = write_page([folder])
     content = Path(written).read_text(encoding="utf-8")
     outline = Outline(content)
@@ -239,3 +246,100 @@ def test_a_page_that_cannot_be_written_is_told_once_and_ends_nothing(
     live.failed(RunError("the run's own error"))
     close_page(folder, stopped=False, tell=lambda _: None)
     assert len(told) == 1 and "No space left" in told[0]
+
+
+# In a real browser
+
+CONTRAST = """
+(() => {
+  const line = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const channel = v => line(v / 255);
+  const parse = c => (c.match(/[\\d.]+/g) || []).map(Number);
+  const luminance = c => 0.2126 * channel(c[0]) + 0.7152 * channel(c[1]) + 0.0722 * channel(c[2]);
+  const behind = e => {
+    for (; e; e = e.parentElement) {
+      const c = parse(getComputedStyle(e).backgroundColor);
+      if (c.length === 3 || c[3] === 1) return c;
+    }
+    return [255, 255, 255];
+  };
+  const weak = [];
+  for (const e of document.querySelectorAll('body *')) {
+    const own = [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+    if (!own || e.closest('svg')) continue;
+    const a = luminance(parse(getComputedStyle(e).color)), b = luminance(behind(e));
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) weak.push(`${ratio.toFixed(2)} ${e.className} ${e.textContent.slice(0, 30)}`);
+  }
+  return weak;
+})()
+"""
+"""Elements whose own text has a contrast below 4.5 (WCAG 2, level AA)."""
+WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+BROWSERS = pytest.mark.skipif(find_browser() is None, reason=MISSING)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@BROWSERS
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_shows_the_page_at_any_width_light_and_dark(
+    folder: RunFolder, browser: Browser, tmp_path: Path, width: int, scheme: str
+) -> None:
+    tokens = {"teacher_tokens": list("abcde"), "teacher_kl": [0.0, 0.3, 0.6, 1.5, 3.0]}
+    record = {"row": 1, "prompt": "Name a colour.", "teacher": "abcde", "student": "abc"}
+    write_lines(folder, "answers.jsonl", [{"step": s, **record, **tokens} for s in (0, 20)])
+    browser.open(Path(write_page([folder])), width, scheme)
+    assert browser.evaluate("document.title") == "demo · Raystill"
+    assert browser.evaluate(WIDER) == 0
+    assert browser.evaluate(CONTRAST) == []
+    paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == {"light": "rgb(251, 251, 249)", "dark": "rgb(20, 23, 26)"}[scheme]
+    sizes = "[...document.querySelectorAll('svg.plot, svg.strip')].map(e => e.clientWidth)"
+    assert min(w for w in browser.evaluate(sizes) if w) > 200
+    browser.screenshot(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 20_000
+    said = [e["method"] for e in browser.events if e["method"].startswith(("Log.", "Runtime.exc"))]
+    assert said == []
+
+
+@BROWSERS
+def test_hostile_text_does_nothing_in_a_browser(folder: RunFolder, browser: Browser) -> None:
+    watch = "window.alert = window.open = () => { window.hacked = true }"
+    added = browser.ask("Page.addScriptToEvaluateOnNewDocument", source=watch)
+    try:
+        for text in ("\n".join(HOSTILE), "W" * 10_000, "<script>alert(1)</script>" * 50):
+            fill_with(folder, text)
+            for width in (1280, 400):
+                browser.open(Path(write_page([folder])), width)
+                assert browser.evaluate("window.hacked") is None
+                assert browser.evaluate(WIDER) == 0
+                assert browser.evaluate("document.scripts.length + document.images.length") == 0
+            asked = [
+                event["params"]["request"]["url"]
+                for event in browser.events
+                if event["method"] == "Network.requestWillBeSent"
+            ]
+            assert all(url.startswith("file://") for url in asked) and len(asked) == 1
+    finally:
+        browser.ask("Page.removeScriptToEvaluateOnNewDocument", identifier=added["identifier"])
+
+
+@BROWSERS
+def test_what_is_folded_is_printed(folder: RunFolder, browser: Browser) -> None:
+    folder.write_text("config.yaml", "seed: 7\nteacher:\n  dtype: auto\n")
+    browser.open(Path(write_page([folder])), 1280, "dark")
+    tables = "[...document.querySelectorAll('details:not([open]) table')]"
+    folded = f"{tables}.map(e => e.checkVisibility())"
+    assert browser.evaluate(folded) and not any(browser.evaluate(folded))
+    browser.media("print", "dark")
+    assert all(browser.evaluate(folded))
+    assert browser.evaluate("getComputedStyle(document.body).backgroundColor") == (
+        "rgb(255, 255, 255)"
+    )
+    assert browser.pdf().startswith(b"%PDF")

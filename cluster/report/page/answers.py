@@ -15,7 +15,7 @@ from raystill.cluster.report.tables import question
 
 MOST_PROMPTS = 12
 MOST_TOKENS = 600
-LEVELS = (0.1, 0.3, 1.0, 3.0)
+LEVELS = (0.25, 0.5, 1.0, 2.0)
 """Nats from which on a token has the next darker colour."""
 WORST = 5
 
@@ -150,7 +150,8 @@ def _level(nats: float) -> int:
 
 
 def _legend() -> Html:
-    bounds = ["below 0.1", "0.1", "0.3", "1", "3 and more"]
+    bounds = [f"below {LEVELS[0]:g}", *(f"{level:g}" for level in LEVELS[:-1])]
+    bounds.append(f"{LEVELS[-1]:g} and more")
     samples = (element("span", said, class_=f"k{n}") for n, said in enumerate(bounds))
     return element(
         "p",

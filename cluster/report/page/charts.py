@@ -125,15 +125,20 @@ def upright(x: float, title: str, c: str) -> Html:
 def swatch(colour: int, style: str = "line") -> Html:
     """The sample of a curve or an area in a legend."""
     if style == "area":
-        shape = element("rect", width=18, height=10, y=1, class_=f"c{colour % NUM_COLOURS + 1}")
+        shape = element("rect", width=18, height=10, y=1, class_=fill(colour))
     else:
         shape = element("path", d="M0 6H18", class_=_class(Series("", (), colour, style)))
     return element("svg", shape, class_="swatch", viewBox="0 0 18 12", aria_hidden="true")
 
 
+def fill(colour: int) -> str:
+    """The class of an area; colours that come a second time are paler."""
+    return f"c{colour % NUM_COLOURS + 1}" + (" again" if colour >= NUM_COLOURS else "")
+
+
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Round numbers from at most ``low`` to at least ``high``; from 0 where that costs little."""
-    if 0 < low <= 0.6 * high:
+    if 0 < low <= 0.75 * high:
         low = 0.0
     if high <= low:
         high = low + (abs(low) or 1.0)
@@ -219,11 +224,11 @@ def _said(series: Series) -> str:
     first, last = known[0][1], known[-1][1]
     if len(known) == 1:
         return f"{series.name} {formatting.figure(first)}"
+    said = f"{series.name} {_short(first)} → {_short(last)}"
     least, greatest = min(map(_height, known)), max(map(_height, known))
-    return (
-        f"{series.name} {_short(first)} → {_short(last)}, "
-        f"between {_short(least)} and {_short(greatest)}"
-    )
+    if least < min(first, last) or greatest > max(first, last):
+        said += f", between {_short(least)} and {_short(greatest)}"
+    return said
 
 
 def _short(value: float) -> str:

@@ -11,8 +11,8 @@ from raystill.config.describe import fields
 
 NUM_BARS = 24
 MOST_SOURCES = 20
+MOST_OPEN_SOURCES = 8
 LONGEST_VALUE = 300
-SAME = "equal"
 
 Fact = tuple[str, Callable[[RunData], Child]]
 
@@ -67,7 +67,7 @@ def lineage(runs: Sequence[RunData]) -> Html:
         ("resumed", lambda r: _count(r.summary, "restarts")),
         ("steps trained again after a restart", lambda r: f"{r.steps_trained_again:,}"),
     ]
-    return _facts("Lineage", runs, rows)
+    return _facts("Where it came from", runs, rows)
 
 
 def configuration(runs: Sequence[RunData]) -> Html:
@@ -182,7 +182,10 @@ def _sources(runs: Sequence[RunData]) -> Html | None:
                 others = sum(lengths.by_source.get(name, 0) for name in most[MOST_SOURCES:])
                 cells.append(formatting.count(others))
         rows.append(cells)
-    return table("Rows by source", headings, rows, "figures narrow")
+    whole = table("Rows by source", headings, rows, "figures narrow")
+    if len(most) <= MOST_OPEN_SOURCES:
+        return whole
+    return element("details", element("summary", f"{len(most):,} sources"), whole)
 
 
 def _count(record: Record, name: str) -> str:
@@ -257,7 +260,9 @@ def _student(run: RunData) -> Child:
     if not isinstance(student, dict):
         return None
     model = student.get("model")
-    return _code(model) if model else _said(str(student.get("init") or "").replace("_", " "))
+    if model:
+        return _code(model)
+    return "the teacher" if student.get("init") == "from_teacher" else _said(student.get("init"))
 
 
 def _layers(layers: Record) -> Child:

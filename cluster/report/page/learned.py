@@ -100,7 +100,9 @@ def _baselines(run: RunData) -> Html | None:
 
 
 def _loss(run: RunData) -> Html:
-    curves = [("loss", "loss"), *_terms(run)]
+    terms = _terms(run)
+    curves = [("loss", "loss"), *terms]
+    title = "Training loss, and each term of the objective" if terms else "Training loss"
     series: list[Series] = []
     for colour, (name, label) in enumerate(curves):
         curve = run.metrics.get(name, Curve())
@@ -110,7 +112,7 @@ def _loss(run: RunData) -> Html:
         else:
             series.append(Series(label, curve.points(), colour))
     said = _course(run.metrics.get("loss", Curve()))
-    return line_chart("Training loss by term of the objective", series, unit="nats", note=said)
+    return line_chart(title, series, unit="nats", note=said)
 
 
 def _terms(run: RunData) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raystill.base import formatting
-from raystill.cluster.report.page.charts import area, strip, swatch, upright
+from raystill.cluster.report.page.charts import area, fill, strip, swatch, upright
 from raystill.cluster.report.page.html import Child, Html, element, join, table
 from raystill.cluster.report.page.read import Record, RunData, number
 from raystill.cluster.report.timeline import COUNTERS, bottleneck
@@ -48,7 +48,7 @@ def spent(runs: Sequence[RunData]) -> Html:
         said = sentence or "too short to name a bottleneck (it takes two minutes of answers)"
         parts.append(element("p", who, element("strong", said), class_="bottleneck"))
         parts.append(_timeline(run))
-    parts += [_roles(runs), _phases(runs)]
+    parts.append(element("div", _roles(runs), _phases(runs), class_="pair"))
     return join(parts)
 
 
@@ -128,7 +128,7 @@ def _timeline(run: RunData) -> Html | None:
     marks = [upright(at, f"no driver for {formatting.duration(s)}", "gap") for at, s in bins.gaps]
     names = list(dict.fromkeys(name for name, _, _ in bins.phases))
     phases = [
-        area([begin, end], [1.0], [0.0], f"c{names.index(name) % 6 + 1}")
+        area([begin, end], [1.0], [0.0], fill(names.index(name)))
         for name, begin, end in bins.phases
     ]
     idle = join([swatch(0, "area"), " computing ", swatch(3, "area"), " waiting for rows"])
