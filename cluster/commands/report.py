@@ -31,13 +31,15 @@ def report_command(
         if html is not None:
             write_page(folders, html)
         return 0
+    without_end = [folder for folder in folders if not folder.exists(SUMMARY)]
     try:
-        page = f"Page: {formatting.path(write_page(folders, html))}"
+        page = f"The page: {formatting.path(write_page(folders, html))}"
+        named_by_table = html is None and len(folders) == 1 and not without_end
     except OSError as error:  # Of somebody else's run the table can still be read.
         page = f"the page cannot be written ({error}); name a place with --html FILE"
+        named_by_table = False
         if html is not None:
             raise RunError(page) from error
-    without_end = [folder for folder in folders if not folder.exists(SUMMARY)]
     for folder in without_end:
         say(f"{formatting.path(folder.path)} has no {SUMMARY}: no start of this run has ended yet")
     if not without_end:
@@ -45,5 +47,6 @@ def report_command(
             tables.print_report(folders[0])
         else:
             tables.print_comparison(folders)
-    say(page)
+    if not named_by_table:
+        say(page)
     return 0

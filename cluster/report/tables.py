@@ -1,6 +1,8 @@
-"""The closing table of a run; reads only the run folder.
+"""The closing table of a run: the figures that decide whether to look closer.
 
-python driver.py report runs/quickstart
+Reads only the run folder. All the rest is on the run's page (`report/page/`), which it names.
+
+    python driver.py report runs/quickstart
 """
 
 import json
@@ -15,11 +17,12 @@ from raystill.base import formatting
 from raystill.base.errors import RunError
 from raystill.base.logs import run_name
 from raystill.base.records import Folder, read_lines
+from raystill.base.run_folder import REPORT
 from raystill.cluster.report.summary import Figures, before_and_after, write_summary
 
 __all__ = ["print_report", "write_summary"]
 
-NUM_EXAMPLES = 3
+NUM_EXAMPLES = 1
 WIDEST = 100
 
 # Figure, what a person calls it, digits, and the teacher's own figure to hold it against.
@@ -36,17 +39,6 @@ FREE_RUNNING = (
     ("kl_on_student_answers", "KL on the student's own answers", 3, 0.0),
 )
 ROWS = ("rows_trained", "rows_asked", "rows_scored", "rows_reused", "evaluation_rows_asked")
-FILES = (
-    ("student", "the finished model, a Hugging Face folder"),
-    ("metrics.jsonl", "one line a step"),
-    ("evaluation.jsonl", "the held-out figures"),
-    ("answers.jsonl", "what teacher and student wrote"),
-    ("held_out.parquet", "the rows they were measured on"),
-    ("summary.json", "the totals of this table"),
-    ("timeline.jsonl", "who was busy when"),
-    ("checkpoints", "to resume from"),
-    ("logs", "what Ray, Serve and vLLM printed"),
-)
 
 
 def print_report(folder: Folder, console: Console | None = None) -> None:
@@ -97,21 +89,20 @@ def _print_sections(console: Console, folder: Folder) -> None:
     console.print(_headline(folder, summary), soft_wrap=True)
     if before is not None:
         _section(console, "Held-out prompts", _evaluation_table(before, after))
-        _footnotes(console, before)
-    if summary.get("baselines"):
-        title = "Models of the training answers, on the same held-out tokens"
-        _section(console, title, _baseline_table(summary["baselines"], after or before or {}))
-    _section(console, "Rows and tokens", _totals_table(summary))
-    _section(console, "Time", _time_table(summary))
-    _section(console, f"Files in {formatting.path(folder.path)}", _files_table(folder))
+        _footnotes(console, before, summary.get("baselines") or {})
+    _section(console, "Rows and time", _totals_table(summary))
     for number, example in enumerate(examples(folder), start=1):
         heading = "Held-out prompts, answered" if number == 1 else None
         _section(console, heading, _example_table(example))
+    if folder.exists(REPORT):
+        console.print()
+        page = formatting.path(folder.join(REPORT))
+        console.print(Text(f"The whole run on one page: {page}"), soft_wrap=True)
     console.print()
 
 
 def examples(folder: Folder) -> list[Figures]:
-    """Up to three prompts with ``prompt teacher before after`` texts (before: None if the same)."""
+    """The first prompt, with ``prompt teacher before after`` texts (before: None if the same)."""
     lines = read_lines(folder, "answers.jsonl")
     if not lines:
         return []
@@ -192,24 +183,19 @@ def _evaluation_table(before: Figures, after: Figures | None) -> Table:
     return table
 
 
-def _footnotes(console: Console, figures: Figures) -> None:
+def _footnotes(console: Console, figures: Figures, baselines: Figures) -> None:
     tokens = f"{formatting.count(figures.get('num_tokens'))} held-out tokens"
     _footnote(console, "; ".join(filter(None, [tokens, figures.get("bound")])))
     if rows := figures.get("free_running_rows"):
         prompts = formatting.plural(int(rows), "prompt")
         _footnote(console, f"stop rate and below: the student writing by itself, {prompts}")
-
-
-def _baseline_table(baselines: Figures, student: Figures) -> Table:
-    table = _columns("KL", "top-1")
-    for name, figures in [*baselines.items(), ("the student", student)]:
-        style = "bold" if name == "the student" else ""
-        table.add_row(
-            Text(name, style=style),
-            Text(formatting.figure(figures.get("kl_nats_per_token")), style=style),
-            Text(formatting.figure(figures.get("top1_agreement")), style=style),
+    if bigram := baselines.get("bigram"):
+        kl, top1 = (
+            formatting.figure(bigram.get(n)) for n in ("kl_nats_per_token", "top1_agreement")
         )
-    return table
+        _footnote(
+            console, f"to beat: a bigram model of the training answers, KL {kl}, top-1 {top1}"
+        )
 
 
 def _facts() -> Table:
@@ -229,59 +215,21 @@ def _totals_table(summary: Figures) -> Table:
         if done == "asked" or any(numbers):
             train, held_out = map(formatting.count, numbers)
             table.add_row(f"rows {done}", f"{train} for training, {held_out} held out")
-    table.add_row(
-        "left out",
-        f"dropped {formatting.reasons(summary['dropped'])}, "
-        f"duplicate prompts {formatting.count(summary['duplicates'])}",
-    )
+    if any(summary["dropped"].values()) or summary["duplicates"]:
+        table.add_row(
+            "left out",
+            f"dropped {formatting.reasons(summary['dropped'])}, "
+            f"duplicate prompts {formatting.count(summary['duplicates'])}",
+        )
     table.add_row(
         "answers cut off", f"{formatting.share(summary['truncated_fraction'])} by max_tokens"
     )
-    teacher, student = summary["teacher"], summary["student"]
-    table.add_row(
-        "teacher",
-        f"{formatting.count(teacher['prompt_tokens'])} prompt tokens read, "
-        f"{formatting.count(teacher['response_tokens'])} written"
-        f"{_pace(teacher['response_tokens'], teacher['busy_s'])}",
-    )
-    table.add_row(
-        "student",
-        f"{formatting.count(student['tokens'])} response tokens trained"
-        f"{_pace(student['tokens'], student['busy_s'])}",
-    )
     if summary.get("skipped_steps"):
         table.add_row("steps skipped", f"{summary['skipped_steps']}, which held no token to learn")
-    return table
-
-
-def _pace(tokens: float, busy_s: float) -> str:
-    return f", {formatting.rate(tokens / busy_s)} tokens/s while busy" if busy_s else ""
-
-
-def _time_table(summary: Figures) -> Table:
-    table = _facts()
-    teacher, student = summary["teacher"], summary["student"]
-    table.add_row("whole run", formatting.duration(summary["wall_s"]))
-    table.add_row("teacher busy", formatting.duration(teacher["busy_s"]))
-    table.add_row(
-        "student busy",
-        f"{formatting.duration(student['busy_s'])}, "
-        f"waiting for rows {formatting.duration(student['wait_s'])}",
-    )
-    for phase, seconds in summary["phases"].items():
-        table.add_row(Text(f"  {phase}"), formatting.duration(seconds))
     if summary.get("bottleneck"):
         table.add_row("bottleneck", summary["bottleneck"])
     if summary["restarts"]:
         table.add_row("resumed", formatting.plural(summary["restarts"], "time"))
-    return table
-
-
-def _files_table(folder: Folder) -> Table:
-    table = _facts()
-    for name, meaning in FILES:
-        if folder.exists(name):
-            table.add_row(Text(name, style="default"), meaning)
     return table
 
 

@@ -43,7 +43,18 @@ STATUS = "status.json"
 
 TOP_LEVEL_NAMES = frozenset(
     {CONFIG, MANIFEST, METRICS, METRICS_DISCARDED, EVALUATION, ANSWERS, HELD_OUT, PROBE, SUMMARY}
-    | {TIMELINE, "prompts", CHECKPOINTS, STUDENT, LOGS, CALIBRATION, LAYERS, REPORT, COMPARISON, STATUS}
+    | {
+        TIMELINE,
+        "prompts",
+        CHECKPOINTS,
+        STUDENT,
+        LOGS,
+        CALIBRATION,
+        LAYERS,
+        REPORT,
+        COMPARISON,
+        STATUS,
+    }
 )
 
 URI_QUERY = re.compile(r"\?\w+=[^?*]*$")  # A "?" of a glob is not followed by name=value.

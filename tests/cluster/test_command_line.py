@@ -18,6 +18,7 @@ import pytest
 
 import driver
 from raystill.base.errors import ConfigError, Problem, RunError
+from raystill.base.run_folder import RunFolder
 from raystill.cluster.commands import store as store_commands
 from raystill.cluster.job import run as job
 from raystill.datasets.rows.signal import Signal
@@ -322,6 +323,35 @@ def test_report_gives_programs_the_totals_of_each_run(
     status, out, err = call(capsys, "report", "runs/a", "runs/none", "--json")
     assert (status, out) == (driver.EXIT_FAILED, "")
     assert err.startswith("error: ") and "runs/none has no summary.json" in err
+
+
+def test_report_writes_a_page_and_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/config.yaml").write_text("seed: 7\n")
+    status, out, _ = call(capsys, "report", "runs/a")
+    assert (status, Path("runs/a/report.html").exists()) == (0, True)
+    assert "no start of this run has ended yet" in out
+    assert out.splitlines()[-1] == "The page: runs/a/report.html"
+    _, out, _ = call(capsys, "report", "runs/a", "runs/a")
+    assert out.splitlines()[-1] == "The page: runs/a/comparison.html"
+    _, out, _ = call(capsys, "report", "runs/a", "--html", "there/both.html")
+    assert out.splitlines()[-1] == "The page: there/both.html"
+    assert "compared" in Path("runs/a/comparison.html").read_text()
+    assert "compared" not in Path("there/both.html").read_text()
+    Path("file").write_text("")
+    status, out, err = call(capsys, "report", "runs/a", "--html", "file/x.html")
+    assert (status, out) == (driver.EXIT_FAILED, "")
+    assert "the page cannot be written" in err and "--html FILE" in err
+    monkeypatch.setattr(RunFolder, "write_text", unwritable)
+    status, out, _ = call(capsys, "report", "runs/a")
+    assert status == 0 and "the page cannot be written" in out
+
+
+def unwritable(*_: object) -> None:
+    raise PermissionError(13, "Permission denied")
 
 
 # store
