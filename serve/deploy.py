@@ -43,6 +43,7 @@ class TeacherApp:
         coordinator: Handle of the coordinator actor that gets the counters, or None.
         logs: Folder of ``teacher-<n>.log``, or None to leave output with Ray's own logs.
         identity: The teacher's identity, with which each replica compares its own files'.
+        run_folder: Folder of the run, for an API's messages and spending.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class TeacherApp:
         coordinator: Any = None,
         logs: Path | None = None,
         identity: str | None = None,
+        run_folder: str | None = None,
     ) -> None:
         self.name = name
         self._config = config
@@ -60,12 +62,14 @@ class TeacherApp:
         self._coordinator = coordinator
         self._logs = logs
         self._identity = identity
+        self._run_folder = run_folder
 
     @classmethod
     def of(cls, run: Run) -> "TeacherApp":
         """The teacher of a run."""
         name, identity = run.app, run.teacher_identity
-        return cls(name, run.config, run.teacher, run.coordinator, run.folder.logs, identity)
+        logs, path = run.folder.logs, run.folder.path
+        return cls(name, run.config, run.teacher, run.coordinator, logs, identity, path)
 
     def deploy(self) -> None:
         """Start the deployment and return at once; ``wait`` waits for its first replica."""
@@ -78,6 +82,7 @@ class TeacherApp:
             gpus=_gpus(config, has_gpus),
             replicas_per_node=_replicas_per_node(config),
             teacher_identity=self._identity,
+            run_folder=self._run_folder,
         )
         serve.start(proxy_location="Disabled")
         options = deployment_options(config, has_gpus)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from raystill.base.errors import RunError
 from raystill.base.logs import redirect_output, run_name
+from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.answers import Answer, answers_table
 from raystill.datasets.rows.schema import ENGINE
@@ -60,6 +61,7 @@ class ReplicaSettings:
     """Settings of a replica. ``logs`` is None where output stays with Ray's own logs.
 
     ``teacher_identity``: the driver's, which is in the keys of all answers; None: not compared.
+    ``run_folder``: of the run that the teacher answers; None outside a run.
     """
 
     config: RunConfig
@@ -69,6 +71,7 @@ class ReplicaSettings:
     gpus: int
     replicas_per_node: int
     teacher_identity: str | None = None
+    run_folder: str | None = None
 
 
 class Teacher:
@@ -89,7 +92,7 @@ class Teacher:
         self._busy = BusyClock()
         self._identity: str | None = None
         teacher = settings.config.teacher
-        weights: Weights = "none" if teacher.engine == "synthetic" else "all"
+        weights: Weights = "all" if teacher.engine == "vllm" else "none"
         self._folder = await asyncio.to_thread(settings.model.on_this_node, weights)
         self._sampling = resolve_sampling(teacher, self._folder)
         # A thread that begins at once: the engine's start blocks the event loop.
@@ -181,7 +184,9 @@ class Teacher:
         self, signal: Signal, asked: Awaitable[list[Answer]]
     ) -> tuple[pa.Table, list[Answer]]:
         """What the engine says, as Arrow and as it came."""
-        limit = self._settings.config.teacher.request_timeout_s
+        # Of a service each request has its own limit, and it may ask to wait for longer.
+        is_api = self._settings.config.teacher.engine == "api"
+        limit = None if is_api else self._settings.config.teacher.request_timeout_s
         with self._busy.group():
             try:
                 answers = await asyncio.wait_for(asked, limit)
@@ -245,6 +250,12 @@ def build_engine(
     teacher = config.teacher
     if teacher.engine == "synthetic":
         return SyntheticEngine(teacher.synthetic, sampling, teacher.max_model_len)
+    if teacher.engine == "api":
+        from raystill.serve.engine.api import api_engine
+
+        assert settings.run_folder is not None, "an API teacher belongs to a run"
+        run_folder = RunFolder(settings.run_folder)
+        return api_engine(teacher, folder, sampling, run_folder, settings.coordinator)
     cores = None
     if settings.gpus == 0:
         available = sorted(os.sched_getaffinity(0))

@@ -11,7 +11,7 @@ import pyarrow as pa
 from raystill.config.run import RunConfig
 from raystill.datasets.prompts.tables import PromptTables
 from raystill.datasets.rows.keys import KeyedEngine
-from raystill.datasets.rows.signal import Signal, signal_of
+from raystill.datasets.rows.signal import Signal, held_out_signal, signal_of
 from raystill.datasets.store.store import TeacherStore
 from raystill.model.files import ModelFolder, fetch_model
 from raystill.serve.engine.arguments import keyed_arguments
@@ -153,7 +153,7 @@ class Prepared:
         num_served, num_given, num_to_score = [], 0, 0
         for table, wanted in (
             (self.train, self.signal),
-            (self.held_out, Signal("topk", self.config.evaluation.top_k)),
+            (self.held_out, held_out_signal(self.config)),
         ):
             view = catalogue.ordered_for(wanted)
             where = view.locate(table["key"].combine_chunks())

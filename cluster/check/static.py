@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 
 from raystill.base.errors import ConfigError, Problem
 from raystill.base.run_folder import RunFolder, resolve_output, resolve_store
-from raystill.cluster.check.models import check_student, check_teacher, tokenizer_notices
+from raystill.cluster.check.models import (
+    api_notices,
+    check_student,
+    check_teacher,
+    tokenizer_notices,
+)
 from raystill.cluster.check.output import (
     check_output,
     check_same_prompts,
@@ -193,6 +198,7 @@ class StaticCheck:
         self.problems += check_dropped(config, tables, longest, context)
         self.problems += check_answers_fit(config, tables, student)
         self.notices += truncation_notices(config, tables, teacher)
+        self.notices += api_notices(config, tables)
         self.notices += tokeniser.notices()
         return tables
 

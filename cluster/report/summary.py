@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raystill.base.records import Folder, plain, read_lines
-from raystill.base.run_folder import TIMELINE
+from raystill.base.run_folder import SPENDING, TIMELINE
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.cluster.report.timeline import bottleneck
@@ -74,6 +74,7 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
             earlier, counters, "teacher", ("rows", "prompt_tokens", "response_tokens", "busy_s")
         ),
         "student": _role(earlier, counters, "student", ("tokens", "busy_s", "wait_s")),
+        "api": _of_api(folder, earlier.get("api", {}), counters),
         "wall_s": result.wall_s + earlier.get("wall_s", 0.0),
         "phases": _added(earlier.get("phases", {}), result.phases),
         "restarts": _restarts(earlier, snapshot),
@@ -96,6 +97,20 @@ def before_and_after(folder: Folder) -> tuple[Figures | None, Figures | None]:
         return None, None
     first, last = by_step[min(by_step)], by_step[max(by_step)]
     return first, (last if last is not first else None)
+
+
+def _of_api(folder: Folder, earlier: Figures, counters: Mapping[str, float]) -> Figures:
+    """Requests, tokens, cost and failures at an API teacher; empty with another.
+
+    What was paid is in a file of the run, which counts starts that ended with an error too.
+    """
+    paid: Counter[str] = Counter()
+    for line in read_lines(folder, SPENDING):
+        paid.update({n: v for n, v in line.items() if n.startswith("api_") and v})
+    failures = {n: v for n, v in counters.items() if n.startswith("api_") and n not in paid}
+    now = {n.removeprefix("api_"): v for n, v in failures.items()}
+    kept = {n.removeprefix("api_"): v for n, v in paid.items()}
+    return _added({n: v for n, v in earlier.items() if n not in kept}, now) | kept
 
 
 def _role(

@@ -205,6 +205,21 @@ def _facts() -> Table:
     return table
 
 
+def _api_line(api: Figures) -> str:
+    """Requests, tokens and cost of an API teacher, and what failed there, on a line."""
+    known = ("requests", "input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
+    numbers = {name: int(api.get(name, 0)) for name in known}
+    line = (
+        f"{formatting.count(numbers['requests'])} answers, "
+        f"{formatting.count(numbers['input_tokens'])} tokens read, "
+        f"{formatting.count(numbers['output_tokens'])} written"
+    )
+    if api.get("cost"):
+        line += f", cost {api['cost']:,.4g}"
+    failures = {n: int(v) for n, v in api.items() if n not in (*known, "cost") and v}
+    return line + (f"; {formatting.reasons(failures)}" if failures else "")
+
+
 def _totals_table(summary: Figures) -> Table:
     table = _facts()
     trained, total = summary["rows_trained"], summary.get("rows_total")
@@ -225,7 +240,11 @@ def _totals_table(summary: Figures) -> Table:
         "answers cut off", f"{formatting.share(summary['truncated_fraction'])} by max_tokens"
     )
     if summary.get("skipped_steps"):
-        table.add_row("steps skipped", f"{summary['skipped_steps']}, which held no token to learn")
+        table.add_row(
+            "steps skipped", f"{summary['skipped_steps']}: no token to learn, or not finite"
+        )
+    if api := summary.get("api"):
+        table.add_row("API teacher", _api_line(api))
     if summary.get("bottleneck"):
         table.add_row("bottleneck", summary["bottleneck"])
     if summary["restarts"]:

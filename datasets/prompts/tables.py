@@ -5,6 +5,7 @@ writes the tables as Parquet files into the run folder; the stream reads them th
 """
 
 import difflib
+import json
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raystill.base.errors import ConfigError, Problem
-from raystill.base.run_folder import HELD_OUT_PROMPTS, TRAIN_PROMPTS, RunFolder
+from raystill.base.run_folder import HELD_OUT_PROMPTS, MESSAGES, TRAIN_PROMPTS, RunFolder
 from raystill.datasets.prompts.read import RawPrompt, read_prompts
 from raystill.datasets.prompts.select import (
     UNBOUNDED,
@@ -28,8 +29,14 @@ from raystill.datasets.prompts.select import (
     samples_asked,
     sort_prompts,
 )
-from raystill.datasets.rows.keys import DEFAULT_ENGINE, KeyedEngine, answer_keys, given_keys
-from raystill.datasets.rows.schema import PROMPT_SCHEMA, TOKEN_IDS
+from raystill.datasets.rows.keys import (
+    DEFAULT_ENGINE,
+    KeyedEngine,
+    answer_keys,
+    given_keys,
+    prompt_digest,
+)
+from raystill.datasets.rows.schema import KEY_BYTES, PROMPT_SCHEMA, TOKEN_IDS
 
 if TYPE_CHECKING:
     from raystill.config.run import RunConfig
@@ -53,6 +60,9 @@ class PromptTables:
     ``train`` has a row for each sample of a prompt: all rows of sample 0 first, then those of
     sample 1, and so on. ``samples``, int64 [N], is the sample number of each of them.
 
+    ``messages`` has the chat of each prompt, as JSON, by the digest of its ids; with an API teacher
+    only, which is asked in words.
+
     ``dropped`` counts unusable prompts by reason; ``first_dropped`` says where the first of each
     is.
     """
@@ -65,6 +75,7 @@ class PromptTables:
     num_read: int
     longest_prompt_tokens: int
     samples: NDArray[np.int64]
+    messages: pa.Table | None = None
 
     def response_tokens(self, name: str, max_tokens: int) -> int:
         """The most response tokens that the table ``name`` can have.
@@ -115,6 +126,8 @@ class PromptTables:
         for name, table in ((TRAIN_PROMPTS, self.train), (HELD_OUT_PROMPTS, self.held_out)):
             assert table.schema.equals(PROMPT_SCHEMA), f"{name} has no keys yet: call with_keys"
             folder.write_table(name, table, row_group_size=size)
+        if self.messages is not None:
+            folder.write_table(MESSAGES, self.messages)
 
 
 def build_prompt_tables(
@@ -150,7 +163,18 @@ def build_prompt_tables(
         num_read=len(raws),
         longest_prompt_tokens=max((len(usable.ids[i]) for i in kept), default=0),
         samples=samples,
+        messages=_messages(tokeniser, usable) if config.teacher.engine == "api" else None,
     )
+
+
+def _messages(tokeniser: "PromptTokeniser", usable: UsablePrompts) -> pa.Table:
+    """The chats of the usable prompts, one for each different list of ids."""
+    chats = {
+        prompt_digest(usable.ids[i]): json.dumps(tokeniser.messages(usable.raws[i]))
+        for i in usable.kept
+    }
+    columns = [pa.array(list(chats), pa.binary(KEY_BYTES)), pa.array(list(chats.values()))]
+    return pa.table(columns, names=["digest", "messages"])
 
 
 def split_rows(

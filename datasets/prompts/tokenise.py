@@ -115,10 +115,7 @@ class PromptTokeniser:
                     "has chat messages, but prompts.chat_template is false; set it to true"
                 )
             return raw.text
-        messages = raw.messages or [{"role": "user", "content": raw.text}]
-        system = self.prompts.system
-        if system is not None and messages[0].get("role") != "system":
-            messages = [{"role": "system", "content": system}, *messages]
+        messages = self.messages(raw)
         variables = {
             **self.special_tokens,
             "tools": None,
@@ -130,6 +127,14 @@ class PromptTokeniser:
             return self._template.render(messages=messages, **variables)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise TemplateRefusal(f"the teacher's chat template refuses it: {error}") from None
+
+    def messages(self, raw: RawPrompt) -> list[dict[str, Any]]:
+        """The prompt as a chat, with ``prompts.system`` where it has no system message."""
+        messages = raw.messages or [{"role": "user", "content": raw.text}]
+        system = self.prompts.system
+        if system is not None and messages[0].get("role") != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        return messages
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:

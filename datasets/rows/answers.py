@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from raystill.datasets.rows.schema import TOKEN_FLOATS, answer_schema, signal_fields
+from raystill.base.errors import RunError
+from raystill.datasets.rows.schema import FATAL, TOKEN_FLOATS, answer_schema, signal_fields
 from raystill.datasets.rows.signal import Signal
 
 Int32Array = NDArray[np.int32]
@@ -152,6 +153,13 @@ def _flat_values(answers: Sequence[Answer], column: pa.Field, width: int) -> pa.
         numbers = pa.array(flat, inner.value_type)
         return pa.FixedSizeListArray.from_arrays(numbers, type=inner)
     return pa.array(flat, inner)
+
+
+def require_none_fatal(answers: pa.Table) -> None:
+    """RunError where a row's error is to end the run; its group is stored by then."""
+    for error in answers["error"].drop_null().to_pylist():
+        if error.startswith(FATAL):
+            raise RunError(error.removeprefix(FATAL))
 
 
 def with_foreign_ids(ids: pa.Array, num_ids: int) -> NDArray[np.bool_]:

@@ -124,6 +124,11 @@ def given_keys(
     ]
 
 
+def prompt_digest(prompt_ids: np.ndarray) -> bytes:
+    """Names a prompt [P] by its ids alone, 16 bytes."""
+    return blake2b(_bytes(prompt_ids), digest_size=KEY_BYTES).digest()
+
+
 def _shared(request: dict[str, Any]) -> blake2b:
     """The hash after the request, which many keys share."""
     text = json.dumps(request, sort_keys=True, separators=(",", ":"), allow_nan=False)

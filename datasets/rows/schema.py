@@ -12,6 +12,10 @@ SCHEMA_VERSION = 1
 """Version of a stored segment; a reader refuses every other one. Raise it when columns change."""
 KEY_BYTES = 16
 
+FATAL = "stop: "
+"""How the ``error`` of a row begins that is to end the run, with the rest of it as the reason, once
+the other answers of its group are stored."""
+
 TOKEN_IDS = pa.list_(pa.int32())
 TOKEN_FLOATS = pa.list_(pa.float32())
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raystill.config.run import RunConfig
 from raystill.config.stream import SignalConfig
 
 KINDS = ("text", "sampled", "topk", "hidden")  # From the poorest to the richest.
@@ -77,6 +78,13 @@ def signal_of(signal: SignalConfig, teacher_config: Mapping[str, Any]) -> Signal
     if signal.kind == "hidden":
         return Signal("hidden", hidden_size(teacher_config))
     return Signal(signal.kind)
+
+
+def held_out_signal(config: RunConfig) -> Signal:
+    """The signal of the held-out rows: the K best ids, or the text where a service has no more."""
+    if config.teacher.engine == "api":
+        return Signal("text")
+    return Signal("topk", config.evaluation.top_k)
 
 
 def hidden_size(teacher_config: Mapping[str, Any]) -> int:

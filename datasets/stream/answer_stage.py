@@ -15,7 +15,7 @@ import ray
 from raystill.base.errors import RunError
 from raystill.base.logs import log_labelled, run_name
 from raystill.datasets.prompts.tables import open_table
-from raystill.datasets.rows.answers import with_foreign_ids
+from raystill.datasets.rows.answers import require_none_fatal, with_foreign_ids
 from raystill.datasets.rows.schema import row_schema
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream.answers import StoredAnswers
@@ -64,6 +64,7 @@ class AnswerGroup:
         attempt = block["attempt"][0].as_py()
         try:
             answers, counters = await self._answer(prompts)
+            require_none_fatal(answers)
             rows = self._join(prompts, answers)
             await self._drop(attempt, prompts, self._reasons(prompts, answers))
         except Exception as error:

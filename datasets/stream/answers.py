@@ -20,7 +20,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.base.errors import RunError
-from raystill.datasets.rows.answers import derive_answers, stored_columns, with_foreign_ids
+from raystill.datasets.rows.answers import (
+    derive_answers,
+    require_none_fatal,
+    stored_columns,
+    with_foreign_ids,
+)
 from raystill.datasets.rows.schema import ENGINE, TOKEN_IDS, answer_schema, row_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.segment import Origin, Provenance
@@ -180,6 +185,7 @@ def answer_prompts(
         ids, given = (group[name].combine_chunks() for name in ("prompt_ids", "response_ids"))
         async with slots:
             answered, _ = await answers.get(np.arange(start, start + len(group)), ids, given)
+            require_none_fatal(answered)
         rows = _rows_of(group, answered, wanted, epoch)
         if run.num_ids is None:
             return rows

@@ -12,7 +12,7 @@ import ray
 from raystill.base.errors import RunError
 from raystill.base.run_folder import HELD_OUT, HELD_OUT_PROMPTS, RunFolder
 from raystill.datasets.rows.schema import row_schema
-from raystill.datasets.rows.signal import Signal
+from raystill.datasets.rows.signal import Signal, held_out_signal
 from raystill.datasets.stream.answers import answer_prompts
 from raystill.run import Run
 
@@ -25,15 +25,17 @@ ASKED = b"rows_asked"
 
 @ray.remote(num_cpus=0)
 def answer_held_out(run: Run) -> int:
-    """Write held_out.parquet (row_schema of ``topk``) and tell the coordinator; returns its rows.
+    """Write held_out.parquet and tell the coordinator; returns its rows.
+
+    They have the row_schema of `held_out_signal`.
 
     A complete file of an earlier start is kept. Raises RunError if the teacher answered none.
     """
-    folder, top_k = run.folder, run.config.evaluation.top_k
+    folder, signal = run.folder, held_out_signal(run.config)
     prompts = folder.read_table(HELD_OUT_PROMPTS)
-    rows = read_complete(folder, prompts, top_k)
+    rows = read_complete(folder, prompts, signal)
     if rows is None:
-        rows = answer_prompts(run, prompts, Signal("topk", top_k), "evaluation", EPOCH)
+        rows = answer_prompts(run, prompts, signal, "evaluation", EPOCH)
         if len(rows) == 0:
             raise RunError(
                 f"the teacher answered none of the {len(prompts)} held-out prompts, so nothing "
@@ -47,13 +49,13 @@ def answer_held_out(run: Run) -> int:
     return len(rows)
 
 
-def read_complete(folder: RunFolder, prompts: pa.Table, top_k: int) -> pa.Table | None:
-    """The kept rows, if they answer just these prompts with this K; else None."""
+def read_complete(folder: RunFolder, prompts: pa.Table, signal: Signal) -> pa.Table | None:
+    """The kept rows, if they answer just these prompts with this signal; else None."""
     if not folder.exists(HELD_OUT):
         return None
     rows = folder.read_table(HELD_OUT)
     asked = (rows.schema.metadata or {}).get(ASKED)
-    same = asked == hash_of(prompts) and rows.schema.equals(row_schema(Signal("topk", top_k)))
+    same = asked == hash_of(prompts) and rows.schema.equals(row_schema(signal))
     return rows if same and len(rows) else None
 
 

@@ -27,7 +27,7 @@ _QUERY = re.compile(
     re.IGNORECASE,
 )
 _SECRET_NAME = re.compile(
-    r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|APIKEY)(?:$|_(?!PATH$|FILE$|DIR$))"
+    r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|APIKEY)(?:$|_(?!PATH$|FILE$|DIR$|ENV$))"
 )
 
 

@@ -23,6 +23,8 @@ CONFIG = "config.yaml"
 MANIFEST = "manifest.json"
 TRAIN_PROMPTS = "prompts/train.parquet"
 HELD_OUT_PROMPTS = "prompts/held_out.parquet"
+MESSAGES = "prompts/messages.parquet"
+SPENDING = "spending.jsonl"
 METRICS = "metrics.jsonl"
 METRICS_DISCARDED = "metrics.discarded.jsonl"
 EVALUATION = "evaluation.jsonl"
@@ -54,6 +56,7 @@ TOP_LEVEL_NAMES = frozenset(
         REPORT,
         COMPARISON,
         STATUS,
+        SPENDING,
     }
 )
 

@@ -5,6 +5,7 @@ An `identity` field decides what a run computes: an existing run folder refuses 
 """
 
 import re
+from datetime import date
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -26,6 +27,16 @@ def identity(default: Any = ..., **kwargs: Any) -> Any:
 def operational(default: Any = ..., **kwargs: Any) -> Any:
     """Declare a field that may change between restarts of the same run."""
     return Field(default, json_schema_extra={"kind": "operational"}, **kwargs)
+
+
+def day_of(value: Any) -> str | None:
+    """``value`` as YYYY-MM-DD. ValueError where it is no day."""
+    if value is None:
+        return None
+    try:  # YAML reads an unquoted 2025-01-31 as a date, and --set reads it as text.
+        return date.fromisoformat(str(value)).isoformat()
+    except ValueError:
+        raise ValueError(f"is {value!r}; expected a day as YYYY-MM-DD, or null") from None
 
 
 PositiveInt = Annotated[int, Field(gt=0)]

@@ -1,12 +1,11 @@
 """Configuration of the prompts: their files, fields, chat template, and weighted sources."""
 
 from collections import Counter
-from datetime import date
 from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from raystill.config.base import ConfigModel, PositiveInt, identity, operational
+from raystill.config.base import ConfigModel, PositiveInt, day_of, identity, operational
 
 FileFormat = Literal["auto", "jsonl", "json", "csv", "text", "parquet"]
 
@@ -122,12 +121,7 @@ class PromptsConfig(ConfigModel):
     @field_validator("template_date", mode="before")
     @classmethod
     def _is_a_day(cls, value: Any) -> Any:
-        if value is None:
-            return None
-        try:  # YAML reads an unquoted 2025-01-31 as a date, and --set reads it as text.
-            return date.fromisoformat(str(value)).isoformat()
-        except ValueError:
-            raise ValueError(f"is {value!r}; expected a day as YYYY-MM-DD, or null") from None
+        return day_of(value)
 
     @field_validator("sources")
     @classmethod

@@ -1,10 +1,19 @@
 """Configuration of the teacher: the model, its engine, its sampling, its replicas."""
 
+import re
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
-from raystill.config.base import ConfigModel, LabelSelector, PositiveInt, identity, operational
+from raystill.base.redact import is_secret_name
+from raystill.config.base import (
+    ConfigModel,
+    LabelSelector,
+    PositiveInt,
+    day_of,
+    identity,
+    operational,
+)
 
 
 class SamplingConfig(ConfigModel):
@@ -68,6 +77,107 @@ class SyntheticConfig(ConfigModel):
     )
 
 
+class PricesConfig(ConfigModel):
+    """What a service charges for a million tokens, in one currency."""
+
+    input: float = operational(ge=0, allow_inf_nan=False, description="Prompt tokens.")
+    output: float = operational(
+        ge=0, allow_inf_nan=False, description="Response tokens, those of its reasoning included."
+    )
+    cached_input: float | None = operational(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Prompt tokens from the service's cache. Default: as input.",
+    )
+    as_of: str | None = operational(
+        None, description="Day on which the prices were read, YYYY-MM-DD; for the report."
+    )
+
+    @field_validator("as_of", mode="before")
+    @classmethod
+    def _is_a_day(cls, value: Any) -> Any:
+        return day_of(value)
+
+
+class ApiConfig(ConfigModel):
+    """A teacher behind an OpenAI-compatible API: where it is, how fast and for how much."""
+
+    base_url: str | None = identity(
+        None,
+        description="URL of the service, e.g. https://api.example.com/v1. Required with engine: "
+        "api.",
+    )
+    model: str | None = identity(
+        None, description="Name of the model at the service. Required with engine: api."
+    )
+    api_key_env: str | None = operational(
+        "OPENAI_API_KEY",
+        description="Name of the environment variable that holds the key; the key itself belongs "
+        "into no file. null: the service wants none.",
+    )
+    extra_body: dict[str, Any] = identity(
+        {},
+        description="Further fields of each request, by the service's own names, e.g. "
+        "{reasoning_effort: low}.",
+    )
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = operational(
+        "max_tokens", description="The service's name of teacher.sampling.max_tokens."
+    )
+    max_concurrency: PositiveInt = operational(
+        16, description="Most requests at a time. Fewer go after the service said: too many."
+    )
+    requests_per_minute: PositiveInt | None = operational(
+        None, description="Most requests a minute. Default: as many as the service takes."
+    )
+    tokens_per_minute: PositiveInt | None = operational(
+        None,
+        description="Most tokens a minute, prompts and the longest answers together. Default: as "
+        "many as the service takes.",
+    )
+    prices: PricesConfig | None = operational(
+        None, description="Prices of a million tokens, with which spending is counted."
+    )
+    max_cost: float | None = operational(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Most that the run may spend over all its starts, in the currency of the "
+        "prices. The run then ends, with all that is paid stored, and can be resumed with a higher "
+        "one. Default: no limit.",
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_a_url(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^\s@?#]+", value):
+            raise ValueError(
+                "is not the plain URL of a service; expected http(s)://host[:port]/path without "
+                "name, password or query; keys belong into the variable that api_key_env names"
+            )
+        return value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _names_a_secret(cls, value: str | None) -> str | None:
+        if value is not None and not (value.isidentifier() and is_secret_name(value)):
+            raise ValueError(
+                "is not the name of an environment variable for a secret; expected a name with "
+                "KEY, TOKEN or SECRET in it, such as MY_API_KEY (its value is then kept out of "
+                "logs); the key itself belongs into no file"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _budget_has_prices(self) -> "ApiConfig":
+        if self.max_cost is not None and self.prices is None:
+            raise ValueError(
+                f"max_cost is {self.max_cost:g}, but without prices nothing is known of the cost; "
+                "set prices: {input: ..., output: ...}"
+            )
+        return self
+
+
 class ReplicasConfig(ConfigModel):
     """Bounds between which Ray Serve scales the teacher, to as many as keep the student busy."""
 
@@ -102,10 +212,11 @@ class TeacherConfig(ConfigModel):
     revision: str | None = identity(
         None, description="Branch, tag or commit of the model on the Hub. Default: its main branch."
     )
-    engine: Literal["vllm", "synthetic"] = identity(
+    engine: Literal["vllm", "api", "synthetic"] = identity(
         "vllm",
-        description="Engine that gives the answers. vllm: runs the model. synthetic: deterministic "
-        "answers without a model, for tests.",
+        description="Engine that gives the answers. vllm: runs the model. api: asks the service in "
+        "teacher.api; model then names the folder or Hub id whose tokenizer and chat template the "
+        "student uses. synthetic: deterministic answers without a model, for tests.",
     )
     trust_remote_code: bool = identity(
         False, description="Whether to run Python code that comes with the model."
@@ -165,6 +276,7 @@ class TeacherConfig(ConfigModel):
     synthetic: SyntheticConfig = identity(
         SyntheticConfig(), description="Settings of the synthetic engine."
     )
+    api: ApiConfig = identity(ApiConfig(), description="Settings of the engine api.")
     num_replicas: PositiveInt | ReplicasConfig = operational(
         1,
         description="Number of replicas of the teacher; {min, max} for autoscaling between these "
@@ -202,6 +314,22 @@ class TeacherConfig(ConfigModel):
     startup_timeout_s: float = operational(
         1800.0, gt=0, description="Longest time, in seconds, until the first replica is ready."
     )
+
+    @model_validator(mode="after")
+    def _api_is_named(self) -> "TeacherConfig":
+        if self.engine == "api":
+            missing = [name for name in ("base_url", "model") if getattr(self.api, name) is None]
+            if missing:
+                raise ValueError(
+                    f"engine is 'api' but {', '.join(f'api.{name}' for name in missing)} is unset; "
+                    "name the service and its model"
+                )
+            if self.num_replicas != 1:
+                raise ValueError(
+                    "engine is 'api', whose limits are kept by one replica; set num_replicas: 1, "
+                    "and api.max_concurrency for more requests at a time"
+                )
+        return self
 
     @model_validator(mode="after")
     def _gpus_fit(self) -> "TeacherConfig":

@@ -49,10 +49,20 @@ def teacher_identity(folder: str | PathLike[str], *, own_code: bool = False) -> 
 
 
 def identity_of_teacher(teacher: TeacherConfig, folder: str | PathLike[str]) -> str:
-    """Return `teacher_identity`; for the synthetic engine a hash of the settings of its answers."""
+    """Return `teacher_identity`; for the engines without a model a hash of what answers by.
+
+    That is the settings of the synthetic engine, or service, model and tokenizer of an API.
+    """
     if teacher.engine == "synthetic":
         answers_by = teacher.synthetic.model_dump(exclude={"delay_s", "poison_token"})
         return hashlib.sha256(json.dumps(["synthetic", answers_by]).encode()).hexdigest()
+    if teacher.engine == "api":
+        api = teacher.api
+        asked = ["api", api.base_url, api.model, api.extra_body]
+        # The same text has other ids with another tokenizer.
+        vocabulary = (Path(folder) / "tokenizer.json").read_bytes()
+        asked.append(hashlib.sha256(vocabulary).hexdigest())
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     return teacher_identity(folder, own_code=teacher.trust_remote_code)
 
 
@@ -64,6 +74,8 @@ def keyed_dtype(teacher: TeacherConfig, folder: str | PathLike[str]) -> str:
     and where it is float32: vLLM then runs bfloat16 or float16, whichever the device has, and the
     key of a stated float32 would be wrong.
     """
+    if teacher.engine == "api":
+        return "unknown"
     if teacher.dtype != "auto":
         return teacher.dtype
     whole = read_object(Path(folder) / "config.json")

@@ -13,6 +13,7 @@ from raystill.base.errors import Problem
 from raystill.config.run import RunConfig
 
 Resources = dict[str, float]
+API_CPUS = 0.25
 SLACK = 1e-6
 """Amount by which sums of fractions may be off: 0.6 + 0.4 must fit on one GPU."""
 # By default glibc returns the memory of each freed tensor to the kernel, which has to clear the
@@ -48,6 +49,8 @@ def student_cores(config: RunConfig, available: Sequence[int]) -> tuple[int, ...
         return tuple(cores)
     if config.training.cpu_cores is not None:
         return _only_existing("training.cpu_cores", config.training.cpu_cores, cores)
+    if config.teacher.engine == "api":
+        return tuple(cores)
     # On a node with one core the teacher has it, and the student shares it.
     return tuple(cores[max(1, len(cores) // 2) :]) or tuple(cores)
 
@@ -98,7 +101,8 @@ def teacher_bundles(config: RunConfig, has_gpus: bool) -> list[Resources]:
     if gpus is None:
         gpus = ranks if has_gpus and teacher.engine == "vllm" else 0.0
     num_bundles = ranks if gpus else 1
-    bundle: Resources = {"CPU": 1.0}
+    # A replica that asks a service only waits.
+    bundle: Resources = {"CPU": API_CPUS if teacher.engine == "api" else 1.0}
     if gpus:
         bundle["GPU"] = gpus / num_bundles
     for name, amount in teacher.resources_per_replica.items():

@@ -509,3 +509,32 @@ def test_elsewhere_a_slow_reading_is_one_line(
         progress("tokenising prompts", 2000, 40000)
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "tokenising prompts: 1000 of 40000 so far\n")
+
+
+API = ["teacher.engine=api", "teacher.api.base_url=https://h/v1", "teacher.api.model=large"]
+
+
+def test_an_api_teacher_is_asked_for_no_more_than_text_and_needs_its_key(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    found = "\n".join(problems(run_file, *API))
+    assert "signal.kind: is 'topk', but an API teacher gives its text alone" in found
+    assert "teacher.api.api_key_env: names $OPENAI_API_KEY, which is not set here" in found
+    monkeypatch.setenv("OPENAI_API_KEY", "a-planted-key-0f3c")
+    text = [*API, "signal.kind=text", "objective={cross_entropy: 1}"]
+    assert problems(run_file, *text) == []
+
+
+def test_what_an_api_teacher_may_cost_is_told_before_it_is_asked(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "a-planted-key-0f3c")
+    text = [*API, "signal.kind=text", "objective={cross_entropy: 1}"]
+    text += ["teacher.api.prices={input: 1, output: 2}", "teacher.api.base_url=http://far/v1"]
+    checked = check_run_file(str(run_file), text)
+    notices = "\n".join(checked.notices)
+    assert "the teacher may cost up to" in notices
+    assert "no limit is set (teacher.api.max_cost)" in notices
+    assert "prompts and key can be read on the way to far" in notices
+    assert "a-planted-key" not in notices

@@ -5,6 +5,7 @@ training (``StepRows``) and meet after every step, as the collective operations 
 """
 
 import asyncio
+import importlib
 import json
 import threading
 import time
@@ -35,6 +36,7 @@ PLAIN, RANDOM_DELAY, TOGETHER, LAST, UNUSABLE, TRUNCATED, FAILS_ONCE, HANGS, BRO
 NUM_TOGETHER = 24
 NUM_BEFORE_LAST = 20
 PATIENCE_S = 90
+NUM_PARTS = 4
 
 
 class EngineDeadError(Exception):
@@ -135,6 +137,13 @@ def write_prompts(folder: RunFolder, name, behaviours, given=None, first_key=0):
     folder.write_table(name, pa.table(columns, schema=PROMPT_SCHEMA), row_group_size=32)
 
 
+@ray.remote(num_cpus=0)
+def warm() -> None:
+    """Leaves behind an idle worker that has imported what the stream's parts need."""
+    importlib.import_module("raystill.datasets.stream.stream")
+    time.sleep(0.5)  # So that each of several calls has a process of its own.
+
+
 @dataclass
 class Row:
     position: int
@@ -210,6 +219,10 @@ class Run:
         self.bound = bound or ROWS_PER_STEP + 2 * world_size * GROUP_ROWS
         self.ledger = Ledger(self.num_rows)
         drop_fraction = settings.pop("max_drop_fraction", 0.0)
+        # Coordinator, splitter, answer stage and source start one after the other; this way their
+        # processes start together.
+        for _ in range(NUM_PARTS):
+            warm.remote()
         self.name = name = f"test-{time.monotonic_ns()}"
         self.coordinator = start_coordinator(name, self.bound, self.num_rows, drop_fraction)
         prompts, given = f"{name}.parquet", settings.pop("given", None)

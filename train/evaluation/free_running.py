@@ -28,7 +28,7 @@ import torch
 from transformers import GenerationConfig
 
 from raystill.datasets.rows.schema import TOKEN_IDS
-from raystill.datasets.rows.signal import Signal
+from raystill.datasets.rows.signal import held_out_signal
 from raystill.datasets.stream.teacher_calls import TeacherCalls
 from raystill.model.sampling import ResolvedSampling
 from raystill.run import Run
@@ -210,7 +210,7 @@ def score_answers(run: Run, written: Written) -> list[Row]:
     `TeacherCalls` does.
     """
     config = run.config
-    wanted = Signal("topk", config.evaluation.top_k)
+    wanted = held_out_signal(config)
     calls = TeacherCalls(run.app, wanted, config.stream.max_attempts, run.coordinator)
     written = [(row, ids) for row, ids in written if ids]
     groups = [written[i : i + GROUP_ROWS] for i in range(0, len(written), GROUP_ROWS)]

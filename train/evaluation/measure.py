@@ -119,7 +119,7 @@ class Measurer:
             if runs_free:
                 record |= self._run_free(step, tokens)
         if self._ranks.first:
-            if counts is not None:
+            if counts is not None and self.rows[0].topk_ids is not None:
                 record["baselines"] = self._measure_baselines(counts)
             log = MetricsLog(self._folder, EVALUATION)
             log.append(record)

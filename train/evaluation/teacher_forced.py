@@ -3,7 +3,8 @@
 All ranks measure their slice of ``held_out.parquet`` (teacher-written contexts, with the teacher's
 top K and tail), sums are added over the ranks, and every response token counts the same. The
 figures are of the partition of K ids and a tail: its KL is a lower bound of the full vocabulary's,
-its acceptance an upper bound.
+its acceptance an upper bound. Of a teacher that gives text alone, perplexity and agreement with its
+tokens are left.
 
 Consumes: ``held_out.parquet``. Waits for: the ranks' sums. Imports no Ray.
 """
@@ -75,25 +76,40 @@ def evaluate(
     """
     was_training = module.training
     module.eval()
+    # An API gives no distributions; the rows of one run are all of one kind.
+    kind = "topk" if rows and rows[0].topk_ids is not None else "text"
     sums = dict.fromkeys((*SUMS, "tokens"), 0.0)
     try:
         mine = rows[ranks.rank :: ranks.world_size]
         for group in cut_micro_batches(mine, tokens_budget):
-            batch = collate(group, "topk", student_vocab, "token")
+            batch = collate(group, kind, student_vocab, "token")
             moved, kl = batch.to(device), []
-            assert moved.partition is not None, "held-out rows carry the topk signal"
             for chunk, logits in module.logit_chunks(moved):
-                part = moved.partition[chunk]
-                values = partition_metrics(logits, part, moved.targets[chunk])
-                for name in SUMS:
-                    sums[name] += values[name].double().sum().item()
-                kl.append(values["kl"])
+                targets = moved.targets[chunk]
+                if moved.partition is None:
+                    values = text_metrics(logits, targets)
+                else:
+                    values = partition_metrics(logits, moved.partition[chunk], targets)
+                    kl.append(values["kl"])
+                for name, value in values.items():
+                    sums[name] += value.double().sum().item()
             sums["tokens"] += batch.num_tokens
-            if tokens is not None:
+            if tokens is not None and kl:
                 tokens.keep(group, kl)
     finally:
         module.train(was_training)
-    return figures(ranks.sum(sums))
+    found = figures(ranks.sum(sums))
+    if kind == "text":
+        return {name: found[name] for name in ("top1_agreement", "perplexity", "num_tokens")}
+    return found
+
+
+def text_metrics(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of a teacher that gives its text alone, [N] each: ``top1`` is agreement with the token that
+    it drew, ``nll`` the student's -log q of it, nats.
+    """
+    log_q = torch.log_softmax(logits.float(), dim=1).gather(1, targets[:, None]).squeeze(1)
+    return {"top1": (logits.argmax(dim=1) == targets).to(log_q.dtype), "nll": -log_q}
 
 
 def figures(sums: dict[str, float]) -> dict[str, Any]:

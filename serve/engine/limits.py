@@ -1,0 +1,182 @@
+"""How fast a service is asked, and for how much money.
+
+Rows take turns: at most ``max_concurrency`` at once, no more requests and tokens a minute than are
+configured, and none while the service has asked to wait. After "too many requests" half as many go
+at once, and one more after each round of answers that went well (additive increase, multiplicative
+decrease). A turn is only had where the budget covers the most that it may cost, so that the sum is
+never above ``max_cost`` by what was in flight.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from raystill.base.records import MetricsLog, read_lines
+from raystill.base.run_folder import SPENDING, RunFolder
+from raystill.config.teacher import ApiConfig, PricesConfig
+
+MINUTE_S = 60.0
+DEFAULT_WAIT_S = 5.0
+"""Pause after "too many requests" without a time."""
+POLL_S = 0.05
+UPLOAD_EVERY_S = 30.0
+
+
+class BudgetReached(Exception):
+    """``max_cost`` does not cover another row."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one request: read, of these from the service's cache, written, of these unseen."""
+
+    input: int = 0
+    cached: int = 0
+    output: int = 0
+    reasoning: int = 0
+
+    def cost(self, prices: PricesConfig | None) -> float:
+        """What they cost, in the currency of the prices; 0 without prices."""
+        if prices is None:
+            return 0.0
+        cached = prices.input if prices.cached_input is None else prices.cached_input
+        fresh = max(0, self.input - self.cached)
+        return (fresh * prices.input + self.cached * cached + self.output * prices.output) / 1e6
+
+
+class Turn:
+    """One request that may go; ``paid`` says what it took."""
+
+    def __init__(self) -> None:
+        self.usage: Usage | None = None
+
+    def paid(self, usage: Usage) -> None:
+        """The service has answered and charges this."""
+        self.usage = usage
+
+
+class Limits:
+    """The limits of one service in one process.
+
+    Args:
+        config: Rates, prices, budget.
+        spent: What earlier starts of the run have spent.
+        report: Is given counters to add up: ``api_requests``, ``api_cost``, ``api_<failure>``, ...
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: ApiConfig,
+        spent: float = 0.0,
+        report: Callable[[dict[str, float]], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._report = report or (lambda counters: None)
+        self._clock = clock
+        self.spent = spent
+        self._reserved = 0.0
+        self._at_once = float(config.max_concurrency)
+        self._running = 0
+        self._wait_until = 0.0
+        self._recent: deque[tuple[float, int]] = deque()
+
+    @property
+    def at_once(self) -> int:
+        """Requests that may go at once, now."""
+        return max(1, int(self._at_once))
+
+    @asynccontextmanager
+    async def turn(self, prompt_tokens: int, max_tokens: int) -> AsyncIterator[Turn]:
+        """Waits until a request of so many tokens may go. Raises BudgetReached."""
+        most = Usage(input=prompt_tokens, output=max_tokens)
+        await self._wait(prompt_tokens + max_tokens, most.cost(self._config.prices))
+        cost = most.cost(self._config.prices)
+        self._running += 1
+        self._reserved += cost
+        turn = Turn()
+        try:
+            yield turn
+        finally:
+            self._running -= 1
+            self._reserved -= cost
+            if turn.usage is not None:
+                self._account(turn.usage)
+
+    def failed(self, name: str, retry_after_s: float | None, too_fast: bool) -> None:
+        """A request failed in a way that may pass."""
+        self.count(name)
+        if too_fast:
+            self._at_once = max(1.0, self._at_once / 2)
+        if too_fast or retry_after_s is not None:
+            seconds = DEFAULT_WAIT_S if retry_after_s is None else retry_after_s
+            self._wait_until = max(self._wait_until, self._clock() + seconds)
+
+    def count(self, name: str) -> None:
+        """One more of a kind, for the report."""
+        self._report({f"api_{name}": 1})
+
+    async def _wait(self, tokens: int, cost: float) -> None:
+        budget = self._config.max_cost
+        while True:
+            if budget is not None and self.spent + cost > budget:
+                raise BudgetReached(
+                    f"teacher.api.max_cost ({budget:g}) is reached: {self.spent:.4f} is spent, and "
+                    f"the next answer may cost {cost:.4f}; raise it and start the run again, which "
+                    "goes on from here: what is paid is kept"
+                )
+            covered = budget is None or self.spent + self._reserved + cost <= budget
+            now = self._clock()
+            free = self._running < self.at_once and now >= self._wait_until
+            if covered and free and self._within_rates(now, tokens):
+                self._recent.append((now, tokens))
+                return
+            await asyncio.sleep(POLL_S)
+
+    def _within_rates(self, now: float, tokens: int) -> bool:
+        while self._recent and self._recent[0][0] <= now - MINUTE_S:
+            self._recent.popleft()
+        requests, most = self._config.requests_per_minute, self._config.tokens_per_minute
+        if requests is not None and len(self._recent) >= requests:
+            return False
+        # One that is larger than the rate itself goes alone.
+        in_minute = sum(each for _, each in self._recent)
+        return most is None or not self._recent or in_minute + tokens <= most
+
+    def _account(self, usage: Usage) -> None:
+        cost = usage.cost(self._config.prices)
+        self.spent += cost
+        self._at_once = min(float(self._config.max_concurrency), self._at_once + 1 / self._at_once)
+        self._report(
+            {
+                "api_requests": 1,
+                "api_input_tokens": usage.input,
+                "api_cached_tokens": usage.cached,
+                "api_output_tokens": usage.output,
+                "api_reasoning_tokens": usage.reasoning,
+                "api_cost": cost,
+            }
+        )
+
+
+class Spending:
+    """What a run has spent at a service, over all its starts: one line an answer in a file."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._log = MetricsLog(folder, SPENDING)
+        lines = read_lines(folder, SPENDING)
+        self.cost = float(sum(line.get("api_cost") or 0.0 for line in lines))
+        self._uploaded = time.monotonic()
+
+    def add(self, counters: dict[str, float]) -> None:
+        """Note what was paid; failures without a price are counted elsewhere."""
+        if "api_cost" not in counters:
+            return
+        self._log.append({"step": 0, "time": time.time(), **counters})
+        if time.monotonic() - self._uploaded > UPLOAD_EVERY_S:
+            self._log.upload()
+            self._uploaded = time.monotonic()
