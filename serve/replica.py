@@ -25,7 +25,7 @@ from raystill.base.logs import redirect_output, run_name
 from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.answers import Answer, answers_table
-from raystill.datasets.rows.schema import ENGINE
+from raystill.datasets.rows.schema import ENGINE, LOST, NOT_STARTED
 from raystill.datasets.rows.signal import Signal
 from raystill.model.identity import dtype_problem, identity_of_teacher, identity_problem
 from raystill.model.on_node import ModelSource, Weights
@@ -35,6 +35,8 @@ from raystill.serve.engine.arguments import EngineSettings, label_replica, prepa
 from raystill.serve.engine.synthetic import SyntheticEngine
 
 EXIT_ENGINE_DEAD = 70
+HAND_OVER_S = 1.0
+"""From the death of an engine to the end of its replica."""
 Ids = list[NDArray[np.int32]]
 
 
@@ -184,15 +186,14 @@ class Teacher:
         self, signal: Signal, asked: Awaitable[list[Answer]]
     ) -> tuple[pa.Table, list[Answer]]:
         """What the engine says, as Arrow and as it came."""
-        # Of a service each request has its own limit, and it may ask to wait for longer.
-        is_api = self._settings.config.teacher.engine == "api"
-        limit = None if is_api else self._settings.config.teacher.request_timeout_s
         with self._busy.group():
             try:
-                answers = await asyncio.wait_for(asked, limit)
+                answers = await asked
             except Exception as error:
                 self._exit_if_engine_died(error)
                 raise
+            if any(answer.error in (LOST, NOT_STARTED) for answer in answers):
+                self._exit_soon()
             table = await asyncio.to_thread(answers_table, answers, signal)
         facts = {ENGINE: json.dumps(self._engine_facts())}
         return table.replace_schema_metadata(facts), answers
@@ -206,6 +207,11 @@ class Teacher:
         if engine_is_dead(error):
             print(f"the engine died ({error}); this replica exits", flush=True)
             os._exit(EXIT_ENGINE_DEAD)
+
+    def _exit_soon(self) -> None:
+        """End the process once those who ask now have what the engine had finished."""
+        print("the engine died; this replica exits", flush=True)
+        asyncio.get_running_loop().call_later(HAND_OVER_S, os._exit, EXIT_ENGINE_DEAD)
 
     def _report(self, prompts: Ids, answers: list[Answer], written: bool) -> None:
         """Count what was done; responses that were not written here were read, like prompts."""

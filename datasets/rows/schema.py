@@ -16,6 +16,13 @@ FATAL = "stop: "
 """How the ``error`` of a row begins that is to end the run, with the rest of it as the reason, once
 the other answers of its group are stored."""
 
+LOST = "engine_died"
+"""Error of a row that was in an engine when it died: it is asked again, with suspicion."""
+NOT_STARTED = "engine_died_before"
+"""Error of a row that waited for the engine that died: it is asked again, as if it had not been."""
+TIMED_OUT = "timed_out"
+"""Error of a row that took longer than ``teacher.request_timeout_s``: it is dropped."""
+
 TOKEN_IDS = pa.list_(pa.int32())
 TOKEN_FLOATS = pa.list_(pa.float32())
 

@@ -1,9 +1,10 @@
 """Asks the deployed teacher for a group of answers, and survives the loss of its replicas.
 
-A group whose replica or engine dies, or that takes a replica too long, is asked once more on
-another replica: most deaths have nothing to do with the rows. After a second death its rows are
-*suspects*: they are asked one by one, and one at a time in this process, so that each further death
-has one suspect. A row that was the only suspect of two deaths is poison: it comes back unusable,
+What is left of a group whose replica or engine died is asked once more on another replica: most
+deaths have nothing to do with the rows. Answers that a dead engine had finished are kept, and rows
+that waited for it are not suspected. A row that was there at two deaths is a *suspect*: such rows
+are asked one by one, and one at a time in this process. If it dies again, the row is asked once
+more with no other question beside it. A row that kills then too is poison: it comes back unusable,
 with the reason ``poison``, and the run goes on.
 
 *Waits for* the teacher, also for its next replica. *Unblocked by* its answers or its errors.
@@ -12,13 +13,17 @@ with the reason ``poison``, and the run goes on.
 import asyncio
 import logging
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from raystill.base.errors import RunError
-from raystill.datasets.rows.schema import answer_schema
+from raystill.datasets.rows.schema import LOST, NOT_STARTED, answer_schema
 from raystill.datasets.rows.signal import Signal
 
 logger = logging.getLogger(__name__)
@@ -26,6 +31,8 @@ logger = logging.getLogger(__name__)
 GROUP_ATTEMPTS = 2
 DEATHS_OF_POISON = 2
 POISON = "poison"
+MOST_LOOKS = 12
+"""How often a group is asked at most while replicas end under it; then row by row."""
 PAUSE_AFTER_DEATH_S = 0.2
 LONGEST_PAUSE_S = 10.0
 POLL_S = 0.5
@@ -47,6 +54,7 @@ class TeacherCalls:
         self._life = 0
         self._starting = asyncio.Lock()
         self._suspect = asyncio.Lock()
+        self._turns = _Turns()
 
     async def sample(self, prompt_ids: pa.Array) -> pa.Table:
         """Answers in the order of the prompts (answer_schema); poison rows are unusable.
@@ -61,38 +69,62 @@ class TeacherCalls:
         return await self._ask("score", pa.table(columns))
 
     async def _ask(self, method: str, rows: pa.Table) -> pa.Table:
-        """Answers to a group; ``method``: the teacher's, which takes ``rows``."""
-        for attempt in range(1, GROUP_ATTEMPTS + 1):
-            what = f"{method}: group of {len(rows)} rows, attempt {attempt}"
-            answers = await self._try(method, rows, what)
-            if answers is not None:
-                return answers
-        logger.warning("asking a group of %d suspects row by row", len(rows))
-        parts = [await self._ask_suspect(method, rows.slice(i, 1)) for i in range(len(rows))]
-        engine = next((part.schema.metadata for part in parts if part.schema.metadata), None)
-        whole = pa.concat_tables([part.replace_schema_metadata(engine) for part in parts])
-        return whole.combine_chunks()
+        """Answers to a group; ``method``: the teacher's, which takes ``rows``.
+
+        Rows that a dead engine had finished are not asked again.
+        """
+        deaths = np.zeros(len(rows), int)
+        left, parts, looks = np.arange(len(rows)), _Parts(), 0
+        while len(left) and looks < MOST_LOOKS:
+            looks += 1
+            together = left[deaths[left] < GROUP_ATTEMPTS]
+            if not len(together):
+                break
+            asked = rows.take(pa.array(together)).combine_chunks()
+            what = f"{method}: group of {len(asked)} rows, attempt {looks}"
+            answers = await self._try(method, asked, what)
+            if answers is None:
+                deaths[together] += 1
+                continue
+            errors = answers["error"].to_numpy(zero_copy_only=False)
+            deaths[together[errors == LOST]] += 1
+            kept = (errors != LOST) & (errors != NOT_STARTED)
+            parts.add(together[kept], answers.filter(pa.array(kept)))
+            left = np.setdiff1d(left, together[kept])
+            if not kept.all():
+                await asyncio.sleep(PAUSE_AFTER_DEATH_S)
+        if len(left):
+            logger.warning("asking a group of %d suspects row by row", len(left))
+        for index in left:
+            parts.add(np.array([index]), await self._ask_suspect(method, rows.slice(index, 1)))
+        return parts.joined()
 
     async def _ask_suspect(self, method: str, row: pa.Table) -> pa.Table:
         for death in range(1, DEATHS_OF_POISON + 1):
             what = f"{method}: suspect row, attempt {death}"
             async with self._suspect:
-                answer = await self._try(method, row.combine_chunks(), what)
-            if answer is not None:
+                answer = await self._try(
+                    method, row.combine_chunks(), what, alone=death == DEATHS_OF_POISON
+                )
+            if answer is not None and answer["error"][0].as_py() not in (LOST, NOT_STARTED):
                 return answer
         logger.error("poison: replicas failed each time for %s", row.to_pylist())
         return unusable_answers(1, POISON, self._signal)
 
-    async def _try(self, method: str, rows: pa.Table, what: str) -> pa.Table | None:
-        """Answers; None where the replica, its engine or the time limit went with the question.
+    async def _try(
+        self, method: str, rows: pa.Table, what: str, alone: bool = False
+    ) -> pa.Table | None:
+        """Answers; None where the replica or its engine went with the question.
 
-        A teacher that is not there at all is asked again, up to ``max_attempts``; then RunError.
+        alone: with no other question of this process beside it, so that a death is this one's. A
+        teacher that is not there at all is asked again, up to ``max_attempts``; then RunError.
         """
         handle = await self._teacher()
         for attempt in range(1, self._max_attempts + 1):
             try:
                 call = getattr(handle, method)
-                answers = await call.remote(rows, self._signal)
+                async with self._turns.alone() if alone else self._turns.beside():
+                    answers = await call.remote(rows, self._signal)
             except Exception as error:
                 if is_death(error):
                     logger.warning("%s: %r", what, error)
@@ -123,6 +155,62 @@ class TeacherCalls:
         return self._handle
 
 
+class _Turns:
+    """Questions go beside each other; one that is to go alone waits for them, and they for it."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Condition()
+        self._beside = 0
+        self._wants_alone = False
+
+    @asynccontextmanager
+    async def beside(self) -> AsyncIterator[None]:
+        """A question that others may accompany."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._wants_alone)
+            self._beside += 1
+        try:
+            yield
+        finally:
+            async with self._changed:
+                self._beside -= 1
+                self._changed.notify_all()
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """A question that no other accompanies; one at a time, which the caller sees to."""
+        async with self._changed:
+            self._wants_alone = True
+        try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._beside == 0)
+            yield
+        finally:
+            async with self._changed:
+                self._wants_alone = False
+                self._changed.notify_all()
+
+
+class _Parts:
+    """Answers of some rows of a group, until all are there."""
+
+    def __init__(self) -> None:
+        self._places: list[NDArray[np.int64]] = []
+        self._tables: list[pa.Table] = []
+
+    def add(self, places: NDArray[np.int64], answers: pa.Table) -> None:
+        """Take the answers of the rows at these places."""
+        if len(places):
+            self._places.append(places)
+            self._tables.append(answers)
+
+    def joined(self) -> pa.Table:
+        """All answers, in the order of the rows; with what an engine told of itself."""
+        engine = next((t.schema.metadata for t in self._tables if t.schema.metadata), None)
+        whole = pa.concat_tables([t.replace_schema_metadata(engine) for t in self._tables])
+        return whole.take(pa.array(np.argsort(np.concatenate(self._places)))).combine_chunks()
+
+
 def unusable_answers(rows: int, reason: str, signal: Signal) -> pa.Table:
     """``rows`` answers (answer_schema) that are not there, for one reason."""
     schema = answer_schema(signal)
@@ -131,13 +219,13 @@ def unusable_answers(rows: int, reason: str, signal: Signal) -> pa.Table:
 
 
 def is_death(error: BaseException) -> bool:
-    """Whether a call may have cost its replica: replica, engine or node gone, or no answer.
+    """Whether a call may have cost its replica: replica, engine or node is gone.
 
-    A replica gives up by itself after ``teacher.request_timeout_s``: only it knows when a group's
-    turn came. One that cannot even do that fails its health check, and Serve replaces it.
+    A row that only takes long is none: its engine gives it up, and it alone. An engine that hangs
+    fails its health check, and Serve replaces the replica.
     """
     if isinstance(error, RayTaskError):  # Raised by the teacher's own code in a live replica.
-        return type(error.cause).__name__ in ("EngineDeadError", "TimeoutError")
+        return type(error.cause).__name__ == "EngineDeadError"
     return isinstance(error, (RayActorError, ObjectLostError))
 
 

@@ -308,8 +308,13 @@ class TeacherConfig(ConfigModel):
     label_selector: LabelSelector = operational(
         {}, description="Ray node labels that a replica's node must have, e.g. {role: teacher}."
     )
-    request_timeout_s: float = operational(
-        600.0, gt=0, description="Longest time, in seconds, that a replica may take for one group."
+    request_timeout_s: float | None = operational(
+        600.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest time, in seconds, that the engine may take for one row. One that "
+        "takes longer is dropped as timed_out, and asked again at the next start or epoch. null: "
+        "it is waited for. With engine: api, of one request.",
     )
     startup_timeout_s: float = operational(
         1800.0, gt=0, description="Longest time, in seconds, until the first replica is ready."

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raystill.datasets.rows.answers import Answer, why_unanswerable, why_unscorable
+from raystill.datasets.rows.schema import LOST, NOT_STARTED, TIMED_OUT
 from raystill.datasets.rows.signal import Signal
 from raystill.serve.engine.arguments import PROBE_TIMEOUT_S, EngineSettings, engine_arguments
 from raystill.serve.engine.capture import CaptureRequest
@@ -43,6 +44,7 @@ class VllmEngine:
         self._slots = asyncio.Semaphore(settings.teacher.max_num_seqs)
         self._numbers = itertools.count()
         self._rows_finished = 0
+        self.died = False
         self._engine: Any = None
 
     async def start(self) -> None:
@@ -69,7 +71,7 @@ class VllmEngine:
         """Answer a group of prompts, in order. Prompts that cannot be answered have an error.
 
         Raises:
-            EngineDeadError: the engine's process has ended; it will answer nothing more.
+            EngineDeadError: the engine's process has ended with the hidden states it had captured.
         """
         parameters = self._parameters(_num_logprobs(signal))
         captures: list[CaptureRequest | None] = [None] * len(prompt_ids)
@@ -198,8 +200,10 @@ class VllmEngine:
     ) -> "list[CompletionOutput | str]":
         """The finished output of each row, or the reason why it has none (a row's ``error``).
 
-        ``reasons``: known beforehand; such rows are not sent to the engine.
+        ``reasons``: known beforehand; such rows are not sent to the engine. Where the engine dies,
+        what it had finished is kept: the rows in it are LOST, and those that waited NOT_STARTED.
         """
+        limit = self._settings.teacher.request_timeout_s
 
         async def run_row(ids: Ids, reason: str | None, capture: CaptureRequest | None) -> Any:
             if reason is not None:
@@ -209,7 +213,18 @@ class VllmEngine:
                 row_parameters = parameters.clone()
                 row_parameters.extra_args = capture.extra_args()
             async with self._slots:
-                output = await self._generate(ids.tolist(), row_parameters)
+                if self.died:
+                    return NOT_STARTED
+                try:  # A row's time begins here, and not where it waited for a place.
+                    answered = self._generate(ids.tolist(), row_parameters)
+                    output = await asyncio.wait_for(answered, limit)
+                except TimeoutError:
+                    return TIMED_OUT
+                except Exception as error:
+                    if not engine_is_dead(error):
+                        raise
+                    self.died = True
+                    return LOST
                 self._rows_finished += 1
             ended = output.finish_reason in ("stop", "length")
             return output if ended else f"engine_{output.finish_reason}"
@@ -264,6 +279,4 @@ def _num_logprobs(signal: Signal) -> int | None:
 
 def engine_is_dead(error: BaseException) -> bool:
     """Whether the error says that the engine's process has ended."""
-    from vllm.v1.engine.exceptions import EngineDeadError
-
-    return isinstance(error, EngineDeadError)
+    return any(kind.__name__ == "EngineDeadError" for kind in type(error).__mro__)

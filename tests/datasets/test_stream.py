@@ -210,15 +210,15 @@ def test_a_dead_engine_is_asked_again_and_a_mistake_is_passed_on(teacher):
         ask([rig.BROKEN, 1001])
 
 
-def test_a_row_that_hangs_the_teacher_each_time_is_poison_and_the_others_are_answered(teacher):
-    answers = ask([PLAIN, 7], [rig.HANGS, 8], [PLAIN, 9])
+def test_a_row_that_kills_the_engine_each_time_is_poison_and_the_others_are_answered(teacher):
+    answers = ask([PLAIN, 7], [rig.KILLS, 8], [PLAIN, 9])
     assert answers["response_ids"].to_pylist() == [[7, 1], [], [9, 1]]
     assert answers["error"].to_pylist() == [None, "poison", None]
     assert b"obedient" in answers.schema.metadata[ENGINE]
 
 
 def test_a_poison_row_is_dropped_once_and_not_asked_in_the_next_epoch(workers, tmp_path):
-    behaviours = [PLAIN] * 12 + [rig.HANGS] + [PLAIN] * 11
+    behaviours = [PLAIN] * 12 + [rig.KILLS] + [PLAIN] * 11
     run = Run(tmp_path, behaviours, "fixed", 1, max_drop_fraction=0.1)
     first = run.stream(workers)
     assert len(first.positions) == 23
@@ -322,7 +322,7 @@ def test_a_retried_group_finds_all_that_its_first_try_published(teacher, tmp_pat
 
 
 def test_a_row_that_cannot_be_scored_is_unusable_and_the_others_are_published(teacher, tmp_path):
-    behaviours = [PLAIN, rig.UNUSABLE, rig.HANGS, PLAIN]
+    behaviours = [PLAIN, rig.UNUSABLE, rig.KILLS, PLAIN]
     prompts = pa.array([[b, row] for row, b in enumerate(behaviours)], pa.list_(pa.int32()))
     given = pa.array([[row, 5] for row in range(4)], pa.list_(pa.int32()))
     answers = stored_answers(tmp_path, 4, "sampled")

@@ -32,7 +32,7 @@ GROUP_ROWS = 8
 ROWS_PER_STEP = 16
 TOP_K = 4
 SEED = 7
-PLAIN, RANDOM_DELAY, TOGETHER, LAST, UNUSABLE, TRUNCATED, FAILS_ONCE, HANGS, BROKEN = range(9)
+PLAIN, RANDOM_DELAY, TOGETHER, LAST, UNUSABLE, TRUNCATED, FAILS_ONCE, KILLS, BROKEN = range(9)
 NUM_TOGETHER = 24
 NUM_BEFORE_LAST = 20
 PATIENCE_S = 90
@@ -96,9 +96,9 @@ class ObedientTeacher:
             async with self.changed:
                 await self.changed.wait_for(lambda: self.finished >= NUM_BEFORE_LAST)
             await asyncio.sleep(1.0)  # Ray Data passes on in order what it finds ready in one look.
-        if HANGS in behaviours:
+        if KILLS in behaviours:
             await asyncio.sleep(0.3)
-            raise TimeoutError  # As a replica does after teacher.request_timeout_s.
+            raise EngineDeadError("the engine core died")
         if BROKEN in behaviours:
             raise ValueError("a mistake in the teacher")
         if FAILS_ONCE in behaviours and first_row not in self.failed:
