@@ -138,6 +138,13 @@ class Coordinator:
         """Reason of each position dropped in this epoch."""
         return dict(self._drops.reasons)
 
+    async def dropped_of(self, attempt: int, positions: list[int]) -> list[int]:
+        """Those of a group's positions that were dropped in this attempt, by an earlier try of it.
+
+        Their credits have returned: were they answered after all, they would be returned twice.
+        """
+        return self._drops.among(positions) if self._current(attempt) else []
+
     async def poison_rows(self) -> list[int]:
         """Rows that cost replicas each time they were asked."""
         return sorted(self._poison)
@@ -279,8 +286,10 @@ class Coordinator:
     async def _give_back(self, attempt: int, rows: int) -> None:
         async with self._changed:
             if attempt == self._attempt:
-                self._credits.give_back(rows)
-                self._changed.notify_all()
+                try:
+                    self._credits.give_back(rows)
+                finally:
+                    self._changed.notify_all()
 
 
 def start_coordinator(

@@ -11,7 +11,7 @@ between such bursts the replicas, and the processors they share, are free.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raystill.base.errors import RunError
@@ -72,9 +72,10 @@ class Credits:
             self.rows_left -= rows
 
     def give_back(self, rows: int) -> None:
-        """Rows that are no longer ahead."""
-        self.ahead -= rows
-        assert self.ahead >= 0, f"{-self.ahead} more rows came back than were handed out"
+        """Rows that are no longer ahead; an assertion fails where more come back than are."""
+        too_many = max(0, rows - self.ahead)
+        self.ahead -= rows - too_many  # Also then: those who wait must not wait for ever.
+        assert too_many == 0, f"{too_many} more rows came back than were handed out"
 
 
 class Drops:
@@ -93,6 +94,10 @@ class Drops:
             for reason, positions in ledger.get("dropped", {}).items()
             for position in positions
         }
+
+    def among(self, positions: Sequence[int]) -> list[int]:
+        """Those of the positions that are dropped."""
+        return [position for position in positions if position in self.reasons]
 
     def add(self, reasons: Mapping[int, str]) -> int:
         """Note dropped positions; how many of them are new."""

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 TRUNCATED = "length"
 FOREIGN = "foreign_id"
+DROPPED = "dropped_before"
+"""A row that an earlier try of the same group has dropped; it keeps the reason it had then."""
 
 
 class AnswerGroup:
@@ -65,6 +67,7 @@ class AnswerGroup:
         try:
             answers, counters = await self._answer(prompts)
             require_none_fatal(answers)
+            answers = await self._still_dropped(attempt, prompts, answers)
             rows = self._join(prompts, answers)
             await self._drop(attempt, prompts, self._reasons(prompts, answers))
         except Exception as error:
@@ -94,6 +97,19 @@ class AnswerGroup:
         )
         back = np.argsort(np.concatenate([good, np.flatnonzero(bad)]))
         return pa.concat_tables([answers, empty]).take(pa.array(back)), counters
+
+    async def _still_dropped(self, attempt: int, prompts: pa.Table, answers: pa.Table) -> pa.Table:
+        """The answers without those of rows that an earlier try of this group has dropped."""
+        positions = prompts["position"].to_pylist()
+        gone = await self._coordinator.dropped_of.remote(attempt, positions)
+        if not gone:
+            return answers
+        errors = answers["error"].to_pylist()
+        errors = [
+            e or (DROPPED if p in gone else None) for p, e in zip(positions, errors, strict=True)
+        ]
+        place = answers.schema.get_field_index("error")
+        return answers.set_column(place, "error", pa.array(errors, pa.string()))
 
     def _join(self, prompts: pa.Table, answers: pa.Table) -> pa.Table:
         reasons = self._reasons(prompts, answers)

@@ -307,6 +307,39 @@ def test_the_teacher_may_go_when_every_row_has_its_answer():
     asyncio.run(run())
 
 
+def test_rows_that_come_back_twice_are_told_and_leave_nobody_waiting():
+    async def run():
+        c = coordinator()
+        attempt = await c.publish(0, 0, Ledger(64).to_dict())
+        while not await waits(c.acquire(attempt, 8, 8 * len(c._credits._granted))):
+            pass
+        ahead = c._credits.ahead
+        waiting = asyncio.ensure_future(c.acquire(attempt, 8, 56))
+        assert await waits(asyncio.shield(waiting))
+        with pytest.raises(AssertionError, match="3 more rows came back"):
+            await c.taken(attempt, ahead + 3)
+        assert await asyncio.wait_for(waiting, 1), "who waits for room has it"
+        assert c._credits.ahead == 8
+
+    asyncio.run(run())
+
+
+def test_a_row_that_was_dropped_stays_dropped_for_a_later_try_of_its_group():
+    async def run():
+        c = coordinator(num_rows=64, max_drop_fraction=1.0)
+        attempt = await c.publish(0, 0, Ledger(64).to_dict())
+        await c.acquire(attempt, 8, 0)
+        await c.dropped(attempt, [3, 5], ["timed_out", "empty"])
+        assert await c.dropped_of(attempt, [2, 3, 4, 5]) == [3, 5]
+        assert await c.dropped_of(attempt - 1, [3]) == []
+        await c.taken(attempt, 6)
+        assert c._credits.ahead == 0
+        again = await c.publish(0, 0, Ledger(64).to_dict())
+        assert await c.dropped_of(again, [3]) == [], "another attempt asks them again"
+
+    asyncio.run(run())
+
+
 def test_a_run_that_begins_without_a_teacher_says_so_unless_it_is_wanted_by_then():
     async def run(wanted):
         c = coordinator()
