@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -64,6 +65,17 @@ URI_QUERY = re.compile(r"\?\w+=[^?*]*$")  # A "?" of a glob is not followed by n
 
 JOB_PACKAGE_FOLDER = "runtime_resources/working_dir_files"
 """Where Ray unpacks a job's working directory, below its session folder."""
+
+
+@lru_cache(maxsize=64)
+def _open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The file system of a URI and the path in it; one for the process.
+
+    So connections and the credentials of an instance are used again: opening one anew for each
+    call would ask for them each time. pyarrow's file systems may be used by many threads.
+    """
+    filesystem, root = pafs.FileSystem.from_uri(uri)
+    return filesystem, root.rstrip("/")
 
 
 class RunFolder:
@@ -170,11 +182,8 @@ class RunFolder:
             return pq.ParquetFile(stream).read(columns=None if columns is None else list(columns))
 
     def _opened(self) -> tuple[pafs.FileSystem, str]:
-        # Opened anew each time and not kept, so that the folder pickles and can be hashed.
-        if self.is_local:
-            return pafs.LocalFileSystem(), self.path
-        filesystem, root = pafs.FileSystem.from_uri(self.path)
-        return filesystem, root.rstrip("/")
+        # Not kept in the folder, so that it pickles and can be hashed.
+        return (pafs.LocalFileSystem(), self.path) if self.is_local else _open_uri(self.path)
 
     def _at(self, name: str) -> tuple[pafs.FileSystem, str]:
         filesystem, root = self._opened()

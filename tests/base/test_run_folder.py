@@ -149,3 +149,23 @@ def test_inputs_are_looked_for_at_home_then_here(
     assert resolve_input("a.txt") == f"{tmp_path}/home/a.txt"
     assert resolve_input("b.txt") == "b.txt"
     assert resolve_input("s3://a.txt") == "s3://a.txt"
+
+
+def test_a_remote_folder_opens_its_file_system_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anew for each call, connections and an instance's credentials would be had anew too."""
+    from raystill.base import run_folder
+
+    opened = []
+
+    class FileSystem:
+        @staticmethod
+        def from_uri(uri: str) -> tuple[pafs.FileSystem, str]:
+            opened.append(uri)
+            return pafs.LocalFileSystem(), "/nowhere/"
+
+    monkeypatch.setattr(run_folder.pafs, "FileSystem", FileSystem)
+    for _ in range(3):
+        folder = RunFolder("mock-scheme://bucket/run")
+        assert folder.root == "/nowhere"
+        assert not folder.exists("x")
+    assert opened == ["mock-scheme://bucket/run"]
