@@ -20,6 +20,8 @@ import os
 import select
 import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn, TextIO
@@ -28,11 +30,13 @@ import typer
 
 from raystill import __version__
 from raystill.base import formatting
-from raystill.base.errors import ConfigError, RunError, print_problems
+from raystill.base.errors import ConfigError, RunError, print_problems, shown
 from raystill.base.redact import redact, redact_uncaught_errors
 from raystill.cluster.commands import options
 
 EXIT_FAILED = 1
+LONGEST_ERROR = 3000
+"""Characters of an error of a run, which may quote a log."""
 EXIT_REFUSED = 2
 EXIT_CLOSED_PIPE = 141  # What a shell reports of a program that SIGPIPE ended.
 STATUSES = """\b
@@ -336,8 +340,23 @@ def call(argv: Sequence[str] | None) -> int:
         return refuse(error.problems)
     except RunError as error:
         typer.secho("error:", fg="red", err=True, nl=False, color=color)
-        print(redact(f" {error}"), file=sys.stderr)
+        print(f" {shown(str(error), LONGEST_ERROR)}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # A mistake of ours, or something that nobody thought of.
+        print(f"error: {unexpected(error)}", file=sys.stderr)
     return EXIT_FAILED
+
+
+def unexpected(error: Exception) -> str:
+    """A sentence on an error that has none; its traceback is in a file that the sentence names."""
+    text = redact("".join(traceback.format_exception(error)))
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="raystill-", suffix=".log", delete=False, errors="backslashreplace"
+    ) as file:
+        file.write(text)
+    reason = shown(f"{type(error).__name__}: {error}")
+    return f"unexpected: {reason}; the whole story is in {file.name}, please report it"
 
 
 def nobody_reads(stream: TextIO) -> bool:

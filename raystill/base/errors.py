@@ -48,11 +48,35 @@ class RunError(Exception):
     """A run cannot go on, for a reason that its owner can remove. Shown without a traceback."""
 
 
+MOST_PROBLEMS = 20
+LONGEST_PROBLEM = 600
+
+
+def shown(text: str, longest: int = LONGEST_PROBLEM) -> str:
+    """``text`` for a terminal: no secrets, no control characters, at most so many characters.
+
+    What data brings along (an escape that would move the cursor, half a surrogate pair, a value of
+    a megabyte) is named instead of sent.
+    """
+    text = redact(text)  # Whole: of a part of a secret nobody would know that it is one.
+    if len(text) > longest:
+        half = longest // 2
+        text = f"{text[:half]} ... ({len(text):,} characters) ... {text[-half // 2 :]}"
+    return "".join(c if c.isprintable() or c == " " else _named(c) for c in text)
+
+
+def _named(character: str) -> str:
+    """A character that cannot be printed, as Python writes it."""
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def print_problems(problems: Sequence[object]) -> None:
-    """Print the problems to standard error, one a line, credentials hidden."""
+    """Print the problems to standard error, one a line, at most ``MOST_PROBLEMS``; see `shown`."""
     number = f"{len(problems)} problem{'' if len(problems) == 1 else 's'}"
     coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     heading = f"{number}, nothing was started:"
     print(f"\033[31m{heading}\033[0m" if coloured else heading, file=sys.stderr)
-    for problem in problems:
-        print(f"  - {redact(str(problem))}", file=sys.stderr)
+    for problem in problems[:MOST_PROBLEMS]:
+        print(f"  - {shown(str(problem))}", file=sys.stderr)
+    if len(problems) > MOST_PROBLEMS:
+        print(f"  ... and {len(problems) - MOST_PROBLEMS:,} more", file=sys.stderr)

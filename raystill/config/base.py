@@ -8,7 +8,7 @@ import re
 from datetime import date
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Kind = Literal["identity", "operational"]
 
@@ -17,6 +17,14 @@ class ConfigModel(BaseModel):
     """A configuration section. Unknown keys are errors; values cannot be changed once validated."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_plain(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and not _takes_bool(cls, info.field_name or ""):
+            raise ValueError(f"is {str(value).lower()}; expected no yes or no here")
+        require_plain(value)
+        return value
 
 
 def identity(default: Any = ..., **kwargs: Any) -> Any:
@@ -27,6 +35,36 @@ def identity(default: Any = ..., **kwargs: Any) -> Any:
 def operational(default: Any = ..., **kwargs: Any) -> Any:
     """Declare a field that may change between restarts of the same run."""
     return Field(default, json_schema_extra={"kind": "operational"}, **kwargs)
+
+
+LARGEST_INTEGER, LARGEST_NUMBER = 2**63 - 1, 1e18
+
+
+def require_plain(value: Any) -> None:
+    """ValueError for a value that no setting has, however deep it lies in lists and mappings.
+
+    Numbers are finite and of a size that 64 bits and a person can tell; text has no NUL and no half
+    of a surrogate pair, which neither a file name nor UTF-8 can hold.
+    """
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, list | tuple | set | frozenset):
+            waiting += one
+        elif isinstance(one, float) and not abs(one) <= LARGEST_NUMBER:  # NaN is in no order.
+            raise ValueError(f"is {one:g}; expected a finite number up to {LARGEST_NUMBER:g}")
+        elif isinstance(one, int) and abs(one) > LARGEST_INTEGER:
+            raise ValueError("is an integer of more than 64 bits; expected a smaller one")
+        elif isinstance(one, str) and ("\0" in one or any("\ud800" <= c <= "\udfff" for c in one)):
+            raise ValueError("has a character that no text may have (NUL or half a surrogate pair)")
+
+
+def _takes_bool(model: type[BaseModel], name: str) -> bool:
+    """Whether true and false are values of a field."""
+    field = model.model_fields.get(name)
+    return field is None or "bool" in str(field.annotation) or "Any" in str(field.annotation)
 
 
 def day_of(value: Any) -> str | None:
@@ -40,6 +78,10 @@ def day_of(value: Any) -> str | None:
 
 
 PositiveInt = Annotated[int, Field(gt=0)]
+Resources = dict[Annotated[str, Field(min_length=1)], Annotated[float, Field(ge=0)]]
+"""Custom Ray resources by name."""
+Cores = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+"""Ids of CPU cores."""
 
 
 _LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"

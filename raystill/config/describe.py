@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from raystill.base.errors import ConfigError, Problem
+from raystill.base.errors import MOST_PROBLEMS, ConfigError, Problem
 from raystill.config.run import RunConfig
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -146,7 +146,8 @@ def problems_of(
         if where.partition(".")[0] in skip:
             continue
         if item["type"] == "extra_forbidden":
-            messages.setdefault(where, []).append(unknown_key(where))
+            unknown = unknown_key(where) if len(messages) < MOST_PROBLEMS else "unknown key"
+            messages.setdefault(where, []).append(unknown)
         elif item["type"] == "missing":
             messages.setdefault(where, []).append(f"is missing; set {where} ({_sentence(where)})")
         elif item["type"] == "value_error":

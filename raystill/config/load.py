@@ -10,6 +10,7 @@ every single value is valid.
 """
 
 import re
+import stat
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raystill.base.errors import ConfigError, Problem
+from raystill.base.errors import ConfigError, Problem, shown
 from raystill.base.redact import redacted
 from raystill.config.describe import dotted, problems_of, section_model, value_at
 from raystill.config.prompts import spell_out_prompts
@@ -31,6 +32,14 @@ STAND_INS: dict[str, dict[str, Any]] = {
     "student": {"init": "from_teacher", "layers": [0]},
     "prompts": {"path": "-"},
 }
+
+
+LARGEST_FILE = 4 << 20
+"""Bytes of a run file."""
+LONGEST_PATH = 200
+"""Characters of a file's name in a message."""
+MOST_VALUES, DEEPEST = 100_000, 50
+"""Values and levels of a YAML text, with every alias written out."""
 
 
 @dataclass
@@ -88,13 +97,16 @@ def validate_leniently(data: dict[str, Any], problems: list[Problem]) -> Loaded:
 
 def read_run_file(path: str | Path) -> tuple[dict[str, Any] | None, list[Problem]]:
     """The mapping in the file, or None and the problem with it."""
-    where = str(path)
+    where = shown(str(path), LONGEST_PATH)
     try:
+        if (problem := _why_not_read(Path(path))) is not None:
+            return None, [Problem(where, problem)]
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         return None, [Problem(where, "no such file; name a run file, e.g. configs/quickstart.yaml")]
-    except (OSError, UnicodeDecodeError) as error:
-        return None, [Problem(where, f"cannot be read ({error}); expected a YAML text file")]
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        return None, [Problem(where, f"cannot be read ({reason}); expected a YAML text file")]
     try:
         data = parse_yaml(text)
     except yaml.YAMLError as error:
@@ -103,6 +115,17 @@ def read_run_file(path: str | Path) -> tuple[dict[str, Any] | None, list[Problem
         kind = "empty" if data is None else f"a {type(data).__name__}"
         return None, [Problem(where, f"is {kind}; expected a mapping of sections (teacher: ...)")]
     return _spelled_out(data), []
+
+
+def _why_not_read(path: Path) -> str | None:
+    """Why a run file is not opened: a pipe would wait for ever, a device has no end."""
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode):
+        kind = "folder" if stat.S_ISDIR(info.st_mode) else "device or pipe"
+        return f"is a {kind}; expected a YAML text file"
+    if info.st_size > LARGEST_FILE:
+        return f"has {info.st_size:,} bytes; expected a run file of at most {LARGEST_FILE:,}"
+    return None
 
 
 def apply_override(data: dict[str, Any], override: str) -> list[Problem]:
@@ -250,7 +273,43 @@ StrictLoader.add_implicit_resolver(
 
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text. Raises yaml.YAMLError."""
+    loader = StrictLoader(text)
     try:
-        return yaml.load(text, Loader=StrictLoader)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _require_small(node)
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError(f"nested too deeply; expected at most {DEEPEST} levels") from None
     except ValueError as error:  # A date that does not exist, such as 2030-02-30.
         raise yaml.YAMLError(str(error)) from None
+    finally:
+        loader.dispose()
+
+
+def _require_small(root: yaml.Node) -> None:
+    """YAMLError for a text that is small, and what it says is not: by aliases, or by depth."""
+    sizes: dict[int, int] = {}
+
+    def size_of(node: yaml.Node, depth: int, above: frozenset[int]) -> int:
+        if id(node) in above:
+            raise yaml.YAMLError("a value contains itself, by an alias (*name); write it out")
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"nested too deeply; expected at most {DEEPEST} levels")
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        if id(node) not in sizes:
+            inner = above | {id(node)}
+            parts: list[yaml.Node] = []
+            for item in node.value:
+                parts += item if isinstance(item, tuple) else [item]
+            total = 1 + sum(size_of(part, depth + 1, inner) for part in parts)
+            if total > MOST_VALUES:
+                raise yaml.YAMLError(
+                    f"has more than {MOST_VALUES:,} values when its aliases (*name) are written out"
+                )
+            sizes[id(node)] = total
+        return sizes[id(node)]
+
+    size_of(root, 1, frozenset())

@@ -7,6 +7,8 @@ from pydantic import field_validator, model_validator
 
 from raystill.config.base import ConfigModel, PositiveInt, day_of, identity, operational
 
+MOST_SAMPLES = 100_000
+"""Answers to one prompt that a run may want; above, the rows would not be listed in any time."""
 FileFormat = Literal["auto", "jsonl", "json", "csv", "text", "parquet"]
 
 
@@ -23,6 +25,7 @@ class SourceConfig(ConfigModel):
     weight: float = identity(
         1.0,
         gt=0,
+        le=MOST_SAMPLES,
         allow_inf_nan=False,
         description="How often a training prompt of this source is used in one epoch; multiplied "
         "by samples_per_prompt. 2: two sampled answers for each prompt. 0.25: one answer for a "
@@ -107,7 +110,9 @@ class PromptsConfig(ConfigModel):
         None, description="Number of prompts to use, the first of the files. Default: all."
     )
     samples_per_prompt: PositiveInt = identity(
-        1, description="Answers to sample for each training prompt; each is a row of its own."
+        1,
+        le=MOST_SAMPLES,
+        description="Answers to sample for each training prompt; each is a row of its own.",
     )
     sources: tuple[SourceConfig, ...] | None = identity(
         None, description="List of named sources, each with a weight, in place of path."

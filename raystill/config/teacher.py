@@ -8,8 +8,10 @@ from pydantic import field_validator, model_validator
 from raystill.base.redact import is_secret_name
 from raystill.config.base import (
     ConfigModel,
+    Cores,
     LabelSelector,
     PositiveInt,
+    Resources,
     day_of,
     identity,
     operational,
@@ -287,12 +289,12 @@ class TeacherConfig(ConfigModel):
         description="Groups that one replica works on at a time; also Ray Serve's autoscaling "
         "target.",
     )
-    cpu_cores: tuple[int, ...] | None = operational(
+    cpu_cores: Cores | None = operational(
         None,
         description="Ids of the CPU cores for the teacher's replicas, on a node without GPUs. "
         "Default: the first half of the node's cores.",
     )
-    resources_per_replica: dict[str, float] = operational(
+    resources_per_replica: Resources = operational(
         {}, description="Custom Ray resources that a replica requests, e.g. {teacher: 1}."
     )
     gpus_per_replica: float | None = operational(

@@ -4,7 +4,15 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from raystill.config.base import ConfigModel, LabelSelector, PositiveInt, identity, operational
+from raystill.config.base import (
+    ConfigModel,
+    Cores,
+    LabelSelector,
+    PositiveInt,
+    Resources,
+    identity,
+    operational,
+)
 
 
 class TrainingConfig(ConfigModel):
@@ -143,7 +151,7 @@ class TrainingConfig(ConfigModel):
     cpus_per_worker: float = operational(
         1.0, gt=0, description="CPUs that one worker requests from Ray."
     )
-    cpu_cores: tuple[int, ...] | Literal["all"] | None = operational(
+    cpu_cores: Cores | Literal["all"] | None = operational(
         None,
         description="Ids of the CPU cores for the workers, on a node without GPUs. all: every "
         "core, for a run that has all answers in the store. Default: the second half of the "
@@ -155,7 +163,7 @@ class TrainingConfig(ConfigModel):
         "over the teacher's cores while no teacher is served, and give them back when it is "
         "wanted. Sums of more threads may differ in their last bits.",
     )
-    resources_per_worker: dict[str, float] = operational(
+    resources_per_worker: Resources = operational(
         {}, description="Custom Ray resources that a worker requests, e.g. {student: 1}."
     )
     accelerator_type: str | None = operational(

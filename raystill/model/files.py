@@ -109,8 +109,13 @@ class ModelLookup:
     notice: str | None = None
 
 
+LONGEST_NAME = 1000
+
+
 def find_model(name: str, revision: str | None = None) -> ModelLookup:
     """Find the model's small files: in a local folder, in the cache, or else on the Hub."""
+    if len(name) > LONGEST_NAME:  # More than a path may have: the system would refuse to look.
+        return ModelLookup(problem=f"has {len(name):,} characters; name a folder or a Hub id")
     folder = Path(resolve_input(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
