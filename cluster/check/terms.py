@@ -25,6 +25,8 @@ from raystill.model.files import ModelFolder
 
 VERDICTS = ("allowed", "conditional", "unclear", "forbidden")
 TABLE = Path(__file__).with_name("terms.toml")
+OWN_ENDINGS = (".local", ".internal", ".svc")
+"""Of names that only a private network knows, as one without any dot is."""
 Duty = tuple[str, str]
 
 
@@ -142,7 +144,7 @@ def _is_own(host: str) -> bool:
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost"
+        return "." not in host or host.endswith(OWN_ENDINGS)
     return address.is_loopback or address.is_private
 
 

@@ -48,6 +48,8 @@ CASES: list[tuple[str | None, str | None, str | None, dict[str, Any], str, bool]
     ("apache-2.0", OWN, None, SOLD, ALLOWED, False),
     ("apache-2.0", "http://10.1.2.3/v1", None, SOLD, ALLOWED, False),
     ("apache-2.0", "http://localhost:1/v1", None, SOLD, ALLOWED, False),
+    ("apache-2.0", "http://vllm:8000/v1", None, SOLD, ALLOWED, False),
+    ("apache-2.0", "http://vllm.teachers.svc.cluster.local/v1", None, SOLD, ALLOWED, False),
     ("apache-2.0", "https://chat.qwen.ai/v1", None, RESEARCH, "forbidden", True),
     ("apache-2.0", "https://api.mistral.ai/v1", None, SOLD, ALLOWED, False),
     ("apache-2.0", "https://generativelanguage.googleapis.com/v1", None, SHARED, "forbidden", True),
