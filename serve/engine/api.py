@@ -81,6 +81,8 @@ class ApiEngine:
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.max_model_len = teacher.max_model_len or UNBOUNDED
         self._client: Any = None
+        self._refused: str | None = None
+        """Why the service answers nobody; rows that wait then do not ask it."""
 
     async def start(self) -> None:
         """Makes the client; the service is asked nothing yet."""
@@ -127,6 +129,8 @@ class ApiEngine:
         while transient < MAX_TRANSIENT and unusable < MAX_UNUSABLE:
             try:
                 async with self._limits.turn(len(prompt_ids), self._sampling.max_tokens) as turn:
+                    if self._refused is not None:
+                        return Answer(error=self._refused)
                     completion = await self._ask(messages)
                     turn.paid(self._paid(completion, len(prompt_ids)))
             except BudgetReached as error:
@@ -134,6 +138,8 @@ class ApiEngine:
             except Exception as error:
                 verdict = judge(error)
                 if isinstance(verdict, str):
+                    if refuses_everybody(error):
+                        self._refused = verdict
                     return Answer(error=verdict)
                 transient, last = transient + verdict.counts, error
                 self._limits.failed(verdict.name, verdict.retry_after_s, verdict.too_fast)
@@ -285,6 +291,12 @@ def judge(error: BaseException) -> Verdict | str:
     if code in FILTER_CODES:
         return "content_filter"
     return f"{FATAL}the service refuses the request: {describe(error)}; see teacher.api"
+
+
+def refuses_everybody(error: BaseException) -> bool:
+    """Whether the next row would fare the same: the key, the model, or the credit is refused."""
+    status, code = getattr(error, "status_code", None), str(getattr(error, "code", ""))
+    return status in (401, 402, 404) or code in CREDIT_CODES
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -299,6 +299,17 @@ def test_what_only_a_person_can_mend_ends_the_run_and_tells_no_secret(
     assert service.asked["bad"] == (engine_module.MAX_TRANSIENT if name == "always down" else 1)
 
 
+@pytest.mark.parametrize("name", ["no credit", "wrong key", "no such model"])
+def test_rows_that_wait_do_not_ask_a_service_that_refuses_everybody(
+    tmp_path: Path, service: Service, name: str
+) -> None:
+    questions = [str(i) for i in range(20)]
+    service.scripts = {q: [FINAL[name]] for q in questions}
+    answers = Asked(tmp_path, service, questions, max_concurrency=2).sample()
+    assert all((a.error or "").startswith("stop: ") for a in answers)
+    assert sum(service.asked.values()) <= 2
+
+
 def test_no_more_than_max_concurrency_go_at_once(tmp_path: Path, service: Service) -> None:
     questions = [str(i) for i in range(12)]
     service.scripts = {q: [{"slow": 0.05}] for q in questions}
