@@ -25,6 +25,7 @@ from raystill.cluster.check.output import (
 )
 from raystill.cluster.check.prepared import Prepared as Prepared
 from raystill.cluster.check.progress import ReadingProgress
+from raystill.cluster.check.terms import check_terms
 from raystill.config.load import load_leniently
 from raystill.config.run import RunConfig
 from raystill.datasets.prompts.progress import Progress
@@ -105,6 +106,10 @@ class StaticCheck:
             self.notices += sharding_notices(self.config)
         self.check_folders()
         teacher, student = self.find_models()
+        if self.known("terms", "teacher", "student"):
+            problems, notices = check_terms(self.config, teacher, student)
+            self.problems += problems
+            self.notices += notices
         tables = self.tokenise_prompts(teacher, student)
         if teacher is None or tables is None:
             return None

@@ -11,6 +11,7 @@ from raystill.base.errors import Problem
 from raystill.base.redact import redacted
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.check.prepared import Prepared
+from raystill.cluster.check.terms import record
 from raystill.cluster.job.connect import project_root
 from raystill.config.load import config_text
 from raystill.config.run import RunConfig
@@ -79,6 +80,7 @@ def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "teacher": config.teacher.model,
         "teacher_identity": prepared.teacher_identity,
         "sampling": prepared.sampling,
+        "terms": record(config, prepared.teacher, prepared.student),
         "seeds": {"root": config.seed, **config.section_seeds()},
         "rows": {"train": prepared.num_train_rows, "held_out": prepared.num_held_out_rows},
         "target": "the untempered teacher; sampling settings choose the contexts only",

@@ -5,7 +5,7 @@
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import model_validator
 
@@ -62,6 +62,45 @@ class OutputConfig(ConfigModel):
     )
 
 
+class PermissionConfig(ConfigModel):
+    """A letter by which the owner of a model or service allows what its terms forbid."""
+
+    file: str = operational(
+        description="Path of the letter; its sha256 is kept in the run's manifest."
+    )
+    rule: str = operational(
+        description="Id of the reading that the letter answers, as check prints it."
+    )
+    reason: str = operational(
+        min_length=1, description="What it allows, in a sentence; kept in the manifest."
+    )
+
+
+class TermsConfig(ConfigModel):
+    """What the student is for, and under which terms its sources are. Readings, never advice."""
+
+    purpose: Literal["research", "internal", "commercial"] = operational(
+        "research", description="What the student is for."
+    )
+    distributed: bool = operational(
+        False, description="Whether the student will be handed on to others, sold or for free."
+    )
+    teacher_licence: str | None = operational(
+        None,
+        description="Licence id of the teacher, as model cards write it, e.g. apache-2.0. Default: "
+        "what its folder says.",
+    )
+    base_licence: str | None = operational(
+        None, description="Licence id of student.model. Default: what its folder says."
+    )
+    student_licence: str | None = operational(
+        None, description="Licence id under which the student will be handed on. Default: open."
+    )
+    permission: PermissionConfig | None = operational(
+        None, description="A letter that allows what the terms forbid. Default: none."
+    )
+
+
 class RunConfig(ConfigModel):
     """One distillation run: the content of a run file."""
 
@@ -97,6 +136,10 @@ class RunConfig(ConfigModel):
     )
     output: OutputConfig = operational(
         OutputConfig(), description="The run folder, where the run writes."
+    )
+
+    terms: TermsConfig = operational(
+        TermsConfig(), description="What the student is for, and the terms of its sources."
     )
 
     @model_validator(mode="after")

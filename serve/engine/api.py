@@ -17,7 +17,9 @@ import asyncio
 import json
 import os
 import random
+import time
 from collections.abc import Mapping, Sequence
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ MAX_UNUSABLE = 3
 """Attempts of one row whose answer comes, and is paid for, without a text."""
 LONGEST_PAUSE_S = 60.0
 UNBOUNDED = 2**31 - 1
+UNREADABLE = (AttributeError, TypeError, ValueError, IndexError, KeyError)
+"""What an answer of an unexpected shape raises where it is read."""
 LENGTH_CODES = {"context_length_exceeded", "string_above_max_length"}
 FILTER_CODES = {"content_filter", "content_policy_violation", "moderation_blocked"}
 CREDIT_CODES = {"insufficient_quota", "billing_hard_limit_reached"}
@@ -77,6 +81,8 @@ class ApiEngine:
         self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
         self.max_model_len = teacher.max_model_len or UNBOUNDED
         self._client: Any = None
+        self._refused: str | None = None
+        """Why the service answers nobody; rows that wait then do not ask it."""
 
     async def start(self) -> None:
         """Makes the client; the service is asked nothing yet."""
@@ -123,13 +129,17 @@ class ApiEngine:
         while transient < MAX_TRANSIENT and unusable < MAX_UNUSABLE:
             try:
                 async with self._limits.turn(len(prompt_ids), self._sampling.max_tokens) as turn:
+                    if self._refused is not None:
+                        return Answer(error=self._refused)
                     completion = await self._ask(messages)
-                    turn.paid(usage_of(completion))
+                    turn.paid(self._paid(completion, len(prompt_ids)))
             except BudgetReached as error:
                 return Answer(error=f"{FATAL}{error}")
             except Exception as error:
                 verdict = judge(error)
                 if isinstance(verdict, str):
+                    if refuses_everybody(error):
+                        self._refused = verdict
                     return Answer(error=verdict)
                 transient, last = transient + verdict.counts, error
                 self._limits.failed(verdict.name, verdict.retry_after_s, verdict.too_fast)
@@ -166,8 +176,31 @@ class ApiEngine:
             extra_body=more or None,
         )
 
+    def _paid(self, completion: Any, prompt_tokens: int) -> Usage:
+        """What is charged; our own count where the service tells none that can be true.
+
+        Without it a service that leaves ``usage`` out would be free, and ``max_cost`` no limit.
+        """
+        usage = usage_of(completion)
+        if usage is not None:
+            return usage
+        self._limits.count("usage_estimated")
+        try:
+            text = completion.choices[0].message.content or ""
+            written = len(self._tokenizer.encode(text, add_special_tokens=False).ids) + 1
+        except UNREADABLE:
+            written = self._sampling.max_tokens
+        return Usage(input=prompt_tokens, output=written)
+
     def _understood(self, completion: Any) -> Answer:
         """The answer in a completion, or why there is none that can be used."""
+        try:
+            return self._read(completion)
+        except UNREADABLE:  # Of another shape, or a text that is none: a lone surrogate.
+            return Answer(error="broken_answer")
+
+    def _read(self, completion: Any) -> Answer:
+        """As :meth:`_understood`; raises one of UNREADABLE."""
         choices = getattr(completion, "choices", None)
         if not choices:
             return Answer(error="broken_answer" if choices is None else "empty_answer")
@@ -243,7 +276,8 @@ def judge(error: BaseException) -> Verdict | str:
         return Verdict("timeout")
     if isinstance(error, openai.APIConnectionError):
         return Verdict("connection")
-    if isinstance(error, openai.APIResponseValidationError | json.JSONDecodeError):
+    # Not JSON, not UTF-8, or nested without end.
+    if isinstance(error, openai.APIResponseValidationError | ValueError | RecursionError):
         return Verdict("broken_answer")
     if not isinstance(error, openai.APIStatusError):
         raise error
@@ -259,16 +293,32 @@ def judge(error: BaseException) -> Verdict | str:
     return f"{FATAL}the service refuses the request: {describe(error)}; see teacher.api"
 
 
+def refuses_everybody(error: BaseException) -> bool:
+    """Whether the next row would fare the same: the key, the model, or the credit is refused."""
+    status, code = getattr(error, "status_code", None), str(getattr(error, "code", ""))
+    return status in (401, 402, 404) or code in CREDIT_CODES
+
+
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that the service asks to wait for, by its headers; None: it does not say."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:
             seconds = float(headers[name]) * unit
-        except (KeyError, ValueError):
+        except KeyError:
             continue
+        except ValueError:
+            seconds = _seconds_until(headers[name])
         if 0 <= seconds < float("inf"):
             return seconds
     return None
+
+
+def _seconds_until(day: str) -> float:
+    """Seconds until an HTTP date, 0 if it has passed; infinity for a text that is no date."""
+    try:
+        return max(0.0, parsedate_to_datetime(day).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return float("inf")
 
 
 def describe(error: BaseException | None) -> str:
@@ -277,9 +327,17 @@ def describe(error: BaseException | None) -> str:
     return redact(f"{type(error).__name__}: {text}")[:400]
 
 
-def usage_of(completion: Any) -> Usage:
-    """Tokens that a completion is charged for; zeros where the service does not say."""
+def usage_of(completion: Any) -> Usage | None:
+    """Tokens that a completion is charged for; None where the service does not say.
+
+    A prompt of no tokens, a negative number or a sum that does not add up says nothing.
+    """
     usage = getattr(completion, "usage", None)
+    told = [getattr(usage, n, None) for n in ("prompt_tokens", "completion_tokens")]
+    if not all(type(n) is int and n >= 0 for n in told) or not told[0]:
+        return None
+    if getattr(usage, "total_tokens", None) not in (None, sum(n or 0 for n in told)):
+        return None
 
     def number(owner: Any, name: str) -> int:
         value = getattr(owner, name, None)

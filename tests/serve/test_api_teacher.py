@@ -1,6 +1,7 @@
 """An API teacher against a real HTTP server that fails in every way a service does."""
 
 import asyncio
+import email.utils
 import json
 import threading
 import time
@@ -101,6 +102,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             content = {"error": {"message": f"refused for {KEY}", "code": reply.get("code")}}
         data = json.dumps(content).encode()
+        data = reply.get("raw", data)
         if reply.get("torn"):
             data = data[: len(data) // 2]
         self.send_response(status)
@@ -221,6 +223,15 @@ PASSING = {
     "slow": ({"slow": 2.5}, "timeout"),
     "no choices": ({"choices": []}, "empty_answer"),
     "no text": ({"text": "  "}, "empty_answer"),
+    "not UTF-8": ({"raw": b'{"choices": "\xff\xfe"}'}, "broken_answer"),
+    "nested without end": ({"raw": b"[" * 200_000}, "broken_answer"),
+    "null choice": ({"choices": [None]}, "broken_answer"),
+    "no message": ({"choices": [{"index": 0, "finish_reason": "stop"}]}, "broken_answer"),
+    "a lone surrogate": ({"text": "half \ud800"}, "broken_answer"),
+    "too many, as a date": (
+        {"status": 429, "headers": {"Retry-After": "Mon, 02 Nov 2026 08:00:00 GMT"}},
+        "too_many_requests",
+    ),
 }
 
 
@@ -288,6 +299,17 @@ def test_what_only_a_person_can_mend_ends_the_run_and_tells_no_secret(
     assert service.asked["bad"] == (engine_module.MAX_TRANSIENT if name == "always down" else 1)
 
 
+@pytest.mark.parametrize("name", ["no credit", "wrong key", "no such model"])
+def test_rows_that_wait_do_not_ask_a_service_that_refuses_everybody(
+    tmp_path: Path, service: Service, name: str
+) -> None:
+    questions = [str(i) for i in range(20)]
+    service.scripts = {q: [FINAL[name]] for q in questions}
+    answers = Asked(tmp_path, service, questions, max_concurrency=2).sample()
+    assert all((a.error or "").startswith("stop: ") for a in answers)
+    assert sum(service.asked.values()) <= 2
+
+
 def test_no_more_than_max_concurrency_go_at_once(tmp_path: Path, service: Service) -> None:
     questions = [str(i) for i in range(12)]
     service.scripts = {q: [{"slow": 0.05}] for q in questions}
@@ -342,11 +364,33 @@ def test_spending_counts_cached_and_reasoning_tokens(tmp_path: Path, service: Se
     "usage",
     [None, {}, "lots", {"prompt_tokens": "ten", "completion_tokens": -4, "total_tokens": True}],
 )
-def test_wrong_usage_is_no_usage(tmp_path: Path, service: Service, usage: Any) -> None:
+def test_where_usage_cannot_be_true_our_own_count_is_charged(
+    tmp_path: Path, service: Service, usage: Any
+) -> None:
     service.scripts["q"] = [{"usage": usage}]
     asked = Asked(tmp_path, service, ["q"], prices=PRICES)
     assert asked.sample()[0].error is None
-    assert asked.counters["api_cost"] == 0
+    # By hand: two prompt tokens at 1, and the text's tokens with its stop token at 2.
+    written = len(tokenizer().encode("An answer to q", add_special_tokens=False).ids) + 1
+    assert asked.counters["api_cost"] == 2 + 2 * written
+    assert asked.counters["api_usage_estimated"] == 1
+
+
+def test_a_service_that_tells_no_usage_cannot_pass_the_budget(
+    tmp_path: Path, service: Service
+) -> None:
+    questions = [str(i) for i in range(12)]
+    service.scripts = {q: [{"usage": None}] for q in questions}
+    answers = Asked(tmp_path, service, questions, prices=PRICES, max_cost=150.0).sample()
+    assert 0 < sum(service.asked.values()) < 12
+    assert any((a.error or "").startswith("stop: ") for a in answers)
+
+
+def test_a_date_to_wait_for_is_obeyed() -> None:
+    later = email.utils.formatdate(time.time() + 300, usegmt=True)
+    told = engine_module.retry_after({"retry-after": later})
+    assert told is not None and 297 < told <= 300
+    assert engine_module.retry_after({"retry-after": "soon"}) is None
 
 
 class Clock:
