@@ -4,9 +4,10 @@ An `identity` field decides what a run computes: an existing run folder refuses 
 `operational` field decides where and how fast, and may change between restarts of one run.
 """
 
+import math
 import re
 from datetime import date
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -16,14 +17,21 @@ Kind = Literal["identity", "operational"]
 class ConfigModel(BaseModel):
     """A configuration section. Unknown keys are errors; values cannot be changed once validated."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod
     def _is_plain(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and not _takes_bool(cls, info.field_name or ""):
             raise ValueError(f"is {str(value).lower()}; expected no yes or no here")
-        require_plain(value)
+        field = cls.model_fields[info.field_name or ""].annotation
+        # A section looks at its own values, and names them; of a number that is not finite pydantic
+        # says what was expected.
+        section = isinstance(value, dict | list | tuple) and _holds_sections(field)
+        if not section and not (isinstance(value, float) and not math.isfinite(value)):
+            require_plain(value)
         return value
 
 
@@ -59,6 +67,13 @@ def require_plain(value: Any) -> None:
             raise ValueError("is an integer of more than 64 bits; expected a smaller one")
         elif isinstance(one, str) and ("\0" in one or any("\ud800" <= c <= "\udfff" for c in one)):
             raise ValueError("has a character that no text may have (NUL or half a surrogate pair)")
+
+
+def _holds_sections(annotation: Any) -> bool:
+    """Whether a value of this type may be a section, or a list of sections."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return True
+    return any(_holds_sections(part) for part in get_args(annotation))
 
 
 def _takes_bool(model: type[BaseModel], name: str) -> bool:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -443,13 +444,28 @@ def test_ctrl_c_ends_a_command_quietly(
 
 
 def test_ctrl_c_ends_a_process_quietly(tmp_path: Path) -> None:
-    pipe = tmp_path / "never.yaml"
-    os.mkfifo(pipe)
-    words = [sys.executable, str(ROOT / "driver.py"), "check", str(pipe)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    with pipe.open("w"):  # Opens when the check opens it for reading, and so waits for its text.
-        process.send_signal(signal.SIGINT)
-        shown = process.communicate(timeout=60)
+    """The command has begun when it is interrupted: it says so, and then takes its time."""
+    code = (
+        "import pathlib, sys, time, driver\n"
+        "from raystill.cluster.commands import store as commands\n"
+        "def wait(*_, **__):\n"
+        "    pathlib.Path(sys.argv[1]).touch()\n"
+        "    time.sleep(60)\n"
+        "commands.store_command = wait\n"
+        "driver.leave(driver.main(['store', 'list', '.']))\n"
+    )
+    begun = tmp_path / "begun"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(begun)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while not begun.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    shown = process.communicate(timeout=60)
     assert (process.returncode, *shown) == (128 + signal.SIGINT, b"", b"")
 
 

@@ -28,6 +28,7 @@ BESIDE_MODULES = {
     "raystill/cluster/grafana/raystill.json",
     *(f"raystill/cluster/kuberay/{n}" for n in ("Dockerfile", "raycluster.yaml", "rayjob.yaml")),
     "raystill/cluster/report/page/style.css",
+    "raystill/cluster/check/terms.toml",
 }
 
 
