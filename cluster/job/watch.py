@@ -104,6 +104,7 @@ def watch(run: Run, prepared: Prepared, teacher: Background, student: Background
         student.start()
         try:
             snapshot = watcher.watch(teacher, student)
+            page.wait()
         except BaseException as error:
             page.failed(error)
             raise

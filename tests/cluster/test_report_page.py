@@ -1,6 +1,7 @@
 """The page of a run: what it shows, that data cannot act in it, and that it stays small."""
 
 import json
+import threading
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,10 +11,12 @@ import pytest
 
 from raystill.base.errors import RunError
 from raystill.base.run_folder import RunFolder
+from raystill.cluster.report.page.curves import MOST_POINTS, Curve
 from raystill.cluster.report.page.during import ALIVE_S, LivePage, close_page, record_state
 from raystill.cluster.report.page.html import element, escape, readable
 from raystill.cluster.report.page.page import page, write_page
 from raystill.cluster.report.page.read import RunReader
+from raystill.cluster.report.page.spent import MOST_BINS, binned, shares
 from tests.support.browser import MISSING, Browser, find_browser
 
 VOID = {"meta", "br"}
@@ -157,7 +160,7 @@ def test_text_of_any_file_is_shown_and_never_acts(folder: RunFolder, text: str) 
     assert not [key for key in attributes if key.startswith("on") or key == "src"]
     for character in ("\x1b", "\x00", "\x9b", "\x07", "\u202e", "\u2066", "\u202a"):
         assert character not in content
-    assert len(content) < 250_000
+    assert len(content) < 250_000 and "W" * 4_001 not in content
 
 
 def test_only_html_made_here_is_html() -> None:
@@ -204,9 +207,11 @@ def test_the_page_says_what_became_of_the_run(
     now = [0.0]
     live = LivePage(folder, told.append, clock=lambda: now[0])
     live.look()
+    live.wait()
     assert not folder.exists("report.html")  # Nothing to see in the first seconds.
     now[0] = 61.0
     live.look()
+    live.wait()
     text = folder.read_text("report.html")
     assert "running" in Outline(text).text and 'http-equiv="refresh"' in text
     live.failed(ValueError("no space is left for <the store>"))
@@ -243,9 +248,103 @@ def test_a_page_that_cannot_be_written_is_told_once_and_ends_nothing(
     for _ in range(3):
         now[0] += 100.0
         live.look()
+        live.wait()
     live.failed(RunError("the run's own error"))
     close_page(folder, stopped=False, tell=lambda _: None)
     assert len(told) == 1 and "No space left" in told[0]
+
+
+def test_the_main_thread_does_not_wait_for_a_page_and_an_old_one_replaces_no_later_one(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, go, began = [0.0], threading.Event(), threading.Event()
+    live = LivePage(folder, print, clock=lambda: now[0])
+    read = RunReader.read
+
+    def slow(reader: RunReader) -> Any:
+        data = read(reader)
+        if not began.is_set():
+            began.set()
+            assert go.wait(20)
+        return data
+
+    monkeypatch.setattr(RunReader, "read", slow)
+    now[0] = 61.0
+    live.look()
+    live.look()  # Returns though the first is not done, and starts no second one.
+    assert began.wait(20) and not folder.exists("report.html")
+    threading.Timer(0.3, go.set).start()
+    live.failed(RunError("the end"))
+    live.wait()
+    assert "failed" in Outline(folder.read_text("report.html")).text
+
+
+# Long runs
+
+
+def test_a_curve_of_any_length_keeps_its_spikes_in_a_bounded_number_of_points() -> None:
+    for steps in (1, 2, 399, 401, 5_000, 100_003):
+        curve = Curve()
+        for step in range(1, steps + 1):
+            curve.add(step, {steps // 3: 99.0, steps // 2: -99.0}.get(step, step % 7))
+        points = curve.points()
+        assert len(points) <= MOST_POINTS
+        assert points == sorted(points)
+        assert points[0] == curve.first and points[-1] == curve.last
+        assert curve.first is not None and curve.first[0] == 1
+        if steps > 2:
+            assert (steps // 3, 99.0) in points and (steps // 2, -99.0) in points
+        assert curve.known == steps
+        means = curve.means()
+        assert len(means) <= 80
+        assert all(-99 <= (y or 0) <= 99 for _, y in means)
+
+
+def test_gaps_of_a_curve_are_counted_and_stay_gaps() -> None:
+    curve = Curve()
+    for step, value in enumerate([1.0, None, float("nan"), 3.0], start=1):
+        curve.add(step, value)
+    assert (curve.known, curve.gaps, curve.mean) == (2, 2, 2.0)
+    assert curve.points() == [(1, 1.0), (2, None), (3, None), (4, 3.0)]
+
+
+def test_a_timeline_of_any_length_keeps_its_totals(folder: RunFolder) -> None:
+    windows, at = [], 1000.0
+    for n in range(20_000):
+        at += 10.0 + (7200.0 if n == 9_000 else 0.0)
+        windows.append(window(at, "training" if n % 5 else "measuring", teacher_busy_s=n % 11))
+    write_lines(folder, "timeline.jsonl", windows)
+    bins = binned(RunReader(folder).read())
+    assert len(bins.pieces) <= MOST_BINS and len(bins.phases) <= MOST_BINS
+    assert sum(p["teacher_busy_s"] for p in bins.pieces) == sum(n % 11 for n in range(20_000))
+    assert bins.seconds == 200_000.0
+    assert bins.edges[0] == 0 and bins.edges[-1] == pytest.approx(1)
+    assert bins.gaps == [(pytest.approx(0.45), pytest.approx(7200.0))]
+    assert {name for name, _, _ in bins.phases} == {"training"}
+    content = page([RunReader(folder).read()])
+    assert len(content) < 150_000 and "away for 2:00:00" in content
+
+
+def test_what_a_window_has_no_room_for_was_spent_before_it() -> None:
+    pieces = [{"busy": 0.0, "there": 10.0}, {"busy": 0.0, "there": 10.0}]
+    pieces += [{"busy": 25.0, "there": 10.0}, {"busy": 3.0, "there": 10.0}]
+    assert shares(pieces, "busy", "there") == [0.5, 1.0, 1.0, 0.3]
+
+
+def test_several_runs_share_one_page_and_are_told_apart(folder: RunFolder, tmp_path: Path) -> None:
+    other = RunFolder(str(tmp_path / "elsewhere" / "demo")).ensure()
+    for name in ("metrics.jsonl", "evaluation.jsonl", "answers.jsonl", "summary.json"):
+        other.write_text(name, folder.read_text(name).replace("Green.", "Red."))
+    settings = folder.read_text("config.yaml").replace("0.0003", "0.001")
+    other.write_text("config.yaml", settings)
+    outline = shown(folder, other)
+    assert outline.problems == []
+    assert "runs/demo and elsewhere/demo compared" in outline.text
+    apart = outline.text.partition("Settings in which the runs differ")[2].partition("Settings")[0]
+    assert "training.learning_rate0.00030.001" in apart and "seed" not in apart
+    answers = outline.text.partition("Answers to held-out prompts teacher")[2] or outline.text
+    assert answers.count("Green.") == answers.count("Red.") == 1
+    assert Path(write_page([folder, other])) == Path(folder.path) / "comparison.html"
 
 
 # In a real browser

@@ -38,7 +38,7 @@ def line_chart(
     if not points:
         return element("figure", _caption(title, "nothing recorded yet"), class_="chart")
     left, right = min(p[0] for p in points), max(p[0] for p in points)
-    ticks = nice_ticks(min(map(_height, points)), max(map(_height, points)))
+    ticks = nice_ticks(*_range(series))
     scale = _Scale(left, right, ticks[0], ticks[-1])
     grid = join(
         element("path", d=f"M0 {scale.y(tick):.1f}H{WIDTH}", class_="grid") for tick in ticks
@@ -141,12 +141,26 @@ def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
     if 0 < low <= 0.75 * high:
         low = 0.0
     if high <= low:
-        high = low + (abs(low) or 1.0)
+        low, high = min(low, 0.0), max(high, 0.0) if low else 1.0
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [n * step for n in range(first, last + 1)]
+
+
+def _range(series: Sequence[Series]) -> tuple[float, float]:
+    """What the y axis has to hold: all values, but of faint curves not their rarest ones.
+
+    A single spike would press all the rest into a line; it is drawn to the edge.
+    """
+    heights = [_height(p) for s in series if s.style != "faint" for p in s.points if _finite(p[1])]
+    for one in (s for s in series if s.style == "faint"):
+        values = sorted(_height(p) for p in one.points if _finite(p[1]))
+        if values:
+            cut = len(values) // 50
+            heights += [values[cut], values[-1 - cut]]
+    return min(heights), max(heights)
 
 
 @dataclass(frozen=True)
@@ -161,7 +175,8 @@ class _Scale:
         return WIDTH * ((value - self.left) / span if span else 0.5)
 
     def y(self, value: float) -> float:
-        return HEIGHT * (1 - (value - self.low) / (self.high - self.low))
+        share = (value - self.low) / (self.high - self.low)
+        return HEIGHT * (1 - min(1.0, max(0.0, share)))
 
 
 def _curve(series: Series, scale: _Scale) -> Html:
@@ -208,11 +223,12 @@ def _x_axis(left: str, right: str) -> Html:
 
 
 def _legend(series: Sequence[Series]) -> Html | None:
-    if len(series) < 2:
+    named = [s for s in series if s.name]
+    if len(named) < 2:
         return None
     return element(
         "ul",
-        *(element("li", swatch(s.colour, s.style), element("bdi", s.name)) for s in series),
+        *(element("li", swatch(s.colour, s.style), element("bdi", s.name)) for s in named),
         class_="legend",
     )
 

@@ -6,6 +6,7 @@ said once and never ends a run.
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable
 
@@ -23,7 +24,10 @@ ALIVE_S = 300.0
 
 
 class LivePage:
-    """Writes a run's page from the driver's main thread; ``tell`` is told once what goes wrong."""
+    """Writes a run's page beside the driver's main thread, which must stay free to see signals.
+
+    ``tell`` is told once what goes wrong. ``look``, ``wait`` and ``failed`` are the main thread's.
+    """
 
     def __init__(
         self,
@@ -37,25 +41,37 @@ class LivePage:
         self._reader = RunReader(folder)
         self._due = clock() + EVERY_S / 6
         self._told = False
+        self._thread: threading.Thread | None = None
         self._began = time.time()
         self._record_running()
 
     def look(self) -> None:
-        """Write the page where one is due: once a minute, less often where it takes long."""
-        now = self._clock()
-        if now < self._due:
-            return
-        self._try(self._write)
-        took = self._clock() - now
-        wait_s = max(EVERY_S, took / MOST_SHARE)
-        self._record_running(wait_s)
-        self._due = self._clock() + wait_s
+        """Start writing the page where one is due: once a minute, less often where it takes long.
+
+        Does not wait for it: the metrics of a hundred thousand steps take ten seconds to read.
+        """
+        if self._clock() >= self._due and (self._thread is None or not self._thread.is_alive()):
+            self._thread = threading.Thread(target=self._work, name="page", daemon=True)
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for a page that is being written, so that it does not replace a later one."""
+        if self._thread is not None:
+            self._thread.join()
 
     def failed(self, error: BaseException) -> None:
         """Record that the run failed, and write its last page."""
+        self.wait()
         said = redact(str(error) or type(error).__name__)[:LONGEST_ERROR]
         self._try(lambda: record_state(self._folder, "failed", error=said))
         self._try(self._write)
+
+    def _work(self) -> None:
+        began = self._clock()
+        self._try(self._write)
+        wait_s = max(EVERY_S, (self._clock() - began) / MOST_SHARE)
+        self._record_running(wait_s)
+        self._due = self._clock() + wait_s
 
     def _record_running(self, next_look_s: float = EVERY_S) -> None:
         until = time.time() + next_look_s + ALIVE_S

@@ -43,7 +43,7 @@ def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
     """``text``, or its start with its length where it has more than ``longest`` characters."""
     if len(text) <= longest:
         return text
-    return f"{text[:longest]} … ({len(text):,} characters in all)"
+    return f"{text[: max(longest // 2, longest - 40)]} … ({len(text):,} characters in all)"
 
 
 def escape(text: Any) -> Html:
@@ -70,8 +70,13 @@ def element(name: str, /, *children: Child, **attributes: Any) -> Html:
 
 
 def join(children: Iterable[Child], between: str = "") -> Html:
-    """Children one behind the other; None is left out."""
-    return Html(between.join(escape(child) for child in children if child is not None))
+    """Children one behind the other; None is left out, a text is cut to ``LONGEST_TEXT``."""
+    made = (
+        child if isinstance(child, Html) else escape(shortened(str(child)))
+        for child in children
+        if child is not None
+    )
+    return Html(between.join(made))
 
 
 def table(

@@ -74,13 +74,13 @@ def _notes(runs: Sequence[RunData]) -> Html | None:
     for run in runs:
         newest = run.after or run.before
         tokens = number(newest.get("num_tokens"))
-        said = f"{formatting.count(tokens)} held-out tokens; " if tokens else ""
+        parts = [f"{formatting.count(tokens)} held-out tokens"] if tokens else []
         if newest.get("bound"):
-            said += str(newest["bound"])
+            parts.append(str(newest["bound"]))
         if rows := number(newest.get("free_running_rows")):
             prompts = formatting.plural(int(rows), "prompt")
-            said += f"; stop rate and below: the student writing by itself, {prompts}"
-        if said:
+            parts.append(f"stop rate and below: the student writing by itself, {prompts}")
+        if said := "; ".join(parts):
             notes.append(f"{run.name}: {said}" if len(runs) > 1 else said)
     return join(element("p", note, class_="note") for note in dict.fromkeys(notes))
 
@@ -107,7 +107,7 @@ def _loss(run: RunData) -> Html:
     for colour, (name, label) in enumerate(curves):
         curve = run.metrics.get(name, Curve())
         if curve.known > MANY_POINTS:
-            series.append(Series(f"{label}, each step", curve.points(), colour, "faint"))
+            series.append(Series("", curve.points(), colour, "faint"))
             series.append(Series(f"{label}, mean", curve.means(), colour))
         else:
             series.append(Series(label, curve.points(), colour))
@@ -133,6 +133,11 @@ def _course(curve: Curve) -> str:
         f"{formatting.figure(curve.last[1])} at step {curve.last[0]:,.0f}; "
         f"least {formatting.figure(curve.least[1])} at step {curve.least[0]:,.0f}"
     )
+    if curve.greatest is not None and curve.greatest[1] > curve.first[1]:
+        greatest, step = curve.greatest[1], curve.greatest[0]
+        said += f", greatest {formatting.figure(greatest)} at step {step:,.0f}"
+    if curve.known > MANY_POINTS:
+        said += "; faint: single steps, cut at the chart's edge"
     if curve.gaps:
         said += f"; {formatting.plural(curve.gaps, 'step')} without a loss"
     return said

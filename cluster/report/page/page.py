@@ -10,6 +10,7 @@ and at its end, however it ends, and by ``raystill report`` at any time later:
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from raystill import __version__
@@ -80,6 +81,7 @@ def write_page(folders: Sequence[RunFolder], target: str | None = None) -> str:
 
 def page(runs: Sequence[RunData], now: float | None = None) -> str:
     """The whole document. ``now``: seconds since 1970 at which it is written."""
+    runs = _told_apart(runs)
     names = " and ".join(run.name for run in runs)
     title = f"{names} · Raystill" if len(runs) == 1 else f"{names} compared · Raystill"
     reload_s = RELOAD_S if any(run.state == "running" for run in runs) else None
@@ -106,6 +108,16 @@ def page(runs: Sequence[RunData], now: float | None = None) -> str:
         element("footer", f"Written by Raystill {__version__} on {written} from ", _folders(runs)),
     )
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
+def _told_apart(runs: Sequence[RunData]) -> Sequence[RunData]:
+    """The runs; those of one name are named by more of their paths (``a/tiny``, ``b/tiny``)."""
+    parts = [split_query(run.path)[0].rstrip("/").split("/") for run in runs]
+    for depth in range(1, max(map(len, parts))):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len({run.path for run in runs}):
+            return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+    return runs
 
 
 def _style() -> str:

@@ -16,6 +16,7 @@ from raystill.cluster.report.timeline import COUNTERS, bottleneck
 
 MOST_BINS = 240
 """Pieces that a drawn timeline has at most."""
+MOST_GAPS = 50
 GAP_S = 60.0
 """Seconds between two windows from which on the driver was away."""
 ADDED = ("seconds", "replica_s", "worker_s", *COUNTERS)
@@ -48,7 +49,8 @@ def spent(runs: Sequence[RunData]) -> Html:
         said = sentence or "too short to name a bottleneck (it takes two minutes of answers)"
         parts.append(element("p", who, element("strong", said), class_="bottleneck"))
         parts.append(_timeline(run))
-    parts.append(element("div", _roles(runs), _phases(runs), class_="pair"))
+    beside = "pair" if len(runs) == 1 else None
+    parts.append(element("div", _roles(runs), _phases(runs), class_=beside))
     return join(parts)
 
 
@@ -73,8 +75,7 @@ def binned(run: RunData) -> Bins:
             phases[-1] = (phases[-1][0], phases[-1][1], passed / total)
         else:
             phases.append((str(record["phase"]), begin / total, passed / total))
-        joins = pieces and begin / total - edges[-2] + window["seconds"] / total <= 1 / MOST_BINS
-        if joins:
+        if pieces and edges[-1] - edges[-2] < 1 / (MOST_BINS - 1):
             for name in ADDED:
                 pieces[-1][name] += window[name]
             pieces[-1]["rows_ahead"] = max(pieces[-1]["rows_ahead"], window["rows_ahead"])
@@ -82,7 +83,24 @@ def binned(run: RunData) -> Bins:
         else:
             pieces.append(dict(window))
             edges.append(passed / total)
-    return Bins(edges, pieces, gaps, phases, total)
+    return Bins(edges, pieces, gaps[-MOST_GAPS:], _longest(phases), total)
+
+
+def _longest(phases: list[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+    """The phases; where they are too many to draw, the longest one of each stretch of time."""
+    if len(phases) <= MOST_BINS:
+        return phases
+    slots: list[dict[str, float]] = [{} for _ in range(MOST_BINS)]
+    for name, begin, end in phases:
+        for slot in range(int(begin * MOST_BINS), min(MOST_BINS, int(end * MOST_BINS) + 1)):
+            inside = min(end, (slot + 1) / MOST_BINS) - max(begin, slot / MOST_BINS)
+            slots[slot][name] = slots[slot].get(name, 0.0) + max(0.0, inside)
+    drawn: list[tuple[str, float, float]] = []
+    for number_, slot in enumerate(slots):
+        name = max(slot, key=lambda name: slot[name])
+        begin = drawn.pop()[1] if drawn and drawn[-1][0] == name else number_ / MOST_BINS
+        drawn.append((name, begin, (number_ + 1) / MOST_BINS))
+    return drawn
 
 
 def _with_workers(records: Sequence[Record]) -> list[dict[str, float]]:
