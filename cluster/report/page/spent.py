@@ -96,8 +96,8 @@ def _longest(phases: list[tuple[str, float, float]]) -> list[tuple[str, float, f
             inside = min(end, (slot + 1) / MOST_BINS) - max(begin, slot / MOST_BINS)
             slots[slot][name] = slots[slot].get(name, 0.0) + max(0.0, inside)
     drawn: list[tuple[str, float, float]] = []
-    for number_, slot in enumerate(slots):
-        name = max(slot, key=lambda name: slot[name])
+    for number_, inside_of in enumerate(slots):
+        name = max(inside_of.items(), key=lambda item: item[1])[0]
         begin = drawn.pop()[1] if drawn and drawn[-1][0] == name else number_ / MOST_BINS
         drawn.append((name, begin, (number_ + 1) / MOST_BINS))
     return drawn
