@@ -67,9 +67,9 @@ class AnswerGroup:
         try:
             answers, counters = await self._answer(prompts)
             require_none_fatal(answers)
-            answers = await self._still_dropped(attempt, prompts, answers)
-            rows = self._join(prompts, answers)
-            await self._drop(attempt, prompts, self._reasons(prompts, answers))
+            reasons = await self._reasons(attempt, prompts, answers)
+            rows = self._join(prompts, answers, reasons)
+            await self._drop(attempt, prompts, reasons)
         except Exception as error:
             message = sentence_of(error)
             await self._coordinator.failed.remote(message)
@@ -98,31 +98,24 @@ class AnswerGroup:
         back = np.argsort(np.concatenate([good, np.flatnonzero(bad)]))
         return pa.concat_tables([answers, empty]).take(pa.array(back)), counters
 
-    async def _still_dropped(self, attempt: int, prompts: pa.Table, answers: pa.Table) -> pa.Table:
-        """The answers without those of rows that an earlier try of this group has dropped."""
-        positions = prompts["position"].to_pylist()
-        gone = await self._coordinator.dropped_of.remote(attempt, positions)
-        if not gone:
-            return answers
-        errors = answers["error"].to_pylist()
-        errors = [
-            e or (DROPPED if p in gone else None) for p, e in zip(positions, errors, strict=True)
-        ]
-        place = answers.schema.get_field_index("error")
-        return answers.set_column(place, "error", pa.array(errors, pa.string()))
+    async def _reasons(self, attempt: int, prompts: pa.Table, answers: pa.Table) -> pa.Array:
+        """Why each row is dropped, string; null: it is kept.
 
-    def _join(self, prompts: pa.Table, answers: pa.Table) -> pa.Table:
-        reasons = self._reasons(prompts, answers)
+        A row that an earlier try of this group has dropped stays so.
+        """
+        reasons = dropped_reasons(answers, self._on_truncated)
+        reasons = with_foreign(reasons, prompts, answers, self._num_ids)
+        positions = prompts["position"].combine_chunks()
+        gone = await self._coordinator.dropped_of.remote(attempt, positions.to_pylist())
+        before = pc.is_in(positions, value_set=pa.array(gone, positions.type))
+        return _or_reason(reasons, before, DROPPED)
+
+    def _join(self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array) -> pa.Table:
         columns = {**_columns(prompts), **_columns(answers)}
         rows = pa.table([columns[name] for name in self._schema.names], schema=self._schema)
         if reasons.null_count < len(reasons):
             rows = rows.filter(pc.is_null(reasons))
         return rows
-
-    def _reasons(self, prompts: pa.Table, answers: pa.Table) -> pa.Array:
-        """Why each row is dropped, string; null: it is kept."""
-        reasons = dropped_reasons(answers, self._on_truncated)
-        return with_foreign(reasons, prompts, answers, self._num_ids)
 
     async def _drop(self, attempt: int, prompts: pa.Table, reasons: pa.Array) -> None:
         gone = pc.is_valid(reasons)
@@ -139,8 +132,7 @@ def dropped_reasons(answers: pa.Table, on_truncated: str) -> pa.Array:
     reasons = answers["error"].combine_chunks()
     if on_truncated == "drop":
         truncated = pc.equal(answers["finish_reason"].combine_chunks(), TRUNCATED)
-        mark = pc.if_else(truncated, pa.scalar("truncated"), pa.scalar(None, pa.string()))
-        reasons = pc.coalesce(reasons, mark)
+        reasons = _or_reason(reasons, truncated, "truncated")
     return reasons
 
 
@@ -152,7 +144,12 @@ def with_foreign(
         return reasons
     foreign = with_foreign_ids(prompts["prompt_ids"], num_ids)
     foreign |= with_foreign_ids(answers["response_ids"], num_ids)
-    mark = pc.if_else(pa.array(foreign), pa.scalar(FOREIGN), pa.scalar(None, pa.string()))
+    return _or_reason(reasons, pa.array(foreign), FOREIGN)
+
+
+def _or_reason(reasons: pa.Array, where: pa.Array, reason: str) -> pa.Array:
+    """The reasons, and ``reason`` for rows that have none and where ``where`` is true."""
+    mark = pc.if_else(where, pa.scalar(reason), pa.scalar(None, pa.string()))
     return pc.coalesce(reasons, mark)
 
 

@@ -7,7 +7,7 @@ An `identity` field decides what a run computes: an existing run folder refuses 
 import math
 import re
 from datetime import date
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -24,12 +24,12 @@ class ConfigModel(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _is_plain(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and not _takes_bool(cls, info.field_name or ""):
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and not _takes_bool(annotation):
             raise ValueError(f"is {str(value).lower()}; expected no yes or no here")
-        field = cls.model_fields[info.field_name or ""].annotation
         # A section looks at its own values, and names them; of a number that is not finite pydantic
         # says what was expected.
-        section = isinstance(value, dict | list | tuple) and _holds_sections(field)
+        section = isinstance(value, dict | list | tuple) and inner_model(annotation) is not None
         if not section and not (isinstance(value, float) and not math.isfinite(value)):
             require_plain(value)
         return value
@@ -69,17 +69,19 @@ def require_plain(value: Any) -> None:
             raise ValueError("has a character that no text may have (NUL or half a surrogate pair)")
 
 
-def _holds_sections(annotation: Any) -> bool:
-    """Whether a value of this type may be a section, or a list of sections."""
+def inner_model(annotation: Any) -> type[BaseModel] | None:
+    """The section that a value of this type may be, or be a list of; None where it is neither."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for m in map(inner_model, get_args(annotation)) if m is not None), None)
+
+
+def _takes_bool(annotation: Any) -> bool:
+    """Whether true and false are values of a type."""
+    if annotation in (bool, Any):
         return True
-    return any(_holds_sections(part) for part in get_args(annotation))
-
-
-def _takes_bool(model: type[BaseModel], name: str) -> bool:
-    """Whether true and false are values of a field."""
-    field = model.model_fields.get(name)
-    return field is None or "bool" in str(field.annotation) or "Any" in str(field.annotation)
+    parts = () if get_origin(annotation) in (dict, list, tuple) else get_args(annotation)
+    return any(_takes_bool(part) for part in parts)
 
 
 def day_of(value: Any) -> str | None:

@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from raystill.base.errors import MOST_PROBLEMS, ConfigError, Problem
+from raystill.config.base import inner_model
 from raystill.config.run import RunConfig
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -69,7 +70,7 @@ def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[Fie
     ``a[].b`` is the setting ``b`` of each entry of the list ``a``.
     """
     for name, info in model.model_fields.items():
-        inner = _inner_model(info.annotation)
+        inner = inner_model(info.annotation)
         if inner is not None and not _is_union(info.annotation):
             yield from fields(inner, f"{prefix}{name}.")
             continue
@@ -99,7 +100,7 @@ def section_model(dotted: str) -> type[BaseModel] | None:
             continue
         if model is None or name not in model.model_fields:
             return None
-        model = _inner_model(model.model_fields[name].annotation)
+        model = inner_model(model.model_fields[name].annotation)
     return model
 
 
@@ -225,7 +226,7 @@ def dotted(item: Any) -> str:
             parts.append(str(part))
         elif model is not None and part in model.model_fields:
             parts.append(part)
-            model = _inner_model(model.model_fields[part].annotation)
+            model = inner_model(model.model_fields[part].annotation)
     return ".".join(parts)
 
 
@@ -234,7 +235,7 @@ def _takes_mapping(where: str) -> bool:
     info = field_info(where)
     if info is None or _lists_sections(info.annotation):
         return False
-    return _inner_model(info.annotation) is not None
+    return inner_model(info.annotation) is not None
 
 
 def _sentence(where: str) -> str:
@@ -255,16 +256,6 @@ def value_at(data: Any, where: str) -> Any:
     return data
 
 
-def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for part in get_args(annotation):
-        inner = _inner_model(part)
-        if inner is not None:
-            return inner
-    return None
-
-
 def _is_union(annotation: Any) -> bool:
     return get_origin(annotation) in (Union, types.UnionType)
 
@@ -273,7 +264,7 @@ def _lists_sections(annotation: Any) -> bool:
     """Whether it is a list of sections, or a union that such a list is a member of."""
     if _is_union(annotation):
         return any(_lists_sections(part) for part in get_args(annotation))
-    return get_origin(annotation) is tuple and _inner_model(annotation) is not None
+    return get_origin(annotation) is tuple and inner_model(annotation) is not None
 
 
 def _bounds_text(info: FieldInfo | None) -> str:

@@ -109,15 +109,14 @@ class ModelLookup:
     notice: str | None = None
 
 
-LONGEST_NAME = 1000
-
-
 def find_model(name: str, revision: str | None = None) -> ModelLookup:
     """Find the model's small files: in a local folder, in the cache, or else on the Hub."""
-    if len(name) > LONGEST_NAME:  # More than a path may have: the system would refuse to look.
-        return ModelLookup(problem=f"has {len(name):,} characters; name a folder or a Hub id")
     folder = Path(resolve_input(name))
-    if folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:  # A name longer than a path may have, a folder that may not be read.
+        return ModelLookup(problem=f"cannot be looked up ({error.strerror}); name another folder")
+    if is_folder:
         if not (folder / "config.json").is_file():
             problem = f"the folder {name!r} has no config.json; name a model's folder"
             return ModelLookup(problem=problem)

@@ -333,22 +333,23 @@ def usage_of(completion: Any) -> Usage | None:
     A prompt of no tokens, a negative number or a sum that does not add up says nothing.
     """
     usage = getattr(completion, "usage", None)
-    told = [getattr(usage, n, None) for n in ("prompt_tokens", "completion_tokens")]
-    if not all(type(n) is int and n >= 0 for n in told) or not told[0]:
+    told = (getattr(usage, n, None) for n in ("prompt_tokens", "completion_tokens"))
+    asked, answered = (n if type(n) is int and n >= 0 else None for n in told)
+    if not asked or answered is None:
         return None
-    if getattr(usage, "total_tokens", None) not in (None, sum(n or 0 for n in told)):
+    if getattr(usage, "total_tokens", None) not in (None, asked + answered):
         return None
 
     def number(owner: Any, name: str) -> int:
         value = getattr(owner, name, None)
-        return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+        return value if type(value) is int and value > 0 else 0
 
     read = getattr(usage, "prompt_tokens_details", None)
     written = getattr(usage, "completion_tokens_details", None)
     return Usage(
-        input=number(usage, "prompt_tokens"),
+        input=asked,
         cached=number(read, "cached_tokens"),
-        output=number(usage, "completion_tokens"),
+        output=answered,
         reasoning=number(written, "reasoning_tokens"),
     )
 

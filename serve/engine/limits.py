@@ -93,9 +93,8 @@ class Limits:
     @asynccontextmanager
     async def turn(self, prompt_tokens: int, max_tokens: int) -> AsyncIterator[Turn]:
         """Waits until a request of so many tokens may go. Raises BudgetReached."""
-        most = Usage(input=prompt_tokens, output=max_tokens)
-        await self._wait(prompt_tokens + max_tokens, most.cost(self._config.prices))
-        cost = most.cost(self._config.prices)
+        cost = Usage(input=prompt_tokens, output=max_tokens).cost(self._config.prices)
+        await self._wait(prompt_tokens + max_tokens, cost)
         self._running += 1
         self._reserved += cost
         turn = Turn()

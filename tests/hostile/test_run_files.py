@@ -156,6 +156,7 @@ def test_many_problems_are_counted(place: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     "value",
     [
+        "x" * 300,
         "x" * 1_000_000,
         "\x1b[2J\x1b]0;owned\x07",
         "\u202eevil",
@@ -163,7 +164,7 @@ def test_many_problems_are_counted(place: Path, capsys: pytest.CaptureFixture[st
         "[/red][bold]x",
         "\ufffe",
     ],
-    ids=["1 MB", "escapes", "RTL", "lines", "markup", "no character"],
+    ids=["300", "1 MB", "escapes", "RTL", "lines", "markup", "no character"],
 )
 def test_a_value_is_shown_and_never_sent(
     place: Path, capsys: pytest.CaptureFixture[str], key: str, value: str

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from raystill.base.run_folder import RunFolder
 from raystill.config.objective import ObjectiveConfig
 from raystill.config.training import TrainingConfig
 from raystill.train.batch.rows import Row
+from raystill.train.checkpoint.checkpoint import Checkpointer, Part, Snapshot
 from raystill.train.loss.teacher_head import TeacherHead
 from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import build_optimizer
@@ -146,3 +148,14 @@ def gradients_of_first_step(module, step, rows):
     """Gradients as the optimizer saw them, unclipped."""
     result = step.run(0, rows, has_more=True, stop=False)
     return flat(p.grad for p in module.parameters()), result
+
+
+def write_checkpoint(training, folder, ranks):
+    """The state after the first step, written and published by all ranks; its folder on rank 0."""
+    published = []
+    writer = Checkpointer(RunFolder(str(folder)).ensure(), ranks, published.append)
+    part = Part.copied(training.model, training.optimizer, ranks)
+    snapshot = Snapshot(1, 0, [{}] * ranks.world_size, {}, part.num_files)
+    writer.begin(1, part, snapshot if ranks.first else None)
+    assert writer.finish()
+    return published

@@ -13,12 +13,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from raystill.base.run_folder import RunFolder
 from raystill.model.sampling import ResolvedSampling
 from raystill.train.checkpoint.checkpoint import (
-    Checkpointer,
-    Part,
-    Snapshot,
     load_tensors,
     read_snapshot,
 )
@@ -38,6 +34,7 @@ from tests.support.tiny_student import (
     relative_error,
     training_config,
     two_workers,
+    write_checkpoint,
 )
 
 LAYERS = [0, 1, 3]
@@ -148,7 +145,7 @@ def test_a_family_is_trained_resumed_and_exported(
     step = step_of(student)
     results = [run(step, 0, ROWS[0])]
     first = SimpleNamespace(optimizer=step.optimizer, model=student.model)
-    checkpoint = write(first, tmp_path / "run")
+    (checkpoint,) = [str(path) for path in write_checkpoint(first, tmp_path / "run", Ranks())]
     results.append(run(step, 1, ROWS[1]))
     assert all(0 < result.loss < 20 for result in results)
 
@@ -174,16 +171,6 @@ def test_a_family_is_trained_resumed_and_exported(
     with torch.no_grad():
         mine, theirs = student.model.eval()(ids).logits, loaded.eval()(ids).logits
     assert torch.allclose(mine, theirs, atol=1e-5)
-
-
-def write(training: Any, folder: Path) -> str:
-    """The checkpoint after the first step."""
-    published: list[Any] = []
-    writer = Checkpointer(RunFolder(str(folder)).ensure(), Ranks(), published.append)
-    part = Part.copied(training.model, training.optimizer, Ranks())
-    writer.begin(1, part, Snapshot(1, 0, [{}], {}, part.num_files))
-    assert writer.finish()
-    return str(published[0])
 
 
 def strategies(family: str) -> list[str]:

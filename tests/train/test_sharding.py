@@ -14,12 +14,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from raystill.base.errors import RunError
-from raystill.base.run_folder import RunFolder
 from raystill.config.objective import ObjectiveConfig
 from raystill.train.checkpoint.checkpoint import (
-    Checkpointer,
-    Part,
-    Snapshot,
     load_tensors,
     read_snapshot,
 )
@@ -48,6 +44,7 @@ from tests.support.tiny_student import (
     tiny_teacher,
     training_config,
     two_workers,
+    write_checkpoint,
 )
 
 # Rows of each step held by rank 0 and rank 1: uneven, rank 1 empty at step 1, rank 0 at step 2.
@@ -127,17 +124,6 @@ def train(case, strategy="alone", rank=0):
         "figures": torch.stack(figures),
         "own_share": sum(own) / sum(p.numel() for p in parameters),
     }
-
-
-def write_checkpoint(training, folder, ranks):
-    """The state after the first step, written and published by all ranks; its folder on rank 0."""
-    published = []
-    writer = Checkpointer(RunFolder(str(folder)).ensure(), ranks, published.append)
-    part = Part.copied(training.model, training.optimizer, ranks)
-    snapshot = Snapshot(1, 0, [{}] * ranks.world_size, {}, part.num_files)
-    writer.begin(1, part, snapshot if ranks.first else None)
-    assert writer.finish()
-    return published
 
 
 def write_in_vain(folder, ranks):
