@@ -18,6 +18,7 @@ TERMS = (
     "skew_forward_kl",
     "skew_reverse_kl",
     "total_variation",
+    "acceptance",
     "cross_entropy",
 )
 """Names of the terms whose weighted sum is the objective."""
@@ -96,6 +97,13 @@ class ObjectiveConfig(ConfigModel):
         ge=0,
         description="Weight of the total variation distance, half the sum of |teacher - student|. "
         "It equals 1 - the acceptance rate of speculative decoding.",
+    )
+    acceptance: float = identity(
+        0.0,
+        ge=0,
+        description="Weight of the negative logarithm of the acceptance rate of speculative "
+        "decoding with the student as the draft model: -log of the sum of min(teacher, student). "
+        "Unlike total_variation, its gradient does not vanish while the rate is low.",
     )
     cross_entropy: float = identity(
         0.0,

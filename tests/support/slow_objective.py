@@ -79,6 +79,8 @@ def slow_divergence(name, p, q, has_tail=True):
         return kl(p, ALPHA * p + (1 - ALPHA) * q)
     if name == "skew_reverse_kl":
         return kl(q, ALPHA * q + (1 - ALPHA) * p)
+    if name == "acceptance":
+        return -torch.minimum(p, q).sum().log()
     assert name == "total_variation", name
     return (p - q).abs().sum() / 2
 

@@ -25,7 +25,7 @@ from tests.support.slow_objective import (
     teacher_partition,
 )
 
-SMOOTH = [name for name in DIVERGENCES if name != "total_variation"]
+JUMPS = ("total_variation", "acceptance")  # Their gradients jump where p = q.
 BOUNDED = [name for name in DIVERGENCES if name not in ("forward_kl", "reverse_kl")]
 
 
@@ -78,6 +78,8 @@ def test_each_equals_the_slow_formula_forward_and_backward(name, kind):
         ("skew_reverse_kl", 0.293033, -0.326587),
         # (0.4 + 0.4) / 2; G = (-0.2, 0.3)
         ("total_variation", 0.4, -0.24),
+        # A = 0.4 + 0.2 = 0.6, -ln 0.6; G = (-0.4 / 0.6, 0), G_0 - 0.4 (sum G) = -0.24 / 0.6
+        ("acceptance", 0.510826, -0.4),
     ],
 )
 def test_each_worked_by_hand(name, value, grad):
@@ -109,7 +111,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(name, top_k, dtype)
     partition = teacher_partition(logits, top_k, dtype=dtype)
     value, grad = gradient(lambda z: on(name, z, partition), logits)
     assert value.abs().max() < tolerance
-    if name in SMOOTH:
+    if name not in JUMPS:
         assert grad.abs().max() < tolerance
 
 
@@ -130,6 +132,82 @@ def test_total_variation_is_what_acceptance_leaves():
     log_q, _ = partition_log_probs(random_logits(1), partition.ids)
     acceptance = torch.minimum(partition.log_p, log_q).exp().sum(dim=1)
     torch.testing.assert_close(on("total_variation", random_logits(1), partition), 1 - acceptance)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_what_k_ids_leave_unknown_of_the_acceptance_is_the_smaller_tail(data):
+    vocab = data.draw(st.integers(2, 40), "vocabulary")
+    top_k = data.draw(st.integers(1, vocab), "K")
+    scales = [data.draw(st.sampled_from([0.1, 1.0, 4.0]), side) for side in ("teacher", "student")]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31), "seed"))
+    teacher, student = torch.randn(2, 1, vocab, generator=generator, dtype=torch.float64)
+    teacher, student = scales[0] * teacher, scales[1] * student
+    partition, full = teacher_partition(teacher, top_k), teacher_partition(teacher, vocab)
+    log_q = partition_log_probs(student, partition.ids)[0]
+    shared = torch.minimum(partition.log_p, log_q).exp()
+    upper, unknown = shared.sum().item(), shared[0, -1].item()
+    results = {
+        (name, kind): gradient(lambda z, n=name, k=kind: on(n, z, k), student)
+        for name in JUMPS
+        for kind in (partition, full)
+    }
+    exact = 1 - results["total_variation", full][0].item()
+    assert upper - unknown - 1e-12 <= exact <= upper + 1e-12
+    error = {n: (results[n, partition][1] - results[n, full][1]).abs().sum() for n in JUMPS}
+    assert error["total_variation"] <= 2 * unknown + 1e-12
+    assert error["acceptance"] <= 4 * unknown / upper + 1e-12
+
+
+def test_with_few_ids_and_a_far_student_the_acceptance_gradient_turns_away_from_the_full_one():
+    # The figures of docs/signals.md.
+    generator = torch.Generator().manual_seed(0)
+    teacher, noise = 4 * torch.randn(2, 50, 2000, generator=generator, dtype=torch.float64)
+    student = 0.3 * teacher + 0.7 * noise
+    full, cosines = teacher_partition(teacher, 2000), {}
+    for name in ("acceptance", "total_variation", "forward_kl"):
+        exact = gradient(lambda z, n=name: on(n, z, full), student)[1]
+        for top_k in (8, 64):
+            partition = teacher_partition(teacher, top_k)
+            got = gradient(lambda z, n=name, k=partition: on(n, z, k), student)[1]
+            cosines[name, top_k] = torch.cosine_similarity(got, exact, dim=1).mean().item()
+    for name in JUMPS:
+        assert cosines[name, 8] == pytest.approx(0.80, abs=0.01)
+        assert cosines[name, 64] == pytest.approx(0.99, abs=0.01)
+    assert cosines["forward_kl", 8] > 0.98 and cosines["forward_kl", 64] > 0.99
+
+
+def test_acceptance_keeps_its_digits_at_both_ends():
+    # A = e^-200 + e^-201, of which float32 has no number, and 1 - 1e-6, of which it has no digits.
+    log_p = torch.tensor([[-200.0, 0.0, -201.0], [math.log(0.5), math.log(0.5), -math.inf]])
+    q = torch.tensor([[0.0, 0.0, 0.0], [0.5 + 1e-6, 0.5 - 1e-6, 0.0]], dtype=torch.float64)
+    log_q = q.log().float()
+    log_q[0] = torch.tensor([0.0, -300.0, -math.inf])
+    value, grad = divergence.acceptance(log_p, log_q, log_q.exp())
+    assert value[0].item() == pytest.approx(200.0, rel=1e-6)
+    # float32 rounds q itself by 6e-8, of either class.
+    assert value[1].item() == pytest.approx(1e-6, abs=1e-7)
+    # In the first token only the second class has min(p, q) = q, which is e^-100 of A.
+    torch.testing.assert_close(grad[0], torch.zeros(3))
+    torch.testing.assert_close(grad[1], torch.tensor([0.0, -0.5, 0.0]), rtol=1e-5, atol=0)
+
+
+def test_acceptance_still_teaches_where_total_variation_no_longer_does():
+    # The student gives 1e-6 to the teacher's only id. d(1 - q_0) / dz_0 = -q_0 (1 - q_0).
+    log_p = torch.tensor([[0.0, -math.inf]])
+    z = torch.tensor([[math.log(1e-6), 0.0]])
+    partition = Partition(torch.tensor([[0]]), log_p)
+    grads = {name: gradient(lambda z, n=name: on(n, z, partition), z)[1] for name in JUMPS}
+    assert grads["total_variation"].abs().max().item() == pytest.approx(1e-6, rel=1e-3)
+    expected = torch.tensor([[-1.0, 1.0]])
+    torch.testing.assert_close(grads["acceptance"], expected, rtol=1e-5, atol=0)
+
+
+def test_no_class_in_common_is_an_infinite_acceptance_loss_and_no_nan_gradient():
+    log_p = torch.tensor([[0.0, -math.inf, -math.inf]])
+    log_q = torch.tensor([[-math.inf, 0.0, -math.inf]])
+    value, grad = divergence.acceptance(log_p, log_q, log_q.exp())
+    assert value.item() == math.inf and (grad == 0).all()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

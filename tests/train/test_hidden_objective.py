@@ -219,7 +219,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(name, sizes, dtype,
     objective = TERM[name].model_copy(update={"temperature": temperature})
     sums = run(case, objective, dtype=dtype)
     assert sums.total.abs() < (1e-12 if dtype == torch.float64 else 1e-5)
-    if name != "total_variation":
+    if name not in ("total_variation", "acceptance"):  # Their gradients jump where p = q.
         for gradient in gradients(sums.total, case.inputs):
             assert gradient.abs().max() < (1e-12 if dtype == torch.float64 else 1e-5)
 

@@ -17,9 +17,11 @@ argument is overwritten.
     skew_forward_kl(alpha)  KL(p || m),  m = alpha p + (1 - alpha) q
     skew_reverse_kl(alpha)  KL(q || m),  m = alpha q + (1 - alpha) p
     total_variation         1/2 sum |p - q|
+    acceptance              -log sum min(p, q)
 
 jsd is the generalised Jensen-Shannon divergence of GKD (Agarwal et al. 2023, arXiv:2306.13649), the
-skew divergences are those of DistiLLM (Ko et al. 2024, arXiv:2402.03898).
+skew divergences are those of DistiLLM (Ko et al. 2024, arXiv:2402.03898), acceptance is the LK loss
+(Samarin et al. 2026, arXiv:2602.23881).
 
 KL(a || b) is computed as the sum of a log(a / b) - a + b over the classes. The added - a + b sums
 to 0, since a and b both sum to 1. It makes every single term at least 0, and exactly 0, with
@@ -85,6 +87,25 @@ def total_variation(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Te
     """
     difference = q - log_p.exp()
     return 0.5 * difference.abs().sum(dim=1), 0.5 * q * difference.sign()
+
+
+def acceptance(log_p: Tensor, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """-log A with A = sum min(p, q) = 1 - total_variation; infinite where no class has both.
+
+    Its gradient is that of total_variation divided by A, so it does not vanish while a student
+    still agrees with its teacher on little. It jumps at p = q, where half of q counts.
+    """
+    shared = torch.minimum(log_p, log_q)
+    log_a = torch.logsumexp(shared, dim=1, keepdim=True)
+    # log A keeps all digits of a small A but not of 1 - A; total_variation keeps those.
+    distance = total_variation(log_p, log_q, q)[0]
+    value = torch.where(distance < 0.5, -torch.log1p(-distance), -log_a.squeeze(1))
+    # A class whose min(p, q) is q gives -q / A. Taken from the logarithms: q may be 0 in a float
+    # where q / A is not. The share is NaN where A is 0: no class has a q that could grow.
+    share = (log_q - log_a).exp_().nan_to_num_(nan=0.0, posinf=0.0)
+    # 1 where q < p, 1/2 where they are equal, 0 where q > p.
+    counts = (log_q < log_p).to(q.dtype).add_(log_q <= log_p).mul_(0.5)
+    return value, share.mul_(counts).neg_()
 
 
 def _times_log_ratio(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:

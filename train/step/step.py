@@ -286,8 +286,8 @@ class GlobalStep:
     def _warn_of_tail(self, step: int, student_tail: float) -> None:
         """Warns where the student gives much probability to ids that the signal does not have.
 
-        The error of forward KL is bounded by the teacher's tail alone. That of the other
-        divergences is bounded by the tails of both.
+        The error of forward KL's gradient is bounded by the teacher's tail, and is small beside the
+        gradient. That of the others is not: docs/signals.md has the bounds.
         """
         others = [name for name in self.objective.divergences if name != "forward_kl"]
         if not others or self.signal_kind != "topk" or student_tail <= TAIL_MASS_TO_WARN_OF:
