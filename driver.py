@@ -33,6 +33,7 @@ from raystill.base import formatting
 from raystill.base.errors import ConfigError, RunError, print_problems, shown
 from raystill.base.redact import redact, redact_uncaught_errors
 from raystill.cluster.commands import options
+from raystill.cluster.store import cli as store
 
 EXIT_FAILED = 1
 LONGEST_ERROR = 3000
@@ -72,8 +73,7 @@ app = typer.Typer(
     result_callback=exit_with,
     epilog=STATUSES,
 )
-store = typer.Typer(rich_markup_mode=None, no_args_is_help=True)
-app.add_typer(store, name="store", help="List, verify, compact or prune a teacher store.")
+app.add_typer(store.app, name="store", help="Look after a teacher store, or exchange answers.")
 
 
 def show_version(asked: bool) -> None:
@@ -223,53 +223,6 @@ def report(
     from raystill.cluster.commands.report import report_command
 
     return report_command(run_folders, as_json, html, say)
-
-
-@store.command("list")
-def list_store(path: options.StorePath, as_json: options.AsJson = False) -> int:
-    """Show teachers, signals, rows and sizes."""
-    return on_store("list", path, as_json)
-
-
-@store.command("verify")
-def verify_store(path: options.StorePath, as_json: options.AsJson = False) -> int:
-    """Read all and compare it with its checksums.
-
-    Exit status: 1 some of it is damaged, 3 cannot be read at the moment, 4 is of a newer version.
-    """
-    return on_store("verify", path, as_json)
-
-
-@store.command("compact")
-def compact_store(path: options.StorePath, as_json: options.AsJson = False) -> int:
-    """Merge small segments and leave duplicates out.
-
-    Runs may read and write the store meanwhile.
-    """
-    return on_store("compact", path, as_json)
-
-
-@store.command("prune")
-def prune_store(
-    path: options.StorePath,
-    teacher: options.Teacher = None,
-    dry_run: options.DryRun = False,
-    as_json: options.AsJson = False,
-) -> int:
-    """Remove what is damaged.
-
-    What cannot be read at the moment or is of a newer version stays. Runs may read and write the
-    store meanwhile. The exit status is that of 'verify' afterwards.
-    """
-    return on_store("prune", path, as_json, teacher, dry_run)
-
-
-def on_store(
-    action: str, path: str, as_json: bool, teacher: str | None = None, dry_run: bool = False
-) -> int:
-    from raystill.cluster.commands.store import store_command
-
-    return store_command(action, path, teacher, dry_run, as_json)
 
 
 @app.command()

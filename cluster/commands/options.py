@@ -121,6 +121,32 @@ Teacher = Annotated[
         help="Remove also all answers of this teacher (the first digits of its identity).",
     ),
 ]
+OfTeacher = Annotated[
+    str | None,
+    typer.Option(
+        "--teacher",
+        metavar="IDENTITY",
+        help="Only this teacher's answers (the first digits of its identity).",
+    ),
+]
+ExportFolder = Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")]
+ExportFormat = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="trl|distillkit",
+        help="trl: messages, ids and logprobs. distillkit: ids and top-K for its trainer.",
+    ),
+]
+TokenizerFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="FOLDER",
+        show_default="the teacher's name in the store",
+        help="Folder or Hub id whose tokenizer and chat template read the prompts.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")]
 
 # fields

@@ -2,7 +2,8 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -85,13 +86,7 @@ def store_command(
 
     ``verify``: of the worst kind there is; ``prune``: of the worst that it left. Raises RunError.
     """
-    store = TeacherStore(path)
-    try:
-        if not store.folder.exists():
-            raise RunError(
-                f"there is no teacher store at {store.path}; name one, as a run printed it"
-            )
-        refuse_foreign(store)
+    with opened_store(path) as store:
         if action == "list":
             return _list(store, as_json)
         if action == "compact":
@@ -99,6 +94,19 @@ def store_command(
         if action == "verify":
             return _verify(store, as_json)
         return _prune(store, teacher, dry_run, as_json)
+
+
+@contextmanager
+def opened_store(path: str) -> Iterator[TeacherStore]:
+    """The store at ``path``. Raises RunError if there is none, and in place of an OSError."""
+    store = TeacherStore(path)
+    try:
+        if not store.folder.exists():
+            raise RunError(
+                f"there is no teacher store at {store.path}; name one, as a run printed it"
+            )
+        refuse_foreign(store)
+        yield store
     except BrokenPipeError:  # Whoever read what is printed has left.
         raise
     except OSError as error:
@@ -112,9 +120,9 @@ def _verify(store: TeacherStore, as_json: bool) -> int:
     refused = verify(store, _progress("verifying"))
     segments = len(store.names())
     if as_json:
-        print_json({"store": store.path, "segments": segments, "refused": _refused(refused)})
-        return _status(refused)
-    _tell(refused)
+        print_json({"store": store.path, "segments": segments, "refused": refused_json(refused)})
+        return status(refused)
+    tell(refused)
     damaged = sum(isinstance(error, DamagedSegment) for error in refused.values())
     print(
         f"{formatting.plural(segments, 'segment')}, {damaged} damaged"
@@ -124,31 +132,31 @@ def _verify(store: TeacherStore, as_json: bool) -> int:
             if (number := sum(isinstance(error, kind) for error in refused.values()))
         )
     )
-    return _status(refused)
+    return status(refused)
 
 
 def _prune(store: TeacherStore, teacher: str | None, dry_run: bool, as_json: bool) -> int:
     refused = verify(store, _progress("verifying"))
     if not as_json:
-        _tell({n: error for n, error in refused.items() if isinstance(error, DamagedSegment)})
+        tell({n: error for n, error in refused.items() if isinstance(error, DamagedSegment)})
     pruned = prune(store, refused, teacher, dry_run)
     if as_json:
         files = {"dry_run": dry_run, "removed": pruned.files}
-        print_json({"store": store.path, **files, "refused": _refused(pruned.refused)})
-        return _status(pruned.refused)
-    _tell(pruned.refused)
+        print_json({"store": store.path, **files, "refused": refused_json(pruned.refused)})
+        return status(pruned.refused)
+    tell(pruned.refused)
     said = "would be removed" if dry_run else "removed"
     print(f"{formatting.plural(len(pruned.files), 'file')} {said}")
-    return _status(pruned.refused)
+    return status(pruned.refused)
 
 
 def _compact(store: TeacherStore, as_json: bool) -> int:
     done = compact(store, _progress("compacting"))
     if as_json:
         numbers = {"merged": done.merged, "into": done.into, "duplicates": done.duplicates}
-        print_json({"store": store.path, **numbers, "refused": _refused(done.refused)})
+        print_json({"store": store.path, **numbers, "refused": refused_json(done.refused)})
         return 0
-    _tell(done.refused)
+    tell(done.refused)
     print(
         f"{formatting.plural(done.merged, 'segment')} merged into {done.into}, "
         f"{formatting.plural(done.duplicates, 'duplicate row')} left out"
@@ -156,7 +164,7 @@ def _compact(store: TeacherStore, as_json: bool) -> int:
     return 0
 
 
-def _tell(refused: RefusedSegments) -> None:
+def tell(refused: RefusedSegments) -> None:
     """Name segments that cannot be used, kind by kind, with what to do."""
     for kind, _, words, remedy in KINDS:
         errors = [error for error in refused.values() if isinstance(error, kind)]
@@ -166,7 +174,7 @@ def _tell(refused: RefusedSegments) -> None:
             print(redact(f"  - {error}"))
 
 
-def _refused(refused: RefusedSegments) -> list[dict[str, str]]:
+def refused_json(refused: RefusedSegments) -> list[dict[str, str]]:
     """The same for programs: segment, kind, reason."""
     return [
         {"segment": error.name, "kind": words, "why": error.why}
@@ -176,7 +184,7 @@ def _refused(refused: RefusedSegments) -> list[dict[str, str]]:
     ]
 
 
-def _status(refused: RefusedSegments) -> int:
+def status(refused: RefusedSegments) -> int:
     """The exit status: of the worst kind there is."""
     codes = (c for kind, c, _, _ in KINDS if any(isinstance(e, kind) for e in refused.values()))
     return next(codes, 0)
@@ -194,7 +202,7 @@ def _list(store: TeacherStore, as_json: bool) -> int:
     if as_json:
         found = {"rows": catalogue.rows, "duplicates": catalogue.duplicates}
         answers = [_origin(origin, *sums) for origin, sums in by_origin.items()]
-        refused = _refused(catalogue.refused)
+        refused = refused_json(catalogue.refused)
         print_json({"store": store.path, **found, "answers": answers, "refused": refused})
         return 0
     _print_origins(by_origin)
@@ -202,7 +210,7 @@ def _list(store: TeacherStore, as_json: bool) -> int:
         f"{formatting.count(catalogue.rows)} rows, of which duplicates "
         f"{formatting.count(catalogue.duplicates)}; refused segments {len(catalogue.refused)}"
     )
-    _tell(catalogue.refused)
+    tell(catalogue.refused)
     return 0
 
 

@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "datasets/rows": {"raystill/base", "raystill/config"},
     "datasets/prompts": GROUND | ROWS,
     "datasets/store": GROUND | ROWS,
+    "datasets/exchange": GROUND | ROWS | {"datasets/prompts", "datasets/store"},
     "datasets/stream": GROUND | ROWS | {"datasets/prompts", "datasets/store"},
     "serve/engine": GROUND | ROWS,
     "serve": GROUND | ROWS | {"datasets/stream", "serve/engine"},
@@ -54,6 +55,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     | ROWS
     | {"cluster/check", "cluster/job", "cluster/report", "datasets/store", "datasets/stream"}
     | {"cluster/report/page", "serve", "train/calibration"},
+    "cluster/store": GROUND
+    | {"cluster/check", "cluster/commands", "datasets/exchange", "datasets/prompts"}
+    | {"datasets/rows", "datasets/store"},
 }
 """What each folder may import of ours. A folder stands above all that it imports: no circles, and
 no arrow up (cluster -> train, serve -> datasets -> raystill)."""
