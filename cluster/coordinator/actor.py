@@ -25,14 +25,20 @@ class Coordinator:
     """State of one run, as an async actor (see ``start_coordinator``); plain to test without Ray.
 
     ``max_rows_ahead`` rows may be ahead, and are refilled by ``refill_rows`` (`Credits`); of
-    ``num_rows`` (one epoch) a share of ``max_drop_fraction`` may be dropped.
+    ``num_rows`` (one epoch) a share of ``max_drop_fraction`` may be dropped, and a share of
+    ``max_rejected_fraction`` rejected by filters.
     """
 
     def __init__(
-        self, max_rows_ahead: int, num_rows: int, max_drop_fraction: float, refill_rows: int = 0
+        self,
+        max_rows_ahead: int,
+        num_rows: int,
+        max_drop_fraction: float,
+        refill_rows: int = 0,
+        max_rejected_fraction: float = 1.0,
     ) -> None:
         self._credits = Credits(max_rows_ahead, refill_rows)
-        self._drops = Drops(num_rows, max_drop_fraction)
+        self._drops = Drops(num_rows, max_drop_fraction, max_rejected_fraction)
         self._changed = asyncio.Condition()
         self._held_out = asyncio.Event()
         self._teacher_wanted = asyncio.Event()
@@ -266,6 +272,7 @@ class Coordinator:
             progress=dict(self._progress),
             evaluation=dict(self._evaluation),
             dropped=dict(self._drops.by_reason()),
+            filtered=dict(self._drops.by_filter()),
             outcome=self._outcome,
             error=self._error,
         )
@@ -277,7 +284,8 @@ class Coordinator:
     def _all_answered(self, last_epoch: int) -> bool:
         if self._published is None or self._attempt == self._let_go_in:
             return False
-        asks_again = self._drops.reasons and self._published["epoch"] < last_epoch
+        # What a filter has rejected is in the store.
+        asks_again = self._drops.by_reason() and self._published["epoch"] < last_epoch
         return self._credits.rows_left <= 0 and not asks_again
 
     def _current(self, attempt: int) -> bool:
@@ -292,12 +300,11 @@ class Coordinator:
                     self._changed.notify_all()
 
 
-def start_coordinator(
-    name: str, max_rows_ahead: int, num_rows: int, max_drop_fraction: float, refill_rows: int = 0
-) -> Any:
+def start_coordinator(name: str, *bounds: Any, **more_bounds: Any) -> Any:
     """Start the actor on this node and return its handle; it dies with the driver.
 
-    A new driver makes a new one: a dead driver's counters mean nothing. ValueError: ``name`` lives.
+    The bounds are those of `Coordinator`. A new driver makes a new one: a dead driver's counters
+    mean nothing. ValueError: ``name`` lives.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -310,4 +317,4 @@ def start_coordinator(
         max_restarts=0,
         scheduling_strategy=here,
     )
-    return actor.remote(max_rows_ahead, num_rows, max_drop_fraction, refill_rows)
+    return actor.remote(*bounds, **more_bounds)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raystill.base.errors import RunError
+from raystill.datasets.rows.schema import FILTERED
 
 
 class Credits:
@@ -79,12 +80,16 @@ class Credits:
 
 
 class Drops:
-    """Reason of each dropped position; of ``num_rows`` a share of ``max_fraction`` may be."""
+    """Reason of each dropped position, of an epoch of ``num_rows``.
 
-    def __init__(self, num_rows: int, max_fraction: float) -> None:
+    A share of ``max_fraction`` may have no usable answer, and a share of ``max_rejected`` may be
+    rejected by filters.
+    """
+
+    def __init__(self, num_rows: int, max_fraction: float, max_rejected: float = 1.0) -> None:
         self._num_rows = num_rows
         self._max_fraction = max_fraction
-        self._most = int(max_fraction * num_rows + 1e-9)
+        self._max_rejected = max_rejected
         self.reasons: dict[int, str] = {}
 
     def begin(self, ledger: Mapping[str, Any]) -> None:
@@ -106,16 +111,41 @@ class Drops:
         return len(new)
 
     def by_reason(self) -> Counter[str]:
-        """Rows dropped for each reason."""
-        return Counter(self.reasons.values())
+        """Rows without a usable answer, for each reason."""
+        return Counter(r for r in self.reasons.values() if not r.startswith(FILTERED))
+
+    def by_filter(self) -> Counter[str]:
+        """Rows that filters have rejected, for each filter's name."""
+        return Counter(
+            r.removeprefix(FILTERED) for r in self.reasons.values() if r.startswith(FILTERED)
+        )
 
     def require_few(self) -> None:
-        """RunError where more were dropped than may be."""
-        if len(self.reasons) <= self._most:
+        """RunError where more were dropped or rejected than may be."""
+        self._require(
+            self.by_reason(),
+            self._max_fraction,
+            "dropped",
+            "stream.max_drop_fraction",
+            "mend or remove those prompts, or raise stream.max_drop_fraction",
+        )
+        self._require(
+            self.by_filter(),
+            self._max_rejected,
+            "rejected by filters",
+            "filters.max_rejected_fraction",
+            "loosen those filters (in a new run folder: the answers are stored and are not asked "
+            "again), or raise filters.max_rejected_fraction",
+        )
+
+    def _require(
+        self, counts: Counter[str], share: float, what: str, setting: str, remedy: str
+    ) -> None:
+        total, most = counts.total(), int(share * self._num_rows + 1e-9)
+        if total <= most:
             return
-        named = ", ".join(f"{count} {reason}" for reason, count in self.by_reason().most_common())
+        named = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
         raise RunError(
-            f"{len(self.reasons)} of {self._num_rows} rows were dropped ({named}), more than the "
-            f"{self._most} that stream.max_drop_fraction ({self._max_fraction:g}) "
-            "allows; mend or remove those prompts, or raise stream.max_drop_fraction"
+            f"{total} of {self._num_rows} rows were {what} ({named}), more than the {most} that "
+            f"{setting} ({share:g}) allows; {remedy}"
         )

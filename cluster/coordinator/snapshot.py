@@ -19,7 +19,8 @@ class Snapshot:
         max_rows_ahead_seen: The most rows that were ahead so far.
         progress: Metrics of the newest step, from rank 0; empty before the first.
         evaluation: Figures of the newest evaluation, from rank 0; empty before the first.
-        dropped: Rows of this epoch that were dropped, by reason.
+        dropped: Rows of this epoch without a usable answer, by reason.
+        filtered: Rows of this epoch that filters have rejected, by the filter's name.
         outcome: ``completed`` or ``stopped``; None while the run goes on.
         error: The first error that a part of the run stopped with; None without one.
     """
@@ -34,6 +35,7 @@ class Snapshot:
     progress: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
+    filtered: Mapping[str, int] = field(default_factory=dict)
     outcome: str | None = None
     error: str | None = None
 

@@ -93,6 +93,7 @@ TOTALS = _counters(
     rows_reused="Rows the stream read from the store.",
     rows_answered="Rows the stream passed on.",
     rows_truncated="Answers among them that max_tokens cut.",
+    rows_filtered="Rows whose answers filters have rejected.",
 )
 
 ROWS_AHEAD = Figure("gauge", "rows_ahead", "Rows in flight: asked for, not yet with a worker.")
@@ -100,13 +101,14 @@ REPLICAS = Figure("gauge", "teacher_replicas", "Teacher replicas that answer.")
 LIVES = Figure("gauge", "worker_lives", "Lives of the worker group so far.")
 HIT_RATE = Figure("gauge", "store_hit_rate", "Share of the stream's rows that the store had.")
 DROPPED = Figure("gauge", "rows_dropped", "Rows of this epoch that were dropped.", "reason")
+REJECTED = Figure("gauge", "rows_rejected", "Rows of this epoch that a filter rejected.", "filter")
 
 CATALOGUE = (
     *STEP.values(),
     OBJECTIVE,
     *EVALUATION.values(),
     *TOTALS.values(),
-    *(ROWS_AHEAD, REPLICAS, LIVES, HIT_RATE, DROPPED),
+    *(ROWS_AHEAD, REPLICAS, LIVES, HIT_RATE, DROPPED, REJECTED),
 )
 
 
@@ -142,6 +144,8 @@ class Telemetry:
         self._set(HIT_RATE, store_hit_rate(counters))
         for reason, rows in snapshot.dropped.items():
             self._set(DROPPED, rows, reason)
+        for name, rows in snapshot.filtered.items():
+            self._set(REJECTED, rows, name)
 
     def _set(self, figure: Figure, value: Any, tag: str = "") -> None:
         if value is not None and math.isfinite(value):

@@ -200,6 +200,8 @@ class LiveView:
         if self.snapshot.dropped:
             dropped = formatting.reasons(self.snapshot.dropped)
             facts.add_row("rows dropped", Text(dropped, style="yellow"))
+        if self.snapshot.filtered:
+            facts.add_row("rows filtered", formatting.reasons(self.snapshot.filtered))
         parts.append(facts)
         return Panel(
             Group(*parts),

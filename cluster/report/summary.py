@@ -50,6 +50,7 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
     training, evaluation = result.rows_requested["training"], result.rows_requested["evaluation"]
     answered = counters["rows_answered"] + earlier.get("rows_answered", 0)
     truncated = counters["rows_truncated"] + earlier.get("rows_truncated", 0)
+    rejected = counters["rows_filtered"] + earlier.get("rows_filtered", 0)
     dropped = Counter(prepared.dropped)
     dropped.update(snapshot.dropped)
     ahead_seen = max(snapshot.max_rows_ahead_seen, earlier.get("max_rows_ahead_seen", 0))
@@ -59,15 +60,18 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
         "epochs": epochs,
         "rows_asked": training.asked,
         "rows_scored": training.scored,
-        "rows_reused": max(0, trained - training.asked - training.scored),
+        "rows_reused": max(0, trained + int(rejected) - training.asked - training.scored),
         "rows_trained": trained,
         "rows_total": prepared.num_train_rows * epochs,
         "rows_answered": int(answered),
         "rows_truncated": int(truncated),
+        "rows_filtered": int(rejected),
         "evaluation_rows_asked": evaluation.asked,
         "evaluation_rows_scored": evaluation.scored,
         "evaluation_rows_reused": max(0, held_out - evaluation.asked - evaluation.scored),
         "dropped": dict(dropped),
+        "filtered": dict(snapshot.filtered),
+        "accepted_fraction": answered / (answered + rejected) if answered + rejected else None,
         "duplicates": prepared.duplicates,
         "truncated_fraction": truncated / answered if answered else 0.0,
         "teacher": _role(

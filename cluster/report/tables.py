@@ -6,7 +6,7 @@ Reads only the run folder. All the rest is on the run's page (`report/page/`), w
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
@@ -220,6 +220,12 @@ def _api_line(api: Figures) -> str:
     return line + (f"; {formatting.reasons(failures)}" if failures else "")
 
 
+def _filtered_line(filtered: Mapping[str, int], accepted: float | None) -> str:
+    """Rows that filters have rejected, by filter, and the share of answers that passed."""
+    line = f"rejected {formatting.reasons(filtered)}"
+    return line if accepted is None else f"{line}, accepted {formatting.share(accepted)}"
+
+
 def _totals_table(summary: Figures) -> Table:
     table = _facts()
     trained, total = summary["rows_trained"], summary.get("rows_total")
@@ -236,6 +242,8 @@ def _totals_table(summary: Figures) -> Table:
             f"dropped {formatting.reasons(summary['dropped'])}, "
             f"duplicate prompts {formatting.count(summary['duplicates'])}",
         )
+    if filtered := summary.get("filtered"):
+        table.add_row("filtered", _filtered_line(filtered, summary.get("accepted_fraction")))
     table.add_row(
         "answers cut off", f"{formatting.share(summary['truncated_fraction'])} by max_tokens"
     )

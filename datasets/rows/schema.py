@@ -22,6 +22,8 @@ NOT_STARTED = "engine_died_before"
 """Error of a row that waited for the engine that died: it is asked again, as if it had not been."""
 TIMED_OUT = "timed_out"
 """Error of a row that took longer than ``teacher.request_timeout_s``: it is dropped."""
+FILTERED = "filtered: "
+"""How the reason of a row begins that a filter has rejected, with the filter's name as the rest."""
 
 TOKEN_IDS = pa.list_(pa.int32())
 TOKEN_FLOATS = pa.list_(pa.float32())

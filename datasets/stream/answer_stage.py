@@ -2,9 +2,11 @@
 
 *Consumes* groups from the source. *Waits for* the store and the teacher. *Unblocked by* their
 answers, one Serve call a group, many groups in flight in one process; each is passed on as soon as
-it is done and published. Rows without a usable answer are dropped here and their credits returned.
+it is done and published. Rows without a usable answer, and those that a filter rejects, are dropped
+here and their credits returned.
 """
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,9 +16,10 @@ import ray
 
 from raystill.base.errors import RunError
 from raystill.base.logs import log_labelled, run_name
+from raystill.datasets.filters.filters import AnswerFilters, text_of
 from raystill.datasets.prompts.tables import open_table
 from raystill.datasets.rows.answers import require_none_fatal, with_foreign_ids
-from raystill.datasets.rows.schema import row_schema
+from raystill.datasets.rows.schema import FILTERED, row_schema
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream.answers import StoredAnswers
 from raystill.datasets.stream.teacher_calls import (
@@ -58,6 +61,10 @@ class AnswerGroup:
                 spec.coordinator,
             ),
         )
+        self._filters = None
+        if spec.filters.rules:
+            assert spec.teacher is not None, "filters are set, but the teacher's tokenizer is not"
+            self._filters = AnswerFilters(spec.filters, text_of(spec.teacher))
         self._poison = frozenset(ray.get(spec.coordinator.poison_rows.remote()))
 
     async def __call__(self, block: pa.Table) -> pa.Table:
@@ -76,6 +83,8 @@ class AnswerGroup:
             raise RunError(message) from None if isinstance(error, RunError) else error
         truncated = pc.sum(pc.equal(rows["finish_reason"], TRUNCATED)).as_py() or 0
         counters |= {"rows_answered": len(rows), "rows_truncated": truncated}
+        if self._filters is not None:
+            counters["rows_filtered"] = pc.sum(pc.starts_with(reasons, FILTERED)).as_py() or 0
         group = (prompts["position"][0].as_py(), len(prompts))
         self._coordinator.answered.remote(attempt, *group, counters)
         return rows
@@ -108,7 +117,12 @@ class AnswerGroup:
         positions = prompts["position"].combine_chunks()
         gone = await self._coordinator.dropped_of.remote(attempt, positions.to_pylist())
         before = pc.is_in(positions, value_set=pa.array(gone, positions.type))
-        return _or_reason(reasons, before, DROPPED)
+        reasons = _or_reason(reasons, before, DROPPED)
+        if self._filters is None:
+            return reasons
+        kept = pc.is_null(reasons).to_numpy(zero_copy_only=False)
+        rejected = await asyncio.to_thread(self._filters.rejected, answers, kept)
+        return pc.coalesce(reasons, rejected)
 
     def _join(self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array) -> pa.Table:
         columns = {**_columns(prompts), **_columns(answers)}

@@ -1,11 +1,12 @@
 """Settings of the stream: `StreamSpec`, and `Requester`, for whom the teacher is asked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from raystill.base.run_folder import TRAIN_PROMPTS
-from raystill.config.stream import StreamConfig
+from raystill.config.stream import FiltersConfig, StreamConfig
 from raystill.datasets.rows.signal import Signal
+from raystill.model.on_node import ModelSource
 from raystill.run import Run
 
 
@@ -49,6 +50,8 @@ class StreamSpec:
         store_path: Path or URI of the teacher store.
         requester: For whom the teacher is asked.
         num_ids: `Run.num_ids`.
+        filters: The run file's ``filters`` section.
+        teacher: The teacher's files; filters that read text need its tokenizer.
     """
 
     prompt_table: str
@@ -64,6 +67,8 @@ class StreamSpec:
     store_path: str
     requester: Requester
     num_ids: int | None = None
+    filters: FiltersConfig = field(default_factory=FiltersConfig)
+    teacher: ModelSource | None = None
 
     @classmethod
     def of(cls, run: Run, signal: Signal) -> "StreamSpec":
@@ -83,4 +88,6 @@ class StreamSpec:
             store_path=run.store_path,
             requester=Requester.of(run, "training"),
             num_ids=run.num_ids,
+            filters=config.filters,
+            teacher=run.teacher,
         )

@@ -71,7 +71,8 @@ def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[Fie
     """
     for name, info in model.model_fields.items():
         inner = inner_model(info.annotation)
-        if inner is not None and not _is_union(info.annotation):
+        listed = _lists_sections(info.annotation)
+        if inner is not None and not listed and not _is_union(info.annotation):
             yield from fields(inner, f"{prefix}{name}.")
             continue
         extra = info.json_schema_extra
@@ -85,7 +86,7 @@ def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[Fie
             None if info.default is PydanticUndefined else _as_json(info.default),
         )
         if inner is not None:
-            entry = "[]" if _lists_sections(info.annotation) else ""
+            entry = "[]" if listed else ""
             yield from fields(inner, f"{prefix}{name}{entry}.")
 
 
@@ -354,9 +355,12 @@ def run_schema() -> dict[str, Any]:
             if "$ref" in setting:
                 # An editor would write the whole section out on completing its name.
                 setting.pop("default", None)
-    prompts = schema["properties"]["prompts"]
-    listed = models["PromptsConfig"]["properties"]["sources"]["anyOf"][0]
-    prompts["anyOf"] = [{"$ref": prompts.pop("$ref")}, listed]  # A bare list is short for sources.
+    sources = models["PromptsConfig"]["properties"]["sources"]["anyOf"][0]
+    rules = models["FiltersConfig"]["properties"]["rules"]
+    listed = {"type": "array", "items": rules["items"]}
+    for section, short in (("prompts", sources), ("filters", listed)):  # A bare list is short.
+        setting = schema["properties"][section]
+        setting["anyOf"] = [{"$ref": setting.pop("$ref")}, short]
     return {
         "$schema": SCHEMA_DIALECT,
         **schema,

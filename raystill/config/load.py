@@ -25,6 +25,7 @@ from raystill.base.redact import redacted
 from raystill.config.describe import dotted, problems_of, section_model, value_at
 from raystill.config.prompts import spell_out_prompts
 from raystill.config.run import RunConfig
+from raystill.config.stream import spell_out_filters
 
 # Stand-ins for required sections that cannot be used, so that the others are still checked.
 STAND_INS: dict[str, dict[str, Any]] = {
@@ -162,12 +163,14 @@ def apply_override(data: dict[str, Any], override: str) -> list[Problem]:
 
 
 def _spelled_out(data: dict[str, Any]) -> dict[str, Any]:
-    """The data with the prompts section in its long form, to which overrides and errors refer.
+    """The data with its sections in their long form, to which overrides and errors refer.
 
     It is changed in place.
     """
     if "prompts" in data:
         data["prompts"] = spell_out_prompts(data["prompts"])
+    if "filters" in data:
+        data["filters"] = spell_out_filters(data["filters"])
     return data
 
 

@@ -12,7 +12,13 @@ from pydantic import model_validator
 from raystill.config.base import ConfigModel, PositiveInt, identity, operational
 from raystill.config.objective import ObjectiveConfig
 from raystill.config.prompts import PromptsConfig
-from raystill.config.stream import EvaluationConfig, SignalConfig, StoreConfig, StreamConfig
+from raystill.config.stream import (
+    EvaluationConfig,
+    FiltersConfig,
+    SignalConfig,
+    StoreConfig,
+    StreamConfig,
+)
 from raystill.config.student import StudentConfig
 from raystill.config.teacher import TeacherConfig
 from raystill.config.training import TrainingConfig
@@ -121,6 +127,9 @@ class RunConfig(ConfigModel):
     )
     stream: StreamConfig = operational(
         StreamConfig(), description="The stream of rows from the teacher to the student."
+    )
+    filters: FiltersConfig = operational(
+        FiltersConfig(), description="Filters of the answers that the student learns from."
     )
     training: TrainingConfig = operational(
         TrainingConfig(), description="Training: steps, optimizer, workers, precision, checkpoints."

@@ -1,6 +1,11 @@
-"""Configuration of the signal, the stream of rows, the teacher store and the evaluation."""
+"""Configuration of the signal, the stream of rows, the filters, the teacher store and the
+evaluation.
+"""
 
-from typing import Literal
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
 
 from raystill.config.base import ConfigModel, PositiveInt, identity, operational
 
@@ -55,6 +60,205 @@ class StreamConfig(ConfigModel):
         description="Attempts to have a group answered, if replicas fail. The run stops after the "
         "last.",
     )
+
+
+FILTER_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}"
+Phrase = Annotated[str, Field(min_length=1)]
+REFUSALS = (
+    "i can't help with",
+    "i cannot help with",
+    "i can't assist",
+    "i cannot assist",
+    "i'm unable to",
+    "i am unable to",
+    "i can't provide",
+    "i cannot provide",
+    "i can't fulfill",
+    "i cannot fulfill",
+    "i won't be able to",
+    "i'm not able to",
+    "i am not able to",
+    "i'm sorry, but i can",
+    "i am sorry, but i can",
+    "i apologize, but i can",
+    "as an ai",
+    "as a language model",
+)
+"""How answers that refuse begin in English, in lower case and with plain apostrophes."""
+
+
+class LengthConfig(ConfigModel):
+    """Rejects answers that are too short or too long. The stop token does not count."""
+
+    min_tokens: int = identity(0, ge=0, description="Fewest tokens of an answer.")
+    max_tokens: PositiveInt | None = identity(
+        None, description="Most tokens of an answer. Default: no limit."
+    )
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> "LengthConfig":
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            raise ValueError(
+                f"has max_tokens ({self.max_tokens}) below min_tokens ({self.min_tokens}), which "
+                "rejects every answer; raise max_tokens or lower min_tokens"
+            )
+        return self
+
+
+class RepetitionConfig(ConfigModel):
+    """Rejects answers that repeat themselves, judged by their n-grams of tokens."""
+
+    ngram: PositiveInt = identity(4, le=64, description="Tokens n of an n-gram.")
+    max_share: float = identity(
+        0.5,
+        ge=0,
+        lt=1,
+        description="Largest share of an answer's n-grams that occurred in it before.",
+    )
+
+
+class RegexConfig(ConfigModel):
+    """Rejects answers by regular expressions in RE2's syntax, searched for anywhere in the text.
+
+    RE2 needs time in proportion to the text, whatever the expression; it has no look-around and no
+    back-references.
+    """
+
+    must_match: Phrase | None = identity(
+        None, description="Regular expression that an answer must match. Default: none."
+    )
+    must_not_match: Phrase | None = identity(
+        None, description="Regular expression that an answer must not match. Default: none."
+    )
+    ignore_case: bool = identity(False, description="Whether upper and lower case are the same.")
+
+    @field_validator("must_match", "must_not_match")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        if pattern is not None and (reason := _why_no_pattern(pattern)):
+            raise ValueError(
+                f"is {pattern!r}, which is no regular expression of RE2 ({reason}); look-around "
+                "and back-references are not among them"
+            )
+        return pattern
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "RegexConfig":
+        if self.must_match is None and self.must_not_match is None:
+            raise ValueError("has neither must_match nor must_not_match; set one of them")
+        return self
+
+
+class RefusalConfig(ConfigModel):
+    """Rejects answers that refuse, by phrases near their beginning."""
+
+    phrases: tuple[Phrase, ...] = identity(
+        REFUSALS,
+        min_length=1,
+        description="Phrases that mark a refusal. Upper and lower case and the form of the "
+        "apostrophe make no difference. Default: usual English ones.",
+    )
+    within_chars: PositiveInt = identity(
+        200, description="Characters of the answer's beginning in which a phrase is looked for."
+    )
+
+
+class FilterConfig(ConfigModel):
+    """One filter: exactly one of the settings besides name."""
+
+    name: str | None = identity(
+        None,
+        pattern=f"^{FILTER_NAME}$",
+        description="Name under which its rejected rows are counted. Default: the kind of filter.",
+    )
+    length: LengthConfig | None = identity(
+        None, description="Rejects answers that are too short or too long."
+    )
+    repetition: RepetitionConfig | None = identity(
+        None, description="Rejects answers that repeat themselves."
+    )
+    regex: RegexConfig | None = identity(None, description="Rejects answers by what they match.")
+    refusal: RefusalConfig | None = identity(None, description="Rejects answers that refuse.")
+    finished: bool = identity(
+        False, description="Rejects answers that do not end with a stop token."
+    )
+
+    @model_validator(mode="after")
+    def _is_one_filter(self) -> "FilterConfig":
+        if len(self._set) != 1:
+            kinds = ", ".join(name for name in type(self).model_fields if name != "name")
+            raise ValueError(
+                f"sets {' and '.join(self._set) or 'no filter'}; an entry is one filter, so set "
+                f"one of {kinds}, and list others as entries of their own"
+            )
+        return self
+
+    @property
+    def _set(self) -> list[str]:
+        values = {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
+        return [name for name, value in values.items() if value not in (None, False)]
+
+    @property
+    def kind(self) -> str:
+        """Name of the setting that says which filter it is."""
+        return self._set[0]
+
+    @property
+    def label(self) -> str:
+        """Name under which its rejected rows are counted."""
+        return self.name or self.kind
+
+
+class FiltersConfig(ConfigModel):
+    """Filters of answers. A bare list is short for ``{rules: [...]}``.
+
+    A rejected row is not trained on. Its answer stays in the teacher store, and no key depends on
+    filters: another run with other filters reads it without asking again.
+    """
+
+    rules: tuple[FilterConfig, ...] = identity(
+        (),
+        description="List of filters. Each sees the answers that those before it have passed.",
+    )
+    max_rejected_fraction: float = operational(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of an epoch's rows that filters may reject; the run stops if more are. "
+        "They do not count for stream.max_drop_fraction.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, section: Any) -> Any:
+        return spell_out_filters(section)
+
+    @field_validator("rules")
+    @classmethod
+    def _can_be_told_apart(cls, rules: tuple[FilterConfig, ...]) -> tuple[FilterConfig, ...]:
+        name, number = Counter(rule.label for rule in rules).most_common(1)[0] if rules else ("", 0)
+        if number > 1:
+            raise ValueError(
+                f"has {number} filters that are counted as {name!r}; give each a name of its own"
+            )
+        return rules
+
+
+def spell_out_filters(section: Any) -> Any:
+    """Return the long form of a filters section; a bare list becomes ``{rules: [...]}``."""
+    return {"rules": section} if isinstance(section, list | tuple) else section
+
+
+def _why_no_pattern(pattern: str) -> str | None:
+    """Why RE2 does not take a regular expression; None if it does."""
+    import pyarrow as pa  # Late: a tenth of a second that most run files do not need.
+    import pyarrow.compute as pc
+
+    try:
+        pc.match_substring_regex(pa.array([""]), pattern)
+    except pa.ArrowException as error:
+        return str(error).removeprefix("Invalid regular expression: ")
+    return None
 
 
 class StoreConfig(ConfigModel):

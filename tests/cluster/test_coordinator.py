@@ -179,6 +179,42 @@ def test_too_many_drops_stop_the_run_and_name_the_reasons():
     asyncio.run(run())
 
 
+def test_rows_that_filters_reject_have_a_quota_of_their_own_and_are_in_the_ledger():
+    async def run():
+        c = Coordinator(64, 100, max_drop_fraction=0.01, max_rejected_fraction=0.03)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        await c.acquire(attempt, 64, 0)
+        reasons = ["filtered: length", "filtered: length", "empty", "filtered: regex"]
+        await c.dropped(attempt, [0, 1, 2, 3], reasons)
+        snapshot = await c.snapshot()
+        assert snapshot.filtered == {"length": 2, "regex": 1}
+        assert snapshot.dropped == {"empty": 1}
+        assert snapshot.rows_ahead == 60
+        with pytest.raises(RunError, match=r"4 of 100 rows were rejected by filters .*2 length"):
+            await c.dropped(attempt, [4], ["filtered: regex"])
+        ledger = Ledger(100)
+        ledger.mark_dropped(await c.dropped_positions())
+        await c.publish(0, 1, Ledger.from_dict(ledger.to_dict()).to_dict())
+        assert (await c.snapshot()).filtered == {"length": 2, "regex": 2}
+
+    asyncio.run(run())
+
+
+def test_rejected_rows_keep_no_teacher_for_the_next_epoch():
+    """Their answers are stored; only what has no answer is asked again."""
+
+    async def run(reason, goes):
+        c = Coordinator(16, 8, 1.0)
+        attempt = await c.publish(0, 0, Ledger(8).to_dict())
+        await c.acquire(attempt, 8, 0)
+        await c.dropped(attempt, [3], [reason])
+        await c.answered(attempt, 0, 8, {})
+        assert await waits(c.wait_teacher_idle(2)) != goes
+
+    asyncio.run(run("filtered: length", goes=True))
+    asyncio.run(run("empty", goes=False))
+
+
 def test_a_new_attempt_starts_with_fresh_credits_and_the_ledgers_drops():
     async def run():
         c = coordinator(max_rows_ahead=16)

@@ -104,6 +104,19 @@ def test_the_summary_counts_rows_tokens_and_drops(folder: RunFolder) -> None:
     assert summary["baselines"] == BASELINES
 
 
+def test_rows_that_filters_rejected_are_told_by_filter_and_as_a_share(folder: RunFolder) -> None:
+    result = outcome(rows_asked=330, rows_answered=320, rows_filtered=80)
+    snapshot = replace(result.snapshot, filtered={"length": 50, "says-answer": 30})
+    summary = write_summary(folder, replace(result, snapshot=snapshot))
+    assert summary["filtered"] == {"length": 50, "says-answer": 30}
+    assert summary["accepted_fraction"] == pytest.approx(0.8)
+    assert summary["rows_reused"] == 70, "320 trained and 80 rejected, of which 330 were asked"
+    assert "rejected 80 (length 50, says-answer 30), accepted 80 %" in report_of(folder)
+    again = write_summary(folder, outcome(rows_answered=80, rows_filtered=20))
+    assert (again["rows_filtered"], again["accepted_fraction"]) == (100, pytest.approx(0.8))
+    assert "rejected" not in report_of(folder), "none in the last epoch"
+
+
 def test_scored_rows_stand_apart_from_asked_and_reused_ones(folder: RunFolder) -> None:
     requested = {"training": RowCounts(20, 200), "evaluation": RowCounts(0, 5)}
     enriched = replace(outcome(), rows_requested=requested)

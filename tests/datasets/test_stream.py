@@ -181,6 +181,45 @@ def test_too_many_dropped_rows_stop_the_run(workers, tmp_path):
     assert error.startswith("3 of 32 rows were dropped (3 too_long), more than the 1 that")
 
 
+def test_filters_reject_rows_in_both_orders_and_others_read_their_answers_later(
+    workers, teacher, tmp_path
+):
+    """Rows keep their decisions after a restart, and what was rejected is never asked again."""
+    behaviours = np.full(64, PLAIN)
+    behaviours[5:25] = rig.TRUNCATED
+    common = {"store": "shared", "filters": [{"finished": True}]}
+    run = Run(tmp_path, behaviours, "fixed", 1, **common)
+    cut = [p for p, row in enumerate(epoch_order(64, SEED, 0, GROUP_ROWS)) if 5 <= row < 25]
+    left = sorted(set(range(64)) - set(cut))
+    first = run.stream(workers, num_steps=1)
+    assert first.positions == [p for p in left if p < ROWS_PER_STEP]
+    whole = run.stream(workers)  # The step is lost with its worker group: all is filtered again.
+    assert whole.positions == left
+    assert whole.snapshot.filtered == {"finished": 20}
+    assert whole.snapshot.dropped == {}, "a quota of their own"
+    assert whole.snapshot.rows_ahead == 0
+    gone = ray.get(run.coordinator.dropped_positions.remote())
+    assert gone == dict.fromkeys(cut, "filtered: finished"), "what the ledger is told"
+
+    teacher.answered.remote().result()
+    short = [{"name": "long", "length": {"max_tokens": 1}}, {"finished": True}]
+    other = Run(tmp_path, behaviours, "arrival", 2, store="shared", filters=short).stream(workers)
+    assert len(other.positions) == 44
+    assert other.snapshot.filtered == {"long": 20}, "the first that rejects a row is told"
+    assert other.snapshot.counters["rows_filtered"] == 20
+    none = Run(tmp_path, behaviours, "arrival", 1, store="shared").stream(workers)
+    assert len(none.positions) == 64
+    assert teacher.answered.remote().result() == {"sample": 0, "score": 0}
+
+    few = {"rules": [{"finished": True}], "max_rejected_fraction": 0.25}
+    run = Run(tmp_path, behaviours, "fixed", 1, store="shared", filters=few)
+    with pytest.raises(ray.exceptions.RayTaskError, match="RunError"):
+        run.stream(workers)
+    error = ray.get(run.coordinator.snapshot.remote()).error
+    assert "rows were rejected by filters" in error
+    assert "more than the 16 that filters.max_rejected_fraction (0.25) allows" in error
+
+
 def test_a_new_attempt_asks_only_for_what_the_ledger_lacks(workers, tmp_path):
     num_rows = 96
     run = Run(tmp_path, [PLAIN] * num_rows, "fixed", 2)

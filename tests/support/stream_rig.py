@@ -19,12 +19,13 @@ import ray
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.coordinator.actor import start_coordinator
 from raystill.cluster.coordinator.snapshot import Snapshot
-from raystill.config.stream import StreamConfig
+from raystill.config.stream import FiltersConfig, StreamConfig
 from raystill.datasets.rows.schema import ENGINE, PROMPT_SCHEMA, answer_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.spec import Requester, StreamSpec
 from raystill.datasets.stream.stream import build_stream, iterate_groups, uneven_shares
+from raystill.model.on_node import ModelSource
 from raystill.train.step.rows import StepRows
 
 APP = "teacher-run"
@@ -219,12 +220,19 @@ class Run:
         self.bound = bound or ROWS_PER_STEP + 2 * world_size * GROUP_ROWS
         self.ledger = Ledger(self.num_rows)
         drop_fraction = settings.pop("max_drop_fraction", 0.0)
+        filters = FiltersConfig.model_validate(settings.pop("filters", []))
         # Coordinator, splitter, answer stage and source start one after the other; this way their
         # processes start together.
         for _ in range(NUM_PARTS):
             warm.remote()
         self.name = name = f"test-{time.monotonic_ns()}"
-        self.coordinator = start_coordinator(name, self.bound, self.num_rows, drop_fraction)
+        self.coordinator = start_coordinator(
+            name,
+            self.bound,
+            self.num_rows,
+            drop_fraction,
+            max_rejected_fraction=filters.max_rejected_fraction,
+        )
         prompts, given = f"{name}.parquet", settings.pop("given", None)
         store = settings.pop("store", f"{name}-store")
         write_prompts(RunFolder(str(folder)), prompts, behaviours, given)
@@ -243,6 +251,8 @@ class Run:
             groups_in_flight=32,
             store_path=str(folder / store),
             requester=Requester(name, "training", "teacher", "obedient"),
+            filters=filters,
+            teacher=ModelSource("obedient", "nowhere"),
         )
 
     def start(self, workers, num_steps=None, epoch=0) -> "Run":

@@ -33,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "datasets/prompts": GROUND | ROWS,
     "datasets/store": GROUND | ROWS,
     "datasets/exchange": GROUND | ROWS | {"datasets/prompts", "datasets/store"},
-    "datasets/stream": GROUND | ROWS | {"datasets/prompts", "datasets/store"},
+    "datasets/filters": GROUND | ROWS,
+    "datasets/stream": GROUND | ROWS | {"datasets/filters", "datasets/prompts", "datasets/store"},
     "serve/engine": GROUND | ROWS,
     "serve": GROUND | ROWS | {"datasets/stream", "serve/engine"},
     "train/batch": GROUND | ROWS,
@@ -45,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train/calibration": GROUND | ROWS | STUDENT | {"datasets/store"},
     "train/worker": GROUND | WORKER | {"datasets/stream"},
     "cluster/check": GROUND | ROWS | {"datasets/prompts", "datasets/store", "serve/engine"},
-    "cluster/coordinator": GROUND | {"datasets/stream"},
+    "cluster/coordinator": GROUND | ROWS | {"datasets/stream"},
     "cluster/report": GROUND | {"cluster/check", "cluster/coordinator", "datasets/store"},
     "cluster/report/page": GROUND | {"cluster/report"},
     "cluster/job": GROUND

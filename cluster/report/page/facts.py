@@ -25,7 +25,9 @@ def data(runs: Sequence[RunData]) -> Html:
         ("scored by the teacher", lambda r: _count(r.summary, "rows_scored")),
         ("read from the store", lambda r: _count(r.summary, "rows_reused")),
         ("held-out rows", lambda r: formatting.count(r.responses.rows or None)),
-        ("dropped", lambda r: _dropped(r.summary)),
+        ("dropped", lambda r: _counts(r.summary, "dropped")),
+        ("rejected by filters", lambda r: _counts(r.summary, "filtered")),
+        ("answers that filters accepted", lambda r: _share(r.summary, "accepted_fraction")),
         ("duplicate prompts left out", lambda r: _count(r.summary, "duplicates")),
         ("answers cut off by max_tokens", lambda r: _share(r.summary, "truncated_fraction")),
         ("held-out answers cut off", lambda r: _cut(r.responses)),
@@ -214,11 +216,11 @@ def _tokens_a_row(run: RunData) -> str:
     return f"{tokens.total / rows.total:,.1f} on average"
 
 
-def _dropped(summary: Record) -> str:
-    dropped = summary.get("dropped")
-    if not isinstance(dropped, dict):
+def _counts(summary: Record, name: str) -> str:
+    by_reason = summary.get(name)
+    if not isinstance(by_reason, dict):
         return formatting.NOTHING
-    counts = {str(k): int(n) for k, v in dropped.items() if (n := number(v)) is not None}
+    counts = {str(k): int(n) for k, v in by_reason.items() if (n := number(v)) is not None}
     return formatting.reasons(counts)
 
 

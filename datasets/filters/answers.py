@@ -1,0 +1,59 @@
+"""What filters look at: the answered rows of one group, as token ids and as text.
+
+Legend: N rows, T response tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+STOPPED = "stop"
+"""``finish_reason`` of an answer that ends with a stop token."""
+Int32Array = NDArray[np.int32]
+Decode = Callable[[Sequence[Int32Array]], list[str]]
+"""From token ids to text, several answers at a time; special tokens are left out."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers of N rows.
+
+    Attributes:
+        ids: Response ids of each row, lists of int32 [T], with their stop token.
+        finish_reasons: ``stop`` or ``length`` for each row, string [N].
+        decode: Makes text of token ids.
+    """
+
+    ids: pa.ListArray
+    finish_reasons: pa.StringArray
+    decode: Decode
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def tokens(self) -> list[Int32Array]:
+        """Token ids [T] of each answer, without its stop token."""
+        return [
+            ids.values.to_numpy()[: -1 if finished else None]
+            for ids, finished in zip(self.ids, self.finished, strict=True)
+        ]
+
+    @cached_property
+    def finished(self) -> NDArray[np.bool_]:
+        """Whether each answer ends with a stop token, [N]."""
+        return np.array([reason == STOPPED for reason in self.finish_reasons.to_pylist()], bool)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Text of each answer."""
+        return self.decode(self.tokens)
+
+    def take(self, rows: NDArray[np.int64]) -> "Answers":
+        """The rows with these numbers."""
+        places = pa.array(rows)
+        return Answers(self.ids.take(places), self.finish_reasons.take(places), self.decode)

@@ -1,0 +1,157 @@
+"""Filters: which published answers the student learns from.
+
+Where it sits: the answer stage asks ``AnswerFilters.rejected`` after a group's answers are
+published and before they go to a worker. The store keeps what is rejected, and no key depends on a
+filter. Each filter decides by the answer alone, so that it decides the same in every epoch and
+after every restart. Imports neither Ray nor torch.
+
+Legend: N rows, T response tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raystill.config.stream import (
+    FilterConfig,
+    FiltersConfig,
+    LengthConfig,
+    RefusalConfig,
+    RegexConfig,
+    RepetitionConfig,
+)
+from raystill.datasets.filters.answers import Answers, Decode, Int32Array
+from raystill.datasets.rows.schema import FILTERED
+from raystill.model.on_node import ModelSource
+
+Mask = NDArray[np.bool_]
+Filter = Callable[[Answers], Mask]
+"""Which answers a filter rejects, bool [N]."""
+APOSTROPHES = str.maketrans("\u2019\u2018\u02bc", "'''")
+
+
+class AnswerFilters:
+    """The filters of a run file, in order. ``decode``: see `Answers`."""
+
+    def __init__(self, config: FiltersConfig, decode: Decode) -> None:
+        self._filters = [(rule.label, make_filter(rule)) for rule in config.rules]
+        self._decode = decode
+
+    def rejected(self, answers: pa.Table, kept: Mask) -> pa.Array:
+        """``filtered: NAME`` for each row that a filter rejects, string [N]; null for the others.
+
+        answers: ``response_ids`` and ``finish_reason``. kept: the rows to look at, bool [N]. A
+        filter sees the rows that those before it have passed.
+        """
+        reasons = np.full(len(answers), None, object)
+        left = np.flatnonzero(kept)
+        ids, finish_reasons = (
+            answers[name].combine_chunks() for name in ("response_ids", "finish_reason")
+        )
+        seen = Answers(ids, finish_reasons, self._decode).take(left)
+        for name, rejects in self._filters:
+            if not len(left):
+                break
+            bad = rejects(seen)
+            reasons[left[bad]] = FILTERED + name
+            if bad.any():
+                left, seen = left[~bad], seen.take(np.flatnonzero(~bad))
+        return pa.array(reasons, pa.string())
+
+
+def make_filter(rule: FilterConfig) -> Filter:
+    """The filter that an entry of ``filters`` describes."""
+    settings = getattr(rule, rule.kind)
+    return partial(FILTERS[rule.kind], settings)
+
+
+def text_of(teacher: ModelSource) -> Decode:
+    """Decodes with the teacher's tokenizer, which is loaded when the first text is wanted."""
+    loaded: list[Decode] = []
+
+    def decode(ids: Sequence[Int32Array]) -> list[str]:
+        if not loaded:
+            from pathlib import Path
+
+            from raystill.model.tokenizer import load_tokenizer, read_settings
+
+            folder = Path(teacher.on_this_node("none"))
+            tokenizer = load_tokenizer(folder, read_settings(folder))
+            loaded.append(lambda rows: [tokenizer.decode(row.tolist()) for row in rows])
+        return loaded[0](ids)
+
+    return decode
+
+
+def by_length(config: LengthConfig, answers: Answers) -> Mask:
+    """Rejects what has fewer than ``min_tokens`` or more than ``max_tokens`` tokens."""
+    lengths = np.array([len(ids) for ids in answers.tokens], np.int64)
+    most = np.inf if config.max_tokens is None else config.max_tokens
+    return (lengths < config.min_tokens) | (lengths > most)
+
+
+def by_repetition(config: RepetitionConfig, answers: Answers) -> Mask:
+    """Rejects where more than ``max_share`` of the n-grams occurred earlier in the answer."""
+    shares = [repeated_share(ids, config.ngram) for ids in answers.tokens]
+    return np.array(shares, np.float64) > config.max_share
+
+
+def repeated_share(ids: Int32Array, ngram: int) -> float:
+    """Share of the n-grams of ids [T] that occurred before; 0 where there is none.
+
+    Of M = T - n + 1 n-grams with D distinct ones it is (M - D) / M.
+    """
+    total = len(ids) - ngram + 1
+    if total <= 0:
+        return 0.0
+    windows = np.lib.stride_tricks.sliding_window_view(ids.astype("<i4"), ngram)
+    # A window as one opaque value: sorting those is faster than sorting rows of numbers.
+    opaque = np.ascontiguousarray(windows).view(np.dtype((np.void, 4 * ngram))).reshape(-1)
+    return (total - len(np.unique(opaque))) / total
+
+
+def by_regex(config: RegexConfig, answers: Answers) -> Mask:
+    """Rejects what lacks ``must_match`` or has ``must_not_match``, by RE2 in linear time."""
+    texts = pa.array(answers.texts, pa.string())
+
+    def matches(pattern: str) -> Mask:
+        found = pc.match_substring_regex(texts, pattern, ignore_case=config.ignore_case)
+        return found.to_numpy(zero_copy_only=False).astype(bool)
+
+    rejected = np.zeros(len(answers), bool)
+    if config.must_match is not None:
+        rejected |= ~matches(config.must_match)
+    if config.must_not_match is not None:
+        rejected |= matches(config.must_not_match)
+    return rejected
+
+
+def by_refusal(config: RefusalConfig, answers: Answers) -> Mask:
+    """Rejects where a phrase is near the beginning of the answer."""
+    phrases = [plain_text(phrase) for phrase in config.phrases]
+    beginnings = [plain_text(text.lstrip()[: config.within_chars]) for text in answers.texts]
+    return np.array([any(p in text for p in phrases) for text in beginnings], bool)
+
+
+def plain_text(text: str) -> str:
+    """The text in lower case, with plain apostrophes and single spaces."""
+    return " ".join(text.translate(APOSTROPHES).casefold().split())
+
+
+def by_end(_: bool, answers: Answers) -> Mask:
+    """Rejects what does not end with a stop token."""
+    return ~answers.finished
+
+
+FILTERS: dict[str, Callable[..., Mask]] = {
+    "length": by_length,
+    "repetition": by_repetition,
+    "regex": by_regex,
+    "refusal": by_refusal,
+    "finished": by_end,
+}
+"""Filters by the setting of an entry of ``filters``; each gets that setting and the answers."""
