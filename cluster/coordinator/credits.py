@@ -90,7 +90,7 @@ class Drops:
         self._num_rows = num_rows
         self._max_fraction = max_fraction
         self._max_rejected = max_rejected
-        self.reasons: dict[int, str] = {}
+        self.begin({})
 
     def begin(self, ledger: Mapping[str, Any]) -> None:
         """What the weights' ledger says was dropped; what came after it is forgotten."""
@@ -99,6 +99,7 @@ class Drops:
             for reason, positions in ledger.get("dropped", {}).items()
             for position in positions
         }
+        self._counts = Counter(self.reasons.values())
 
     def among(self, positions: Sequence[int]) -> list[int]:
         """Those of the positions that are dropped."""
@@ -108,17 +109,17 @@ class Drops:
         """Note dropped positions; how many of them are new."""
         new = {p: reason for p, reason in reasons.items() if p not in self.reasons}
         self.reasons.update(new)
+        self._counts.update(new.values())
         return len(new)
 
     def by_reason(self) -> Counter[str]:
         """Rows without a usable answer, for each reason."""
-        return Counter(r for r in self.reasons.values() if not r.startswith(FILTERED))
+        return Counter({r: n for r, n in self._counts.items() if not r.startswith(FILTERED)})
 
     def by_filter(self) -> Counter[str]:
         """Rows that filters have rejected, for each filter's name."""
-        return Counter(
-            r.removeprefix(FILTERED) for r in self.reasons.values() if r.startswith(FILTERED)
-        )
+        start = len(FILTERED)
+        return Counter({r[start:]: n for r, n in self._counts.items() if r.startswith(FILTERED)})
 
     def require_few(self) -> None:
         """RunError where more were dropped or rejected than may be."""
