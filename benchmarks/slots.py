@@ -1,18 +1,20 @@
 """The share of an engine's slots that are filled, by the lengths of the answers.
 
-    python -m benchmarks.slots [--rows 8000] [--set KEY=VALUE ...]
+    python -m benchmarks.slots [--rows 4000] [--set teacher.target_ongoing_requests=8 ...]
 
 The run's own bookkeeping, in virtual time and without a model: the credits of the coordinator, the
 bounds that the configuration gives, the rows' places in the engine (`VllmEngine`), and the order in
 which groups are passed on. Only a token is made up: each takes one unit of time in every slot. The
 student takes a block as soon as it may, so that nothing but the scheduling can leave a slot empty.
 The share is taken over the middle of the run, from a fifth to four fifths of its rows.
+
+Without ``--set`` the defaults are compared with one row in flight for each slot, and stored.
 """
 
 import argparse
 import asyncio
 import selectors
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,7 @@ from numpy.typing import NDArray
 
 from benchmarks.results import machine, write_result
 from raystill.cluster.coordinator.credits import Credits
+from raystill.config.load import apply_override, validate_leniently
 from raystill.config.run import RunConfig
 from raystill.serve.engine.vllm import VllmEngine
 
@@ -91,7 +94,7 @@ class Simulation:
         self._group_rows = config.stream.group_rows
         self._fixed = config.stream.order == "fixed"
         self._slots = config.teacher.max_num_seqs
-        self._calls = asyncio.Semaphore(config.rows_in_flight // config.stream.group_rows)
+        self._calls = asyncio.Semaphore(config.groups_in_flight)
         self.engine = CountedEngine(self._slots)
         self.credits = Credits(config.rows_ahead, config.refill_rows)
         self.credits.begin(len(lengths))
@@ -147,42 +150,57 @@ def simulate(config: RunConfig, lengths: Lengths) -> tuple[float, Simulation]:
         return runner.run(run())
 
 
-def config_of(**sections: Any) -> RunConfig:
-    """The defaults but for these sections."""
-    needed: dict[str, Any] = {"teacher": {"model": "m"}, "student": {"layers": [0]}}
-    needed["prompts"] = {"path": "p"}
-    for name, section in sections.items():
-        needed[name] = {**needed.get(name, {}), **section}
-    return RunConfig.model_validate(needed)
+def config_of(overrides: Sequence[str] = ()) -> RunConfig:
+    """The defaults but for these ``a.b=c``. SystemExit for what is no setting."""
+    settings: dict[str, Any] = {"teacher": {"model": "m"}, "student": {"layers": [0]}}
+    settings["prompts"] = {"path": "p"}
+    problems = [problem for text in overrides for problem in apply_override(settings, text)]
+    loaded = validate_leniently(settings, problems)
+    if loaded.problems or loaded.config is None:
+        raise SystemExit("\n".join(map(str, loaded.problems)))
+    return loaded.config
+
+
+def shares(config: RunConfig, rows: int) -> dict[str, float]:
+    """Share of slots filled, by the distribution of lengths; prints each."""
+    stream, found = config.stream, {}
+    print(
+        f"{stream.order} order, {config.groups_per_replica} groups of {stream.group_rows} in "
+        f"flight, {config.teacher.slots} slots, at most {config.rows_ahead} rows ahead"
+    )
+    for name, draw in LENGTHS.items():
+        share, simulation = simulate(config, draw(np.random.default_rng(0), rows))
+        assert sorted(simulation.delivered) == list(range(0, rows, stream.group_rows))
+        assert simulation.credits.max_ahead_seen <= config.rows_ahead
+        found[name] = round(share, 3)
+        print(f"    {name:24} {share:.3f} of the slots filled", flush=True)
+    return found
+
+
+ONE_ROW_A_SLOT = "teacher.target_ongoing_requests=8"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=8000, help="rows of each simulated pass")
-    parser.add_argument("--group-rows", type=int, default=8, help="stream.group_rows")
-    parser.add_argument("--groups", type=int, help="teacher.target_ongoing_requests")
-    parser.add_argument("--ahead", type=int, help="stream.max_rows_ahead")
+    parser.add_argument("--rows", type=int, default=4000, help="rows of each simulated pass")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     arguments = parser.parse_args()
-    table: dict[str, Any] = {}
+    if arguments.settings:
+        shares(config_of(arguments.settings), arguments.rows)
+        return
+    table = []
     for order in ("fixed", "arrival"):
-        stream = {"order": order, "group_rows": arguments.group_rows}
-        stream |= {} if arguments.ahead is None else {"max_rows_ahead": arguments.ahead}
-        groups = arguments.groups
-        teacher = {} if groups is None else {"target_ongoing_requests": groups}
-        config = config_of(stream=stream, teacher=teacher)
-        for name, draw in LENGTHS.items():
-            lengths = draw(np.random.default_rng(0), arguments.rows)
-            share, simulation = simulate(config, lengths)
-            ahead = simulation.credits.max_ahead_seen
-            table[f"{order}, {name}"] = {"filled": round(share, 3), "most_rows_ahead": ahead}
-            print(f"{order:8} {name:24} {share:.3f} filled, {ahead} rows ahead", flush=True)
-    settings = {
-        "rows": arguments.rows,
-        "group_rows": arguments.group_rows,
-        "rows_in_flight": config.rows_in_flight,
-        "max_rows_ahead": config.rows_ahead,
-    }
-    write_result(RESULT, {"machine": machine(), "settings": settings, "slots": table})
+        for changes in ([ONE_ROW_A_SLOT], []):
+            config = config_of([f"stream.order={order}", *changes])
+            settings = {
+                "order": order,
+                "group_rows": config.stream.group_rows,
+                "slots": config.teacher.slots,
+                "groups_in_flight": config.groups_per_replica,
+                "max_rows_ahead": config.rows_ahead,
+            }
+            table.append({**settings, "filled": shares(config, arguments.rows)})
+    write_result(RESULT, {"machine": machine(), "rows": arguments.rows, "simulated": table})
 
 
 if __name__ == "__main__":

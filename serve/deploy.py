@@ -173,7 +173,7 @@ def deployment_options(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
     """Options of the Serve deployment: replicas, requests in flight, health, resources."""
     teacher = config.teacher
     options: dict[str, Any] = {
-        "max_ongoing_requests": teacher.target_ongoing_requests + OTHER_REQUESTS,
+        "max_ongoing_requests": config.groups_per_replica + OTHER_REQUESTS,
         "health_check_period_s": 10.0,
         "health_check_timeout_s": PROBE_TIMEOUT_S + 15.0,
         "graceful_shutdown_timeout_s": SHUTDOWN_TIMEOUT_S,
@@ -186,9 +186,7 @@ def deployment_options(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
             "min_replicas": replicas.min,
             "initial_replicas": max(1, replicas.min),
             "max_replicas": replicas.max,
-            "target_ongoing_requests": scaling_target(
-                teacher.target_ongoing_requests, replicas.max
-            ),
+            "target_ongoing_requests": scaling_target(config.groups_per_replica, replicas.max),
             "upscale_delay_s": replicas.upscale_delay_s,
             "downscale_delay_s": replicas.downscale_delay_s,
         }

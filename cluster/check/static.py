@@ -102,6 +102,7 @@ class StaticCheck:
         """Take every step; None where the teacher or the prompts cannot be used."""
         if self.known("stream", "training", "teacher"):
             self.problems += check_rows_ahead(self.config)
+            self.notices += slots_notices(self.config)
         if self.known("training"):
             self.notices += sharding_notices(self.config)
         self.check_folders()
@@ -228,12 +229,30 @@ def check_rows_ahead(config: RunConfig) -> Iterator[Problem]:
             f"({rows}) is less than rows_per_step + 2 * num_workers * group_rows ({needed}), so a "
             f"step could wait for ever; set it to {bound} or more, or lower the others",
         )
-    elif rows < advised:
+    elif rows < advised and config.teacher.target_ongoing_requests is not None:
         yield Problem(
             "stream.max_rows_ahead",
             f"({rows}) is less than max replicas * target_ongoing_requests * group_rows + 2 * "
             f"rows_per_step ({advised}), so replicas would be idle; set it to {bound} or more, or "
             "lower teacher.target_ongoing_requests",
+        )
+
+
+def slots_notices(config: RunConfig) -> Iterator[str]:
+    """Where the bound on rows ahead keeps the teacher from having all its slots filled."""
+    teacher, bound = config.teacher, config.stream.max_rows_ahead
+    if bound is None or teacher.target_ongoing_requests is not None:
+        return
+    if teacher.engine != "synthetic" and config.groups_per_replica < config.full_groups:
+        rows, full = (
+            teacher.max_replicas * groups * config.stream.group_rows
+            for groups in (config.groups_per_replica, config.full_groups)
+        )
+        yield (
+            f"stream.max_rows_ahead ({bound}) leaves room for {rows} rows in flight, of the {full} "
+            "that keep the engine's slots filled while the longest answer of a group is waited "
+            f"for; set it to {full + 2 * config.training.rows_per_step} or more, or lower "
+            "teacher.max_num_seqs"
         )
 
 

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from raystill.base import formatting
-from raystill.config.teacher import ReplicasConfig, TeacherConfig
+from raystill.config.run import RunConfig
+from raystill.config.teacher import ReplicasConfig
 
 NOTICEABLE = 0.10
 """Share of the student's time from which on its waiting counts."""
@@ -29,15 +30,15 @@ class ReplicaDemand:
 
     def __init__(
         self,
-        teacher: TeacherConfig,
-        group_rows: int,
+        config: RunConfig,
         replicas: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        bounds = teacher.num_replicas
+        bounds = config.teacher.num_replicas
         self._bounds = bounds if isinstance(bounds, ReplicasConfig) else None
-        self._groups_each = teacher.target_ongoing_requests
-        self._group_rows = group_rows
+        self._groups_each = config.groups_per_replica
+        rows_each = self._groups_each * config.stream.group_rows
+        self._rows_at_once = min(rows_each, config.teacher.slots)
         self._replicas = replicas
         self._clock = clock
         self._wanted = self._fewest
@@ -64,7 +65,7 @@ class ReplicaDemand:
         if self._before is None:
             self._begin(counters)
         seconds = self._clock() - self._since
-        flight = self._wanted * self._groups_each * self._group_rows
+        flight = self._wanted * self._rows_at_once
         if seconds < self._bounds.upscale_delay_s or self._grown(counters, "student_rows") < flight:
             return False
         waited, busy = (self._grown(counters, f"student_{n}_s") for n in ("wait", "busy"))

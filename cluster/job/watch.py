@@ -130,8 +130,7 @@ class Watcher:
         self._run = run
         self._signals = signals
         self._view = view
-        teacher, group_rows = run.config.teacher, run.config.stream.group_rows
-        self._demand = ReplicaDemand(teacher, group_rows, app.num_replicas)
+        self._demand = ReplicaDemand(run.config, app.num_replicas)
         self._waits = Waits(run.config, app)
         self._records = Records(run, app)
         self._page = page

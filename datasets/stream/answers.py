@@ -194,7 +194,7 @@ def answer_prompts(
         return rows.filter(pa.array(~foreign))
 
     async def ask_all() -> list[pa.Table]:
-        slots = asyncio.Semaphore(config.teacher.max_groups_in_flight)
+        slots = asyncio.Semaphore(config.groups_in_flight)
         starts = range(0, len(prompts), config.stream.group_rows)
         return list(await asyncio.gather(*(ask(start, slots) for start in starts)))
 

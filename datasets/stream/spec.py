@@ -84,7 +84,7 @@ class StreamSpec:
             rows_per_step=config.training.rows_per_step,
             coordinator=run.coordinator,
             app_name=run.app,
-            groups_in_flight=config.teacher.max_groups_in_flight,
+            groups_in_flight=config.groups_in_flight,
             store_path=run.store_path,
             requester=Requester.of(run, "training"),
             num_ids=run.num_ids,

@@ -25,8 +25,9 @@ from raystill.datasets.stream.answer_stage import AnswerGroup
 from raystill.datasets.stream.source import PlanSource
 from raystill.datasets.stream.spec import StreamSpec
 
-GROUPS_PER_ACTOR = 64
-"""Groups one answering process has in flight at most; its threads only wait."""
+GROUPS_PER_ACTOR = 384
+"""Groups one answering process has in flight at most, those of 8 replicas at the defaults; most of
+them only wait."""
 CALLS_PER_PLACE = 2
 """Calls an answering process holds for each that it runs, the others wait in its queue: Ray Data
 looks ten times a second, and a place that is free would stay so until then."""

@@ -284,10 +284,12 @@ class TeacherConfig(ConfigModel):
         description="Number of replicas of the teacher; {min, max} for autoscaling between these "
         "bounds.",
     )
-    target_ongoing_requests: PositiveInt = operational(
-        8,
+    target_ongoing_requests: PositiveInt | None = operational(
+        None,
         description="Groups that one replica works on at a time; also Ray Serve's autoscaling "
-        "target.",
+        "target. Default: as many as hold six rows for each of the engine's slots (max_num_seqs; "
+        "with engine: api, api.max_concurrency), so that a slot does not wait for the slowest row "
+        "of its group; fewer where stream.max_rows_ahead has no room for them.",
     )
     cpu_cores: Cores | None = operational(
         None,
@@ -366,6 +368,6 @@ class TeacherConfig(ConfigModel):
         return n if isinstance(n, int) else n.max
 
     @property
-    def max_groups_in_flight(self) -> int:
-        """Groups that the largest pool of replicas works on at once."""
-        return self.max_replicas * self.target_ongoing_requests
+    def slots(self) -> int:
+        """Rows that one engine answers at a time; all others of its groups wait in the replica."""
+        return self.api.max_concurrency if self.engine == "api" else self.max_num_seqs

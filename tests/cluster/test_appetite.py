@@ -3,7 +3,7 @@
 import pytest
 
 from raystill.cluster.job.autoscale import ReplicaDemand
-from raystill.config.teacher import TeacherConfig
+from raystill.config.run import RunConfig
 
 GROUP_ROWS, GROUPS_EACH = 4, 2
 FLIGHT = GROUP_ROWS * GROUPS_EACH  # rows that one replica answers at once
@@ -15,10 +15,11 @@ class Rig:
     def __init__(self, num_replicas):
         self.now, self.running = 0.0, 1
         self.counters = {"student_rows": 0.0, "student_wait_s": 0.0, "student_busy_s": 0.0}
-        teacher = TeacherConfig(
-            model="m", num_replicas=num_replicas, target_ongoing_requests=GROUPS_EACH
-        )
-        self.appetite = ReplicaDemand(teacher, GROUP_ROWS, lambda: self.running, lambda: self.now)
+        teacher = {"model": "m", "num_replicas": num_replicas}
+        teacher["target_ongoing_requests"] = GROUPS_EACH
+        sections = {"teacher": teacher, "student": {"layers": [0]}, "prompts": {"path": "p"}}
+        config = RunConfig.model_validate({**sections, "stream": {"group_rows": GROUP_ROWS}})
+        self.appetite = ReplicaDemand(config, lambda: self.running, lambda: self.now)
 
     def train(self, rows, wait_s, busy_s):
         """The student takes so many rows; whether the bound changed."""

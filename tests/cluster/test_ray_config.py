@@ -105,6 +105,6 @@ def test_all_replicas_the_run_file_allows_fit_in_the_teacher_group(
 
 
 def test_the_cluster_run_file_keeps_the_bounds_on_rows_ahead(run_config) -> None:
-    assert run_config.rows_ahead == 1024
+    assert run_config.rows_ahead == 3584
     assert run_config.rows_ahead >= run_config.min_rows_ahead
     assert run_config.rows_ahead >= run_config.advised_rows_ahead
