@@ -14,7 +14,7 @@ TINY := models/tiny-teacher
 QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
 CODE := driver.py raystill cluster serve train datasets tests benchmarks examples
 
-.PHONY: help demo demo-second test test-faults chaos check bench setup models lint types fast browser clean
+.PHONY: help demo demo-second test test-faults chaos check bench setup models lint types fast browser trackers clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 14
@@ -86,6 +86,9 @@ bench: setup     ## measure overlap, memory, store, replay, restart, loss; resul
 
 browser:         ## a headless browser for the tests of the page of a run (Debian, as root)
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium-headless-shell
+
+trackers: setup  ## W&B, MLflow and Trackio, for the tests that read a run back from them
+	$(PIP) install -qq --no-deps -r requirements/trackers.txt
 
 clean:           ## remove what the build made (not runs/ and models/)
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -114,13 +114,14 @@ def run(
     from raystill.cluster.job.watch import watch
     from raystill.cluster.report import summary, tables
     from raystill.cluster.report.page.during import close_page
+    from raystill.cluster.report.trackers import Trackers
 
     if manifest.is_finished(folder, config.training.epochs):
         say(f"This run is finished; its report, from {folder.path}:")
         tables.print_report(folder)
         return 0
     say(prepared.describe())
-    with hold_run_folder(folder):
+    with hold_run_folder(folder), Trackers(config.output, folder, say) as trackers:
         prepared.fetch_models()
         if problems := manifest.check_same_teacher(folder, prepared):
             return refuse(problems)
@@ -132,7 +133,7 @@ def run(
             teacher = job.serve(this_run, prepared, probe=not skip_probe)
             stream = job.stream(this_run, prepared)
             student = job.fit(this_run, stream)
-            result = watch(this_run, prepared, teacher, student)
+            result = watch(this_run, prepared, teacher, student, trackers)
         summary.write_summary(folder, result)
         close_page(folder, stopped=result.stopped_by != 0, tell=say)
     if result.stopped_by:

@@ -26,6 +26,7 @@ from raystill.cluster.check.output import (
 from raystill.cluster.check.prepared import Prepared as Prepared
 from raystill.cluster.check.progress import ReadingProgress
 from raystill.cluster.check.terms import check_terms
+from raystill.cluster.check.trackers import check_trackers
 from raystill.config.load import load_leniently
 from raystill.config.run import RunConfig
 from raystill.datasets.prompts.progress import Progress
@@ -105,6 +106,8 @@ class StaticCheck:
             self.notices += slots_notices(self.config)
         if self.known("training"):
             self.notices += sharding_notices(self.config)
+        if self.known("output"):
+            self.problems += check_trackers(self.config.output)
         self.check_folders()
         teacher, student = self.find_models()
         if self.known("terms", "teacher", "student"):

@@ -25,6 +25,7 @@ from raystill.cluster.report.live import LiveView
 from raystill.cluster.report.page.during import LivePage
 from raystill.cluster.report.summary import RunResult
 from raystill.cluster.report.timeline import Timeline
+from raystill.cluster.report.trackers import Trackers
 from raystill.datasets.store.store import TeacherStore, rows_requested_by
 from raystill.datasets.stream.plan import num_steps
 from raystill.run import Run
@@ -58,9 +59,10 @@ def threads_left(timeout_s: float = 0.0) -> list[Background]:
 
 
 class Records:
-    """What is kept of a run while it goes on: its timeline, Ray metrics, TensorBoard events."""
+    """What is kept of a run while it goes on: timeline, Ray metrics, TensorBoard, trackers."""
 
-    def __init__(self, run: Run, teacher: TeacherApp) -> None:
+    def __init__(self, run: Run, teacher: TeacherApp, trackers: Trackers) -> None:
+        self._trackers = trackers
         self._num_replicas = teacher.num_replicas
         self._timeline = Timeline(MetricsLog(run.folder, TIMELINE), teacher.num_replicas)
         self._telemetry = Telemetry(run_name(run.folder.path))
@@ -74,6 +76,7 @@ class Records:
         if self._looks % TELL_EVERY == 0:
             self._telemetry.update(snapshot, self._num_replicas())
         self._looks += 1
+        self._trackers.update(snapshot)
         if self._board is not None:
             self._board.update(snapshot)
 
@@ -81,12 +84,15 @@ class Records:
         """Take the last one."""
         self._timeline.close(snapshot)
         self._telemetry.update(snapshot, self._num_replicas())
+        self._trackers.update(snapshot)
         if self._board is not None:
             self._board.update(snapshot)
             self._board.close()
 
 
-def watch(run: Run, prepared: Prepared, teacher: Background, student: Background) -> RunResult:
+def watch(
+    run: Run, prepared: Prepared, teacher: Background, student: Background, trackers: Trackers
+) -> RunResult:
     """Start both threads and show the run until the student has ended, then end the teacher.
 
     Raises what went wrong in either thread, as a RunError.
@@ -99,7 +105,7 @@ def watch(run: Run, prepared: Prepared, teacher: Background, student: Background
         LiveView(run.num_rows * training.epochs, steps, run.folder.path) as view,
     ):
         page = LivePage(run.folder, view.note)
-        watcher = Watcher(run, app, signals, view, page)
+        watcher = Watcher(run, signals, view, page, Records(run, app, trackers))
         teacher.start()
         student.start()
         try:
@@ -125,14 +131,15 @@ class Watcher:
     """Looks at all parts of a run once a second: what the main thread does while it goes on."""
 
     def __init__(
-        self, run: Run, app: TeacherApp, signals: StopSignals, view: LiveView, page: LivePage
+        self, run: Run, signals: StopSignals, view: LiveView, page: LivePage, records: Records
     ) -> None:
+        app = TeacherApp.of(run)
         self._run = run
         self._signals = signals
         self._view = view
         self._demand = ReplicaDemand(run.config, app.num_replicas)
         self._waits = Waits(run.config, app)
-        self._records = Records(run, app)
+        self._records = records
         self._page = page
         self._asked_to_stop = False
         run.coordinator.let_in_flight.remote(self._demand.groups_in_flight)

@@ -13,7 +13,7 @@ second) some are left out; ``metrics.jsonl`` has them all. Shown by any TensorBo
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -182,30 +182,51 @@ def ray_metric(figure: Figure) -> Any:
     return kind(PREFIX + figure.name, description=figure.sentence, tag_keys=tags)
 
 
+class NewFigures:
+    """Picks what was not seen yet out of snapshots: a step's figures, an evaluation's."""
+
+    def __init__(self) -> None:
+        self._step = self._evaluated = -1
+
+    def take(self, snapshot: Snapshot) -> Iterator[tuple[str, dict[str, float], int]]:
+        """Group (``train`` or ``held_out``), finite figures by name, and their step."""
+        progress, evaluation = snapshot.progress, snapshot.evaluation
+        step, evaluated = int(progress.get("step") or 0), int(evaluation.get("step") or 0)
+        if progress and step != self._step:
+            self._step = step
+            yield "train", _finite(progress), step
+        if evaluation and evaluated != self._evaluated:
+            self._evaluated = evaluated
+            yield "held_out", _finite(evaluation), evaluated
+
+
+def _finite(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in figures.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+        if math.isfinite(value) and name not in ("step", "time")
+    }
+
+
 class TensorBoard:
     """Writes the newest step's figures under ``train/``, an evaluation's under ``held_out/``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._step = self._evaluated = -1
+        self._new = NewFigures()
+        self._step = -1
         self._writer: Any = None
 
     def update(self, snapshot: Snapshot) -> None:
         """Write what is new. Steps that are trained again after a restart replace the lost ones."""
-        progress = snapshot.progress
-        step = int(progress.get("step") or 0)
-        if progress and step != self._step:
-            if self._writer is None or step < self._step:
+        for group, figures, step in self._new.take(snapshot):
+            if self._writer is None or (group == "train" and step < self._step):
                 self._open(step)
-            self._step = step
-            self._write("train", progress, step)
-        evaluation = snapshot.evaluation
-        at = int(evaluation.get("step") or 0)
-        if evaluation and at != self._evaluated:
-            if self._writer is None:
-                self._open(at)
-            self._evaluated = at
-            self._write("held_out", evaluation, at)
+            if group == "train":
+                self._step = step
+            for name, value in figures.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
 
     def close(self) -> None:
         """Finish the file."""
@@ -218,9 +239,3 @@ class TensorBoard:
 
         self.close()
         self._writer = SummaryWriter(str(self._folder), purge_step=step, flush_secs=10)
-
-    def _write(self, group: str, figures: Mapping[str, Any], step: int) -> None:
-        for name, value in figures.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if number and math.isfinite(value) and name not in ("step", "time"):
-                self._writer.add_scalar(f"{group}/{name}", value, step)

@@ -60,6 +60,36 @@ class ClusterConfig(ConfigModel):
     )
 
 
+class WandbConfig(ConfigModel):
+    """Weights & Biases. Its key is taken from WANDB_API_KEY or ``wandb login``, never from here."""
+
+    project: str = operational("raystill", min_length=1, description="Name of the project.")
+    entity: str | None = operational(
+        None, description="User or team that has the project. Default: the key's own."
+    )
+    mode: Literal["online", "offline"] = operational(
+        "online",
+        description="offline writes into logs/wandb of the run folder; 'wandb sync' sends it.",
+    )
+
+
+class MlflowConfig(ConfigModel):
+    """MLflow. Its credentials are taken from its own environment variables, never from here."""
+
+    tracking_uri: str | None = operational(
+        None,
+        description="A server or a database, e.g. sqlite:////home/me/mlflow.db. Default: "
+        "MLFLOW_TRACKING_URI.",
+    )
+    experiment: str = operational("raystill", min_length=1, description="Name of the experiment.")
+
+
+class TrackioConfig(ConfigModel):
+    """Trackio. It writes into TRACKIO_DIR, or to the Space that TRACKIO_SPACE_ID names."""
+
+    project: str = operational("raystill", min_length=1, description="Name of the project.")
+
+
 class OutputConfig(ConfigModel):
     """Settings of the run folder."""
 
@@ -71,6 +101,15 @@ class OutputConfig(ConfigModel):
         False,
         description="Whether to write the figures for TensorBoard too, into logs/tensorboard of "
         "the run folder.",
+    )
+    wandb: WandbConfig | None = operational(
+        None, description="Send the run to Weights & Biases too (extra wandb). Default: off."
+    )
+    mlflow: MlflowConfig | None = operational(
+        None, description="Send the run to MLflow too (extra mlflow). Default: off."
+    )
+    trackio: TrackioConfig | None = operational(
+        None, description="Send the run to Trackio too (extra trackio). Default: off."
     )
 
 

@@ -24,6 +24,8 @@ EXTRAS = {
     name: [Requirement(line) for line in lines]
     for name, lines in PROJECT["optional-dependencies"].items()
 }
+TRACKERS = ("wandb", "mlflow", "trackio")
+"""Extras whose packages, of the same names, need not be installed."""
 BESIDE_MODULES = {
     "raystill/cluster/grafana/raystill.json",
     *(f"raystill/cluster/kuberay/{n}" for n in ("Dockerfile", "raycluster.yaml", "rayjob.yaml")),
@@ -150,12 +152,13 @@ def pinned(name: str) -> dict[str, str]:
         ("cluster", ("cpu.txt", "gpu.txt")),
         ("teacher", ("gpu.txt",)),
         ("cpu", ("cpu.txt",)),
+        *((extra, ("trackers.txt",)) for extra in TRACKERS),
     ],
 )
 def test_the_pinned_versions_satisfy_what_the_package_asks_for(
     extra: str, lists: tuple[str, ...]
 ) -> None:
-    assert set(EXTRAS) == {"cluster", "teacher", "cpu"}
+    assert set(EXTRAS) == {"cluster", "teacher", "cpu", *TRACKERS}
     for name in lists:
         versions = pinned(name)
         for one in EXTRAS.get(extra, LIGHT):
@@ -172,7 +175,7 @@ def test_the_package_asks_for_what_its_code_imports_and_for_nothing_else() -> No
     owners = packages_distributions()
     imported = {
         name: {brought[name]} if name in brought else {canonicalize_name(o) for o in owners[name]}
-        for name in top_level_imports() - set(sys.stdlib_module_names) - {"raystill"}
+        for name in top_level_imports() - set(sys.stdlib_module_names) - {"raystill", *TRACKERS}
     }
     assert not {name for name, owner in imported.items() if not owner & (asked | {"vllm"})}
     assert not asked - {one for owner in imported.values() for one in owner}
