@@ -133,18 +133,8 @@ class Prepared:
             keyed_dtype(teacher, self.teacher_folder),
             teacher.quantization,
             self.sampling,
-            KeyedEngine(keyed_arguments(teacher), self._shorter_context()),
+            keyed_engine(self.config, self.teacher),
         )
-
-    def _shorter_context(self) -> int | None:
-        """``teacher.max_model_len`` where it is less than the model's own context, else None.
-
-        The synthetic engine does not cut its answers by it.
-        """
-        asked, own = self.config.teacher.max_model_len, self.teacher.context_tokens
-        if asked is None or self.config.teacher.engine == "synthetic":
-            return None
-        return asked if own is None or asked < own else None
 
     @cached_property
     def stored(self) -> Stored:
@@ -230,6 +220,18 @@ class Prepared:
             f"{source.weight:g}), {held_out.get(source.name, 0)} held out"
             for source in sources
         ]
+
+
+def keyed_engine(config: RunConfig, teacher: ModelFolder) -> KeyedEngine:
+    """Settings of the engine that are part of the keys.
+
+    ``teacher.max_model_len`` is where it is less than the model's own context; the synthetic engine
+    does not cut its answers by it.
+    """
+    asked, own = config.teacher.max_model_len, teacher.context_tokens
+    is_shorter = asked is not None and (own is None or asked < own)
+    cuts = is_shorter and config.teacher.engine != "synthetic"
+    return KeyedEngine(keyed_arguments(config.teacher), asked if cuts else None)
 
 
 def _times(epochs: int) -> str:

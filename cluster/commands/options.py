@@ -129,6 +129,20 @@ OfTeacher = Annotated[
         help="Only this teacher's answers (the first digits of its identity).",
     ),
 ]
+ImportFiles = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="FILES", help="JSONL or Parquet files, folders, globs or URIs, with responses."
+    ),
+]
+TeacherRun = Annotated[
+    str,
+    typer.Option(
+        "--teacher",
+        metavar="RUN.yaml",
+        help="The run file whose teacher has written the answers: model, sampling, prompts.system.",
+    ),
+]
 ExportFolder = Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")]
 ExportFormat = Annotated[
     str,

@@ -67,6 +67,23 @@ def export_store(
     return export_command(Export(path, out, form, teacher, model), as_json)
 
 
+@app.command("import")
+def import_store(
+    path: options.StorePath,
+    files: options.ImportFiles,
+    teacher: options.TeacherRun,
+    overrides: options.Overrides,
+    as_json: options.AsJson = False,
+) -> int:
+    """Take answers from files into the store.
+
+    A run of that teacher, with these sampling settings, finds them as if it had paid for them.
+    """
+    from raystill.cluster.store.exchange import import_command
+
+    return import_command(path, files, teacher, overrides, as_json)
+
+
 def on_store(
     action: str, path: str, as_json: bool, teacher: str | None = None, dry_run: bool = False
 ) -> int:

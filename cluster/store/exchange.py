@@ -1,19 +1,32 @@
 """``driver.py store export`` and ``import``: answers out of a teacher store, and into it."""
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from raystill.base import formatting
-from raystill.base.errors import ConfigError, RunError
+from raystill.base.errors import ConfigError, RunError, config_error
 from raystill.base.redact import redact
+from raystill.cluster.check.prepared import keyed_engine
+from raystill.cluster.check.static import context_tokens
 from raystill.cluster.commands.as_json import print_json
 from raystill.cluster.commands.store import opened_store, refused_json, status, tell
+from raystill.config.load import load_config
 from raystill.config.prompts import PromptsConfig
+from raystill.config.run import RunConfig
 from raystill.datasets.exchange.chats import ChatReader
 from raystill.datasets.exchange.export import FORMATS, export
+from raystill.datasets.exchange.given import read_given
+from raystill.datasets.exchange.importing import Imported, Importer, StatedTeacher
 from raystill.datasets.prompts.tokenise import PromptTokeniser
 from raystill.datasets.store.segment import Origin
-from raystill.model.files import find_model
+from raystill.datasets.store.store import TeacherStore
+from raystill.model.files import fetch_model, find_model
+from raystill.model.identity import identity_of_teacher, keyed_dtype
+from raystill.model.sampling import resolve_sampling
+
+EXIT_NOTHING = 1
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,77 @@ def export_command(wanted: Export, as_json: bool) -> int:
             "messages for the token"
         )
     return status(done.refused)
+
+
+def import_command(
+    path: str, files: Sequence[str], run_file: str, overrides: Sequence[str], as_json: bool
+) -> int:
+    """Import answers under the teacher of a run file; exit status 1 where no row could be used.
+
+    Raises ConfigError and RunError.
+    """
+    teacher = _stated_teacher(load_config(run_file, overrides))
+    store = TeacherStore(path)
+    new = not store.folder.names()
+    with nullcontext(store) if new else opened_store(path) as store:
+        rows = read_given(tuple(files), teacher.tokeniser.prompts)
+        try:
+            done = Importer(store, teacher).take(rows)
+        except OSError as error:
+            raise RunError(
+                f"the answers could not be stored in {store.path} ({error}); make room or mend it, "
+                "and import again: what is imported stays, and is not imported twice"
+            ) from error
+    if as_json:
+        numbers = {"imported": dict(done.rows), "there": done.there, "cut": done.cut}
+        more = {"left_out": dict(done.left_out), "first": done.first}
+        print_json({"store": store.path, "teacher_identity": teacher.keyed[0], **numbers, **more})
+    else:
+        _tell_imported(done, teacher)
+    return 0 if done.rows or done.there else EXIT_NOTHING
+
+
+def _tell_imported(done: Imported, teacher: StatedTeacher) -> None:
+    kinds = ", ".join(f"{number} with {kind}" for kind, number in sorted(done.rows.items()))
+    number = formatting.plural(sum(done.rows.values()), "answer")
+    print(
+        f"{number} imported under {redact(teacher.name)} (identity {teacher.keyed[0][:12]})"
+        + (f": {kinds}" if kinds else "")
+    )
+    if done.there:
+        print(f"{formatting.plural(done.there, 'answer')} in the store already")
+    if done.cut:
+        print(f"{formatting.plural(done.cut, 'answer')} cut at teacher.sampling.max_tokens")
+    for reason, count in sorted(done.left_out.items()):
+        where = redact(done.first[reason])
+        print(f"{formatting.plural(count, 'row')} left out: {reason} (the first is {where})")
+
+
+def _stated_teacher(config: RunConfig) -> StatedTeacher:
+    """The teacher of a run file, as a run of it makes its keys. Raises ConfigError and RunError."""
+    settings = config.teacher
+    found = find_model(settings.model, settings.revision)
+    if found.model is None:
+        raise config_error("teacher.model", str(found.problem or found.notice))
+    if settings.engine == "vllm":  # The identity is of the weights.
+        fetch_model(settings.model, settings.revision)
+    folder = found.model.path
+    tokeniser = PromptTokeniser(folder, config.prompts)
+    sizes = (found.model.vocab_size, tokeniser.tokenizer.get_vocab_size(with_added_tokens=True))
+    return StatedTeacher(
+        name=settings.model,
+        keyed=(
+            identity_of_teacher(settings, folder),
+            keyed_dtype(settings, folder),
+            settings.quantization,
+            resolve_sampling(settings, folder).keyed(),
+        ),
+        engine=keyed_engine(config, found.model),
+        tokeniser=tokeniser,
+        longest_prompt=context_tokens(config, found.model) - 1,
+        vocab_size=max(size for size in sizes if size is not None),
+        has_signal=settings.engine != "api",
+    )
 
 
 def _reader(origin: Origin, model: str | None) -> ChatReader:

@@ -17,6 +17,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 import numpy as np
+from tokenizers import Tokenizer
 
 from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.config.prompts import PromptsConfig
@@ -97,6 +98,15 @@ class PromptTokeniser:
             ids if not len(ids) or ids[-1] in stop_token_ids else np.append(ids, np.int32(stop))
             for ids in self._encode(texts, "tokenising responses", special=False)
         ]
+
+    def plain_text(self) -> Tokenizer:
+        """The tokenizer for which text that looks like a special token is text.
+
+        For answers in words, which must not begin or end a turn of the chat.
+        """
+        tokenizer = load_tokenizer(self.folder, self.settings)
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def _encode(self, texts: Sequence[str], phase: str, special: bool) -> list[np.ndarray]:
         ids: list[np.ndarray] = []
