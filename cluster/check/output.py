@@ -15,6 +15,7 @@ from raystill.base.run_folder import (
     CHECKPOINTS,
     CONFIG,
     HELD_OUT,
+    PROMPT_COLUMNS,
     STUDENT,
     TOP_LEVEL_NAMES,
     TRAIN_PROMPTS,
@@ -147,6 +148,29 @@ def check_same_prompts(folder: RunFolder, train: pa.Table, setting: str) -> list
             f"the prompts are not those that {folder.path} began with ({before.num_rows} rows, now "
             f"{train.num_rows}); {dated}restore the files, or set output.path to a new folder",
         )
+    ]
+
+
+def check_same_columns(folder: RunFolder, columns: pa.Table | None) -> list[Problem]:
+    """A resumed run needs the references that it began with: they decide which rows are trained."""
+    if columns is None or not folder.exists(PROMPT_COLUMNS):
+        return []
+    before = folder.read_table(PROMPT_COLUMNS)
+    names = [name for name in columns.column_names if name != "row"]
+    changed = [
+        name
+        for name in names
+        if name not in before.column_names
+        or before[name].cast(pa.string()).combine_chunks()
+        != columns[name].cast(pa.string()).combine_chunks()
+    ]
+    return [
+        Problem(
+            "filters",
+            f"the prompts' {name} is not what {folder.path} began with, and a filter reads it; "
+            "restore the files, or set output.path to a new folder",
+        )
+        for name in changed[:1]
     ]
 
 

@@ -17,6 +17,7 @@ from raystill.cluster.check.models import (
 )
 from raystill.cluster.check.output import (
     check_output,
+    check_same_columns,
     check_same_prompts,
     check_space,
     check_store,
@@ -125,6 +126,7 @@ class StaticCheck:
             if not self.refused:
                 setting = self.config.prompts.files_setting
                 self.problems += check_same_prompts(self.output, tables.train, setting)
+                self.problems += check_same_columns(self.output, tables.columns)
         return Prepared(self.config, tables, teacher, student, self.store_path, space, self.notices)
 
     def known(self, *names: str) -> bool:

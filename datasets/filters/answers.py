@@ -1,11 +1,13 @@
-"""What filters look at: the answered rows of one group, as token ids and as text.
+"""What filters look at: the answered rows of one group, with fields of their prompts.
 
 Legend: N rows, T response tokens.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +27,15 @@ class Answers:
     Attributes:
         ids: Response ids of each row, lists of int32 [T], with their stop token.
         finish_reasons: ``stop`` or ``length`` for each row, string [N].
+        sources: Name of each row's source, string [N].
+        fields: Fields of the prompt files that filters read, by name: JSON text or null, [N].
         decode: Makes text of token ids.
     """
 
     ids: pa.ListArray
     finish_reasons: pa.StringArray
+    sources: pa.StringArray
+    fields: Mapping[str, pa.StringArray]
     decode: Decode
 
     def __len__(self) -> int:
@@ -53,7 +59,23 @@ class Answers:
         """Text of each answer."""
         return self.decode(self.tokens)
 
+    def field(self, name: str) -> list[Any]:
+        """Values of a field of the prompt files, None where a row has none."""
+        return [
+            None if text is None else json.loads(text) for text in self.fields[name].to_pylist()
+        ]
+
+    def of_sources(self, names: Sequence[str] | None) -> NDArray[np.bool_]:
+        """Whether each row is of one of these sources, [N]; None: of any."""
+        return np.array([names is None or s in names for s in self.sources.to_pylist()], bool)
+
     def take(self, rows: NDArray[np.int64]) -> "Answers":
         """The rows with these numbers."""
         places = pa.array(rows)
-        return Answers(self.ids.take(places), self.finish_reasons.take(places), self.decode)
+        return Answers(
+            self.ids.take(places),
+            self.finish_reasons.take(places),
+            self.sources.take(places),
+            {name: values.take(places) for name, values in self.fields.items()},
+            self.decode,
+        )

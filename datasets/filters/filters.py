@@ -10,6 +10,7 @@ Legend: N rows, T response tokens.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.config.stream import (
+    AnswerConfig,
     FilterConfig,
     FiltersConfig,
     LengthConfig,
@@ -25,6 +27,7 @@ from raystill.config.stream import (
     RepetitionConfig,
 )
 from raystill.datasets.filters.answers import Answers, Decode, Int32Array
+from raystill.datasets.filters.reference import agrees
 from raystill.datasets.rows.schema import FILTERED
 from raystill.model.on_node import ModelSource
 
@@ -35,31 +38,27 @@ APOSTROPHES = str.maketrans("\u2019\u2018\u02bc", "'''")
 
 
 class AnswerFilters:
-    """The filters of a run file, in order. ``decode``: see `Answers`."""
+    """The filters of a run file, in order."""
 
-    def __init__(self, config: FiltersConfig, decode: Decode) -> None:
-        self._filters = [(rule.label, make_filter(rule)) for rule in config.rules]
-        self._decode = decode
+    def __init__(self, config: FiltersConfig) -> None:
+        self._filters = [(rule, make_filter(rule)) for rule in config.rules]
 
-    def rejected(self, answers: pa.Table, kept: Mask) -> pa.Array:
+    def rejected(self, answers: Answers, kept: Mask) -> pa.Array:
         """``filtered: NAME`` for each row that a filter rejects, string [N]; null for the others.
 
-        answers: ``response_ids`` and ``finish_reason``. kept: the rows to look at, bool [N]. A
-        filter sees the rows that those before it have passed.
+        kept: the rows to look at, bool [N]. A filter sees the rows of its sources that those before
+        it have passed.
         """
         reasons = np.full(len(answers), None, object)
         left = np.flatnonzero(kept)
-        ids, finish_reasons = (
-            answers[name].combine_chunks() for name in ("response_ids", "finish_reason")
-        )
-        seen = Answers(ids, finish_reasons, self._decode).take(left)
-        for name, rejects in self._filters:
-            if not len(left):
-                break
-            bad = rejects(seen)
-            reasons[left[bad]] = FILTERED + name
-            if bad.any():
-                left, seen = left[~bad], seen.take(np.flatnonzero(~bad))
+        for rule, rejects in self._filters:
+            left_answers = answers.take(left)
+            looked_at = np.flatnonzero(left_answers.of_sources(rule.sources))
+            if not len(looked_at):
+                continue
+            bad = looked_at[rejects(left_answers.take(looked_at))]
+            reasons[left[bad]] = FILTERED + rule.label
+            left = np.delete(left, bad)
         return pa.array(reasons, pa.string())
 
 
@@ -142,6 +141,17 @@ def plain_text(text: str) -> str:
     return " ".join(text.translate(APOSTROPHES).casefold().split())
 
 
+def by_answer(config: AnswerConfig, answers: Answers) -> Mask:
+    """Rejects what agrees with none of its references: a text, a number, or a list of them."""
+
+    def right(text: str, reference: Any) -> bool:
+        meant = reference if isinstance(reference, list) else [reference]
+        return any(agrees(text, str(one), config.by, config.tolerance) for one in meant)
+
+    pairs = zip(answers.texts, answers.field(config.column), strict=True)
+    return np.array([not right(*pair) for pair in pairs], bool)
+
+
 def by_end(_: bool, answers: Answers) -> Mask:
     """Rejects what does not end with a stop token."""
     return ~answers.finished
@@ -153,5 +163,6 @@ FILTERS: dict[str, Callable[..., Mask]] = {
     "regex": by_regex,
     "refusal": by_refusal,
     "finished": by_end,
+    "answer": by_answer,
 }
 """Filters by the setting of an entry of ``filters``; each gets that setting and the answers."""

@@ -12,6 +12,7 @@ import glob
 import io
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
@@ -42,7 +43,7 @@ class PromptSource:
     """Some files of prompts, and which fields of their rows are read.
 
     ``where`` is the dotted key of its settings. ``name`` is None where ``prompts.path`` is set:
-    each row then names its source in ``source_field``.
+    each row then names its source in ``source_field``. ``columns``: further fields that are kept.
     """
 
     where: str
@@ -54,6 +55,7 @@ class PromptSource:
     response_field: str | None
     source_field: str
     limit: int | None
+    columns: tuple[str, ...] = ()
 
     def problem(self, message: str) -> Problem:
         """A problem of its ``path``."""
@@ -64,7 +66,7 @@ class PromptSource:
         return text if self.name is None else f"source {self.name!r}: {text}"
 
 
-def prompt_sources(prompts: PromptsConfig) -> list[PromptSource]:
+def prompt_sources(prompts: PromptsConfig, columns: Sequence[str] = ()) -> list[PromptSource]:
     """The sources in reading order; for ``prompts.path`` a single one without a name."""
 
     def source(where: str, name: str | None, own: PromptsConfig | SourceConfig) -> PromptSource:
@@ -79,6 +81,7 @@ def prompt_sources(prompts: PromptsConfig) -> list[PromptSource]:
             response_field=own.response_field or prompts.response_field,
             source_field=prompts.source_field,
             limit=own.limit,
+            columns=tuple(columns),
         )
 
     if prompts.sources is None:

@@ -8,7 +8,7 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,20 +38,23 @@ class RawPrompt:
     source: str
     where: str
     response: str | None = None
+    columns: tuple[str | None, ...] = ()
 
 
 class BrokenRow(ValueError):
     """A row that is not a valid prompt; the message says why."""
 
 
-def read_prompts(prompts: PromptsConfig, progress: Progress | None = None) -> list[RawPrompt]:
+def read_prompts(
+    prompts: PromptsConfig, progress: Progress | None = None, columns: Sequence[str] = ()
+) -> list[RawPrompt]:
     """All prompts, in the order of the sources and of their files.
 
-    Raises ConfigError with the problems of all files.
+    ``columns``: further fields to keep. Raises ConfigError with the problems of all files.
     """
     problems: list[Problem] = []
     sources = []
-    for source in prompt_sources(prompts):
+    for source in prompt_sources(prompts, columns):
         files, missing = find_files(source)
         problems += missing
         sources.append((source, files, not missing))
@@ -119,19 +122,21 @@ def _read_file(file: PromptFile, problems: list[Problem]) -> Iterator[RawPrompt]
 def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
     """A row as a prompt. Raises BrokenRow."""
     if isinstance(row, str) and source.response_field is None:
-        return RawPrompt(row, None, source.name or DEFAULT_SOURCE, where)
+        none = (None,) * len(source.columns)
+        return RawPrompt(row, None, source.name or DEFAULT_SOURCE, where, None, none)
     if not isinstance(row, dict):
         raise BrokenRow(f"is {_short(row)}; expected an object with {source.prompt_field!r}")
     response = _response(row, source)
     name = row.get(source.source_field) if source.name is None else source.name
     name = DEFAULT_SOURCE if name is None else str(name)
+    columns = tuple(_as_json(row.get(column)) for column in source.columns)
     messages, text = row.get(source.messages_field), row.get(source.prompt_field)
     if isinstance(text, list):  # Chat messages under the name of the prompt.
         messages, text = messages or text, None
     if messages is not None:
-        return RawPrompt(None, as_messages(messages), name, where, response)
+        return RawPrompt(None, as_messages(messages), name, where, response, columns)
     if isinstance(text, str):
-        return RawPrompt(text, None, name, where, response)
+        return RawPrompt(text, None, name, where, response, columns)
     if text is None:
         keys = ", ".join(str(key) for key in list(row)[:12])
         raise BrokenRow(
@@ -139,6 +144,11 @@ def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
             f"set {source.where}.prompt_field or {source.where}.messages_field to the field to use"
         )
     raise BrokenRow(f"{source.prompt_field!r} is {_short(text)}; expected text")
+
+
+def _as_json(value: Any) -> str | None:
+    """A field's value as JSON text; what JSON lacks, a date for example, as its text."""
+    return None if value is None else json.dumps(value, default=str)
 
 
 def _response(row: dict[str, Any], source: PromptSource) -> str | None:

@@ -19,7 +19,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raystill.base.errors import ConfigError, Problem
-from raystill.base.run_folder import HELD_OUT_PROMPTS, MESSAGES, TRAIN_PROMPTS, RunFolder
+from raystill.base.run_folder import (
+    HELD_OUT_PROMPTS,
+    MESSAGES,
+    PROMPT_COLUMNS,
+    TRAIN_PROMPTS,
+    RunFolder,
+)
+from raystill.datasets.prompts.columns import filter_columns
 from raystill.datasets.prompts.read import RawPrompt, read_prompts
 from raystill.datasets.prompts.select import (
     UNBOUNDED,
@@ -63,6 +70,8 @@ class PromptTables:
     ``messages`` has the chat of each prompt, as JSON, by the digest of its ids; with an API teacher
     only, which is asked in words.
 
+    ``columns`` has the fields that filters read, by training row; None where they read none.
+
     ``dropped`` counts unusable prompts by reason; ``first_dropped`` says where the first of each
     is.
     """
@@ -76,6 +85,7 @@ class PromptTables:
     longest_prompt_tokens: int
     samples: NDArray[np.int64]
     messages: pa.Table | None = None
+    columns: pa.Table | None = None
 
     def response_tokens(self, name: str, max_tokens: int) -> int:
         """The most response tokens that the table ``name`` can have.
@@ -128,6 +138,8 @@ class PromptTables:
             folder.write_table(name, table, row_group_size=size)
         if self.messages is not None:
             folder.write_table(MESSAGES, self.messages)
+        if self.columns is not None:
+            folder.write_table(PROMPT_COLUMNS, self.columns, row_group_size=size)
 
 
 def build_prompt_tables(
@@ -142,7 +154,7 @@ def build_prompt_tables(
     ``context_tokens``. Of equal prompts the held-out one is kept, else the first. The weights of
     sources apply to training rows only. Raises ConfigError with all problems.
     """
-    raws = read_prompts(config.prompts, tokeniser.progress)
+    raws = read_prompts(config.prompts, tokeniser.progress, config.filters.columns)
     usable = sort_prompts(raws, config, tokeniser, max_prompt_tokens, context_tokens)
     kept = usable.kept
     prompts = [digest_of(usable.ids[index]) for index in kept]
@@ -164,6 +176,7 @@ def build_prompt_tables(
         longest_prompt_tokens=max((len(usable.ids[i]) for i in kept), default=0),
         samples=samples,
         messages=_messages(tokeniser, usable) if config.teacher.engine == "api" else None,
+        columns=filter_columns(config, [raws[kept[i]] for i in train], rows),
     )
 
 
@@ -320,10 +333,14 @@ def open_table(path: str) -> pq.ParquetFile:
 
 
 class PromptReader:
-    """Reads rows of a prompt table by their numbers, with the last used row groups in memory."""
+    """Reads rows of a prompt table by their numbers, with the last used row groups in memory.
 
-    def __init__(self, path: str) -> None:
+    ``columns``: those to read, ``row`` among them; None: all.
+    """
+
+    def __init__(self, path: str, columns: Sequence[str] | None = COLUMNS) -> None:
         self._file = open_table(path)
+        self._columns = None if columns is None else list(columns)
         metadata = self._file.metadata
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
@@ -336,7 +353,7 @@ class PromptReader:
         return int(self._starts[-1])
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
-        """The rows with these numbers, in this order, with the columns COLUMNS."""
+        """The rows with these numbers, in this order."""
         group_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         groups = np.unique(group_of_row)
         parts = [self._row_group(int(group)) for group in groups]
@@ -350,7 +367,7 @@ class PromptReader:
 
     def _row_group(self, index: int) -> pa.Table:
         if index not in self._held:
-            part = self._file.read_row_group(index, list(COLUMNS))
+            part = self._file.read_row_group(index, self._columns)
             self._held[index] = part
             self._held_bytes += part.nbytes
             while len(self._held) > 1 and self._held_bytes > CACHE_BYTES:

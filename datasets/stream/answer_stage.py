@@ -6,7 +6,6 @@ it is done and published. Rows without a usable answer, and those that a filter 
 here and their credits returned.
 """
 
-import asyncio
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,12 +15,12 @@ import ray
 
 from raystill.base.errors import RunError
 from raystill.base.logs import log_labelled, run_name
-from raystill.datasets.filters.filters import AnswerFilters, text_of
 from raystill.datasets.prompts.tables import open_table
 from raystill.datasets.rows.answers import require_none_fatal, with_foreign_ids
 from raystill.datasets.rows.schema import FILTERED, row_schema
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream.answers import StoredAnswers
+from raystill.datasets.stream.filtering import GroupFilters
 from raystill.datasets.stream.teacher_calls import (
     POISON,
     TeacherCalls,
@@ -61,10 +60,7 @@ class AnswerGroup:
                 spec.coordinator,
             ),
         )
-        self._filters = None
-        if spec.filters.rules:
-            assert spec.teacher is not None, "filters are set, but the teacher's tokenizer is not"
-            self._filters = AnswerFilters(spec.filters, text_of(spec.teacher))
+        self._filters = GroupFilters(spec) if spec.filters.rules else None
         self._poison = frozenset(ray.get(spec.coordinator.poison_rows.remote()))
 
     async def __call__(self, block: pa.Table) -> pa.Table:
@@ -120,9 +116,7 @@ class AnswerGroup:
         reasons = _or_reason(reasons, before, DROPPED)
         if self._filters is None:
             return reasons
-        kept = pc.is_null(reasons).to_numpy(zero_copy_only=False)
-        rejected = await asyncio.to_thread(self._filters.rejected, answers, kept)
-        return pc.coalesce(reasons, rejected)
+        return await self._filters.rejected(prompts, answers, reasons)
 
     def _join(self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array) -> pa.Table:
         columns = {**_columns(prompts), **_columns(answers)}

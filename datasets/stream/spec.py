@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from raystill.base.run_folder import TRAIN_PROMPTS
+from raystill.base.run_folder import PROMPT_COLUMNS, TRAIN_PROMPTS
 from raystill.config.stream import FiltersConfig, StreamConfig
 from raystill.datasets.rows.signal import Signal
 from raystill.model.on_node import ModelSource
@@ -52,6 +52,7 @@ class StreamSpec:
         num_ids: `Run.num_ids`.
         filters: The run file's ``filters`` section.
         teacher: The teacher's files; filters that read text need its tokenizer.
+        prompt_columns: Path or URI of the fields that filters read; None where they read none.
     """
 
     prompt_table: str
@@ -69,6 +70,7 @@ class StreamSpec:
     num_ids: int | None = None
     filters: FiltersConfig = field(default_factory=FiltersConfig)
     teacher: ModelSource | None = None
+    prompt_columns: str | None = None
 
     @classmethod
     def of(cls, run: Run, signal: Signal) -> "StreamSpec":
@@ -90,4 +92,5 @@ class StreamSpec:
             num_ids=run.num_ids,
             filters=config.filters,
             teacher=run.teacher,
+            prompt_columns=run.folder.join(PROMPT_COLUMNS) if config.filters.columns else None,
         )

@@ -13,16 +13,10 @@ from pydantic import model_validator
 from raystill.config.base import ConfigModel, PositiveInt, identity, operational
 from raystill.config.objective import ObjectiveConfig
 from raystill.config.prompts import PromptsConfig
-from raystill.config.stream import (
-    EvaluationConfig,
-    FiltersConfig,
-    SignalConfig,
-    StoreConfig,
-    StreamConfig,
-)
+from raystill.config.stream import FiltersConfig, SignalConfig, StoreConfig, StreamConfig
 from raystill.config.student import StudentConfig
 from raystill.config.teacher import TeacherConfig
-from raystill.config.training import TrainingConfig
+from raystill.config.training import EvaluationConfig, TrainingConfig
 
 ROWS_PER_SLOT = 6
 """Rows in flight for each slot of an engine. A group is answered when its slowest row is; until

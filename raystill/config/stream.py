@@ -1,6 +1,4 @@
-"""Configuration of the signal, the stream of rows, the filters, the teacher store and the
-evaluation.
-"""
+"""Configuration of the signal, the stream of rows, the filters and the teacher store."""
 
 from collections import Counter
 from typing import Annotated, Any, Literal
@@ -163,13 +161,41 @@ class RefusalConfig(ConfigModel):
     )
 
 
+class AnswerConfig(ConfigModel):
+    """Rejects answers that differ from a reference, which the prompt file has in a column.
+
+    What counts of a text is its last \\boxed{...}, else its last number. Numbers are compared by
+    value, other contents of a box as text.
+    """
+
+    column: Phrase = identity(
+        "answer", description="Field of the prompt files with the reference, as text or number."
+    )
+    by: Literal["value", "text"] = identity(
+        "value",
+        description="value: the last \\boxed{...}, else the last number, of answer and reference "
+        "is compared. text: the whole of both, without case and surplus spaces.",
+    )
+    tolerance: float = identity(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Largest difference of two numbers, as a share of the reference.",
+    )
+
+
 class FilterConfig(ConfigModel):
-    """One filter: exactly one of the settings besides name."""
+    """One filter: exactly one of the settings besides name and sources."""
 
     name: str | None = identity(
         None,
         pattern=f"^{FILTER_NAME}$",
         description="Name under which its rejected rows are counted. Default: the kind of filter.",
+    )
+    sources: tuple[str, ...] | None = identity(
+        None,
+        min_length=1,
+        description="Names of the sources whose rows it looks at. Default: all.",
     )
     length: LengthConfig | None = identity(
         None, description="Rejects answers that are too short or too long."
@@ -182,11 +208,14 @@ class FilterConfig(ConfigModel):
     finished: bool = identity(
         False, description="Rejects answers that do not end with a stop token."
     )
+    answer: AnswerConfig | None = identity(
+        None, description="Rejects answers that differ from a reference."
+    )
 
     @model_validator(mode="after")
     def _is_one_filter(self) -> "FilterConfig":
         if len(self._set) != 1:
-            kinds = ", ".join(name for name in type(self).model_fields if name != "name")
+            kinds = ", ".join(self._kinds())
             raise ValueError(
                 f"sets {' and '.join(self._set) or 'no filter'}; an entry is one filter, so set "
                 f"one of {kinds}, and list others as entries of their own"
@@ -195,8 +224,11 @@ class FilterConfig(ConfigModel):
 
     @property
     def _set(self) -> list[str]:
-        values = {name: getattr(self, name) for name in type(self).model_fields if name != "name"}
-        return [name for name, value in values.items() if value not in (None, False)]
+        return [name for name in self._kinds() if getattr(self, name) not in (None, False)]
+
+    @classmethod
+    def _kinds(cls) -> list[str]:
+        return [name for name in cls.model_fields if name not in ("name", "sources")]
 
     @property
     def kind(self) -> str:
@@ -207,6 +239,11 @@ class FilterConfig(ConfigModel):
     def label(self) -> str:
         """Name under which its rejected rows are counted."""
         return self.name or self.kind
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Fields of the prompt files that it reads."""
+        return (self.answer.column,) if self.answer is not None else ()
 
 
 class FiltersConfig(ConfigModel):
@@ -243,6 +280,11 @@ class FiltersConfig(ConfigModel):
             )
         return rules
 
+    @property
+    def columns(self) -> list[str]:
+        """Fields of the prompt files that any filter reads, each once."""
+        return list(dict.fromkeys(name for rule in self.rules for name in rule.columns))
+
 
 def spell_out_filters(section: Any) -> Any:
     """Return the long form of a filters section; a bare list becomes ``{rules: [...]}``."""
@@ -269,68 +311,3 @@ class StoreConfig(ConfigModel):
         description="Folder or URI of the teacher store. Default: teacher_store beside the run "
         "folder; runs in the same parent folder share it.",
     )
-
-
-class FreeRunningConfig(ConfigModel):
-    """Free-running evaluation: the student answers held-out prompts by itself."""
-
-    rows: int = operational(
-        16, ge=0, description="Number of held-out prompts that the student answers. 0: none."
-    )
-    max_tokens: PositiveInt | None = operational(
-        None,
-        description="Longest answer of the student, in tokens. Default: "
-        "teacher.sampling.max_tokens.",
-    )
-    during: bool = operational(
-        False,
-        description="Whether the student also answers at the evaluations during training, and not "
-        "only before and after it.",
-    )
-    teacher_scores: bool = operational(
-        False,
-        description="Whether the teacher scores the student's answers, which gives the figure "
-        "kl_on_student_answers. The teacher is then started even if the store has all other "
-        "answers.",
-    )
-
-
-class EvaluationConfig(ConfigModel):
-    """Evaluation: which rows are held out, and how often the student is measured on them."""
-
-    held_out_sources: tuple[str, ...] = identity(
-        (),
-        description="Names of sources that are used for evaluation only. A prompt that such a "
-        "source shares with another one is not trained on.",
-    )
-    held_out_rows: int = identity(
-        0,
-        ge=0,
-        description="Number of rows of the other sources to hold out, chosen by seed. If a prompt "
-        "has several responses, all its rows are held out.",
-    )
-    max_rows: PositiveInt = identity(
-        128, description="Most held-out rows to measure on; chosen by seed if there are more."
-    )
-    top_k: PositiveInt = identity(
-        64, description="Number K of ids and logprobs in the signal of held-out rows."
-    )
-    every_steps: int = operational(
-        0,
-        ge=0,
-        description="Optimizer steps between evaluations during training. 0: only before and after "
-        "it.",
-    )
-    baselines: bool = operational(
-        True,
-        description="Whether to measure uniform, unigram and bigram models too, counted from the "
-        "training answers.",
-    )
-    free_running: FreeRunningConfig = operational(
-        FreeRunningConfig(), description="Evaluation of answers that the student writes by itself."
-    )
-
-    @property
-    def enabled(self) -> bool:
-        """Whether anything is held out."""
-        return bool(self.held_out_sources) or self.held_out_rows > 0

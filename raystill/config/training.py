@@ -1,4 +1,6 @@
-"""Configuration of training: steps, optimizer, workers, precision, memory and checkpoints."""
+"""Configuration of training (steps, optimizer, workers, precision, memory, checkpoints) and of the
+evaluation.
+"""
 
 from typing import Literal
 
@@ -206,3 +208,68 @@ class TrainingConfig(ConfigModel):
     def max_workers(self) -> int:
         """Most workers that the run has at a time."""
         return self._worker_bounds[1]
+
+
+class FreeRunningConfig(ConfigModel):
+    """Free-running evaluation: the student answers held-out prompts by itself."""
+
+    rows: int = operational(
+        16, ge=0, description="Number of held-out prompts that the student answers. 0: none."
+    )
+    max_tokens: PositiveInt | None = operational(
+        None,
+        description="Longest answer of the student, in tokens. Default: "
+        "teacher.sampling.max_tokens.",
+    )
+    during: bool = operational(
+        False,
+        description="Whether the student also answers at the evaluations during training, and not "
+        "only before and after it.",
+    )
+    teacher_scores: bool = operational(
+        False,
+        description="Whether the teacher scores the student's answers, which gives the figure "
+        "kl_on_student_answers. The teacher is then started even if the store has all other "
+        "answers.",
+    )
+
+
+class EvaluationConfig(ConfigModel):
+    """Evaluation: which rows are held out, and how often the student is measured on them."""
+
+    held_out_sources: tuple[str, ...] = identity(
+        (),
+        description="Names of sources that are used for evaluation only. A prompt that such a "
+        "source shares with another one is not trained on.",
+    )
+    held_out_rows: int = identity(
+        0,
+        ge=0,
+        description="Number of rows of the other sources to hold out, chosen by seed. If a prompt "
+        "has several responses, all its rows are held out.",
+    )
+    max_rows: PositiveInt = identity(
+        128, description="Most held-out rows to measure on; chosen by seed if there are more."
+    )
+    top_k: PositiveInt = identity(
+        64, description="Number K of ids and logprobs in the signal of held-out rows."
+    )
+    every_steps: int = operational(
+        0,
+        ge=0,
+        description="Optimizer steps between evaluations during training. 0: only before and after "
+        "it.",
+    )
+    baselines: bool = operational(
+        True,
+        description="Whether to measure uniform, unigram and bigram models too, counted from the "
+        "training answers.",
+    )
+    free_running: FreeRunningConfig = operational(
+        FreeRunningConfig(), description="Evaluation of answers that the student writes by itself."
+    )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is held out."""
+        return bool(self.held_out_sources) or self.held_out_rows > 0

@@ -1,17 +1,29 @@
 """Each filter by a table of cases, and what hostile answers and expressions do to them."""
 
+import asyncio
+import json
 import time
+from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from raystill.base.errors import ConfigError
+from raystill.base.run_folder import PROMPT_COLUMNS, RunFolder
+from raystill.cluster.check.output import check_same_columns
 from raystill.config.load import compare_identity, config_text, validate_leniently
+from raystill.config.prompts import PromptsConfig
 from raystill.config.run import RunConfig
 from raystill.config.stream import FiltersConfig
+from raystill.datasets.filters.answers import Answers
 from raystill.datasets.filters.filters import AnswerFilters, repeated_share, text_of
+from raystill.datasets.filters.reference import last_box, value_of
+from raystill.datasets.prompts.tables import PromptReader, build_prompt_tables
+from raystill.datasets.prompts.tokenise import PromptTokeniser
+from raystill.datasets.stream.filtering import GroupFilters
 from raystill.model.on_node import ModelSource
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny-teacher"
@@ -27,18 +39,24 @@ def ids_of(text, finished=True):
     return [ord(character) for character in text] + [STOP] * finished
 
 
-def rejected(rules, *answers, kept=None):
-    """The name of the filter that rejects each answer: a text, or token ids and how it ended."""
+def answers_of(*answers, sources=None, **fields):
+    """Answers: each a text, or token ids and how it ended. Fields: their values, None for none."""
     rows = [(ids_of(a), "stop") if isinstance(a, str) else a for a in answers]
-    table = pa.table(
-        {
-            "response_ids": pa.array([ids for ids, _ in rows], pa.list_(pa.int32())),
-            "finish_reason": pa.array([reason for _, reason in rows], pa.string()),
-        }
+    texts = {n: [None if v is None else json.dumps(v) for v in vs] for n, vs in fields.items()}
+    return Answers(
+        pa.array([ids for ids, _ in rows], pa.list_(pa.int32())),
+        pa.array([reason for _, reason in rows], pa.string()),
+        pa.array(sources or ["s"] * len(rows), pa.string()),
+        {name: pa.array(values, pa.string()) for name, values in texts.items()},
+        decode,
     )
-    filters = AnswerFilters(FiltersConfig.model_validate(rules), decode)
-    kept = np.ones(len(rows), bool) if kept is None else np.array(kept)
-    reasons = filters.rejected(table, kept)
+
+
+def rejected(rules, *answers, kept=None, **more):
+    """The name of the filter that rejects each answer."""
+    filters = AnswerFilters(FiltersConfig.model_validate(rules))
+    kept = np.ones(len(answers), bool) if kept is None else np.array(kept)
+    reasons = filters.rejected(answers_of(*answers, **more), kept)
     assert reasons.type == pa.string()
     return [None if r is None else r.removeprefix("filtered: ") for r in reasons.to_pylist()]
 
@@ -151,6 +169,104 @@ def test_the_first_filter_that_rejects_a_row_is_named_and_others_see_what_passed
     assert rejected(rules) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("So it is 72.", 72),
+        ("#### 1,234.50", Fraction(2469, 2)),
+        ("x = -4", -4),
+        ("x = \u22124", -4),
+        ("5-3", 3),
+        ("from 10-12 o'clock", 12),
+        ("1/2", Fraction(1, 2)),
+        ("1 / 3 of it", Fraction(1, 3)),
+        ("\\frac{1}{2}", Fraction(1, 2)),
+        (".5", Fraction(1, 2)),
+        ("1.5e3", 1500),
+        ("$5.00", 5),
+        ("50%", 50),
+        ("0", 0),
+        ("0.0", 0),
+        ("the 3rd", 3),
+        ("1, 2 and 3", 3),
+        ("\\boxed{7} since 3 + 4", 7),
+        ("\\boxed{1} or rather \\boxed{2}", 2),
+        ("\\boxed{\\boxed{3}}", 3),
+        ("\\boxed{\\frac{3}{4}}", Fraction(3, 4)),
+        ("\\boxed{-\\dfrac{3}{4}}", Fraction(-3, 4)),
+        ("\\boxed{1{,}000}", 1000),
+        ("\\boxed{\\text{Blue}}", "blue"),
+        ("\\boxed{x^2 + 1}", "x^2+1"),
+        ("\\boxed{12", 12),
+        ("1/0", "1/0"),
+        ("9" * 5000, "9" * 5000),
+        ("1e999", "1e999"),
+        ("version 1.2.3", None),
+        ("a1", None),
+        ("Blue.", None),
+        ("", None),
+        ("\ud800", None),
+    ],
+)
+def test_the_value_of_a_text_is_its_last_box_or_its_last_number(text, value):
+    assert value_of(text) == value
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "settings", "right"),
+    [
+        ("So 3 + 4 = 7.", "7", {}, True),
+        ("So 3 + 4 = 7.", "Adding gives\n#### 7", {}, True),
+        ("It is \\boxed{0.5}.", "\\boxed{\\frac{1}{2}}", {}, True),
+        ("It is 1,000", "1000.00", {}, True),
+        ("It is 8", "7", {}, False),
+        ("I do not know", "7", {}, False),
+        ("", "7", {}, False),
+        ("blue ", "Blue.", {}, True),
+        ("It is blue", "Blue", {}, False),
+        ("There are 3: blue", "Blue", {}, False),
+        ("\\boxed{Blue}", "\\boxed{\\text{ blue }}", {}, True),
+        ("It is 3.14", "3.14159", {}, False),
+        ("It is 3.14", "3.14159", {"tolerance": 0.01}, True),
+        ("It is -3.14", "3.14159", {"tolerance": 0.01}, False),
+        ("It is 0.001", "0", {"tolerance": 0.5}, False),
+        ("Blue  Whale", "blue whale", {"by": "text"}, True),
+        ("A blue whale", "blue whale", {"by": "text"}, False),
+        ("7", "7.0", {"by": "text"}, False),
+    ],
+)
+def test_answers_are_checked_against_a_reference(answer, reference, settings, right):
+    rule = [{"answer": {"column": "gold", **settings}}]
+    assert rejected(rule, answer, gold=[reference]) == [None if right else "answer"]
+
+
+def test_a_reference_may_be_a_number_or_a_list_of_them():
+    answers, gold = ["7", "7.0", "b", "b", "a"], [7, 7.0, ["a", "b"], [], ["a", 7]]
+    rule = [{"answer": {"column": "gold"}}]
+    assert rejected(rule, *answers, gold=gold) == [None, None, None, "answer", None]
+
+
+def test_hostile_answers_take_no_time_to_compare():
+    parts = ["1,234", "\\boxed{", "{", "}", "\\frac{", "1/", "-", "1", ",", "1 ", "1e", "(", "\\"]
+    began = time.monotonic()
+    for part in parts:
+        value_of(part * 1_000_000)
+        last_box(part * 20_000)
+        value_of("\\boxed{" * 2000 + part * 2000 + "}" * 2000)
+    assert time.monotonic() - began < 20
+
+
+def test_a_filter_may_be_of_some_sources_only():
+    rules = [
+        {"sources": ["maths"], "answer": {"column": "gold"}},
+        {"sources": ["chat", "web"], "length": {"max_tokens": 2}},
+    ]
+    answers, sources = ["7", "8", "888", "88", "999"], ["maths", "maths", "chat", "web", "other"]
+    gold = ["7", "7", None, None, None]
+    expected = [None, "answer", "length", None, None]
+    assert rejected(rules, *answers, sources=sources, gold=gold) == expected
+
+
 def test_no_expression_and_no_answer_takes_long():
     """Expressions that take a backtracking matcher for ever, and answers made to be slow."""
     patterns = ["^(a+)+$", "(a|aa)+$", "(.*a){20}$", "^(([a-z])+.)+[A-Z]([a-z])+$"]
@@ -216,3 +332,89 @@ def test_texts_are_those_of_the_teachers_tokenizer():
     assert text == ["Water boils at 100 degrees.", ""]
     with pytest.raises(ConfigError):
         text_of(ModelSource("none", "/nowhere"))([np.array([1], np.int32)])
+
+
+def tables(tmp_path, rows, filters, **prompts):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = RunConfig.model_validate(
+        run_with(filters) | {"prompts": {"path": str(path), "chat_template": False, **prompts}}
+    )
+    return build_prompt_tables(config, PromptTokeniser(TINY, config.prompts), 100)
+
+
+def test_fields_of_the_prompt_file_follow_their_rows(tmp_path):
+    rows = [
+        {"prompt": f"What is {i}?", "answer": i, "more": {"a": [i, "\ud800"]}} for i in range(9)
+    ]
+    rows += [{"prompt": "What is 3?", "answer": "a duplicate", "more": None}]
+    made = tables(tmp_path, rows, [{"answer": {}}], samples_per_prompt=2)
+    folder = RunFolder(str(tmp_path))
+    folder.write_table(PROMPT_COLUMNS, made.columns, row_group_size=4)
+    reader = PromptReader(folder.join(PROMPT_COLUMNS), None)
+    taken = reader.take(np.array([3, 11, 0, 17]))
+    assert taken["field answer"].cast(pa.string()).to_pylist() == ["3", "2", "0", "8"]
+    assert "field more" not in taken.column_names
+    assert made.columns["row"].to_pylist() == list(range(18))
+    assert tables(tmp_path, rows, [{"finished": True}]).columns is None
+
+
+def test_a_group_is_filtered_with_the_fields_of_its_rows(tmp_path):
+    """What the answer stage does, without Ray: rows come in the order of the plan."""
+    rows = [{"prompt": f"What is {i}?", "answer": i} for i in range(6)]
+    folder = RunFolder(str(tmp_path))
+    folder.write_table(PROMPT_COLUMNS, tables(tmp_path, rows, [{"answer": {}}]).columns)
+    spec = SimpleNamespace(
+        filters=FiltersConfig.model_validate([{"answer": {}}]),
+        teacher=ModelSource.of("tiny", TINY),
+        prompt_columns=folder.join(PROMPT_COLUMNS),
+    )
+    tokeniser = PromptTokeniser(TINY, PromptsConfig(path="p", chat_template=False))
+    texts = ["It is 4.", "It is 4.", "", "It is 5."]
+    ids = [tokeniser.tokenizer.encode(text).ids for text in texts]
+    answers = pa.table(
+        {
+            "response_ids": pa.array(ids, pa.list_(pa.int32())),
+            "finish_reason": ["length", "length", None, "length"],
+        }
+    )
+    prompts = pa.table({"row": [4, 0, 1, 5], "source": ["s"] * 4})
+    reasons = pa.array([None, None, "empty", None], pa.string())
+    told = asyncio.run(GroupFilters(spec).rejected(prompts, answers, reasons))
+    assert told.to_pylist() == [None, "filtered: answer", "empty", None]
+
+
+@pytest.mark.parametrize(
+    ("rows", "filters", "where", "message"),
+    [
+        ([{"gold": 1}, {}], [{"answer": {"column": "gold"}}], "rules.0.answer.column", "1 of 2"),
+        ([{"gold": None}], [{"answer": {"column": "gold"}}], "rules.0.answer.column", "line 1"),
+        ([{}], [{"finished": True, "sources": ["math"]}], "rules.0.sources", "'math' is no source"),
+    ],
+)
+def test_a_reference_that_is_missing_is_told_before_anything_is_spent(
+    tmp_path, rows, filters, where, message
+):
+    rows = [{"prompt": f"p {i}", **row} for i, row in enumerate(rows)]
+    with pytest.raises(ConfigError) as error:
+        tables(tmp_path, rows, filters)
+    assert [p.where for p in error.value.problems] == [f"filters.{where}"]
+    assert message in error.value.problems[0].message
+
+
+def test_a_source_without_references_needs_none_where_the_filter_is_not_of_it(tmp_path):
+    rows = [{"prompt": "a", "gold": 1, "source": "maths"}, {"prompt": "b", "source": "chat"}]
+    made = tables(tmp_path, rows, [{"sources": ["maths"], "answer": {"column": "gold"}}])
+    assert made.columns["field gold"].cast(pa.string()).to_pylist() == ["1", None]
+
+
+def test_another_reference_is_another_run(tmp_path):
+    rows = [{"prompt": f"p {i}", "gold": i} for i in range(4)]
+    rule, folder = [{"answer": {"column": "gold"}}], RunFolder(str(tmp_path / "run")).ensure()
+    before = tables(tmp_path, rows, rule).columns
+    assert check_same_columns(folder, before) == []
+    folder.write_table(PROMPT_COLUMNS, before)
+    assert check_same_columns(folder, tables(tmp_path, rows, rule).columns) == []
+    rows[2]["gold"] = 7
+    (problem,) = check_same_columns(folder, tables(tmp_path, rows, rule).columns)
+    assert "field gold" in problem.message

@@ -1,0 +1,54 @@
+"""Filters in the answer stage: what they need of a group's rows, beside the loop that answers them.
+
+*Consumes* a group's prompts and published answers. Filters run in threads of their own, since they
+may take long, and the store's look-ups must not wait behind them.
+"""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raystill.datasets.filters.answers import Answers
+from raystill.datasets.filters.filters import AnswerFilters, text_of
+from raystill.datasets.prompts.columns import PREFIX
+from raystill.datasets.prompts.tables import PromptReader
+
+if TYPE_CHECKING:
+    from raystill.datasets.stream.spec import StreamSpec
+
+
+class GroupFilters:
+    """The filters of a run, for groups of the stream."""
+
+    def __init__(self, spec: "StreamSpec") -> None:
+        assert spec.teacher is not None, "there are filters, but no teacher whose tokenizer to use"
+        self._filters = AnswerFilters(spec.filters)
+        self._decode = text_of(spec.teacher)
+        self._fields = spec.prompt_columns and PromptReader(spec.prompt_columns, None)
+        self._reading = Lock()
+        self._threads = ThreadPoolExecutor(1, "filters")
+
+    async def rejected(self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array) -> pa.Array:
+        """The reasons why rows are dropped, string; with those of filters where there was none."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._rejected, prompts, answers, reasons)
+
+    def _rejected(self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array) -> pa.Array:
+        ids, ends = (answers[n].combine_chunks() for n in ("response_ids", "finish_reason"))
+        fields = {}
+        if self._fields:
+            with self._reading:
+                table = self._fields.take(prompts["row"].to_numpy())
+            fields = {
+                name.removeprefix(PREFIX): column.combine_chunks().cast(pa.string())
+                for name, column in zip(table.column_names, table.columns, strict=True)
+                if name.startswith(PREFIX)
+            }
+        seen = Answers(ids, ends, prompts["source"].combine_chunks(), fields, self._decode)
+        kept = pc.is_null(reasons).to_numpy(zero_copy_only=False).astype(np.bool_)
+        return pc.coalesce(reasons, self._filters.rejected(seen, kept))
