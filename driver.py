@@ -112,6 +112,7 @@ def run(
     from raystill.cluster.job import run as job
     from raystill.cluster.job.driver_process import hold_run_folder
     from raystill.cluster.job.watch import watch
+    from raystill.cluster.lineage.papers import leave_papers
     from raystill.cluster.report import summary, tables
     from raystill.cluster.report.page.during import close_page
     from raystill.cluster.report.trackers import Trackers
@@ -135,6 +136,8 @@ def run(
             student = job.fit(this_run, stream)
             result = watch(this_run, prepared, teacher, student, trackers)
         summary.write_summary(folder, result)
+        if not result.stopped_by:
+            leave_papers(folder, say)
         close_page(folder, stopped=result.stopped_by != 0, tell=say)
     if result.stopped_by:
         again = resume_command(run_file, overrides, skip_probe)
@@ -224,6 +227,17 @@ def report(
     from raystill.cluster.commands.report import report_command
 
     return report_command(run_folders, as_json, html, say)
+
+
+@app.command()
+def lineage(folder: options.StudentFolder, as_json: options.AsJson = False) -> int:
+    """Show who taught a student, back through generations.
+
+    From lineage.json in its folder. Exit status 1 if the weights were changed since.
+    """
+    from raystill.cluster.commands.lineage import lineage_command
+
+    return lineage_command(folder, as_json)
 
 
 @app.command()

@@ -20,6 +20,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from raystill.base.errors import Problem
+from raystill.cluster.lineage.graph import BrokenLineage, read_lineage
+from raystill.cluster.lineage.sources import sources
 from raystill.config.run import RunConfig, TermsConfig
 from raystill.model.files import ModelFolder
 
@@ -132,6 +134,28 @@ def of_service(base_url: str | None) -> Finding:
     return _matching("service", host, f"{host} is a service")
 
 
+def of_lineage(model: ModelFolder | None) -> Finding:
+    """The finding on all that a model comes from, by the lineage file in its folder.
+
+    The model's own licence is not in it, since it is looked at by itself.
+    """
+    try:
+        lineage = None if model is None else read_lineage(model.path)
+    except BrokenLineage as error:
+        said = f"{model.name if model else ''} has a lineage.json that {error}"
+        return Finding("unclear", unknown=frozenset({("licence", said)}))
+    if lineage is None:
+        return Finding()
+    parts = []
+    for one in lineage.ancestors():
+        if one.route is not None:
+            parts.append(of_service(f"https://{one.route}"))
+        if one.route is None or one.licence is not None:
+            of = of_licence if lineage.teaches(one.id) else of_weights
+            parts.append(of(one.licence, one.name))
+    return join(parts)
+
+
 def _matching(kind: str, name: str, what: str) -> Finding:
     for rule in rules():
         if rule.kind == kind and name in rule.match:
@@ -208,7 +232,9 @@ def check_terms(
 def finding_of(
     config: RunConfig, teacher: ModelFolder | None, student: ModelFolder | None
 ) -> Finding:
-    """The join over the teacher's licence, its service, and the student's first weights."""
+    """The join over the teacher's licence, its service, the student's first weights, and all that
+    these models come from.
+    """
     terms, parts = config.terms, []
     if config.teacher.engine == "api":
         service = of_service(config.teacher.api.base_url)
@@ -218,10 +244,10 @@ def finding_of(
             parts.append(of_licence(terms.teacher_licence, f"{config.teacher.api.model}"))
     elif config.teacher.engine == "vllm":
         licence = terms.teacher_licence or licence_of(teacher)
-        parts.append(of_licence(licence, config.teacher.model))
+        parts += [of_licence(licence, config.teacher.model), of_lineage(teacher)]
     if config.student.model is not None:
         licence = terms.base_licence or licence_of(student)
-        parts.append(of_weights(licence, config.student.model))
+        parts += [of_weights(licence, config.student.model), of_lineage(student)]
     return join(parts)
 
 
@@ -300,6 +326,18 @@ def record(
         "duties": sorted(map(list, found.duties)),
         "readings": [{"id": rule.id, "clause": rule.clause()} for rule in _named(found)],
         "unknown": sorted(said for _, said in found.unknown),
+        "student_licence": config.terms.student_licence,
+        "sources": sources(
+            config,
+            teacher,
+            student,
+            {
+                "teacher": config.terms.teacher_licence or licence_of(teacher)
+                if config.teacher.engine != "api"
+                else config.terms.teacher_licence,
+                "base": config.terms.base_licence or licence_of(student),
+            },
+        ),
     }
     if permission is not None:
         kept["permission"] = {

@@ -163,6 +163,11 @@ TokenizerFolder = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")]
 
+# lineage
+StudentFolder = Annotated[
+    str, typer.Argument(metavar="FOLDER", help="A student's folder, or that of a finished run.")
+]
+
 # fields
 Section = Annotated[
     str | None,

@@ -45,7 +45,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train/evaluation": GROUND | ROWS | STEP | {"datasets/stream"},
     "train/calibration": GROUND | ROWS | STUDENT | {"datasets/store"},
     "train/worker": GROUND | WORKER | {"datasets/stream"},
-    "cluster/check": GROUND | ROWS | {"datasets/prompts", "datasets/store", "serve/engine"},
+    "cluster/lineage": GROUND,
+    "cluster/check": GROUND
+    | ROWS
+    | {"cluster/lineage", "datasets/prompts", "datasets/store", "serve/engine"},
     "cluster/coordinator": GROUND | ROWS | {"datasets/stream"},
     "cluster/report": GROUND | {"cluster/check", "cluster/coordinator", "datasets/store"},
     "cluster/report/page": GROUND | {"cluster/report"},
@@ -55,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster/commands": GROUND
     | ROWS
     | {"cluster/check", "cluster/job", "cluster/report", "datasets/store", "datasets/stream"}
-    | {"cluster/report/page", "serve", "train/calibration"},
+    | {"cluster/lineage", "cluster/report/page", "serve", "train/calibration"},
     "cluster/store": GROUND
     | {"cluster/check", "cluster/commands", "datasets/exchange", "datasets/prompts"}
     | {"datasets/rows", "datasets/store"},

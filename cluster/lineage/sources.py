@@ -1,0 +1,108 @@
+"""What a run's manifest says of the sources of its student; the papers are made of it alone.
+
+Imports the standard library and the configuration only.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from raystill.cluster.lineage.graph import BrokenLineage, Model, read_lineage
+from raystill.config.run import RunConfig
+from raystill.model.files import ModelFolder
+
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
+HUB_DATA = "hf://datasets/"
+
+
+def sources(
+    config: RunConfig,
+    teacher: ModelFolder | None,
+    student: ModelFolder | None,
+    licences: Mapping[str, str | None],
+) -> dict[str, Any]:
+    """The teacher, the model that the student's weights began with, the prompts, and all models
+    that these come from in turn.
+
+    licences: the licence ids of ``teacher`` and ``base``. The teacher's identity is in the
+    manifest already; a base is known by its name, or by the identity in its own lineage file.
+    """
+    by_id: dict[str, Model] = {}
+    taught: Model | None = None
+    if config.teacher.engine == "api":
+        host = urlsplit(config.teacher.api.base_url or "").hostname
+        taught = Model("", f"{config.teacher.api.model}", licences["teacher"], route=host)
+    elif config.teacher.engine == "vllm":
+        taught = _described(config.teacher.model, teacher, licences["teacher"], by_id)
+        taught = replace(taught, revision=config.teacher.revision)
+    base: Model | None = None
+    if config.student.model is not None:
+        base = _described(config.student.model, student, licences["base"], by_id)
+        base = replace(base, revision=config.student.revision)
+    return {
+        "teacher": None if taught is None else asdict(taught),
+        "teacher_hub_id": _hub_id(config.teacher.model)
+        if config.teacher.engine == "vllm"
+        else None,
+        "base": None if base is None else asdict(base),
+        "base_hub_id": _hub_id(config.student.model),
+        "starts_from_teacher": config.student.init == "from_teacher"
+        and config.teacher.engine == "vllm",
+        "prompts": _prompts(config),
+        "ancestors": {name: asdict(by_id[name]) for name in sorted(by_id)},
+    }
+
+
+def _described(
+    name: str, folder: ModelFolder | None, licence: str | None, by_id: dict[str, Model]
+) -> Model:
+    """A model with weights; its own ancestors are added to ``by_id``.
+
+    What its lineage file says of it is an ancestor too: the weights may have been changed since.
+    """
+    lineage = None
+    if folder is not None:
+        try:
+            lineage = read_lineage(folder.path)
+        except BrokenLineage:  # The check has told of it.
+            lineage = None
+    shown = name if _hub_id(name) else os.path.basename(name.rstrip("/"))
+    model = Model(name, shown, licence, _licence_hash(folder))
+    if lineage is None:
+        return model
+    by_id.update(lineage.models)
+    return replace(model, started_from=lineage.student)
+
+
+def _licence_hash(folder: ModelFolder | None) -> str | None:
+    for name in LICENCE_FILES:
+        if folder is not None and (path := folder.path / name).is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+    return None
+
+
+def _hub_id(name: str | None) -> str | None:
+    """The name, where it is one on the Hugging Face Hub and not a folder."""
+    if name is None or Path(name).expanduser().exists() or name.count("/") != 1:
+        return None
+    return None if name.startswith((".", "/", "~")) else name
+
+
+def _prompts(config: RunConfig) -> list[str]:
+    """Names of the prompt files: a data set's id on the Hub, else the file's own name."""
+    prompts = config.prompts
+    settings = [prompts] if prompts.sources is None else list(prompts.sources)
+    paths: list[str] = []
+    for one in settings:
+        paths += [one.path] if isinstance(one.path, str) else list(one.path or ())
+    return sorted({_data_name(path) for path in paths})
+
+
+def _data_name(path: str) -> str:
+    if path.startswith(HUB_DATA):
+        return HUB_DATA + "/".join(path.removeprefix(HUB_DATA).split("/")[:2]).partition("@")[0]
+    return os.path.basename(path.partition("?")[0].rstrip("/")) or "prompts"
