@@ -41,3 +41,8 @@ class Run:
         A run that is started again finds what a lost driver left under it, and replaces it.
         """
         return f"teacher-{self.id}"
+
+    @property
+    def sampler_app(self) -> str:
+        """Name of the Serve application of the student's sampler."""
+        return f"sampler-{self.id}"

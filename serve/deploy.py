@@ -25,6 +25,7 @@ from raystill.serve.engine.arguments import PROBE_TIMEOUT_S
 from raystill.serve.replica import ReplicaSettings, Teacher
 
 DEPLOYMENT = "Teacher"
+DEPLOYMENT_FAILED = ("DEPLOY_FAILED", "UNHEALTHY")
 POLL_S = 0.5
 MAX_STARTS = 2
 """Starts of one replica before Serve counts the deployment as failed."""
@@ -57,6 +58,7 @@ class TeacherApp:
         run_folder: str | None = None,
     ) -> None:
         self.name = name
+        self._sampler: str | None = None  # Application of the sampler that ends with this one.
         self._config = config
         self._model = model
         self._coordinator = coordinator
@@ -69,7 +71,9 @@ class TeacherApp:
         """The teacher of a run."""
         name, identity = run.app, run.teacher_identity
         logs, path = run.folder.logs, run.folder.path
-        return cls(name, run.config, run.teacher, run.coordinator, logs, identity, path)
+        app = cls(name, run.config, run.teacher, run.coordinator, logs, identity, path)
+        app._sampler = run.sampler_app if run.config.policy.enabled else None
+        return app
 
     def deploy(self) -> None:
         """Start the deployment and return at once; ``wait`` waits for its first replica."""
@@ -110,8 +114,8 @@ class TeacherApp:
             if state == "RUNNING":
                 remaining = max(1.0, timeout_s - waited)
                 return self.handle().info.remote().result(timeout_s=remaining)
-            if state in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise RunError(f"the teacher did not start: {_cause(status)}{self._log_hint()}")
+            if state in DEPLOYMENT_FAILED:
+                raise RunError(f"the teacher did not start: {cause_of(status)}{self._log_hint()}")
             if on_wait is not None:
                 on_wait(waited)
             time.sleep(POLL_S)
@@ -150,6 +154,8 @@ class TeacherApp:
     def shutdown(self) -> None:
         """End the teacher's replicas, and Serve itself where nobody else uses it."""
         self.end()
+        if self._sampler is not None and self._sampler in applications():
+            serve.delete(self._sampler)
         if not applications():
             serve.shutdown()
 
@@ -257,7 +263,7 @@ def _replicas_per_node(config: RunConfig) -> int:
     return math.ceil(config.teacher.max_replicas / max(1, len(nodes)))
 
 
-def _cause(status: Any) -> str:
+def cause_of(status: Any) -> str:
     """The last telling line of what Serve says about a failed application."""
     text = "\n".join([*(d.message for d in status.deployments.values()), status.message])
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raystill.base.errors import RunError
-from raystill.base.logs import redirect_output, run_name
+from raystill.base.logs import redirect_output, run_name, write_line
 from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.answers import Answer, answers_table
@@ -205,12 +205,12 @@ class Teacher:
         from raystill.serve.engine.vllm import engine_is_dead
 
         if engine_is_dead(error):
-            print(f"the engine died ({error}); this replica exits", flush=True)
+            write_line(f"the engine died ({error}); this replica exits")
             os._exit(EXIT_ENGINE_DEAD)
 
     def _exit_soon(self) -> None:
         """End the process once those who ask now have what the engine had finished."""
-        print("the engine died; this replica exits", flush=True)
+        write_line("the engine died; this replica exits")
         asyncio.get_running_loop().call_later(HAND_OVER_S, os._exit, EXIT_ENGINE_DEAD)
 
     def _report(self, prompts: Ids, answers: list[Answer], written: bool) -> None:

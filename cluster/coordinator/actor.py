@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raystill.cluster.coordinator.credits import Credits, Drops
+from raystill.cluster.coordinator.policy import PolicyVersions
 from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.datasets.stream.ledger import Ledger
 
@@ -39,6 +40,7 @@ class Coordinator:
     ) -> None:
         self._credits = Credits(max_rows_ahead, refill_rows)
         self._drops = Drops(num_rows, max_drop_fraction, max_rejected_fraction)
+        self._policy = PolicyVersions()
         self._changed = asyncio.Condition()
         self._held_out = asyncio.Event()
         self._teacher_wanted = asyncio.Event()
@@ -89,8 +91,13 @@ class Coordinator:
 
     # Credits
 
-    async def acquire(self, attempt: int, rows: int, group: int) -> bool:
+    async def acquire(
+        self, attempt: int, rows: int, group: int, oldest_version: int | None = None
+    ) -> bool:
         """Credits for the rows of a group; waits for room. False: stop emitting.
+
+        ``oldest_version``: the student writes some of its rows, with such weights or newer ones,
+        for which it waits too.
 
         ``group`` names the group by its first position, so that a source that Ray runs again gets
         its old credits back instead of taking them twice, also where the call of the one before
@@ -99,7 +106,13 @@ class Coordinator:
         self._credits.require_fit(rows)
         async with self._changed:
             await self._changed.wait_for(
-                lambda: not self._current(attempt) or self._credits.may_have(group, rows)
+                lambda: (
+                    not self._current(attempt)
+                    or (
+                        self._policy.may_write(oldest_version)
+                        and self._credits.may_have(group, rows)
+                    )
+                )
             )
             if not self._current(attempt):
                 return False
@@ -198,6 +211,36 @@ class Coordinator:
             self._closed = True
             self._teacher_settled.set()
             self._teacher_wanted.set()
+            self._changed.notify_all()
+
+    # The student's sampler
+
+    async def publish_policy(self, version: int, weights: dict[str, Any], restored: bool) -> None:
+        """Rank 0's newest weights (`PolicyVersions`): references in lists, so that none is read."""
+        async with self._changed:
+            self._policy.publish(version, weights, restored)
+            self._changed.notify_all()
+
+    async def hold(self, value: Any) -> list[Any]:
+        """A reference to ``value`` in Ray's object store, of which this actor is the owner.
+
+        Owned by the worker that made it, the value would be lost with the worker.
+        """
+        import ray
+
+        return [await asyncio.to_thread(ray.put, value)]
+
+    async def newer_policy(self, serial: int) -> dict[str, Any] | None:
+        """The newest weights, as soon as they are newer than ``serial``; None: the run is over."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._over or self._policy.is_newer(serial))
+            return None if self._over else self._policy.newest
+
+    async def policy_loaded(self, serial: int, version: int, gap: float) -> None:
+        """A sampler answers with these weights, ``gap`` nats off the trainer on the probe."""
+        async with self._changed:
+            self._policy.loaded(serial, version, gap)
+            self._counters["policy_updates"] += 1
             self._changed.notify_all()
 
     # What the parts report, and the driver reads

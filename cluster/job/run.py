@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -30,6 +30,9 @@ from raystill.model.on_node import ModelSource
 from raystill.run import Run
 from raystill.serve.deploy import TeacherApp
 from raystill.train.evaluation.probe import is_due, probe_teacher
+
+if TYPE_CHECKING:
+    from raystill.serve.sampler_app import SamplerApp
 
 LEAVE_S = 5.0
 LOADING = "loading the teacher and the student"
@@ -86,7 +89,7 @@ def serve(run: Run, prepared: Prepared, probe: bool = True) -> Background:
 
     probe: Compare the served teacher with the plain model before the first step, where it is due.
     """
-    probe = probe and not prepared.stored.covers_all and is_due(run)
+    probe = probe and not needs_no_teacher(run, prepared) and is_due(run)
     if probe:
         run.coordinator.hold_training.remote()
     return Background("teacher", lambda: serve_teacher(run, prepared, probe))
@@ -118,7 +121,7 @@ def serve_teacher(run: Run, prepared: Prepared, probe: bool) -> None:
     teacher, coordinator, config = TeacherApp.of(run), run.coordinator, run.config
     coordinator.phase.remote(LOADING)
     held_out = [answer_held_out.remote(run)] if prepared.num_held_out_rows else []
-    if prepared.stored.covers_all:
+    if needs_no_teacher(run, prepared):
         coordinator.teacher_gone.remote()
         if not wait_until_wanted(coordinator, held_out):
             return
@@ -128,8 +131,13 @@ def serve_teacher(run: Run, prepared: Prepared, probe: bool) -> None:
         coordinator.phase.remote(ASKING)
         ray.get(held_out)
         coordinator.phase.remote(LOADING_STUDENT, after=ASKING)  # Unless the worker is up.
+    sampler = deploy_sampler(run) if config.policy.enabled else None  # Starts during the probe.
     if probe:
         ray.get(probe_teacher.remote(run))
+    if config.policy.enabled:
+        if sampler is not None:
+            sampler.wait()
+        return  # The student writes to the end, and the teacher scores it.
     if config.evaluation.enabled and config.evaluation.free_running.teacher_scores:
         return  # It is to score what the finished student writes.
     while ray.get(coordinator.wait_teacher_idle.remote(config.training.epochs - 1)):
@@ -139,6 +147,22 @@ def serve_teacher(run: Run, prepared: Prepared, probe: bool) -> None:
             return
         teacher.deploy()
         teacher.wait()
+
+
+def deploy_sampler(run: Run) -> "SamplerApp | None":
+    """Deploy the student's sampler, as soon as there are weights; None: the run is over."""
+    from raystill.serve.sampler_app import SamplerApp
+
+    if ray.get(run.coordinator.newer_policy.remote(0)) is None:
+        return None
+    sampler = SamplerApp(run)
+    sampler.deploy()
+    return sampler
+
+
+def needs_no_teacher(run: Run, prepared: Prepared) -> bool:
+    """Whether every answer is in the store; what the student is going to write never is."""
+    return prepared.stored.covers_all and not run.config.policy.enabled
 
 
 def wait_until_wanted(coordinator: Any, others: list[Any]) -> bool:

@@ -87,9 +87,17 @@ def answer_schema(signal: Signal) -> pa.Schema:
     )
 
 
-def row_schema(signal: Signal) -> pa.Schema:
-    """What the stream delivers to a training worker: columns of the plan, prompt and answer."""
-    return pa.schema(
+POLICY_VERSION = "policy_version"
+"""Column of rows in runs whose student writes some of them: int64, the optimizer steps that the
+weights had finished which wrote the response; null: the teacher wrote it."""
+
+
+def row_schema(signal: Signal, policy: bool = False) -> pa.Schema:
+    """What the stream delivers to a training worker: columns of the plan, prompt and answer.
+
+    policy: with the column `POLICY_VERSION`.
+    """
+    schema = pa.schema(
         [
             pa.field("row", pa.int64()),
             pa.field("position", pa.int64()),
@@ -101,6 +109,7 @@ def row_schema(signal: Signal) -> pa.Schema:
             *signal_fields(signal),
         ]
     )
+    return schema.append(pa.field(POLICY_VERSION, pa.int64())) if policy else schema
 
 
 ENGINE = b"raystill.engine"

@@ -6,6 +6,7 @@ it is done and published. Rows without a usable answer, and those that a filter 
 here and their credits returned.
 """
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,9 +16,11 @@ import ray
 
 from raystill.base.errors import RunError
 from raystill.base.logs import log_labelled, run_name
+from raystill.datasets.policy.calls import StudentAnswers, with_versions
 from raystill.datasets.prompts.tables import open_table
 from raystill.datasets.rows.answers import require_none_fatal, with_foreign_ids
-from raystill.datasets.rows.schema import FILTERED, row_schema
+from raystill.datasets.rows.schema import FILTERED, POLICY_VERSION, row_schema
+from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream.answers import StoredAnswers
 from raystill.datasets.stream.filtering import GroupFilters
@@ -47,20 +50,21 @@ class AnswerGroup:
         self._on_truncated = spec.stream.on_truncated
         self._num_ids = spec.num_ids
         self._signal = spec.signal
-        self._schema = row_schema(spec.signal)
-        self._answers = StoredAnswers(
-            TeacherStore(spec.store_path),
-            open_table(spec.prompt_table).read(["key"])["key"],
+        self._policy = spec.policy
+        self._schema = row_schema(spec.signal, policy=spec.policy is not None)
+        teacher = TeacherCalls(
+            spec.app_name,
             spec.signal,
-            spec.requester,
-            TeacherCalls(
-                spec.app_name,
-                spec.signal,
-                spec.stream.max_attempts,
-                spec.coordinator,
-            ),
+            spec.stream.max_attempts,
+            spec.coordinator,
         )
         self._filters = GroupFilters(spec) if spec.filters.rules else None
+        keys = open_table(spec.prompt_table).read(["key"])["key"]
+        store = TeacherStore(spec.store_path)
+        self._answers = StoredAnswers(store, keys, spec.signal, spec.requester, teacher)
+        self._written: StudentWritten | None = None
+        if spec.policy is not None:
+            self._written = StudentWritten(spec, store, keys, teacher)
         self._poison = frozenset(ray.get(spec.coordinator.poison_rows.remote()))
 
     async def __call__(self, block: pa.Table) -> pa.Table:
@@ -70,6 +74,8 @@ class AnswerGroup:
         try:
             answers, counters = await self._answer(prompts)
             require_none_fatal(answers)
+            if self._written is not None:
+                answers = with_versions(answers)
             reasons = await self._reasons(attempt, prompts, answers)
             rows = self._join(prompts, answers, reasons)
             await self._drop(attempt, prompts, reasons)
@@ -88,18 +94,15 @@ class AnswerGroup:
     async def _answer(self, prompts: pa.Table) -> tuple[pa.Table, dict[str, float]]:
         """The group's answers; rows that were poison in this run are not asked again."""
         numbers = prompts["row"].to_numpy()
-        ids, given = (prompts[n].combine_chunks() for n in ("prompt_ids", "response_ids"))
         bad = np.isin(numbers, list(self._poison))
         if not bad.any():
-            return await self._answers.get(numbers, ids, given)
+            return await self._get(prompts)
         good = np.flatnonzero(~bad)
         empty = unusable_answers(int(bad.sum()), POISON, self._signal)
         if not len(good):
             return empty, {}
         places = pa.array(good)
-        answers, counters = await self._answers.get(
-            numbers[good], ids.take(places), given.take(places)
-        )
+        answers, counters = await self._get(prompts.take(places))
         back = np.argsort(np.concatenate([good, np.flatnonzero(bad)]))
         return pa.concat_tables([answers, empty]).take(pa.array(back)), counters
 
@@ -118,6 +121,12 @@ class AnswerGroup:
             return reasons
         return await self._filters.rejected(prompts, answers, reasons)
 
+    async def _get(self, prompts: pa.Table) -> tuple[pa.Table, dict[str, float]]:
+        """Answers by the teacher and, where the plan says so, by the student."""
+        if self._written is None:
+            return await get_from(self._answers, prompts)
+        return await self._written.get(prompts, self._answers)
+
     def _join(self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array) -> pa.Table:
         columns = {**_columns(prompts), **_columns(answers)}
         rows = pa.table([columns[name] for name in self._schema.names], schema=self._schema)
@@ -135,11 +144,77 @@ class AnswerGroup:
             await self._coordinator.dropped.remote(attempt, positions, named, poison)
 
 
+class StudentWritten:
+    """The rows of a group that the student writes, beside those of the teacher."""
+
+    def __init__(
+        self, spec: "StreamSpec", store: TeacherStore, keys: pa.ChunkedArray, teacher: TeacherCalls
+    ) -> None:
+        assert spec.policy is not None
+        self._plan = spec.policy
+        self._spec = spec
+        self._store = store
+        self._keys = keys
+        attempts = spec.stream.max_attempts
+        sampler = TeacherCalls(spec.sampler_name, Signal("text"), attempts, None)
+        self._calls = StudentAnswers(sampler, teacher)
+        self._epochs: dict[int, StoredAnswers] = {}
+        self._opening = asyncio.Lock()
+
+    async def get(
+        self, prompts: pa.Table, teacher: StoredAnswers
+    ) -> tuple[pa.Table, dict[str, float]]:
+        """Answers in the order of ``prompts``, whichever of the two writes them."""
+        epoch = prompts["epoch"][0].as_py()
+        mine = self._plan.by_student(epoch, prompts["position"].to_numpy())
+        if not mine.any():
+            return await get_from(teacher, prompts)
+        places = [np.flatnonzero(mine), np.flatnonzero(~mine)]
+        written = prompts.take(pa.array(places[0]))
+        # A response that came with its prompt is left aside: the student is to write its own.
+        nothing = pa.nulls(len(written), prompts.schema.field("response_ids").type)
+        place = prompts.schema.get_field_index("response_ids")
+        written = written.set_column(place, "response_ids", nothing)
+        asked = [get_from(await self._of(epoch), written)]
+        if not mine.all():
+            asked.append(get_from(teacher, prompts.take(pa.array(places[1]))))
+        parts = await asyncio.gather(*asked)
+        back = np.argsort(np.concatenate(places[: len(parts)]))
+        answers = pa.concat_tables([part.replace_schema_metadata(None) for part, _ in parts])
+        counters: dict[str, float] = {"rows_student_written": len(written)}
+        for _, each in parts:
+            for name, count in each.items():
+                counters[name] = counters.get(name, 0) + count
+        return answers.take(pa.array(back)), counters
+
+    async def _of(self, epoch: int) -> StoredAnswers:
+        """The store's front for an epoch, in which each row is written anew."""
+        async with self._opening:
+            if epoch not in self._epochs:
+                keys = await asyncio.to_thread(self._plan.keys, epoch, self._keys)
+                spec = self._spec
+                self._epochs = {
+                    epoch: await asyncio.to_thread(
+                        StoredAnswers, self._store, keys, spec.signal, spec.requester, self._calls
+                    )
+                }
+            return self._epochs[epoch]
+
+
+async def get_from(answers: StoredAnswers, prompts: pa.Table) -> tuple[pa.Table, dict[str, float]]:
+    """The answers of ``prompts`` from the store or from who answers for it."""
+    ids, given = (prompts[n].combine_chunks() for n in ("prompt_ids", "response_ids"))
+    return await answers.get(prompts["row"].to_numpy(), ids, given)
+
+
 def dropped_reasons(answers: pa.Table, on_truncated: str) -> pa.Array:
     """Why each row is dropped, string; null: it is kept."""
     reasons = answers["error"].combine_chunks()
     if on_truncated == "drop":
         truncated = pc.equal(answers["finish_reason"].combine_chunks(), TRUNCATED)
+        if POLICY_VERSION in answers.column_names:  # The limit of the student's is a choice.
+            written = pc.is_valid(answers[POLICY_VERSION].combine_chunks())
+            truncated = pc.and_(truncated, pc.invert(written))
         reasons = _or_reason(reasons, truncated, "truncated")
     return reasons
 

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.base.errors import RunError
+from raystill.datasets.policy.calls import StudentAnswers
 from raystill.datasets.rows.answers import (
     derive_answers,
     require_none_fatal,
@@ -53,7 +54,7 @@ class StoredAnswers:
         keys: pa.ChunkedArray,
         wanted: Signal,
         requester: Requester,
-        teacher: TeacherCalls,
+        teacher: "TeacherCalls | StudentAnswers",
     ) -> None:
         self._store = store
         self._view = StoreView(store, keys, wanted)

@@ -17,6 +17,7 @@ from raystill.datasets.filters.answers import Answers
 from raystill.datasets.filters.filters import AnswerFilters, text_of
 from raystill.datasets.prompts.columns import PREFIX
 from raystill.datasets.prompts.tables import PromptReader
+from raystill.datasets.rows.schema import POLICY_VERSION
 
 if TYPE_CHECKING:
     from raystill.datasets.stream.spec import StreamSpec
@@ -51,4 +52,6 @@ class GroupFilters:
             }
         seen = Answers(ids, ends, prompts["source"].combine_chunks(), fields, self._decode)
         kept = pc.is_null(reasons).to_numpy(zero_copy_only=False).astype(np.bool_)
+        if POLICY_VERSION in answers.column_names:  # They judge what the teacher wrote.
+            kept &= pc.is_null(answers[POLICY_VERSION]).to_numpy()
         return pc.coalesce(reasons, self._filters.rejected(seen, kept))

@@ -71,7 +71,8 @@ def emit_plan(spec: "StreamSpec") -> Iterator[pa.Table]:
     ledger = Ledger.from_dict(published["ledger"])
     for positions in remaining_groups(spec.num_rows, group_rows, ledger):
         block = group_block(prompts.take(order[positions]), positions, attempt, epoch)
-        ask = spec.coordinator.acquire.remote(attempt, len(positions), int(positions[0]))
+        oldest = None if spec.policy is None else spec.policy.oldest_version(epoch, positions)
+        ask = spec.coordinator.acquire.remote(attempt, len(positions), int(positions[0]), oldest)
         if not ray.get(ask):
             return
         yield block

@@ -5,6 +5,7 @@ from typing import Any
 
 from raystill.base.run_folder import PROMPT_COLUMNS, TRAIN_PROMPTS
 from raystill.config.stream import FiltersConfig, StreamConfig
+from raystill.datasets.policy.plan import PolicyPlan
 from raystill.datasets.rows.signal import Signal
 from raystill.model.on_node import ModelSource
 from raystill.run import Run
@@ -53,6 +54,8 @@ class StreamSpec:
         filters: The run file's ``filters`` section.
         teacher: The teacher's files; filters that read text need its tokenizer.
         prompt_columns: Path or URI of the fields that filters read; None where they read none.
+        policy: Which rows the student writes; None: none.
+        sampler_name: The Serve application of the student's sampler.
     """
 
     prompt_table: str
@@ -71,6 +74,8 @@ class StreamSpec:
     filters: FiltersConfig = field(default_factory=FiltersConfig)
     teacher: ModelSource | None = None
     prompt_columns: str | None = None
+    policy: PolicyPlan | None = None
+    sampler_name: str = ""
 
     @classmethod
     def of(cls, run: Run, signal: Signal) -> "StreamSpec":
@@ -93,4 +98,6 @@ class StreamSpec:
             filters=config.filters,
             teacher=run.teacher,
             prompt_columns=run.folder.join(PROMPT_COLUMNS) if config.filters.columns else None,
+            policy=PolicyPlan.of(config, run.num_rows, run.id),
+            sampler_name=run.sampler_app,
         )

@@ -89,6 +89,11 @@ def redirect_output(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def write_line(text: str) -> None:
+    """Write a line where `redirect_output` leads. Serve makes its own log of what is printed."""
+    os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+
+
 def quiet_driver(path: str | os.PathLike[str]) -> Callable[[], None]:
     """Send log records of libraries, and native output to standard error, to the file ``path``.
 

@@ -7,9 +7,9 @@ nats.
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import ConfigDict, model_validator
 
-from raystill.config.base import ConfigModel, identity
+from raystill.config.base import ConfigModel, PositiveInt, identity, operational
 
 TERMS = (
     "forward_kl",
@@ -159,3 +159,104 @@ class ObjectiveConfig(ConfigModel):
     def divergences(self) -> list[str]:
         """Names of the terms in use that compare the student with the teacher's probabilities."""
         return [name for name in self.weights if name != "cross_entropy"]
+
+
+class RampConfig(ConfigModel):
+    """A share that changes linearly from the first step on, and then stays.
+
+    ``from`` is a word of Python, so the field is ``start``; a run file may have either.
+    """
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    start: float = identity(0.0, ge=0, le=1, alias="from", description="Share at the first step.")
+    to: float = identity(ge=0, le=1, description="Share after over_steps, and from then on.")
+    over_steps: PositiveInt = identity(description="Optimizer steps over which the share changes.")
+
+
+class PolicySamplingConfig(ConfigModel):
+    """How the student samples its answers. The stop ids are the teacher's."""
+
+    temperature: float = identity(
+        1.0, ge=0, description="Softmax temperature of sampling; 0 is greedy decoding."
+    )
+    top_p: float = identity(
+        1.0,
+        gt=0,
+        le=1,
+        description="Nucleus sampling: sample from the most probable ids whose probabilities reach "
+        "this sum.",
+    )
+    top_k: int = identity(0, ge=0, description="Sample from this many most probable ids; 0 is all.")
+
+
+class PolicyConfig(ConfigModel):
+    """Rows that the student writes and the teacher scores (on-policy distillation)."""
+
+    student_share: float | RampConfig = identity(
+        0.0,
+        description="Share of the rows whose response the student writes, 0 to 1; or a ramp {from, "
+        "to, over_steps}. Which rows these are follows from the seed. 0: none, and no sampler is "
+        "started.",
+    )
+    objective: ObjectiveConfig = identity(
+        ObjectiveConfig(forward_kl=0.5, reverse_kl=0.5),
+        description="The loss on rows that the student wrote. cross_entropy is not allowed: it "
+        "would teach the student its own samples.",
+    )
+    sampling: PolicySamplingConfig = identity(
+        PolicySamplingConfig(), description="How the student samples its answers."
+    )
+    max_tokens: PositiveInt | None = identity(
+        None,
+        description="Longest answer of the student, in tokens. Default: "
+        "teacher.sampling.max_tokens.",
+    )
+    sync_every_steps: PositiveInt = operational(
+        1, description="Optimizer steps after which the sampler gets the student's new weights."
+    )
+    max_staleness_steps: int = operational(
+        4,
+        ge=0,
+        description="Most optimizer steps between the weights that wrote a row and the step that "
+        "trains on it.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = identity(
+        None, description="Precision of the sampler's weights. Default: training.export_dtype."
+    )
+    kv_cache_gib: float | None = operational(
+        None, gt=0, description="KV cache of the sampler, in GiB. Default: teacher.kv_cache_gib."
+    )
+    max_logprob_gap: float | None = operational(
+        None,
+        gt=0,
+        description="Mean absolute difference, in nats, that is allowed between the logprobs of "
+        "the sampler and those of the student that is trained, on a fixed probe after each new "
+        "version; the run stops at a larger one. Default: 0.001 with float32, else 0.1.",
+    )
+
+    @model_validator(mode="after")
+    def _trains_on_divergences(self) -> "PolicyConfig":
+        share = self.student_share
+        if not isinstance(share, RampConfig) and not 0 <= share <= 1:
+            raise ValueError(f"student_share is {share:g}; expected 0 to 1")
+        if self.objective.cross_entropy > 0:
+            raise ValueError(
+                f"objective.cross_entropy is {self.objective.cross_entropy:g}, which would teach "
+                "the student its own samples; leave it out, and give a divergence a weight"
+            )
+        return self
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the student writes any row."""
+        share = self.student_share
+        return share.start > 0 or share.to > 0 if isinstance(share, RampConfig) else share > 0
+
+    def share_at(self, step: int) -> float:
+        """Share of the rows of an optimizer step (from 0) that the student writes."""
+        share = self.student_share
+        if not isinstance(share, RampConfig):
+            return float(share)
+        done = min(1.0, step / share.over_steps)
+        return share.start + done * (share.to - share.start)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from raystill.config.base import ConfigModel, PositiveInt, identity, operational
-from raystill.config.objective import ObjectiveConfig
+from raystill.config.objective import ObjectiveConfig, PolicyConfig
 from raystill.config.prompts import PromptsConfig
 from raystill.config.stream import FiltersConfig, SignalConfig, StoreConfig, StreamConfig
 from raystill.config.student import StudentConfig
@@ -164,6 +164,9 @@ class RunConfig(ConfigModel):
         ObjectiveConfig(forward_kl=1.0),
         description="The loss that the student minimises, a weighted sum of terms.",
     )
+    policy: PolicyConfig = identity(
+        PolicyConfig(), description="Rows that the student writes (on-policy distillation)."
+    )
     stream: StreamConfig = operational(
         StreamConfig(), description="The stream of rows from the teacher to the student."
     )
@@ -192,7 +195,7 @@ class RunConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _signal_fits_objective(self) -> "RunConfig":
-        if reasons := list(self._missing_from_signal()):
+        if reasons := [*self._missing_from_signal(), *self._missing_for_policy()]:
             raise ValueError("; ".join(reasons))
         return self
 
@@ -219,6 +222,51 @@ class RunConfig(ConfigModel):
                 "probabilities to weigh tokens by; set signal.kind: topk, or "
                 "objective.token_weights.by: none"
             )
+
+    def _missing_for_policy(self) -> Iterator[str]:
+        """What rows that the student writes need and the run file does not give."""
+        policy = self.policy
+        if not policy.enabled:
+            return
+        if self.teacher.engine != "vllm":
+            yield (
+                "policy.student_share needs a teacher that scores the student's answers, but "
+                f"teacher.engine is {self.teacher.engine!r}; set teacher.engine: vllm, or "
+                "policy.student_share: 0"
+            )
+        if self.signal.kind == "text":
+            yield (
+                "policy.student_share needs the teacher's probabilities, but signal.kind is "
+                "'text'; set signal.kind: topk, or policy.student_share: 0"
+            )
+        if policy.objective.temperature != 1.0 and self.signal.kind != "hidden":
+            yield (
+                f"policy.objective.temperature is {policy.objective.temperature:g}, but "
+                f"signal.kind is {self.signal.kind!r}; set signal.kind: hidden, or temperature: 1"
+            )
+        if self.stream.order != "fixed":
+            yield (
+                "policy.student_share needs stream.order: fixed, in which the step that trains a "
+                "row is known when its answer is asked for; set stream.order: fixed"
+            )
+        if policy.max_staleness_steps < self.min_staleness_steps:
+            yield (
+                f"policy.max_staleness_steps ({policy.max_staleness_steps}) is less than "
+                f"{self.min_staleness_steps}, with which a step can always be filled "
+                "(policy.sync_every_steps - 1, and the steps that the workers read ahead); set "
+                f"policy.max_staleness_steps: {self.min_staleness_steps} or more, or lower "
+                "policy.sync_every_steps or stream.group_rows"
+            )
+
+    @property
+    def min_staleness_steps(self) -> int:
+        """Least bound on staleness with which a step can always be filled.
+
+        In step s the newest weights are those of step s - sync_every_steps + 1 or later, and rows
+        up to `min_rows_ahead` beyond the first one of step s must have their credits.
+        """
+        ahead = (self.min_rows_ahead - 1) // self.training.rows_per_step
+        return self.policy.sync_every_steps - 1 + ahead
 
     @property
     def rows_ahead(self) -> int:
@@ -292,7 +340,7 @@ class RunConfig(ConfigModel):
         """Seeds of the run's parts, derived from ``seed``. The manifest records them."""
         # The order of the names is part of the seeds: a new name belongs at the end. Below 2**31,
         # which every library accepts as a seed.
-        names = ("order", "engine", "student", "held_out", "evaluation", "weights")
+        names = ("order", "engine", "student", "held_out", "evaluation", "weights", "policy")
         return {
             name: (self.seed * 1_000_003 + i * 7_919 + 17) % 2**31 for i, name in enumerate(names)
         }

@@ -73,9 +73,9 @@ def share_of_cores(cores: Sequence[int], index: int, count: int) -> tuple[int, .
 class Request:
     """The Ray resources of one teacher replica or one student worker.
 
-    who: "teacher replica" or "student worker". section: the section of the run file that sets it.
-    bundles: resources that must be together on one node, each. label_selector: labels that the
-    nodes must have.
+    who: "teacher replica", "student sampler" or "student worker". section: the section of the run
+    file that sets it. bundles: resources that must be together on one node, each. label_selector:
+    labels that the nodes must have.
     """
 
     who: str
@@ -124,6 +124,14 @@ def student_resources(config: RunConfig, has_gpus: bool) -> Resources:
     return resources
 
 
+def sampler_resources(config: RunConfig, has_gpus: bool) -> Resources:
+    """Return the resources of the student's sampler: a GPU, or no CPU of its own without GPUs.
+
+    There it runs on the teacher's cores: the two take turns.
+    """
+    return {"CPU": 1.0, "GPU": 1.0} if has_gpus else {"CPU": 0.0}
+
+
 def accelerator_resource(accelerator_type: str) -> str:
     """Return Ray's resource name of an accelerator type."""
     return f"accelerator_type:{accelerator_type}"
@@ -145,7 +153,9 @@ def requests(config: RunConfig, has_gpus: bool) -> list[Request]:
         student = {**student, accelerator_resource(config.training.accelerator_type): 0.001}
     replica = Request("teacher replica", "teacher", teacher, config.teacher.label_selector)
     worker = Request("student worker", "training", (student,), config.training.label_selector)
-    return [replica] * fewest + [worker] * config.training.min_workers
+    sampler = Request("student sampler", "policy", (sampler_resources(config, has_gpus),))
+    samplers = [sampler] * config.policy.enabled
+    return [replica] * fewest + samplers + [worker] * config.training.min_workers
 
 
 def require(config: RunConfig, resources_total: Resources) -> list[Problem]:

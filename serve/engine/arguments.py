@@ -143,6 +143,7 @@ class EngineSettings:
     max_top_k: int  # The largest K that is ever asked for.
     cores: tuple[int, ...] | None = None  # CPU cores of the engine; None: it runs on GPUs.
     revision: str | None = None  # The commit of a Hub id.
+    extension: str = "raystill.serve.engine.capture.Capture"  # Class that vLLM's workers extend.
 
 
 def engine_argument_problems(teacher: TeacherConfig, known: Set[str]) -> dict[str, str]:
@@ -175,12 +176,12 @@ def keyed_arguments(teacher: TeacherConfig) -> dict[str, Any]:
     }
 
 
-def label_replica(run: str, number: int) -> None:
+def label_replica(run: str, number: int, role: str = "teacher") -> None:
     """Begin each of vLLM's log lines with the run and the replica's number.
 
     Must run before vllm is imported, which reads VLLM_LOGGING_PREFIX then.
     """
-    os.environ["VLLM_LOGGING_PREFIX"] = f"{say_where(run=run, role=f'teacher-{number}')} "
+    os.environ["VLLM_LOGGING_PREFIX"] = f"{say_where(run=run, role=f'{role}-{number}')} "
 
 
 def prepare_process(cores: Sequence[int] | None) -> None:
@@ -235,7 +236,7 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "seed": settings.seed,
         "max_logprobs": settings.max_top_k,
         "disable_log_stats": True,
-        "worker_extension_cls": "raystill.serve.engine.capture.Capture",
+        "worker_extension_cls": settings.extension,
     }
     if settings.revision is not None:
         arguments |= {"revision": settings.revision, "tokenizer_revision": settings.revision}

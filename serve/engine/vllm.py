@@ -149,6 +149,19 @@ class VllmEngine:
                     f"the engine gave no token within {PROBE_TIMEOUT_S:.0f} s"
                 ) from None
 
+    async def reload(self, path: str) -> None:
+        """Take new weights from a safetensors file on this node, with Hugging Face names.
+
+        Its settings must name `weights.EXTENSION`. Requests in flight are held back meanwhile;
+        their tokens so far stay, and what they attend to is computed again with the new weights.
+        """
+        await self._engine.pause_generation(mode="keep", clear_cache=True)
+        try:
+            await self._engine.collective_rpc("raystill_reload", args=(path,))
+            await self._engine.reset_prefix_cache()
+        finally:
+            await self._engine.resume_generation()
+
     def close(self) -> None:
         """End the engine's processes. Calling it twice does no harm."""
         if self._engine is not None:

@@ -82,19 +82,26 @@ def started(run_file: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def wait_for(process: subprocess.Popen[str], what: str, reached: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
+def wait_for(
+    process: subprocess.Popen[str],
+    what: str,
+    reached: Callable[[], bool],
+    deadline_s: float = DEADLINE_S,
+) -> None:
+    deadline = time.monotonic() + deadline_s
     while not reached():
         assert process.poll() is None, f"the driver ended before {what}: {process.communicate()}"
-        assert time.monotonic() < deadline, f"{what} did not come in {DEADLINE_S:.0f} s"
+        assert time.monotonic() < deadline, f"{what} did not come in {deadline_s:.0f} s"
         time.sleep(0.05)
 
 
-def wait_for_step(process: subprocess.Popen[str], files: RunFiles, step: int) -> None:
+def wait_for_step(
+    process: subprocess.Popen[str], files: RunFiles, step: int, deadline_s: float = DEADLINE_S
+) -> None:
     """Until this start of the run has a line of that step; an earlier start's does not count."""
     began = time.time()
 
     def reached() -> bool:
         return any(s["step"] >= step and s["time"] > began for s in files.lines("metrics.jsonl"))
 
-    wait_for(process, f"step {step}", reached)
+    wait_for(process, f"step {step}", reached, deadline_s)

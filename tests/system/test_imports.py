@@ -30,11 +30,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "raystill/placement": {"raystill/base", "raystill/config"},
     "raystill": {"raystill/base", "raystill/config", "raystill/model"},
     "datasets/rows": {"raystill/base", "raystill/config"},
+    "datasets/policy": GROUND | ROWS,
     "datasets/prompts": GROUND | ROWS,
     "datasets/store": GROUND | ROWS,
     "datasets/exchange": GROUND | ROWS | {"datasets/prompts", "datasets/store"},
     "datasets/filters": GROUND | ROWS,
-    "datasets/stream": GROUND | ROWS | {"datasets/filters", "datasets/prompts", "datasets/store"},
+    "datasets/stream": GROUND
+    | ROWS
+    | {"datasets/filters", "datasets/policy", "datasets/prompts", "datasets/store"},
     "serve/engine": GROUND | ROWS,
     "serve": GROUND | ROWS | {"datasets/stream", "serve/engine"},
     "train/batch": GROUND | ROWS,

@@ -52,6 +52,7 @@ class MicroBatch:
         longest: Number of input tokens of the longest row.
         unweighted: Whether every weight is known to be 1; told here, since on a device it would
             have to be read from there.
+        student_written: Whether the student wrote the responses, of all rows.
     """
 
     input_ids: Tensor
@@ -69,6 +70,7 @@ class MicroBatch:
     row_starts: Tensor | None = None
     longest: int = 0
     unweighted: bool = False
+    student_written: bool = False
 
     @property
     def packed(self) -> bool:

@@ -9,11 +9,13 @@ teacher's hidden size.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 _SIGNAL_COLUMNS = ("sampled_logprobs", "topk_ids", "topk_logprobs", "tail_logprob", "hidden")
+_VERSION = "policy_version"
 
 
 @dataclass(slots=True)
@@ -33,6 +35,8 @@ class Row:
         topk_logprobs: float32 [T, K], nats.
         tail_logprob: float32 [T], nats, of all ids outside the K.
         hidden: uint16 [T, D], the bits of bfloat16, a type that numpy does not have.
+        policy_version: Steps that the student had finished when it wrote the response; None where
+            the teacher wrote it.
     """
 
     position: int
@@ -45,6 +49,12 @@ class Row:
     topk_logprobs: np.ndarray | None = None
     tail_logprob: np.ndarray | None = None
     hidden: np.ndarray | None = None
+    policy_version: int | None = None
+
+    @property
+    def student_written(self) -> bool:
+        """Whether the student wrote the response."""
+        return self.policy_version is not None
 
     @property
     def num_inputs(self) -> int:
@@ -68,14 +78,17 @@ def rows_from_table(table: pa.Table) -> list[Row]:
         positions = batch.column("position").to_pylist()
         numbers = batch.column("row").to_pylist()
         reasons = batch.column("finish_reason").to_pylist()
+        versions = batch.column(_VERSION).to_pylist() if _VERSION in columns else None
         lists = {
             name: _list_views(batch.column(name), name)
             for name in ("prompt_ids", "response_ids", *_SIGNAL_COLUMNS)
             if name in columns
         }
         for i in range(batch.num_rows):
-            views = {name: values[i] for name, values in lists.items()}
-            rows.append(Row(positions[i], numbers[i], finish_reason=reasons[i], **views))
+            views: dict[str, Any] = {name: values[i] for name, values in lists.items()}
+            row = Row(positions[i], numbers[i], finish_reason=reasons[i], **views)
+            row.policy_version = None if versions is None else versions[i]
+            rows.append(row)
     return rows
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from raystill.config.objective import ObjectiveConfig
+from raystill.config.objective import ObjectiveConfig, TokenWeightsConfig
 from raystill.config.training import TrainingConfig
 from raystill.train.batch.batch import (
     MicroBatch,
@@ -36,7 +36,8 @@ class BatchMaker:
 
     Attributes:
         training: How many tokens a micro-batch has, and how rows are weighed.
-        objective: How the weight of a row is divided among its tokens.
+        objective: The loss, and how the weight of a row is divided among its tokens.
+        student_written: The same for rows that the student wrote; None where it writes none.
         signal_kind: ``text``, ``sampled``, ``topk`` or ``hidden``.
         teacher: The teacher's head, with the signal ``hidden`` only.
         device: Where the micro-batches are.
@@ -52,6 +53,7 @@ class BatchMaker:
         teacher: TeacherHead | None = None,
         device: torch.device | str = "cpu",
         packed: bool = False,
+        student_written: ObjectiveConfig | None = None,
     ) -> None:
         """signal_kind, student_vocab, packed: as in `batch.collate`.
 
@@ -62,36 +64,59 @@ class BatchMaker:
         )
         self.training = training
         self.objective = objective
+        self.student_written = student_written
         self.signal_kind = signal_kind
         self.teacher = teacher
         self.device = torch.device(device)
-        self._token_weights = objective.token_weights
         self._student_vocab = student_vocab
         self._copies = DeviceCopies(self.device)
         self._packed = packed
         self._checked = False
 
     def cut(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """The rows of each forward pass, as `batch.cut_micro_batches` groups them."""
+        """The rows of each forward pass, as `batch.cut_micro_batches` groups them.
+
+        All rows of one have the same objective: the student or the teacher wrote them.
+        """
         budget = self.training.tokens_per_micro_batch
-        return cut_micro_batches(rows, budget, self._packed)
+        return [
+            group
+            for part in by_origin(rows)
+            for group in cut_micro_batches(part, budget, self._packed)
+        ]
+
+    def objective_of(self, batch: MicroBatch) -> ObjectiveConfig:
+        """The objective of a micro-batch, by who wrote its responses."""
+        return self._objective(batch.student_written)
+
+    @property
+    def objectives(self) -> list[ObjectiveConfig]:
+        """All objectives of the run."""
+        other = self.student_written
+        return [self.objective] if other is None else [self.objective, other]
 
     def weight(self, rows: Sequence[Row]) -> float:
         """The sum of the weights of all tokens of these rows, as `batch.loss_weight`."""
-        truncated = self._token_weights.truncated_rows
-        return loss_weight(rows, self.training.normalise, truncated)
+        normalise, total = self.training.normalise, 0.0
+        for part in by_origin(rows):
+            truncated = self._token_weights(part).truncated_rows
+            total += loss_weight(part, normalise, truncated)
+        return total
 
     def make(self, rows: Sequence[Row]) -> MicroBatch:
         """The micro-batch of one group of rows that `cut` returned."""
+        weights = self._token_weights(rows)
         batch = collate(
             rows,
             self.signal_kind,
             self._student_vocab,
             self.training.normalise,
-            self._token_weights.truncated_rows,
+            weights.truncated_rows,
             self._packed,
         )
-        return share(self._copies.copy(batch), self._token_weights.by, self.teacher)
+        if rows[0].student_written:
+            batch = replace(batch, student_written=True)
+        return share(self._copies.copy(batch), weights.by, self.teacher)
 
     def dummy(self) -> MicroBatch:
         """A micro-batch of one token with weight 0, for a rank with fewer rows than another."""
@@ -110,6 +135,22 @@ class BatchMaker:
         assert batch.teacher_hidden is not None
         logprobs = signal_column(groups[0], "sampled_logprobs").to(batch.targets.device)
         return self.teacher.mean_gap(batch.teacher_hidden, batch.targets, logprobs)
+
+    def _objective(self, student_written: bool) -> ObjectiveConfig:
+        if not student_written:
+            return self.objective
+        assert self.student_written is not None, "a row of the student's in a run without a policy"
+        return self.student_written
+
+    def _token_weights(self, rows: Sequence[Row]) -> TokenWeightsConfig:
+        """How the tokens of rows of one origin are weighed."""
+        return self._objective(bool(rows) and rows[0].student_written).token_weights
+
+
+def by_origin(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows that the teacher wrote and those that the student wrote; without empty lists."""
+    parts = [[row for row in rows if row.student_written is origin] for origin in (False, True)]
+    return [part for part in parts if part]
 
 
 class DeviceCopies:

@@ -84,6 +84,8 @@ class StepResult:
         floored_tokens: As in `objective.ObjectiveSums`, of all ranks.
         student_s: Seconds from the moment that all ranks had their rows.
         not_finite: What is not finite, for a step that is skipped because of it; else None.
+        staleness: Of the rows that the student wrote, how many were written by weights 0, 1, 2, ...
+            steps old; the last number counts all older ones. Empty where it writes none.
     """
 
     step: int
@@ -102,6 +104,7 @@ class StepResult:
     floored_tokens: int | None = None
     student_s: float = 0.0
     not_finite: str | None = None
+    staleness: tuple[int, ...] = ()
 
     def metrics(self) -> dict[str, Any]:
         """The fields of this step's line of metrics.jsonl; terms are named ``objective/<term>``."""
@@ -109,7 +112,9 @@ class StepResult:
         names += ["padding_fraction", "teacher_tail_mass", "student_tail_mass"]
         names += [n for n in ("floored_tokens", "not_finite") if getattr(self, n) is not None]
         terms = {f"objective/{name}": value for name, value in self.objective.items()}
-        return {name: getattr(self, name) for name in names} | terms
+        ages = {f"staleness/{age}": rows for age, rows in enumerate(self.staleness) if rows}
+        written = {"student_written_rows": sum(self.staleness)} if self.staleness else {}
+        return {name: getattr(self, name) for name in names} | terms | written | ages
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ class _Totals:
     any_more: bool
     any_stop: bool
     teacher_gap: float
+    staleness: tuple[int, ...] = ()
 
 
 class GlobalStep:
@@ -136,11 +142,13 @@ class GlobalStep:
         *,
         total_steps: int,
         world_size: int = 1,
+        num_ages: int = 0,
     ) -> None:
         """module: a `StudentModule`; with world_size > 1 in DDP or sharded.
 
         batches: makes the micro-batches, and has the settings that they and the step share.
         total_steps: steps of the whole run, the length of the learning-rate schedule.
+        num_ages: length of `StepResult.staleness`; 0 where the student writes no rows.
         """
         parallel = isinstance(module, DistributedDataParallel) or is_sharded(module)
         assert world_size == 1 or parallel, "several workers need the student in DDP or sharded"
@@ -154,9 +162,11 @@ class GlobalStep:
         self.teacher = batches.teacher
         self.total_steps = total_steps
         self.world_size = world_size
+        self.num_ages = num_ages
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self._warned_at = -WARN_EVERY_STEPS
-        self._term_names = sorted(self.objective.weights)
+        self._term_names = sorted({name for one in batches.objectives for name in one.weights})
+        self._divergences = {name for one in batches.objectives for name in one.divergences}
 
     def run(self, step: int, rows: Sequence[Row], has_more: bool, stop: bool) -> StepResult:
         """Trains on this rank's ``rows`` of ``step`` (from 0). All ranks must call this.
@@ -168,7 +178,7 @@ class GlobalStep:
         change.
         """
         groups = self.batches.cut(rows)
-        totals = self._gather_totals(rows, groups, has_more, stop)
+        totals = self._gather_totals(step, rows, groups, has_more, stop)
         if self.teacher is not None:
             self.teacher.require_agreement(totals.teacher_gap)
         lr = learning_rate(step, self.total_steps, self.training)
@@ -179,6 +189,7 @@ class GlobalStep:
             "lr": lr,
             "any_more": totals.any_more,
             "any_stop": totals.any_stop,
+            "staleness": totals.staleness,
         }
         if totals.weight == 0:  # Of all ranks, so all of them return here.
             return StepResult(trained=False, **common)
@@ -201,12 +212,13 @@ class GlobalStep:
         return StepResult(trained=False, student_s=seconds, not_finite=not_finite, **common)
 
     def _gather_totals(
-        self, rows: Sequence[Row], groups: list[list[Row]], has_more: bool, stop: bool
+        self, step: int, rows: Sequence[Row], groups: list[list[Row]], has_more: bool, stop: bool
     ) -> _Totals:
         """Part 1: one all-gather, after which every rank has the same totals."""
         tokens = sum(row.num_targets for row in rows)
         weight, gap = self.batches.weight(rows), self.batches.teacher_gap(groups)
-        mine = [len(rows), tokens, weight, len(groups), has_more, stop, gap]
+        ages = staleness(step, rows, self.num_ages)
+        mine = [len(rows), tokens, weight, len(groups), has_more, stop, gap, *ages]
         # float64 holds every count exactly.
         local = torch.tensor(mine, dtype=torch.float64, device=self.device)
         gathered = [local]
@@ -216,9 +228,16 @@ class GlobalStep:
         table = torch.stack(gathered).cpu()
         num_rows, num_tokens, weight = table[:, :3].sum(dim=0).tolist()
         # The maximum of a flag is whether any rank has set it.
-        passes, more, stopped, gap = table[:, 3:].amax(dim=0).tolist()
+        passes, more, stopped, gap = table[:, 3:7].amax(dim=0).tolist()
         return _Totals(
-            int(num_rows), int(num_tokens), weight, int(passes), bool(more), bool(stopped), gap
+            int(num_rows),
+            int(num_tokens),
+            weight,
+            int(passes),
+            bool(more),
+            bool(stopped),
+            gap,
+            tuple(int(count) for count in table[:, 7:].sum(dim=0).tolist()),
         )
 
     def _accumulate(self, groups: list[list[Row]], num_passes: int) -> Tensor:
@@ -253,14 +272,14 @@ class GlobalStep:
         """One pass; returns its figures, float64: total, each term, the teacher's and the student's
         tail mass, floored tokens.
         """
-        sums = self.module(batch, self.objective, self.teacher)
+        sums = self.module(batch, self.batches.objective_of(batch), self.teacher)
         sums.total.backward()
         zero = sums.total.new_zeros(())
         others = [
             zero if value is None else value
             for value in (sums.teacher_tail_mass, sums.student_tail_mass, sums.floored_tokens)
         ]
-        terms = [sums.terms[name] for name in self._term_names]
+        terms = [sums.terms.get(name, zero) for name in self._term_names]
         # float64, since these are summed over passes and ranks.
         return torch.stack([f.double() for f in (sums.total.detach(), *terms, *others)])
 
@@ -289,7 +308,7 @@ class GlobalStep:
         The error of forward KL's gradient is bounded by the teacher's tail, and is small beside the
         gradient. That of the others is not: docs/signals.md has the bounds.
         """
-        others = [name for name in self.objective.divergences if name != "forward_kl"]
+        others = sorted(self._divergences - {"forward_kl"})
         if not others or self.signal_kind != "topk" or student_tail <= TAIL_MASS_TO_WARN_OF:
             return
         first = self.world_size == 1 or dist.get_rank() == 0
@@ -327,6 +346,18 @@ class GlobalStep:
             group["lr"] = lr
         self.optimizer.step()
         return grad_norm
+
+
+def staleness(step: int, rows: Sequence[Row], num_ages: int) -> list[int]:
+    """Rows by the age of the weights that wrote them, in steps, [num_ages]; the last is "or more".
+
+    Rows that later weights wrote (those of lost steps, from the store) count as of age 0.
+    """
+    ages = [0] * num_ages
+    for row in rows:
+        if row.policy_version is not None and num_ages:
+            ages[min(max(0, step - row.policy_version), num_ages - 1)] += 1
+    return ages
 
 
 def _what_is_not_finite(step: int, figures: dict[str, Any], grad_norm: float | None) -> str | None:

@@ -67,7 +67,7 @@ class Progress:
         self.ledger.mark_trained(positions)
         self._newly_trained += positions
         if self.counts is not None and self.epoch == 0:
-            self.counts.add_rows(mine)
+            self.counts.add_rows([row for row in mine if not row.student_written])
         self.rows_trained += result.rows
         self.skipped_steps += not result.trained
         if result.rows or self._fixed_order:

@@ -11,6 +11,7 @@ other ranks. Unblocked by: the teacher's answers, the stream's end, a stop.
 
 import logging
 from functools import partial
+from typing import TYPE_CHECKING
 
 import ray
 import ray.train
@@ -38,6 +39,9 @@ from raystill.train.student.sharding import place_student
 from raystill.train.worker.process import report_final_errors, settle_process
 from raystill.train.worker.progress import Progress
 from raystill.train.worker.shape import run_shape
+
+if TYPE_CHECKING:
+    from raystill.train.worker.policy import PolicyPublisher
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +92,7 @@ class Worker:
             sampling=self.sampling,
         )
         self.measurer = Measurer(run, measured, score=partial(score_answers, run))
+        self.policy = self._policy_publisher(measured)
         self.progress = Progress(run, self.ranks, self.vocab)
 
     def restore(self) -> None:
@@ -110,6 +115,8 @@ class Worker:
     def publish(self, restored: bool) -> int:
         """Publish what these weights have learned, for the source, before any rank iterates."""
         attempt = None
+        if self.policy is not None:  # Before credits are given, which depend on these weights.
+            self.policy.publish(self.progress.step, restored)
         if self.ranks.first:
             p = self.progress
             learned = (p.epoch, p.step, p.ledger.to_dict(), restored)
@@ -222,6 +229,8 @@ class Worker:
             self.checkpoint()
         else:
             self.checkpointer.poll()
+        if self.policy is not None and step % self.config.policy.sync_every_steps == 0:
+            self.policy.publish(step)
 
     def _follow_teacher(self) -> None:
         """Take over the cores of a teacher that was let go, or give them back."""
@@ -242,14 +251,27 @@ class Worker:
         model = build.build_student(self.config, self.teacher_folder, seeds["student"], choose)
         return place_student(model, training, self.device, self.ranks.world_size)
 
+    def _policy_publisher(self, student: LocalStudent) -> "PolicyPublisher | None":
+        """Where the student writes rows: what gives its sampler new weights."""
+        if not self.config.policy.enabled:
+            return None
+        from raystill.train.worker.policy import PolicyPublisher
+
+        return PolicyPublisher(self.run, student, self.sampling)
+
     def _build_step(self) -> GlobalStep:
-        training, world_size = self.config.training, self.ranks.world_size
+        training, policy, world_size = (
+            self.config.training,
+            self.config.policy,
+            self.ranks.world_size,
+        )
         return GlobalStep(
             parallel_module(self.student, self.device, world_size, training.compile),
             self.optimizer,
             self._build_batches(),
             total_steps=self.progress.total_steps,
             world_size=world_size,
+            num_ages=policy.max_staleness_steps + 2 if policy.enabled else 0,
         )
 
     def _build_batches(self) -> BatchMaker:
@@ -262,6 +284,7 @@ class Worker:
             teacher=head_of_signal(self.config, folder, self.vocab, dtype, self.device),
             device=self.device,
             packed=self.student.packed,
+            student_written=self.config.policy.objective if self.config.policy.enabled else None,
         )
 
     def _load(self, path: str, snapshot: ckpt.Snapshot) -> None:

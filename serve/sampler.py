@@ -1,0 +1,224 @@
+"""The sampler: a Serve replica that answers with the student's own weights and follows them.
+
+Where it sits: `sampler_app` places it; the stream's answer stage calls ``sample``. *Waits for* the
+weights that rank 0 publishes; a new replica pulls the newest ones before it is ready. *Unblocks*
+the source's credits, by telling the coordinator which version it answers with.
+
+Each new version is proven: the logprobs of a fixed probe must be those that the trained student
+gives. A sampler that does not follow stops the run.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raystill.base.errors import RunError
+from raystill.base.logs import redirect_output, run_name, write_line
+from raystill.config.run import RunConfig
+from raystill.config.teacher import TeacherConfig
+from raystill.datasets.rows.answers import answers_table
+from raystill.datasets.rows.schema import ENGINE, POLICY_VERSION
+from raystill.datasets.rows.signal import Signal
+from raystill.model.files import read_object
+from raystill.model.sampling import ResolvedSampling
+from raystill.placement.requests import teacher_cores
+from raystill.serve.engine.arguments import EngineSettings, label_replica, prepare_process
+from raystill.serve.engine.weights import EXTENSION
+from raystill.serve.replica import EXIT_ENGINE_DEAD, ids_of
+
+WEIGHTS_FILE = "model.safetensors"
+SHARED_MEMORY = "/dev/shm"
+GAPS = {"float32": 1e-3}
+GAP_OF_OTHERS = 0.1
+"""Nats, by precision: what is allowed where ``policy.max_logprob_gap`` is not set."""
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """Settings of a sampler. gpus: those that the replica holds; 0 on a CPU."""
+
+    config: RunConfig
+    coordinator: Any
+    logs: str
+    gpus: int = 0
+
+
+class Sampler:
+    """A Serve deployment's class; ready when its engine has the newest weights and proved them."""
+
+    # Serve awaits an asynchronous constructor, so that the engine starts within its event loop.
+    async def __init__(self, settings: SamplerSettings) -> None:  # type: ignore[misc]
+        self._settings = settings
+        self._coordinator = settings.coordinator
+        redirect_output(str(Path(settings.logs) / "sampler-0.log"))
+        label_replica(run_name(str(Path(settings.logs).parent)), 0, role="sampler")
+        newest = await self._coordinator.newer_policy.remote(0)
+        if newest is None:
+            raise RunError("the run ended before the student's weights were published")
+        shared = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
+        self._folder = Path(tempfile.mkdtemp(prefix="raystill-sampler-", dir=shared))
+        try:
+            await self._start(newest)
+        except BaseException:
+            self._clean_up()
+            raise
+        self._following = asyncio.ensure_future(self._follow())
+
+    async def sample(self, prompts: pa.Table, signal: Signal) -> pa.Table:
+        """Responses to ``prompt_ids`` as an ``answer_schema`` table of ``text``.
+
+        Its ENGINE metadata has the version of the weights at the beginning of the call: some tokens
+        may be written by newer weights, none by older ones.
+        """
+        version = self._version
+        groups = ids_of(prompts, "prompt_ids")
+        limit = self._settings.config.teacher.request_timeout_s
+        try:
+            answers = await asyncio.wait_for(self._engine.sample(groups, signal), limit)
+        except Exception as error:
+            self._exit_if_engine_died(error)
+            raise
+        self._coordinator.add.remote(
+            {"policy_tokens": sum(len(answer.response_ids) for answer in answers)}
+        )
+        table = await asyncio.to_thread(answers_table, answers, signal)
+        return table.replace_schema_metadata({ENGINE: json.dumps({POLICY_VERSION: version})})
+
+    async def check_health(self) -> None:
+        """Called by Serve: the engine gives a token, and new weights are still awaited."""
+        if self._following.done() and self._following.exception() is not None:
+            raise RuntimeError(f"new weights could not be taken: {self._following.exception()!r}")
+        try:
+            await self._engine.probe()
+        except Exception as error:
+            self._exit_if_engine_died(error)
+            raise
+
+    def __del__(self) -> None:
+        self._clean_up()
+
+    async def _start(self, newest: dict[str, Any]) -> None:
+        files = await newest["files"][0]
+        for name, content in files.items():
+            (self._folder / name).write_bytes(content)
+        await self._write_weights(newest)
+        settings = self._settings
+        cores = None
+        if settings.gpus == 0:
+            cores = teacher_cores(settings.config, sorted(os.sched_getaffinity(0)))
+        prepare_process(cores)
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        from raystill.serve.engine.vllm import VllmEngine  # Here: the driver imports this module.
+
+        self._engine = VllmEngine(engine_settings(settings, self._folder, newest, cores))
+        await self._engine.start()
+        await self._prove(newest)
+
+    async def _follow(self) -> None:
+        """Take each newer version, until the run is over."""
+        while True:
+            newest = await self._coordinator.newer_policy.remote(self._serial)
+            if newest is None:
+                return
+            await self._write_weights(newest)
+            await self._engine.reload(str(self._folder / WEIGHTS_FILE))
+            await self._prove(newest)
+
+    async def _write_weights(self, newest: dict[str, Any]) -> None:
+        content = await newest["weights"][0]
+        part = self._folder / f"{WEIGHTS_FILE}.part"
+        await asyncio.to_thread(part.write_bytes, memoryview(content))
+        part.rename(self._folder / WEIGHTS_FILE)
+
+    async def _prove(self, newest: dict[str, Any]) -> None:
+        """Compare the engine's logprobs of the probe with the student's; answer with it if equal.
+
+        Raises RunError, which also ends the run, where they are not.
+        """
+        ids, signal = newest["probe_ids"], Signal("sampled")
+        (answer,) = await self._engine.score([ids[:1]], [ids[1:]], signal)
+        assert answer.sampled_logprobs is not None, f"the probe was not scored: {answer.error}"
+        gap = float(np.abs(answer.sampled_logprobs - newest["probe_logprobs"]).mean())
+        allowed = allowed_gap(self._settings.config, self._engine.dtype)
+        version = newest["version"]
+        write_line(f"weights of step {version}: {gap:.2g} nats from the student's")
+        if not gap <= allowed:  # Also of NaN.
+            problem = does_not_follow(version, gap, allowed)
+            await self._coordinator.failed.remote(problem)
+            raise RunError(problem)
+        self._serial, self._version = newest["serial"], version
+        await self._coordinator.policy_loaded.remote(self._serial, version, gap)
+
+    def _exit_if_engine_died(self, error: Exception) -> None:
+        """End the process, so that callers see an actor that died and Serve starts another."""
+        from raystill.serve.engine.vllm import engine_is_dead
+
+        if engine_is_dead(error):
+            write_line(f"the engine died ({error}); this sampler exits")
+            self._clean_up()
+            os._exit(EXIT_ENGINE_DEAD)
+
+    def _clean_up(self) -> None:
+        engine = getattr(self, "_engine", None)
+        if engine is not None:
+            engine.close()
+        if folder := getattr(self, "_folder", None):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def does_not_follow(version: int, gap: float, allowed: float) -> str:
+    """What a sampler that does not follow its student is stopped with."""
+    return (
+        f"the sampler does not follow the student: with the weights of step {version} its logprobs "
+        f"are {gap:.3g} nats off the student's on the probe, more than {allowed:g}; what it writes "
+        "would not be the student's own; raise policy.max_logprob_gap if its precision explains "
+        "the difference, or set policy.dtype: float32"
+    )
+
+
+def allowed_gap(config: RunConfig, dtype: str) -> float:
+    """The mean difference of the probe's logprobs that is allowed, nats."""
+    return config.policy.max_logprob_gap or GAPS.get(dtype, GAP_OF_OTHERS)
+
+
+def engine_settings(
+    settings: SamplerSettings, folder: Path, newest: dict[str, Any], cores: tuple[int, ...] | None
+) -> EngineSettings:
+    """The engine of the student in ``folder``: one device, the teacher's limits."""
+    config = settings.config
+    policy, teacher = config.policy, config.teacher
+    context = read_object(folder / "config.json").get("max_position_embeddings")
+    longest = [n for n in (teacher.max_model_len, context) if n is not None]
+    engine = TeacherConfig.model_validate(
+        {
+            "model": str(folder),
+            "dtype": policy.dtype or config.training.export_dtype,
+            "max_model_len": min(longest, default=None),
+            "max_num_seqs": teacher.max_num_seqs,
+            "max_num_batched_tokens": teacher.max_num_batched_tokens,
+            "gpu_memory_utilization": teacher.gpu_memory_utilization,
+            "kv_cache_gib": policy.kv_cache_gib or teacher.kv_cache_gib,
+            "enforce_eager": teacher.enforce_eager,
+            "trust_remote_code": teacher.trust_remote_code,
+        }
+    )
+    sampling = ResolvedSampling(
+        temperature=policy.sampling.temperature,
+        top_p=policy.sampling.top_p,
+        top_k=policy.sampling.top_k,
+        min_p=0.0,
+        max_tokens=policy.max_tokens or teacher.sampling.max_tokens,
+        stop_token_ids=tuple(newest["stop_token_ids"]),
+    )
+    # Another seed after each start: what was in flight before must not be drawn again.
+    seed = config.section_seeds()["policy"] + newest["serial"]
+    plain = EngineSettings(engine, str(folder), sampling, seed, max_top_k=1, cores=cores)
+    return replace(plain, extension=EXTENSION)

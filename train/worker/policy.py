@@ -1,0 +1,106 @@
+"""Publishes the student's weights for its sampler, with the logprobs that prove their arrival.
+
+Rank 0 has the coordinator put the weights into Ray's object store, and own them there: so they
+outlast this worker. The sampler pulls them, computes the logprobs of the same tokens, and reports
+how far they are from those of this student.
+
+Consumes: the student. Unblocks: the source's credits, once the sampler has loaded the weights.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from safetensors.torch import save
+
+from raystill.model.sampling import ResolvedSampling
+from raystill.run import Run
+from raystill.train.batch.batch import collate
+from raystill.train.batch.rows import Row
+from raystill.train.evaluation.measure import LocalStudent
+from raystill.train.student.build import DTYPES
+from raystill.train.student.export import ExportSettings, exported_state, save_student
+from raystill.train.student.sharding import whole_weights
+
+PROBE_TOKENS = 48
+
+
+class PolicyPublisher:
+    """Publishes versions of one student; every rank has one, and all call `publish`."""
+
+    def __init__(self, run: Run, student: LocalStudent, sampling: ResolvedSampling) -> None:
+        self._coordinator = run.coordinator
+        self._student = student
+        dtype = run.config.policy.dtype or run.config.training.export_dtype
+        self._settings = ExportSettings(dtype, student.teacher_folder, sampling)
+        generator = np.random.default_rng(run.config.section_seeds()["policy"])
+        self._probe = generator.integers(0, student.vocab, PROBE_TOKENS).astype(np.int32)
+
+    def publish(self, version: int, restored: bool = False) -> None:
+        """Publish the weights after ``version`` finished steps. Collective.
+
+        restored: a life of the worker group begins, with weights that may be older than those
+        published last.
+        """
+        first, model = self._student.ranks.first, self._student.module.model
+        state = exported_state(model, DTYPES[self._settings.dtype], first)
+        logprobs = self._probe_logprobs()
+        if not first:
+            return
+        weights: dict[str, Any] = {
+            "weights": self._hold(np.frombuffer(save(without_ties(state)), np.uint8)),
+            "probe_ids": self._probe,
+            "probe_logprobs": logprobs,
+            "stop_token_ids": self._settings.sampling.stop_token_ids,
+        }
+        if restored:
+            weights["files"] = self._hold(small_files(model, self._settings, state))
+        ray.get(self._coordinator.publish_policy.remote(version, weights, restored))
+
+    def _hold(self, value: Any) -> list[Any]:
+        """A list of one reference: in a list, since a plain one would be read when it is passed."""
+        held: list[Any] = ray.get(self._coordinator.hold.remote(value))
+        return held
+
+    @torch.no_grad()
+    def _probe_logprobs(self) -> np.ndarray:
+        """The student's logprob of each probe token but the first, float32, nats."""
+        module = self._student.module
+        was_training = module.training
+        module.eval()
+        try:
+            row = Row(0, 0, self._probe[:1], self._probe[1:])
+            batch = collate([row], "text", self._student.vocab).to(self._student.device)
+            with whole_weights(module):
+                parts = [
+                    torch.log_softmax(z.float(), dim=1).gather(1, batch.targets[rows][:, None])
+                    for rows, z in module.logit_chunks(batch)
+                ]
+        finally:
+            module.train(was_training)
+        return torch.cat(parts).squeeze(1).cpu().numpy()
+
+
+def without_ties(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state without the second name of a tensor that has two, as files on disk have it."""
+    seen: set[int] = set()
+    kept = {}
+    for name, tensor in state.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept[name] = tensor.contiguous()
+    return kept
+
+
+def small_files(
+    model: Any, settings: ExportSettings, state: dict[str, torch.Tensor]
+) -> dict[str, bytes]:
+    """The files of an exported student by name, without its weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "student"
+        save_student(model, path, settings, state)
+        files = [f for f in path.iterdir() if f.is_file() and ".safetensors" not in f.name]
+        return {file.name: file.read_bytes() for file in files}
