@@ -1,5 +1,6 @@
 """Check the run folder and the teacher store: writable, of this run, and with enough free space."""
 
+import json
 import os
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from raystill.base.run_folder import (
     CHECKPOINTS,
     CONFIG,
     HELD_OUT,
+    MANIFEST,
     PROMPT_COLUMNS,
     STUDENT,
     TOP_LEVEL_NAMES,
@@ -24,6 +26,7 @@ from raystill.base.run_folder import (
 from raystill.cluster.check.models import count_parameters
 from raystill.config.load import compare_identity, parse_yaml, validate_leniently
 from raystill.config.run import RunConfig
+from raystill.datasets.filters.function import hashes_of, read_functions
 from raystill.datasets.prompts.tables import PromptTables
 from raystill.datasets.rows.signal import signal_of
 from raystill.model.files import ModelFolder
@@ -171,6 +174,24 @@ def check_same_columns(folder: RunFolder, columns: pa.Table | None) -> list[Prob
             "restore the files, or set output.path to a new folder",
         )
         for name in changed[:1]
+    ]
+
+
+def check_same_functions(config: RunConfig, folder: RunFolder) -> list[Problem]:
+    """Problems of a run that is resumed with another text of a filter's function."""
+    now = hashes_of(read_functions(config.filters))
+    if not now or not folder.exists(MANIFEST):
+        return []
+    before = json.loads(folder.read_text(MANIFEST)).get("filter_functions", now)
+    return [
+        Problem(
+            "filters",
+            f"{path} has changed since {folder.path} began, and it decides which rows are trained; "
+            "put it back to resume the run, or set output.path to a new folder: the answers are "
+            "stored and are not asked again",
+        )
+        for path in now
+        if before.get(path) != now[path]
     ]
 
 

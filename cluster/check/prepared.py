@@ -199,6 +199,10 @@ class Prepared:
             left_out.append(f"{self.duplicates} duplicates")
         if left_out:
             lines.append(f"left out: {', '.join(left_out)}")
+        if rules := self.config.filters.rules:
+            most = self.config.max_rejected_fraction
+            named = ", ".join(rule.label for rule in rules)
+            lines.append(f"filters: {named}; at most {most:.1%} of the rows may be rejected")
         if self.space_needed_bytes is not None:
             lines.append(f"space needed: about {self.space_needed_bytes / 2**30:.2f} GiB")
         return "\n".join(lines + [f"note: {notice}" for notice in self.notices])

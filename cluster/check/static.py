@@ -18,6 +18,7 @@ from raystill.cluster.check.models import (
 from raystill.cluster.check.output import (
     check_output,
     check_same_columns,
+    check_same_functions,
     check_same_prompts,
     check_space,
     check_store,
@@ -30,6 +31,7 @@ from raystill.cluster.check.terms import check_terms
 from raystill.cluster.check.trackers import check_trackers
 from raystill.config.load import load_leniently
 from raystill.config.run import RunConfig
+from raystill.datasets.filters.function import read_functions
 from raystill.datasets.prompts.progress import Progress
 from raystill.datasets.prompts.read import read_prompts
 from raystill.datasets.prompts.select import UNBOUNDED
@@ -110,6 +112,8 @@ class StaticCheck:
         if self.known("output"):
             self.problems += check_trackers(self.config.output)
         self.check_folders()
+        if self.known("filters"):
+            self.check_functions()
         teacher, student = self.find_models()
         if self.known("terms", "teacher", "student"):
             problems, notices = check_terms(self.config, teacher, student)
@@ -150,6 +154,15 @@ class StaticCheck:
                 self.problems += check_store(self.store_path)
             except ConfigError as error:
                 self.problems += error.problems
+
+    def check_functions(self) -> None:
+        """Check that the functions of filters can be read, and are those a run began with."""
+        try:
+            read_functions(self.config.filters)
+            if self.output is not None and not self.refused:
+                self.problems += check_same_functions(self.config, self.output)
+        except ConfigError as error:
+            self.problems += error.problems
 
     def find_models(self) -> tuple[ModelFolder | None, ModelFolder | None]:
         """Find teacher and student, and check that they fit the run and each other.

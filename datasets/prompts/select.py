@@ -171,11 +171,17 @@ def samples_asked(
     return samples
 
 
-def list_rows(samples: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def list_rows(
+    samples: NDArray[np.int64], by_prompt: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The prompt and the sample number of each row, both int64 [N].
 
-    First come the rows of sample 0 of all prompts, then those of sample 1, and so on.
+    First come the rows of sample 0 of all prompts, then those of sample 1, and so on; with
+    ``by_prompt`` first all samples of the first prompt, then those of the second.
     """
+    if by_prompt:
+        firsts = np.repeat(np.cumsum(samples) - samples, samples)
+        return np.repeat(np.arange(len(samples)), samples), np.arange(samples.sum()) - firsts
     passes = [np.flatnonzero(samples > number) for number in range(samples.max(initial=0))]
     numbers = [np.full(len(rows), number) for number, rows in enumerate(passes)]
     none = np.zeros(0, dtype=np.int64)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from raystill.datasets.filters.answers import Answers
 from raystill.datasets.filters.filters import AnswerFilters, text_of
@@ -28,11 +29,11 @@ class GroupFilters:
 
     def __init__(self, spec: "StreamSpec") -> None:
         assert spec.teacher is not None, "there are filters, but no teacher whose tokenizer to use"
-        self._filters = AnswerFilters(spec.filters)
+        self._filters = AnswerFilters(spec.filters, spec.function_texts)
         self._decode = text_of(spec.teacher)
         self._fields = spec.prompt_columns and PromptReader(spec.prompt_columns, None)
         self._reading = Lock()
-        self._threads = ThreadPoolExecutor(1, "filters")
+        self._threads = ThreadPoolExecutor(spec.filters.function_processes, "filters")
 
     async def rejected(self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array) -> pa.Array:
         """The reasons why rows are dropped, string; with those of filters where there was none."""
@@ -50,8 +51,23 @@ class GroupFilters:
                 for name, column in zip(table.column_names, table.columns, strict=True)
                 if name.startswith(PREFIX)
             }
-        seen = Answers(ids, ends, prompts["source"].combine_chunks(), fields, self._decode)
+        seen = Answers(
+            ids,
+            ends,
+            prompts["row"].to_numpy(),
+            numbered(prompts["prompt_ids"].combine_chunks()),
+            prompts["source"].combine_chunks(),
+            fields,
+            self._decode,
+        )
         kept = pc.is_null(reasons).to_numpy(zero_copy_only=False).astype(np.bool_)
         if POLICY_VERSION in answers.column_names:  # They judge what the teacher wrote.
             kept &= pc.is_null(answers[POLICY_VERSION]).to_numpy()
         return pc.coalesce(reasons, self._filters.rejected(seen, kept))
+
+
+def numbered(prompt_ids: pa.ListArray) -> NDArray[np.int64]:
+    """A number for each prompt [P] of N rows, equal where the prompts are, int64 [N]."""
+    numbers: dict[bytes, int] = {}
+    texts = (ids.values.to_numpy().tobytes() for ids in prompt_ids)
+    return np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)

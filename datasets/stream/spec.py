@@ -1,11 +1,13 @@
 """Settings of the stream: `StreamSpec`, and `Requester`, for whom the teacher is asked."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from raystill.base.run_folder import PROMPT_COLUMNS, TRAIN_PROMPTS
 from raystill.config.stream import FiltersConfig, StreamConfig
 from raystill.datasets.policy.plan import PolicyPlan
+from raystill.datasets.filters.function import read_functions
 from raystill.datasets.rows.signal import Signal
 from raystill.model.on_node import ModelSource
 from raystill.run import Run
@@ -53,6 +55,7 @@ class StreamSpec:
         num_ids: `Run.num_ids`.
         filters: The run file's ``filters`` section.
         teacher: The teacher's files; filters that read text need its tokenizer.
+        function_texts: Texts of the Python files with functions of filters, by the setting.
         prompt_columns: Path or URI of the fields that filters read; None where they read none.
         policy: Which rows the student writes; None: none.
         sampler_name: The Serve application of the student's sampler.
@@ -76,6 +79,7 @@ class StreamSpec:
     prompt_columns: str | None = None
     policy: PolicyPlan | None = None
     sampler_name: str = ""
+    function_texts: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run: Run, signal: Signal) -> "StreamSpec":
@@ -97,6 +101,7 @@ class StreamSpec:
             num_ids=run.num_ids,
             filters=config.filters,
             teacher=run.teacher,
+            function_texts=read_functions(config.filters),
             prompt_columns=run.folder.join(PROMPT_COLUMNS) if config.filters.columns else None,
             policy=PolicyPlan.of(config, run.num_rows, run.id),
             sampler_name=run.sampler_app,

@@ -336,6 +336,17 @@ class RunConfig(ConfigModel):
         """Bound on rows ahead with which all replicas are busy while the rows of two steps wait."""
         return self.rows_in_flight + 2 * self.training.rows_per_step
 
+    @property
+    def max_rejected_fraction(self) -> float:
+        """Share of an epoch's rows that filters may reject, with those that ``best`` must reject.
+
+        Of n answers to a prompt ``best`` keeps k; ``filters.max_rejected_fraction`` is of these.
+        """
+        share, best = self.filters.max_rejected_fraction, self.filters.best
+        if best is None:
+            return share
+        return 1 - (1 - share) * min(1.0, best.keep / self.prompts.samples_per_prompt)
+
     def section_seeds(self) -> dict[str, Any]:
         """Seeds of the run's parts, derived from ``seed``. The manifest records them."""
         # The order of the names is part of the seeds: a new name belongs at the end. Below 2**31,

@@ -184,6 +184,60 @@ class AnswerConfig(ConfigModel):
     )
 
 
+class FunctionConfig(ConfigModel):
+    """A Python function of your own that scores an answer."""
+
+    path: str = identity(
+        pattern=r"^.+:[A-Za-z_][A-Za-z0-9_]*$",
+        description="file.py:function, whose text travels with the run, or "
+        "package.module:function, which every node can import. It is called with a dict (response, "
+        "finish_reason, source, columns) and returns true or false, or a score.",
+    )
+    columns: tuple[Phrase, ...] = identity(
+        (), description="Fields of the prompt files that it is given, null where a row has none."
+    )
+    min_score: float = identity(
+        0.5, description="Least score of an answer that passes; true is 1 and false is 0."
+    )
+    timeout_s: float = identity(
+        10.0,
+        gt=0,
+        le=3600,
+        description="Seconds that one call may take. Then its process is ended and the row is "
+        "rejected.",
+    )
+
+    @property
+    def function(self) -> str:
+        """Name of the function."""
+        return self.path.rpartition(":")[2]
+
+    @property
+    def module(self) -> str:
+        """Name of the module, or path of the file."""
+        return self.path.rpartition(":")[0]
+
+    @property
+    def file(self) -> str | None:
+        """Path of the file; None where it is a module that is imported."""
+        return self.module if self.module.endswith(".py") else None
+
+
+class BestConfig(ConfigModel):
+    """Rejects all but the best answers to each prompt, of those that passed the filters before it.
+
+    It needs prompts.samples_per_prompt above keep, in whole groups: stream.group_rows is a
+    multiple of it, and no source has a weight. All answers to a prompt are then in one group.
+    """
+
+    keep: PositiveInt = identity(1, description="Most answers to a prompt that pass.")
+    score: FunctionConfig | None = identity(
+        None,
+        description="Function whose score decides; the earlier sample of equal ones passes, and "
+        "none below min_score. Default: the first samples pass.",
+    )
+
+
 class FilterConfig(ConfigModel):
     """One filter: exactly one of the settings besides name and sources."""
 
@@ -210,6 +264,12 @@ class FilterConfig(ConfigModel):
     )
     answer: AnswerConfig | None = identity(
         None, description="Rejects answers that differ from a reference."
+    )
+    function: FunctionConfig | None = identity(
+        None, description="Rejects answers to which a function of your own gives a low score."
+    )
+    best: BestConfig | None = identity(
+        None, description="Rejects all but the best answers to each prompt."
     )
 
     @model_validator(mode="after")
@@ -243,7 +303,15 @@ class FilterConfig(ConfigModel):
     @property
     def columns(self) -> tuple[str, ...]:
         """Fields of the prompt files that it reads."""
-        return (self.answer.column,) if self.answer is not None else ()
+        own = () if self.answer is None else (self.answer.column,)
+        return own + tuple(name for _, f in self.functions for name in f.columns)
+
+    @property
+    def functions(self) -> list[tuple[str, FunctionConfig]]:
+        """Functions that it calls, each after the name of its setting."""
+        score = None if self.best is None else self.best.score
+        named = (("function", self.function), ("best.score", score))
+        return [(name, function) for name, function in named if function is not None]
 
 
 class FiltersConfig(ConfigModel):
@@ -270,6 +338,10 @@ class FiltersConfig(ConfigModel):
     def _from_list(cls, section: Any) -> Any:
         return spell_out_filters(section)
 
+    function_processes: PositiveInt = operational(
+        1, description="Rows that functions of your own score at a time, a process each."
+    )
+
     @field_validator("rules")
     @classmethod
     def _can_be_told_apart(cls, rules: tuple[FilterConfig, ...]) -> tuple[FilterConfig, ...]:
@@ -278,7 +350,14 @@ class FiltersConfig(ConfigModel):
             raise ValueError(
                 f"has {number} filters that are counted as {name!r}; give each a name of its own"
             )
+        if sum(rule.best is not None for rule in rules) > 1:
+            raise ValueError("has best more than once; give one of them, with the score to go by")
         return rules
+
+    @property
+    def best(self) -> BestConfig | None:
+        """The settings of best, if a filter has them."""
+        return next((rule.best for rule in self.rules if rule.best is not None), None)
 
     @property
     def columns(self) -> list[str]:

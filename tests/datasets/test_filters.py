@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,19 +12,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raystill.base.errors import ConfigError
+from raystill.base.errors import ConfigError, RunError
 from raystill.base.run_folder import PROMPT_COLUMNS, RunFolder
-from raystill.cluster.check.output import check_same_columns
+from raystill.cluster.check.output import check_same_columns, check_same_functions
 from raystill.config.load import compare_identity, config_text, validate_leniently
 from raystill.config.prompts import PromptsConfig
 from raystill.config.run import RunConfig
-from raystill.config.stream import FiltersConfig
+from raystill.config.stream import FiltersConfig, FunctionConfig
+from raystill.datasets.filters import function as functions
 from raystill.datasets.filters.answers import Answers
 from raystill.datasets.filters.filters import AnswerFilters, repeated_share, text_of
+from raystill.datasets.filters.function import read_functions
 from raystill.datasets.filters.reference import last_box, value_of
 from raystill.datasets.prompts.tables import PromptReader, build_prompt_tables
 from raystill.datasets.prompts.tokenise import PromptTokeniser
-from raystill.datasets.stream.filtering import GroupFilters
+from raystill.datasets.stream.filtering import GroupFilters, numbered
+from raystill.datasets.stream.plan import epoch_order
 from raystill.model.on_node import ModelSource
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny-teacher"
@@ -39,14 +43,16 @@ def ids_of(text, finished=True):
     return [ord(character) for character in text] + [STOP] * finished
 
 
-def answers_of(*answers, sources=None, **fields):
+def answers_of(*answers, sources=None, prompts=None, rows=None, **fields):
     """Answers: each a text, or token ids and how it ended. Fields: their values, None for none."""
-    rows = [(ids_of(a), "stop") if isinstance(a, str) else a for a in answers]
+    numbers, rows = rows, [(ids_of(a), "stop") if isinstance(a, str) else a for a in answers]
     texts = {n: [None if v is None else json.dumps(v) for v in vs] for n, vs in fields.items()}
     return Answers(
         pa.array([ids for ids, _ in rows], pa.list_(pa.int32())),
         pa.array([reason for _, reason in rows], pa.string()),
-        pa.array(sources or ["s"] * len(rows), pa.string()),
+        np.array(numbers or range(len(answers)), np.int64),
+        np.array(prompts or range(len(answers)), np.int64),
+        pa.array(sources or ["s"] * len(answers), pa.string()),
         {name: pa.array(values, pa.string()) for name, values in texts.items()},
         decode,
     )
@@ -54,9 +60,11 @@ def answers_of(*answers, sources=None, **fields):
 
 def rejected(rules, *answers, kept=None, **more):
     """The name of the filter that rejects each answer."""
-    filters = AnswerFilters(FiltersConfig.model_validate(rules))
+    config = FiltersConfig.model_validate(rules)
+    filters = AnswerFilters(config, read_functions(config))
     kept = np.ones(len(answers), bool) if kept is None else np.array(kept)
     reasons = filters.rejected(answers_of(*answers, **more), kept)
+    filters.close()
     assert reasons.type == pa.string()
     return [None if r is None else r.removeprefix("filtered: ") for r in reasons.to_pylist()]
 
@@ -368,6 +376,7 @@ def test_a_group_is_filtered_with_the_fields_of_its_rows(tmp_path):
         filters=FiltersConfig.model_validate([{"answer": {}}]),
         teacher=ModelSource.of("tiny", TINY),
         prompt_columns=folder.join(PROMPT_COLUMNS),
+        function_texts={},
     )
     tokeniser = PromptTokeniser(TINY, PromptsConfig(path="p", chat_template=False))
     texts = ["It is 4.", "It is 4.", "", "It is 5."]
@@ -378,10 +387,12 @@ def test_a_group_is_filtered_with_the_fields_of_its_rows(tmp_path):
             "finish_reason": ["length", "length", None, "length"],
         }
     )
-    prompts = pa.table({"row": [4, 0, 1, 5], "source": ["s"] * 4})
+    ids = pa.array([[4], [0], [1], [5]], pa.list_(pa.int32()))
+    prompts = pa.table({"row": [4, 0, 1, 5], "source": ["s"] * 4, "prompt_ids": ids})
     reasons = pa.array([None, None, "empty", None], pa.string())
     told = asyncio.run(GroupFilters(spec).rejected(prompts, answers, reasons))
     assert told.to_pylist() == [None, "filtered: answer", "empty", None]
+    assert numbered(pa.array([[1], [2], [1], [], [1, 2]])).tolist() == [0, 1, 0, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -418,3 +429,205 @@ def test_another_reference_is_another_run(tmp_path):
     rows[2]["gold"] = 7
     (problem,) = check_same_columns(folder, tables(tmp_path, rows, rule).columns)
     assert "field gold" in problem.message
+
+
+FUNCTIONS = """
+import dataclasses, os, re, subprocess, sys, time
+
+@dataclasses.dataclass
+class Kept:
+    words: int = 2
+
+def few_words(row):
+    print("to nobody")
+    return len(row["response"].split()) <= Kept().words
+
+def length(row):
+    return len(row["response"])
+
+def told(row):
+    return row["columns"]["gold"] == row["response"] and row["source"] == "s"
+
+def hostile(row):
+    text = row["response"]
+    if text == "sleep":
+        time.sleep(60)
+    if text == "regex":
+        re.match("(a+)+$", "a" * 64 + "!")
+    if text == "children":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3717)"])
+        time.sleep(60)
+    if text == "exit":
+        os._exit(0)
+    if text == "quit":
+        sys.exit(3)
+    if text == "stdin":
+        return len(sys.stdin.read()) == 0
+    if text == "nan":
+        return float("nan")
+    if text == "none":
+        return None
+    if text == "raise":
+        raise KeyError("x" * 10_000_000)
+    return True
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(FUNCTIONS)
+    return str(path)
+
+
+def test_a_function_of_ones_own_decides(file):
+    few = [{"name": "few", "function": {"path": f"{file}:few_words"}}]
+    assert rejected(few, "a", "a b c", "a b", "") == [None, "few", None, None]
+    scored = [{"function": {"path": f"{file}:length", "min_score": 2}}]
+    assert rejected(scored, "a", "abc", "ab") == ["function", None, None]
+    told = [{"function": {"path": f"{file}:told", "columns": ["gold"]}}]
+    odd = "\ud800 \x00 \U0001f600"
+    answers = {"gold": ["a", None, [1], odd], "sources": ["s", "s", "s", "s"]}
+    assert rejected(told, "a", "b", "1", "x", **answers) == [None, *["function"] * 3]
+    imported = [{"function": {"path": "operator:truth"}}]  # Importable; a row is not empty.
+    assert rejected(imported, "a") == [None]
+
+
+def test_what_a_function_does_to_its_process_costs_its_own_row_only(file):
+    rule = [{"name": "f", "function": {"path": f"{file}:hostile", "timeout_s": 2}}]
+    cases = {
+        "good": None,
+        "sleep": "f (timed out)",
+        "regex": "f (timed out)",  # Keeps the interpreter: only ending the process helps.
+        "children": "f (timed out)",
+        "exit": "f (died)",
+        "quit": "f (failed)",
+        "stdin": None,
+        "nan": "f (failed)",
+        "none": "f (failed)",
+        "raise": "f (failed)",
+        "x" * 3_000_000: None,
+    }
+    began = time.monotonic()
+    assert rejected(rule, *cases, "again") == [*cases.values(), None]
+    assert time.monotonic() - began < 60
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            assert b"3717" not in command.read_bytes(), "what it started lives on"
+
+
+def test_a_process_that_nobody_waits_for_ends_by_itself(file, monkeypatch):
+    """Whoever started it may be killed within a call that never returns."""
+    slow = Path(functions.PROCESS).read_text().replace("GRACE_S = 10.0", "GRACE_S = 0.5")
+    script = Path(file).with_name("process.py")
+    script.write_text(slow)
+    monkeypatch.setattr(functions, "PROCESS", script)
+    config = FunctionConfig(path=f"{file}:hostile", timeout_s=1)
+    process = functions.FunctionProcess(config, FUNCTIONS)
+    with pytest.raises(functions.Died):
+        process.ask({"row": {"response": "regex"}}, 30)
+    process.end()
+    waiting = functions.FunctionProcess(config, FUNCTIONS)
+    waiting._process.stdin.close()
+    assert waiting._process.wait(10) == 0, "its input has ended"
+    waiting.end()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere.module:f", "No module named 'nowhere'"),
+        ("FILE:missing", "has no attribute 'missing'"),
+        ("operator:nothing", "no attribute 'nothing'"),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_ends_the_run(file, path, message):
+    with pytest.raises(RunError, match=message):
+        rejected([{"function": {"path": path.replace("FILE", file)}}], "a")
+
+
+@pytest.mark.parametrize("text", [None, "def f(:\n", "\0"])
+def test_a_file_that_is_no_python_is_told_before_anything_is_spent(tmp_path, text):
+    if text is not None:
+        (tmp_path / "bad.py").write_text(text)
+    config = FiltersConfig.model_validate([{"function": {"path": f"{tmp_path}/bad.py:f"}}])
+    with pytest.raises(ConfigError) as error:
+        read_functions(config)
+    assert error.value.problems[0].where == "filters.rules.0.function.path"
+
+
+def test_another_text_of_the_function_is_another_run(tmp_path, file):
+    rule = [{"function": {"path": f"{file}:few_words"}}]
+    config = RunConfig.model_validate(run_with(rule))
+    folder = RunFolder(str(tmp_path / "run")).ensure()
+    assert check_same_functions(config, folder) == []
+    hashes = functions.hashes_of(read_functions(config.filters))
+    folder.write_text("manifest.json", json.dumps({"filter_functions": hashes}))
+    assert check_same_functions(config, folder) == []
+    Path(file).write_text(FUNCTIONS + "#")
+    (problem,) = check_same_functions(config, folder)
+    assert "mine.py:few_words has changed" in problem.message
+    folder.write_text("manifest.json", "{}")  # Of an earlier version.
+    assert check_same_functions(config, folder) == []
+
+
+def test_the_best_answers_to_each_prompt_pass(file):
+    best = {"best": {"keep": 1, "score": {"path": f"{file}:length", "min_score": 1}}}
+    answers = ["ab", "abc", "abd", "", "a", "", "xy", "xyzw"]
+    more = {"prompts": [0, 0, 0, 1, 1, 2, 3, 3], "rows": [2, 1, 0, 4, 3, 5, 7, 6]}
+    told = ["best", "best", None, "best", None, "best", "best", None]
+    assert rejected([best], *answers, **more) == told, "of equals the earlier sample"
+    two = {"best": {"keep": 2, "score": {"path": f"{file}:length"}}}
+    assert rejected([two], *answers, **more) == [
+        "best",
+        None,
+        None,
+        "best",
+        *[None, "best"],
+        None,
+        None,
+    ]
+    short = {"length": {"max_tokens": 2}}
+    told = [None, "length", "length", "best", None, "best", None, "length"]
+    assert rejected([short, best], *answers, **more) == told, "of those that passed before"
+    first = {"best": {"keep": 1}}
+    told = ["best", "best", None, "best", None, None, "best", None]
+    assert rejected([first], *answers, **more) == told
+    left = [told_of is None for told_of in told]
+    assert rejected([first], *answers, kept=left, **more) == [None] * 8, "they pass again alone"
+
+
+def test_the_samples_of_a_prompt_stand_together_where_they_are_compared(tmp_path):
+    rows = [{"prompt": f"What is {i}?"} for i in range(5)]
+    made = tables(tmp_path, rows, [{"best": {}}], samples_per_prompt=4)
+    assert made.samples.tolist() == [0, 1, 2, 3] * 5
+    prompts = made.train["prompt_ids"].to_pylist()
+    assert [prompts.index(ids) for ids in prompts] == [4 * (row // 4) for row in range(20)]
+    for epoch in range(3):
+        order = epoch_order(20, 7, epoch, 8).reshape(-1, 4)
+        for group in (order[:2], order[2:4], order[4:]):
+            numbers = (group.reshape(-1) // 4).tolist()
+            assert all(numbers.count(number) == 4 for number in numbers)
+    apart = tables(tmp_path, rows, [], samples_per_prompt=4)
+    assert apart.samples.tolist() == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5
+
+
+@pytest.mark.parametrize(
+    ("samples", "keep", "where"),
+    [(1, 1, "prompts.samples_per_prompt"), (3, 1, "stream.group_rows"), (2, 2, "prompts.")],
+)
+def test_answers_that_cannot_be_compared_are_told_before_anything_is_spent(
+    tmp_path, samples, keep, where
+):
+    with pytest.raises(ConfigError) as error:
+        tables(tmp_path, [{"prompt": "a"}], [{"best": {"keep": keep}}], samples_per_prompt=samples)
+    assert error.value.problems[0].where.startswith(where)
+
+
+def test_what_best_must_reject_is_in_its_quota():
+    prompts = {"prompts": {"path": "p", "samples_per_prompt": 4}}
+    config = RunConfig.model_validate(run_with([{"best": {}}]) | prompts)
+    assert config.max_rejected_fraction == 0.875
+    assert RunConfig.model_validate(run_with([]) | prompts).max_rejected_fraction == 0.5
+    with pytest.raises(ValueError, match="best more than once"):
+        FiltersConfig.model_validate([{"best": {}}, {"name": "b", "best": {}}])

@@ -202,10 +202,14 @@ def test_filters_reject_rows_in_both_orders_and_others_read_their_answers_later(
     assert gone == dict.fromkeys(cut, "filtered: finished"), "what the ledger is told"
 
     teacher.answered.remote().result()
-    short = [{"name": "long", "length": {"max_tokens": 1}}, {"finished": True}]
-    other = Run(tmp_path, behaviours, "arrival", 2, store="shared", filters=short).stream(workers)
+    file = tmp_path / "mine.py"
+    file.write_text("def ended(row):\n    return row['finish_reason'] == 'stop'\n")
+    mine = [{"name": "mine", "function": {"path": f"{file}:ended"}}, {"finished": True}]
+    run = Run(tmp_path, behaviours, "arrival", 2, store="shared", filters=mine)
+    file.unlink()  # Its text travels with the stream.
+    other = run.stream(workers)
     assert len(other.positions) == 44
-    assert other.snapshot.filtered == {"long": 20}, "the first that rejects a row is told"
+    assert other.snapshot.filtered == {"mine": 20}, "the first that rejects a row is told"
     assert other.snapshot.counters["rows_filtered"] == 20
     none = Run(tmp_path, behaviours, "arrival", 1, store="shared").stream(workers)
     assert len(none.positions) == 64

@@ -20,6 +20,7 @@ from raystill.base.run_folder import RunFolder
 from raystill.cluster.coordinator.actor import start_coordinator
 from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.config.stream import FiltersConfig, StreamConfig
+from raystill.datasets.filters.function import read_functions
 from raystill.datasets.rows.schema import ENGINE, PROMPT_SCHEMA, answer_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.stream.ledger import Ledger
@@ -29,6 +30,7 @@ from raystill.model.on_node import ModelSource
 from raystill.train.step.rows import StepRows
 
 APP = "teacher-run"
+TINY = Path(__file__).resolve().parents[2] / "models" / "tiny-teacher"
 GROUP_ROWS = 8
 ROWS_PER_STEP = 16
 TOP_K = 4
@@ -252,7 +254,8 @@ class Run:
             store_path=str(folder / store),
             requester=Requester(name, "training", "teacher", "obedient"),
             filters=filters,
-            teacher=ModelSource("obedient", "nowhere"),
+            teacher=ModelSource.of("tiny", TINY),  # Its tokenizer is all that is used.
+            function_texts=read_functions(filters),
         )
 
     def start(self, workers, num_steps=None, epoch=0) -> "Run":

@@ -51,13 +51,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster/lineage": GROUND,
     "cluster/check": GROUND
     | ROWS
-    | {"cluster/lineage", "datasets/prompts", "datasets/store", "serve/engine"},
+    | {"cluster/lineage", "datasets/filters", "datasets/prompts", "datasets/store"}
+    | {"serve/engine"},
     "cluster/coordinator": GROUND | ROWS | {"datasets/stream"},
     "cluster/report": GROUND | {"cluster/check", "cluster/coordinator", "datasets/store"},
     "cluster/report/page": GROUND | {"cluster/report"},
     "cluster/job": GROUND
-    | {"cluster/check", "cluster/coordinator", "cluster/report", "datasets/store"}
-    | {"cluster/report/page", "datasets/stream", "serve", "train/evaluation", "train/worker"},
+    | {"cluster/check", "cluster/coordinator", "cluster/report", "datasets/filters"}
+    | {
+        "cluster/report/page",
+        "datasets/store",
+        "datasets/stream",
+        "serve",
+        "train/evaluation",
+        "train/worker",
+    },
     "cluster/commands": GROUND
     | ROWS
     | {"cluster/check", "cluster/job", "cluster/report", "datasets/store", "datasets/stream"}
