@@ -28,6 +28,7 @@ from raystill.config.stream import (
     RefusalConfig,
     RegexConfig,
     RepetitionConfig,
+    SimilarConfig,
 )
 from raystill.datasets.filters.answers import Answers, Decode, Int32Array
 from raystill.datasets.filters.function import Function
@@ -126,13 +127,16 @@ def repeated_share(ids: Int32Array, ngram: int) -> float:
 
     Of M = T - n + 1 n-grams with D distinct ones it is (M - D) / M.
     """
-    total = len(ids) - ngram + 1
-    if total <= 0:
-        return 0.0
+    seen = ngrams(ids, ngram)
+    return (len(seen) - len(np.unique(seen))) / len(seen) if len(seen) else 0.0
+
+
+def ngrams(ids: Int32Array, ngram: int) -> NDArray[np.void]:
+    """The n-grams of ids [T], [T - n + 1], each one opaque value, which sorts and hashes fast."""
+    if len(ids) < ngram:
+        return np.empty(0, np.dtype((np.void, 4 * ngram)))
     windows = np.lib.stride_tricks.sliding_window_view(ids.astype("<i4"), ngram)
-    # A window as one opaque value: sorting those is faster than sorting rows of numbers.
-    opaque = np.ascontiguousarray(windows).view(np.dtype((np.void, 4 * ngram))).reshape(-1)
-    return (total - len(np.unique(opaque))) / total
+    return np.ascontiguousarray(windows).view(np.dtype((np.void, 4 * ngram))).reshape(-1)
 
 
 def by_regex(config: RegexConfig, answers: Answers) -> Mask:
@@ -224,6 +228,26 @@ def by_rank(config: BestConfig, function: Function | None, answers: Answers) -> 
     return told
 
 
+def by_similarity(config: SimilarConfig, answers: Answers) -> Mask:
+    """Rejects what is too similar to an earlier sample for the same prompt that passes."""
+    rejected = np.zeros(len(answers), bool)
+    passed: dict[int, list[set[bytes]]] = {}
+    for row in np.argsort(answers.rows):
+        ids = answers.tokens[row]
+        # Of an answer shorter than an n-gram the whole counts.
+        mine = set(ngrams(ids, config.ngram).tolist()) or {ids.tobytes()}
+        others = passed.setdefault(int(answers.prompts[row]), [])
+        rejected[row] = any(similarity(mine, other) > config.max_similarity for other in others)
+        if not rejected[row]:
+            others.append(mine)
+    return rejected
+
+
+def similarity(one: set[bytes], other: set[bytes]) -> float:
+    """Jaccard's: the share of what both have, of all that either has."""
+    return len(one & other) / len(one | other)
+
+
 def by_end(_: bool, answers: Answers) -> Mask:
     """Rejects what does not end with a stop token."""
     return ~answers.finished
@@ -236,5 +260,6 @@ FILTERS: dict[str, Callable[..., Mask]] = {
     "refusal": by_refusal,
     "finished": by_end,
     "answer": by_answer,
+    "similar": by_similarity,
 }
 """Filters by the setting of an entry of ``filters``; each gets that setting and the answers."""

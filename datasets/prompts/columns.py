@@ -49,7 +49,7 @@ def filter_columns(
 def _require_usable(config: "RunConfig", prompts: Sequence[RawPrompt]) -> None:
     """ConfigError for filters that these training prompts leave nothing to decide by."""
     sources = {prompt.source for prompt in prompts}
-    problems = list(_why_no_best(config))
+    problems = list(_why_not_compared(config))
     for number, rule in enumerate(config.filters.rules):
         for source in sorted(set(rule.sources or ()) - sources):
             listed = ", ".join(sorted(sources)[:30])
@@ -85,17 +85,17 @@ def _without_reference(
     ]
 
 
-def _why_no_best(config: "RunConfig") -> Iterator[Problem]:
-    """Why the answers to one prompt would not be in one group, which ``best`` needs."""
-    best, prompts, rows = config.filters.best, config.prompts, config.stream.group_rows
-    if best is None:
+def _why_not_compared(config: "RunConfig") -> Iterator[Problem]:
+    """Why the answers to one prompt would not be in one group, where filters compare them."""
+    filters, prompts, rows = config.filters, config.prompts, config.stream.group_rows
+    if not filters.compares_samples:
         return
-    samples = prompts.samples_per_prompt
-    if samples <= best.keep:
+    samples, keep = prompts.samples_per_prompt, filters.best.keep if filters.best else 1
+    if samples <= keep:
         yield Problem(
             "prompts.samples_per_prompt",
-            f"is {samples}, and a filter keeps the best {best.keep} answers to each prompt; set it "
-            f"to {best.keep + 1} or more",
+            f"is {samples}, and a filter chooses among the answers to each prompt; set it to "
+            f"{keep + 1} or more, or remove the filter",
         )
     elif rows % samples:
         yield Problem(

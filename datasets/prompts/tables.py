@@ -65,7 +65,7 @@ class PromptTables:
     except ``key``, which :meth:`with_keys` adds once the teacher's identity is known.
 
     ``train`` has a row for each sample of a prompt: all rows of sample 0 first, then those of
-    sample 1, and so on; with the filter ``best`` the samples of a prompt stand together.
+    sample 1, and so on; where filters compare them, a prompt's samples stand together.
     ``samples``, int64 [N], is the sample number of each of them.
 
     ``messages`` has the chat of each prompt, as JSON, by the digest of its ids; with an API teacher
@@ -166,7 +166,7 @@ def build_prompt_tables(
         [usable.ids[kept[i]] for i in train],
         [raws[kept[i]].source for i in train],
     )
-    rows, samples = list_rows(asked, by_prompt=config.filters.best is not None)
+    rows, samples = list_rows(asked, by_prompt=config.filters.compares_samples)
     return PromptTables(
         train=_table([kept[i] for i in train[rows]], usable),
         held_out=_table([kept[i] for i in held_out], usable),

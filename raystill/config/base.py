@@ -94,6 +94,18 @@ def day_of(value: Any) -> str | None:
         raise ValueError(f"is {value!r}; expected a day as YYYY-MM-DD, or null") from None
 
 
+def why_no_pattern(pattern: str) -> str | None:
+    """Why RE2 does not take a regular expression; None if it does."""
+    import pyarrow as pa  # Late: a tenth of a second that most run files do not need.
+    import pyarrow.compute as pc
+
+    try:
+        pc.match_substring_regex(pa.array([""]), pattern)
+    except pa.ArrowException as error:
+        return str(error).removeprefix("Invalid regular expression: ")
+    return None
+
+
 PositiveInt = Annotated[int, Field(gt=0)]
 Resources = dict[Annotated[str, Field(min_length=1)], Annotated[float, Field(ge=0)]]
 """Custom Ray resources by name."""

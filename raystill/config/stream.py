@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from raystill.config.base import ConfigModel, PositiveInt, identity, operational
+from raystill.config.base import ConfigModel, PositiveInt, identity, operational, why_no_pattern
 
 
 class SignalConfig(ConfigModel):
@@ -60,7 +60,6 @@ class StreamConfig(ConfigModel):
     )
 
 
-FILTER_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,39}"
 Phrase = Annotated[str, Field(min_length=1)]
 REFUSALS = (
     "i can't help with",
@@ -133,7 +132,7 @@ class RegexConfig(ConfigModel):
     @field_validator("must_match", "must_not_match")
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
-        if pattern is not None and (reason := _why_no_pattern(pattern)):
+        if pattern is not None and (reason := why_no_pattern(pattern)):
             raise ValueError(
                 f"is {pattern!r}, which is no regular expression of RE2 ({reason}); look-around "
                 "and back-references are not among them"
@@ -223,6 +222,19 @@ class FunctionConfig(ConfigModel):
         return self.module if self.module.endswith(".py") else None
 
 
+class SimilarConfig(ConfigModel):
+    """Rejects an answer that says nearly the same as an earlier sample for the same prompt.
+
+    Similarity is the share of n-grams of tokens that both have, of all that either has (Jaccard).
+    It needs whole groups as best does.
+    """
+
+    ngram: PositiveInt = identity(3, le=64, description="Tokens n of an n-gram.")
+    max_similarity: float = identity(
+        0.7, ge=0, lt=1, description="Largest similarity to an answer that passed."
+    )
+
+
 class BestConfig(ConfigModel):
     """Rejects all but the best answers to each prompt, of those that passed the filters before it.
 
@@ -243,7 +255,7 @@ class FilterConfig(ConfigModel):
 
     name: str | None = identity(
         None,
-        pattern=f"^{FILTER_NAME}$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$",
         description="Name under which its rejected rows are counted. Default: the kind of filter.",
     )
     sources: tuple[str, ...] | None = identity(
@@ -267,6 +279,9 @@ class FilterConfig(ConfigModel):
     )
     function: FunctionConfig | None = identity(
         None, description="Rejects answers to which a function of your own gives a low score."
+    )
+    similar: SimilarConfig | None = identity(
+        None, description="Rejects near-duplicates among the answers to one prompt."
     )
     best: BestConfig | None = identity(
         None, description="Rejects all but the best answers to each prompt."
@@ -360,6 +375,11 @@ class FiltersConfig(ConfigModel):
         return next((rule.best for rule in self.rules if rule.best is not None), None)
 
     @property
+    def compares_samples(self) -> bool:
+        """Whether a filter needs all answers to a prompt in one group."""
+        return any(rule.best is not None or rule.similar is not None for rule in self.rules)
+
+    @property
     def columns(self) -> list[str]:
         """Fields of the prompt files that any filter reads, each once."""
         return list(dict.fromkeys(name for rule in self.rules for name in rule.columns))
@@ -368,18 +388,6 @@ class FiltersConfig(ConfigModel):
 def spell_out_filters(section: Any) -> Any:
     """Return the long form of a filters section; a bare list becomes ``{rules: [...]}``."""
     return {"rules": section} if isinstance(section, list | tuple) else section
-
-
-def _why_no_pattern(pattern: str) -> str | None:
-    """Why RE2 does not take a regular expression; None if it does."""
-    import pyarrow as pa  # Late: a tenth of a second that most run files do not need.
-    import pyarrow.compute as pc
-
-    try:
-        pc.match_substring_regex(pa.array([""]), pattern)
-    except pa.ArrowException as error:
-        return str(error).removeprefix("Invalid regular expression: ")
-    return None
 
 
 class StoreConfig(ConfigModel):

@@ -597,6 +597,30 @@ def test_the_best_answers_to_each_prompt_pass(file):
     assert rejected([first], *answers, kept=left, **more) == [None] * 8, "they pass again alone"
 
 
+@pytest.mark.parametrize(
+    ("answers", "most", "told"),
+    [
+        (["abcdef", "abcdef", "abcdef"], 0.9, [None, "similar", "similar"]),
+        (["abcdef", "uvwxyz"], 0.0, [None, None]),
+        (["abcdef", "abcdeg"], 0.6, [None, None]),  # 3 of 5 in common, and 0.6 is allowed.
+        (["abcdef", "abcdeg"], 0.59, [None, "similar"]),
+        (["ab", "ba", "ab", "", ""], 0.5, [None, None, "similar", None, "similar"]),
+        (["abcd", "abcdX", "abcdXY"], 0.5, [None, "similar", None]),  # Not like one that passed.
+    ],
+)
+def test_near_duplicates_among_the_answers_to_a_prompt_are_rejected(answers, most, told):
+    rule = [{"similar": {"ngram": 3, "max_similarity": most}}]
+    alone = list(range(len(answers)))
+    assert rejected(rule, *answers, prompts=[0] * len(answers)) == told
+    assert rejected(rule, *answers, prompts=alone) == [None] * len(answers)
+    left = [one is None for one in told]
+    again = rejected(rule, *answers, kept=left, prompts=[0] * len(answers))
+    assert again == [None] * len(answers)
+    order = [*reversed(alone)]  # In which a group's rows come makes no difference.
+    mixed = rejected(rule, *(answers[i] for i in order), prompts=[0] * len(answers), rows=order)
+    assert mixed == [told[i] for i in order]
+
+
 def test_the_samples_of_a_prompt_stand_together_where_they_are_compared(tmp_path):
     rows = [{"prompt": f"What is {i}?"} for i in range(5)]
     made = tables(tmp_path, rows, [{"best": {}}], samples_per_prompt=4)
