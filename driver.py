@@ -241,6 +241,23 @@ def lineage(folder: options.StudentFolder, as_json: options.AsJson = False) -> i
 
 
 @app.command()
+def revoke(
+    path: options.StorePath,
+    teacher: options.RevokedTeacher,
+    runs: options.RunsFolders,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
+) -> int:
+    """Remove a teacher's answers from a store.
+
+    And name the runs whose students learned from it, or from a student of it.
+    """
+    from raystill.cluster.store.revoke import revoke_command
+
+    return revoke_command(path, teacher, runs, dry_run, as_json)
+
+
+@app.command()
 def fields(
     section: options.Section = None, as_json: options.AsJson = False, schema: options.Schema = False
 ) -> int:

@@ -168,6 +168,26 @@ StudentFolder = Annotated[
     str, typer.Argument(metavar="FOLDER", help="A student's folder, or that of a finished run.")
 ]
 
+# revoke
+RevokedTeacher = Annotated[
+    str,
+    typer.Option(
+        "--teacher",
+        metavar="TEACHER",
+        help="Its name in the store, or the first digits of its identity.",
+    ),
+]
+RunsFolders = Annotated[
+    list[str],
+    typer.Option(
+        "--runs",
+        metavar="FOLDER",
+        default_factory=list,
+        show_default="the folder that the store is in",
+        help="Where run folders are. Repeatable.",
+    ),
+]
+
 # fields
 Section = Annotated[
     str | None,

@@ -1,0 +1,167 @@
+"""``driver.py revoke``: take a teacher's answers out of a store, and name the students that have
+learned from it.
+
+A licence that changes, or a letter that is withdrawn, is answered by this. What learned already is
+not undone; it is named, by the manifests and lineage files of the runs beside the store.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+from raystill.base import formatting
+from raystill.base.errors import RunError
+from raystill.base.redact import redact
+from raystill.base.run_folder import MANIFEST, STUDENT, SUMMARY, RunFolder, split_query
+from raystill.cluster.commands.as_json import print_json
+from raystill.cluster.commands.store import opened_store, refused_json, status, tell
+from raystill.cluster.lineage.graph import BrokenLineage, read_lineage
+from raystill.datasets.store.catalogue import Catalogue
+from raystill.datasets.store.store import TeacherStore
+from raystill.datasets.store.upkeep import prune
+
+SHORTEST_PREFIX = 4
+DIRECTLY, BY_ANOTHER = "taught by it", "taught by a student of it"
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A run whose student learned from the teacher. has_student: whether it has finished one."""
+
+    folder: str
+    how: str
+    has_student: bool
+
+
+@dataclass
+class Found:
+    """What the store and the runs beside it have of a teacher.
+
+    runs: rows of the store by the run that asked for them. learned: runs of its students. unread:
+    run folders that could not be looked at, with the reason.
+    """
+
+    identity: str
+    name: str
+    rows: int
+    all_rows: int
+    runs: dict[str, int] = field(default_factory=dict)
+    learned: list[Learned] = field(default_factory=list)
+    unread: dict[str, str] = field(default_factory=dict)
+
+
+def revoke_command(
+    path: str, teacher: str, runs: Sequence[str], dry_run: bool, as_json: bool
+) -> int:
+    """Remove a teacher's answers; the exit status is that of the segments that cannot be judged.
+
+    teacher: the first digits of its identity, or its name, if these are of one teacher alone. runs:
+    folders with run folders; those beside the store where none is named. Raises RunError.
+    """
+    with opened_store(path) as store:
+        found = find(store, store.catalogue(), teacher)
+        look_at_runs(found, runs or [beside(store)])
+        pruned = prune(store, {}, found.identity, dry_run)
+    if as_json:
+        files = {"dry_run": dry_run, "removed": pruned.files}
+        refused = refused_json(pruned.refused)
+        print_json({"store": store.path, **asdict(found), **files, "refused": refused})
+        return status(pruned.refused)
+    tell(pruned.refused)
+    for line in describe(found, dry_run):
+        print(redact(line))
+    return status(pruned.refused)
+
+
+def find(store: TeacherStore, catalogue: Catalogue, teacher: str) -> Found:
+    """The one teacher that is meant, and its rows. Raises RunError where it is none or several."""
+    names: dict[str, str] = {}
+    runs: dict[str, Counter[str]] = {}
+    for entry in catalogue.entries:
+        origin = entry.footer.origin
+        names[origin.teacher_identity] = origin.teacher
+        for group in entry.footer.groups:
+            runs.setdefault(origin.teacher_identity, Counter())[group.run] += group.rows
+    is_prefix = len(teacher) >= SHORTEST_PREFIX
+    meant = [i for i, n in names.items() if n == teacher or (is_prefix and i.startswith(teacher))]
+    if len(meant) != 1:
+        known = ", ".join(f"{i[:12]} ({redact(n)})" for i, n in sorted(names.items())) or "nobody"
+        many = f"{len(meant)} teachers" if meant else "no teacher"
+        raise RunError(
+            f"{teacher!r} is {many} of {store.path}, which has answers of {known}; name one by the "
+            f"first {SHORTEST_PREFIX} or more digits of its identity"
+        )
+    (identity,) = meant
+    rows = runs[identity]
+    return Found(identity, names[identity], sum(rows.values()), catalogue.rows, dict(rows))
+
+
+def beside(store: TeacherStore) -> str:
+    """The folder that the store is in, where runs are by default."""
+    plain, query = split_query(store.path)
+    return plain.rstrip("/").rpartition("/")[0] + query
+
+
+def look_at_runs(found: Found, folders: Sequence[str]) -> None:
+    """Find the runs whose student learned from the teacher, or from a student of it."""
+    for folder in dict.fromkeys(folders):
+        for run in _run_folders(RunFolder(folder)):
+            try:
+                how = _how(run, found)
+                has_student = how is not None and run.exists(SUMMARY) and run.exists(STUDENT)
+            except (OSError, ValueError, RecursionError) as error:
+                found.unread[run.path] = str(error).partition("\n")[0]
+                continue
+            if how is not None:
+                found.learned.append(Learned(run.path, how, has_student))
+
+
+def _run_folders(folder: RunFolder) -> Iterator[RunFolder]:
+    """The folder itself and those in it, as far as they are run folders."""
+    for one in (folder, *(RunFolder(folder.join(name)) for name in folder.names())):
+        if one.exists(MANIFEST):
+            yield one
+
+
+def _how(run: RunFolder, found: Found) -> str | None:
+    """How a run's student learned from the teacher; None if it did not. Raises ValueError."""
+    manifest = json.loads(run.read_bytes(MANIFEST))
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{MANIFEST} is no object")
+    asked = str(manifest.get("run_id")) in found.runs
+    if asked or manifest.get("teacher_identity") == found.identity:
+        return DIRECTLY
+    terms = manifest.get("terms")
+    sources = terms.get("sources") if isinstance(terms, dict) else None
+    ancestors = sources.get("ancestors") if isinstance(sources, dict) else None
+    if isinstance(ancestors, dict) and found.identity in ancestors:
+        return BY_ANOTHER
+    try:
+        lineage = None if run.local is None else read_lineage(run.local / STUDENT)
+    except BrokenLineage as error:
+        raise ValueError(f"{STUDENT}/lineage.json {error}") from error
+    return BY_ANOTHER if lineage is not None and found.identity in lineage.models else None
+
+
+def describe(found: Found, dry_run: bool) -> Iterator[str]:
+    """What was found and done, a line each."""
+    share = f"{found.rows / found.all_rows:.1%} of the store"
+    verb = "would be removed" if dry_run else "removed"
+    rows = formatting.plural(found.rows, "row")
+    yield f"{rows} of {found.name} (identity {found.identity[:12]}) {verb}: {share}"
+    for one in found.learned:
+        state = "its student" if one.has_student else "no finished student yet"
+        yield f"  {one.folder}: {one.how}; {state}"
+    if not found.learned:
+        yield "  no run that was looked at has learned from it; name others with --runs FOLDER"
+    known = {one.folder for one in found.learned}
+    if found.runs and not known:
+        asked = ", ".join(f"{run} ({n} rows)" for run, n in sorted(found.runs.items()))
+        yield f"  the rows were asked for by: {asked}"
+    for folder, reason in found.unread.items():
+        yield f"  {folder} could not be looked at: {reason}"
+    yield (
+        "students keep what they learned, run folders their own copies (held_out.parquet, "
+        "answers.jsonl), and a run of this teacher that goes on asks it again"
+    )
