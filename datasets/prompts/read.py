@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raystill.base.errors import ConfigError, Problem
+from raystill.base.redact import shown_value
 from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.files import PromptFile, PromptSource, find_files, prompt_sources
 from raystill.datasets.prompts.progress import Meter, Progress
@@ -197,8 +198,7 @@ def as_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shown_value(value, 60)
 
 
 def _jsonl(file: PromptFile) -> Iterator[tuple[str, Any]]:

@@ -82,7 +82,7 @@ def reasons(dropped: Mapping[str, int]) -> str:
 
 def one_line(text: Any, longest: int = 400) -> str:
     """Put text on one line; cut it between words if it is longer than ``longest`` characters."""
-    flat = " ".join(str(text).split())
+    flat = " ".join(redact(str(text)).split())  # Whole: a part would not be recognised.
     if len(flat) <= longest:
         return flat
     return flat[:longest].rsplit(" ", 1)[0] + " …"

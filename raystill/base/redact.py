@@ -4,31 +4,126 @@ Errors, lines of the driver, log records and stored copies of the configuration 
 It is the only module that decides what a secret is. Imports the standard library only.
 """
 
+import json
 import logging
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from types import TracebackType
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
 SHORTEST_SECRET = 8
 """Characters. A shorter value of an environment variable would match inside ordinary words."""
+DEEPEST = 50
+"""Levels of nested values that are searched for secrets; deeper ones are hidden whole."""
 
-_USER = re.compile(r"(?<=://)[^/\s@'\"]+(?=@)")
+# All up to the last "@" of the authority: a password may hold one.
+_USER = re.compile(r"(?<=://)[^/\s]+(?=@)")
 # ID:SECRET@ with a "/" in the secret that was not percent-encoded, as AWS keys have. The look-ahead
 # leaves HOST:PORT/path@x alone.
-_RAW_SECRET = re.compile(r"(?<=://)[^/\s:@'\"]+:(?!\d{1,5}(?:[/\s'\"]|$))[^\s'\"]+?(?=@)")
+_RAW_SECRET = re.compile(
+    r"(?<=://)[^/\s:@'\"]+:(?!\d{1,5}(?:[/\s'\"]|$))[^\s'\"]+?(?=@)(?:@[^/\s@'\"]+(?=@))*"
+)
+_SECRET_WORDS = (
+    r"(?:token|secret|passw(?:or)?d|passphrase|pwd|signature|credentials?|"
+    r"(?:access|account|api|secret|private|shared)[_-]?key|sig|sas)"
+)
 _QUERY = re.compile(
-    r"([?&][\w.-]*(?:token|secret|password|signature|credential|access_?key|api_?key|sig)=)"
-    r"[^&\s'\"#]+",
+    rf"([?&][\w.%-]*{_SECRET_WORDS}=)(?:[^&\s'\"#]|['\"](?![\s,;:)\]}}]|$))+", re.IGNORECASE
+)
+# What stands after a name that holds a secret, in a text that is no mapping: "hf_token: x".
+_ASSIGNED = re.compile(
+    r"((?<![\w.])(?:--)?[\w-]*(?:hf_token|auth_token|access_token|secret|passw(?:or)?d|passphrase|"
+    r"(?:access|account|api|private)[_-]?key)['\"]?(?:\s*[=:]\s*|\s+(?=['\"]))['\"]?)"
+    r"(?![\s'\"$*]|is |are )[^\s'\",;}\]]+",
     re.IGNORECASE,
 )
-_SECRET_NAME = re.compile(
-    r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|APIKEY)(?:$|_(?!PATH$|FILE$|DIR$|ENV$))"
+_KNOWN_FORMS = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
+    r"|\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}",
+    re.DOTALL,
 )
+"""Private keys, and tokens that are known by how they begin."""
+_SECRET_NAME = re.compile(
+    r"(?!.*_(?:PATH|FILE|DIR|ENV)$)(?:.*_)?(?:(?:TOKEN|KEY|\w*(?:SECRET|PASSWORD|PASSWD|PASSPHRASE)|"
+    r"APIKEY)(?:$|_)|(?:AUTH|PASS|PWD|SAS|CREDENTIALS?)$)"
+)
+_SECRET_END = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|AUTH|CREDENTIALS?)$")
+_FOLDER_NAMES = frozenset({"PWD", "OLDPWD"})
+
+
+class Secrets:
+    """Values that no text may hold, in all the spellings that a text can give them.
+
+    The settings of a run file are `learnt` as they are read, before any message is made of them. A
+    value is hidden whole: of a part of it nobody would know that it is one.
+    """
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+
+    def learn(self, value: Any) -> None:
+        """Learn each text that a mapping, however deep in ``value``, has under a secret's name."""
+        waiting = [(value, False, 0)]
+        while waiting:
+            one, secret, depth = waiting.pop()
+            if depth > DEEPEST:
+                continue
+            if isinstance(one, dict):
+                for name, inner in one.items():
+                    text = isinstance(inner, str) and isinstance(name, str)
+                    named = is_secret_name(name) if text else _holds_secrets(name)
+                    waiting.append((inner, secret or named, depth + 1))
+            elif isinstance(one, list | tuple):
+                waiting += [(inner, secret, depth + 1) for inner in one]
+            elif secret and isinstance(one, str) and len(one) >= SHORTEST_SECRET:
+                self._names[one] = HIDDEN
+
+    def hide(self, text: str, environment: Mapping[str, str]) -> str:
+        """``text`` without the learnt values and those of the environment's secret variables."""
+        values = dict(self._names)
+        for name, value in environment.items():
+            if len(value) < SHORTEST_SECRET or not is_secret_name(name) or name in _FOLDER_NAMES:
+                continue
+            if not (os.sep in value and _names_a_file(value)):  # SSL_KEY=/etc/... names where.
+                values[value] = f"${name}"
+        found = {s: shown for v, shown in values.items() for s in spellings(v) if s in text}
+        # The longest first: one secret may be part of another.
+        for spelling in sorted(found, key=len, reverse=True):
+            text = text.replace(spelling, found[spelling])
+        return text
+
+
+@lru_cache(maxsize=512)
+def spellings(value: str) -> frozenset[str]:
+    """How a text may spell ``value``: plain, quoted by Python, JSON or a URI, on one line, by line.
+
+    Python's and JSON's quotes are taken twice, as in the text of an error about an error.
+    """
+    once = {value, repr(value)[1:-1], json.dumps(value)[1:-1], ascii(value)[1:-1]}
+    once |= {json.dumps(value, ensure_ascii=False)[1:-1], value.replace("'", "''")}
+    once |= {value.replace("'", "\\'"), value.replace('"', '\\"')}
+    twice = {repr(text)[1:-1] for text in once} | {json.dumps(text)[1:-1] for text in once}
+    whole = value.encode("utf-8", "surrogatepass")
+    others = {quote(whole), quote(whole, safe=""), quote_plus(whole), " ".join(value.split())}
+    lines = set(value.splitlines()) | {line.strip() for line in value.splitlines()}
+    return frozenset(s for s in once | twice | others | lines if len(s) >= SHORTEST_SECRET)
+
+
+def _names_a_file(value: str) -> bool:
+    try:
+        return os.path.exists(value)
+    except ValueError:  # A NUL.
+        return False
+
+
+SECRETS = Secrets()
+"""Those of this process."""
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
@@ -37,39 +132,59 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     Credentials in a URI become ``***``; the value of a secret variable becomes ``$NAME``. Redacting
     a redacted text changes nothing.
     """
-    secrets = {
-        value: name
-        for name, value in environment.items()
-        if len(value) >= SHORTEST_SECRET and is_secret_name(name) and value in text
-        if not os.path.exists(value)  # SSL_KEY=/etc/... names where the secret is.
-    }
-    # The longest first: one secret may be part of another.
-    for value in sorted(secrets, key=len, reverse=True):
-        text = text.replace(value, f"${secrets[value]}")
+    text = SECRETS.hide(text, environment)
     if "://" in text:
         text = _QUERY.sub(rf"\g<1>{HIDDEN}", _RAW_SECRET.sub(HIDDEN, _USER.sub(HIDDEN, text)))
-    return text
+    return _ASSIGNED.sub(rf"\g<1>{HIDDEN}", _KNOWN_FORMS.sub(HIDDEN, text))
 
 
-def redacted(value: Any) -> Any:
-    """Redact every text in nested mappings and lists; hide a text whose key names a secret."""
+def redacted(value: Any, depth: int = 0) -> Any:
+    """Redact every text in nested mappings and lists, keys too; hide texts below a secret's name.
+
+    Of a value this makes another value, so that no text of it (``repr``, JSON, a shortened one) can
+    hold a part of a secret.
+    """
     if isinstance(value, str):
         return redact(value)
+    if depth > DEEPEST:
+        return HIDDEN
     if isinstance(value, dict):
         return {
-            key: HIDDEN
-            if isinstance(item, str) and isinstance(key, str) and is_secret_name(key)
-            else redacted(item)
+            redact(key) if isinstance(key, str) else key: _hidden(item)
+            if _holds_secrets(key)
+            or (isinstance(item, str) and isinstance(key, str) and is_secret_name(key))
+            else redacted(item, depth + 1)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return type(value)(redacted(item) for item in value)
+        return type(value)(redacted(item, depth + 1) for item in value)
     return value
+
+
+def _hidden(value: Any) -> Any:
+    """A value under a secret's name: texts are hidden, and numbers stay (``stop_token_ids``)."""
+    if isinstance(value, list | tuple) and not any(isinstance(v, str | dict | list) for v in value):
+        return value
+    return HIDDEN if isinstance(value, str | dict | list | tuple) else value
+
+
+def shown_value(value: Any, longest: int = 200) -> str:
+    """A value as Python writes it, for a message: no secrets, at most so many characters."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write it.
+        return f"an integer of {value.bit_length():,} bits"
+    text = repr(redacted(value))
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def is_secret_name(name: str) -> bool:
     """Whether a variable or setting with this name is a secret: ``HF_TOKEN``, ``hf_token``."""
-    return _SECRET_NAME.search(name.upper()) is not None
+    return _SECRET_NAME.match(name.upper().replace("-", "_")) is not None
+
+
+def _holds_secrets(name: Any) -> bool:
+    """Whether all texts below this name are secrets: ``hf_token``, but not ``token_weights``."""
+    words = isinstance(name, str) and name.upper().replace("-", "_")
+    return bool(words) and is_secret_name(name) and _SECRET_END.search(words) is not None
 
 
 def redact_log_records() -> Callable[[], None]:

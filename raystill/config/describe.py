@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from raystill.base.errors import MOST_PROBLEMS, ConfigError, Problem
+from raystill.base.redact import is_secret_name, redact, shown_value
 from raystill.config.base import inner_model
 from raystill.config.run import RunConfig
 
@@ -41,6 +42,9 @@ HINTS = {
     "lr": "did you mean training.learning_rate?",
     "wait_timeout_s": "set training.startup_timeout_s and teacher.startup_timeout_s",
 }
+
+MAY_HOLD_SECRETS = frozenset({"teacher.engine_args", "teacher.api"})
+"""Settings that other programs name: of a value of the wrong type only the type is told."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ def problems_of(
         elif item["type"] == "missing":
             messages.setdefault(where, []).append(f"is missing; set {where} ({_sentence(where)})")
         elif item["type"] == "value_error":
-            messages.setdefault(where, []).append(str(item["ctx"]["error"]))
+            messages.setdefault(where, []).append(redact(str(item["ctx"]["error"])))
         elif not (isinstance(value_at(data, where), dict) and _takes_mapping(where)):
             # Else the value is a mapping for a field that is a number or a section: then the errors
             # in its keys say more than that it is no number.
@@ -170,7 +174,12 @@ def _wrong_value(where: str, expected: dict[str, list[str]], data: dict[str, Any
     if where not in expected:
         return []
     either = " or ".join(dict.fromkeys(expected[where]))
-    return [f"is {value_at(data, where)!r}; expected {either} ({_sentence(where)})"]
+    value = value_at(data, where)
+    if where in MAY_HOLD_SECRETS or any(is_secret_name(part) for part in where.split(".")):
+        shown = f"a {type(value).__name__} (not shown, as it may hold a secret)"
+    else:
+        shown = shown_value(value)
+    return [f"is {shown}; expected {either} ({_sentence(where)})"]
 
 
 def _expectation(message: str) -> str:

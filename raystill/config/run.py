@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from raystill.base.redact import SECRETS
 from raystill.config.base import ConfigModel, PositiveInt, identity, operational
 from raystill.config.objective import ObjectiveConfig, PolicyConfig
 from raystill.config.prompts import PromptsConfig
@@ -192,6 +193,12 @@ class RunConfig(ConfigModel):
     terms: TermsConfig = operational(
         TermsConfig(), description="What the student is for, and the terms of its sources."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _secrets_are_learnt(cls, data: Any) -> Any:
+        SECRETS.learn(data)  # Before any message is made of a value.
+        return data
 
     @model_validator(mode="after")
     def _signal_fits_objective(self) -> "RunConfig":

@@ -1,0 +1,211 @@
+"""Secrets planted in every field, variable, file name and error: none of them is told.
+
+Each case calls the command in this process. The values are those that a text rewrites: with quotes,
+backslashes, line ends, an @, of several lines, longer than what a message shows.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import driver
+from raystill.base import formatting
+from raystill.base.redact import SHORTEST_SECRET, Secrets, redact, redacted, shown_value
+from raystill.config.describe import fields
+from raystill.config.load import config_text, load_config, load_leniently
+from tests.support.end_to_end import TEACHER
+
+PEM = (
+    "-----BEGIN PRIVATE KEY-----\nMIIEvQPlantedLineOne\nPlantedLineTwo==\n-----END PRIVATE KEY-----"
+)
+VALUES = {
+    "plain": "planted-secret-1",
+    "at": "pla@nted@secret-2",
+    "backslash": "planted\\secret\\3\\n",
+    "both quotes": "pla'nted\"secret'4",
+    "line end": "planted-5a\nsecond-line-5b",
+    "PEM": PEM,
+    "long": "planted6" * 60,
+    "letters": "plänted-sécret-7",
+    "signs": "planted/secret+8=&?#",
+}
+VARIABLES = (
+    *("DB_PASSWORD", "PGPASSWORD", "TLS_PRIVATE_KEY", "MYSQL_PWD", "MY_API_KEY", "HF_TOKEN"),
+    *("AWS_SECRET_ACCESS_KEY", "REDISCLI_AUTH", "AZURE_CLIENT_SECRET", "KEY_PASSPHRASE"),
+)
+HARMLESS = {"RAY_AUTH_MODE": "disabled", "PWD": "/root/work", "TOKENIZERS_PARALLELISM": "disabled"}
+FIELDS = sorted({field.name for field in fields() if "[]" not in field.name})
+SOUND: dict[str, Any] = {
+    "teacher": {"model": str(TEACHER), "sampling": {"max_tokens": 8}},
+    "student": {"layers": [1]},
+    "prompts": {"path": "prompts.jsonl"},
+    "training": {"rows_per_step": 4},
+    "stream": {"group_rows": 2},
+}
+
+
+def parts_of(secret: str) -> set[str]:
+    """Runs of a secret's characters that no text may hold: eight long, of letters and the like."""
+    runs = {secret[i : i + SHORTEST_SECRET] for i in range(len(secret) - SHORTEST_SECRET + 1)}
+    return {
+        run for run in runs if "PRIVATE" not in run and "KEY---" not in run and "---" not in run
+    }
+
+
+def assert_untold(text: str, secret: str) -> None:
+    told = [part for part in parts_of(secret) if part in text]
+    assert not told, f"{told[:3]} of {secret!r} in {text[:600]!r}"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Count to {i}."} for i in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (tmp_path / "sound.yaml").write_text(yaml.safe_dump(SOUND))
+    return tmp_path
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_variable_is_hidden_however_a_text_spells_it(variable: str, kind: str) -> None:
+    secret, environment = VALUES[kind], {variable: VALUES[kind]}
+    for text in (
+        f"refused: {secret}",
+        f"refused: {secret!r}",
+        repr(f"refused {secret!r}"),
+        json.dumps({"x": secret}),
+        quote(secret, safe=""),
+        formatting.one_line(redact(secret, environment)),
+        " ".join(secret.split()),
+    ):
+        shown = redact(text, environment)
+        assert_untold(shown, secret)
+        assert redact(shown, environment) == shown
+
+
+def test_ordinary_variables_are_no_secrets() -> None:
+    text = "disabled at /root/work"
+    assert redact(text, HARMLESS) == text
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_variable_is_hidden_in_every_field(
+    place: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    """By the loader, and what it says; also where a message shortens the value."""
+    for kind in ("at", "both quotes", "PEM", "long"):
+        secret = VALUES[kind]
+        monkeypatch.setenv("DB_PASSWORD", secret)
+        loaded = load_leniently("sound.yaml", [f"{field}={json.dumps('x' * 40 + secret)}"])
+        for problem in loaded.problems:
+            assert_untold(redact(str(problem)), secret)
+        if loaded.config is not None:
+            assert_untold(config_text(loaded.config), secret)
+
+
+URIS = (
+    "s3://ID:{}@bucket/x",
+    "s3://bucket/x?secret_key={}&region=a",
+    "abfs://box@account/x?account_key={}",
+    "https://host/x?sig={}&n=3",
+    "s3://bucket/x?a=1&session_token={}",
+    "hdfs://{}@host/x",
+)
+
+
+@pytest.mark.parametrize("uri", URIS)
+@pytest.mark.parametrize("password", ["planted-1", "pla@nted@2", "planted%40three", "pl'anted4"])
+def test_what_a_uri_carries_is_hidden(uri: str, password: str) -> None:
+    whole = uri.format(password)
+    for text in (
+        whole,
+        f"{whole} cannot be written",
+        repr(whole),
+        json.dumps([whole]),
+        f"'{whole}'",
+    ):
+        shown = redact(text, {})
+        assert not any(part in shown for part in (password, password[-6:], "nted")), shown
+        assert redact(shown, {}) == shown
+
+
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize(
+    "shape", [lambda s: s, lambda s: [s], lambda s: f"--hf-token {s}", lambda s: [{"hf_token": s}]]
+)
+def test_engine_arguments_of_a_wrong_type_are_not_shown(
+    place: Path, capsys: pytest.CaptureFixture[str], kind: str, shape: Any
+) -> None:
+    config = SOUND | {"teacher": SOUND["teacher"] | {"engine_args": shape(VALUES[kind])}}
+    (place / "bad.yaml").write_text(yaml.safe_dump(config))
+    start = time.monotonic()
+    assert driver.main(["check", "--static", "bad.yaml"]) == driver.EXIT_REFUSED
+    assert time.monotonic() - start < 5
+    told = capsys.readouterr()
+    assert "teacher.engine_args" in told.err
+    assert_untold(told.out + told.err, VALUES[kind])
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_setting_that_is_a_secret_is_learnt_as_it_is_read(place: Path, kind: str) -> None:
+    secret = VALUES[kind]
+    config = SOUND | {
+        "teacher": SOUND["teacher"] | {"engine_args": {"deep": [{"auth_token": secret}]}}
+    }
+    (place / "run.yaml").write_text(yaml.safe_dump(config))
+    loaded = load_config(place / "run.yaml")
+    assert_untold(config_text(loaded), secret)
+    assert loaded.teacher.engine_args["deep"][0]["auth_token"] == secret
+    assert_untold(redact(f"an engine says {secret!r}", {}), secret)
+
+
+@pytest.mark.parametrize("words", [["report", "{}"], ["store", "list", "{}"], ["check", "{}.yaml"]])
+def test_a_file_name_that_is_a_secret_is_not_told(
+    place: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+) -> None:
+    secret = VALUES["plain"]
+    monkeypatch.setenv("DB_PASSWORD", secret)
+    assert driver.main([word.format(secret) for word in words]) in (1, 2)
+    told = capsys.readouterr()
+    assert "$DB_PASSWORD" in told.err
+    assert_untold(told.out + told.err, secret)
+
+
+def test_a_section_that_is_named_like_a_secret_stays() -> None:
+    value = {"token_weights": {"by": "importance"}, "hf_token": {"x": ["planted-secret-9"]}}
+    assert redacted(value) == {"token_weights": {"by": "importance"}, "hf_token": "***"}
+    secrets = Secrets()
+    secrets.learn(value)
+    assert secrets.hide("importance of planted-secret-9", {}) == "importance of ***"
+
+
+SECRET = st.text(
+    st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="\0"),
+    min_size=12,
+    max_size=40,
+).filter(lambda s: len(set(s)) > 6 and s.split() == [s])
+
+
+@given(SECRET, st.text(max_size=30), st.integers(20, 300))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_no_text_that_is_made_of_a_value_holds_a_secret(
+    secret: str, around: str, longest: int
+) -> None:
+    secrets = Secrets()
+    value = {"a": [around, {"my_password": secret}], "password": {"x": [secret]}}
+    secrets.learn(value)
+    assert secret not in secrets.hide(around + secret + around, {}).replace(around, "")
+    clean = redacted(value)
+    assert secret not in json.dumps(clean, ensure_ascii=False).replace(around, "")
+    assert len(shown_value(value, longest)) <= longest
