@@ -22,12 +22,16 @@ SHORTEST_SECRET = 8
 DEEPEST = 50
 """Levels of nested values that are searched for secrets; deeper ones are hidden whole."""
 
+# Data of any length passes through these expressions, so that a repetition which could begin anew
+# within itself has a bound: without one, 20 KB of "a-a-a-" take a minute.
+
 # All up to the last "@" of the authority: a password may hold one.
 _USER = re.compile(r"(?<=://)[^/\s]+(?=@)")
 # ID:SECRET@ with a "/" in the secret that was not percent-encoded, as AWS keys have. The look-ahead
 # leaves HOST:PORT/path@x alone.
 _RAW_SECRET = re.compile(
-    r"(?<=://)[^/\s:@'\"]+:(?!\d{1,5}(?:[/\s'\"]|$))[^\s'\"]+?(?=@)(?:@[^/\s@'\"]+(?=@))*"
+    r"(?<=://)[^/\s:@'\"]{1,200}:(?!\d{1,5}(?:[/\s'\"]|$))[^\s'\"]{1,400}?(?=@)"
+    r"(?:@[^/\s@'\"]{1,200}(?=@)){0,20}"
 )
 _SECRET_WORDS = (
     r"(?:token|secret|passw(?:or)?d|passphrase|pwd|signature|credentials?|"
@@ -38,7 +42,7 @@ _QUERY = re.compile(
 )
 # What stands after a name that holds a secret, in a text that is no mapping: "hf_token: x".
 _ASSIGNED = re.compile(
-    r"((?<![\w.])(?:--)?[\w-]*(?:hf_token|auth_token|access_token|secret|passw(?:or)?d|passphrase|"
+    r"((?<![\w.-])[\w-]{0,100}?(?:hf_token|auth_token|access_token|secret|passw(?:or)?d|passphrase|"
     r"(?:access|account|api|private)[_-]?key)['\"]?(?:\s*[=:]\s*|\s+(?=['\"]))['\"]?)"
     r"(?![\s'\"$*]|is |are )[^\s'\",;}\]]+",
     re.IGNORECASE,
@@ -183,8 +187,9 @@ def is_secret_name(name: str) -> bool:
 
 def _holds_secrets(name: Any) -> bool:
     """Whether all texts below this name are secrets: ``hf_token``, but not ``token_weights``."""
-    words = isinstance(name, str) and name.upper().replace("-", "_")
-    return bool(words) and is_secret_name(name) and _SECRET_END.search(words) is not None
+    if not isinstance(name, str) or not is_secret_name(name):
+        return False
+    return _SECRET_END.search(name.upper().replace("-", "_")) is not None
 
 
 def redact_log_records() -> Callable[[], None]:

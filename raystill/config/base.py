@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from raystill.base.redact import SECRETS
+
 Kind = Literal["identity", "operational"]
 
 
@@ -33,6 +35,10 @@ class ConfigModel(BaseModel):
         if not section and not (isinstance(value, float) and not math.isfinite(value)):
             require_plain(value)
         return value
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        SECRETS.learn(state.get("__dict__"))  # Unpickled, in a process that validates nothing.
 
 
 def identity(default: Any = ..., **kwargs: Any) -> Any:
