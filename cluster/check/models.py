@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from tokenizers import Tokenizer
 
 from raystill.base.errors import ConfigError, Problem
+from raystill.cluster.check.folders import check_architecture, check_weights
 from raystill.config.run import RunConfig
 from raystill.config.student import LayerChoice
 from raystill.datasets.prompts.tables import PromptTables
@@ -56,12 +57,13 @@ def check_teacher(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
         )
     yield from _check_hidden(config, teacher)
     yield from _check_api(config)
-    needs_weights = settings.engine == "vllm" or config.student.init == "from_teacher"
-    if needs_weights and not teacher.has_weights and not _is_in_hub_cache(teacher):
-        yield Problem(
-            "teacher.model",
-            f"the folder {teacher.name!r} has no *.safetensors; name a folder with weights",
-        )
+    if settings.engine == "vllm" or config.student.init == "from_teacher":
+        yield from _check_folder("teacher.model", teacher)
+    overridden = settings.engine_args.keys() & {"hf_overrides", "config_format"}
+    if settings.engine == "vllm" and not overridden:
+        trusted = settings.trust_remote_code
+        for message in check_architecture("teacher.model", teacher, trusted=trusted, served=True):
+            yield Problem("teacher.model", message)
 
 
 def check_student(config: RunConfig, teacher: ModelFolder, student: ModelFolder) -> list[Problem]:
@@ -75,9 +77,10 @@ def check_student(config: RunConfig, teacher: ModelFolder, student: ModelFolder)
     else:
         problems = check_tokenizers(teacher, student)
         where = "student.model"
-        if not student.has_weights and not _is_in_hub_cache(student):
-            message = f"the folder {student.name!r} has no *.safetensors; name one with weights"
-            problems.append(Problem(where, message))
+        problems += _check_folder(where, student)
+    trusted = trusts_student(config)
+    for message in check_architecture(where, student, trusted=trusted, served=False):
+        problems.append(Problem(where, message))
     try:
         logit_transform(student.config)
     except ValueError as error:
@@ -86,6 +89,40 @@ def check_student(config: RunConfig, teacher: ModelFolder, student: ModelFolder)
         message = f"{student.name} has quantised weights, which cannot be trained; name a plain one"
         problems.append(Problem(where, message))
     return problems
+
+
+def trusts_student(config: RunConfig) -> bool:
+    """Whether Python code in the student's folder may run."""
+    trusted = config.student.trust_remote_code
+    if config.student.init == "from_teacher":
+        return trusted or config.teacher.trust_remote_code
+    return trusted
+
+
+def _check_folder(where: str, model: ModelFolder) -> list[Problem]:
+    """Are the weights there, whole, and those of config.json?"""
+    to_fetch = _is_in_hub_cache(model)
+    if not model.has_weights and not to_fetch:
+        message = f"the folder {model.name!r} has no *.safetensors; name a folder with weights"
+        return [Problem(where, message)]
+    return check_weights(where, model, fetched=not to_fetch)
+
+
+def check_ids(
+    named: int, config: RunConfig, teacher: ModelFolder, student: ModelFolder | None
+) -> Iterator[Problem]:
+    """Have both models a row for each of the ids 0 to ``named`` - 1 of the teacher's tokenizer?"""
+    models = {"teacher.model": teacher} if config.teacher.engine == "vllm" else {}
+    if student is not None and student is not teacher:
+        models["student.model"] = student
+    for where, model in models.items():
+        size = model.vocab_size
+        if size is not None and size < named:
+            yield Problem(
+                where,
+                f"{model.name} has {size} ids, but the teacher's tokenizer names {named}; choose a "
+                "model that has them all, or the tokenizer that was saved with it",
+            )
 
 
 def _check_widths(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
@@ -130,10 +167,6 @@ def check_tokenizers(teacher: ModelFolder, student: ModelFolder) -> list[Problem
                 "tokenizer, or init: from_teacher",
             )
         )
-    size, needed = student.vocab_size, max(of_teacher.values(), default=-1) + 1
-    if size is not None and size < needed and not problems:
-        message = f"{student.name} has {size} ids, but the teacher's tokenizer names {needed}"
-        problems.append(Problem("student.model", message + "; choose a student that has them all"))
     return problems
 
 

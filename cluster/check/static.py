@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 
 from raystill.base.errors import ConfigError, Problem
 from raystill.base.run_folder import RunFolder, resolve_output, resolve_store
+from raystill.cluster.check.folders import check_settings, code_notices
 from raystill.cluster.check.models import (
     api_notices,
+    check_ids,
     check_student,
     check_teacher,
     tokenizer_notices,
+    trusts_student,
 )
 from raystill.cluster.check.output import (
     check_output,
@@ -179,9 +182,13 @@ class StaticCheck:
                 student = self.find("student.model", name, revision)
         if teacher is not None:
             self.problems += check_teacher(config, teacher)
+            trusted = config.teacher.trust_remote_code and config.teacher.engine == "vllm"
+            self.notices += code_notices("teacher.model", teacher, trusted)
             if student is not None:
                 self.problems += check_student(config, teacher, student)
                 if student is not teacher:
+                    trusted = trusts_student(config)
+                    self.notices += code_notices("student.model", student, trusted)
                     self.notices += tokenizer_notices(teacher, student)
         return teacher, student
 
@@ -194,6 +201,9 @@ class StaticCheck:
             self.notices.append(f"{where}: {result.notice}")
         elif result.notice is not None:  # Prompts need the teacher's tokenizer.
             self.problems.append(Problem(where, f"{result.notice}; try again, or name a folder"))
+        if result.model is not None and (broken := check_settings(where, result.model)):
+            self.problems += broken  # Of which nothing else can be judged.
+            return None
         return result.model
 
     def tokenise_prompts(
@@ -211,6 +221,11 @@ class StaticCheck:
         except ConfigError as error:
             self.problems += error.problems
             return None
+        if any(problem.where == "student.model" for problem in self.problems):
+            fit = None  # Fewer ids would be the same problem again.
+        else:
+            fit = student
+        self.problems += check_ids(tokeniser.num_ids, config, teacher, fit)
         context = context_tokens(config, teacher)
         # A prompt must leave room for one token of answer.
         longest = min(context - 1, config.prompts.max_prompt_tokens or context)

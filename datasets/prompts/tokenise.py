@@ -63,6 +63,11 @@ class PromptTokeniser:
                 "false; set it to true, or remove prompts.system",
             )
 
+    @property
+    def num_ids(self) -> int:
+        """One more than the largest id that the tokenizer gives a text."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
     def encode(self, raw: RawPrompt) -> np.ndarray:
         """Token ids ``int32[P]`` of one prompt, up to where the teacher's answer begins."""
         return self.encode_many([raw])[0]

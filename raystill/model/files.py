@@ -49,7 +49,8 @@ class ModelFolder:
     def config(self) -> dict[str, Any]:
         """``config.json``; settings of its ``text_config`` (multimodal models) replace others."""
         whole = read_object(self.path / "config.json")
-        return {**whole, **(whole.get("text_config") or {})}
+        text = whole.get("text_config")
+        return {**whole, **(text if isinstance(text, dict) else {})}
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
@@ -165,13 +166,16 @@ def read_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
     model's settings leniently, because the tokenizer, which reads strictly, reports the folder.
     """
     try:
+        if path.exists() and not path.is_file():  # A pipe would wait for ever.
+            raise ValueError("it is no file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if not strict:
             return {}
-        message = f"is not valid JSON ({error}); fetch or save the model again"
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        message = f"is not valid JSON ({reason}); fetch or save the model again"
         raise config_error(str(path), message) from None
     if isinstance(value, dict):
         return value

@@ -7,15 +7,14 @@ check a model before anything is started. `train.loss.teacher_head` reads the te
 Legend: V rows of the head, D hidden size.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raystill.model.files import ModelFolder, read_object
+from raystill.model.weights import INDEX, header_of
 
-INDEX = "model.safetensors.index.json"
 HEADS = ("lm_head", "embed_out")
 """Names of output head modules: the last part of the dotted name."""
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "embeddings")
@@ -73,26 +72,18 @@ def stored_tensors(folder: Path) -> dict[str, Path]:
     """Return the file of each tensor: by a sharded model's index, else by the files' headers."""
     weight_map = read_object(folder / INDEX).get("weight_map")
     if isinstance(weight_map, dict):
-        return {name: folder / file for name, file in weight_map.items()}
+        return {n: folder / file for n, file in weight_map.items() if isinstance(file, str)}
     whole = folder / "model.safetensors"
     files = [whole] if whole.exists() else sorted(folder.glob("*.safetensors"))
     return {name: file for file in files for name in read_header(file)}
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Return ``{name: {dtype, shape, ...}}`` of a safetensors file; {} if it cannot be read.
-
-    The format is 8 bytes with the header's length, little-endian, and the header as JSON.
-    """
-    # By hand: safetensors' own reader refuses a whole file for one dtype that it does not know
-    # (new quantisations), and huggingface_hub's takes more than half a second to import.
+    """Return `header_of` a safetensors file; {} if it is broken, which `check` reports."""
     try:
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    except (OSError, ValueError, MemoryError):
+        return header_of(file)
+    except ValueError:
         return {}
-    entries = header.items() if isinstance(header, dict) else ()
-    return {name: entry for name, entry in entries if name != "__metadata__"}
 
 
 def _modules_named(names: Iterable[str], last_parts: tuple[str, ...]) -> list[str]:

@@ -86,7 +86,8 @@ class ModelSource:
 
     def _head_files(self, folder: str) -> set[str]:
         """Return the files with the output head, by the index; all files if there is no index."""
-        from raystill.model.head import INDEX, find_head
+        from raystill.model.head import find_head
+        from raystill.model.weights import INDEX
 
         if not (Path(folder) / INDEX).exists():
             return set(self.files)

@@ -47,7 +47,13 @@ def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
     # tokenizer.json may have been saved with the truncation and padding of a training.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    _add_tokens(tokenizer, settings)
+    try:
+        _add_tokens(tokenizer, settings)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise config_error(
+            str(folder / "tokenizer_config.json"),
+            f"names its tokens in a form that is none of transformers' ({error}); save it again",
+        ) from None
     return tokenizer
 
 
@@ -84,9 +90,13 @@ def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     if template is None:
         template = read_object(folder / "chat_template.json", strict=True).get("chat_template")
     if isinstance(template, list):
-        template = {item["name"]: item["template"] for item in template}
+        named = [item for item in template if isinstance(item, dict)]
+        template = {item.get("name"): item.get("template") for item in named}
     if isinstance(template, dict):
         template = template.get("default")
+    if template is not None and not isinstance(template, str):
+        kind = type(template).__name__
+        raise config_error(str(folder), f"has a chat template that is a {kind}, expected a text")
     return template
 
 

@@ -215,7 +215,8 @@ def make_model(folder: Path, tokens: dict[str, int] | None = None, **config: Any
         shutil.copy(TINY / "tokenizer.json", folder)
     else:
         Tokenizer(models.WordLevel(tokens, unk_token="a")).save(str(folder / "tokenizer.json"))
-    settings = {"vocab_size": 49152, "num_hidden_layers": 2, "max_position_embeddings": 8192}
+    sizes = {"vocab_size": 49152, "num_hidden_layers": 2, "max_position_embeddings": 8192}
+    settings = {"model_type": "llama", **sizes}
     (folder / "config.json").write_text(json.dumps({**settings, **config}))
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return folder
@@ -342,6 +343,8 @@ def test_a_teacher_whose_head_the_student_cannot_use_is_refused_with_the_remedy(
         of_model = [problem for problem in reported if problem.startswith("teacher.model: ")]
         assert any(words in problem for problem in of_model), (words, reported)
         assert words == "logit_scale is 0" or "signal.kind: topk" in of_model[0]
+        if "it would have" in words:  # Its weights fit its config.json for no signal.
+            continue
         others = [problem.split(":")[0] for problem in problems(run_file, override)]
         assert "teacher.model" not in others, "other signals need no head at the student"
     padded = teacher_with(tmp_path / "padded", {}, {"lm_head.weight": head})

@@ -113,7 +113,7 @@ def other_tokenizer() -> list[str]:
     folder.mkdir()
     words = {"a": 0, "b": 1}
     Tokenizer(models.WordLevel(words, unk_token="a")).save(str(folder / "tokenizer.json"))
-    config = {"vocab_size": 2, "num_hidden_layers": 1, "max_position_embeddings": 8192}
+    config = {"model_type": "llama", "vocab_size": 2, "num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     return []

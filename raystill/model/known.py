@@ -1,0 +1,69 @@
+"""What the installed transformers and vLLM know of a model, read from their files, not imported.
+
+Their import takes seconds, and the static check has five. Where they are not installed (a laptop
+that only submits), or their files have another form, nothing is known and nothing is concluded.
+"""
+
+import re
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+_CAUSAL = re.compile(
+    r"^MODEL_FOR_CAUSAL_LM_MAPPING_NAMES = OrderedDict\(\n(.*?)^\)", re.DOTALL | re.MULTILINE
+)
+_PAIR = re.compile(r'\(\s*"([^"]+)",')
+_WORD = re.compile(r"\w+")
+
+
+def decoder_types() -> frozenset[str]:
+    """``model_type`` of all models that transformers can train as a decoder; empty if unknown."""
+    found = _CAUSAL.search(_text("transformers", "models/auto/modeling_auto.py"))
+    return frozenset(_PAIR.findall(found.group(1))) if found else frozenset()
+
+
+def is_known_type(model_type: str) -> bool | None:
+    """Whether transformers has the model, as a decoder or as anything else; None: not known."""
+    names = "".join(
+        _text("transformers", f"models/auto/{name}.py")
+        for name in ("auto_mappings", "configuration_auto")
+    )
+    return f'"{model_type}"' in names if names else None
+
+
+def vllm_knows(model_type: str) -> bool:
+    """Whether vLLM reads the settings of such a model by code of its own."""
+    types = _text("vllm", "transformers_utils/config.py")
+    return re.search(rf'(?<!\w)"?{re.escape(model_type)}"?\s*[=:]', types) is not None
+
+
+def words_of_code(model_type: str) -> frozenset[str]:
+    """Every word in transformers' code of this type: the name of each module of a model is one.
+
+    Empty where there is no such code.
+    """
+    folder, kind = _folder("transformers"), model_type.replace("-", "_")
+    if folder is None or not kind.isidentifier():
+        return frozenset()
+    files = sorted((folder / "models" / kind).glob("modeling_*.py"))
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+    return frozenset(word for text in texts for word in _WORD.findall(text))
+
+
+def _folder(package: str) -> Path | None:
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    return Path(places[0]) if places else None
+
+
+@cache
+def _text(package: str, name: str) -> str:
+    """The text of an installed package's file; empty where there is none."""
+    folder = _folder(package)
+    try:
+        return "" if folder is None else (folder / name).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return ""

@@ -1,0 +1,133 @@
+"""Reads the headers of safetensors files, and says what is wrong with a file, without its weights.
+
+Imports no torch and not the safetensors package, whose reader refuses a whole file for one dtype
+that it does not know (new quantisations), and does not say what the file is instead.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeGuard
+
+LONGEST_HEADER = 100_000_000
+"""Bytes; the format's own limit."""
+BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
+}
+"""Bits of one number, by dtype; of a dtype that is not here the size is not checked."""
+FETCH = "fetch it again"
+INDEX = "model.safetensors.index.json"
+
+
+def header_of(file: Path) -> dict[str, dict[str, Any]]:
+    """Return ``{name: {dtype, shape, data_offsets}}`` of a safetensors file that is whole.
+
+    The format is 8 bytes with the header's length, little-endian, the header as JSON, and the
+    tensors' bytes without gaps. Raises ValueError with what is wrong and the remedy.
+    """
+    if not file.is_file():  # A pipe would wait for ever.
+        raise ValueError(f"is no file; {FETCH}")
+    try:
+        size = os.stat(file).st_size
+        with file.open("rb") as stream:
+            start = stream.read(512)
+            length = int.from_bytes(start[:8], "little")
+            stream.seek(8)
+            text = stream.read(length) if 8 + length <= size and length <= LONGEST_HEADER else None
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror}); {FETCH}") from None
+    if (other := _what_else(start)) is not None:
+        raise ValueError(other)
+    if text is None:
+        raise ValueError(
+            f"has {size:,} bytes, but its first eight say that a header of {length:,} follows; it "
+            f"is cut off or no safetensors file; {FETCH}"
+        )
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"has a header that is no JSON object; {FETCH}")
+    header.pop("__metadata__", None)
+    ends = [_end_of(name, entry) for name, entry in header.items()]
+    described = 8 + length + max(ends, default=0)
+    if described != size:
+        missing = f"{described - size:,} are missing: the file is cut off"
+        told = missing if described > size else f"{size - described:,} are too many"
+        raise ValueError(f"has {size:,} bytes, its header tells {described:,}; {told}; {FETCH}")
+    return header
+
+
+def weight_problems(folder: Path, *, fetched: bool = True) -> Iterator[tuple[Path, str]]:
+    """Each file of weights that cannot be read, and why.
+
+    ``fetched``: a file that the index names and the folder does not have is a problem too.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    names: dict[str, set[str]] = {}
+    for file in files:
+        try:
+            names[file.name] = set(header_of(file))
+        except ValueError as error:
+            yield file, str(error)
+    index = folder / INDEX
+    if not index.is_file() or (folder / "model.safetensors").exists():
+        return
+    try:
+        value = json.loads(index.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        value = None
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+        yield index, f"has no weight_map from tensors to files; {FETCH}"
+        return
+    for name in sorted(set(weight_map.values())):
+        if fetched and not (folder / name).exists():
+            yield index, f"names {name!r}, which the folder does not have; fetch that file"
+    for tensor, name in weight_map.items():
+        if name in names and tensor not in names[name]:
+            yield index, f"says that {tensor!r} is in {name}, which does not have it; {FETCH}"
+            return
+
+
+def _what_else(start: bytes) -> str | None:
+    """What a file is that begins so, if it is not a safetensors file."""
+    begins = start.lstrip().lower()
+    if not start:
+        return f"is empty; {FETCH}"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer and not the weights; run `git lfs pull` in its folder"
+    if begins.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return f"is a web page and not the weights (an error, or a log-in); {FETCH}"
+    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "is a pickle and not a safetensors file; save the model with safe_serialization=True"
+    if begins.startswith((b"{", b"[")) and len(start) >= 8 and start[8:9] not in (b"{", b"["):
+        return f"is a text and not a safetensors file; {FETCH}"
+    return None
+
+
+def _end_of(name: str, entry: Any) -> int:
+    """Where the tensor's bytes end, counted from the first tensor; ValueError if it makes none."""
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"has a header without shape or place of {name[:80]!r}; {FETCH}")
+    bits, (begin, end) = BITS.get(str(entry.get("dtype"))), offsets
+    if bits is not None and math.prod(shape) * bits != (end - begin) * 8:
+        raise ValueError(
+            f"gives {name[:80]!r} {end - begin:,} bytes, but {shape[:8]} of {entry['dtype']} has "
+            f"{math.prod(shape) * bits // 8:,}; {FETCH}"
+        )
+    return end
+
+
+def _counts(value: Any) -> TypeGuard[list[int]]:
+    """Whether it is a list of whole numbers from 0 up that 64 bits hold."""
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
