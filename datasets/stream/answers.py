@@ -115,7 +115,16 @@ class StoredAnswers:
     async def _keep(
         self, rows: NDArray[np.int64], prompt_ids: pa.Array, answers: pa.Table, scored: bool
     ) -> pa.Table:
-        """Publish the usable ones; the answers with what is published in their places."""
+        """Publish the usable ones; the answers with what is published in their places.
+
+        In one thread: values are looked at, packed and hashed by the token, and the event loop has
+        many groups to see to.
+        """
+        return await asyncio.to_thread(self._published, rows, prompt_ids, answers, scored)
+
+    def _published(
+        self, rows: NDArray[np.int64], prompt_ids: pa.Array, answers: pa.Table, scored: bool
+    ) -> pa.Table:
         origin = self._origin(answers)
         answers = without_impossible(answers, origin)
         usable = pc.is_null(answers["error"]).combine_chunks()
@@ -126,7 +135,7 @@ class StoredAnswers:
         columns = dict(zip(answered.column_names, answered.columns, strict=True))
         segment = pa.table({"key": keys, "prompt_ids": prompt_ids.filter(usable), **columns})
         provenance = Provenance(self._requester.run, self._requester.purpose, scored)
-        published = await asyncio.to_thread(self._publish, origin, provenance, segment)
+        published = self._publish(origin, provenance, segment)
         if published is segment:
             return answers
         kept = derive_answers(published, origin.signal, self._wanted, origin.vocab_size)

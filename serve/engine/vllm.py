@@ -80,17 +80,22 @@ class VllmEngine:
         reasons = [why_unanswerable(ids, self.max_model_len, self.vocab_size) for ids in prompt_ids]
         with self._capturing(captures) as take:
             outputs = await self._run(prompt_ids, reasons, captures, parameters)
-            answers = [
-                Answer(error=output)
-                if isinstance(output, str)
-                else sampled_answer(output, signal, self.vocab_size)
-                for output in outputs
-            ]
+            # Off the event loop, which all rows' tokens pass.
+            answers = await asyncio.to_thread(self._sampled, outputs, signal)
             if signal.kind != "hidden":
                 return answers
             blobs = await take([len(answer.response_ids) for answer in answers])
         return [
             hidden_states(a, blob, self.hidden_size) for a, blob in zip(answers, blobs, strict=True)
+        ]
+
+    def _sampled(self, outputs: "list[CompletionOutput | str]", signal: Signal) -> list[Answer]:
+        """The answers in what `_run` gave."""
+        return [
+            Answer(error=output)
+            if isinstance(output, str)
+            else sampled_answer(output, signal, self.vocab_size)
+            for output in outputs
         ]
 
     async def score(
@@ -135,16 +140,17 @@ class VllmEngine:
         """Generate one token within ``PROBE_TIMEOUT_S``: detects a dead engine and a hung one.
 
         Raises:
-            RuntimeError: no token came in time and no row has finished meanwhile. (A busy engine
-                may let the probe wait for cache blocks while it finishes rows.)
+            RuntimeError: no token came in time, of the probe or of any row. (A full engine may let
+                the probe wait for cache blocks, for longer than its rows take to finish.)
             EngineDeadError: the engine's process has ended.
         """
         await self._engine.check_health()
-        before = self._rows_finished
+        finished, before = self._rows_finished, self._tokens()
         try:
             await asyncio.wait_for(self._one_token(), PROBE_TIMEOUT_S)
         except TimeoutError:
-            if self._rows_finished == before:
+            grown = any(tokens > before.get(row, 0) for row, tokens in self._tokens().items())
+            if self._rows_finished == finished and not grown:
                 raise RuntimeError(
                     f"the engine gave no token within {PROBE_TIMEOUT_S:.0f} s"
                 ) from None
@@ -161,6 +167,14 @@ class VllmEngine:
             await self._engine.reset_prefix_cache()
         finally:
             await self._engine.resume_generation()
+
+    def _tokens(self) -> dict[str, int]:
+        """Response tokens so far of each row in the engine, by vLLM's name of its request."""
+        states = self._engine.output_processor.request_states
+        return {
+            name: 0 if state.detokenizer is None else state.detokenizer.num_output_tokens()
+            for name, state in states.items()
+        }
 
     def close(self) -> None:
         """End the engine's processes. Calling it twice does no harm."""
