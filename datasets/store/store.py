@@ -12,6 +12,7 @@ Imports neither Ray nor torch.
 
 import os
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from raystill.datasets.store.reading import (
     with_retries,
 )
 from raystill.datasets.store.segment import (
+    OWN_NAME,
     Origin,
     Provenance,
     SegmentFile,
@@ -43,8 +45,16 @@ from raystill.datasets.store.segment import (
 
 SEGMENTS = "segments"
 READERS = 8
+MERGED = "merged"
+"""File with the names (16 bytes each) of segments that a compaction was about to remove."""
+MERGED_KEPT_S = 86_400.0
+"""For how long names stay in it beside those of a later compaction."""
 LISTINGS = 8
 """How often a catalogue lists a store at most until a listing shows nothing that was not read."""
+
+
+Merged = tuple[tuple[int, int] | None, bytes]
+"""Stamp and bytes of the file `MERGED`; (None, b"") if there is none."""
 
 
 class TeacherStore:
@@ -83,6 +93,26 @@ class TeacherStore:
         """Size and time of change of a segment, which tell if it is the same; None if gone."""
         info = self.folder.filesystem().get_file_info(f"{self.folder.root}/{SEGMENTS}/{name}")
         return (info.size, info.mtime_ns) if info.type == pafs.FileType.File else None
+
+    def note_merged(self, names: Sequence[str]) -> None:
+        """Write down, before they are removed, that these segments' rows are in others.
+
+        A retry of the group that one of them is named for then knows that it was answered.
+        """
+        stamp, old = self.merged()
+        recent = stamp is not None and time.time() - stamp[1] / 1e9 < MERGED_KEPT_S
+        own = (name for name in names if OWN_NAME.fullmatch(name))
+        new = b"".join(bytes.fromhex(name[:32]) for name in own if not name.startswith("."))
+        if new:
+            self.folder.write_bytes(MERGED, old + new if recent else new)
+
+    def merged(self, known: Merged = (None, b"")) -> Merged:
+        """What `note_merged` wrote: the file's stamp and bytes; ``known`` if it is the same."""
+        info = self.folder.filesystem().get_file_info(f"{self.folder.root}/{MERGED}")
+        if info.type != pafs.FileType.File:
+            return None, b""
+        stamp = info.size, info.mtime_ns
+        return known if stamp == known[0] else (stamp, self.folder.read_bytes(MERGED))
 
     def size(self, name: str) -> int:
         """Size of a segment in bytes; 0 if there is none."""

@@ -110,6 +110,9 @@ def _compact(store: TeacherStore, lease: Lease, progress: Progress | None) -> Co
     catalogue, witnesses, refused = _catalogue_to_compact(store)
     needed = witnesses == np.arange(catalogue.rows)
     batches = list(_segments_to_merge(catalogue, needed))
+    if batches:
+        every = (segment for _, segments in batches for segment in segments)
+        store.note_merged([catalogue.entries[segment].name for segment in every])
     merged = into = duplicates = 0
     moved: dict[str, str] = {}  # Segment -> the one that holds its needed rows now.
     for number, (origin, segments) in enumerate(batches, 1):

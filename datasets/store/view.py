@@ -28,7 +28,7 @@ from raystill.datasets.store.reading import (
     UnusableSegment,
 )
 from raystill.datasets.store.segment import next_name, segment_name
-from raystill.datasets.store.store import TeacherStore
+from raystill.datasets.store.store import Merged, TeacherStore
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class StoreView:
         self._wanted = wanted
         self._skipped: dict[str, float] = {}  # Name -> time.monotonic() at which to retry it.
         self._due = math.inf
+        self._merged: Merged = (None, b"")
         self._lock = threading.Lock()
         self._reload()
 
@@ -80,11 +81,20 @@ class StoreView:
         given: [n] responses that came with the prompts; null where the teacher is to answer.
         """
         self._reload_if_due()
+        may_be_merged = True
         while True:
             loaded = self._loaded  # One reference: another group's thread may reload meanwhile.
             catalogue, located = loaded
             try:
-                return self._add_earlier_attempt(rows, self._sort(catalogue, located[rows], given))
+                lookup, names = self._add_earlier_attempt(
+                    rows, self._sort(catalogue, located[rows], given)
+                )
+                if not may_be_merged or not self._were_merged(names):
+                    return lookup
+                may_be_merged = False  # Once: a merged segment may be lost as well.
+                with self._lock:
+                    if self._loaded is loaded:
+                        self._reload()
             except UnusableSegment as error:
                 # Reading was retried already (``with_retries``): skip the segment, so that the
                 # group goes on. If another thread has reloaded, its catalogue is tried first.
@@ -155,23 +165,42 @@ class StoreView:
             )
         return in_order(parts, answer_schema(self._wanted))[1]
 
-    def _add_earlier_attempt(self, rows: NDArray[np.int64], lookup: Lookup) -> Lookup:
-        """The look-up with the answers that an earlier attempt of this group has published."""
+    def _were_merged(self, names: list[str]) -> bool:
+        """Whether one of the segments was removed by a compaction that put its rows elsewhere."""
+        if not names:
+            return False
+        self._merged = _, listed = self._store.merged(self._merged)
+        return any(_lists(listed, name) for name in names)
+
+    def _add_earlier_attempt(
+        self, rows: NDArray[np.int64], lookup: Lookup
+    ) -> tuple[Lookup, list[str]]:
+        """The look-up with the answers that an earlier attempt of this group has published.
+
+        Also the names of segments that it would have published and that are not there.
+        """
         answered = list(lookup.answered)
         (to_score, responses), to_ask = lookup.to_score, lookup.to_ask
-        if (published := self._earlier_attempt(rows[to_score])) is not None:
+        absent = []
+        published = self._earlier_attempt(rows[to_score])
+        if isinstance(published, pa.Table):
             answered.append((to_score, published))
             to_score, responses = to_score[:0], responses.slice(0, 0)
-        if (published := self._earlier_attempt(rows[to_ask])) is not None:
+        elif len(to_score):
+            absent.append(published)
+        published = self._earlier_attempt(rows[to_ask])
+        if isinstance(published, pa.Table):
             answered.append((to_ask, published))
             to_ask = to_ask[:0]
-        return Lookup(answered, (to_score, responses), to_ask)
+        elif len(to_ask):
+            absent.append(published)
+        return Lookup(answered, (to_score, responses), to_ask), absent
 
-    def _earlier_attempt(self, rows: NDArray[np.int64]) -> pa.Table | None:
+    def _earlier_attempt(self, rows: NDArray[np.int64]) -> pa.Table | str:
         """Answers of exactly these rows that were published since the catalogue was read.
 
         A retried group asks for the same rows as its earlier attempt, so the name of the segment
-        that the attempt published is known.
+        that the attempt published is known. This name, where there is no such segment.
         """
         keys = self.keys_of(rows)
         name = segment_name(keys.to_pylist(), self._wanted)
@@ -181,8 +210,10 @@ class StoreView:
                     name, pa.chunked_array([keys]), stored_columns(self._wanted)
                 )
             except (DamagedSegment, GoneSegment) as error:
-                logger.warning("%s; its rows are asked again", error)
-                return None
+                logger.warning(
+                    "%s; its rows are looked up in other segments, or asked again", error
+                )
+                return name
             except UnusableSegment as error:  # The answers were published under the next name.
                 logger.warning(
                     "%s; its rows are looked up in other segments, or asked again", error
@@ -190,7 +221,16 @@ class StoreView:
                 name = next_name(name)
             else:
                 return derive_answers(stored, origin.signal, self._wanted, origin.vocab_size)
-        return None
+        return name
+
+
+def _lists(merged: bytes, name: str) -> bool:
+    """Whether a segment's name is among those of `TeacherStore.merged`."""
+    wanted = bytes.fromhex(name.partition(".")[0])
+    place = merged.find(wanted)
+    while place % len(wanted) and place >= 0:  # Across two names.
+        place = merged.find(wanted, place + 1)
+    return place >= 0
 
 
 def in_order(parts: list[Part], schema: pa.Schema) -> Part:

@@ -1,5 +1,7 @@
 """Compacting a store that is not whole: no row is lost, and what cannot be used is left alone."""
 
+import os
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.lease import Lease
 from raystill.datasets.store.reading import ImpossibleValues
 from raystill.datasets.store.segment import DamagedSegment, Provenance, segment_name
-from raystill.datasets.store.store import TeacherStore
+from raystill.datasets.store.store import MERGED, MERGED_KEPT_S, TeacherStore
 from raystill.datasets.store.upkeep import compact, prune, verify
 from raystill.datasets.store.values import impossible_rows
 from raystill.datasets.store.view import StoreView
@@ -264,3 +266,85 @@ def test_an_answer_with_impossible_values_is_dropped_by_name_and_scored_states_a
         False,
         True,
     ]
+
+
+@pytest.mark.parametrize("compactions", [1, 2], ids=["one", "another one after it"])
+@pytest.mark.parametrize("vanishes_late", [False, True], ids=["before it looked", "as it looked"])
+def test_a_retry_after_a_compaction_finds_what_its_first_try_published(
+    store: TeacherStore,
+    monkeypatch: pytest.MonkeyPatch,
+    vanishes_late: bool,
+    compactions: int,
+) -> None:
+    """The view has read its catalogue before the first try published."""
+    rows = list(range(12))
+    view = StoreView(store, pa.chunked_array([keys_of(rows)]), TOPK)
+    publish(store, [0, 1, 2])
+    publish(store, [3, 4, 5])
+
+    def compact_all() -> None:
+        for number in range(compactions):
+            publish(store, [20 + number])
+            assert compact(store).into == 1
+
+    exists = store.exists
+    if vanishes_late:
+
+        def exists_and_goes(name: str) -> bool:
+            was_there = exists(name)
+            monkeypatch.setattr(store, "exists", exists)
+            compact_all()
+            return was_there
+
+        monkeypatch.setattr(store, "exists", exists_and_goes)
+    else:
+        compact_all()
+    given = pa.nulls(3, TOKEN_IDS)
+    lookup = view.look_up(np.array([0, 1, 2]), given)
+    assert len(lookup.to_ask) == 0
+    ((places, found),) = lookup.answered
+    assert places.tolist() == [0, 1, 2]
+    stored = segment([0, 1, 2])
+    assert found["response_ids"].to_pylist() == stored["response_ids"].to_pylist()
+    assert len(view.look_up(np.array([3, 4, 5]), given).to_ask) == 0
+    assert view.look_up(np.array([6, 7, 8]), given).to_ask.tolist() == [0, 1, 2]
+
+
+def test_a_look_at_what_was_merged_costs_no_further_catalogue(
+    store: TeacherStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = list(range(12))
+    view = StoreView(store, pa.chunked_array([keys_of(rows)]), TOPK)
+    for row in range(20, 24):
+        publish(store, [row])
+    compact(store)
+    monkeypatch.setattr(store, "catalogue", lambda **_: pytest.fail("the catalogue was read"))
+    for first in (0, 3, 6, 9):
+        group = np.arange(first, first + 3)
+        assert len(view.look_up(group, pa.nulls(3, TOKEN_IDS)).to_ask) == 3
+
+
+def test_a_merged_segment_that_was_lost_is_asked_again(store: TeacherStore) -> None:
+    view = StoreView(store, pa.chunked_array([keys_of([0, 1, 2])]), TOPK)
+    publish(store, [0, 1, 2])
+    publish(store, [9])
+    compact(store)
+    (merged,) = store.names()
+    path_of(store, merged).unlink()
+    lookup = view.look_up(np.arange(3), pa.nulls(3, TOKEN_IDS))
+    assert lookup.to_ask.tolist() == [0, 1, 2]
+
+
+def test_names_of_merged_segments_are_kept_for_a_day(store: TeacherStore) -> None:
+    first = publish(store, [0]), publish(store, [1])
+    compact(store)
+    assert len(store.merged()[1]) == 32
+    publish(store, [2])
+    compact(store)
+    _, listed = store.merged()
+    assert all(bytes.fromhex(name[:32]) in listed for name in first) and len(listed) == 64
+    old = time.time() - 2 * MERGED_KEPT_S
+    os.utime(store.folder.join(MERGED), (old, old))
+    publish(store, [3])
+    compact(store)
+    assert len(store.merged()[1]) == 32
