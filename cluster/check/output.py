@@ -29,6 +29,7 @@ from raystill.config.run import RunConfig
 from raystill.datasets.filters.function import hashes_of, read_functions
 from raystill.datasets.prompts.tables import PromptTables
 from raystill.datasets.rows.signal import signal_of
+from raystill.datasets.store.store import SEGMENTS
 from raystill.model.files import ModelFolder
 
 REMOTE_WAIT_S = 4.0
@@ -72,8 +73,29 @@ def check_output(
 
 def check_store(path: str) -> list[Problem]:
     """Can the teacher store be written? An object store is first tried when it is used."""
-    problem = why_not_writable(Path(path), "store.path") if "://" not in path else None
+    if "://" in path:
+        return []
+    problem = why_not_writable(Path(path), "store.path") or why_no_links(Path(path))
     return [Problem("store.path", problem)] if problem is not None else []
+
+
+def why_no_links(path: Path) -> str | None:
+    """Why the folder's file system makes no hard links, by which answers are published; or None."""
+    existing = path / SEGMENTS
+    while not existing.is_dir():
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".raystill-") as folder:
+            first = Path(folder, "first")
+            first.touch()
+            os.link(first, Path(folder, "second"))
+    except OSError as error:
+        return (
+            f"{path} cannot hold a teacher store: {existing}: no hard link can be made there "
+            f"({error.strerror}), by which answers are published; set store.path to a folder on a "
+            "local disk or on NFS, or to a URI such as s3://bucket/folder"
+        )
+    return None
 
 
 def why_not_writable(path: Path, setting: str) -> str | None:

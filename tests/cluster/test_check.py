@@ -1,5 +1,6 @@
 """The static check reports every mistake at once, fast, and without the heavy imports."""
 
+import errno
 import io
 import json
 import os
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, models
 
 from raystill.base.run_folder import CONFIG, TRAIN_PROMPTS, RunFolder
 from raystill.cluster.check import progress as check_progress
+from raystill.cluster.check.output import check_store
 from raystill.cluster.check.progress import ReadingProgress
 from raystill.cluster.check.static import Checked, check_run_file
 from raystill.config.load import config_text
@@ -541,3 +543,23 @@ def test_what_an_api_teacher_may_cost_is_told_before_it_is_asked(
     assert "no limit is set (teacher.api.max_cost)" in notices
     assert "prompts and key can be read on the way to far" in notices
     assert "a-planted-key" not in notices
+
+
+@pytest.mark.parametrize("made", ["", "store", "store/segments"])
+def test_a_store_where_no_hard_link_can_be_made_is_refused_before_anything_is_paid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str
+) -> None:
+    (tmp_path / made).mkdir(parents=True, exist_ok=True)
+    store = tmp_path / "store"
+    assert check_store(str(store)) == []
+
+    def link(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    (problem,) = check_store(str(store))
+    assert problem.where == "store.path"
+    assert f"{store} cannot hold a teacher store: {tmp_path / made}: no hard link" in str(problem)
+    assert check_store("s3://bucket/store") == []
+    left = [path for path in tmp_path.rglob("*") if path.name.startswith(".raystill")]
+    assert left == []
