@@ -6,8 +6,8 @@ from typing import Any
 
 from raystill.base.run_folder import PROMPT_COLUMNS, TRAIN_PROMPTS
 from raystill.config.stream import FiltersConfig, StreamConfig
-from raystill.datasets.policy.plan import PolicyPlan
 from raystill.datasets.filters.function import read_functions
+from raystill.datasets.policy.plan import PolicyPlan
 from raystill.datasets.rows.signal import Signal
 from raystill.model.on_node import ModelSource
 from raystill.run import Run
