@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raystill.serve.engine.lifetime import end_with
 from raystill.serve.engine.outputs import gather_logprobs
 
 EXTRA_ARGS = "raystill"
@@ -96,12 +97,15 @@ class Capture:
     model_runner: Any
     _raystill: "_Recorder"
 
-    def raystill_capture(self) -> None:
+    def raystill_capture(self, replica: int, host: str) -> None:
         """Start capturing: wrap the model runner's forward pass.
+
+        replica: the process on ``host`` with which this one is to end.
 
         Raises:
             RuntimeError: the model runner lacks one of ``RUNNER_PARTS``.
         """
+        end_with(replica, host)
         runner = self.model_runner
         missing = [name for name in RUNNER_PARTS if not hasattr(runner, name)]
         if missing:

@@ -10,6 +10,8 @@ Legend: P prompt tokens, T response tokens, K teacher ids kept for each token, D
 
 import asyncio
 import itertools
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -59,7 +61,9 @@ class VllmEngine:
         keep_arrays()
         arguments = AsyncEngineArgs(**engine_arguments(self._settings))
         self._engine = AsyncLLM.from_engine_args(arguments)
-        await self._engine.collective_rpc("raystill_capture")
+        await self._engine.collective_rpc(
+            "raystill_capture", args=(os.getpid(), socket.gethostname())
+        )
         model = self._engine.model_config
         self.version = vllm.__version__
         self.vocab_size = int(model.get_vocab_size())
