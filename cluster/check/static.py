@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from raystill.base.errors import ConfigError, Problem
 from raystill.base.run_folder import RunFolder, resolve_output, resolve_store
 from raystill.cluster.check.folders import check_settings, code_notices
+from raystill.cluster.check.functions import check_evaluation
 from raystill.cluster.check.models import (
     api_notices,
     check_ids,
@@ -114,6 +115,8 @@ class StaticCheck:
             self.notices += sharding_notices(self.config)
         if self.known("output"):
             self.problems += check_trackers(self.config.output)
+        if self.known("evaluation"):
+            self.problems += check_evaluation(self.config.evaluation)
         self.check_folders()
         if self.known("filters"):
             self.check_functions()

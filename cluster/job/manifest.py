@@ -10,6 +10,7 @@ from uuid import uuid4
 from raystill.base.errors import Problem
 from raystill.base.redact import redacted
 from raystill.base.run_folder import RunFolder
+from raystill.cluster.check.functions import copy_functions
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.check.terms import record
 from raystill.cluster.job.connect import project_root
@@ -57,6 +58,7 @@ def write_folder(config: RunConfig, folder: RunFolder, prepared: Prepared) -> No
     content = manifest(config, prepared) | {"run_id": run_id(folder) or uuid4().hex}
     folder.write_text("manifest.json", json.dumps(redacted(content), indent=2) + "\n")
     prepared.keyed.write(folder, config.stream.group_rows)
+    copy_functions(config.evaluation, folder)
 
 
 def run_id(folder: RunFolder) -> str | None:

@@ -197,7 +197,17 @@ class NewFigures:
             yield "train", _finite(progress), step
         if evaluation and evaluated != self._evaluated:
             self._evaluated = evaluated
-            yield "held_out", _finite(evaluation), evaluated
+            yield "held_out", _finite({**evaluation, **_check_means(evaluation)}), evaluated
+
+
+def _check_means(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """``checks/<name>/<student or teacher>`` of an evaluation: their means."""
+    checks = evaluation.get("checks") or {}
+    return {
+        f"checks/{name}/{who}": figures[who].get("mean")
+        for name, figures in checks.items()
+        for who in ("student", "teacher")
+    }
 
 
 def _finite(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -8,7 +8,7 @@ Reads only the run folder. All the rest is on the run's page (`report/page/`), w
 import json
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -90,6 +90,8 @@ def _print_sections(console: Console, folder: Folder) -> None:
     if before is not None:
         _section(console, "Held-out prompts", _evaluation_table(before, after))
         _footnotes(console, before, summary.get("baselines") or {})
+        if checks := check_rows(before, after):
+            _section(console, "Checks of the answers, mean with 95 % interval", _checks(checks))
     _section(console, "Rows and time", _totals_table(summary))
     for number, example in enumerate(examples(folder), start=1):
         heading = "Held-out prompts, answered" if number == 1 else None
@@ -181,6 +183,70 @@ def _evaluation_table(before: Figures, after: Figures | None) -> Table:
         table.columns[2].min_width = 1
         table.columns[2].justify = "center"
     return table
+
+
+def check_rows(before: Figures, after: Figures | None) -> list[tuple[str, str, str, str, str]]:
+    """For each check its name, figures before, after (or now) and of the teacher, and a remark."""
+    newest = _mapping((after or before).get("checks"))
+    rows = []
+    for name in newest:
+        figures = _mapping(newest[name])
+        earlier = _mapping(_mapping(before.get("checks")).get(name))
+        first = _interval(_mapping(earlier.get("student"))) if after else ""
+        of_student, of_teacher = _mapping(figures.get("student")), _mapping(figures.get("teacher"))
+        rows.append(
+            (
+                str(name),
+                first,
+                _interval(of_student),
+                _interval(of_teacher),
+                _remark(earlier if after else figures, figures),
+            )
+        )
+    return rows
+
+
+def _mapping(value: object) -> Figures:
+    """A record's part; empty where the file holds something else there."""
+    return value if isinstance(value, dict) else {}
+
+
+def _interval(measured: Figures) -> str:
+    """A mean with its interval: ``0.62 [0.36, 0.83]``, ``12.1 [9.8, 14.0]``."""
+    numbers = [measured.get(name) for name in ("mean", "low", "high")]
+    if not all(isinstance(number, int | float) for number in numbers):
+        return formatting.NOTHING
+    digits = 2 if max(abs(number) for number in numbers if number is not None) < 10 else 1
+    mean, low, high = (formatting.figure(number, digits) for number in numbers)
+    return f"{mean} [{low}, {high}]"
+
+
+def _remark(earlier: Figures, figures: Figures) -> str:
+    """What went wrong with a check, or makes its figures hard to compare; mostly ''."""
+    remarks = []
+    for who in ("student", "teacher"):
+        measured = _mapping(figures.get(who))
+        for kind, noun in (("errors", "error"), ("timeouts", "time-out")):
+            if isinstance(count := measured.get(kind), int) and count:
+                remarks.append(f"{who}: {formatting.plural(count, noun)}")
+    errors = [_mapping(figures.get(who)).get("first_error") for who in ("student", "teacher")]
+    if first := next((error for error in errors if error), None):
+        remarks.append(f"the first: {formatting.one_line(first, 160)}")
+    if earlier.get("version") != figures.get("version"):
+        remarks.append("its code was changed between the two")
+    return "; ".join(remarks)
+
+
+def _checks(rows: Sequence[tuple[str, str, str, str, str]]) -> RenderableType:
+    two = any(first for _, first, _, _, _ in rows)
+    headings = ("before", "after", "teacher") if two else ("now", "teacher")
+    table = _columns(*headings, first_width=12)
+    for column in table.columns:
+        column.no_wrap = True
+    for name, first, newest, teacher, _ in rows:
+        table.add_row(name, *([first] if two else []), newest, Text(teacher, style="dim"))
+    notes = [Text(f"{name}: {said}", style="dim") for name, _, _, _, said in rows if said]
+    return Group(table, *notes)
 
 
 def _footnotes(console: Console, figures: Figures, baselines: Figures) -> None:

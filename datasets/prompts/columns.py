@@ -1,4 +1,5 @@
-"""Fields of the prompt files that filters read: a row for each training row, in a file of its own.
+"""Fields of the prompt files, in files of their own: those that filters read, a row for each
+training row; and all of the held-out prompts', where checks of their answers ask for them.
 
 They stay out of the prompt tables, which the source reads and sends: the answer stage looks them up
 by row number, and a run whose filters read no field has no such file.
@@ -6,6 +7,7 @@ by row number, and a run whose filters read no field has no such file.
 Legend: P training prompts, N training rows.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -44,6 +46,23 @@ def filter_columns(
         column = pa.DictionaryArray.from_arrays(of_prompt, values)
         table[PREFIX + name] = column
     return pa.table(table)
+
+
+def held_out_fields(prompts: Sequence[RawPrompt]) -> pa.Table:
+    """``row`` int64, ``prompt`` in words, and ``fields``: those of its row as a JSON object."""
+    columns = {
+        "row": pa.array(np.arange(len(prompts)), pa.int64()),
+        "prompt": pa.array([_words(prompt) for prompt in prompts], pa.string()),
+        "fields": pa.array([json.dumps(p.fields or {}, default=str) for p in prompts], pa.string()),
+    }
+    return pa.table(columns)
+
+
+def _words(prompt: RawPrompt) -> str:
+    """The prompt's text; of a chat the last message's, as JSON where it has parts."""
+    content = prompt.text if prompt.messages is None else prompt.messages[-1]["content"]
+    text = content if isinstance(content, str) else json.dumps(content, default=str)
+    return text.encode("utf-8", "replace").decode("utf-8")  # Half a surrogate pair is no UTF-8.
 
 
 def _require_usable(config: "RunConfig", prompts: Sequence[RawPrompt]) -> None:

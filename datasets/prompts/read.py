@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -31,7 +31,7 @@ class RawPrompt:
 
     Exactly one of ``text`` and ``messages`` is set. ``source`` is the name of its source; ``where``
     the file and line. ``response`` is the given response, which the teacher only scores; None where
-    the teacher answers.
+    the teacher answers. ``fields`` is the whole row; None where nobody asked for it.
     """
 
     text: str | None
@@ -40,6 +40,7 @@ class RawPrompt:
     where: str
     response: str | None = None
     columns: tuple[str | None, ...] = ()
+    fields: dict[str, Any] | None = None
 
 
 class BrokenRow(ValueError):
@@ -47,11 +48,15 @@ class BrokenRow(ValueError):
 
 
 def read_prompts(
-    prompts: PromptsConfig, progress: Progress | None = None, columns: Sequence[str] = ()
+    prompts: PromptsConfig,
+    progress: Progress | None = None,
+    columns: Sequence[str] = (),
+    keep_fields: bool = False,
 ) -> list[RawPrompt]:
     """All prompts, in the order of the sources and of their files.
 
-    ``columns``: further fields to keep. Raises ConfigError with the problems of all files.
+    ``columns``: further fields to keep; ``keep_fields``: keep all. Raises ConfigError with the
+    problems of all files.
     """
     problems: list[Problem] = []
     sources = []
@@ -67,7 +72,7 @@ def read_prompts(
         if 0 in limits:
             break
         before = len(problems)
-        of_source = _read_files(files, min(limits, default=None), problems, meter)
+        of_source = _read_files(files, min(limits, default=None), problems, meter, keep_fields)
         if complete and not of_source and len(problems) == before:
             problems.append(source.problem(f"{', '.join(source.paths)}: no prompts in there"))
         read += of_source
@@ -77,7 +82,11 @@ def read_prompts(
 
 
 def _read_files(
-    files: list[PromptFile], limit: int | None, problems: list[Problem], meter: Meter
+    files: list[PromptFile],
+    limit: int | None,
+    problems: list[Problem],
+    meter: Meter,
+    keep_fields: bool,
 ) -> list[RawPrompt]:
     """The first ``limit`` prompts of these files; adds what is wrong with them to ``problems``."""
     read: list[RawPrompt] = []
@@ -86,7 +95,7 @@ def _read_files(
         room = None if limit is None else limit - len(read)
         if room == 0:
             break
-        for batch in meter.batches(itertools.islice(_read_file(file, problems), room)):
+        for batch in meter.batches(itertools.islice(_read_file(file, problems, keep_fields), room)):
             read += batch
         # One of several files of a glob or folder may be empty; one that is named may not.
         if len(read) == before and not file.globbed and not _has_problem(file, problems):
@@ -98,7 +107,7 @@ def _has_problem(file: PromptFile, problems: list[Problem]) -> bool:
     return any(problem.where.startswith(file.name) for problem in problems)
 
 
-def _read_file(file: PromptFile, problems: list[Problem]) -> Iterator[RawPrompt]:
+def _read_file(file: PromptFile, problems: list[Problem], keep_fields: bool) -> Iterator[RawPrompt]:
     """The file's prompts; adds what is wrong with it to ``problems``."""
     broken = 0
     try:
@@ -106,7 +115,10 @@ def _read_file(file: PromptFile, problems: list[Problem]) -> Iterator[RawPrompt]
             try:
                 if isinstance(row, BrokenRow):
                     raise row
-                yield as_prompt(row, where, file.source)
+                raw = as_prompt(row, where, file.source)
+                if keep_fields:
+                    raw = replace(raw, fields=row if isinstance(row, dict) else {})
+                yield raw
             except BrokenRow as error:
                 broken += 1
                 if broken <= MAX_PROBLEMS_PER_FILE:

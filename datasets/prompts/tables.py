@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from raystill.base.errors import ConfigError, Problem
 from raystill.base.run_folder import (
+    HELD_OUT_FIELDS,
     HELD_OUT_PROMPTS,
     MESSAGES,
     PROMPT_COLUMNS,
     TRAIN_PROMPTS,
     RunFolder,
 )
-from raystill.datasets.prompts.columns import filter_columns
+from raystill.datasets.prompts.columns import filter_columns, held_out_fields
 from raystill.datasets.prompts.read import RawPrompt, read_prompts
 from raystill.datasets.prompts.select import (
     UNBOUNDED,
@@ -73,6 +74,9 @@ class PromptTables:
 
     ``columns`` has the fields that filters read, by training row; None where they read none.
 
+    ``held_out_fields`` has words and fields of the held-out prompts; None without
+    ``evaluation.checks``.
+
     ``dropped`` counts unusable prompts by reason; ``first_dropped`` says where the first of each
     is.
     """
@@ -87,6 +91,7 @@ class PromptTables:
     samples: NDArray[np.int64]
     messages: pa.Table | None = None
     columns: pa.Table | None = None
+    held_out_fields: pa.Table | None = None
 
     def response_tokens(self, name: str, max_tokens: int) -> int:
         """The most response tokens that the table ``name`` can have.
@@ -141,6 +146,8 @@ class PromptTables:
             folder.write_table(MESSAGES, self.messages)
         if self.columns is not None:
             folder.write_table(PROMPT_COLUMNS, self.columns, row_group_size=size)
+        if self.held_out_fields is not None:
+            folder.write_table(HELD_OUT_FIELDS, self.held_out_fields)
 
 
 def build_prompt_tables(
@@ -155,7 +162,8 @@ def build_prompt_tables(
     ``context_tokens``. Of equal prompts the held-out one is kept, else the first. The weights of
     sources apply to training rows only. Raises ConfigError with all problems.
     """
-    raws = read_prompts(config.prompts, tokeniser.progress, config.filters.columns)
+    checks = bool(config.evaluation.checks)
+    raws = read_prompts(config.prompts, tokeniser.progress, config.filters.columns, checks)
     usable = sort_prompts(raws, config, tokeniser, max_prompt_tokens, context_tokens)
     kept = usable.kept
     prompts = [digest_of(usable.ids[index]) for index in kept]
@@ -178,6 +186,7 @@ def build_prompt_tables(
         samples=samples,
         messages=_messages(tokeniser, usable) if config.teacher.engine == "api" else None,
         columns=filter_columns(config, [raws[kept[i]] for i in train], rows),
+        held_out_fields=held_out_fields([raws[kept[i]] for i in held_out]) if checks else None,
     )
 
 

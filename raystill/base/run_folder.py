@@ -26,6 +26,8 @@ TRAIN_PROMPTS = "prompts/train.parquet"
 HELD_OUT_PROMPTS = "prompts/held_out.parquet"
 MESSAGES = "prompts/messages.parquet"
 PROMPT_COLUMNS = "prompts/columns.parquet"
+HELD_OUT_FIELDS = "prompts/held_out_fields.parquet"
+CHECKS = "checks"
 SPENDING = "spending.jsonl"
 METRICS = "metrics.jsonl"
 METRICS_DISCARDED = "metrics.discarded.jsonl"
@@ -50,6 +52,7 @@ TOP_LEVEL_NAMES = frozenset(
     | {
         TIMELINE,
         "prompts",
+        CHECKS,
         CHECKPOINTS,
         STUDENT,
         LOGS,

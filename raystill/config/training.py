@@ -4,8 +4,9 @@ evaluation.
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
+from raystill.base.user_function import parse
 from raystill.config.base import (
     ConfigModel,
     Cores,
@@ -234,6 +235,34 @@ class FreeRunningConfig(ConfigModel):
     )
 
 
+class CheckConfig(ConfigModel):
+    """One check: a function of the user's that says how good an answer is."""
+
+    function: str = operational(
+        description="folder/file.py:function or package.module:function. Called with the prompt, "
+        "the answer and the fields of the prompt's row; it returns true or false, or a number."
+    )
+    name: str | None = operational(
+        None,
+        pattern="^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$",
+        description="Name under which it is reported. Default: the function's.",
+    )
+    timeout_s: float = operational(
+        5.0, gt=0, description="Longest time for one answer, in seconds; it then has no figure."
+    )
+
+    @field_validator("function")
+    @classmethod
+    def _names_a_function(cls, function: str) -> str:
+        parse(function)
+        return function
+
+    @property
+    def label(self) -> str:
+        """The name under which it is reported."""
+        return self.name or parse(self.function)[1]
+
+
 class EvaluationConfig(ConfigModel):
     """Evaluation: which rows are held out, and how often the student is measured on them."""
 
@@ -268,6 +297,28 @@ class EvaluationConfig(ConfigModel):
     free_running: FreeRunningConfig = operational(
         FreeRunningConfig(), description="Evaluation of answers that the student writes by itself."
     )
+    checks: tuple[CheckConfig, ...] = operational(
+        (),
+        description="List of functions that say how good an answer is, for the free-running "
+        "answers of the student and for the teacher's to the same prompts.",
+    )
+
+    @field_validator("checks")
+    @classmethod
+    def _can_be_told_apart(cls, checks: tuple[CheckConfig, ...]) -> tuple[CheckConfig, ...]:
+        names = [check.label for check in checks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"has two named {twice[0]!r}; give each a name of its own")
+        return checks
+
+    @model_validator(mode="after")
+    def _checks_have_answers(self) -> "EvaluationConfig":
+        if self.checks and not (self.enabled and self.free_running.rows):
+            raise ValueError(
+                "has checks, but no answers to check; hold rows out (held_out_rows or "
+                "held_out_sources) and set free_running.rows to 1 or more"
+            )
+        return self
 
     @property
     def enabled(self) -> bool:

@@ -563,3 +563,67 @@ def test_a_store_where_no_hard_link_can_be_made_is_refused_before_anything_is_pa
     assert check_store("s3://bucket/store") == []
     left = [path for path in tmp_path.rglob("*") if path.name.startswith(".raystill")]
     assert left == []
+
+
+def test_a_check_function_is_imported_before_anything_is_spent(
+    run_file: Path, tmp_path: Path
+) -> None:
+    def said(**check: object) -> list[str]:
+        return problems(run_file, f"evaluation.checks={json.dumps([check])}")
+
+    (tmp_path / "good.py").write_text("def check(prompt, answer, row): return True\n")
+    (tmp_path / "bad.py").write_text("import os\nos._exit(9)\n")
+    (tmp_path / "empty.py").write_text("\n")
+    (tmp_path / "bytes.py").write_bytes(b"\xff\xfe")
+    assert said(function="good.py:check") == []
+    where = "evaluation.checks.0.function"
+    (line,) = said(function="good.py:chekc")
+    assert line.startswith(f"{where}: (good.py:chekc) cannot be imported: AttributeError: there is")
+    (line,) = said(function="no.py:check")
+    assert line.startswith(f"{where}: (no.py:check) cannot be read: No such file or directory;")
+    (line,) = said(function="bad.py:check")
+    assert "its process ended (exit status 9)" in line
+    assert "is empty" in said(function="empty.py:check")[0]
+    assert "codec can't decode" in said(function="bytes.py:check")[0]
+    assert "No module named 'no_such_package'" in said(function="no_such_package.x:f")[0]
+    assert "expected folder/file.py:function" in said(function="check")[0]
+
+
+def test_a_checks_prompts_and_fields_are_kept_for_it(run_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "good.py").write_text("def check(prompt, answer, row): return True\n")
+    rows = [
+        {"prompt": f"Count to {i}.", "source": "ab"[i % 2], "expected": [i], "odd": "\ud800"}
+        for i in range(12)
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    without = check_run_file(str(run_file)).prepared
+    assert without is not None and without.tables.held_out_fields is None
+    checks = 'evaluation.checks=[{"function": "good.py:check"}]'
+    prepared = check_run_file(str(run_file), [checks]).prepared
+    assert prepared is not None
+    kept = prepared.tables.held_out_fields
+    assert kept is not None
+    asked = prepared.tables.held_out["prompt_ids"].to_pylist()
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    assert len(kept) == 6
+    for ids, one in zip(asked, kept.to_pylist(), strict=True):
+        assert one["prompt"] in tokenizer.decode(ids)  # Of the same row.
+        columns = json.loads(one["fields"])
+        assert columns["prompt"] == one["prompt"] == f"Count to {columns['expected'][0]}."
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        'evaluation={"checks": [{"function": "a.py:f"}]}',
+        'evaluation={"held_out_rows": 2, "free_running": {"rows": 0}, '
+        '"checks": [{"function": "a.py:f"}]}',
+    ],
+)
+def test_checks_without_answers_are_refused(run_file: Path, wrong: str) -> None:
+    assert "has checks, but no answers to check; hold rows out" in only(run_file, wrong)
+
+
+def test_two_checks_of_one_name_are_refused(run_file: Path) -> None:
+    twice = 'evaluation.checks=[{"function": "a.py:f"}, {"function": "b.py:f"}]'
+    assert "has two named 'f'; give each a name of its own" in only(run_file, twice)

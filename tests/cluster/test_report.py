@@ -190,6 +190,48 @@ def test_the_table_shows_before_and_after_and_the_baselines(folder: RunFolder) -
     assert "finished" in text
 
 
+def side(mean: float | None, **more: object) -> dict:
+    low, high = (None, None) if mean is None else (mean - 0.1, mean + 0.1)
+    return {"mean": mean, "low": low, "high": high, "answers": 16} | more
+
+
+def checked(share: float, words: float, version: str = "v") -> dict:
+    """What an evaluation records of two checks."""
+    slow = {"timeouts": 2, "first_error": "took longer than 5 s"}
+    return {
+        "is_json": {
+            "student": side(share, **slow),
+            "teacher": side(0.9),
+            "is_share": True,
+            "version": version,
+        },
+        "words": {"student": side(words), "teacher": side(None, errors=1), "version": "w"},
+    }
+
+
+def test_checks_are_shown_with_their_intervals_and_what_went_wrong(folder: RunFolder) -> None:
+    before, after = BEFORE | {"checks": checked(0.25, 30)}, AFTER | {"checks": checked(0.5, 12)}
+    write_lines(folder, "evaluation.jsonl", [before, after])
+    summary = write_summary(folder, outcome())
+    assert summary["evaluation"]["after"]["checks"]["is_json"]["student"]["low"] == 0.4
+    lines = report_of(folder).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("Checks of the answers"))
+    table = [" ".join(line.split()) for line in lines[start + 1 : start + 7]]
+    assert table[0] == "before after teacher"
+    assert table[1] == "is_json 0.25 [0.15, 0.35] 0.50 [0.40, 0.60] 0.90 [0.80, 1.00]"
+    assert table[2] == "words 30.0 [29.9, 30.1] 12.0 [11.9, 12.1] -"
+    assert table[3] == "is_json: student: 2 time-outs; the first: took longer than 5 s"
+    assert table[4] == "words: teacher: 1 error"
+
+
+def test_figures_of_a_check_whose_code_was_changed_say_so(folder: RunFolder) -> None:
+    before, after = checked(0.25, 30, "old"), checked(0.5, 12, "new")
+    records = [BEFORE | {"checks": before}, AFTER | {"checks": after}]
+    write_lines(folder, "evaluation.jsonl", records)
+    write_summary(folder, outcome())
+    assert "5 s; its code was changed between the two" in " ".join(report_of(folder).split())
+
+
 def test_the_table_has_no_trailing_blanks(folder: RunFolder) -> None:
     write_summary(folder, outcome(rows_asked=320))
     lines = report_of(folder).splitlines()

@@ -116,6 +116,20 @@ def test_the_page_says_what_was_learned_and_where_the_time_went(folder: RunFolde
     assert "2.000 at step 1, 0.100 at step 20" in outline.text
 
 
+def test_the_page_shows_checks_and_survives_wrong_ones(folder: RunFolder) -> None:
+    side = {"mean": 0.5, "low": 0.25, "high": 0.75, "errors": 1, "first_error": "<script>x"}
+    checks = {"is <b>json": {"student": side, "teacher": side | {"mean": None}, "is_share": True}}
+    for wrong in (None, [], 3, {"a": []}, {"a": {"student": 3, "teacher": {"mean": "x"}}}):
+        records = [{"step": 0, "checks": checks}, {"step": 20, "checks": wrong}]
+        write_lines(folder, "evaluation.jsonl", records)
+        assert shown(folder).problems == []
+    write_lines(folder, "evaluation.jsonl", [{"step": 0}, {"step": 20, "checks": checks}])
+    outline = shown(folder)
+    assert outline.problems == []
+    assert "is <b>json-0.50 [0.25, 0.75]-" in outline.text
+    assert "student: 1 error; teacher: 1 error; the first: <script>x" in outline.text
+
+
 def test_the_page_is_one_file_without_scripts_whose_parts_have_names(folder: RunFolder) -> None:
     outline = shown(folder)
     names = {name for name, _ in outline.tags}

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models
 from raystill.base.records import read_lines
 from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
+from raystill.config.training import CheckConfig
 from raystill.datasets.rows.schema import row_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.train.batch.rows import Row
@@ -460,3 +461,23 @@ def test_measuring_a_step_again_replaces_its_answers_and_a_resumption_discards_l
     measurer.discard_beyond(2)
     assert [line["step"] for line in read_lines(folder, "answers.jsonl")] == [0, 0]
     assert [line["step"] for line in read_lines(folder, "evaluation.jsonl")] == [0]
+
+
+def test_an_evaluation_records_what_checks_say_of_the_answers(measured_run):
+    folder, measurer = measured_run
+    rows = range(len(some_rows()))
+    asked = {"row": rows, "prompt": [f"p{n}" for n in rows], "fields": ["{}" for _ in rows]}
+    folder.write_table("prompts/held_out_fields.parquet", pa.table(asked))
+    folder.write_text("checks/words.py", "def words(p, a, r): return len(a.split())")
+    check = CheckConfig(function="anything.py:words")
+    evaluation = measurer._config.evaluation.model_copy(update={"checks": (check,)})
+    measurer._config = measurer._config.model_copy(update={"evaluation": evaluation})
+    record = measurer.measure(0, "before", "in training precision")
+    (line,) = read_lines(folder, "evaluation.jsonl")
+    assert line["checks"] == json.loads(json.dumps(record["checks"]))
+    answers = list(read_lines(folder, "answers.jsonl"))
+    for who in ("student", "teacher"):
+        counted = [len(one[who].split()) for one in answers]
+        assert [one["checks"]["words"][who] for one in answers] == counted
+        assert record["checks"]["words"][who]["mean"] == pytest.approx(np.mean(counted))
+        assert record["checks"]["words"][who]["answers"] == 2

@@ -20,6 +20,7 @@ from raystill.model.sampling import ResolvedSampling
 from raystill.run import Run
 from raystill.train.batch.rows import Row, rows_from_table
 from raystill.train.evaluation.baselines import HeldOutTokens, PairCounts, measure_baselines
+from raystill.train.evaluation.checks import run_checks
 from raystill.train.evaluation.free_running import FreeRunning, Written, choose_rows, run_free
 from raystill.train.evaluation.teacher_forced import TokenKl, evaluate, micro_batches
 from raystill.train.step.ranks import Ranks
@@ -132,9 +133,10 @@ class Measurer:
         chosen = choose_rows(self.rows, self._free_running.rows, self._free_running.seed)
         return frozenset(row.row for row in chosen[:MOST_ROWS_BY_TOKEN])
 
-    def _run_free(self, step: int, tokens: TokenKl) -> dict[str, float | None]:
+    def _run_free(self, step: int, tokens: TokenKl) -> dict[str, Any]:
         model, device = self._student.module.model, self._student.device
-        figures, pairs = run_free(model, self.rows, self._free_running, device, self._ranks)
+        found, pairs = run_free(model, self.rows, self._free_running, device, self._ranks)
+        figures: dict[str, Any] = dict(found)
         own = TokenKl(tokens.rows)
         if self._config.evaluation.free_running.teacher_scores:
             figures |= self._scored_by_teacher(pairs, own)
@@ -142,7 +144,12 @@ class Measurer:
         if self._ranks.first:
             teachers = {row: nats for part, _ in gathered for row, nats in part.items()}
             students = {row: nats for _, part in gathered for row, nats in part.items()}
-            self._write_answers(step, pairs, teachers, students)
+            said: dict[int, dict[str, Any]] = {}
+            if checks := self._config.evaluation.checks:
+                text, longest = text_of(self._student.teacher_folder), self._free_running.max_tokens
+                folder = self._folder
+                figures["checks"], said = run_checks(checks, folder, pairs, text, longest)
+            self._write_answers(step, pairs, (teachers, students), said)
         return figures
 
     def _scored_by_teacher(self, pairs: Written, tokens: TokenKl) -> dict[str, float | None]:
@@ -175,10 +182,13 @@ class Measurer:
         self,
         step: int,
         pairs: list[tuple[Row, list[int]]],
-        teachers: dict[int, list[float]],
-        students: dict[int, list[float]],
+        nats: tuple[dict[int, list[float]], dict[int, list[float]]],
+        said: dict[int, dict[str, Any]],
     ) -> None:
-        """teachers, students: KL by row at the tokens of the teacher's and the student's answer."""
+        """nats: KL by row at the tokens of the teacher's and the student's answer; said: by row
+        what each check says of both.
+        """
+        teachers, students = nats
         log = MetricsLog(self._folder, ANSWERS)
         log.discard_beyond(step - 1)  # A restart may measure the same step again.
         text = text_of(self._student.teacher_folder)
@@ -190,7 +200,8 @@ class Measurer:
             }
             by_token = tokens_of("teacher", row.response_ids.tolist(), teachers.get(row.row), text)
             by_token |= tokens_of("student", answer, students.get(row.row), text)
-            log.append({"step": step, "row": row.row, **texts, **by_token})
+            checked = {"checks": said[row.row]} if said.get(row.row) else {}
+            log.append({"step": step, "row": row.row, **texts, **by_token, **checked})
         log.upload()
 
     def _measure_baselines(self, counts: PairCounts) -> dict[str, dict[str, float]]:

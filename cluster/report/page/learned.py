@@ -7,7 +7,7 @@ from raystill.cluster.report.page.charts import Series, line_chart
 from raystill.cluster.report.page.curves import Curve
 from raystill.cluster.report.page.html import Child, Html, element, join, table
 from raystill.cluster.report.page.read import Record, RunData, number
-from raystill.cluster.report.tables import FREE_RUNNING, TEACHER_FORCED
+from raystill.cluster.report.tables import FREE_RUNNING, TEACHER_FORCED, check_rows
 
 MANY_POINTS = 60
 """Steps from which on a curve is drawn faint, with its mean over stretches above it."""
@@ -21,6 +21,7 @@ HELD_OUT_CURVES = (
 def learned(runs: Sequence[RunData]) -> Html:
     """The whole section."""
     parts: list[Child] = [_table(runs), _notes(runs)]
+    parts += [_checks(run, len(runs) > 1) for run in runs]
     if len(runs) == 1:
         parts.append(_baselines(runs[0]))
         charts = [_loss(runs[0]), *_held_out(runs), _extra(runs[0])]
@@ -83,6 +84,26 @@ def _notes(runs: Sequence[RunData]) -> Html | None:
         if said := "; ".join(parts):
             notes.append(f"{run.name}: {said}" if len(runs) > 1 else said)
     return join(element("p", note, class_="note") for note in dict.fromkeys(notes))
+
+
+def _checks(run: RunData, named: bool) -> Html | None:
+    """What functions of the user say of the answers; None where there are none."""
+    if not run.before or not (checks := check_rows(run.before, run.after or None)):
+        return None
+    two = any(first for _, first, _, _, _ in checks)
+    headings: list[Child] = ["", *(["before", "after"] if two else ["now"]), "the teacher"]
+    rows: list[list[Child]] = [
+        [name, *([first, element("strong", newest)] if two else [newest]), teacher]
+        for name, first, newest, teacher, _ in checks
+    ]
+    caption = "Checks of the answers to held-out prompts: mean, with its 95 % interval"
+    remarks = [f"{name}: {said}" for name, _, _, _, said in checks if said]
+    return join(
+        [
+            table(caption + (f" ({run.name})" if named else ""), headings, rows, "figures"),
+            *(element("p", remark, class_="note") for remark in remarks),
+        ]
+    )
 
 
 def _baselines(run: RunData) -> Html | None:
