@@ -27,7 +27,8 @@ from raystill.datasets.filters.reference import last_box, value_of
 from raystill.datasets.prompts.tables import PromptReader, build_prompt_tables
 from raystill.datasets.prompts.tokenise import PromptTokeniser
 from raystill.datasets.stream.filtering import GroupFilters, numbered
-from raystill.datasets.stream.plan import epoch_order
+from raystill.datasets.stream.ledger import Ledger
+from raystill.datasets.stream.plan import epoch_order, remaining_groups
 from raystill.model.on_node import ModelSource
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny-teacher"
@@ -655,3 +656,53 @@ def test_what_best_must_reject_is_in_its_quota():
     assert RunConfig.model_validate(run_with([]) | prompts).max_rejected_fraction == 0.5
     with pytest.raises(ValueError, match="best more than once"):
         FiltersConfig.model_validate([{"best": {}}, {"name": "b", "best": {}}])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_restarts_at_any_time_train_the_same_rows(seed):
+    """Groups are decided on, rows of them are trained in any order, and the run dies at any time.
+
+    A checkpoint has the rows trained so far and all drops; what came after it is decided anew.
+    """
+    random = np.random.default_rng(seed)
+    samples, num_rows = 4, 48
+    texts = ["".join(random.choice(list("ab"), random.integers(0, 7))) for _ in range(num_rows)]
+    rules = [
+        {"length": {"min_tokens": 1}},
+        {"similar": {"ngram": 2, "max_similarity": 0.6}},
+        {"best": {"keep": 2}},
+    ]
+    filters = AnswerFilters(FiltersConfig.model_validate(rules))
+    order = epoch_order(num_rows, seed, 0, 8)
+
+    def passed_of(positions):
+        rows = order[positions]
+        seen = answers_of(*(texts[r] for r in rows), prompts=list(rows // samples), rows=list(rows))
+        reasons = filters.rejected(seen, np.ones(len(rows), bool)).to_pylist()
+        return {int(p): r for p, r in zip(positions, reasons, strict=True)}
+
+    whole = {}
+    for positions in remaining_groups(num_rows, 8, Ledger(num_rows)):
+        whole |= passed_of(positions)
+    expected = {p for p, reason in whole.items() if reason is None}
+    assert 0 < len(expected) < num_rows
+
+    saved = Ledger(num_rows)
+    for life in range(20):
+        ledger, waiting = Ledger.from_dict(saved.to_dict()), []
+        for positions in remaining_groups(num_rows, 8, ledger):
+            told = passed_of(positions)
+            ledger.mark_dropped({p: r for p, r in told.items() if r is not None})
+            waiting += [p for p, r in told.items() if r is None]
+            random.shuffle(waiting)
+            trained, waiting = waiting[: len(waiting) // 2], waiting[len(waiting) // 2 :]
+            ledger.mark_trained(trained)
+            if random.random() < 0.5:
+                saved = Ledger.from_dict(ledger.to_dict())
+            if life < 19 and random.random() < 0.4:
+                break
+        else:
+            ledger.mark_trained(waiting)
+            assert set(range(num_rows)) - set(ledger.dropped) == expected
+            assert ledger.dropped == {p: r for p, r in whole.items() if r is not None}
+            return
