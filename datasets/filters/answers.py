@@ -5,7 +5,7 @@ Legend: N rows, T response tokens.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +27,7 @@ class Answers:
     Attributes:
         ids: Response ids of each row, lists of int32 [T], with their stop token.
         finish_reasons: ``stop`` or ``length`` for each row, string [N].
-        rows: Numbers of the rows, [N]; a later sample of a prompt has a higher one.
+        rows: Numbers of the rows, all different, [N]; a later sample of a prompt has a higher one.
         prompts: A number for each row, equal where the prompt is, [N].
         sources: Name of each row's source, string [N].
         fields: Fields of the prompt files that filters read, by name: JSON text or null, [N].
@@ -41,6 +41,7 @@ class Answers:
     sources: pa.StringArray
     fields: Mapping[str, pa.StringArray]
     decode: Decode
+    _texts: dict[int, str] = field(default_factory=dict)  # by row; of all that were taken from here
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,10 +61,15 @@ class Answers:
 
     @cached_property
     def texts(self) -> list[str]:
-        """Text of each answer."""
-        return self.decode(self.tokens)
+        """Text of each answer, decoded once however many filters read it."""
+        rows = self.rows.tolist()
+        missing = [place for place, row in enumerate(rows) if row not in self._texts]
+        if missing:
+            decoded = self.decode([self.tokens[place] for place in missing])
+            self._texts.update(zip((rows[place] for place in missing), decoded, strict=True))
+        return [self._texts[row] for row in rows]
 
-    def field(self, name: str) -> list[Any]:
+    def values(self, name: str) -> list[Any]:
         """Values of a field of the prompt files, None where a row has none."""
         return [
             None if text is None else json.loads(text) for text in self.fields[name].to_pylist()
@@ -84,4 +90,5 @@ class Answers:
             self.sources.take(places),
             {name: values.take(places) for name, values in self.fields.items()},
             self.decode,
+            self._texts,
         )

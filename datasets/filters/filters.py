@@ -174,13 +174,13 @@ def by_answer(config: AnswerConfig, answers: Answers) -> Mask:
         meant = reference if isinstance(reference, list) else [reference]
         return any(agrees(text, str(one), config.by, config.tolerance) for one in meant)
 
-    pairs = zip(answers.texts, answers.field(config.column), strict=True)
+    pairs = zip(answers.texts, answers.values(config.column), strict=True)
     return np.array([not right(*pair) for pair in pairs], bool)
 
 
 def scores_of(function: Function, answers: Answers) -> list[float | str]:
     """What a function says of each answer; text where it gave no score."""
-    columns = {name: answers.field(name) for name in function.config.columns}
+    columns = {name: answers.values(name) for name in function.config.columns}
     given = zip(
         answers.texts, answers.finish_reasons.to_pylist(), answers.sources.to_pylist(), strict=True
     )

@@ -40,6 +40,9 @@ def decode(rows):
     return ["".join(chr(token) for token in row if token != STOP) for row in rows]
 
 
+decode_plainly = decode
+
+
 def ids_of(text, finished=True):
     return [ord(character) for character in text] + [STOP] * finished
 
@@ -274,6 +277,21 @@ def test_a_filter_may_be_of_some_sources_only():
     gold = ["7", "7", None, None, None]
     expected = [None, "answer", "length", None, None]
     assert rejected(rules, *answers, sources=sources, gold=gold) == expected
+
+
+def test_an_answer_is_decoded_once_however_many_filters_read_it(monkeypatch):
+    seen = []
+    monkeypatch.setitem(globals(), "decode", lambda rows: seen.append(len(rows)) or told(rows))
+    told = decode_plainly
+    rules = [
+        {"sources": ["b"], "regex": {"must_not_match": "x"}},
+        {"name": "all", "regex": {"must_not_match": "y"}},
+        {"refusal": {}},
+        {"name": "again", "refusal": {}},
+    ]
+    answers, sources = ["x", "a", "y", "x"], ["a", "b", "a", "b"]
+    assert rejected(rules, *answers, sources=sources) == [None, None, "all", "regex"]
+    assert seen == [2, 2], "first those of one source, then the others"
 
 
 def test_no_expression_and_no_answer_takes_long():
