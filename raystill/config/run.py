@@ -14,7 +14,7 @@ from raystill.base.redact import SECRETS
 from raystill.config.base import ConfigModel, PositiveInt, identity, operational
 from raystill.config.objective import ObjectiveConfig, PolicyConfig
 from raystill.config.prompts import PromptsConfig
-from raystill.config.stream import FiltersConfig, SignalConfig, StoreConfig, StreamConfig
+from raystill.config.stream import FiltersConfig, SignalConfig, StreamConfig
 from raystill.config.student import StudentConfig
 from raystill.config.teacher import TeacherConfig
 from raystill.config.training import EvaluationConfig, TrainingConfig
@@ -83,6 +83,16 @@ class TrackioConfig(ConfigModel):
     """Trackio. It writes into TRACKIO_DIR, or to the Space that TRACKIO_SPACE_ID names."""
 
     project: str = operational("raystill", min_length=1, description="Name of the project.")
+
+
+class StoreConfig(ConfigModel):
+    """The teacher store, which keeps answers for later epochs, runs and students."""
+
+    path: str | None = operational(
+        None,
+        description="Folder or URI of the teacher store. Default: teacher_store beside the run "
+        "folder; runs in the same parent folder share it.",
+    )
 
 
 class OutputConfig(ConfigModel):

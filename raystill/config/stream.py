@@ -1,4 +1,4 @@
-"""Configuration of the signal, the stream of rows, the filters and the teacher store."""
+"""Configuration of the signal, the stream of rows and the filters."""
 
 from collections import Counter
 from typing import Annotated, Any, Literal
@@ -388,13 +388,3 @@ class FiltersConfig(ConfigModel):
 def spell_out_filters(section: Any) -> Any:
     """Return the long form of a filters section; a bare list becomes ``{rules: [...]}``."""
     return {"rules": section} if isinstance(section, list | tuple) else section
-
-
-class StoreConfig(ConfigModel):
-    """The teacher store, which keeps answers for later epochs, runs and students."""
-
-    path: str | None = operational(
-        None,
-        description="Folder or URI of the teacher store. Default: teacher_store beside the run "
-        "folder; runs in the same parent folder share it.",
-    )
