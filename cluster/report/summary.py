@@ -4,14 +4,17 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from raystill.base import formatting
 from raystill.base.records import Folder, plain, read_lines
-from raystill.base.run_folder import SPENDING, TIMELINE
+from raystill.base.run_folder import SPENDING, STUDENT, TIMELINE
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.cluster.report.timeline import bottleneck
 from raystill.datasets.store.store import RowCounts
+from raystill.model.weights import size_of
 
 Figures = dict[str, Any]
 
@@ -86,10 +89,44 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
         "bottleneck": bottleneck(read_lines(folder, TIMELINE), ahead_seen, max_ahead),
         "evaluation": {"before": before, "after": after},
         "baselines": _baselines(folder, snapshot),
+        "size": _sizes(folder, prepared),
         "skipped_steps": sum(line.get("loss") is None for line in metrics),
     }
     folder.write_text("summary.json", json.dumps(plain(summary), indent=2) + "\n")
     return plain(summary)
+
+
+def _sizes(folder: Folder, prepared: Prepared) -> Figures:
+    """Parameters and bytes of the stored teacher and student; {} unless both are at hand."""
+    student = Path(folder.path) / STUDENT
+    if "://" in folder.path or not student.is_dir():
+        return {}
+    sizes = {"teacher": size_of(Path(prepared.teacher_folder)), "student": size_of(student)}
+    return sizes if all(sizes.values()) else {}
+
+
+def size_line(size: object) -> str:
+    """``106 M parameters in 426 MB, 79 % of the teacher's 135 M``; '' where nothing is known."""
+    sizes = size if isinstance(size, dict) else {}
+    both = [sizes.get(who) for who in ("student", "teacher")]
+    student, teacher = (one if isinstance(one, dict) else {} for one in both)
+    held, whole = (one.get("bytes") for one in (student, teacher))
+    if not (isinstance(held, int) and isinstance(whole, int) and whole):
+        return ""
+    parameters, of_teacher = (one.get("parameters") for one in (student, teacher))
+    if not (isinstance(parameters, int) and isinstance(of_teacher, int) and of_teacher):
+        return f"{formatting.size(held)}, the teacher {formatting.size(whole)} as stored"
+    return (
+        f"{_millions(parameters)} parameters in {formatting.size(held)}; "
+        f"{formatting.share(parameters / of_teacher)} of the teacher's {_millions(of_teacher)} in "
+        f"{formatting.size(whole)}"
+    )
+
+
+def _millions(parameters: int) -> str:
+    if parameters >= 1_000_000_000:
+        return f"{parameters / 1e9:.2f} B"
+    return f"{parameters / 1e6:.{0 if parameters >= 1e8 else 1}f} M"
 
 
 def before_and_after(folder: Folder) -> tuple[Figures | None, Figures | None]:

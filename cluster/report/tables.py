@@ -18,7 +18,7 @@ from raystill.base.errors import RunError
 from raystill.base.logs import run_name
 from raystill.base.records import Folder, read_lines
 from raystill.base.run_folder import REPORT
-from raystill.cluster.report.summary import Figures, before_and_after, write_summary
+from raystill.cluster.report.summary import Figures, before_and_after, size_line, write_summary
 
 __all__ = ["print_report", "write_summary"]
 
@@ -321,6 +321,8 @@ def _totals_table(summary: Figures) -> Table:
         table.add_row("API teacher", _api_line(api))
     if summary.get("bottleneck"):
         table.add_row("bottleneck", summary["bottleneck"])
+    if said := size_line(summary.get("size")):
+        table.add_row("student", said)
     if summary["restarts"]:
         table.add_row("resumed", formatting.plural(summary["restarts"], "time"))
     return table

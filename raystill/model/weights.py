@@ -21,6 +21,7 @@ BITS = {
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
 """Bits of one number, by dtype; of a dtype that is not here the size is not checked."""
+PLAIN = ("F64", "F32", "F16", "BF16")
 FETCH = "fetch it again"
 INDEX = "model.safetensors.index.json"
 
@@ -95,6 +96,37 @@ def weight_problems(folder: Path, *, fetched: bool = True) -> Iterator[tuple[Pat
         if name in names and tensor not in names[name]:
             yield index, f"says that {tensor!r} is in {name}, which does not have it; {FETCH}"
             return
+
+
+def size_of(folder: Path) -> dict[str, int | None]:
+    """``parameters`` and ``bytes`` of a model's weights, from the headers; {} where none are here.
+
+    ``parameters`` is None of a quantised model, several of whose numbers share one stored integer.
+    Tied weights are stored, and counted, once. Files that the index does not name do not count.
+    """
+    files = _files_of(folder)
+    try:
+        entries = {name: e for file in files for name, e in header_of(file).items()}
+    except ValueError:  # Broken, or not fetched to this machine.
+        return {}
+    if not entries:
+        return {}
+    plain = all(str(entry["dtype"]) in PLAIN for entry in entries.values())
+    numbers = sum(math.prod(entry["shape"]) for entry in entries.values())
+    held = sum(end - begin for begin, end in (e["data_offsets"] for e in entries.values()))
+    return {"parameters": numbers if plain else None, "bytes": held}
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The weight files that are loaded: those of the index, one whole file, or all."""
+    whole, index = folder / "model.safetensors", folder / INDEX
+    if whole.exists():
+        return [whole]
+    try:
+        names = json.loads(index.read_bytes())["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return sorted(folder.glob("*.safetensors"))
 
 
 def _what_else(start: bytes) -> str | None:

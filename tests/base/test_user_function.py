@@ -1,6 +1,9 @@
 """A user's function in a process of its own: values, errors, exits, crashes, loops, prints."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -103,6 +106,30 @@ def test_an_endless_loop_ends_with_all_that_it_started(tmp_path: Path) -> None:
         assert function.call("a prompt", "bool", {}) == Result(True)
     deadline = time.monotonic() + 10
     while not all(gone(int(pid)) for pid in pids.read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_function_ends_with_a_caller_that_was_killed(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    caller = (
+        "import sys\n"
+        "from raystill.base.user_function import Code, UserFunction\n"
+        f"with UserFunction(Code('check', file='c.py', text={HOSTILE!r}), 600) as function:\n"
+        f"    function.call('p', 'loop', {{'pids': {str(pids)!r}}})\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", caller])
+    try:
+        deadline = time.monotonic() + 30
+        while not pids.exists() or len(pids.read_text().split()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    function, child = map(int, pids.read_text().split())
+    os.kill(child, signal.SIGKILL)  # What a function starts ends with it only if it is told to.
+    while not gone(function):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

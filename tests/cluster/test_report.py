@@ -7,15 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import save_file
 
 from raystill.base import formatting
 from raystill.base.errors import RunError
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.coordinator.snapshot import Snapshot
-from raystill.cluster.report.summary import RunResult, before_and_after, write_summary
+from raystill.cluster.report.summary import RunResult, before_and_after, size_line, write_summary
 from raystill.cluster.report.tables import examples, print_comparison, print_report, question
 from raystill.datasets.store.store import RowCounts
 
@@ -188,6 +190,41 @@ def test_the_table_shows_before_and_after_and_the_baselines(folder: RunFolder) -
     assert "35,000" in text
     assert "a bigram model of the training answers, KL 4.000, top-1 0.200" in text
     assert "finished" in text
+
+
+def test_the_student_is_sized_beside_its_teacher(folder: RunFolder, tmp_path: Path) -> None:
+    teacher, student = tmp_path / "teacher", Path(folder.path) / "student"
+    student.mkdir()
+    for place, rows in ((teacher, 3), (student, 1)):
+        place.mkdir(exist_ok=True)
+        weights = {"a.weight": np.zeros((rows, 500), np.float32), "b": np.zeros(500, np.float16)}
+        save_file(weights, str(place / "model.safetensors"))
+    (teacher / "consolidated.safetensors").write_bytes(b"another copy")
+    result = outcome()
+    result.prepared.teacher_folder = str(teacher)  # type: ignore[misc]
+    summary = write_summary(folder, result)
+    assert summary["size"] == {
+        "teacher": {"parameters": 2000, "bytes": 7000},
+        "student": {"parameters": 1000, "bytes": 3000},
+    }
+    said = "0.0 M parameters in 2.9 KiB; 50 % of the teacher's 0.0 M in 6.8 KiB"
+    assert said in " ".join(report_of(folder).split())
+    (teacher / "model.safetensors").unlink()  # Not on this machine.
+    assert write_summary(folder, result)["size"] == {}
+
+
+def test_the_size_is_worded_for_models_of_any_kind() -> None:
+    def line(student: tuple[int | None, int], teacher: tuple[int | None, int]) -> str:
+        named = [dict(zip(("parameters", "bytes"), one, strict=True)) for one in (student, teacher)]
+        return size_line({"student": named[0], "teacher": named[1]})
+
+    small, large = (106_203_456, 424_813_824), (8_030_261_248, 16_060_522_496)
+    assert line(small, large) == (
+        "106 M parameters in 405.1 MiB; 1 % of the teacher's 8.03 B in 15.0 GiB"
+    )
+    assert line(small, (None, 5 << 30)) == "405.1 MiB, the teacher 5.0 GiB as stored"
+    for wrong in (None, [], {}, {"student": 3}, {"student": {"bytes": 1}, "teacher": {}}):
+        assert size_line(wrong) == ""
 
 
 def side(mean: float | None, **more: object) -> dict:

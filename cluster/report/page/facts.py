@@ -7,6 +7,7 @@ from raystill.base import formatting
 from raystill.cluster.report.page.charts import bar_chart
 from raystill.cluster.report.page.html import Child, Html, element, join, shortened, table
 from raystill.cluster.report.page.read import Lengths, Record, RunData, number
+from raystill.cluster.report.summary import size_line
 from raystill.config.describe import fields
 
 NUM_BARS = 24
@@ -60,6 +61,7 @@ def lineage(runs: Sequence[RunData]) -> Html:
         ("sampling", lambda r: _pairs(r.manifest.get("sampling"))),
         ("served teacher and plain model", _probe),
         ("student from", _student),
+        ("student's size", lambda r: size_line(r.summary.get("size")) or None),
         ("layers of the teacher", lambda r: _layers(r.layers)),
         ("prompts", _prompts),
         ("answers of other runs", lambda r: _reused(r.summary)),
