@@ -248,7 +248,10 @@ class CheckConfig(ConfigModel):
         description="Name under which it is reported. Default: the function's.",
     )
     timeout_s: float = operational(
-        5.0, gt=0, description="Longest time for one answer, in seconds; it then has no figure."
+        5.0,
+        gt=0,
+        le=600,
+        description="Longest time for one answer, in seconds; it then has no figure.",
     )
 
     @field_validator("function")

@@ -63,6 +63,22 @@ def test_a_check_that_is_always_too_slow_is_given_up(monkeypatch: pytest.MonkeyP
     assert results[4].error.startswith("not asked")  # Else 1,000 rows could take hours.
 
 
+def test_checks_end_before_the_other_workers_give_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "MOST_S", 1.5)
+    slow = "import time\ndef check(p, answer, r):\n    time.sleep(1)\n    return True"
+    folder = folder_with(tmp_path, check=slow)
+    pairs = [(row(number, [1]), [1]) for number in range(3)]
+    wanted = [CheckConfig(function="c.py:check")]
+    figures, by_row = run_checks(wanted, folder, pairs, str, max_tokens=4)
+    assert figures["check"]["student"]["mean"] == 1.0  # Of those that were asked in time.
+    assert figures["check"]["student"]["answers"] < 3
+    assert figures["check"]["teacher"]["answers"] == 0
+    assert "the time for all checks was used up" in figures["check"]["teacher"]["first_error"]
+    assert by_row[2]["check"] == {"student": None, "teacher": None}
+
+
 def row(number: int, response: list[int]) -> Row:
     ids = (np.array([1], np.int32), np.array(response, np.int32))
     return Row(position=number, row=number, prompt_ids=ids[0], response_ids=ids[1])

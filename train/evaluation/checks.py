@@ -13,6 +13,7 @@ numbers has the bootstrap's percentile interval: B. Efron, 1979. Both at 95 %.
 import json
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,11 @@ Z95 = 1.959964
 RESAMPLES = 2000
 MOST_TIMEOUTS = 5
 """Answers in a row that may take too long; after that a check is given up for this evaluation."""
+MOST_S = 900.0
+"""Seconds that all checks of an evaluation may take. The other workers wait for the one that asks,
+and torch ends a run whose workers have waited for 30 minutes."""
 GIVEN_UP = Result(error="not asked: the answers before it all took too long", timed_out=True)
+OUT_OF_TIME = Result(error="not asked: the time for all checks was used up", timed_out=True)
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,15 @@ def run_checks(
         Asked(words[r.row][0], text(r.response_ids.tolist()[:max_tokens]), words[r.row][1])
         for r, _ in pairs
     ]
+    until = time.monotonic() + MOST_S
     figures: dict[str, Any] = {}
     by_row: dict[int, dict[str, Any]] = {row.row: {} for row, _ in pairs}
     for check in checks:
         code = code_of(check, folder)
-        said = {"student": ask(check, code, students), "teacher": ask(check, code, teachers)}
+        said = {
+            "student": ask(check, code, students, until),
+            "teacher": ask(check, code, teachers, until),
+        }
         values = [r.value for results in said.values() for r in results if r.value is not None]
         is_share = all(isinstance(value, bool) for value in values)
         figures[check.label] = {who: measured(r, is_share) for who, r in said.items()}
@@ -89,11 +98,18 @@ def run_checks(
     return figures, by_row
 
 
-def ask(check: CheckConfig, code: Code, answers: Sequence[Asked]) -> list[Result]:
-    """What the check's function says of each answer, in their order."""
+def ask(
+    check: CheckConfig, code: Code, answers: Sequence[Asked], until: float = math.inf
+) -> list[Result]:
+    """What the check's function says of each answer, in their order; none is asked after ``until``,
+    in seconds of the monotonic clock.
+    """
     results: list[Result] = []
     with UserFunction(code, check.timeout_s) as function:
         for one in answers:
+            if time.monotonic() > until:
+                results.append(OUT_OF_TIME)
+                continue
             late = results[-MOST_TIMEOUTS:]
             if len(late) == MOST_TIMEOUTS and all(result.timed_out for result in late):
                 results.append(GIVEN_UP)
