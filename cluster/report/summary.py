@@ -81,6 +81,7 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
             earlier, counters, "teacher", ("rows", "prompt_tokens", "response_tokens", "busy_s")
         ),
         "student": _role(earlier, counters, "student", ("tokens", "busy_s", "wait_s")),
+        "student_written": _student_written(metrics),
         "api": _of_api(folder, earlier.get("api", {}), counters),
         "wall_s": result.wall_s + earlier.get("wall_s", 0.0),
         "phases": _added(earlier.get("phases", {}), result.phases),
@@ -94,6 +95,44 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
     }
     folder.write_text("summary.json", json.dumps(plain(summary), indent=2) + "\n")
     return plain(summary)
+
+
+def _student_written(metrics: Sequence[Figures]) -> Figures:
+    """Rows that the student wrote, and how many of them by their staleness in steps; {}: none."""
+    rows = int(sum(line.get("student_written_rows") or 0 for line in metrics))
+    ages: Counter[str] = Counter()
+    for line in metrics:
+        told = {n.partition("/")[2]: v for n, v in line.items() if n.startswith("staleness/")}
+        ages.update({age: int(v) for age, v in told.items() if v})
+    return {"rows": rows, "staleness": dict(sorted(ages.items()))} if rows else {}
+
+
+def student_written_line(written: object) -> str:
+    """``41 rows, by weights at most 1 step old``; '' where the student wrote none."""
+    if not isinstance(written, dict) or not isinstance(written.get("rows"), int):
+        return ""
+    told = written.get("staleness")
+    ages = [int(age) for age in told if age.isdigit()] if isinstance(told, dict) else []
+    age = f", by weights at most {formatting.plural(max(ages), 'step')} old" if ages else ""
+    return formatting.plural(written["rows"], "row") + age
+
+
+def api_line(api: object) -> str:
+    """Requests, tokens, cost and failures of an API teacher; '' where there is none."""
+    if not isinstance(api, dict) or not api:
+        return ""
+    known = ("requests", "input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
+    numbers = {name: value for name, value in api.items() if isinstance(value, int | float)}
+    counts = {name: int(value) for name, value in numbers.items() if name != "cost"}
+    line = (
+        f"{formatting.count(counts.get('requests', 0))} answers, "
+        f"{formatting.count(counts.get('input_tokens', 0))} tokens read, "
+        f"{formatting.count(counts.get('output_tokens', 0))} written"
+    )
+    if numbers.get("cost"):
+        line += f", cost {numbers['cost']:,.4g}"
+    failures = {name: n for name, n in counts.items() if name not in known and n}
+    return line + (f"; {formatting.reasons(failures)}" if failures else "")
 
 
 def _sizes(folder: Folder, prepared: Prepared) -> Figures:

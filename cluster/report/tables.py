@@ -18,7 +18,14 @@ from raystill.base.errors import RunError
 from raystill.base.logs import run_name
 from raystill.base.records import Folder, read_lines
 from raystill.base.run_folder import REPORT
-from raystill.cluster.report.summary import Figures, before_and_after, size_line, write_summary
+from raystill.cluster.report.summary import (
+    Figures,
+    api_line,
+    before_and_after,
+    size_line,
+    student_written_line,
+    write_summary,
+)
 
 __all__ = ["print_report", "write_summary"]
 
@@ -271,21 +278,6 @@ def _facts() -> Table:
     return table
 
 
-def _api_line(api: Figures) -> str:
-    """Requests, tokens and cost of an API teacher, and what failed there, on a line."""
-    known = ("requests", "input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
-    numbers = {name: int(api.get(name, 0)) for name in known}
-    line = (
-        f"{formatting.count(numbers['requests'])} answers, "
-        f"{formatting.count(numbers['input_tokens'])} tokens read, "
-        f"{formatting.count(numbers['output_tokens'])} written"
-    )
-    if api.get("cost"):
-        line += f", cost {api['cost']:,.4g}"
-    failures = {n: int(v) for n, v in api.items() if n not in (*known, "cost") and v}
-    return line + (f"; {formatting.reasons(failures)}" if failures else "")
-
-
 def _filtered_line(filtered: Mapping[str, int], accepted: float | None) -> str:
     """Rows that filters have rejected, by filter, and the share of answers that passed."""
     line = f"rejected {formatting.reasons(filtered)}"
@@ -317,8 +309,12 @@ def _totals_table(summary: Figures) -> Table:
         table.add_row(
             "steps skipped", f"{summary['skipped_steps']}: no token to learn, or not finite"
         )
-    if api := summary.get("api"):
-        table.add_row("API teacher", _api_line(api))
+    for name, said in (
+        ("student wrote", student_written_line(summary.get("student_written"))),
+        ("API teacher", api_line(summary.get("api"))),
+    ):
+        if said:
+            table.add_row(name, said)
     if summary.get("bottleneck"):
         table.add_row("bottleneck", summary["bottleneck"])
     if said := size_line(summary.get("size")):

@@ -17,7 +17,14 @@ from raystill.base.errors import RunError
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.coordinator.snapshot import Snapshot
-from raystill.cluster.report.summary import RunResult, before_and_after, size_line, write_summary
+from raystill.cluster.report.summary import (
+    RunResult,
+    api_line,
+    before_and_after,
+    size_line,
+    student_written_line,
+    write_summary,
+)
 from raystill.cluster.report.tables import examples, print_comparison, print_report, question
 from raystill.datasets.store.store import RowCounts
 
@@ -104,6 +111,26 @@ def test_the_summary_counts_rows_tokens_and_drops(folder: RunFolder) -> None:
     assert summary["evaluation"]["before"]["kl_nats_per_token"] == 8.0
     assert summary["evaluation"]["after"]["kl_nats_per_token"] == 1.5
     assert summary["baselines"] == BASELINES
+
+
+def test_rows_that_the_student_wrote_are_told_with_their_age(folder: RunFolder) -> None:
+    assert write_summary(folder, outcome())["student_written"] == {}
+    assert "student wrote" not in report_of(folder)
+    ages = [{"staleness/0": 3, "staleness/1": 0}, {"staleness/0": 1, "staleness/12": 4}]
+    lines = [
+        {"step": i + 1, "loss": 1.0, "rows": 16, "student_written_rows": sum(age.values()), **age}
+        for i, age in enumerate(ages)
+    ]
+    write_lines(folder, "metrics.jsonl", lines)
+    written = write_summary(folder, outcome())["student_written"]
+    assert written == {"rows": 8, "staleness": {"0": 4, "12": 4}}
+    assert "student wrote     8 rows, by weights at most 12 steps old" in report_of(folder)
+
+
+@pytest.mark.parametrize("broken", [None, 3, [], {"rows": "x"}, {"rows": 2, "staleness": 4}, {}])
+def test_a_line_about_a_broken_summary_has_no_traceback(broken: object) -> None:
+    assert student_written_line(broken) in ("", "2 rows")
+    assert "answers" in api_line(broken) or not broken or not isinstance(broken, dict)
 
 
 def test_rows_that_filters_rejected_are_told_by_filter_and_as_a_share(folder: RunFolder) -> None:

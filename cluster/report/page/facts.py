@@ -7,7 +7,7 @@ from raystill.base import formatting
 from raystill.cluster.report.page.charts import bar_chart
 from raystill.cluster.report.page.html import Child, Html, element, join, shortened, table
 from raystill.cluster.report.page.read import Lengths, Record, RunData, number
-from raystill.cluster.report.summary import size_line
+from raystill.cluster.report.summary import api_line, size_line, student_written_line
 from raystill.config.describe import fields
 
 NUM_BARS = 24
@@ -24,6 +24,11 @@ def data(runs: Sequence[RunData]) -> Html:
         ("rows trained", lambda r: _of(r.summary, "rows_trained", "rows_total") or _trained(r)),
         ("asked of the teacher", lambda r: _count(r.summary, "rows_asked")),
         ("scored by the teacher", lambda r: _count(r.summary, "rows_scored")),
+        (
+            "written by the student",
+            lambda r: student_written_line(r.summary.get("student_written")),
+        ),
+        ("asked of the API teacher", lambda r: api_line(r.summary.get("api"))),
         ("read from the store", lambda r: _count(r.summary, "rows_reused")),
         ("held-out rows", lambda r: formatting.count(r.responses.rows or None)),
         ("dropped", lambda r: _counts(r.summary, "dropped")),
