@@ -48,6 +48,14 @@ def test_each_new_step_and_evaluation_is_written_once(tmp_path: Path) -> None:
     ]
 
 
+def test_means_of_checks_are_written_too(tmp_path: Path) -> None:
+    check = {"student": {"mean": 0.25}, "teacher": {"mean": None}, "is_share": True}
+    board = TensorBoard(tmp_path)
+    board.update(Snapshot(evaluation={"step": 8, "checks": {"is_json": check}}))
+    board.close()
+    assert scalars(tmp_path) == [("held_out/checks/is_json/student", 8, 0.25)]
+
+
 def test_steps_that_are_trained_again_replace_the_lost_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
