@@ -16,17 +16,21 @@ from raystill.base.run_folder import (
     CHECKPOINTS,
     CONFIG,
     HELD_OUT,
+    LOGS,
     MANIFEST,
+    METRICS,
     PROMPT_COLUMNS,
     STUDENT,
     TOP_LEVEL_NAMES,
     TRAIN_PROMPTS,
     RunFolder,
+    split_query,
 )
 from raystill.cluster.check.models import count_parameters
 from raystill.config.load import compare_identity, parse_yaml, validate_leniently
 from raystill.config.run import RunConfig
 from raystill.datasets.filters.function import hashes_of, read_functions
+from raystill.datasets.prompts.files import prompt_sources, would_read
 from raystill.datasets.prompts.tables import PromptTables
 from raystill.datasets.rows.signal import signal_of
 from raystill.datasets.store.store import SEGMENTS
@@ -321,3 +325,24 @@ def free_bytes(folder: RunFolder) -> int | None:
     while not existing.exists():
         existing = existing.parent
     return shutil.disk_usage(existing).free
+
+
+WRITTEN = (METRICS, MANIFEST, TRAIN_PROMPTS, f"{STUDENT}/config.json", f"{LOGS}/driver.txt")
+"""Some of the files that a run writes into its folder, one of each kind."""
+
+
+def check_apart(config: RunConfig, output: RunFolder, store_path: str) -> Iterator[Problem]:
+    """Would a later start read what the run writes as prompts?"""
+    folders: dict[str, tuple[str, tuple[str, ...]]] = {"output.path": (output.path, WRITTEN)}
+    if store_path:
+        folders["store.path"] = (store_path, ("segments/x.parquet",))
+    for source in prompt_sources(config.prompts):
+        for where, (folder, names) in folders.items():
+            root = split_query(folder)[0].rstrip("/")
+            read = next((n for n in names if would_read(source, f"{root}/{n}")), None)
+            if read is not None:
+                yield source.problem(
+                    f"{', '.join(source.paths)} takes in the folder that {where} names, so that a "
+                    f"later start would read the run's own files ({root}/{read}) as prompts; name "
+                    f"the prompts more closely, or set {where} to a folder elsewhere"
+                )

@@ -20,6 +20,7 @@ from raystill.cluster.check.models import (
     trusts_student,
 )
 from raystill.cluster.check.output import (
+    check_apart,
     check_output,
     check_same_columns,
     check_same_functions,
@@ -120,12 +121,16 @@ class StaticCheck:
         self.check_folders()
         if self.known("filters"):
             self.check_functions()
+        mixed: list[Problem] = []
+        if self.output is not None and self.known("output", "store", "prompts"):
+            mixed = list(check_apart(self.config, self.output, self.store_path))
+        self.problems += mixed
         teacher, student = self.find_models()
         if self.known("terms", "teacher", "student"):
             problems, notices = check_terms(self.config, teacher, student)
             self.problems += problems
             self.notices += notices
-        tables = self.tokenise_prompts(teacher, student)
+        tables = None if mixed else self.tokenise_prompts(teacher, student)
         if teacher is None or tables is None:
             return None
         space = space_needed(self.config, student, tables) if student is not None else None
@@ -307,7 +312,7 @@ def check_dropped(
         return
     meanings = {
         "too_long": f"longer than {longest} tokens",
-        "empty": "without any token",
+        "empty": "without any text",
         "response_too_long": f"longer than {context} tokens with their response",
         "empty_response": "without a response",
     }

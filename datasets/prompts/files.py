@@ -146,6 +146,38 @@ def find_files(source: PromptSource) -> tuple[list[PromptFile], list[Problem]]:
     return files, problems
 
 
+def would_read(source: PromptSource, written: str) -> bool:
+    """Whether the source would read this file too, once it is there: an absolute path or URI."""
+    for pattern in source.paths:
+        plain, uri = split_query(pattern)[0], "://" in pattern
+        globbed = bool(GLOB_SIGNS & set(plain))
+        if uri != ("://" in written):
+            continue
+        if uri:
+            below = written.startswith(f"{plain.rstrip('/')}/") and format_of(written) is not None
+            if fnmatch.fnmatchcase(written, plain) if globbed else below:
+                return True
+        elif not globbed:
+            here = os.path.abspath(resolve_input(plain)) == os.path.dirname(written)
+            if here and format_of(written) is not None:
+                return True
+        elif _glob_matches(written.split("/"), os.path.abspath(_glob_base(plain)).split("/")):
+            return True
+    return False
+
+
+def _glob_matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether ``glob`` finds a path by a recursive pattern, both cut at each "/"."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        rests = (parts[number:] for number in range(len(parts) + 1))
+        return any(_glob_matches(rest, pattern[1:]) for rest in rests)
+    if not parts or not fnmatch.fnmatchcase(parts[0], pattern[0]):
+        return False
+    return _glob_matches(parts[1:], pattern[1:])
+
+
 def format_of(path: str) -> str | None:
     """The format by the ending of a file's name, None for an unknown one."""
     stem, ending = os.path.splitext(path)

@@ -118,18 +118,53 @@ def _read_file(file: PromptFile, problems: list[Problem], keep_fields: bool) -> 
                 raw = as_prompt(row, where, file.source)
                 if keep_fields:
                     raw = replace(raw, fields=row if isinstance(row, dict) else {})
-                yield raw
+                yield _encodable(raw)
             except BrokenRow as error:
                 broken += 1
                 if broken <= MAX_PROBLEMS_PER_FILE:
                     problems.append(Problem(where, str(error)))
     except (OSError, UnicodeDecodeError, pa.ArrowException, csv.Error) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problems.append(
-            Problem(file.name, f"cannot be read as {file.format} ({reason}); repair the file")
-        )
+        remedy = "repair the file"
+        if isinstance(error, UnicodeDecodeError) and error.object.startswith(b"\x1f\x8b"):
+            reason, remedy = "it is compressed by gzip", "let its name end in .gz"
+        message = f"cannot be read as {file.format} ({reason}); {remedy}"
+        problems.append(Problem(file.name, message))
     if broken > MAX_PROBLEMS_PER_FILE:
         problems.append(Problem(file.name, f"{broken - MAX_PROBLEMS_PER_FILE} more broken rows"))
+
+
+def _encodable(prompt: RawPrompt) -> RawPrompt:
+    """The prompt; BrokenRow for half of a surrogate pair, which no tokenizer and no table takes."""
+    said = (
+        prompt.text,
+        prompt.messages,
+        prompt.source,
+        prompt.response,
+        prompt.columns,
+        prompt.fields,
+    )
+    try:
+        "".join(_texts(said)).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start].encode("unicode_escape").decode()
+        raise BrokenRow(
+            f"has {half}, half of a character (a surrogate without its pair); correct the text"
+        ) from None
+    return prompt
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in nested lists and mappings, keys too."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            yield one
+        elif isinstance(one, dict):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, list | tuple):
+            waiting += one
 
 
 def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
@@ -161,7 +196,10 @@ def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
 
 def _as_json(value: Any) -> str | None:
     """A field's value as JSON text; what JSON lacks, a date for example, as its text."""
-    return None if value is None else json.dumps(value, default=str)
+    try:
+        return None if value is None else json.dumps(value, default=str)
+    except (ValueError, RecursionError) as error:  # It contains itself, or 5,000 digits.
+        raise BrokenRow(f"has a field that cannot be kept ({error})") from None
 
 
 def _response(row: dict[str, Any], source: PromptSource) -> str | None:
@@ -188,7 +226,7 @@ def as_messages(messages: Any) -> list[dict[str, Any]]:
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise BrokenRow(f"messages are {_short(messages)}; expected a list") from None
     if not isinstance(messages, list) or not messages:
         raise BrokenRow(f"messages are {_short(messages)}; expected a list with one or more")
@@ -201,6 +239,11 @@ def as_messages(messages: Any) -> list[dict[str, Any]]:
             raise BrokenRow(f"message {number} has content {content}; expected text")
         # Parquet gives each message the keys of all messages, null where it has none.
         checked.append({name: value for name, value in message.items() if value is not None})
+    if all(message["role"] in ("system", "developer") for message in checked):
+        raise BrokenRow(
+            "has a system message alone, which asks nothing; add the user's message, or put it "
+            "into prompts.system for all prompts"
+        )
     if checked[-1]["role"] == "assistant":
         raise BrokenRow(
             "the last message is the assistant's, which leaves the teacher nothing to answer; "
@@ -221,14 +264,20 @@ def _jsonl(file: PromptFile) -> Iterator[tuple[str, Any]]:
             where = f"{file.name}, line {number}"
             try:
                 yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield (
-                    where,
-                    BrokenRow(
-                        f"is not JSON ({error.msg} at column {error.colno}): "
-                        f"{_short(line.strip())}; repair or remove the line"
-                    ),
-                )
+            except (ValueError, RecursionError) as error:
+                reason = _why_no_json(error)
+                reason += f" at column {error.colno}" if hasattr(error, "colno") else ""
+                message = f"is not JSON ({reason}): {_short(line.strip())}"
+                yield where, BrokenRow(f"{message}; repair or remove the line")
+
+
+def _why_no_json(error: Exception) -> str:
+    """Why Python reads no JSON of a text, in words for who wrote it."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "a number with more digits than are read"
 
 
 def _json(file: PromptFile) -> Iterator[tuple[str, Any]]:
@@ -238,7 +287,13 @@ def _json(file: PromptFile) -> Iterator[tuple[str, Any]]:
         return
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
+    except RecursionError as error:
+        yield file.name, BrokenRow(f"is not JSON ({_why_no_json(error)}); repair the file")
+        return
+    except ValueError as error:
+        if not isinstance(error, json.JSONDecodeError):
+            yield file.name, BrokenRow(f"is not JSON ({_why_no_json(error)}); repair the file")
+            return
         where = f"{file.name}, line {error.lineno}"
         message = f"is not JSON ({error.msg} at column {error.colno}); expected one list of rows"
         if error.msg == "Extra data":
@@ -254,8 +309,18 @@ def _json(file: PromptFile) -> Iterator[tuple[str, Any]]:
 
 def _csv(file: PromptFile) -> Iterator[tuple[str, Any]]:
     with file.open_text(newline="") as stream:
-        reader = csv.DictReader(stream)
-        for row in reader:
+        # Strict: else a quote that is never closed takes in all that follows it.
+        reader = csv.DictReader(stream, strict=True)
+        begun = 0
+        while True:
+            begun = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield f"{file.name}, line {begun}", BrokenRow(_why_no_csv(error))
+                return
             where = f"{file.name}, line {reader.line_num}"
             if None in row:
                 columns = len(reader.fieldnames or ())
@@ -268,6 +333,13 @@ def _csv(file: PromptFile) -> Iterator[tuple[str, Any]]:
                 )
                 continue
             yield where, row
+
+
+def _why_no_csv(error: csv.Error) -> str:
+    reason = str(error)
+    if "unexpected end" in reason:
+        reason = "the quote that opens here is never closed"
+    return f"is not CSV ({reason}); write a quote in a value twice, and close the one around it"
 
 
 def _text(file: PromptFile) -> Iterator[tuple[str, Any]]:

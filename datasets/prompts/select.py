@@ -62,8 +62,8 @@ def sort_prompts(
     """Tokenise the prompts and leave out unusable ones and duplicates. Raises ConfigError.
 
     Dropped are: as ``too_long`` a prompt of more than ``max_prompt_tokens``, as ``empty`` one of no
-    tokens, as ``empty_response`` a given response without text, and as ``response_too_long`` one
-    that has more than ``context_tokens`` together with its prompt.
+    tokens, or of blank text, as ``empty_response`` a given response without text, and as
+    ``response_too_long`` one that has more than ``context_tokens`` together with its prompt.
 
     A duplicate has the prompt and the given response of an earlier row, or its prompt is in a
     held-out source too: that must not be trained on, whichever is read first and whatever response
@@ -76,6 +76,7 @@ def sort_prompts(
     seen: set[bytes] = set()
     for index, (prompt, response) in enumerate(zip(ids, usable.responses, strict=True)):
         reason = _why_unusable(prompt, response, max_prompt_tokens, context_tokens)
+        reason = "empty" if _is_blank(raws[index]) else reason
         if reason is not None:
             usable.dropped[reason] += 1
             tokens = len(prompt) + (0 if response is None else len(response))
@@ -109,6 +110,14 @@ def _encode_responses(
     for index, ids in zip(given, tokeniser.encode_responses(texts, stop_ids), strict=True):
         responses[index] = ids
     return responses
+
+
+def _is_blank(raw: RawPrompt) -> bool:
+    """Whether the prompt asks nothing: blank text, or messages of the user that all are blank."""
+    if raw.messages is None:
+        return not (raw.text or "").strip()
+    asked = [message["content"] for message in raw.messages if message["role"] == "user"]
+    return bool(asked) and all(isinstance(text, str) and not text.strip() for text in asked)
 
 
 def _why_unusable(

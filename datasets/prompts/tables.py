@@ -18,7 +18,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raystill.base.errors import ConfigError, Problem
+from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.base.run_folder import (
     HELD_OUT_FIELDS,
     HELD_OUT_PROMPTS,
@@ -166,6 +166,8 @@ def build_prompt_tables(
     raws = read_prompts(config.prompts, tokeniser.progress, config.filters.columns, checks)
     usable = sort_prompts(raws, config, tokeniser, max_prompt_tokens, context_tokens)
     kept = usable.kept
+    if not kept:
+        raise config_error(config.prompts.files_setting, _none_usable(usable, max_prompt_tokens))
     prompts = [digest_of(usable.ids[index]) for index in kept]
     train, held_out = split_rows(config, [raws[index].source for index in kept], prompts, raws)
     asked = samples_asked(
@@ -187,6 +189,18 @@ def build_prompt_tables(
         messages=_messages(tokeniser, usable) if config.teacher.engine == "api" else None,
         columns=filter_columns(config, [raws[kept[i]] for i in train], rows),
         held_out_fields=held_out_fields([raws[kept[i]] for i in held_out]) if checks else None,
+    )
+
+
+def _none_usable(usable: UsablePrompts, max_prompt_tokens: int) -> str:
+    """That no prompt is usable, why each was left out, and where the first of each kind is."""
+    reasons = ", ".join(
+        f"{number} {reason} (the first is {usable.first_dropped[reason]})"
+        for reason, number in sorted(usable.dropped.items())
+    )
+    return (
+        f"none of the {len(usable.raws)} prompts can be used: {reasons}; a prompt has some text "
+        f"and at most {max_prompt_tokens} tokens; correct them, or name other files"
     )
 
 

@@ -20,7 +20,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from raystill.base.errors import ConfigError, Problem, config_error
+from raystill.base.redact import shown_value
 from raystill.config.prompts import PromptsConfig
+from raystill.datasets.prompts.control import ControlTokens
 from raystill.datasets.prompts.progress import Meter, Progress
 from raystill.datasets.prompts.read import RawPrompt
 from raystill.model.tokenizer import (
@@ -30,6 +32,8 @@ from raystill.model.tokenizer import (
     read_settings,
     token_text,
 )
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 class TemplateRefusal(ValueError):
@@ -56,6 +60,7 @@ class PromptTokeniser:
         day = prompts.template_date
         self._now = datetime.now() if day is None else datetime.fromisoformat(day)
         self._template = self._compile_template() if prompts.chat_template else None
+        self._control = ControlTokens(self.tokenizer)
         if self._template is None and prompts.system is not None:
             raise config_error(
                 "prompts.system",
@@ -74,18 +79,38 @@ class PromptTokeniser:
 
     def encode_many(self, raws: Sequence[RawPrompt]) -> list[np.ndarray]:
         """:meth:`encode` of many prompts. Raises ConfigError with those that cannot be rendered."""
-        texts, problems = [], []
+        texts: list[str] = []
+        problems: list[Problem] = []
+        with_control: dict[int, np.ndarray] = {}
         for batch in Meter(self.progress, "rendering prompts", len(raws)).batches(raws):
             for raw in batch:
                 try:
-                    texts.append(self.render(raw))
+                    if (ids := self._encode_control(raw)) is not None:
+                        with_control[len(texts)] = ids
+                    texts.append("" if ids is not None else self.render(raw))
                 except TemplateRefusal as error:
                     problems.append(Problem(raw.where, str(error)))
         if problems:
             more = [Problem("prompts", f"{len(problems) - 5} more")] if len(problems) > 5 else []
             raise ConfigError(problems[:5] + more)
         # A chat template writes the special tokens itself.
-        return self._encode(texts, "tokenising prompts", special=self._template is None)
+        encoded = self._encode(texts, "tokenising prompts", special=self._template is None)
+        return [with_control.get(number, ids) for number, ids in enumerate(encoded)]
+
+    def _encode_control(self, raw: RawPrompt) -> np.ndarray | None:
+        """Ids of a prompt that says control tokens; None where it says none.
+
+        A raw text, without a template, is taken to be a template's work: its control tokens are.
+        """
+        if self._template is None:
+            return None
+        messages = self.messages(raw)
+        if not self._control.in_messages(messages):
+            return None
+        try:
+            return np.array(self._control.encode(messages, self._render), dtype=np.int32)
+        except ValueError as error:
+            raise error if isinstance(error, TemplateRefusal) else TemplateRefusal(error) from None
 
     def encode_responses(
         self, texts: Sequence[str], stop_token_ids: Sequence[int]
@@ -130,7 +155,12 @@ class PromptTokeniser:
                     "has chat messages, but prompts.chat_template is false; set it to true"
                 )
             return raw.text
-        messages = self.messages(raw)
+        return self._render(self.messages(raw))
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        """The chat template's text for these messages. Raises TemplateRefusal."""
+        assert self._template is not None, "without a template there are no messages"
+        self._require_roles(messages)
         variables = {
             **self.special_tokens,
             "tools": None,
@@ -140,8 +170,22 @@ class PromptTokeniser:
         }
         try:
             return self._template.render(messages=messages, **variables)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
             raise TemplateRefusal(f"the teacher's chat template refuses it: {error}") from None
+
+    def _require_roles(self, messages: list[dict[str, Any]]) -> None:
+        """Raise TemplateRefusal for a role that is neither usual nor named by the template.
+
+        Many templates write whatever role there is, which the teacher has never seen.
+        """
+        for message in messages:
+            role = message["role"]
+            if role in ROLES or any(f"{q}{role}{q}" in self._template_text for q in "'\""):
+                continue
+            raise TemplateRefusal(
+                f"has a message of the role {shown_value(role, 60)}; expected one of "
+                f"{', '.join(ROLES)}; correct it"
+            )
 
     def messages(self, raw: RawPrompt) -> list[dict[str, Any]]:
         """The prompt as a chat, with ``prompts.system`` where it has no system message."""
@@ -160,12 +204,15 @@ class PromptTokeniser:
 
     def notices(self) -> list[str]:
         """Warnings about the prompts that were rendered."""
+        control = self._control.notice()
+        notices = [] if control is None else [control]
         if not self.prints_today:
-            return []
+            return notices
         return [
+            *notices,
             "the teacher's chat template prints today's date, so the prompts change at midnight: "
             "the run cannot be resumed then, and stored answers are not found; set "
-            f"prompts.template_date: {self._now:%Y-%m-%d}"
+            f"prompts.template_date: {self._now:%Y-%m-%d}",
         ]
 
     def _strftime_now(self, form: str) -> str:
@@ -181,6 +228,7 @@ class PromptTokeniser:
                 f"is true, but {self.folder} has no chat template; set prompts.chat_template: "
                 "false to ask the raw text",
             )
+        self._template_text = source
         try:
             return template_environment(self._strftime_now).from_string(source)
         except jinja2.TemplateError as error:

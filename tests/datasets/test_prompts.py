@@ -32,7 +32,7 @@ MODEL = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
 CHAT = [
     {"role": "user", "content": "Name a colour."},
     {"role": "assistant", "content": "Blue."},
-    {"role": "user", "content": "Another <|im_end|> one, é 漢字 🙂!"},
+    {"role": "user", "content": "Another one, é 漢字 🙂!"},
 ]
 
 
