@@ -9,6 +9,7 @@ reports; no row ever passes through it.
     python driver.py check configs/quickstart.yaml
     python driver.py calibrate configs/quickstart.yaml
     python driver.py report runs/quickstart
+    python driver.py draft runs/quickstart
     python driver.py store list runs/teacher_store
     python driver.py submit configs/quickstart.yaml --address http://127.0.0.1:8265
 
@@ -227,6 +228,25 @@ def report(
     from raystill.cluster.commands.report import report_command
 
     return report_command(run_folders, as_json, html, say)
+
+
+@app.command()
+def draft(
+    run_folder: options.RunFolder,
+    overrides: options.Overrides,
+    k: options.DraftTokens,
+    rows: options.DraftRows = 32,
+    concurrency: options.Concurrency = 1,
+    as_json: options.AsJson = False,
+) -> int:
+    """Measure the student as its teacher's draft model.
+
+    How many drafted tokens vLLM accepts, how fast it is, and whether the answers are the same.
+    """
+    from raystill.cluster.commands.draft import DraftOptions, draft_command
+
+    wanted = DraftOptions(k, rows, concurrency)
+    return draft_command(run_folder, overrides, wanted, as_json, say)
 
 
 @app.command()

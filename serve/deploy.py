@@ -83,7 +83,7 @@ class TeacherApp:
             model=self._model,
             coordinator=self._coordinator,
             logs=None if self._logs is None else str(self._logs),
-            gpus=_gpus(config, has_gpus),
+            gpus=gpus_of(config, has_gpus),
             replicas_per_node=_replicas_per_node(config),
             teacher_identity=self._identity,
             run_folder=self._run_folder,
@@ -198,7 +198,7 @@ def deployment_options(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
         }
     else:
         options["num_replicas"] = replicas
-    return {**options, **_resources(config, has_gpus)}
+    return {**options, **placement(config, has_gpus)}
 
 
 def scaling_target(groups: int, most: int) -> float:
@@ -226,12 +226,12 @@ def _running(status: Any) -> int:
     return 0 if deployment is None else int(deployment.replica_states.get("RUNNING", 0))
 
 
-def _gpus(config: RunConfig, has_gpus: bool) -> int:
+def gpus_of(config: RunConfig, has_gpus: bool) -> int:
     """GPUs that one replica sees, a shared one included; 0 on a cluster without any."""
     return math.ceil(sum(bundle.get("GPU", 0) for bundle in teacher_bundles(config, has_gpus)))
 
 
-def _resources(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
+def placement(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
     """Where a replica's processes go.
 
     A replica that stays within one node holds everything itself and starts vLLM's workers as its

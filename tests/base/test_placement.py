@@ -313,6 +313,29 @@ def test_an_unknown_engine_argument_is_refused_with_the_near_miss(
     assert cluster.check_engine_args(config()) == []
 
 
+@pytest.mark.parametrize(
+    ("teacher", "refused"),
+    [
+        ({"engine_args": {"speculative_config": {"method": "ngram"}}}, True),
+        (
+            {
+                "engine_args": {"speculative_config": {"method": "ngram"}},
+                "sampling": {"temperature": 0},
+            },
+            False,
+        ),
+        ({"engine_args": {"speculative_config": None}}, False),
+        ({}, False),
+    ],
+)
+def test_a_sampling_teacher_on_cpus_has_no_draft_model(
+    teacher: dict[str, object], refused: bool
+) -> None:
+    problems = cluster.check_draft_on_cpu(config(teacher=teacher))
+    assert [p.where for p in problems] == ["teacher.engine_args.speculative_config"] * refused
+    assert all("teacher.sampling.temperature: 0" in p.message for p in problems)
+
+
 def test_engine_arguments_are_read_from_the_installed_vllm() -> None:
     known = {"max_num_seqs", "kv_cache_dtype", "enable_log_requests"}
     assert known <= cluster.engine_arg_names()

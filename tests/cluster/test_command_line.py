@@ -31,7 +31,10 @@ from tests.datasets.test_store import path_of, publish
 
 __all__ = ["run_file"]  # The fixture of a sound run file.
 
-COMMANDS = ("run", "check", "calibrate", "submit", "report", "lineage", "revoke", "fields", "store")
+COMMANDS = (
+    *("run", "check", "calibrate", "submit", "report", "draft"),
+    *("lineage", "revoke", "fields", "store"),
+)
 STORE_COMMANDS = ("list", "verify", "compact", "prune", "export", "import")
 NOT_FOR_HELP = ("pydantic", "numpy", "pyarrow", "yaml", "rich", "jinja2")
 

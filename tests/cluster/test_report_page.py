@@ -211,6 +211,29 @@ def test_broken_lines_and_wrong_types_are_left_out(folder: RunFolder) -> None:
     assert "unreadable lines left out" in outline.text
 
 
+DRAFT = {"k": 3, "mean_acceptance_length": 1.966, "tokens_per_s": 5.7, "speed_up": 0.587}
+
+
+def test_the_page_shows_the_student_as_a_draft_where_it_was_measured(folder: RunFolder) -> None:
+    assert "draft model, greedy" not in shown(folder).text
+    measured = [{**DRAFT, "identical_answers": 11, "differences": [{"row": 4}]}]
+    folder.write_text("draft.json", json.dumps({"cost_ratio": 0.7, "measured": measured}))
+    outline = shown(folder)
+    assert outline.problems == [] and "a draft token takes 0.70 of a teacher's" in outline.text
+    for said in ("3 drafted tokens", "1.97", "5.7", "0.59", "11 of 12"):
+        assert said in outline.text
+
+
+@pytest.mark.parametrize(
+    "measured",
+    ["5", '"x"', "[]", "[7, null]", '[{"k": "<b>", "differences": 3}]', '[{"k": {}}]', "{}"],
+)
+def test_a_draft_of_wrong_types_does_no_harm(folder: RunFolder, measured: str) -> None:
+    folder.write_text("draft.json", f'{{"cost_ratio": "<i>", "measured": {measured}}}')
+    outline = shown(folder)
+    assert outline.problems == [] and outline.count("b") == outline.count("i") == 0
+
+
 # During a run, and however it ends
 
 

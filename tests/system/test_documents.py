@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from raystill.config.load import load_config
+from raystill.config.objective import ObjectiveConfig
 from raystill.config.run import RunConfig
 from tests.system.test_imports import GROUND, MAY_IMPORT
 
@@ -198,6 +199,17 @@ def test_the_run_file_that_is_printed_is_one(tmp_path: Path) -> None:
     [sources_of_prompts] = [b for b in blocks(DOCS / "run-file.md") if b.startswith("prompts:")]
     file.write_text(yaml.safe_dump(yaml.safe_load(text) | yaml.safe_load(sources_of_prompts)))
     assert load_config(str(file), []).evaluation.held_out_rows == 200
+
+
+def test_the_objectives_for_a_draft_are_objectives() -> None:
+    [text] = [block for block in blocks(DOCS / "drafts.md") if "objective:" in block]
+    objectives = [
+        ObjectiveConfig(**yaml.safe_load(line)["objective"]) for line in text.split("\n") if line
+    ]
+    assert [one.divergences for one in objectives] == [
+        ["acceptance"],
+        ["forward_kl", "total_variation"],
+    ]
 
 
 def test_the_layouts_table_is_that_of_the_imports() -> None:

@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"datasets/filters", "datasets/policy", "datasets/prompts", "datasets/store"},
     "serve/engine": GROUND | ROWS,
     "serve": GROUND | ROWS | {"datasets/stream", "serve/engine"},
+    "serve/draft": GROUND | ROWS | {"serve/engine"},
     "train/batch": GROUND | ROWS,
     "train/loss": GROUND | LOSS,
     "train/student": GROUND | LOSS,
@@ -69,7 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster/commands": GROUND
     | ROWS
     | {"cluster/check", "cluster/job", "cluster/report", "datasets/store", "datasets/stream"}
-    | {"cluster/lineage", "cluster/report/page", "serve", "train/calibration"},
+    | {"cluster/lineage", "cluster/report/page", "serve", "serve/draft", "train/calibration"},
     "cluster/store": GROUND
     | {"cluster/check", "cluster/commands", "cluster/lineage", "datasets/exchange"}
     | {"datasets/prompts", "datasets/rows", "datasets/store"},

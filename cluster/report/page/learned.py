@@ -23,7 +23,7 @@ def learned(runs: Sequence[RunData]) -> Html:
     parts: list[Child] = [_table(runs), _notes(runs)]
     parts += [_checks(run, len(runs) > 1) for run in runs]
     if len(runs) == 1:
-        parts.append(_baselines(runs[0]))
+        parts += [_baselines(runs[0]), _draft(runs[0])]
         charts = [_loss(runs[0]), *_held_out(runs), _extra(runs[0])]
     else:
         charts = [_losses(runs), *_held_out(runs)]
@@ -118,6 +118,38 @@ def _baselines(run: RunData) -> Html | None:
         rows.append([name, figure(figures, "kl_nats_per_token"), figure(figures, "top1_agreement")])
     caption = "Models that only count the training answers, on the same held-out tokens"
     return table(caption, ["", "KL, nats/token", "top-1 agreement"], rows, "figures narrow")
+
+
+def _draft(run: RunData) -> Html | None:
+    """What ``raystill draft`` has measured: the student as its teacher's draft model."""
+    measured = run.draft.get("measured")
+    if not isinstance(measured, list):
+        return None
+    rows: list[list[Child]] = []
+    for of in measured:
+        if not isinstance(of, dict):
+            continue
+        others = of.get("differences")
+        changed = len(others) if isinstance(others, list) else 0
+        same = number(of.get("identical_answers"))
+        rows.append(
+            [
+                f"{formatting.count(number(of.get('k')))} drafted tokens",
+                figure(of, "mean_acceptance_length", 2),
+                formatting.rate(number(of.get("tokens_per_s"))),
+                figure(of, "speed_up", 2),
+                "-" if same is None else f"{same:.0f} of {same + changed:.0f}",
+            ]
+        )
+    if not rows:
+        return None
+    ratio = figure(run.draft, "cost_ratio", 2)
+    headings = ["", "tokens a pass", "tokens/s", "speed-up", "identical answers"]
+    caption = (
+        "The student as its teacher's draft model, greedy, served by vLLM; a draft token takes "
+        f"{ratio} of a teacher's"
+    )
+    return table(caption, headings, rows, "figures")
 
 
 def _loss(run: RunData) -> Html:

@@ -20,6 +20,7 @@ from raystill.base.logs import run_name
 from raystill.base.run_folder import (
     ANSWERS,
     CONFIG,
+    DRAFT,
     EVALUATION,
     HELD_OUT,
     LAYERS,
@@ -83,6 +84,7 @@ class RunData:
     config: Record
     layers: Record
     probe: Record
+    draft: Record
     metrics: dict[str, Curve]
     evaluations: list[Record]
     answers: list[Record]
@@ -148,6 +150,7 @@ class RunReader:
             config=self._yaml(CONFIG),
             layers=self._json(LAYERS),
             probe=self._json(PROBE),
+            draft=self._json(DRAFT),
             metrics=metrics,
             evaluations=_joined(self._lines(EVALUATION)),
             answers=_first_and_last(self._lines(ANSWERS)),
