@@ -15,6 +15,7 @@ drafted tokens (``serve/draft/acceptance.py``).
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,12 @@ LENGTHS = (1, 4, 8)
 
 
 @torch.no_grad()
-def greedy_rows(given: Material, prompts: int) -> list[Row]:
-    """The teacher's greedy answers to the first held-out prompts, by Hugging Face in float32."""
+def greedy_rows(given: Material) -> list[Row]:
+    """The teacher's greedy answers to the held-out prompts, by Hugging Face in float32."""
     model: Any = AutoModelForCausalLM.from_pretrained(given.folder, dtype=torch.float32)
     stops = own_stop_ids(Path(given.folder))
     rows = []
-    for row in given.held_out[:prompts]:
+    for row in given.held_out:
         ids = torch.from_numpy(row.prompt_ids.astype(np.int64))[None]
         written = model.generate(
             ids,
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--prompts", type=int, default=48, help="prompts answered greedily")
+    parser.add_argument("--prompts", type=int, default=48, help="held-out prompts measured on")
     parser.add_argument("--objective", action="append", choices=sorted(OBJECTIVES), default=[])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument(
@@ -145,7 +146,8 @@ def main() -> None:
     given = parser.parse_args()
     disable_progress_bar()
     stored = material(given.run, given.set)
-    greedy = greedy_rows(stored, given.prompts)
+    stored = replace(stored, held_out=stored.held_out[: given.prompts])
+    greedy = greedy_rows(stored)
     results = []
     for seed in range(given.first_seed, given.first_seed + given.seeds):
         for name in given.objective or ("forward_kl", "acceptance"):
