@@ -69,10 +69,11 @@ def find_subject(folder: RunFolder, overrides: Sequence[str] = ()) -> Subject:
             f"{folder.path} is not on a disk of this machine, and an engine loads the student from "
             "one; copy the run folder here and name the copy"
         )
-    if not folder.exists(f"{STUDENT}/config.json"):
+    student = ModelFolder(STUDENT, folder.local / STUDENT)
+    if not student.config or not student.has_weights:
         raise RunError(
-            f"{folder.path} has no finished student ({STUDENT}/ is missing); finish the run first: "
-            "raystill run RUN.yaml"
+            f"{folder.path} has no finished student ({STUDENT}/ is missing, or without config.json "
+            "or weights); finish the run first: raystill run RUN.yaml"
         )
     config = load_config(folder.local / CONFIG, overrides)
     if problems := unfit(config):
@@ -80,7 +81,7 @@ def find_subject(folder: RunFolder, overrides: Sequence[str] = ()) -> Subject:
     found = find_model(config.teacher.model, config.teacher.revision)
     if found.model is None:
         raise ConfigError([Problem("teacher.model", str(found.problem or found.notice))])
-    subject = Subject(config, found.model, ModelFolder(STUDENT, folder.local / STUDENT))
+    subject = Subject(config, found.model, student)
     if problems := mismatches(subject):
         raise ConfigError(problems)
     return subject

@@ -61,9 +61,14 @@ def check_teacher_of(
 
     A manifest of an earlier version may not say.
     """
-    before = None
-    if folder.exists("manifest.json"):
-        before = json.loads(folder.read_text("manifest.json")).get("teacher_identity")
+    try:
+        written = json.loads(folder.read_text("manifest.json"))
+        before = written.get("teacher_identity")
+    except FileNotFoundError:
+        return []
+    except (AttributeError, ValueError):
+        message = "is not the JSON object that a run writes; put back the one that it wrote"
+        return [Problem(folder.join("manifest.json"), message)]
     if before is None:
         return []
     try:

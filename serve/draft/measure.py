@@ -151,7 +151,7 @@ class DraftBench:
     async def drafted(self, prompts: list[Ids], answers: TeacherAnswers) -> dict[str, Any]:
         """Write the answers with the draft, and compare them token by token."""
         asked = [i for i, ids in enumerate(answers.ids) if ids is not None]
-        await self._warm_up(prompts)
+        await self._warm_up()
         started = time.perf_counter()
         outputs = await self._engine.sample_drafted([prompts[i] for i in asked])
         seconds = time.perf_counter() - started
@@ -181,7 +181,7 @@ class DraftBench:
         self._engine.close()
 
     async def _alone(self, prompts: list[Ids]) -> tuple[dict[str, Any], list[Answer]]:
-        await self._warm_up(prompts)
+        await self._warm_up()
         started = time.perf_counter()
         answers = await self._engine.sample(prompts, Signal("text"))
         seconds = time.perf_counter() - started
@@ -190,10 +190,9 @@ class DraftBench:
             raise RunError(f"none of {len(answers)} prompts was answered: {reasons[0]}")
         return {**speed(answers, seconds), "dropped": len(reasons)}, answers
 
-    async def _warm_up(self, prompts: list[Ids]) -> None:
+    async def _warm_up(self) -> None:
         """Let the engine do each kind of work once. No prompt, whose cache would then be warm."""
-        ids = np.full(WARM_UP_TOKENS, prompts[0][-1], np.int32)
-        await self._engine.sample([ids], Signal("text"))
+        await self._engine.sample([np.zeros(WARM_UP_TOKENS, np.int32)], Signal("text"))
 
     async def _best(
         self, prompts: list[Ids], answers: Sequence[Ids | None]

@@ -62,6 +62,14 @@ def no_student(folder: Path) -> None:
     shutil.rmtree(folder / "student")
 
 
+def no_weights(folder: Path) -> None:
+    (folder / "student" / "model.safetensors").unlink()
+
+
+def broken_student(folder: Path) -> None:
+    (folder / "student" / "config.json").write_text("{")
+
+
 def no_prompts(folder: Path) -> None:
     (folder / HELD_OUT_PROMPTS).unlink()
 
@@ -70,7 +78,9 @@ def no_prompts(folder: Path) -> None:
     ("broken", "said"),
     [
         (no_config, "run has no config.yaml: it is no run folder"),
-        (no_student, "run has no finished student (student/ is missing); finish the run first"),
+        (no_student, "run has no finished student (student/ is missing, or without config.json"),
+        (no_weights, "run has no finished student"),
+        (broken_student, "run has no finished student"),
         (no_prompts, "has no held-out prompts, on which a draft is measured; run with evaluation."),
         (lambda f: write_prompts(f, []), "has no held-out prompts"),
     ],
@@ -102,6 +112,11 @@ def other_teacher(folder: Path) -> list[str]:
     return []
 
 
+def broken_manifest(folder: Path) -> list[str]:
+    (folder / "manifest.json").write_text("[7]")
+    return []
+
+
 def lost_teacher(folder: Path) -> list[str]:
     return ["teacher.model=/nowhere/model"]
 
@@ -123,6 +138,7 @@ def lost_teacher(folder: Path) -> list[str]:
         (other_tokenizer, "student: student has another tokenizer than"),
         (other_size, "needs equal vocabularies"),
         (other_teacher, "are not those that"),
+        (broken_manifest, "manifest.json: is not the JSON object that a run writes"),
         (lost_teacher, "teacher.model: there is no folder '/nowhere/model'"),
         (lambda _: ["teacher.modle=x"], "teacher.modle"),
     ],

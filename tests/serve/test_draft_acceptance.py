@@ -207,6 +207,20 @@ def test_answers_are_compared_token_by_token_and_a_near_tie_is_named():
     assert found["verifications"] == 1
 
 
+def test_prompts_without_an_answer_are_left_out_and_counted():
+    import asyncio
+
+    from raystill.base.errors import RunError
+    from raystill.datasets.rows.answers import Answer
+
+    prompts = [np.array([], np.int32), np.array([1], np.int32)]
+    answers = [Answer(error="empty"), Answer(np.array([5, 6], np.int32), "length")]
+    found = asyncio.run(bench(answers).alone(prompts))
+    assert (found["tokens"], found["dropped"]) == (2, 1)
+    with pytest.raises(RunError, match="none of 1 prompts was answered: empty"):
+        asyncio.run(bench(answers[:1]).alone(prompts[:1]))
+
+
 def test_a_failed_answer_ends_the_measurement():
     import asyncio
 
