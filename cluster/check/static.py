@@ -36,7 +36,7 @@ from raystill.cluster.check.terms import check_terms
 from raystill.cluster.check.trackers import check_trackers
 from raystill.config.load import load_leniently
 from raystill.config.run import RunConfig
-from raystill.datasets.filters.function import read_functions
+from raystill.datasets.filters.function import check_functions, read_functions
 from raystill.datasets.prompts.progress import Progress
 from raystill.datasets.prompts.read import read_prompts
 from raystill.datasets.prompts.select import UNBOUNDED
@@ -169,7 +169,8 @@ class StaticCheck:
     def check_functions(self) -> None:
         """Check that the functions of filters can be read, and are those a run began with."""
         try:
-            read_functions(self.config.filters)
+            texts = read_functions(self.config.filters)
+            self.problems += check_functions(self.config.filters, texts)
             if self.output is not None and not self.refused:
                 self.problems += check_same_functions(self.config, self.output)
         except ConfigError as error:

@@ -31,7 +31,7 @@ from raystill.config.stream import (
     SimilarConfig,
 )
 from raystill.datasets.filters.answers import Answers, Decode, Int32Array
-from raystill.datasets.filters.function import Function
+from raystill.datasets.filters.function import Function, code_of
 from raystill.datasets.filters.reference import agrees
 from raystill.datasets.rows.schema import FILTERED
 from raystill.model.on_node import ModelSource
@@ -48,7 +48,7 @@ class AnswerFilters:
     def __init__(self, config: FiltersConfig, texts: Mapping[str, str] | None = None) -> None:
         """texts: those of the files with functions (`read_functions`)."""
         configs = [function for rule in config.rules for _, function in rule.functions]
-        self._functions = [Function(one, (texts or {}).get(one.path)) for one in configs]
+        self._functions = [Function(one, code_of(one, texts or {})) for one in configs]
         functions = {function.config: function for function in self._functions}
         self._filters = [(rule, make_filter(rule, functions)) for rule in config.rules]
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from raystill.base.user_function import parse
 from raystill.config.base import ConfigModel, PositiveInt, identity, operational, why_no_pattern
 
 
@@ -187,7 +188,6 @@ class FunctionConfig(ConfigModel):
     """A Python function of your own that scores an answer."""
 
     path: str = identity(
-        pattern=r"^.+:[A-Za-z_][A-Za-z0-9_]*$",
         description="file.py:function, whose text travels with the run, or "
         "package.module:function, which every node can import. It is called with a dict (response, "
         "finish_reason, source, columns) and returns true or false, or a score.",
@@ -206,20 +206,26 @@ class FunctionConfig(ConfigModel):
         "rejected.",
     )
 
+    @field_validator("path")
+    @classmethod
+    def _names_a_function(cls, path: str) -> str:
+        parse(path)
+        return path
+
     @property
-    def function(self) -> str:
+    def name(self) -> str:
         """Name of the function."""
-        return self.path.rpartition(":")[2]
+        return parse(self.path)[1]
 
     @property
-    def module(self) -> str:
-        """Name of the module, or path of the file."""
-        return self.path.rpartition(":")[0]
+    def place(self) -> str:
+        """Path of its file, or name of its module."""
+        return parse(self.path)[0]
 
     @property
-    def file(self) -> str | None:
-        """Path of the file; None where it is a module that is imported."""
-        return self.module if self.module.endswith(".py") else None
+    def is_file(self) -> bool:
+        """Whether it is in a file, whose text travels with the run."""
+        return self.place.endswith(".py")
 
 
 class SimilarConfig(ConfigModel):

@@ -18,7 +18,7 @@ from raystill.cluster.check.output import check_same_columns, check_same_functio
 from raystill.config.load import compare_identity, config_text, validate_leniently
 from raystill.config.prompts import PromptsConfig
 from raystill.config.run import RunConfig
-from raystill.config.stream import FiltersConfig, FunctionConfig
+from raystill.config.stream import FiltersConfig
 from raystill.datasets.filters import function as functions
 from raystill.datasets.filters.answers import Answers
 from raystill.datasets.filters.filters import AnswerFilters, repeated_share, text_of
@@ -519,7 +519,7 @@ def test_what_a_function_does_to_its_process_costs_its_own_row_only(file):
         "sleep": "f (timed out)",
         "regex": "f (timed out)",  # Keeps the interpreter: only ending the process helps.
         "children": "f (timed out)",
-        "exit": "f (died)",
+        "exit": "f (failed)",
         "quit": "f (failed)",
         "stdin": None,
         "nan": "f (failed)",
@@ -535,34 +535,22 @@ def test_what_a_function_does_to_its_process_costs_its_own_row_only(file):
             assert b"3717" not in command.read_bytes(), "what it started lives on"
 
 
-def test_a_process_that_nobody_waits_for_ends_by_itself(file, monkeypatch):
-    """Whoever started it may be killed within a call that never returns."""
-    slow = Path(functions.PROCESS).read_text().replace("GRACE_S = 10.0", "GRACE_S = 0.5")
-    script = Path(file).with_name("process.py")
-    script.write_text(slow)
-    monkeypatch.setattr(functions, "PROCESS", script)
-    config = FunctionConfig(path=f"{file}:hostile", timeout_s=1)
-    process = functions.FunctionProcess(config, FUNCTIONS)
-    with pytest.raises(functions.Died):
-        process.ask({"row": {"response": "regex"}}, 30)
-    process.end()
-    waiting = functions.FunctionProcess(config, FUNCTIONS)
-    waiting._process.stdin.close()
-    assert waiting._process.wait(10) == 0, "its input has ended"
-    waiting.end()
-
-
 @pytest.mark.parametrize(
     ("path", "message"),
     [
         ("nowhere.module:f", "No module named 'nowhere'"),
-        ("FILE:missing", "has no attribute 'missing'"),
-        ("operator:nothing", "no attribute 'nothing'"),
+        ("FILE:missing", "there is no 'missing'"),
+        ("operator:nothing", "there is no 'nothing'"),
     ],
 )
 def test_a_function_that_cannot_be_loaded_ends_the_run(file, path, message):
+    rule = [{"function": {"path": path.replace("FILE", file)}}]
+    config = FiltersConfig.model_validate(rule)
+    (problem,) = functions.check_functions(config, read_functions(config))
+    assert problem.where == "filters.rules.0.function.path"
+    assert message in problem.message, "told before anything is spent"
     with pytest.raises(RunError, match=message):
-        rejected([{"function": {"path": path.replace("FILE", file)}}], "a")
+        rejected(rule, "a")
 
 
 @pytest.mark.parametrize("text", [None, "def f(:\n", "\0"])
