@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from raystill.model.identity import teacher_identity
 from tests.support.end_to_end import (
     ROOT,
     TEACHER,
@@ -374,6 +375,26 @@ def test_the_student_is_a_hugging_face_folder_with_the_teachers_manners(
     assert student.config.num_hidden_layers == 1
     assert student.dtype.itemsize == 4  # as this test loads it
     assert finished.json("student/config.json")["dtype"] == "bfloat16"
+
+
+def test_the_students_papers_name_its_teacher_and_nothing_of_the_machine(
+    finished: Finished,
+) -> None:
+    folder = finished.folder / "student"
+    papers = {n: (folder / n).read_text() for n in ("README.md", "NOTICE", "bom.cdx.json")}
+    lineage = finished.json("student/lineage.json")
+    mine = lineage["models"][lineage["student"]]
+    # The id is the identity that a run would give it as its teacher.
+    assert lineage["student"] == teacher_identity(folder)
+    assert mine["learned_from"] == [finished.json("manifest.json")["teacher_identity"]]
+    assert mine["started_from"] == mine["learned_from"][0]
+    front = yaml.safe_load(papers["README.md"].split("---\n", 2)[1])
+    assert front["teacher_models"] == [TEACHER.name]
+    after = finished.json("summary.json")["evaluation"]["after"]
+    assert f"nats a token | {after['kl_nats_per_token']:.4g} |" in papers["README.md"]
+    parts = {part["name"] for part in json.loads(papers["bom.cdx.json"])["components"]}
+    assert {TEACHER.name, "quickstart.jsonl"} <= parts
+    assert str(ROOT) not in "".join(papers.values()) + json.dumps(lineage)
 
 
 def test_the_student_answers(finished: Finished, student: Any) -> None:
