@@ -144,7 +144,7 @@ def of_lineage(model: ModelFolder | None) -> Finding:
     except BrokenLineage as error:
         said = f"{model.name if model else ''} has a lineage.json that {error}"
         return Finding("unclear", unknown=frozenset({("licence", said)}))
-    if lineage is None:
+    if model is None or lineage is None:
         return Finding()
     parts = []
     for one in lineage.ancestors():
@@ -152,7 +152,7 @@ def of_lineage(model: ModelFolder | None) -> Finding:
             parts.append(of_service(f"https://{one.route}"))
         if one.route is None or one.licence is not None:
             of = of_licence if lineage.teaches(one.id) else of_weights
-            parts.append(of(one.licence, one.name))
+            parts.append(of(one.licence, f"{one.name} (in the lineage of {model.name})"))
     return join(parts)
 
 

@@ -18,7 +18,7 @@ HUB_LICENCES = (
 )
 """Licence ids of the Hub that need no ``license_name``."""
 FIGURES = {
-    "kl_nats_per_token": "KL(teacher || student), nats a token",
+    "kl_nats_per_token": "KL(teacher, student), nats a token",
     "top1_agreement": "top-1 agreement with the teacher",
     "acceptance": "acceptance, the sum of min(p teacher, p student)",
     "perplexity": "perplexity of the teacher's answers",

@@ -12,7 +12,7 @@ from referencing import Registry, Resource
 
 from driver import main
 from raystill.base.run_folder import RunFolder
-from raystill.cluster.check.terms import finding_of, record, refusals
+from raystill.cluster.check.terms import check_terms, finding_of, record, refusals
 from raystill.cluster.lineage import papers
 from raystill.cluster.lineage.facts import PAPERS
 from raystill.cluster.lineage.graph import MOST_MODELS, BrokenLineage, read_lineage
@@ -137,7 +137,9 @@ def test_the_papers_of_a_student_of_a_free_teacher(tmp_path: Path) -> None:
     assert "base_model" not in front  # A folder is no id of the Hub.
     assert {"distillation", "synthetic"} <= set(front["tags"])
     assert "# small" in body and "questions.jsonl" in body and "4000 rows" in body
-    assert "| KL(teacher || student), nats a token | 0.5 |" in body.replace("\\|", "|")
+    assert "| KL(teacher, student), nats a token | 0.5 |" in body
+    table = [line for line in body.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {3}
     assert "commercial, to be handed on" in body and "allowed" in body
     found = bom(folder)
     student = found["metadata"]["component"]
@@ -242,6 +244,19 @@ class TestTheNextGeneration:
         terms = {} if stays else {"purpose": "internal"}
         verdict, reasons = self.taught_by(tmp_path, folder.parent, **terms)
         assert verdict == "unclear" and bool(reasons) is not stays
+
+    def test_a_licence_that_an_ancestor_lacks_is_answered_by_a_letter_alone(
+        self, tmp_path: Path
+    ) -> None:
+        first = finished(tmp_path, "first", str(model(tmp_path / "origin")))
+        (tmp_path / "letter.pdf").write_text("yes")
+        letter = {"file": str(tmp_path / "letter.pdf"), "rule": "origin", "reason": "agreed"}
+        for permission, problems in ((None, 1), (letter, 0), ({**letter, "rule": "first"}, 1)):
+            terms = {"purpose": "internal", "teacher_licence": "mit", "permission": permission}
+            config = run_config(tmp_path, str(first / "student"), terms=terms)
+            found, _ = check_terms(config, *folders(config))
+            assert len(found) == problems
+            assert all("origin (in the lineage of " in str(problem) for problem in found)
 
     def test_three_generations_are_printed_once_each(self, tmp_path: Path, capsys: Any) -> None:
         first = finished(tmp_path, "first", str(model(tmp_path / "origin", "qwen")))
