@@ -8,6 +8,7 @@ Legend: N rows looked for, S rows stored.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -73,6 +74,15 @@ class Catalogue:
     def rows(self) -> int:
         """Number of stored rows, duplicates included."""
         return len(self.keys)
+
+    @cached_property
+    def _first_rows(self) -> NDArray[np.int64]:
+        assert bool((np.diff(self.segment) >= 0).all()), "only of a catalogue as it was built"
+        return np.searchsorted(self.segment, np.arange(len(self.entries) + 1))
+
+    def rows_of(self, segment: int) -> NDArray[np.int64]:
+        """Numbers of the rows of a segment (an entry's number), in the order they are stored."""
+        return np.arange(*self._first_rows[segment : segment + 2])
 
     @property
     def duplicates(self) -> int:

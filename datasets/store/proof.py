@@ -48,23 +48,23 @@ class Proof:
     def __init__(self, store: TeacherStore, lease: Lease) -> None:
         self._store = store
         self._lease = lease
-        self._read: dict[str, tuple[Stamp, list[tuple[Stored, pa.Array]]] | None] = {}
+        self._read: dict[str, tuple[Stamp, dict[Stored, pa.Array]] | None] = {}
 
     def remove(
-        self, entry: Entry, catalogue: Catalogue, rows: NDArray[np.bool_], held_by: Collection[str]
+        self, entry: Entry, catalogue: Catalogue, rows: NDArray[np.int64], held_by: Collection[str]
     ) -> bool:
         """Remove a segment if those of ``held_by`` have all of its rows; whether it was removed.
 
-        rows: mask [S] of its rows in the catalogue. Each segment of ``held_by`` is read whole once,
+        rows: numbers of its rows in the catalogue. Each segment of ``held_by`` is read whole once,
         and must still be there, unchanged, after this one was set aside. So must this one's bytes
         be those that were catalogued.
         """
         held = {name: found for name in held_by if (found := self._whole(name)) is not None}
-        groups = [group for _, of_segment in held.values() for group in of_segment]
+        kinds = [kind for _, of_segment in held.values() for kind in of_segment.items()]
         for number, group in enumerate(entry.footer.groups):
             wanted = Stored(entry.footer.origin.signal, group.scored)
-            keys = catalogue.keys.filter(pa.array(rows & (catalogue.group == number)))
-            there = [of_group for stored, of_group in groups if stored.replaces(wanted)]
+            keys = catalogue.keys.take(pa.array(rows[catalogue.group[rows] == number]))
+            there = [of_kind for stored, of_kind in kinds if stored.replaces(wanted)]
             found = pc.is_in(keys, value_set=pa.concat_arrays([*there, keys.slice(0, 0)]))
             if not pc.all(found, min_count=0).as_py():
                 return False
@@ -79,17 +79,17 @@ class Proof:
 
         return self._store.take_away(entry.name, may_go)
 
-    def _whole(self, name: str) -> tuple[Stamp, list[tuple[Stored, pa.Array]]] | None:
-        """A segment that can be read whole: its stamp, and each group's kind and keys."""
+    def _whole(self, name: str) -> tuple[Stamp, dict[Stored, pa.Array]] | None:
+        """A segment that can be read whole: its stamp, and the keys of its groups of each kind."""
         if name not in self._read:
             self._read[name] = None
             stamp = self._store.stamp(name)
             if stamp is not None and problem_of(self._store, name) is None:
                 file = self._store.open(name)
                 signal = file.footer.origin.signal
-                keys = [
-                    (Stored(signal, g.scored), file.read(i, ["key"])["key"].combine_chunks())
-                    for i, g in enumerate(file.footer.groups)
-                ]
-                self._read[name] = stamp, keys
+                keys: dict[Stored, list[pa.Array]] = {}
+                for i, group in enumerate(file.footer.groups):
+                    of_kind = keys.setdefault(Stored(signal, group.scored), [])
+                    of_kind.append(file.read(i, ["key"])["key"].combine_chunks())
+                self._read[name] = stamp, {k: pa.concat_arrays(v) for k, v in keys.items()}
         return self._read[name]

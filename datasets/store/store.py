@@ -70,10 +70,12 @@ class TeacherStore:
 
     def names(self) -> list[str]:
         """Names of all segments, sorted."""
+        return sorted(info.base_name for info in self._files())
+
+    def _files(self) -> list[pafs.FileInfo]:
         selector = pafs.FileSelector(f"{self.folder.root}/{SEGMENTS}", allow_not_found=True)
         infos = self.folder.filesystem().get_file_info(selector)
-        files = [i.base_name for i in infos if i.type == pafs.FileType.File]
-        return sorted(name for name in files if name.endswith(".parquet"))
+        return [i for i in infos if i.type == pafs.FileType.File and i.extension == "parquet"]
 
     def open(self, name: str) -> SegmentFile:
         """Open a segment by name. Raises UnusableSegment (GoneSegment if there is no such file)."""
@@ -113,6 +115,10 @@ class TeacherStore:
             return None, b""
         stamp = info.size, info.mtime_ns
         return known if stamp == known[0] else (stamp, self.folder.read_bytes(MERGED))
+
+    def sizes(self) -> dict[str, int]:
+        """Size in bytes of every segment, by one listing."""
+        return {info.base_name: int(info.size or 0) for info in self._files()}
 
     def size(self, name: str) -> int:
         """Size of a segment in bytes; 0 if there is none."""

@@ -48,8 +48,12 @@ from raystill.datasets.store.segment import (
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
 from raystill.datasets.store.values import impossible_rows
 
-COMPACT_ROWS = 8192
-"""Largest number of rows of a merged segment. A segment that is larger already is left as it is."""
+COMPACT_ROWS = 1024
+"""Largest number of rows of a merged segment. A segment that is larger already is left as it is.
+A reader of one group opens the segment, which takes as long as there are groups in it."""
+
+COMPACT_BYTES = 256 << 20
+"""Largest size of the segments that are merged into one, which are in memory meanwhile."""
 
 STALE_S = 3600.0
 """Age from which a temporary file is taken for one whose writer has died."""
@@ -109,7 +113,7 @@ def _compact(store: TeacherStore, lease: Lease, progress: Progress | None) -> Co
     """``compact``, under the lease."""
     catalogue, witnesses, refused = _catalogue_to_compact(store)
     needed = witnesses == np.arange(catalogue.rows)
-    batches = list(_segments_to_merge(catalogue, needed))
+    batches = list(_segments_to_merge(catalogue, needed, store.sizes()))
     if batches:
         every = (segment for _, segments in batches for segment in segments)
         store.note_merged([catalogue.entries[segment].name for segment in every])
@@ -132,15 +136,16 @@ def _compact(store: TeacherStore, lease: Lease, progress: Progress | None) -> Co
         proof = Proof(store, lease)
         for name in kept:
             entry = catalogue.entries[numbers[name]]
-            mine = catalogue.segment == numbers[name]
-            left_out = np.unique(catalogue.segment[witnesses[mine & ~needed]])
+            mine = catalogue.rows_of(numbers[name])
+            dropped = mine[~needed[mine]]
+            left_out = np.unique(catalogue.segment[witnesses[dropped]])
             names = {catalogue.entries[witness].name for witness in left_out}
             held_by = {moved.get(name, name) for name in {name, *names}} - {name}
             if name == new:
                 merged += 1
             elif proof.remove(entry, catalogue, mine, held_by):
                 merged += 1
-                duplicates += int((mine & ~needed).sum())
+                duplicates += len(dropped)
         into += new is not None
         if progress is not None:
             progress(number, len(batches))
@@ -326,12 +331,12 @@ def _publish_merged(store: TeacherStore, origin: Origin, kept: Mapping[str, Grou
 
 
 def _segments_to_merge(
-    catalogue: Catalogue, needed: NDArray[np.bool_]
+    catalogue: Catalogue, needed: NDArray[np.bool_], sizes: Mapping[str, int]
 ) -> Iterator[tuple[Origin, list[int]]]:
     """Batches of segments (entry numbers) to be merged into one each.
 
-    A batch has one origin and at most COMPACT_ROWS rows. A single segment is a batch only if it has
-    duplicate rows.
+    A batch has one origin, at most COMPACT_ROWS rows and COMPACT_BYTES of files. A single segment
+    is a batch only if it has duplicate rows.
     """
     by_origin: dict[Origin, list[int]] = {}
     for number, entry in enumerate(catalogue.entries):
@@ -339,15 +344,16 @@ def _segments_to_merge(
     with_duplicates = set(catalogue.segment[~needed].tolist())
     for origin, segments in by_origin.items():
         batch: list[int] = []
-        rows = 0
+        rows = bytes_ = 0
         for segment in segments:
-            size = catalogue.entries[segment].footer.rows
-            if batch and rows + size > COMPACT_ROWS:
+            entry = catalogue.entries[segment]
+            more, size = entry.footer.rows, sizes.get(entry.name, 0)
+            if batch and (rows + more > COMPACT_ROWS or bytes_ + size > COMPACT_BYTES):
                 if len(batch) > 1 or batch[0] in with_duplicates:
                     yield origin, batch
-                batch, rows = [], 0
+                batch, rows, bytes_ = [], 0, 0
             batch.append(segment)
-            rows += size
+            rows, bytes_ = rows + more, bytes_ + size
         if len(batch) > 1 or (batch and batch[0] in with_duplicates):
             yield origin, batch
 
@@ -361,7 +367,7 @@ def _needed_groups(
     """
     entry = catalogue.entries[segment]
     columns = segment_schema(entry.footer.origin.signal).names
-    in_segment = np.flatnonzero(catalogue.segment == segment)
+    in_segment = catalogue.rows_of(segment)
     opened: dict[str, SegmentFile] = {}
     for number, group in enumerate(entry.footer.groups):
         rows = store.read_group(entry.name, number, columns, opened)

@@ -15,6 +15,7 @@ from raystill.base.errors import RunError
 from raystill.cluster.commands.store import store_command
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store import upkeep
 from raystill.datasets.store.lease import Lease
 from raystill.datasets.store.reading import ImpossibleValues
 from raystill.datasets.store.segment import DamagedSegment, Provenance, segment_name
@@ -348,3 +349,45 @@ def test_names_of_merged_segments_are_kept_for_a_day(store: TeacherStore) -> Non
     publish(store, [3])
     compact(store)
     assert len(store.merged()[1]) == 32
+
+
+@pytest.mark.parametrize(("fits", "into"), [(2.5, 3), (0.5, 0), (99, 1)])
+def test_what_is_merged_into_one_segment_is_bounded_by_bytes(
+    store: TeacherStore, monkeypatch: pytest.MonkeyPatch, fits: float, into: int
+) -> None:
+    """All of it is in memory at a time, whatever the answers' lengths and signals."""
+    names = [publish(store, [row]) for row in range(6)]
+    size = max(store.size(name) for name in names)
+    monkeypatch.setattr(upkeep, "COMPACT_BYTES", int(fits * size))
+    done = compact(store)
+    assert (done.into, done.merged) == (into, 6 if into else 0)
+    assert len(store.names()) == (into or 6)
+    assert missing(store, list(range(6))) == 0 and verify(store) == {}
+
+
+def test_merged_segments_are_small_enough_to_read_a_group_of_them(
+    store: TeacherStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "COMPACT_ROWS", 4)
+    for row in range(10):
+        publish(store, [row])
+    assert compact(store).into == 3
+    rows = [entry.footer.rows for entry in store.catalogue().entries]
+    assert sorted(rows) == [2, 4, 4]
+    assert compact(store).merged == 0, "a second one finds nothing to do"
+
+
+def test_the_rows_of_a_segment_are_those_of_the_catalogue_as_it_was_built(
+    store: TeacherStore,
+) -> None:
+    for rows in ([0, 1, 2], [3], [4, 5]):
+        publish(store, rows)
+    publish(store, [6, 7], signal=Signal("text"))
+    catalogue = store.catalogue()
+    for number in range(len(catalogue.entries)):
+        wanted = np.flatnonzero(catalogue.segment == number)
+        assert catalogue.rows_of(number).tolist() == wanted.tolist()
+    with pytest.raises(AssertionError, match="as it was built"):
+        catalogue.ordered_for(Signal("topk", 99)).rows_of(0)
+        catalogue.ordered_for(TOPK).rows_of(0)
+        replace(catalogue, segment=catalogue.segment[::-1]).rows_of(0)
