@@ -1,6 +1,7 @@
 """The teacher store: MB/s written and read, bytes a token on disk, and the time a plan takes.
 
     python -m benchmarks.store [--output benchmarks/results/store.json]
+    python -m benchmarks.store --rows 1000000  (`benchmarks.store_scale`, store_scale.json)
 
 1. Segments of 8 rows of real-looking answers (64 tokens, K = 64): for float32 and float16
    logprobs and some codecs, the bytes of a response token on disk and MB/s on one core, of Arrow
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.results import machine, write_result
+from benchmarks.store_scale import measure_scale
 from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
@@ -173,7 +175,18 @@ def measure_plan(folder: str, num_rows: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/store.json"))
+    parser.add_argument("--rows", type=int, help="only a store of so many rows, as runs write it")
+    parser.add_argument(
+        "--tokens", type=int, default=2, help="response tokens of each, with --rows"
+    )
     arguments = parser.parse_args()
+    if arguments.rows:
+        with tempfile.TemporaryDirectory(prefix="raystill-bench-") as scratch:
+            found = measure_scale(f"{scratch}/store", arguments.rows, arguments.tokens)
+        write_result(
+            arguments.output.with_name("store_scale.json"), {"machine": machine(), **found}
+        )
+        return
     with tempfile.TemporaryDirectory(prefix="raystill-bench-") as scratch:
         result = {
             "machine": machine(),

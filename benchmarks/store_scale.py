@@ -1,0 +1,113 @@
+"""The store with many rows: one look through it, a group read from it, and its compaction.
+
+    python -m benchmarks.store --rows 1000000 [--tokens 2]
+
+Segments of 8 rows of a few tokens (K = 64) as runs publish them, before and after a compaction.
+Each part runs in a process of its own: its seconds, those of the processor, and its peak memory
+above what the imports take. Groups are read at random places, each opened anew; the median counts.
+"""
+
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
+from raystill.datasets.rows.schema import KEY_BYTES
+from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.segment import Origin, Provenance, encode, segment_name, segment_schema
+from raystill.datasets.store.store import SEGMENTS, TeacherStore
+from raystill.datasets.store.upkeep import compact
+
+GROUP_ROWS, TOP_K, VOCAB = 8, 64, 49_152
+TOPK = Signal("topk", TOP_K)
+ORIGIN = Origin("identity", "teacher", "benchmark", "1", "float32", VOCAB, TOPK)
+GROUPS_READ = 100
+
+
+def publish_rows(folder: str, rows: int, tokens: int) -> dict[str, Any]:
+    """Segments as `TeacherStore.publish` writes them, without waiting for the disk."""
+    os.makedirs(f"{folder}/{SEGMENTS}")
+    generator = np.random.default_rng(rows)
+    logprobs = np.sort(-generator.exponential(6, (tokens, TOP_K)) - 5)[:, ::-1].astype(np.float32)
+    ids = generator.integers(0, VOCAB, (tokens, TOP_K), dtype=np.int32)
+    tail = tail_logprob(logprobs, VOCAB)
+    answer = Answer(ids[:, 0], "stop", logprobs[:, 0], ids, logprobs, tail)
+    told = answers_table([answer] * GROUP_ROWS, TOPK)
+    columns = {name: told[name] for name in told.column_names if name != "error"}
+    prompts = pa.array([[1, 2, 3]] * GROUP_ROWS, pa.list_(pa.int32()))
+    for _ in range(rows // GROUP_ROWS):
+        keys = [generator.bytes(KEY_BYTES) for _ in range(GROUP_ROWS)]
+        table = pa.table(
+            {"key": pa.array(keys, pa.binary(KEY_BYTES)), "prompt_ids": prompts, **columns}
+        )
+        data = encode(ORIGIN, [(Provenance("run", "training"), table)])
+        with open(f"{folder}/{SEGMENTS}/{segment_name(keys, TOPK)}", "wb") as file:
+            file.write(data)
+    return {"segments": rows // GROUP_ROWS}
+
+
+def look_through(folder: str) -> dict[str, Any]:
+    """What a process does with a store before its first row."""
+    catalogue = TeacherStore(folder).catalogue().ordered_for(TOPK)
+    catalogue.locate(catalogue.keys)
+    return {"rows": catalogue.rows, "segments": len(catalogue.entries)}
+
+
+def read_groups(folder: str) -> dict[str, Any]:
+    """Milliseconds of the processor for a group of 8 rows, all columns."""
+    store = TeacherStore(folder)
+    catalogue = store.catalogue()
+    generator, columns, times = np.random.default_rng(1), segment_schema(TOPK).names, []
+    for first in generator.integers(0, catalogue.rows // GROUP_ROWS, GROUPS_READ) * GROUP_ROWS:
+        rows = np.arange(first, first + GROUP_ROWS)
+        start = time.process_time()
+        store.read(catalogue, rows, columns)
+        times.append(time.process_time() - start)
+    return {"group_ms": 1e3 * float(np.median(times))}
+
+
+def compact_all(folder: str) -> dict[str, Any]:
+    """One compaction."""
+    done = compact(TeacherStore(folder))
+    return {"merged": done.merged, "into": done.into}
+
+
+def measured(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What the work says, its seconds and its peak memory, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measured, work, *arguments).result()
+
+
+def _measured(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, cpu = time.perf_counter(), time.process_time()
+    told = work(*arguments)
+    seconds, cpu_s = time.perf_counter() - start, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    times = {"seconds": round(seconds, 2), "cpu_s": round(cpu_s, 2)}
+    return {**told, **times, "extra_peak_mb": round(peak / 1024, 1)}
+
+
+def measure_scale(folder: str, rows: int, tokens: int) -> dict[str, Any]:
+    """All parts, in order; prints each."""
+    found: dict[str, Any] = {"rows": rows, "tokens": tokens}
+    parts: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
+        "publish": (publish_rows, (rows, tokens)),
+        "look through": (look_through, ()),
+        "read groups": (read_groups, ()),
+        "compact": (compact_all, ()),
+        "look through, compacted": (look_through, ()),
+        "read groups, compacted": (read_groups, ()),
+    }
+    for name, (work, arguments) in parts.items():
+        found[name] = measured(work, folder, *arguments)
+        print(f"{name:24} {found[name]}", flush=True)
+    return found
