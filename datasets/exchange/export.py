@@ -35,13 +35,15 @@ from numpy.typing import NDArray
 from raystill.base.errors import RunError
 from raystill.datasets.exchange.chats import ChatReader
 from raystill.datasets.store.catalogue import Catalogue
-from raystill.datasets.store.reading import UnusableSegment
+from raystill.datasets.store.reading import GoneSegment, UnusableSegment
 from raystill.datasets.store.segment import Origin, SegmentFile
 from raystill.datasets.store.store import TeacherStore
 
 FORMATS = ("trl", "distillkit")
 SPLITS = {"training": "train", "evaluation": "test"}
 """Rows that a run held out for its evaluation are a split of their own."""
+ATTEMPTS = 4
+"""How often a store is read from the start at most, where segments are merged meanwhile."""
 FLUSH_BYTES = 32 << 20
 SHARD_BYTES = 400 << 20
 """A Parquet row group, and a file, are ended when they hold this much (uncompressed)."""
@@ -106,28 +108,47 @@ def export(
     folder = Path(out)
     if "://" in out or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise RunError(f"{out} must be a local folder that is new or empty; name another one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in reversed(range(ATTEMPTS)):
+        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+        try:
+            part.chmod(0o755)
+            done = _write(store, part, form, teacher, reader_of)
+            os.replace(part, folder)
+            return done
+        except GoneSegment as error:  # Merged into another since the catalogue was read.
+            if not left:
+                raise RunError(
+                    f"{store.path} changed {ATTEMPTS} times while it was read (last: {error}); "
+                    "export it when no 'store compact' or 'prune' is at work"
+                ) from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _write(
+    store: TeacherStore,
+    part: Path,
+    form: str,
+    teacher: str | None,
+    reader_of: Callable[[Origin], ChatReader],
+) -> Exported:
+    """Write the whole data set into the folder ``part``. Raises GoneSegment, RunError."""
     catalogue = store.catalogue()
     done = Exported(refused=dict(catalogue.refused))
     chosen = _chosen(catalogue, form, teacher)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
-    try:
-        part.chmod(0o755)
-        shards = Shards(part, SCHEMAS[form])
-        change = _Trl(reader_of, done) if form == "trl" else _DistillKit()
-        for split, origin, rows in _groups(store, catalogue, chosen, form, done):
-            table = change(origin, rows)
-            shards.add(split, table)
-            done.rows[split] += len(table)
-            done.teachers[f"{origin.teacher} {origin.teacher_identity}"] += len(table)
-        if not sum(done.rows.values()):
-            raise RunError(_why_nothing(store, form, teacher, done))
-        shards.end()
-        (part / "README.md").write_text(_card(form, done), encoding="utf-8")
-        os.replace(part, folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    shards = Shards(part, SCHEMAS[form])
+    change = _Trl(reader_of, done) if form == "trl" else _DistillKit()
+    for split, origin, rows in _groups(store, catalogue, chosen, form, done):
+        table = change(origin, rows)
+        shards.add(split, table)
+        done.rows[split] += len(table)
+        done.teachers[f"{origin.teacher} {origin.teacher_identity}"] += len(table)
+    if not sum(done.rows.values()):
+        raise RunError(_why_nothing(store, form, teacher, done))
+    shards.end()
+    (part / "README.md").write_text(_card(form, done), encoding="utf-8")
     return done
 
 
@@ -178,6 +199,8 @@ def _groups(
             names += ["sampled_logprobs"] if has_logprobs else []
         try:
             table = store.read_group(entry.name, group, names, opened)
+        except GoneSegment:
+            raise
         except UnusableSegment as error:
             done.refused[entry.name] = error
             continue

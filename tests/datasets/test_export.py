@@ -317,3 +317,25 @@ def test_the_memory_does_not_grow_with_the_store(
     (file,) = (tmp_path / "out").glob("*.parquet")
     assert pq.ParquetFile(file).metadata.num_rows == 200
     assert 0 < most[0] < 20_000
+
+
+def test_no_row_is_lost_where_the_store_is_merged_meanwhile(
+    store: TeacherStore, tokeniser: PromptTokeniser, tmp_path: Path, monkeypatch: Any
+) -> None:
+    rows = fill(store, tokeniser)
+    read_group = TeacherStore.read_group
+    merged: list[int] = []
+
+    def merging(self: TeacherStore, *arguments: Any) -> pa.Table:
+        if len(merged) < 1:
+            merged.append(1)
+            merged[0] = compact(TeacherStore(store.path)).merged
+        return read_group(self, *arguments)
+
+    monkeypatch.setattr(TeacherStore, "read_group", merging)
+    done = export(store, str(tmp_path / "out"), "trl", None, lambda _: ChatReader(tokeniser))
+    assert merged[0] == 2 and not done.refused
+    keys = [row["key"] for split in ("train", "test") for row in read(tmp_path / "out", split)]
+    assert sorted(keys) == sorted(key.hex() for key in rows["key"].to_pylist())
+    assert sum(done.rows.values()) == len(rows)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "store"]
