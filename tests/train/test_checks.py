@@ -63,7 +63,7 @@ def test_a_check_that_is_always_too_slow_is_given_up(monkeypatch: pytest.MonkeyP
     assert results[4].error.startswith("not asked")  # Else 1,000 rows could take hours.
 
 
-def test_checks_end_before_the_other_workers_give_up(
+def test_all_checks_of_an_evaluation_end_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "MOST_S", 1.5)

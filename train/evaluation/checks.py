@@ -33,8 +33,7 @@ RESAMPLES = 2000
 MOST_TIMEOUTS = 5
 """Answers in a row that may take too long; after that a check is given up for this evaluation."""
 MOST_S = 900.0
-"""Seconds that all checks of an evaluation may take. The other workers wait for the one that asks,
-and torch ends a run whose workers have waited for 30 minutes."""
+"""Seconds that all checks of an evaluation may take: all workers wait for the one that asks."""
 GIVEN_UP = Result(error="not asked: the answers before it all took too long", timed_out=True)
 OUT_OF_TIME = Result(error="not asked: the time for all checks was used up", timed_out=True)
 
