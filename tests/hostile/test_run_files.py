@@ -41,9 +41,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> str:
-    start = time.monotonic()
+    start = time.process_time()  # Not of the clock: a busy machine is no flaw of the check.
     assert driver.main(["check", "--static", *words]) == status
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     told = capsys.readouterr()
     text = told.out + told.err
     assert "Traceback" not in text
