@@ -102,7 +102,7 @@ def test_a_number_is_a_number(place: Path, name: str) -> None:
         "? [a]\n: 1\n",
         'a: "\\ud800"\n',
     ],
-    ids=str,
+    ids=lambda text: text[:24],
 )
 def test_a_text_that_is_no_run_file(
     place: Path, capsys: pytest.CaptureFixture[str], text: str
