@@ -1,6 +1,5 @@
 """Check the run folder and the teacher store: writable, of this run, and with enough free space."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -10,8 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
+import yaml
 
 from raystill.base.errors import Problem
+from raystill.base.records import BrokenFile, read_object
 from raystill.base.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -21,6 +22,7 @@ from raystill.base.run_folder import (
     METRICS,
     PROMPT_COLUMNS,
     STUDENT,
+    SUMMARY,
     TOP_LEVEL_NAMES,
     TRAIN_PROMPTS,
     RunFolder,
@@ -130,9 +132,19 @@ def check_earlier_run(config: RunConfig, folder: RunFolder) -> list[Problem]:
         message = f"{folder.path} is no run folder, but has {listed}; name a new or empty folder"
         return [Problem("output.path", message)]
     # Leniently: an earlier version may have had fields that this one does not know.
-    earlier = validate_leniently(parse_yaml(folder.read_text(CONFIG)) or {}, []).config
+    try:
+        data = parse_yaml(folder.read_text(CONFIG))
+        for name in (MANIFEST, SUMMARY):
+            if name in names:
+                read_object(folder, name)
+    except BrokenFile as error:
+        return [Problem("output.path", str(error))]
+    except (OSError, ValueError, yaml.YAMLError):
+        data = None
+    earlier = validate_leniently(data, []).config if isinstance(data, dict) else None
     if earlier is None:
-        message = f"{folder.path}/{CONFIG} cannot be read by this version; set another output.path"
+        message = f"{folder.path}/{CONFIG} cannot be read by this version"
+        message += "; restore it, or set another output.path"
         return [Problem("output.path", message)]
     differences = compare_identity(earlier, config)
     was, now = earlier.training.epochs, config.training.epochs
@@ -161,12 +173,16 @@ def check_same_prompts(folder: RunFolder, train: pa.Table, setting: str) -> list
     """
     if not folder.exists(TRAIN_PROMPTS):
         return []
-    before = folder.read_table(TRAIN_PROMPTS)
+    before = _table_of(folder, TRAIN_PROMPTS)
+    if isinstance(before, Problem):
+        return [before]
     shared = [n for n in ("prompt_ids", "source", "response_ids") if n in before.column_names]
     if before.select(shared).combine_chunks().equals(train.select(shared).combine_chunks()):
         return []
     dated = ""
-    if before["source"].combine_chunks().equals(train["source"].combine_chunks()):
+    if "source" in shared and before["source"].combine_chunks().equals(
+        train["source"].combine_chunks()
+    ):
         dated = (
             "if the teacher's chat template prints the date, set prompts.template_date to the day "
             f"of the first start ({TRAIN_PROMPTS} is of {_day_of(folder, TRAIN_PROMPTS)}), else "
@@ -184,7 +200,9 @@ def check_same_columns(folder: RunFolder, columns: pa.Table | None) -> list[Prob
     """A resumed run needs the references that it began with: they decide which rows are trained."""
     if columns is None or not folder.exists(PROMPT_COLUMNS):
         return []
-    before = folder.read_table(PROMPT_COLUMNS)
+    before = _table_of(folder, PROMPT_COLUMNS)
+    if isinstance(before, Problem):
+        return [before]
     names = [name for name in columns.column_names if name != "row"]
     changed = [
         name
@@ -203,12 +221,26 @@ def check_same_columns(folder: RunFolder, columns: pa.Table | None) -> list[Prob
     ]
 
 
+def _table_of(folder: RunFolder, name: str) -> pa.Table | Problem:
+    """A table that an earlier start has written, or that it cannot be read."""
+    try:
+        return folder.read_table(name)
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).partition("\n")[0]
+        message = f"{folder.path}/{name} cannot be read ({reason}); restore it from a copy, or set"
+        return Problem("output.path", f"{message} output.path to a new folder")
+
+
 def check_same_functions(config: RunConfig, folder: RunFolder) -> list[Problem]:
     """Problems of a run that is resumed with another text of a filter's function."""
     now = hashes_of(read_functions(config.filters))
     if not now or not folder.exists(MANIFEST):
         return []
-    before = json.loads(folder.read_text(MANIFEST)).get("filter_functions", now)
+    try:
+        before = read_object(folder, MANIFEST).get("filter_functions", now)
+    except BrokenFile:  # Which the check of the folder says.
+        return []
+    before = before if isinstance(before, dict) else {}
     return [
         Problem(
             "filters",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from raystill.base.errors import RunError
-from raystill.base.records import Folder, plain
+from raystill.base.records import Folder, plain, read_object
 from raystill.base.redact import redacted
 
 
@@ -27,4 +27,4 @@ def totals(folder: Folder) -> dict[str, Any]:
             f"{folder.path} has no summary.json: no run has ended there yet; "
             "name the folder of a run that has, e.g. runs/quickstart"
         )
-    return {"run_folder": folder.path, **json.loads(folder.read_text("summary.json"))}
+    return {"run_folder": folder.path, **read_object(folder, "summary.json")}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from raystill.base import formatting
 from raystill.base.errors import RunError
-from raystill.base.run_folder import SUMMARY, RunFolder
+from raystill.base.run_folder import SUMMARY, RunFolder, require_path
 from raystill.cluster.commands.as_json import print_totals
 from raystill.cluster.report import tables
 from raystill.cluster.report.page.page import write_page
@@ -25,7 +25,7 @@ def report_command(
     Raises RunError for a folder that holds no run, and where the page cannot be written and
     ``html`` had named its place.
     """
-    folders = [RunFolder(path) for path in paths]
+    folders = [RunFolder(require_path(path)) for path in paths]
     if as_json:
         print_totals(folders)
         if html is not None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from raystill.base import formatting
 from raystill.base.errors import RunError
 from raystill.base.redact import redact
+from raystill.base.run_folder import require_path
 from raystill.cluster.commands.as_json import print_json
 from raystill.datasets.store.reading import (
     DamagedSegment,
@@ -99,7 +100,7 @@ def store_command(
 @contextmanager
 def opened_store(path: str) -> Iterator[TeacherStore]:
     """The store at ``path``. Raises RunError if there is none, and in place of an OSError."""
-    store = TeacherStore(path)
+    store = TeacherStore(require_path(path))
     try:
         if not store.folder.exists():
             raise RunError(

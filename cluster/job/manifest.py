@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from raystill.base.errors import Problem
+from raystill.base.records import read_object
 from raystill.base.redact import redacted
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.check.functions import copy_functions
@@ -29,8 +30,9 @@ def is_finished(folder: RunFolder, epochs: int) -> bool:
     """Whether the folder holds a completed run of that many epochs or more."""
     if not folder.exists("summary.json"):
         return False
-    summary = json.loads(folder.read_text("summary.json"))
-    return summary["status"] == "completed" and summary.get("epochs", 1) >= epochs
+    summary = read_object(folder, "summary.json")
+    done = summary.get("epochs", 1)
+    return summary.get("status") == "completed" and isinstance(done, int) and done >= epochs
 
 
 def check_same_teacher(folder: RunFolder, prepared: Prepared) -> list[Problem]:
@@ -40,7 +42,7 @@ def check_same_teacher(folder: RunFolder, prepared: Prepared) -> list[Problem]:
     """
     if not folder.exists("manifest.json"):
         return []
-    before = json.loads(folder.read_text("manifest.json"))
+    before = read_object(folder, "manifest.json")
     now = json.loads(json.dumps({n: getattr(prepared, n) for n in SAME_TEACHER}))
     changed = [n for n in SAME_TEACHER if before.get(n) not in (None, now[n])]
     return [
@@ -99,7 +101,7 @@ def run_id(folder: RunFolder) -> str | None:
     """The run's id in the teacher store, the same over all its starts; None before the first."""
     if not folder.exists("manifest.json"):
         return None
-    return json.loads(folder.read_text("manifest.json")).get("run_id")
+    return read_object(folder, "manifest.json").get("run_id")
 
 
 def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:

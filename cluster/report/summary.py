@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raystill.base import formatting
-from raystill.base.records import Folder, plain, read_lines
+from raystill.base.records import BrokenFile, Folder, plain, read_lines, read_object
 from raystill.base.run_folder import SPENDING, STUDENT, TIMELINE
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.coordinator.snapshot import Snapshot
@@ -43,7 +43,7 @@ class RunResult:
 
 def write_summary(folder: Folder, result: RunResult) -> Figures:
     """Write ``summary.json``; totals of a run that was resumed continue the earlier ones."""
-    earlier = json.loads(folder.read_text("summary.json")) if folder.exists("summary.json") else {}
+    earlier = _earlier(folder)
     snapshot, prepared = result.snapshot, result.prepared
     counters = Counter(snapshot.counters)
     metrics = read_lines(folder, "metrics.jsonl")
@@ -135,6 +135,38 @@ def api_line(api: object) -> str:
     return line + (f"; {formatting.reasons(failures)}" if failures else "")
 
 
+def _earlier(folder: Folder) -> Figures:
+    """The totals of the starts before this one; what of them is broken counts as nothing.
+
+    A run has been paid when its summary is written, and must not end in a complaint about a file.
+    """
+    if not folder.exists("summary.json"):
+        return {}
+    try:
+        return {
+            name: numbers
+            for name, value in read_object(folder, "summary.json").items()
+            if (numbers := _numbers(value)) is not None
+            and isinstance(value, dict) == (name in SUMS)
+        }
+    except BrokenFile:
+        return {}
+
+
+SUMS = frozenset({"teacher", "student", "api", "phases"})
+"""Entries of a summary that are several sums."""
+
+
+def _numbers(value: Any) -> Any:
+    """A finite number, or those of a mapping; None for anything else."""
+    if isinstance(value, dict):
+        return {
+            name: one for name, v in value.items() if isinstance(one := _numbers(v), int | float)
+        }
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if number and -1e18 < value < 1e18 else None
+
+
 def _sizes(folder: Folder, prepared: Prepared) -> Figures:
     """Parameters and bytes of the stored teacher and student; {} unless both are at hand."""
     student = Path(folder.path) / STUDENT
@@ -203,7 +235,7 @@ def _role(
 def _restarts(earlier: Mapping[str, Any], snapshot: Snapshot) -> int:
     """Lives of the worker group beyond the first, over all drivers of the run."""
     lives = max(1, snapshot.lives)
-    return lives + (earlier["restarts"] if earlier else -1)
+    return lives + (earlier.get("restarts", 0) if earlier else -1)
 
 
 def _added(past: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:

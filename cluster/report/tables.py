@@ -5,10 +5,11 @@ Reads only the run folder. All the rest is on the run's page (`report/page/`), w
     python driver.py report runs/quickstart
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console, Group, RenderableType
+from rich.errors import ConsoleError
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +17,7 @@ from rich.text import Text
 from raystill.base import formatting
 from raystill.base.errors import RunError
 from raystill.base.logs import run_name
-from raystill.base.records import Folder, read_lines
+from raystill.base.records import BrokenFile, Folder, read_lines, read_object
 from raystill.base.run_folder import REPORT
 from raystill.cluster.report.summary import (
     Figures,
@@ -48,6 +49,31 @@ FREE_RUNNING = (
 ROWS = ("rows_trained", "rows_asked", "rows_scored", "rows_reused", "evaluation_rows_asked")
 
 
+WRONG_TYPES = (
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError),
+    ConsoleError,  # Something that cannot be shown in a cell.
+)
+
+
+@contextmanager
+def reading(*folders: Folder) -> Iterator[None]:
+    """Raises BrokenFile where the files of run folders are read, and are not what a run writes.
+
+    Their figures are used in a hundred places, and each may be missing or of another type.
+    """
+    try:
+        yield
+    except RunError:
+        raise
+    except WRONG_TYPES as error:
+        names = ", ".join(folder.path for folder in folders)
+        reason = f"{type(error).__name__}: {error}"
+        raise BrokenFile(
+            f"summary.json, evaluation.jsonl or answers.jsonl of {names} are not what a run writes "
+            f"({reason}); restore them from a copy; the page {REPORT} shows what can be read"
+        ) from error
+
+
 def print_report(folder: Folder, console: Console | None = None) -> None:
     """Print the closing table of a run that has ended, from its folder alone."""
     if not folder.exists("summary.json"):
@@ -56,7 +82,7 @@ def print_report(folder: Folder, console: Console | None = None) -> None:
             "name the folder of a run that has, e.g. runs/quickstart"
         )
     console = console or Console(markup=False, emoji=False)
-    with console.capture() as captured:
+    with reading(folder), console.capture() as captured:
         _print_sections(console, folder)
     for line in captured.get().splitlines():  # Tables pad their last column; nobody needs that.
         console.file.write(line.rstrip() + "\n")
@@ -64,13 +90,18 @@ def print_report(folder: Folder, console: Console | None = None) -> None:
 
 def print_comparison(folders: Sequence[Folder], console: Console | None = None) -> None:
     """Print the finished students of several runs side by side, from their folders alone."""
+    with reading(*folders):
+        _compare(folders, console)
+
+
+def _compare(folders: Sequence[Folder], console: Console | None) -> None:
     console = console or Console(markup=False, emoji=False)
     columns = []
     for folder in folders:
         if not folder.exists("summary.json"):
             raise RunError(f"{folder.path} has no summary.json: no run has ended there yet")
         first, last = before_and_after(folder)
-        summary = json.loads(folder.read_text("summary.json"))
+        summary = read_object(folder, "summary.json")
         name = run_name(folder.path)
         columns.append((name, summary, last or first or {}))
     table = _columns(*(name for name, _, _ in columns))
@@ -90,7 +121,7 @@ def print_comparison(folders: Sequence[Folder], console: Console | None = None) 
 
 
 def _print_sections(console: Console, folder: Folder) -> None:
-    summary = json.loads(folder.read_text("summary.json"))
+    summary = read_object(folder, "summary.json")
     before, after = before_and_after(folder)
     console.print()
     console.print(_headline(folder, summary), soft_wrap=True)

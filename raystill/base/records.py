@@ -15,6 +15,8 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from raystill.base.errors import RunError
+
 
 class Folder(Protocol):
     """The part of `run_folder.RunFolder` that records need; tests supply a remote one."""
@@ -31,6 +33,10 @@ class Folder(Protocol):
     def join(self, name: str) -> str: ...
     def read_text(self, name: str) -> str: ...
     def write_text(self, name: str, text: str) -> None: ...
+
+
+class BrokenFile(RunError, ValueError):
+    """A file of a run folder that is there and is not what this version writes."""
 
 
 class MetricsLog:
@@ -59,7 +65,7 @@ class MetricsLog:
         """
         if not self._file.exists():
             return 0
-        lines = self._file.read_text().splitlines()
+        lines = self._file.read_text(errors="replace").splitlines()
         kept = [line for line in lines if _step_of(line) <= step]
         discarded = [line for line in lines if line and _step_of(line) > step]
         if discarded:
@@ -82,26 +88,56 @@ class MetricsLog:
             self.folder.write_text(self.name, self._file.read_text())
 
 
+def read_object(folder: Folder, name: str) -> dict[str, Any]:
+    """Read a file that is one JSON object. Raises BrokenFile, also where there is no such file."""
+    where = f"{folder.path}/{name}"
+    try:
+        value = json.loads(folder.read_text(name))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BrokenFile(f"{where} cannot be read ({_why(error)}); {RESTORE}") from None
+    if not isinstance(value, dict):
+        raise BrokenFile(f"{where} is a {type(value).__name__} and no JSON object; {RESTORE}")
+    return value
+
+
+RESTORE = "restore it from a copy, or remove it if it is not of this run"
+
+
 def read_lines(folder: Folder, name: str) -> list[dict[str, Any]]:
     """Read all records of a file; [] if there is no file.
 
-    A last line that is cut off (a crash, or a write in progress) is left out. Raises ValueError for
-    any other line that is not JSON.
+    A last line that is cut off (a crash, or a write in progress) is left out. Raises BrokenFile for
+    any other line that is no JSON object.
     """
     if not folder.exists(name):
         return []
-    lines = folder.read_text(name).splitlines()
+    try:
+        lines = folder.read_text(name).splitlines()
+    except (OSError, ValueError) as error:
+        message = f"{folder.path}/{name} cannot be read ({_why(error)}); {RESTORE}"
+        raise BrokenFile(message) from None
     records = []
     for number, line in enumerate(lines, start=1):
+        reason = "no object"
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{folder.path}/{name}, line {number}, is not JSON ({error}); "
-                    "remove that line, or the file if it is not of this run"
-                ) from None
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            record, reason = None, _why(error)
+        if isinstance(record, dict):
+            records.append(record)
+        elif number < len(lines) or reason == "no object":
+            raise BrokenFile(
+                f"{folder.path}/{name}, line {number}, is not JSON ({reason}); remove that line, "
+                "or the file if it is not of this run"
+            )
     return records
+
+
+def _why(error: Exception) -> str:
+    """Why a file or a line was not read, in one line."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
 def plain(value: Any) -> Any:
@@ -124,7 +160,7 @@ def _step_of(line: str) -> float:
     """Return a line's step; infinity if the line is broken or has no step."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from raystill.base.errors import ConfigError, Problem
+from raystill.base.errors import ConfigError, Problem, RunError
 from raystill.base.redact import redact
 
 CONFIG = "config.yaml"
@@ -220,6 +220,19 @@ class RunFolder:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def require_path(path: str) -> str:
+    """The path of a folder as a person named it. Raises RunError where no folder can have it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise RunError(f"the path {path!r} is not UTF-8; rename that folder") from None
+    longest = max((len(part.encode()) for part in path.split("/")), default=0)
+    if "\0" in path or longest > 255 or len(path) > 4000:
+        told = "a NUL" if "\0" in path else "more characters than a path may have"
+        raise RunError(f"the path {path[:80]!r} has {told}; name a folder that exists")
+    return path
 
 
 def no_space_left(folder: RunFolder, error: BaseException) -> str:
