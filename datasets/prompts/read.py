@@ -141,9 +141,7 @@ def _encodable(prompt: RawPrompt) -> RawPrompt:
         prompt.messages,
         prompt.source,
         prompt.response,
-        prompt.columns,
-        prompt.fields,
-    )
+    )  # All else is kept as JSON.
     try:
         "".join(_texts(said)).encode()
     except UnicodeEncodeError as error:
