@@ -164,6 +164,12 @@ def _matching(kind: str, name: str, what: str) -> Finding:
     return Finding("unclear", unknown=frozenset({(kind, said)}))
 
 
+def _route(config: RunConfig) -> str | None:
+    """The host of the teacher's service; None for weights, and for a server of one's own."""
+    host = (urlsplit(config.teacher.api.base_url or "").hostname or "").lower()
+    return host if config.teacher.engine == "api" and not _is_own(host) else None
+
+
 def _is_own(host: str) -> bool:
     try:
         address = ipaddress.ip_address(host)
@@ -337,6 +343,7 @@ def record(
                 else config.terms.teacher_licence,
                 "base": config.terms.base_licence or licence_of(student),
             },
+            _route(config),
         ),
     }
     if permission is not None:

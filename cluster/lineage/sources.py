@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from raystill.cluster.lineage.graph import BrokenLineage, Model, read_lineage
 from raystill.config.run import RunConfig
@@ -24,18 +23,20 @@ def sources(
     teacher: ModelFolder | None,
     student: ModelFolder | None,
     licences: Mapping[str, str | None],
+    route: str | None,
 ) -> dict[str, Any]:
     """The teacher, the model that the student's weights began with, the prompts, and all models
     that these come from in turn.
 
-    licences: the licence ids of ``teacher`` and ``base``. The teacher's identity is in the
-    manifest already; a base is known by its name, or by the identity in its own lineage file.
+    licences: the licence ids of ``teacher`` and ``base``. route: host of the teacher's service;
+    None for weights, and for a server of one's own, whose name is nobody else's to know. The
+    teacher's identity is in the manifest already; a base is known by its name, or by the identity
+    in its own lineage file.
     """
     by_id: dict[str, Model] = {}
     taught: Model | None = None
     if config.teacher.engine == "api":
-        host = urlsplit(config.teacher.api.base_url or "").hostname
-        taught = Model("", f"{config.teacher.api.model}", licences["teacher"], route=host)
+        taught = Model("", f"{config.teacher.api.model}", licences["teacher"], route=route)
     elif config.teacher.engine == "vllm":
         taught = _described(config.teacher.model, teacher, licences["teacher"], by_id)
         taught = replace(taught, revision=config.teacher.revision)

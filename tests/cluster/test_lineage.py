@@ -217,6 +217,19 @@ class TestTheNextGeneration:
         assert verdict == "forbidden" and reasons[0].startswith("openai-api ")
         bom(first)
 
+    @pytest.mark.parametrize("host", ["127.0.0.1", "10.1.2.3", "vllm.team.internal", "gpu7"])
+    def test_a_server_of_ones_own_is_not_named(self, host: str, tmp_path: Path) -> None:
+        service = {
+            "engine": "api",
+            "model": str(model(tmp_path / "tokenizer", "mit")),
+            "api": {"base_url": f"http://{host}:8000/v1", "model": "big"},
+        }
+        more = {"signal": {"kind": "text"}, "objective": {"cross_entropy": 1.0}}
+        first = finished(tmp_path, "first", service, terms={"teacher_licence": "llama3.1"}, **more)
+        assert not [n for n in PAPERS if host in (first / "student" / n).read_text()]
+        verdict, _ = self.taught_by(tmp_path, first, teacher_licence="mit")
+        assert verdict == "conditional"  # The licence arrives all the same.
+
     def test_contradicting_duties_of_two_generations_are_seen(self, tmp_path: Path) -> None:
         teacher = str(model(tmp_path / "teacher", "llama3.1"))
         first = finished(tmp_path, "first", teacher, terms={"student_licence": "hyperclovax-seed"})
