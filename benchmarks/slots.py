@@ -89,19 +89,20 @@ class CountedEngine(VllmEngine):
 class Simulation:
     """One pass of the stream over rows of these lengths, with one replica."""
 
-    def __init__(self, config: RunConfig, lengths: Lengths) -> None:
+    def __init__(self, config: RunConfig, lengths: Lengths, engine: Any = None) -> None:
         self._lengths = lengths
         self._group_rows = config.stream.group_rows
         self._fixed = config.stream.order == "fixed"
         self._slots = config.teacher.max_num_seqs
         self._calls = asyncio.Semaphore(config.groups_in_flight)
-        self.engine = CountedEngine(self._slots)
+        self.engine: Any = engine or CountedEngine(self._slots)
         self.credits = Credits(config.rows_ahead, config.refill_rows)
         self.credits.begin(len(lengths))
         self._returned = asyncio.Event()
         self.delivered: list[int] = []
         self._waiting: set[int] = set()
-        self._marks: list[tuple[float, float]] = []
+        self.marks: list[tuple[float, float]] = []
+        """(time, slot-tokens until then) at the begin and end of what is measured."""
 
     async def run(self) -> float:
         """Share of slots filled in the middle of the run."""
@@ -112,16 +113,16 @@ class Simulation:
                     self._returned.clear()
                     await self._returned.wait()
                 self.credits.grant(start, rows)
-                if start >= len(self._lengths) * (1 + 3 * len(self._marks)) / 5:
+                if start >= len(self._lengths) * (1 + 3 * len(self.marks)) / 5:
                     self._mark()
                 group.create_task(self._answer(start, rows))
-        (since, before), (until, after) = self._marks
+        (since, before), (until, after) = self.marks
         return (after - before) / (self._slots * (until - since))
 
     def _mark(self) -> None:
-        if len(self._marks) < 2:
+        if len(self.marks) < 2:
             now = asyncio.get_running_loop().time()
-            self._marks.append((now, self.engine.count()))
+            self.marks.append((now, self.engine.count()))
 
     async def _answer(self, start: int, rows: int) -> None:
         async with self._calls:
