@@ -325,8 +325,13 @@ class RunConfig(ConfigModel):
 
     @property
     def full_groups(self) -> int:
-        """Groups that keep the slots of one engine filled: `ROWS_PER_SLOT` rows for each."""
-        return math.ceil(ROWS_PER_SLOT * self.teacher.slots / self.stream.group_rows)
+        """Groups that keep the slots of one engine filled: `ROWS_PER_SLOT` rows for each.
+
+        One row a slot with ``hidden``: an engine keeps the states of a whole group until its last
+        row ends, 33 MB for a row of 4,096 tokens and as many components.
+        """
+        rows = 1 if self.signal.kind == "hidden" else ROWS_PER_SLOT
+        return math.ceil(rows * self.teacher.slots / self.stream.group_rows)
 
     @property
     def groups_in_flight(self) -> int:

@@ -289,7 +289,8 @@ class TeacherConfig(ConfigModel):
         description="Groups that one replica works on at a time; also Ray Serve's autoscaling "
         "target. Default: as many as hold six rows for each of the engine's slots (max_num_seqs; "
         "with engine: api, api.max_concurrency), so that a slot does not wait for the slowest row "
-        "of its group; fewer where stream.max_rows_ahead has no room for them.",
+        "of its group; one row a slot with signal.kind: hidden, whose states are kept until their "
+        "group ends; fewer where stream.max_rows_ahead has no room for them.",
     )
     cpu_cores: Cores | None = operational(
         None,

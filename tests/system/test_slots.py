@@ -47,6 +47,7 @@ def test_one_row_a_slot_leaves_half_of_them_empty_which_is_what_the_default_is_f
         (["teacher.max_num_seqs=20"], 15),
         (["teacher.max_num_seqs=21"], 16),
         (["stream.group_rows=1000"], 1),
+        (["signal.kind=hidden"], 8),
         (["teacher.target_ongoing_requests=3"], 3),
         (["teacher.target_ongoing_requests=3", "stream.max_rows_ahead=2000"], 3),
         (["teacher.target_ongoing_requests=99", "stream.max_rows_ahead=2000"], 99),
