@@ -74,7 +74,7 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
         "evaluation_rows_reused": max(0, held_out - evaluation.asked - evaluation.scored),
         "dropped": dict(dropped),
         "filtered": dict(snapshot.filtered),
-        "accepted_fraction": answered / (answered + rejected) if answered + rejected else None,
+        "accepted_fraction": None if result.stopped_by else _accepted(snapshot, prepared),
         "duplicates": prepared.duplicates,
         "truncated_fraction": truncated / answered if answered else 0.0,
         "teacher": _role(
@@ -95,6 +95,14 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
     }
     folder.write_text("summary.json", json.dumps(plain(summary), indent=2) + "\n")
     return plain(summary)
+
+
+def _accepted(snapshot: Snapshot, prepared: Prepared) -> float | None:
+    """Share of the last epoch's answers that passed the filters, by the ledger of a finished epoch:
+    counters have rows that were answered again after a restart twice.
+    """
+    answered = prepared.num_train_rows - sum(snapshot.dropped.values())
+    return 1 - sum(snapshot.filtered.values()) / answered if answered > 0 else None
 
 
 def _student_written(metrics: Sequence[Figures]) -> Figures:
