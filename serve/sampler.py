@@ -86,9 +86,6 @@ class Sampler:
         except Exception as error:
             self._exit_if_engine_died(error)
             raise
-        self._coordinator.add.remote(
-            {"policy_tokens": sum(len(answer.response_ids) for answer in answers)}
-        )
         table = await asyncio.to_thread(answers_table, answers, signal)
         return table.replace_schema_metadata({ENGINE: json.dumps({POLICY_VERSION: version})})
 
@@ -155,7 +152,7 @@ class Sampler:
             await self._coordinator.failed.remote(problem)
             raise RunError(problem)
         self._serial, self._version = newest["serial"], version
-        await self._coordinator.policy_loaded.remote(self._serial, version, gap)
+        await self._coordinator.policy_loaded.remote(self._serial, version)
 
     def _exit_if_engine_died(self, error: Exception) -> None:
         """End the process, so that callers see an actor that died and Serve starts another."""

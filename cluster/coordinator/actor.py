@@ -236,11 +236,10 @@ class Coordinator:
             await self._changed.wait_for(lambda: self._over or self._policy.is_newer(serial))
             return None if self._over else self._policy.newest
 
-    async def policy_loaded(self, serial: int, version: int, gap: float) -> None:
-        """A sampler answers with these weights, ``gap`` nats off the trainer on the probe."""
+    async def policy_loaded(self, serial: int, version: int) -> None:
+        """A sampler answers with these weights, and proved them on the probe."""
         async with self._changed:
-            self._policy.loaded(serial, version, gap)
-            self._counters["policy_updates"] += 1
+            self._policy.loaded(serial, version)
             self._changed.notify_all()
 
     # What the parts report, and the driver reads

@@ -13,7 +13,6 @@ class PolicyVersions:
 
     def __init__(self) -> None:
         self.newest: dict[str, Any] | None = None
-        self.max_gap = 0.0
         self._serial = 0
         self._files: list[Any] = []
         self._loaded: int | None = None
@@ -37,12 +36,8 @@ class PolicyVersions:
         """Whether there is a publication after ``serial``."""
         return self._serial > serial
 
-    def loaded(self, serial: int, version: int, gap: float) -> None:
-        """A sampler answers with a publication from now on. One from before a restart is ignored.
-
-        gap: mean difference of its logprobs on the probe, nats.
-        """
-        self.max_gap = max(self.max_gap, gap)
+    def loaded(self, serial: int, version: int) -> None:
+        """A sampler answers with a publication now. One from before a restart is ignored."""
         if self.newest is not None and (self._loaded is None) and serial != self._serial:
             return
         self._loaded = version

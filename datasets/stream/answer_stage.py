@@ -50,7 +50,6 @@ class AnswerGroup:
         self._on_truncated = spec.stream.on_truncated
         self._num_ids = spec.num_ids
         self._signal = spec.signal
-        self._policy = spec.policy
         self._schema = row_schema(spec.signal, policy=spec.policy is not None)
         teacher = TeacherCalls(
             spec.app_name,
@@ -181,7 +180,7 @@ class StudentWritten:
         parts = await asyncio.gather(*asked)
         back = np.argsort(np.concatenate(places[: len(parts)]))
         answers = pa.concat_tables([part.replace_schema_metadata(None) for part, _ in parts])
-        counters: dict[str, float] = {"rows_student_written": len(written)}
+        counters: dict[str, float] = {}
         for _, each in parts:
             for name, count in each.items():
                 counters[name] = counters.get(name, 0) + count

@@ -128,11 +128,6 @@ def speed_up(mean_length: float, k: int, cost_ratio: float) -> float:
     return mean_length / (1 + k * cost_ratio)
 
 
-def geometric_length(rate: float, k: int) -> float:
-    """The mean acceptance length if every drafted token is accepted at ``rate``, independently."""
-    return float(k + 1) if rate == 1 else (1 - rate ** (k + 1)) / (1 - rate)
-
-
 def best_k(lengths: dict[int, float], cost_ratio: float) -> tuple[int, float]:
     """The k with the largest speed-up, and that speed-up. (0, 1): no draft is faster.
 

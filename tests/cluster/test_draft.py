@@ -18,8 +18,8 @@ from raystill.cluster.commands import draft
 from raystill.cluster.commands.draft import chosen_prompts, predicted
 from raystill.cluster.report.drafts import print_draft
 from raystill.model.identity import teacher_identity
-from raystill.serve.draft.acceptance import geometric_length
 from tests.cluster.test_driver import TINY, drive, listed
+from tests.serve.test_draft_acceptance import geometric_length
 
 NUM_PROMPTS = 6
 API = ["teacher.engine=api", "teacher.api.base_url=http://127.0.0.1:1", "teacher.api.model=m"]

@@ -82,7 +82,7 @@ def test_credits_wait_for_weights_that_are_new_enough():
         attempt = await coordinator.publish(0, 0, Ledger(100).to_dict())
         asked, waiting = await waits(coordinator.acquire(attempt, 4, 0, -3))
         assert waiting, "no sampler has loaded anything"
-        await coordinator.policy_loaded(1, 0, 0.0)
+        await coordinator.policy_loaded(1, 0)
         assert await asked
         assert await coordinator.acquire(attempt, 4, 4), "the teacher's rows need no weights"
         later, waiting = await waits(coordinator.acquire(attempt, 4, 8, 1))
@@ -91,7 +91,7 @@ def test_credits_wait_for_weights_that_are_new_enough():
         assert not later.done(), "published is not yet loaded"
         newest = await coordinator.newer_policy(1)
         assert newest["version"] == 1 and newest["files"] == ["f"]
-        await coordinator.policy_loaded(newest["serial"], 1, 0.0)
+        await coordinator.policy_loaded(newest["serial"], 1)
         assert await later
 
     asyncio.run(scenario())
@@ -101,15 +101,15 @@ def test_after_a_restart_what_the_sampler_had_loaded_counts_for_nothing():
     async def scenario():
         coordinator = Coordinator(100, 100, 0.0)
         await coordinator.publish_policy(7, {"files": ["f"]}, True)
-        await coordinator.policy_loaded(1, 7, 0.0)
+        await coordinator.policy_loaded(1, 7)
         await coordinator.publish_policy(4, {"files": ["g"]}, True)
         attempt = await coordinator.publish(0, 4, Ledger(100).to_dict())
         asked, waiting = await waits(coordinator.acquire(attempt, 4, 0, 2))
         assert waiting
-        await coordinator.policy_loaded(1, 7, 0.0)  # Late news of before the restart.
+        await coordinator.policy_loaded(1, 7)  # Late news of before the restart.
         _, waiting = await waits(asyncio.shield(asked))
         assert waiting
-        await coordinator.policy_loaded(2, 4, 0.0)
+        await coordinator.policy_loaded(2, 4)
         assert await asked
 
     asyncio.run(scenario())

@@ -22,16 +22,10 @@ from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.cluster.report import summary, tables
 from raystill.config.load import config_text, load_config
 from raystill.datasets.store.store import RowCounts
-from tests.support.end_to_end import ROOT, TEACHER
+from tests.support.end_to_end import ROOT
+from tests.support.sound_run import SOUND as SOUND_RUN
 
-SOUND: dict[str, Any] = {
-    "teacher": {"model": str(TEACHER), "sampling": {"max_tokens": 8}},
-    "student": {"layers": [1]},
-    "prompts": {"path": "prompts.jsonl"},
-    "training": {"rows_per_step": 4},
-    "stream": {"group_rows": 2},
-    "output": {"path": "run"},
-}
+SOUND = SOUND_RUN | {"output": {"path": "run"}}
 EVALUATION = {"step": 0, "kl_nats_per_token": 1.5, "top1_agreement": 0.5, "num_tokens": 9}
 ANSWER = {"step": 0, "row": 0, "prompt": "[/red][bold]user\n", "teacher": "[/b]", "student": "[x]"}
 

@@ -22,7 +22,7 @@ from raystill.base.redact import SHORTEST_SECRET, Secrets, redact, redacted, sho
 from raystill.config import base
 from raystill.config.describe import fields
 from raystill.config.load import config_text, load_config, load_leniently
-from tests.support.end_to_end import TEACHER
+from tests.support.sound_run import SOUND
 
 PEM = (
     "-----BEGIN PRIVATE KEY-----\nMIIEvQPlantedLineOne\nPlantedLineTwo==\n-----END PRIVATE KEY-----"
@@ -44,13 +44,6 @@ VARIABLES = (
 )
 HARMLESS = {"RAY_AUTH_MODE": "disabled", "PWD": "/root/work", "TOKENIZERS_PARALLELISM": "disabled"}
 FIELDS = sorted({field.name for field in fields() if "[]" not in field.name})
-SOUND: dict[str, Any] = {
-    "teacher": {"model": str(TEACHER), "sampling": {"max_tokens": 8}},
-    "student": {"layers": [1]},
-    "prompts": {"path": "prompts.jsonl"},
-    "training": {"rows_per_step": 4},
-    "stream": {"group_rows": 2},
-}
 
 
 def parts_of(secret: str) -> set[str]:
@@ -64,15 +57,6 @@ def parts_of(secret: str) -> set[str]:
 def assert_untold(text: str, secret: str) -> None:
     told = [part for part in parts_of(secret) if part in text]
     assert not told, f"{told[:3]} of {secret!r} in {text[:600]!r}"
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"Count to {i}."} for i in range(8)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    (tmp_path / "sound.yaml").write_text(yaml.safe_dump(SOUND))
-    return tmp_path
 
 
 @pytest.mark.parametrize("variable", VARIABLES)

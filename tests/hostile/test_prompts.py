@@ -23,14 +23,8 @@ from raystill.datasets.prompts.files import find_files, prompt_sources, would_re
 from raystill.datasets.prompts.read import RawPrompt
 from raystill.datasets.prompts.tokenise import PromptTokeniser
 from tests.support.end_to_end import TEACHER
+from tests.support.sound_run import SOUND
 
-SOUND: dict[str, Any] = {
-    "teacher": {"model": str(TEACHER), "sampling": {"max_tokens": 8}},
-    "student": {"layers": [1]},
-    "prompts": {"path": "prompts.jsonl"},
-    "training": {"rows_per_step": 4},
-    "stream": {"group_rows": 2},
-}
 ROWS = "".join(json.dumps({"prompt": f"Count to {i}."}) + "\n" for i in range(6))
 
 

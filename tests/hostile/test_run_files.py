@@ -4,7 +4,6 @@ Each case is a call of the command in this process: the exit status, no tracebac
 without control characters, and the word that a person needs.
 """
 
-import json
 import os
 import time
 from pathlib import Path
@@ -19,25 +18,9 @@ import driver
 from raystill.base.errors import MOST_PROBLEMS, shown
 from raystill.config.describe import select_fields
 from raystill.config.load import load_leniently, parse_yaml
-from tests.support.end_to_end import TEACHER
+from tests.support.sound_run import SOUND
 
 MOST_CHARACTERS = 15_000  # Twenty problems of 600 characters, and their indents.
-SOUND: dict[str, Any] = {
-    "teacher": {"model": str(TEACHER), "sampling": {"max_tokens": 8}},
-    "student": {"layers": [1]},
-    "prompts": {"path": "prompts.jsonl"},
-    "training": {"rows_per_step": 4},
-    "stream": {"group_rows": 2},
-}
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"Count to {i}."} for i in range(8)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    (tmp_path / "sound.yaml").write_text(yaml.safe_dump(SOUND))
-    return tmp_path
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> str:

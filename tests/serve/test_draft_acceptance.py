@@ -12,11 +12,15 @@ from raystill.serve.draft.acceptance import (
     best_k,
     count,
     first_difference,
-    geometric_length,
     speed_up,
     steps_of,
     walk,
 )
+
+
+def geometric_length(rate: float, k: int) -> float:
+    """The mean acceptance length if every drafted token is accepted at ``rate``, independently."""
+    return float(k + 1) if rate == 1 else (1 - rate ** (k + 1)) / (1 - rate)
 
 
 def test_a_walk_worked_by_hand():
