@@ -19,6 +19,7 @@ from raystill.config.run import RunConfig
 from raystill.config.student import LayerChoice
 from raystill.datasets.prompts.tables import PromptTables
 from raystill.datasets.rows.signal import hidden_size
+from raystill.model.adapters import adapter_problems
 from raystill.model.files import ModelFolder, read_object
 from raystill.model.head import find_head, logit_transform, read_header, stored_tensors
 from raystill.model.sizes import Sizes
@@ -85,6 +86,9 @@ def check_student(config: RunConfig, teacher: ModelFolder, student: ModelFolder)
         logit_transform(student.config)
     except ValueError as error:
         problems.append(Problem(where, f"{student.name}: {error}"))
+    if config.student.lora is not None:
+        for field, message in adapter_problems(student, config.student.lora):
+            problems.append(Problem(f"student.lora.{field}", message))
     if student.config.get("quantization_config"):
         message = f"{student.name} has quantised weights, which cannot be trained; name a plain one"
         problems.append(Problem(where, message))

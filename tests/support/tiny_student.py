@@ -18,6 +18,7 @@ from raystill.train.loss.teacher_head import TeacherHead
 from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import build_optimizer
 from raystill.train.step.step import GlobalStep
+from raystill.train.student.lora import identity_of_base
 from raystill.train.student.module import StudentModule, parallel_module
 from raystill.train.student.sharding import shard_student, whole
 
@@ -155,7 +156,8 @@ def write_checkpoint(training, folder, ranks):
     published = []
     writer = Checkpointer(RunFolder(str(folder)).ensure(), ranks, published.append)
     part = Part.copied(training.model, training.optimizer, ranks)
-    snapshot = Snapshot(1, 0, [{}] * ranks.world_size, {}, part.num_files)
+    base = identity_of_base(training.model)
+    snapshot = Snapshot(1, 0, [{}] * ranks.world_size, {}, part.num_files, base=base)
     writer.begin(1, part, snapshot if ranks.first else None)
     assert writer.finish()
     return published

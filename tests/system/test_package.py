@@ -152,13 +152,14 @@ def pinned(name: str) -> dict[str, str]:
         ("cluster", ("cpu.txt", "gpu.txt")),
         ("teacher", ("gpu.txt",)),
         ("cpu", ("cpu.txt",)),
+        ("lora", ("cpu.txt", "gpu.txt")),
         *((extra, ("trackers.txt",)) for extra in TRACKERS),
     ],
 )
 def test_the_pinned_versions_satisfy_what_the_package_asks_for(
     extra: str, lists: tuple[str, ...]
 ) -> None:
-    assert set(EXTRAS) == {"cluster", "teacher", "cpu", *TRACKERS}
+    assert set(EXTRAS) == {"cluster", "teacher", "cpu", "lora", *TRACKERS}
     for name in lists:
         versions = pinned(name)
         for one in EXTRAS.get(extra, LIGHT):
@@ -167,7 +168,8 @@ def test_the_pinned_versions_satisfy_what_the_package_asks_for(
 
 
 def test_the_package_asks_for_what_its_code_imports_and_for_nothing_else() -> None:
-    asked = {canonicalize_name(one.name) for one in [*LIGHT, *EXTRAS["cluster"]]}
+    extras = [*EXTRAS["cluster"], *EXTRAS["lora"]]
+    asked = {canonicalize_name(one.name) for one in [*LIGHT, *extras]}
     brought = {
         "pydantic_core": "pydantic",  # One exact version of it.
         "vllm": "vllm",  # Of the extras teacher and cpu.

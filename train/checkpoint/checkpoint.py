@@ -7,13 +7,15 @@ last phase. A run resumes from published checkpoints only (``ray_register``).
 
 ``<run>/checkpoints/step-<finished steps>/`` has
 
-- ``model-*.safetensors``: parameters and persistent buffers in ``training.param_dtype``, and
+- ``model-*.safetensors``: parameters and persistent buffers in ``training.param_dtype`` (with
+  ``student.lora`` the adapters alone), and
 - ``optimizer-*.safetensors``: AdamW's state, both one file for each rank that has a part of them
   (``tensors``: they can be read by any number of workers, sharded or not);
 - ``random.pt``: the random states of each rank, loadable with ``weights_only=True``;
 - ``ledger.json``: the rows that are trained or dropped;
 - ``counts.npz``: counts of token pairs, where baselines are measured;
-- ``state.json``: step, epoch and format. It is written last: a folder that has it is complete.
+- ``state.json``: step, epoch, format, and the identity of the weights that adapters belong to. It
+  is written last: a folder that has it is complete.
 
 The learning rate is not in it, since it is a function of the step.
 
@@ -70,6 +72,7 @@ class Snapshot:
         ledger: `Ledger.to_dict` of all ranks' rows.
         num_files: Number of files of each of ``KINDS``; 1 unless the student is sharded.
         counts: Counts of token pairs; empty where no baselines are measured.
+        base: `lora.base_identity` of the frozen weights; empty without adapters.
         extra: Further numbers, see `Progress.take_over`.
     """
 
@@ -79,6 +82,7 @@ class Snapshot:
     ledger: dict[str, Any]
     num_files: int = 1
     counts: dict[str, np.ndarray] = field(default_factory=dict)
+    base: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -149,6 +153,7 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
         "epoch": snapshot.epoch,
         "num_files": snapshot.num_files,
         "world_size": len(snapshot.random),
+        **({"base": snapshot.base} if snapshot.base else {}),
         **snapshot.extra,
     }
     (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
@@ -173,8 +178,20 @@ def read_snapshot(folder: str | Path) -> Snapshot:
         ledger=json.loads((folder / "ledger.json").read_text()),
         num_files=num_files,
         counts=dict(np.load(counts, allow_pickle=False)) if counts.exists() else {},
+        base=state.pop("base", ""),
         extra=state,
     )
+
+
+def require_base(snapshot: Snapshot, base: str) -> None:
+    """Raises RunError where the snapshot's adapters belong to other weights than ``base``."""
+    if snapshot.base != base:
+        raise RunError(
+            f"the checkpoint of step {snapshot.step} has adapters of frozen weights with the "
+            f"identity {snapshot.base or 'none'}, but the student starts from weights with "
+            f"{base or 'none'}; put back the files that the run began with (student.model, or the "
+            "teacher's), or start a new run folder"
+        )
 
 
 def load_tensors(

@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from raystill.train.student.lora import has_adapters, trained_tensors
+
 OFFSETS = "DCP_SHARDING_INFO"
 """Key of the slices' first rows in a file's header; the name is DCP's."""
 
@@ -41,7 +43,12 @@ class TensorSlice:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; a tied parameter once, under its first name."""
+    """Parameters and persistent buffers by name; a tied parameter once, under its first name.
+
+    Of a model with adapters what is trained alone: all else is read again from its files.
+    """
+    if has_adapters(model):
+        return trained_tensors(model)
     tensors: dict[str, Tensor] = {n: p.detach() for n, p in model.named_parameters()}
     persistent = set(model.state_dict().keys())
     buffers = {n: b for n, b in model.named_buffers() if n in persistent and n not in tensors}

@@ -72,6 +72,8 @@ def build_student(
 ) -> nn.Module:
     """The untrained student on the CPU, in ``training.param_dtype``; the same on every rank.
 
+    With ``student.lora`` it is in the dtype of its files, and has no adapters yet (`lora.attach`).
+
     teacher_folder: on this node. seed: for weights that the source model does not have. choose:
     what to keep of the whole teacher, where the run file leaves it to the run. Raises ValueError
     where a layer that the teacher does not have is to be kept, or a width that it cannot have.
@@ -98,7 +100,8 @@ def build_student(
         keep_layers(model, shape.layers)
         if shape.widths is not None:
             model = narrow(model, shape.widths)
-    model.to(DTYPES[config.training.param_dtype])
+    if student.lora is None:
+        model.to(DTYPES[config.training.param_dtype])
     model.config.use_cache = False  # Training reads each sequence once.
     freeze_unreached(model)
     return model

@@ -22,6 +22,7 @@ from transformers import GenerationConfig
 from raystill.base.run_folder import STUDENT, RunFolder
 from raystill.model.sampling import ResolvedSampling
 from raystill.train.student.build import DTYPES
+from raystill.train.student.lora import plain_state
 from raystill.train.student.sharding import whole
 
 TOKENIZER_FILES = (
@@ -80,14 +81,18 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
 def exported_state(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
     """The model's state dict on the host in ``dtype``; of a sharded model, gathered.
 
+    Adapters are added to the weights that they belong to, and rounded with them.
+
     All ranks of a sharded model must call this. keep: whether this rank needs the result; the
     others get an empty one. Tensors that the model shares are shared in the result.
     """
     converted: dict[int, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    for name, tensor, added in plain_state(model):
         if id(tensor) not in converted:
             gathered = whole(tensor.detach())
+            if added is not None:
+                gathered = gathered + added
             if not keep:
                 gathered = gathered.new_empty(0)  # Frees the whole tensor before the next one.
             target = dtype if gathered.is_floating_point() else gathered.dtype

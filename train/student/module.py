@@ -36,7 +36,7 @@ class StudentModule(nn.Module):
 
     Attributes:
         model: The Hugging Face model.
-        param_dtype: dtype of the parameters.
+        param_dtype: dtype of the parameters that are trained.
         compute_dtype: dtype of matrix products (autocast).
         packed: Whether micro-batches are packed; `sharding.place_student` sets it.
         transform: Scale and cap of the logits.
@@ -59,7 +59,8 @@ class StudentModule(nn.Module):
         if has_attention_cap(model) and model.config._attn_implementation == "sdpa":
             model.set_attn_implementation("eager")  # SDPA leaves the cap out, without a warning.
         self.model = model
-        self.param_dtype = next(model.parameters()).dtype
+        trained = (p for p in model.parameters() if p.requires_grad)
+        self.param_dtype = next(trained, next(model.parameters())).dtype
         self.compute_dtype = compute_dtype or self.param_dtype
         self.packed = False
         self.transform = logit_transform(model.config.get_text_config().to_dict())

@@ -33,7 +33,7 @@ from raystill.train.step.optimizer import build_optimizer
 from raystill.train.step.ranks import Ranks
 from raystill.train.step.rows import StepRows
 from raystill.train.step.step import GlobalStep
-from raystill.train.student import build, export
+from raystill.train.student import build, export, lora
 from raystill.train.student.module import StudentModule, parallel_module
 from raystill.train.student.sharding import place_student
 from raystill.train.worker.process import report_final_errors, settle_process
@@ -102,6 +102,7 @@ class Worker:
         self.ranks.draw_apart(self.config.section_seeds()["student"])
         if self.ranks.first and (removed := remove_unregistered(self.run.folder)):
             logger.warning("deleted unregistered checkpoints %s", removed)
+        lora.require_same_base(self.ranks.gather(lora.identity_of_base(self.student.model)))
         registered = ray.train.get_checkpoint()
         if registered is not None:
             with registered.as_directory() as path:
@@ -188,6 +189,7 @@ class Worker:
             snapshot = ckpt.Snapshot(
                 random=[each["random"] for each in parts],
                 num_files=part.num_files,
+                base=lora.identity_of_base(self.student.model),
                 **self.progress.take_over(parts, dropped),
             )
         self.checkpointer.begin(self.progress.step, part, snapshot)
@@ -197,6 +199,7 @@ class Worker:
         export_dtype = self.config.training.export_dtype
         if self.ranks.first:
             self.progress.require_all_done()
+        lora.merge(self.student.model)
         export.round_weights(self.student.model, build.DTYPES[export_dtype])
         if self.config.evaluation.enabled:
             self._measure("after", f"as exported ({export_dtype})")
@@ -249,6 +252,7 @@ class Worker:
         training, seeds = self.config.training, self.config.section_seeds()
         choose = partial(run_shape, self.run, self.teacher_folder, self.ranks, self.device)
         model = build.build_student(self.config, self.teacher_folder, seeds["student"], choose)
+        lora.attach(model, self.config, self.device)
         return place_student(model, training, self.device, self.ranks.world_size)
 
     def _policy_publisher(self, student: LocalStudent) -> "PolicyPublisher | None":
@@ -288,6 +292,7 @@ class Worker:
         )
 
     def _load(self, path: str, snapshot: ckpt.Snapshot) -> None:
+        ckpt.require_base(snapshot, lora.identity_of_base(self.student.model))
         ckpt.load_tensors(path, snapshot.num_files, self.student.model, self.optimizer)
         if len(snapshot.random) == self.ranks.world_size:
             ckpt.set_random_state(snapshot.random[self.ranks.rank], self.device)

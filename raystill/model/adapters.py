@@ -1,0 +1,123 @@
+"""Checks ``student.lora`` against the modules of a model, by the headers of its weight files.
+
+Imports no torch, so that `cluster.check.models` can check a model before anything is started.
+`train.student.lora` makes the adapters and checks the loaded model by the same rules.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from raystill.config.student import LoraConfig
+from raystill.model.files import ModelFolder
+from raystill.model.head import EMBEDDINGS, HEADS, read_header, stored_tensors
+
+MOST_NAMES = 40
+"""Names that an error lists."""
+
+
+def adapter_problems(model: ModelFolder, lora: LoraConfig) -> Iterator[tuple[str, str]]:
+    """Fields of ``student.lora`` that do not fit the model, each with what is wrong and the remedy.
+
+    Nothing where the model's weights are still to be fetched: the worker checks it then.
+    """
+    names = stored_tensors(model.path)
+    shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(names)
+    for file in set(names.values()):
+        shapes |= {n: tuple(e["shape"]) for n, e in read_header(file).items() if n in names}
+    weights = {n.removesuffix(".weight"): shapes[n] for n in names if n.endswith(".weight")}
+    if not weights or all(shape is None for shape in weights.values()):
+        return
+    linear = {
+        module: (shape[0], shape[1])
+        for module, shape in weights.items()
+        if shape is not None and len(shape) == 2 and last(module) not in (*HEADS, *EMBEDDINGS)
+    }
+    # A head that is tied to the embedding is not stored beside it.
+    tied = bool(model.config.get("tie_word_embeddings")) or not any(
+        last(module) in HEADS for module in weights
+    )
+    yield from lora_problems(model.name, lora, linear, set(weights), tied)
+
+
+def lora_problems(
+    name: str,
+    lora: LoraConfig,
+    linear: Mapping[str, tuple[int, int]],
+    modules: set[str],
+    tied: bool,
+) -> Iterator[tuple[str, str]]:
+    """Fields of ``student.lora`` that do not fit a model, each with what is wrong and the remedy.
+
+    name: of the model. linear: its linear modules that may have an adapter, with the two sizes of
+    their weights. modules: all its modules with weights. tied: whether embeddings and output head
+    are one weight.
+    """
+    has = f"the linear modules of {name} are {listed(linear)}"
+    targets = [] if lora.target_modules == "all-linear" else list(lora.target_modules)
+    if heads := [target for target in targets if last(target) in (*HEADS, *EMBEDDINGS)]:
+        yield (
+            "target_modules",
+            f"names {', '.join(heads)}, but embeddings and output head get no adapter; name them "
+            f"in modules_to_save, or leave them out ({has})",
+        )
+    unknown = [t for t in targets if t not in heads and not any(names(t, m) for m in linear)]
+    if unknown:
+        yield (
+            "target_modules",
+            f"names {', '.join(unknown)}, which no module is called; {has}; name some of them, or "
+            "set target_modules: all-linear",
+        )
+    chosen = {m: s for m, s in linear.items() if not targets or any(names(t, m) for t in targets)}
+    if not linear:
+        yield "target_modules", f"has nothing to choose from: {name} has no linear modules"
+    smallest = min(chosen, key=lambda module: min(chosen[module]), default=None)
+    if smallest is not None and lora.rank > min(chosen[smallest]):
+        most = min(chosen[smallest])
+        yield (
+            "rank",
+            f"is {lora.rank}, but {smallest} is {list(chosen[smallest])}, whose rank is at most "
+            f"{most}; set rank: {most} or less, or leave it out of target_modules",
+        )
+    yield from _saved_problems(name, lora, modules, tied)
+
+
+def _saved_problems(
+    name: str, lora: LoraConfig, modules: set[str], tied: bool
+) -> Iterator[tuple[str, str]]:
+    saved = lora.modules_to_save
+    if tied and (both := [m for m in saved if last(m) in (*HEADS, *EMBEDDINGS)]):
+        yield (
+            "modules_to_save",
+            f"names {', '.join(both)}, but {name} ties its embeddings to its output head: a "
+            "trained copy of one would no longer be the other; leave it out",
+        )
+        saved = tuple(m for m in saved if m not in both)
+    if unknown := [m for m in saved if not any(names(m, module) for module in modules)]:
+        yield (
+            "modules_to_save",
+            f"names {', '.join(unknown)}, which no module is called; the modules of {name} with "
+            f"weights are {listed(modules)}; name some of them",
+        )
+    targets = () if lora.target_modules == "all-linear" else lora.target_modules
+    if twice := sorted(set(saved) & set(targets)):
+        yield (
+            "modules_to_save",
+            f"names {', '.join(twice)}, which target_modules has too; train a module whole, or "
+            "give it an adapter",
+        )
+
+
+def names(target: str, module: str) -> bool:
+    """Whether a name of the run file is that of a module: all of its dotted name, or the end."""
+    return module == target or module.endswith(f".{target}")
+
+
+def last(module: str) -> str:
+    """The last part of a dotted name."""
+    return module.rpartition(".")[2]
+
+
+def listed(modules: Mapping[str, object] | set[str]) -> str:
+    """The last names of the modules, each once."""
+    found = sorted({last(module) for module in modules})
+    more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+    return ", ".join(found[:MOST_NAMES]) + more

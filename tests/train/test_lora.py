@@ -1,0 +1,317 @@
+"""Adapters: they alone are trained and kept, alone, with DDP and with FSDP.
+
+Run as a script this file is one of the two workers (see `two_workers`).
+"""
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from raystill.base.errors import RunError
+from raystill.config.student import LoraConfig
+from raystill.model.adapters import adapter_problems
+from raystill.model.files import ModelFolder
+from raystill.train.checkpoint.checkpoint import (
+    load_tensors,
+    random_state,
+    read_snapshot,
+    require_base,
+    set_random_state,
+)
+from raystill.train.checkpoint.tensors import model_tensors
+from raystill.train.step.ranks import Ranks
+from raystill.train.student import lora
+from raystill.train.student.export import exported_state, round_weights
+from raystill.train.student.module import StudentModule
+from tests.support.tiny_student import (
+    flat,
+    join_workers,
+    make_row,
+    make_step,
+    parallel,
+    relative_error,
+    tiny_module,
+    training_config,
+    two_workers,
+    write_checkpoint,
+)
+
+# Rows of each step held by rank 0 and rank 1; rank 1 empty at step 1.
+SHARES = [(range(0, 9), range(9, 12)), (range(12, 17), ()), ((), range(17, 20))]
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+NORM = LoraConfig(rank=5, modules_to_save=("norm",))
+# name: (adapters, dtype of the frozen weights, dtype of what is trained)
+CASES = {
+    "tied": (LoraConfig(rank=5), F64, F64),
+    "norm trained whole": (NORM, F64, F64),
+    "two modules": (LoraConfig(rank=16, alpha=3.0, target_modules=("q_proj", "up_proj")), F64, F64),
+    "16-bit weights": (LoraConfig(rank=5), BF16, F32),
+}
+
+
+def start(case="tied", **kwargs):
+    """A student with adapters that change nothing yet."""
+    settings, base, trained = CASES[case] if isinstance(case, str) else (case, F64, F64)
+    model = tiny_module(dtype=F64, **kwargs).model.to(base)
+    model.base_identity = lora.base_identity(model)
+    torch.manual_seed(3)
+    lora.inject(model, settings, trained)
+    return StudentModule(model, BF16 if base == BF16 else None).train()
+
+
+class Training:
+    """A student of one of CASES under way, alone or as one of two workers."""
+
+    def __init__(self, case, strategy="alone", rank=0, **kwargs):
+        self.rank = None if strategy == "alone" else rank
+        self.inner = start(case, **kwargs)
+        module = self.inner if strategy == "alone" else parallel(self.inner, strategy)
+        self.step = make_step(module, training_config(), 1 if strategy == "alone" else 2)
+        self.model, self.optimizer = self.inner.model, self.step.optimizer
+
+    def run(self, *numbers):
+        for number in numbers:
+            share = SHARES[number]
+            rows = [*share[0], *share[1]] if self.rank is None else share[self.rank]
+            self.step.run(number, [make_row(i) for i in rows], has_more=True, stop=False)
+        return self
+
+    def trained(self):
+        return flat(lora.trained_tensors(self.model).values())
+
+    def logits(self):
+        batch = self.step.batches.make([make_row(i) for i in range(4)])
+        return self.inner.eval().logits(batch)
+
+
+def frozen(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adapters_begin_without_effect_and_are_all_that_changes(case):
+    settings, base, _ = CASES[case]
+    training = Training(case)
+    plain = StudentModule(tiny_module(dtype=F64).model.to(base), training.inner.compute_dtype)
+    batch = training.step.batches.make([make_row(i) for i in range(4)])
+    assert torch.equal(training.logits(), plain.eval().logits(batch))
+    before, untrained = frozen(training.model), training.trained()
+    training.inner.train()
+    training.run(0, 1, 2)
+    after = frozen(training.model)
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    assert (training.trained() - untrained).abs().max() > 1e-3
+    assert not torch.equal(training.logits(), plain.logits(batch))
+    names = lora.trained_tensors(training.model)
+    whole = {n for n in names if "lora_" not in n}
+    assert whole == ({"model.norm.modules_to_save.default.weight"} if settings is NORM else set())
+    assert {t.dtype for t in names.values()} == {CASES[case][2]}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_exported_weights_have_the_adapters_in_them(case):
+    training = Training(case).run(0, 1, 2)
+    plain = tiny_module(dtype=F64).model
+    state = exported_state(training.model, F64, keep=True)
+    assert state.keys() == plain.state_dict().keys()
+    plain.load_state_dict(state)
+    batch = training.step.batches.make([make_row(i) for i in range(4)])
+    merged = StudentModule(plain).eval().logits(batch)
+    bound = 0.02 if CASES[case][1] == BF16 else 1e-10
+    assert relative_error(training.logits(), merged) < bound
+
+
+def test_what_is_merged_in_place_is_what_is_exported_and_measured():
+    training = Training("norm trained whole").run(0, 1)
+    expected, logits = exported_state(training.model, F64, keep=True), training.logits()
+    lora.merge(training.model)
+    assert relative_error(training.logits(), logits) < 1e-10
+    for name, tensor in exported_state(training.model, F64, keep=True).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-12, atol=1e-12)
+    round_weights(training.model, BF16)
+    for name, tensor in exported_state(training.model, F64, keep=True).items():
+        assert torch.equal(tensor, tensor.to(BF16).to(F64)), name
+
+
+def test_a_checkpoint_has_the_adapters_alone_and_a_resumed_run_equals_an_undisturbed_one(tmp_path):
+    settings = LoraConfig(rank=5, dropout=0.3, modules_to_save=("norm",))
+    torch.manual_seed(11)
+    undisturbed = Training(settings).run(0)
+    state = random_state()
+    undisturbed.run(1, 2)
+
+    torch.manual_seed(11)
+    stopped = Training(settings).run(0)
+    write_checkpoint(stopped, tmp_path, Ranks())
+    resumed = Training(settings)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    load_tensors(folder, 1, resumed.model, resumed.optimizer)
+    set_random_state(state)
+    resumed.run(1, 2)
+    assert torch.equal(resumed.trained(), undisturbed.trained())
+    for one, other in zip(
+        resumed.optimizer.state.values(), undisturbed.optimizer.state.values(), strict=True
+    ):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all("lora_" in n or "modules_to_save" in n for n in model_tensors(resumed.model))
+    without = Training(LoraConfig(rank=5)).run(0)
+    with pytest.raises(ValueError, match="not this student"):
+        load_tensors(folder, 1, without.model, without.optimizer)
+
+
+def test_a_checkpoint_knows_the_weights_that_its_adapters_belong_to(tmp_path):
+    training = Training("tied")
+    identity = lora.identity_of_base(training.model)
+    other = tiny_module(dtype=F64).model
+    assert identity == lora.base_identity(other)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 4] += 1e-15
+    changed = lora.base_identity(other)
+    assert changed != identity
+    lora.merge(training.model)
+    assert lora.identity_of_base(training.model) == identity
+    write_checkpoint(training, tmp_path, Ranks())
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    snapshot = read_snapshot(folder)
+    require_base(snapshot, identity)
+    with pytest.raises(RunError, match="put back the files"):
+        require_base(snapshot, changed)
+    assert json.loads((folder / "state.json").read_text())["base"] == identity
+    with pytest.raises(RunError, match="worker 1 has"):
+        lora.require_same_base([identity, changed])
+    lora.require_same_base(None)
+
+
+WRONG = {
+    "a name that no module has": (
+        {"target_modules": ("q_prj", "v_proj")},
+        "target_modules",
+        "names q_prj, which no module is called; the linear modules of tiny are down_proj",
+    ),
+    "the output head": ({"target_modules": ("lm_head",)}, "target_modules", "modules_to_save"),
+    "a rank above that of a matrix": ({"rank": 17}, "rank", "set rank: 16 or less"),
+    "a tied head": ({"modules_to_save": ("lm_head",)}, "modules_to_save", "ties its embeddings"),
+    "a tied embedding": (
+        {"modules_to_save": ("model.embed_tokens",)},
+        "modules_to_save",
+        "ties its embeddings",
+    ),
+    "an unknown one to save": ({"modules_to_save": ("nrm",)}, "modules_to_save", "input_layernorm"),
+    "half a name": ({"modules_to_save": ("layernorm",)}, "modules_to_save", "no module is called"),
+    "one both whole and adapted": (
+        {"target_modules": ("q_proj",), "modules_to_save": ("q_proj",)},
+        "modules_to_save",
+        "target_modules has too",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_does_not_fit_the_model_is_said_before_and_after_it_is_loaded(tmp_path, wrong):
+    fields, where, text = WRONG[wrong]
+    model = tiny_module().model
+    model.save_pretrained(tmp_path / "tiny")
+    folder = ModelFolder("tiny", tmp_path / "tiny")
+    settings = LoraConfig(**fields)
+    ((field, message),) = adapter_problems(folder, settings)
+    assert field == where and text in message
+    with pytest.raises(RunError, match=rf"student\.lora\.{where}"):
+        lora.inject(copy.deepcopy(model), settings, F32)
+
+
+def test_what_fits_an_untied_model_has_no_problem(tmp_path):
+    model = tiny_module(tied=False).model
+    model.save_pretrained(tmp_path)
+    settings = LoraConfig(rank=16, modules_to_save=("norm", "lm_head", "embed_tokens", "q_proj"))
+    assert list(adapter_problems(ModelFolder("tiny", tmp_path), settings)) == []
+    lora.inject(model, settings, F32)
+    names = lora.trained_tensors(model)
+    assert {"lm_head.modules_to_save.default.weight"} < names.keys()
+    assert "model.layers.0.self_attn.q_proj.modules_to_save.default.weight" in names
+    assert not any("q_proj.lora" in name for name in names)
+
+
+def test_an_untied_head_that_is_trained_whole_is_the_one_that_the_loss_uses():
+    settings = LoraConfig(rank=5, modules_to_save=("lm_head",))
+    training = Training(settings, tied=False)
+    head = training.inner.head().weight
+    before = head.detach().clone()
+    training.run(0)
+    assert (head - before).abs().max() > 1e-3
+    state = exported_state(training.model, F64, keep=True)
+    assert torch.equal(state["lm_head.weight"], head)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    write_checkpoint(Training("tied").run(0), folder / "alone", Ranks())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return two_workers(__file__, folder)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_workers_train_the_adapters_as_one_does(ranks, case, strategy):
+    alone = Training(case).run(0, 1, 2)
+    state = exported_state(alone.model, F64, keep=True)
+    bound = 0.05 if CASES[case][1] == BF16 else 1e-9
+    for rank in ranks:
+        result = rank[case][strategy]
+        assert (result["trained"] - alone.trained()).abs().max() < bound
+        assert relative_error(result["merged"], flat(state.values())) < bound
+        assert result["exported"].keys() == (state.keys() if rank is ranks[0] else set())
+    for name, tensor in ranks[0][case][strategy]["exported"].items():
+        torch.testing.assert_close(tensor, state[name], rtol=bound, atol=bound)
+
+
+def test_a_checkpoint_of_adapters_is_read_by_other_numbers_of_workers(ranks, folder):
+    whole_run = Training("tied").run(0, 1, 2).trained()
+    (two,) = (folder / "fsdp" / "checkpoints").iterdir()
+    resumed = Training("tied")
+    load_tensors(two, read_snapshot(two).num_files, resumed.model, resumed.optimizer)
+    assert (resumed.run(1, 2).trained() - whole_run).abs().max() < 1e-10
+    for rank in ranks:
+        for strategy in ("ddp", "fsdp"):
+            assert (rank["resumed"][strategy] - whole_run).abs().max() < 1e-10
+    size = sum(path.stat().st_size for path in two.glob("model-*"))
+    full = tiny_module(dtype=F64).model
+    assert size < 0.6 * sum(p.numel() * 8 for p in full.parameters())
+
+
+def after_training(case, strategy, rank):
+    """What a worker has after all steps, as it is, exported, and merged in place."""
+    training = Training(case, strategy, rank).run(0, 1, 2)
+    trained = training.trained()
+    exported = exported_state(training.model, F64, keep=rank == 0)
+    lora.merge(training.model)
+    merged = flat(exported_state(training.model, F64, keep=True).values())
+    return {"trained": trained, "exported": exported, "merged": merged}
+
+
+def worker_main(rank, folder):
+    join_workers(rank, folder)
+    strategies = ("ddp", "fsdp")
+    results = {c: {s: after_training(c, s, rank) for s in strategies} for c in CASES}
+    write_checkpoint(Training("tied", "fsdp", rank).run(0), folder / "fsdp", Ranks(rank, 2))
+    (one,) = (folder / "alone" / "checkpoints").iterdir()
+    results["resumed"] = {}
+    for strategy in strategies:
+        training = Training("tied", strategy, rank)
+        load_tensors(one, 1, training.model, training.optimizer)
+        results["resumed"][strategy] = training.run(1, 2).trained()
+    torch.save(results, folder / f"{rank}.pt")
+    os._exit(0)  # The results are written, and shutting gloo down hangs now and then.
+
+
+if __name__ == "__main__":
+    worker_main(int(sys.argv[1]), Path(sys.argv[2]))
