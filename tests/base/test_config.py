@@ -231,6 +231,9 @@ def test_identity_holds_what_makes_a_run_and_nothing_operational() -> None:
     of_a_choice = {"student.layers.keep", "student.layers.by"}
     of_a_ramp = {f"policy.student_share.{name}" for name in ("start", "to", "over_steps")}
     marked -= of_a_ramp  # A plain share has none of these.
+    of_adapters = {name for name in marked if name.startswith("student.lora.")}
+    assert "student.lora.base_dtype" in of_adapters
+    marked -= of_adapters  # It has no adapters.
     assert set(identity) == marked - of_a_choice  # Of these it has none: it names the layers.
     choice = {**SMALL, "student": {"layers": {"keep": 2}}}
     chosen = identity_fields(RunConfig.model_validate(choice))
