@@ -18,19 +18,17 @@ so that help, completion and refusals come at once.
 """
 
 import os
-import select
 import shlex
 import sys
-import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn, TextIO
+from typing import Annotated, NoReturn
 
 import typer
 
 from raystill import __version__
 from raystill.base import formatting
+from raystill.base.console import nobody_reads, unexpected
 from raystill.base.errors import ConfigError, RunError, print_problems, shown
 from raystill.base.redact import redact, redact_uncaught_errors
 from raystill.cluster.commands import options
@@ -115,7 +113,7 @@ def run(
     from raystill.cluster.job.watch import watch
     from raystill.cluster.lineage.papers import leave_papers
     from raystill.cluster.report import summary, tables
-    from raystill.cluster.report.page.during import close_page
+    from raystill.cluster.report.page.during import close_page, failure_recorded
     from raystill.cluster.report.trackers import Trackers
 
     if manifest.is_finished(folder, config.training.epochs):
@@ -123,7 +121,11 @@ def run(
         tables.print_report(folder)
         return 0
     say(prepared.describe())
-    with hold_run_folder(folder), Trackers(config.output, folder, say) as trackers:
+    with (
+        hold_run_folder(folder),
+        Trackers(config.output, folder, say) as trackers,
+        failure_recorded(folder, say),
+    ):
         prepared.fetch_models()
         if problems := manifest.check_same_teacher(folder, prepared):
             return refuse(problems)
@@ -351,28 +353,6 @@ def call(argv: Sequence[str] | None) -> int:
     except Exception as error:  # A mistake of ours, or something that nobody thought of.
         print(f"error: {unexpected(error)}", file=sys.stderr)
     return EXIT_FAILED
-
-
-def unexpected(error: Exception) -> str:
-    """A sentence on an error that has none; its traceback is in a file that the sentence names."""
-    text = redact("".join(traceback.format_exception(error)))
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="raystill-", suffix=".log", delete=False, errors="backslashreplace"
-    ) as file:
-        file.write(text)
-    reason = shown(f"{type(error).__name__}: {error}")
-    return f"unexpected: {reason}; the whole story is in {file.name}, please report it"
-
-
-def nobody_reads(stream: TextIO) -> bool:
-    """Whether the stream is a pipe whose reader has closed it, as ``| head -1`` does."""
-    try:
-        descriptor = stream.fileno()
-    except OSError:  # A test's stand-in.
-        return False
-    poll = select.poll()
-    poll.register(descriptor, 0)  # Of no event: an error is reported always.
-    return bool(poll.poll(0))
 
 
 def leave(code: int) -> NoReturn:

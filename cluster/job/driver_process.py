@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from raystill.base.errors import RunError
+from raystill.base.errors import RunInUseError
 from raystill.base.run_folder import RunFolder
 
 LOCK = "driver.lock"  # In the log folder.
@@ -25,7 +25,7 @@ POLL_S = 0.5
 
 @contextmanager
 def hold_run_folder(folder: RunFolder) -> Iterator[None]:
-    """Lock a local run folder. Raises RunError where another process has it, and names that one."""
+    """Lock a local run folder. Raises RunInUseError where another process has it, naming that."""
     if folder.local is None:
         yield
         return
@@ -37,7 +37,7 @@ def hold_run_folder(folder: RunFolder) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise RunError(in_use(folder, lock.read().strip() or "another process")) from None
+            raise RunInUseError(in_use(folder, lock.read().strip() or "another process")) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {platform.node()}\n")
         lock.flush()
@@ -47,7 +47,7 @@ def hold_run_folder(folder: RunFolder) -> Iterator[None]:
 def unique_actor(start: Callable[[], Any], folder: RunFolder) -> Any:
     """The actor that ``start`` makes under its name, as soon as no other actor has that name.
 
-    Ray raises ValueError for a name that is taken. Raises RunError where it stays taken.
+    Ray raises ValueError for a name that is taken. Raises RunInUseError where it stays taken.
     """
     deadline = time.monotonic() + NAME_WAIT_S
     while True:
@@ -55,7 +55,7 @@ def unique_actor(start: Callable[[], Any], folder: RunFolder) -> Any:
             return start()
         except ValueError as error:
             if time.monotonic() > deadline:
-                raise RunError(in_use(folder, "another driver on this cluster")) from error
+                raise RunInUseError(in_use(folder, "another driver on this cluster")) from error
             time.sleep(POLL_S)
 
 

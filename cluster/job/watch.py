@@ -110,11 +110,8 @@ def watch(
         student.start()
         try:
             snapshot = watcher.watch(teacher, student)
-            page.wait()
-        except BaseException as error:
-            page.failed(error)
-            raise
         finally:
+            page.wait()
             run.coordinator.close.remote()
             app.shutdown()
     return RunResult(

@@ -48,6 +48,10 @@ class RunError(Exception):
     """A run cannot go on, for a reason that its owner can remove. Shown without a traceback."""
 
 
+class RunInUseError(RunError):
+    """Another driver is at work on the run: its folder is that driver's to write."""
+
+
 MOST_PROBLEMS = 20
 LONGEST_PROBLEM = 600
 

@@ -2,17 +2,23 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raystill.base.errors import RunError
+from raystill.base.errors import RunError, RunInUseError
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.report.page.curves import MOST_POINTS, Curve
-from raystill.cluster.report.page.during import ALIVE_S, LivePage, close_page, record_state
+from raystill.cluster.report.page.during import (
+    ALIVE_S,
+    LivePage,
+    close_page,
+    failure_recorded,
+    record_state,
+)
 from raystill.cluster.report.page.html import element, escape, readable
 from raystill.cluster.report.page.page import page, write_page
 from raystill.cluster.report.page.read import RunReader
@@ -251,7 +257,7 @@ def test_the_page_says_what_became_of_the_run(
     live.wait()
     text = folder.read_text("report.html")
     assert "running" in Outline(text).text and 'http-equiv="refresh"' in text
-    live.failed(ValueError("no space is left for <the store>"))
+    fail(folder, ValueError("no space is left for <the store>"), told.append)
     text = folder.read_text("report.html")
     assert "failed; the same command resumes it" in text
     assert "no space is left for &lt;the store&gt;" in text and "refresh" not in text
@@ -260,6 +266,32 @@ def test_the_page_says_what_became_of_the_run(
     close_page(folder, stopped=False, tell=told.append)
     assert "finished" in Outline(folder.read_text("report.html")).text
     assert told == []
+
+
+def fail(
+    folder: RunFolder, error: BaseException, tell: Callable[[str], None] = lambda _: None
+) -> None:
+    """Let a run end with this error."""
+    with pytest.raises(type(error)), failure_recorded(folder, tell):
+        raise error
+
+
+def test_a_run_that_fails_before_anything_else_has_its_reason_on_a_page(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "new"))
+    folder.ensure()
+    told: list[str] = []
+    fail(folder, RunError("no Ray cluster answers at 10.0.0.1:6379"), told.append)
+    assert json.loads(folder.read_text("status.json"))["state"] == "failed"
+    assert "no Ray cluster answers at 10.0.0.1:6379" in folder.read_text("report.html")
+    fail(folder, KeyboardInterrupt(), told.append)
+    assert json.loads(folder.read_text("status.json"))["state"] == "stopped"
+    assert told == []
+
+
+def test_a_second_driver_leaves_the_state_of_the_first_alone(folder: RunFolder) -> None:
+    LivePage(folder, print)
+    fail(folder, RunInUseError("the run is under way on another machine"))
+    assert RunReader(folder).read().state == "running" and not folder.exists("report.html")
 
 
 def test_a_run_whose_driver_was_killed_is_not_running_for_ever(folder: RunFolder) -> None:
@@ -286,9 +318,10 @@ def test_a_page_that_cannot_be_written_is_told_once_and_ends_nothing(
         now[0] += 100.0
         live.look()
         live.wait()
-    live.failed(RunError("the run's own error"))
-    close_page(folder, stopped=False, tell=lambda _: None)
     assert len(told) == 1 and "No space left" in told[0]
+    fail(folder, RunError("the run's own error"), told.append)
+    close_page(folder, stopped=False, tell=told.append)
+    assert len(told) == 3
 
 
 def test_the_main_thread_does_not_wait_for_a_page_and_an_old_one_replaces_no_later_one(
@@ -311,8 +344,8 @@ def test_the_main_thread_does_not_wait_for_a_page_and_an_old_one_replaces_no_lat
     live.look()  # Returns though the first is not done, and starts no second one.
     assert began.wait(20) and not folder.exists("report.html")
     threading.Timer(0.3, go.set).start()
-    live.failed(RunError("the end"))
     live.wait()
+    fail(folder, RunError("the end"))
     assert "failed" in Outline(folder.read_text("report.html")).text
 
 

@@ -8,8 +8,10 @@ said once and never ends a run.
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from raystill.base.errors import RunInUseError
 from raystill.base.redact import redact
 from raystill.base.run_folder import REPORT, STATUS, RunFolder
 from raystill.cluster.report.page.page import page, write_page
@@ -26,7 +28,7 @@ ALIVE_S = 300.0
 class LivePage:
     """Writes a run's page beside the driver's main thread, which must stay free to see signals.
 
-    ``tell`` is told once what goes wrong. ``look``, ``wait`` and ``failed`` are the main thread's.
+    ``tell`` is told once what goes wrong. ``look`` and ``wait`` are the main thread's.
     """
 
     def __init__(
@@ -59,13 +61,6 @@ class LivePage:
         if self._thread is not None:
             self._thread.join()
 
-    def failed(self, error: BaseException) -> None:
-        """Record that the run failed, and write its last page."""
-        self.wait()
-        said = redact(str(error) or type(error).__name__)[:LONGEST_ERROR]
-        self._try(lambda: record_state(self._folder, "failed", error=said))
-        self._try(self._write)
-
     def _work(self) -> None:
         began = self._clock()
         self._try(self._write)
@@ -87,6 +82,30 @@ class LivePage:
             if not self._told:
                 self._told = True
                 self._tell(not_written(error))
+
+
+@contextmanager
+def failure_recorded(folder: RunFolder, tell: Callable[[str], None]) -> Iterator[None]:
+    """Record that the run failed, and write its page, if the block raises; from its first moment.
+
+    A Ctrl-C before anything listens for signals is recorded as a stop. Nothing is recorded where
+    another driver is at work on the run.
+    """
+    try:
+        yield
+    except RunInUseError:
+        raise
+    except BaseException as error:
+        said = redact(str(error) or type(error).__name__)[:LONGEST_ERROR]
+        try:
+            if isinstance(error, KeyboardInterrupt):
+                record_state(folder, "stopped")
+            else:
+                record_state(folder, "failed", error=said)
+            folder.write_text(REPORT, page([RunReader(folder).read()]))
+        except Exception as also:
+            tell(not_written(also))
+        raise
 
 
 def close_page(folder: RunFolder, stopped: bool, tell: Callable[[str], None]) -> None:
