@@ -34,6 +34,7 @@ from raystill.config.run import RunConfig
 from raystill.datasets.filters.function import hashes_of, read_functions
 from raystill.datasets.prompts.files import prompt_sources, would_read
 from raystill.datasets.prompts.tables import PromptTables
+from raystill.datasets.rows.schema import STUDENT_PROMPT
 from raystill.datasets.rows.signal import signal_of
 from raystill.datasets.store.store import SEGMENTS
 from raystill.model.files import ModelFolder
@@ -176,7 +177,8 @@ def check_same_prompts(folder: RunFolder, train: pa.Table, setting: str) -> list
     before = _table_of(folder, TRAIN_PROMPTS)
     if isinstance(before, Problem):
         return [before]
-    shared = [n for n in ("prompt_ids", "source", "response_ids") if n in before.column_names]
+    names = ("prompt_ids", "source", "response_ids", STUDENT_PROMPT)
+    shared = [n for n in names if n in before.column_names and n in train.column_names]
     if before.select(shared).combine_chunks().equals(train.select(shared).combine_chunks()):
         return []
     dated = ""

@@ -245,6 +245,7 @@ class StaticCheck:
             return None
         self.problems += check_dropped(config, tables, longest, context)
         self.problems += check_answers_fit(config, tables, student)
+        self.problems += check_written_fit(config, tables, context)
         self.notices += truncation_notices(config, tables, teacher)
         self.notices += api_notices(config, tables)
         self.notices += tokeniser.notices()
@@ -336,15 +337,33 @@ def check_answers_fit(
     if student is None or config.student.init == "from_teacher":
         return
     limit = student.context_tokens
-    longest = tables.longest_row(config.teacher.sampling.max_tokens)
-    if config.teacher.max_model_len is not None:
-        longest = min(longest, config.teacher.max_model_len)
+    most = config.teacher.max_model_len or UNBOUNDED
+    longest = tables.longest_row(config.teacher.sampling.max_tokens, most)
     if limit is not None and longest > limit:
         yield Problem(
             "student.model",
             f"{student.name} takes at most {limit} tokens, but a prompt with its answer can have "
             f"{longest}; set teacher.max_model_len: {limit}, or lower prompts.max_prompt_tokens or "
             "teacher.sampling.max_tokens",
+        )
+
+
+def check_written_fit(config: RunConfig, tables: PromptTables, context: int) -> Iterator[Problem]:
+    """Can a teacher with prompts of its own read whatever the student writes?
+
+    With the same prompts the sampler has the teacher's context, which cuts what is too long.
+    """
+    if not (config.policy.enabled and config.prompts.teacher_sees_more):
+        return
+    longest, most = tables.longest_prompt_tokens, config.policy.max_tokens
+    most = most or config.teacher.sampling.max_tokens
+    if longest + most > context:
+        yield Problem(
+            "policy.max_tokens",
+            f"is {most}, and the longest prompt ({longest} tokens) leaves room for "
+            f"{context - longest} in the teacher's context of {context}, so that it could not "
+            f"score what the student writes; set policy.max_tokens: {context - longest}, or raise "
+            "teacher.max_model_len where the model allows",
         )
 
 

@@ -32,12 +32,16 @@ class StudentAnswers:
         self._student = student
         self._teacher = teacher
 
-    async def sample(self, prompt_ids: pa.Array) -> pa.Table:
+    async def sample(
+        self, prompt_ids: pa.Array, student_prompt_ids: pa.Array | None = None
+    ) -> pa.Table:
         """The student's responses with the teacher's signal, in the order of the prompts.
 
+        student_prompt_ids: what the student reads, where that is not what the teacher does.
         A row that the student could not answer, or the teacher not score, has its error.
         """
-        written = await self._student.sample(prompt_ids)
+        own = prompt_ids if student_prompt_ids is None else student_prompt_ids
+        written = await self._student.sample(own)
         facts = json.loads((written.schema.metadata or {}).get(ENGINE, b"{}"))
         version = facts.get(POLICY_VERSION, 0)  # Without facts no row is usable.
         scored = await self._teacher.score(prompt_ids, written["response_ids"].combine_chunks())

@@ -56,6 +56,7 @@ class PromptSource:
     source_field: str
     limit: int | None
     columns: tuple[str, ...] = ()
+    teacher_messages_field: str | None = None
 
     def problem(self, message: str) -> Problem:
         """A problem of its ``path``."""
@@ -82,6 +83,7 @@ def prompt_sources(prompts: PromptsConfig, columns: Sequence[str] = ()) -> list[
             source_field=prompts.source_field,
             limit=own.limit,
             columns=tuple(columns),
+            teacher_messages_field=own.teacher_messages_field or prompts.teacher_messages_field,
         )
 
     if prompts.sources is None:

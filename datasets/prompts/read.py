@@ -32,6 +32,7 @@ class RawPrompt:
     Exactly one of ``text`` and ``messages`` is set. ``source`` is the name of its source; ``where``
     the file and line. ``response`` is the given response, which the teacher only scores; None where
     the teacher answers. ``fields`` is the whole row; None where nobody asked for it.
+    ``teacher_messages``: what the teacher reads instead; None: the same as the student.
     """
 
     text: str | None
@@ -41,6 +42,7 @@ class RawPrompt:
     response: str | None = None
     columns: tuple[str | None, ...] = ()
     fields: dict[str, Any] | None = None
+    teacher_messages: list[dict[str, Any]] | None = None
 
 
 class BrokenRow(ValueError):
@@ -141,6 +143,7 @@ def _encodable(prompt: RawPrompt) -> RawPrompt:
         prompt.messages,
         prompt.source,
         prompt.response,
+        prompt.teacher_messages,
     )  # All else is kept as JSON.
     try:
         "".join(_texts(said)).encode()
@@ -167,7 +170,8 @@ def _texts(value: Any) -> Iterator[str]:
 
 def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
     """A row as a prompt. Raises BrokenRow."""
-    if isinstance(row, str) and source.response_field is None:
+    plain = source.response_field is None and source.teacher_messages_field is None
+    if isinstance(row, str) and plain:
         none = (None,) * len(source.columns)
         return RawPrompt(row, None, source.name or DEFAULT_SOURCE, where, None, none)
     if not isinstance(row, dict):
@@ -179,10 +183,12 @@ def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
     messages, text = row.get(source.messages_field), row.get(source.prompt_field)
     if isinstance(text, list):  # Chat messages under the name of the prompt.
         messages, text = messages or text, None
+    more = _teacher_messages(row, source)
     if messages is not None:
-        return RawPrompt(None, as_messages(messages), name, where, response, columns)
+        messages = as_messages(messages)
+        return RawPrompt(None, messages, name, where, response, columns, None, more)
     if isinstance(text, str):
-        return RawPrompt(text, None, name, where, response, columns)
+        return RawPrompt(text, None, name, where, response, columns, None, more)
     if text is None:
         keys = ", ".join(str(key) for key in list(row)[:12])
         raise BrokenRow(
@@ -214,6 +220,23 @@ def _response(row: dict[str, Any], source: PromptSource) -> str | None:
     if not isinstance(response, str | None):
         raise BrokenRow(f"{source.response_field!r} is {_short(response)}; expected text")
     return response or ""
+
+
+def _teacher_messages(row: dict[str, Any], source: PromptSource) -> list[dict[str, Any]] | None:
+    """The chat that the teacher reads; None where it reads the student's prompt."""
+    field = source.teacher_messages_field
+    if field is None:
+        return None
+    if field not in row:
+        keys = ", ".join(str(key) for key in list(row)[:12])
+        raise BrokenRow(
+            f"has no {field!r} (it has: {keys}); set {source.where}.teacher_messages_field to the "
+            "field to use, or the row's to null for the teacher to read the student's prompt"
+        )
+    try:
+        return None if row[field] is None else as_messages(row[field])
+    except BrokenRow as error:
+        raise BrokenRow(f"{field!r}: {error}") from None
 
 
 def as_messages(messages: Any) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.config.prompts import PromptsConfig
+from raystill.datasets.prompts.context import teacher_view
 from raystill.datasets.prompts.read import RawPrompt
 from raystill.model.sampling import resolve_sampling
 
@@ -38,13 +39,17 @@ UNBOUNDED = 2**31 - 1
 class UsablePrompts:
     """The prompts that were read, tokenised; lists have an item for each, in the order read.
 
-    ``ids``: prompt tokens, int32 [P]. ``responses``: int32 [T] where one is given, else None.
+    ``ids``: the teacher's prompt tokens, int32 [P]. ``student_ids``: the student's; the same list
+    where the teacher sees no more. ``views``: the prompts as the teacher reads them.
+    ``responses``: int32 [T] where one is given, else None.
     ``kept``: indices of the prompts that are usable and no duplicates. ``dropped`` counts the
     unusable ones by reason, and ``first_dropped`` says where the first of each is.
     """
 
     raws: list[RawPrompt]
+    views: list[RawPrompt]
     ids: list[np.ndarray]
+    student_ids: list[np.ndarray]
     responses: Sequence[np.ndarray | None]
     kept: list[int] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
@@ -67,24 +72,31 @@ def sort_prompts(
 
     A duplicate has the prompt and the given response of an earlier row, or its prompt is in a
     held-out source too: that must not be trained on, whichever is read first and whatever response
-    is given.
+    is given. Where the teacher sees more, rows with the same prompt of the teacher's are
+    duplicates, held out are prompts of the student's, and both must be within the limits.
     """
-    ids = tokeniser.encode_many(raws)
-    usable = UsablePrompts(raws, ids, _encode_responses(raws, config, tokeniser))
+    own = tokeniser.encode_many(raws)
+    views, ids = raws, own
+    if config.prompts.teacher_sees_more:
+        views = [teacher_view(raw, config.prompts) for raw in raws]
+        ids = tokeniser.encode_many(views)
+    usable = UsablePrompts(raws, views, ids, own, _encode_responses(raws, config, tokeniser))
     sources = set(config.evaluation.held_out_sources)
-    held_out = {digest_of(ids[i]) for i, raw in enumerate(raws) if raw.source in sources}
+    held_out = {digest_of(own[i]) for i, raw in enumerate(raws) if raw.source in sources}
     seen: set[bytes] = set()
     for index, (prompt, response) in enumerate(zip(ids, usable.responses, strict=True)):
-        reason = _why_unusable(prompt, response, max_prompt_tokens, context_tokens)
+        limits = (max_prompt_tokens, context_tokens)
+        reason = _why_unusable(prompt, response, *limits)
+        reason = reason or _why_unusable(own[index], response, *limits)
         reason = "empty" if _is_blank(raws[index]) else reason
         if reason is not None:
             usable.dropped[reason] += 1
-            tokens = len(prompt) + (0 if response is None else len(response))
+            tokens = max(len(prompt), len(own[index])) + (0 if response is None else len(response))
             usable.first_dropped.setdefault(reason, f"{raws[index].where}: {tokens} tokens")
             continue
         digest = digest_of(prompt, response)
         trained = raws[index].source not in sources
-        if digest in seen or (held_out and trained and digest_of(prompt) in held_out):
+        if digest in seen or (held_out and trained and digest_of(own[index]) in held_out):
             usable.duplicates += 1
             continue
         seen.add(digest)

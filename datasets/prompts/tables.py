@@ -6,7 +6,7 @@ writes the tables as Parquet files into the run folder; the stream reads them th
 
 import difflib
 import json
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raystill.base.errors import ConfigError, Problem, config_error
@@ -44,7 +42,14 @@ from raystill.datasets.rows.keys import (
     given_keys,
     prompt_digest,
 )
-from raystill.datasets.rows.schema import KEY_BYTES, PROMPT_SCHEMA, TOKEN_IDS
+from raystill.datasets.rows.schema import (
+    CONTEXT_SCHEMA,
+    KEY_BYTES,
+    PROMPT_SCHEMA,
+    STUDENT_PROMPT,
+    TOKEN_IDS,
+    student_prompts,
+)
 
 if TYPE_CHECKING:
     from raystill.config.run import RunConfig
@@ -52,10 +57,6 @@ if TYPE_CHECKING:
 
 MIN_ROW_GROUP = 1024  # rows; with smaller groups the footer of the Parquet file gets long
 ROWS_PER_CHUNK = 100_000  # a chunk's list offsets have 32 bits, so its tokens must be fewer
-COLUMNS = ("row", "source", "prompt_ids", "response_ids")
-"""What the stream reads of a row; the keys are read apart, all at once."""
-CACHE_BYTES = 256 << 20
-"""Size of the decoded Parquet row groups that a ``PromptReader`` keeps in memory."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class PromptTables:
 
     ``messages`` has the chat of each prompt, as JSON, by the digest of its ids; with an API teacher
     only, which is asked in words.
+
+    With ``prompts.teacher_sees_more`` the prompt ids are the teacher's, and there is the column
+    ``student_prompt_ids``.
 
     ``columns`` has the fields that filters read, by training row; None where they read none.
 
@@ -100,10 +104,18 @@ class PromptTables:
         """
         return int(pc.sum(_lengths(getattr(self, name), max_tokens)[1]).as_py() or 0)
 
-    def longest_row(self, max_tokens: int) -> int:
-        """Tokens of the longest prompt with its given response, or with one of ``max_tokens``."""
-        both = (_lengths(table, max_tokens) for table in (self.train, self.held_out))
-        return max(pc.max(pc.add(*lengths)).as_py() or 0 for lengths in both)
+    def longest_row(self, max_tokens: int, context_tokens: int = UNBOUNDED) -> int:
+        """Tokens of the student's longest prompt with its given response, or with one of at most
+        ``max_tokens``, which the teacher's prompt may leave less room in ``context_tokens``.
+        """
+        longest = 0
+        for table in (self.train, self.held_out):
+            prompts, responses = _lengths(table, max_tokens)
+            room = pc.subtract(pa.scalar(context_tokens, pa.int64()), prompts)
+            own = pc.list_value_length(student_prompts(table)).cast(pa.int64())
+            most = pc.add(own, pc.min_element_wise(responses, room))
+            longest = max(longest, pc.max(most).as_py() or 0)
+        return longest
 
     @property
     def longest_asked_prompt(self) -> int | None:
@@ -140,7 +152,7 @@ class PromptTables:
         """Write both tables; a Parquet row group holds a whole number of the stream's groups."""
         size = max(group_rows, MIN_ROW_GROUP // group_rows * group_rows)
         for name, table in ((TRAIN_PROMPTS, self.train), (HELD_OUT_PROMPTS, self.held_out)):
-            assert table.schema.equals(PROMPT_SCHEMA), f"{name} has no keys yet: call with_keys"
+            assert table.schema.equals(_schema(table)), f"{name} has no keys yet: call with_keys"
             folder.write_table(name, table, row_group_size=size)
         if self.messages is not None:
             folder.write_table(MESSAGES, self.messages)
@@ -168,7 +180,7 @@ def build_prompt_tables(
     kept = usable.kept
     if not kept:
         raise config_error(config.prompts.files_setting, _none_usable(usable, max_prompt_tokens))
-    prompts = [digest_of(usable.ids[index]) for index in kept]
+    prompts = [digest_of(usable.student_ids[index]) for index in kept]
     train, held_out = split_rows(config, [raws[index].source for index in kept], prompts, raws)
     asked = samples_asked(
         config.prompts,
@@ -184,7 +196,9 @@ def build_prompt_tables(
         duplicates=usable.duplicates,
         first_dropped=usable.first_dropped,
         num_read=len(raws),
-        longest_prompt_tokens=max((len(usable.ids[i]) for i in kept), default=0),
+        longest_prompt_tokens=max(
+            (len(ids[i]) for i in kept for ids in (usable.ids, usable.student_ids)), default=0
+        ),
         samples=samples,
         messages=_messages(tokeniser, usable) if config.teacher.engine == "api" else None,
         columns=filter_columns(config, [raws[kept[i]] for i in train], rows),
@@ -207,7 +221,7 @@ def _none_usable(usable: UsablePrompts, max_prompt_tokens: int) -> str:
 def _messages(tokeniser: "PromptTokeniser", usable: UsablePrompts) -> pa.Table:
     """The chats of the usable prompts, one for each different list of ids."""
     chats = {
-        prompt_digest(usable.ids[i]): json.dumps(tokeniser.messages(usable.raws[i]))
+        prompt_digest(usable.ids[i]): json.dumps(tokeniser.messages(usable.views[i]))
         for i in usable.kept
     }
     columns = [pa.array(list(chats), pa.binary(KEY_BYTES)), pa.array(list(chats.values()))]
@@ -305,8 +319,15 @@ def _table(indices: Sequence[int], usable: UsablePrompts) -> pa.Table:
         "source": pa.array([usable.raws[i].source for i in indices], pa.string()),
         "response_ids": lists(usable.responses),
     }
-    without_key = pa.schema([field for field in PROMPT_SCHEMA if field.name != "key"])
-    return pa.table(columns, schema=without_key)
+    if usable.student_ids is not usable.ids:
+        columns[STUDENT_PROMPT] = lists(usable.student_ids)
+    schema = CONTEXT_SCHEMA if STUDENT_PROMPT in columns else PROMPT_SCHEMA
+    return pa.table(columns, schema=pa.schema([f for f in schema if f.name != "key"]))
+
+
+def _schema(table: pa.Table) -> pa.Schema:
+    """The schema that a prompt table has once it has its keys."""
+    return CONTEXT_SCHEMA if STUDENT_PROMPT in table.column_names else PROMPT_SCHEMA
 
 
 def _token_lists(rows: list[np.ndarray | None]) -> pa.ListArray:
@@ -337,7 +358,7 @@ def _with_keys(
     prompts, responses = (_ids(table[name], rows) for name in ("prompt_ids", "response_ids"))
     keys[rows] = given_keys(*asked[:3], prompts, responses, engine)
     column = pa.array(keys, PROMPT_SCHEMA.field("key").type)
-    return table.append_column(PROMPT_SCHEMA.field("key"), column).select(PROMPT_SCHEMA.names)
+    return table.append_column(PROMPT_SCHEMA.field("key"), column).select(_schema(table).names)
 
 
 def _ids(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> Iterator[np.ndarray]:
@@ -345,56 +366,3 @@ def _ids(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> Iterator[np.ndarra
     for start in range(0, len(rows), ROWS_PER_CHUNK):
         part = column.take(pa.array(rows[start : start + ROWS_PER_CHUNK]))
         yield from (row.values.to_numpy() for row in part)
-
-
-def open_table(path: str) -> pq.ParquetFile:
-    """Open a Parquet file by path or URI."""
-    if "://" in path:
-        filesystem, path = pafs.FileSystem.from_uri(path)
-    else:
-        filesystem = pafs.LocalFileSystem()
-    return pq.ParquetFile(filesystem.open_input_file(path))
-
-
-class PromptReader:
-    """Reads rows of a prompt table by their numbers, with the last used row groups in memory.
-
-    ``columns``: those to read, ``row`` among them; None: all.
-    """
-
-    def __init__(self, path: str, columns: Sequence[str] | None = COLUMNS) -> None:
-        self._file = open_table(path)
-        self._columns = None if columns is None else list(columns)
-        metadata = self._file.metadata
-        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-        self._held: OrderedDict[int, pa.Table] = OrderedDict()
-        self._held_bytes = 0
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the table."""
-        return int(self._starts[-1])
-
-    def take(self, rows: NDArray[np.int64]) -> pa.Table:
-        """The rows with these numbers, in this order."""
-        group_of_row = np.searchsorted(self._starts, rows, side="right") - 1
-        groups = np.unique(group_of_row)
-        parts = [self._row_group(int(group)) for group in groups]
-        # Where each row is in the concatenated parts.
-        before = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
-        index = before[np.searchsorted(groups, group_of_row)] + rows - self._starts[group_of_row]
-        taken = pa.concat_tables(parts).take(pa.array(index))
-        numbers = taken["row"].to_numpy()
-        assert np.array_equal(numbers, rows), f"asked for rows {rows}, the table has {numbers}"
-        return taken.combine_chunks()
-
-    def _row_group(self, index: int) -> pa.Table:
-        if index not in self._held:
-            part = self._file.read_row_group(index, self._columns)
-            self._held[index] = part
-            self._held_bytes += part.nbytes
-            while len(self._held) > 1 and self._held_bytes > CACHE_BYTES:
-                self._held_bytes -= self._held.popitem(last=False)[1].nbytes
-        self._held.move_to_end(index)
-        return self._held[index]

@@ -43,6 +43,20 @@ PROMPT_SCHEMA = pa.schema(
 and does not write one of its own.
 """
 
+STUDENT_PROMPT = "student_prompt_ids"
+"""Column of prompts that the student reads otherwise than the teacher, whose is ``prompt_ids``: [P]
+ids. Only tables of runs whose teacher sees more have it."""
+CONTEXT_SCHEMA = PROMPT_SCHEMA.append(pa.field(STUDENT_PROMPT, TOKEN_IDS, nullable=False))
+"""PROMPT_SCHEMA of such a run."""
+
+
+def student_prompts(prompts: pa.Table) -> pa.ChunkedArray:
+    """The prompt that the student reads, of each row of a prompt table or of a group."""
+    if STUDENT_PROMPT not in prompts.column_names:
+        return prompts["prompt_ids"]
+    own = prompts[STUDENT_PROMPT]
+    return prompts["prompt_ids"] if own.null_count == len(own) else own
+
 
 def signal_fields(signal: Signal) -> list[pa.Field]:
     """Columns that a signal adds to an answer. Each is a list of T entries.

@@ -17,9 +17,15 @@ import ray
 from raystill.base.errors import RunError
 from raystill.base.logs import log_labelled, run_name
 from raystill.datasets.policy.calls import StudentAnswers, with_versions
-from raystill.datasets.prompts.tables import open_table
+from raystill.datasets.prompts.reader import open_table
 from raystill.datasets.rows.answers import require_none_fatal, with_foreign_ids
-from raystill.datasets.rows.schema import FILTERED, POLICY_VERSION, row_schema
+from raystill.datasets.rows.schema import (
+    FILTERED,
+    POLICY_VERSION,
+    STUDENT_PROMPT,
+    row_schema,
+    student_prompts,
+)
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream.answers import StoredAnswers
@@ -127,7 +133,7 @@ class AnswerGroup:
         return await self._written.get(prompts, self._answers)
 
     def _join(self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array) -> pa.Table:
-        columns = {**_columns(prompts), **_columns(answers)}
+        columns = {**_columns(prompts), "prompt_ids": student_prompts(prompts), **_columns(answers)}
         rows = pa.table([columns[name] for name in self._schema.names], schema=self._schema)
         if reasons.null_count < len(reasons):
             rows = rows.filter(pc.is_null(reasons))
@@ -203,7 +209,8 @@ class StudentWritten:
 async def get_from(answers: StoredAnswers, prompts: pa.Table) -> tuple[pa.Table, dict[str, float]]:
     """The answers of ``prompts`` from the store or from who answers for it."""
     ids, given = (prompts[n].combine_chunks() for n in ("prompt_ids", "response_ids"))
-    return await answers.get(prompts["row"].to_numpy(), ids, given)
+    own = student_prompts(prompts).combine_chunks()
+    return await answers.get(prompts["row"].to_numpy(), ids, given, own)
 
 
 def dropped_reasons(answers: pa.Table, on_truncated: str) -> pa.Array:
@@ -224,7 +231,7 @@ def with_foreign(
     """The same reasons, and ``foreign_id`` where the student has no embedding for an id."""
     if num_ids is None:
         return reasons
-    foreign = with_foreign_ids(prompts["prompt_ids"], num_ids)
+    foreign = with_foreign_ids(student_prompts(prompts), num_ids)
     foreign |= with_foreign_ids(answers["response_ids"], num_ids)
     return _or_reason(reasons, pa.array(foreign), FOREIGN)
 
@@ -238,7 +245,7 @@ def _or_reason(reasons: pa.Array, where: pa.Array, reason: str) -> pa.Array:
 def unpack_group(block: pa.Table) -> pa.Table:
     """The rows of a one-row group block: position, row, epoch, source, prompt and response ids."""
     assert len(block) == 1, f"a group is one row, but the block has {len(block)}"
-    names = ("position", "row", "source", "prompt_ids", "response_ids")
+    names = ("position", "row", "source", "prompt_ids", "response_ids", STUDENT_PROMPT)
     columns = {name: block[name].combine_chunks().flatten() for name in names}
     epoch = pa.array([block["epoch"][0].as_py()] * len(columns["row"]), pa.int32())
     return pa.table({**columns, "epoch": epoch})

@@ -27,7 +27,13 @@ from raystill.datasets.rows.answers import (
     stored_columns,
     with_foreign_ids,
 )
-from raystill.datasets.rows.schema import ENGINE, TOKEN_IDS, answer_schema, row_schema
+from raystill.datasets.rows.schema import (
+    ENGINE,
+    TOKEN_IDS,
+    answer_schema,
+    row_schema,
+    student_prompts,
+)
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.segment import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
@@ -63,11 +69,16 @@ class StoredAnswers:
         self._teacher = teacher
 
     async def get(
-        self, rows: NDArray[np.int64], prompt_ids: pa.Array, given: pa.Array | None = None
+        self,
+        rows: NDArray[np.int64],
+        prompt_ids: pa.Array,
+        given: pa.Array | None = None,
+        student_prompt_ids: pa.Array | None = None,
     ) -> tuple[pa.Table, dict[str, float]]:
         """Answers (answer_schema of the wanted signal) in the order of ``rows``, and counters.
 
         ``given``: the response ids that rows came with, null where the teacher is to answer.
+        ``student_prompt_ids``: what the student reads, if that is not what the teacher does.
         """
         given = pa.nulls(len(rows), TOKEN_IDS) if given is None else given
         looked_up = await asyncio.to_thread(self._view.look_up, rows, given)
@@ -78,8 +89,9 @@ class StoredAnswers:
             prompts = prompt_ids.take(pa.array(scored))
             parts.append((scored, await self._score(rows[scored], prompts, responses)))
         if len(asked):
-            prompts = prompt_ids.take(pa.array(asked))
-            parts.append((asked, await self._ask(rows[asked], prompts)))
+            places = pa.array(asked)
+            own = None if student_prompt_ids is None else student_prompt_ids.take(places)
+            parts.append((asked, await self._ask(rows[asked], prompt_ids.take(places), own)))
         _, answers = in_order(parts, answer_schema(self._wanted))
         reused = len(rows) - len(asked) - len(scored)
         return answers, {
@@ -88,8 +100,13 @@ class StoredAnswers:
             "rows_reused": reused,
         }
 
-    async def _ask(self, rows: NDArray[np.int64], prompt_ids: pa.Array) -> pa.Table:
-        answers = await self._teacher.sample(prompt_ids)
+    async def _ask(
+        self, rows: NDArray[np.int64], prompt_ids: pa.Array, own: pa.Array | None
+    ) -> pa.Table:
+        if isinstance(self._teacher, StudentAnswers):
+            answers = await self._teacher.sample(prompt_ids, own)
+        else:
+            answers = await self._teacher.sample(prompt_ids)
         return await self._keep(rows, prompt_ids, answers, scored=False)
 
     async def _score(
@@ -199,7 +216,7 @@ def answer_prompts(
         rows = _rows_of(group, answered, wanted, epoch)
         if run.num_ids is None:
             return rows
-        foreign = with_foreign_ids(rows["prompt_ids"], run.num_ids)
+        foreign = with_foreign_ids(rows["prompt_ids"], run.num_ids)  # Those of the student.
         foreign |= with_foreign_ids(rows["response_ids"], run.num_ids)
         return rows.filter(pa.array(~foreign))
 
@@ -213,13 +230,13 @@ def answer_prompts(
 
 
 def _rows_of(prompts: pa.Table, answers: pa.Table, wanted: Signal, epoch: int) -> pa.Table:
-    """The answered rows of a group."""
+    """The answered rows of a group, with the prompts that the student reads."""
     columns = {
         "row": prompts["row"],
         "position": prompts["row"],
         "epoch": pa.array([epoch] * len(prompts), pa.int32()),
         "source": prompts["source"],
-        "prompt_ids": prompts["prompt_ids"],
+        "prompt_ids": student_prompts(prompts),
     }
     schema = row_schema(wanted)
     values = [columns[n] if n in columns else answers[n] for n in schema.names]

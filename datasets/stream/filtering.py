@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from raystill.datasets.filters.answers import Answers
 from raystill.datasets.filters.filters import AnswerFilters, text_of
 from raystill.datasets.prompts.columns import PREFIX
-from raystill.datasets.prompts.tables import PromptReader
+from raystill.datasets.prompts.reader import PromptReader
 from raystill.datasets.rows.schema import POLICY_VERSION
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from raystill.datasets.prompts.tables import COLUMNS, PromptReader
-from raystill.datasets.rows.schema import TOKEN_IDS
+from raystill.datasets.prompts.reader import COLUMNS, PromptReader
+from raystill.datasets.rows.schema import STUDENT_PROMPT, TOKEN_IDS
 from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.plan import Positions, epoch_order, remaining_groups
 
@@ -38,14 +38,18 @@ GROUP_SCHEMA = pa.schema(
         pa.field("source", pa.list_(pa.string())),
         pa.field("prompt_ids", pa.list_(TOKEN_IDS)),
         pa.field("response_ids", pa.list_(TOKEN_IDS)),
+        pa.field(STUDENT_PROMPT, pa.list_(TOKEN_IDS)),
     ]
 )
-"""One emitted block: a single row; its lists have one entry a row of the group."""
+"""One emitted block: a single row; its lists have one entry a row of the group. Student prompts are
+null where they are the teacher's."""
 
 
 def group_block(prompts: pa.Table, positions: Positions, attempt: int, epoch: int) -> pa.Table:
     """One group as a block of one row (GROUP_SCHEMA)."""
     ends = pa.array([0, len(positions)], pa.int32())
+
+    nothing = pa.nulls(len(positions), TOKEN_IDS)
 
     def pack(values: pa.Array | pa.ChunkedArray) -> pa.Array:
         flat = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
@@ -55,7 +59,7 @@ def group_block(prompts: pa.Table, positions: Positions, attempt: int, epoch: in
         pa.array([attempt], pa.int64()),
         pa.array([epoch], pa.int32()),
         pack(pa.array(positions, pa.int64())),
-        *(pack(prompts[name]) for name in COLUMNS),
+        *(pack(prompts[name] if name in prompts.column_names else nothing) for name in COLUMNS),
     ]
     return pa.table(columns, schema=GROUP_SCHEMA)
 

@@ -43,6 +43,11 @@ class SourceConfig(ConfigModel):
     response_field: str | None = identity(
         None, description="Field with a given response. Default: prompts.response_field."
     )
+    teacher_messages_field: str | None = identity(
+        None,
+        description="Field with the chat that the teacher reads. Default: "
+        "prompts.teacher_messages_field.",
+    )
     limit: PositiveInt | None = identity(
         None,
         description="Number of prompts to use, the first of this source's files. Default: all.",
@@ -86,6 +91,18 @@ class PromptsConfig(ConfigModel):
         None,
         description="System message for rows that have none. Needs a chat template. Default: no "
         "message is added.",
+    )
+    teacher_system: str | None = identity(
+        None,
+        description="System message that the teacher alone reads, in place of the prompt's own; "
+        "the student learns to answer as if it had read it. Needs a chat template. Default: the "
+        "teacher reads what the student reads.",
+    )
+    teacher_messages_field: str | None = identity(
+        None,
+        description="Field with the chat messages that the teacher reads in place of the "
+        "student's prompt, for instance with documents or the solution in them. Where it is null "
+        "in a row, the teacher reads the student's prompt. Needs a chat template. Default: none.",
     )
     chat_template: bool = identity(
         True,
@@ -177,6 +194,22 @@ class PromptsConfig(ConfigModel):
                     "to 1, or set response_field to null"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _a_teacher_that_sees_more_needs_a_chat(self) -> "PromptsConfig":
+        if self.teacher_sees_more and not self.chat_template:
+            name = "teacher_messages_field" if self.teacher_system is None else "teacher_system"
+            raise ValueError(
+                f"has {name}, which needs a chat template, but chat_template is false; set it to "
+                f"true, or remove {name}"
+            )
+        return self
+
+    @property
+    def teacher_sees_more(self) -> bool:
+        """Whether the teacher reads another prompt than the student."""
+        fields = [source.teacher_messages_field for source in self.sources or ()]
+        return self.teacher_system is not None or any([self.teacher_messages_field, *fields])
 
     @property
     def files_setting(self) -> str:

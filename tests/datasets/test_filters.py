@@ -24,7 +24,8 @@ from raystill.datasets.filters.answers import Answers
 from raystill.datasets.filters.filters import AnswerFilters, repeated_share, text_of
 from raystill.datasets.filters.function import read_functions
 from raystill.datasets.filters.reference import last_box, value_of
-from raystill.datasets.prompts.tables import PromptReader, build_prompt_tables
+from raystill.datasets.prompts.reader import PromptReader
+from raystill.datasets.prompts.tables import build_prompt_tables
 from raystill.datasets.prompts.tokenise import PromptTokeniser
 from raystill.datasets.stream.filtering import GroupFilters, numbered
 from raystill.datasets.stream.ledger import Ledger

@@ -16,7 +16,7 @@ Legend: P prompt tokens, T tokens the student wrote, K teacher ids kept for each
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 import torch
 from transformers import GenerationConfig
 
+from raystill.base.run_folder import HELD_OUT_PROMPTS
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import held_out_signal
 from raystill.datasets.stream.teacher_calls import TeacherCalls
@@ -212,23 +213,35 @@ def score_answers(run: Run, written: Written) -> list[Row]:
     config = run.config
     wanted = held_out_signal(config)
     calls = TeacherCalls(run.app, wanted, config.stream.max_attempts, run.coordinator)
+    prompts_of = teacher_prompts(run)
     written = [(row, ids) for row, ids in written if ids]
     groups = [written[i : i + GROUP_ROWS] for i in range(0, len(written), GROUP_ROWS)]
 
     async def score_all() -> list[pa.Table]:
-        return await asyncio.gather(*(_score(calls, group) for group in groups))
+        return await asyncio.gather(*(_score(calls, group, prompts_of) for group in groups))
 
     rows = [row for table in asyncio.run(score_all()) for row in rows_from_table(table)]
     return rows
 
 
-async def _score(calls: TeacherCalls, group: Written) -> pa.Table:
-    prompts = pa.array([row.prompt_ids for row, _ in group], TOKEN_IDS)
+def teacher_prompts(run: Run) -> Callable[[Row], np.ndarray]:
+    """What the teacher reads before its answer to a held-out row, int32 [P]."""
+    if not run.config.prompts.teacher_sees_more:
+        return lambda row: row.prompt_ids
+    prompts = run.folder.read_table(HELD_OUT_PROMPTS, ["prompt_ids"])["prompt_ids"]
+    return lambda row: prompts[row.row].values.to_numpy()
+
+
+async def _score(
+    calls: TeacherCalls, group: Written, prompts_of: Callable[[Row], np.ndarray]
+) -> pa.Table:
+    prompts = pa.array([prompts_of(row) for row, _ in group], TOKEN_IDS)
     responses = pa.array([np.array(ids, np.int32) for _, ids in group], TOKEN_IDS)
     numbers = pa.array([row.row for row, _ in group], pa.int64())
     scored = await calls.score(prompts, responses)
     usable = pc.is_null(scored["error"])
-    table = scored.append_column("prompt_ids", prompts)
+    own = pa.array([row.prompt_ids for row, _ in group], TOKEN_IDS)
+    table = scored.append_column("prompt_ids", own)
     for name in ("row", "position"):
         table = table.append_column(name, numbers)
     return table.filter(usable).combine_chunks()

@@ -46,11 +46,15 @@ def probe_teacher(run: Run) -> None:
 
     from raystill.train.batch.rows import rows_from_table
     from raystill.train.evaluation.agreement import agreement, disagreements
+    from raystill.train.evaluation.free_running import teacher_prompts
     from raystill.train.student.build import num_classes
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
     ray.get(run.coordinator.wait_held_out.remote())
     rows = rows_from_table(run.folder.read_table(HELD_OUT).slice(0, NUM_ROWS).combine_chunks())
+    prompt_of = teacher_prompts(run)
+    for row in rows:
+        row.prompt_ids = prompt_of(row)
     teacher, teacher_folder = run.config.teacher, run.teacher.on_this_node("all")
     model = AutoModelForCausalLM.from_pretrained(
         teacher_folder,
