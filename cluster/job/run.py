@@ -138,7 +138,7 @@ def serve_teacher(run: Run, prepared: Prepared, probe: bool) -> None:
         if sampler is not None:
             sampler.wait()
         return  # The student writes to the end, and the teacher scores it.
-    if config.evaluation.enabled and config.evaluation.free_running.teacher_scores:
+    if config.evaluation.enabled and config.scores_student_answers:
         return  # It is to score what the finished student writes.
     while ray.get(coordinator.wait_teacher_idle.remote(config.training.epochs - 1)):
         teacher.end()

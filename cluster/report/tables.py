@@ -44,7 +44,8 @@ FREE_RUNNING = (
     ("stop_rate", "stop rate", 2, "teacher_stop_rate"),
     ("length_ratio", "length, student / teacher", 2, 1.0),
     ("repeated_4gram_share", "repeated 4-grams", 2, "teacher_repeated_4gram_share"),
-    ("kl_on_student_answers", "KL on the student's own answers", 3, 0.0),
+    ("kl_on_student_answers", "KL(teacher || student), own answers", 3, 0.0),
+    ("reverse_kl_on_student_answers", "KL(student || teacher), own answers", 3, 0.0),
 )
 ROWS = ("rows_trained", "rows_asked", "rows_scored", "rows_reused", "evaluation_rows_asked")
 
@@ -217,10 +218,33 @@ def _evaluation_table(before: Figures, after: Figures | None) -> Table:
         if after:
             figures += ["→", formatting.figure(after.get(name), digits)]
         table.add_row(label, *figures, Text(formatting.figure(held_against, digits), style="dim"))
+    for label, first, last in position_rows(before, after or {}):
+        table.add_row(label, *([first, "→", last] if after else [first]), "")
     if after:
         table.columns[2].min_width = 1
         table.columns[2].justify = "center"
     return table
+
+
+def position_rows(before: Figures, after: Figures) -> list[tuple[str, str, str]]:
+    """KL(student || teacher) on the student's own answers by position: label, before, after.
+
+    Empty where all tokens are in one range of positions, whose figure the table has.
+    """
+    ranges: dict[tuple[int, int], list[str]] = {}
+    for place, figures in enumerate((before, after)):
+        parts = figures.get("student_answers_by_position")
+        for part in map(_mapping, parts if isinstance(parts, list) else ()):
+            start, end, value = (part.get(name) for name in ("from", "to", "reverse_kl"))
+            if isinstance(start, int) and isinstance(end, int) and isinstance(value, float):
+                cells = ranges.setdefault((start, end), [formatting.NOTHING] * 2)
+                cells[place] = formatting.figure(value, 3)
+    if len(ranges) < 2:
+        return []
+    return [
+        (f"  tokens {start + 1} to {end}", first, last)
+        for (start, end), (first, last) in sorted(ranges.items())
+    ]
 
 
 def check_rows(before: Figures, after: Figures | None) -> list[tuple[str, str, str, str, str]]:

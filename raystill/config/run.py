@@ -286,6 +286,12 @@ class RunConfig(ConfigModel):
         return self.policy.sync_every_steps - 1 + ahead
 
     @property
+    def scores_student_answers(self) -> bool:
+        """Whether the teacher scores what the student writes to held-out prompts."""
+        wished = self.evaluation.free_running.teacher_scores
+        return self.policy.enabled if wished is None else wished
+
+    @property
     def rows_ahead(self) -> int:
         """``stream.max_rows_ahead``, or its default: the advised bound plus `rows_in_flight`.
 

@@ -227,11 +227,11 @@ class FreeRunningConfig(ConfigModel):
         description="Whether the student also answers at the evaluations during training, and not "
         "only before and after it.",
     )
-    teacher_scores: bool = operational(
-        False,
-        description="Whether the teacher scores the student's answers, which gives the figure "
-        "kl_on_student_answers. The teacher is then started even if the store has all other "
-        "answers.",
+    teacher_scores: bool | None = operational(
+        None,
+        description="Whether the teacher scores the student's answers, which gives the KL on them "
+        "in both directions, by position. The teacher is then started even if the store has all "
+        "other answers. Default: in runs whose student writes rows.",
     )
 
 

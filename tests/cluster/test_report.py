@@ -5,7 +5,7 @@ import json
 import types
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,7 +25,13 @@ from raystill.cluster.report.summary import (
     student_written_line,
     write_summary,
 )
-from raystill.cluster.report.tables import examples, print_comparison, print_report, question
+from raystill.cluster.report.tables import (
+    examples,
+    position_rows,
+    print_comparison,
+    print_report,
+    question,
+)
 from raystill.datasets.store.store import RowCounts
 
 BEFORE = {"step": 0, "kl_nats_per_token": 8.0, "top1_agreement": 0.05, "acceptance": 0.1}
@@ -223,6 +229,34 @@ def test_the_table_shows_before_and_after_and_the_baselines(folder: RunFolder) -
     assert "finished" in text
 
 
+def on_own_answers(*values: float) -> dict[str, Any]:
+    """Figures of a record on the student's own answers, by position."""
+    ends = [32, 64, 128][: len(values)]
+    bins = [
+        {"from": start, "to": end, "kl": 9.0, "reverse_kl": value, "tokens": 5}
+        for start, end, value in zip([0, *ends], ends, values, strict=False)
+    ]
+    mean = sum(values) / len(values)
+    return {"reverse_kl_on_student_answers": mean, "student_answers_by_position": bins}
+
+
+def test_the_table_shows_how_far_the_student_is_on_its_own_answers(folder: RunFolder) -> None:
+    records = [BEFORE | on_own_answers(1.0, 2.0), AFTER | on_own_answers(0.25, 0.5, 0.75)]
+    write_lines(folder, "evaluation.jsonl", records)
+    write_summary(folder, outcome(rows_asked=320))
+    text = report_of(folder)
+    told = [line.split() for line in text.splitlines() if "tokens " in line and " to " in line]
+    assert ["tokens", "1", "to", "32", "1.000", "→", "0.250"] in told
+    assert ["tokens", "33", "to", "64", "2.000", "→", "0.500"] in told
+    assert ["tokens", "65", "to", "128", "-", "→", "0.750"] in told
+    assert "KL(student || teacher), own answers" in text
+
+
+@pytest.mark.parametrize("bins", [7, "x", [7], [{"from": 0}], [{"from": "a", "to": 1}], [None]])
+def test_figures_by_position_that_are_none_are_left_out(bins: Any) -> None:
+    assert position_rows({"student_answers_by_position": bins}, {}) == []
+
+
 def test_the_student_is_sized_beside_its_teacher(folder: RunFolder, tmp_path: Path) -> None:
     teacher, student = tmp_path / "teacher", Path(folder.path) / "student"
     student.mkdir()
@@ -373,7 +407,7 @@ def test_several_runs_are_put_side_by_side(folder: RunFolder, tmp_path: Path) ->
     file = io.StringIO()
     print_comparison([folder, other], Console(file=file, width=120))
     shown = file.getvalue()
-    (kl,) = (line for line in shown.splitlines() if "KL(teacher" in line)
+    (kl,) = (line for line in shown.splitlines() if "KL(teacher || student), nats" in line)
     assert kl.split()[-2:] == ["1.500", "2.250"]
     (asked,) = (line for line in shown.splitlines() if line.strip().startswith("rows_asked"))
     assert asked.split() == ["rows_asked", "320", "0"]

@@ -32,6 +32,7 @@ from raystill.train.evaluation.measure import (
     Measurer,
     tokens_of,
 )
+from raystill.train.evaluation.own_contexts import measure_own_contexts
 from raystill.train.evaluation.teacher_forced import TokenKl, evaluate
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.module import StudentModule
@@ -397,8 +398,73 @@ def test_the_teacher_judges_what_the_student_wrote(measured_run, same):
     assert record["student_answer_tokens"] == sum(len(ids) for _, ids in written) > 0
     if same:
         assert abs(record["kl_on_student_answers"]) < 1e-6
+        assert abs(record["reverse_kl_on_student_answers"]) < 1e-6
     else:
         assert record["kl_on_student_answers"] > 0.1
+        assert record["reverse_kl_on_student_answers"] > 0.1
+
+
+def by_hand(model, row):
+    """KL(p || q) and KL(q || p) at each token of a row, over its K ids and the tail, float64."""
+    ids = torch.from_numpy(np.concatenate([row.prompt_ids, row.response_ids]).astype(np.int64))
+    logits = model(ids[None]).logits[0, len(row.prompt_ids) - 1 : -1]
+    q = torch.softmax(logits, dim=1).gather(1, torch.from_numpy(row.topk_ids).long())
+    q = torch.cat([q, 1 - q.sum(dim=1, keepdim=True)], dim=1)
+    tail = torch.from_numpy(row.tail_logprob)[:, None]
+    p = torch.cat([torch.from_numpy(row.topk_logprobs), tail], dim=1).double().exp()
+    return (p * (p / q).log()).sum(dim=1), (q * (q / p).log()).sum(dim=1)
+
+
+class HalfOf(Ranks):
+    """One of two ranks, which keeps its sums instead of adding the other's."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.rank, self.world_size = rank, 2
+
+    def sum(self, values):
+        self.kept = values
+        return values
+
+
+@torch.no_grad()
+def test_kl_on_own_contexts_is_told_by_position_and_added_over_ranks():
+    rng, model = np.random.default_rng(3), tiny_model()
+    lengths = (70, 5, 33, 0, 32)
+    rows = [teacher_row(i, [3, 4], rng.integers(3, VOCAB, n), rng) for i, n in enumerate(lengths)]
+    settings = dict(tokens_budget=80, student_vocab=VOCAB, device=CPU)
+    kept = TokenKl(frozenset({1}))
+    got = measure_own_contexts(StudentModule(model), rows, ranks=Ranks(), tokens=kept, **settings)
+    values = [by_hand(model, row) for row in rows if len(row.response_ids)]
+    assert [(part["from"], part["to"]) for part in got["student_answers_by_position"]] == [
+        (0, 32),
+        (32, 64),
+        (64, 128),
+    ]
+    for part in got["student_answers_by_position"]:
+        for name, which in (("kl", 0), ("reverse_kl", 1)):
+            tokens = torch.cat([value[which][part["from"] : part["to"]] for value in values])
+            assert part["tokens"] == len(tokens)
+            assert part[name] == pytest.approx(tokens.mean().item(), rel=1e-5)
+    everything = torch.cat([value[1] for value in values])
+    assert got["reverse_kl_on_student_answers"] == pytest.approx(everything.mean().item(), rel=1e-5)
+    assert got["student_answer_tokens"] == sum(lengths)
+    assert kept.nats[1] == pytest.approx(values[1][0].tolist(), rel=1e-5)
+    halves = [HalfOf(rank) for rank in range(2)]
+    for half in halves:
+        measure_own_contexts(StudentModule(model), rows, ranks=half, tokens=TokenKl(), **settings)
+    both = {name: halves[0].kept[name] + halves[1].kept[name] for name in halves[0].kept}
+    assert halves[0].kept.keys() == halves[1].kept.keys()
+    assert both["kl 64"] == pytest.approx(
+        got["student_answers_by_position"][1]["kl"] * both["tokens 64"], rel=1e-9
+    )
+
+
+def test_without_an_answer_there_is_no_figure_on_own_contexts():
+    settings = dict(tokens_budget=80, student_vocab=VOCAB, device=CPU, ranks=Ranks())
+    got = measure_own_contexts(StudentModule(tiny_model()), [], tokens=TokenKl(), **settings)
+    assert got["kl_on_student_answers"] is None
+    assert got["student_answers_by_position"] == []
 
 
 @pytest.fixture

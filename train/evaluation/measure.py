@@ -22,6 +22,7 @@ from raystill.train.batch.rows import Row, rows_from_table
 from raystill.train.evaluation.baselines import HeldOutTokens, PairCounts, measure_baselines
 from raystill.train.evaluation.checks import run_checks
 from raystill.train.evaluation.free_running import FreeRunning, Written, choose_rows, run_free
+from raystill.train.evaluation.own_contexts import measure_own_contexts
 from raystill.train.evaluation.teacher_forced import TokenKl, evaluate, micro_batches
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.module import StudentModule
@@ -138,7 +139,7 @@ class Measurer:
         found, pairs = run_free(model, self.rows, self._free_running, device, self._ranks)
         figures: dict[str, Any] = dict(found)
         own = TokenKl(tokens.rows)
-        if self._config.evaluation.free_running.teacher_scores:
+        if self._config.scores_student_answers:
             figures |= self._scored_by_teacher(pairs, own)
         gathered = self._ranks.gather((tokens.nats, own.nats)) or []
         if self._ranks.first:
@@ -152,20 +153,21 @@ class Measurer:
             self._write_answers(step, pairs, (teachers, students), said)
         return figures
 
-    def _scored_by_teacher(self, pairs: Written, tokens: TokenKl) -> dict[str, float | None]:
-        """KL(teacher || student) on the answers that rank 0 has of all ranks."""
+    def _scored_by_teacher(self, pairs: Written, tokens: TokenKl) -> dict[str, Any]:
+        """Figures of `own_contexts` on the answers that rank 0 has of all ranks."""
         rows: list[Row] = []
         if self._ranks.first:
             assert self._score is not None, "somebody must ask the teacher"
             rows = self._score(pairs)
-        rows = self._ranks.from_first(rows)
-        if not any(row.num_targets for row in rows):
-            return {"kl_on_student_answers": None, "student_answer_tokens": 0}
-        figures = self._evaluate(rows, tokens)
-        return {
-            "kl_on_student_answers": figures["kl_nats_per_token"],
-            "student_answer_tokens": figures["num_tokens"],
-        }
+        return measure_own_contexts(
+            self._student.module,
+            self._ranks.from_first(rows),
+            tokens_budget=self._config.training.tokens_per_micro_batch,
+            student_vocab=self._student.vocab,
+            device=self._student.device,
+            ranks=self._ranks,
+            tokens=tokens,
+        )
 
     def _evaluate(self, rows: list[Row], tokens: TokenKl) -> dict[str, Any]:
         return evaluate(

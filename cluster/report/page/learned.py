@@ -7,7 +7,7 @@ from raystill.cluster.report.page.charts import Series, line_chart
 from raystill.cluster.report.page.curves import Curve
 from raystill.cluster.report.page.html import Child, Html, element, join, table
 from raystill.cluster.report.page.read import Record, RunData, number
-from raystill.cluster.report.tables import FREE_RUNNING, TEACHER_FORCED, check_rows
+from raystill.cluster.report.tables import FREE_RUNNING, TEACHER_FORCED, check_rows, position_rows
 
 MANY_POINTS = 60
 """Steps from which on a curve is drawn faint, with its mean over stretches above it."""
@@ -64,6 +64,9 @@ def _before_and_after(run: RunData) -> Html:
         if after:
             figures.append(element("strong", figure(after, name, digits)))
         rows.append([label, *figures, formatting.figure(against, digits)])
+    for label, first, last in position_rows(before, after or {}):
+        cells: list[Child] = [first, element("strong", last)] if after else [first]
+        rows.append([label, *cells, ""])
     steps = [f"before (step {before.get('step')})"]
     if after:
         steps.append(f"after (step {after.get('step')})")
