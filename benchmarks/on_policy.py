@@ -303,9 +303,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{spread}")
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    for key, title in (("teacher_tokens", "teacher tokens"), ("training_s", "seconds")):
-        cells = [f"{np.mean([one[key] for one in found]):,.0f}" for found in by_arm.values()]
-        lines.append(f"| {title} | - | " + " | ".join(cells) + " |")
+    tokens = [
+        f"{np.mean([one['teacher_tokens'] for one in found]):,.0f}" for found in by_arm.values()
+    ]
+    lines.append("| teacher tokens | - | " + " | ".join(tokens) + " |")
     seeds = ", ".join(f"{arm}: {[one['seed'] for one in found]}" for arm, found in by_arm.items())
     return "\n".join([*lines, "", f"seeds that ran: {seeds}"])
 

@@ -1,11 +1,15 @@
 """What the benchmarks of overlap, scale and start-up work out from what they saw; no Ray."""
 
+import json
+
 import pytest
 
+from benchmarks.on_policy import FIGURES, read_results, share_of, table
 from benchmarks.processes import Sample, Sampler
 from benchmarks.scale import case, figures
 from benchmarks.startup import LOG_LINE, compare
 from benchmarks.steady import steady_arrivals
+from raystill.config.objective import PolicyConfig
 
 
 def sampler(*looks):
@@ -65,3 +69,27 @@ def test_one_after_the_other_is_the_sum_of_what_was_alone(capsys):
 def test_a_log_line_is_its_time_and_its_message(line, message):
     match = LOG_LINE.match(line)
     assert match is not None and match.group(2) == message
+
+
+def on_policy_result(arm, seed, kl):
+    figures = {name: kl for name in FIGURES}
+    sizes = {"teacher_tokens": 1000 * kl, "training_s": 10.0}
+    return {"arm": arm, "seed": seed, "steps": 3, "before": figures, "after": figures, **sizes}
+
+
+def test_the_table_of_student_written_rows_has_means_and_names_the_seeds(tmp_path):
+    results = [on_policy_result("pure", 0, 4.0), on_policy_result("off", 1, 3.0)]
+    results.append(on_policy_result("off", 0, 1.0))
+    for number, result in enumerate([*results, {**results[0], "steps": 5}]):
+        (tmp_path / f"{number}.json").write_text(json.dumps(result))
+    lines = table(read_results(tmp_path, 3)).splitlines()
+    assert lines[0] == "| | before | off | pure |"
+    assert lines[2].endswith("| 2.667 (1 to 4) | 2.000 (1 to 3) | 4.000 |")
+    assert lines[-1] == "seeds that ran: off: [0, 1], pure: [0]"
+    assert table([]) == "nothing has finished yet"
+
+
+def test_shares_of_the_arms_are_settings_of_a_run_file():
+    for arm, first, last in (("off", 0, 0), ("mixed", 0, 0.5), ("ramp", 0, 1), ("pure", 1, 1)):
+        policy = PolicyConfig.model_validate({"student_share": share_of(arm, 28)})
+        assert (policy.share_at(0), policy.share_at(27)) == (first, last)
