@@ -19,7 +19,7 @@ from raystill.datasets.prompts.read import RawPrompt
 from raystill.datasets.prompts.reader import PromptReader
 from raystill.datasets.prompts.tables import build_prompt_tables
 from raystill.datasets.prompts.tokenise import PromptTokeniser
-from raystill.datasets.rows.keys import answer_keys, given_keys
+from raystill.datasets.rows.keys import answer_keys, given_keys, prompt_digest
 from raystill.datasets.rows.schema import (
     CONTEXT_SCHEMA,
     ENGINE,
@@ -28,11 +28,12 @@ from raystill.datasets.rows.schema import (
     STUDENT_PROMPT,
     TOKEN_IDS,
     answer_schema,
+    row_schema,
 )
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.store import TeacherStore
-from raystill.datasets.stream.answer_stage import get_from, unpack_group
-from raystill.datasets.stream.answers import StoredAnswers
+from raystill.datasets.stream.answer_stage import AnswerGroup, get_from, unpack_group
+from raystill.datasets.stream.answers import StoredAnswers, _rows_of
 from raystill.datasets.stream.source import group_block
 from raystill.datasets.stream.spec import Requester
 
@@ -101,6 +102,25 @@ def test_keys_are_of_the_teachers_prompt_and_the_student_keeps_its_own(tmp_path)
     assert plain.schema.equals(PROMPT_SCHEMA)
     assert plain["key"].to_pylist() == answer_keys(*ASKED, {}, own)
     assert made.longest_prompt_tokens == max(map(len, read + own))
+
+
+def test_an_api_teacher_is_asked_the_chat_that_it_alone_reads(tmp_path):
+    api = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "api_key_env": None}
+    changes = {
+        "teacher": {"engine": "api", "api": api},
+        "signal": {"kind": "text"},
+        "objective": {"cross_entropy": 1},
+    }
+    made = tables(
+        tmp_path,
+        [{"prompt": USER["content"], "more": [SHOUT, USER]}],
+        100,
+        changes,
+        teacher_messages_field="more",
+    )
+    assert made.messages["digest"].to_pylist() == [prompt_digest(ids_of(SHOUT, USER))]
+    assert json.loads(made.messages["messages"][0].as_py()) == [SHOUT, USER]
+    assert made.train[STUDENT_PROMPT].to_pylist() == [ids_of(USER).tolist()]
 
 
 def test_given_responses_are_scored_after_the_teachers_prompt(tmp_path):
@@ -252,3 +272,28 @@ def test_each_model_must_have_room_for_its_own_prompt(tmp_path):
     assert not list(check_written_fit(run, made, most))
     (problem,) = check_written_fit(run, made, most - 1)
     assert "policy.max_tokens: 3" in problem.message
+
+
+def test_rows_that_are_delivered_have_the_students_prompt():
+    group = pa.table(
+        {
+            "position": [0, 1],
+            "row": [0, 1],
+            "epoch": pa.array([0, 0], pa.int32()),
+            "source": ["s", "s"],
+            "prompt_ids": pa.array([[10, 11], [20, 21]], TOKEN_IDS),
+            "response_ids": pa.nulls(2, TOKEN_IDS),
+            STUDENT_PROMPT: pa.array([[12], [22]], TOKEN_IDS),
+        }
+    )
+    signal = Signal("text")
+    columns = [[[5], [6]], ["stop", "stop"], [None, None]]
+    answers = pa.table(columns, schema=answer_schema(signal))
+    stage = object.__new__(
+        AnswerGroup
+    )  # Without a coordinator and a store, which joining needs not.
+    stage._schema = row_schema(signal)
+    streamed = stage._join(group, answers, pa.nulls(2, pa.string()))
+    for rows in (streamed, _rows_of(group, answers, signal, -1)):
+        assert rows["prompt_ids"].to_pylist() == [[12], [22]]
+        assert rows["response_ids"].to_pylist() == [[5], [6]]
