@@ -20,7 +20,7 @@ from raystill.config.load import config_text
 from raystill.config.run import RunConfig
 from raystill.config.teacher import TeacherConfig
 from raystill.datasets.filters.function import hashes_of, read_functions
-from raystill.model.identity import identity_of_teacher
+from raystill.model.identity import identity_of_teacher, teacher_identity
 
 SAME_TEACHER = ("teacher_identity", "sampling")
 PACKAGES = (
@@ -131,10 +131,32 @@ def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "sampling": prepared.sampling,
         "filter_functions": hashes_of(read_functions(config.filters)),
         "terms": record(config, prepared.teacher, prepared.student),
+        **adapter_record(config, prepared),
         "seeds": {"root": config.seed, **config.section_seeds()},
         "rows": {"train": prepared.num_train_rows, "held_out": prepared.num_held_out_rows},
         "target": "the untempered teacher; sampling settings choose the contexts only",
     }
+
+
+def adapter_record(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
+    """With ``student.lora``: the adapter, and the identity of the model that it belongs to.
+
+    A part of the teacher is known by the whole teacher's identity; ``whole_base`` says which it is.
+    """
+    student = config.student
+    if student.lora is None:
+        return {}
+    if student.model is None:
+        number = prepared.teacher.num_layers or 0
+        whole = not student.narrowed and student.kept_layers(number) == list(range(number))
+        identity = prepared.teacher_identity
+    else:
+        assert prepared.student_folder is not None
+        whole = True
+        own_code = student.trust_remote_code
+        identity = teacher_identity(prepared.student_folder, own_code=own_code)
+    settings = student.lora.model_dump(mode="json")
+    return {"adapter": settings | {"base_identity": identity, "whole_base": whole}}
 
 
 def commit() -> str | None:

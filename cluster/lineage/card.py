@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from raystill.cluster.lineage.facts import Facts
+from raystill.cluster.lineage.facts import Facts, adapter_text
 
 HUB_LICENCES = (
     *("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc0-1.0"),
@@ -72,8 +72,12 @@ def metadata(facts: Facts) -> dict[str, Any]:
     hub_id = facts.sources.get("base_hub_id") or (
         facts.sources.get("teacher_hub_id") if facts.sources.get("starts_from_teacher") else None
     )
+    if facts.alone:
+        found["library_name"] = "peft"
+        hub_id = hub_id if facts.adapter.get("whole_base") else None
     if hub_id:
-        found |= {"base_model": [hub_id], "base_model_relation": "finetune"}
+        relation = "adapter" if facts.alone else "finetune"
+        found |= {"base_model": [hub_id], "base_model_relation": relation}
     data = [d.split("/", 3)[3] for d in facts.sources.get("prompts") or () if d.startswith("hf://")]
     if data:
         found["datasets"] = data
@@ -119,6 +123,8 @@ def _knowledge(facts: Facts) -> str:
     base = models[facts.lineage.student].started_from
     if base is not None:
         lines.append(f"- First weights: {_code(models[base].name)}, {_of(models[base].licence)}")
+    if facts.adapter:
+        lines.append(_adapter(facts))
     prompts = ", ".join(map(_code, facts.sources.get("prompts") or ())) or "not recorded"
     lines.append(f"- Prompts: {prompts}; {rows} rows were trained on")
     others = [m for m in facts.lineage.ancestors() if m not in facts.teachers() and m.id != base]
@@ -143,6 +149,17 @@ def _knowledge(facts: Facts) -> str:
             f"(sha256 {_code(permission['sha256'])})"
         )
     return "\n".join(lines).rstrip()
+
+
+def _adapter(facts: Facts) -> str:
+    """What was trained beside the first weights, and where it is."""
+    where = "this folder has it alone" if facts.alone else "this folder has it in the weights"
+    part = "" if facts.adapter.get("whole_base") else ", of which a part was kept"
+    identity = _code(str(facts.adapter.get("base_identity")))
+    return (
+        f"- Trained: {_line(adapter_text(facts.adapter))}; {where}. All other weights are those of "
+        f"the model with the identity {identity}{part}"
+    )
 
 
 def _figures(facts: Facts) -> str:

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from raystill import __version__
-from raystill.base.run_folder import MANIFEST, STUDENT, SUMMARY, RunFolder, split_query
+from raystill.base.run_folder import (
+    ADAPTER,
+    MANIFEST,
+    STUDENT,
+    SUMMARY,
+    RunFolder,
+    split_query,
+)
 from raystill.cluster.lineage.graph import LINEAGE, Lineage, Model, clean, lineage_of
 from raystill.model.identity import teacher_identity
 
@@ -24,7 +31,8 @@ class Facts:
     """What the papers say.
 
     name: of the student. terms: the manifest's record of them. hashes: sha256 of the student's
-    files by name; empty for a folder in an object store.
+    files by name; empty for a folder in an object store. alone: whether they are about the adapter
+    alone, and not about the weights with the adapter in them.
     """
 
     name: str
@@ -33,6 +41,12 @@ class Facts:
     lineage: Lineage
     hashes: Mapping[str, str]
     made_on: str
+    alone: bool = False
+
+    @property
+    def adapter(self) -> Mapping[str, Any]:
+        """The manifest's record of the adapter that was trained; empty where all weights were."""
+        return dict(self.manifest.get("adapter") or {})
 
     @property
     def terms(self) -> Mapping[str, Any]:
@@ -70,14 +84,18 @@ class Facts:
         }
 
 
-def facts_of(folder: RunFolder) -> Facts:
-    """What the run folder says of its finished student."""
+def facts_of(folder: RunFolder, part: str = STUDENT) -> Facts:
+    """What the run folder says of its finished student. part: ``student``, or ``adapter``."""
     manifest = json.loads(folder.read_text(MANIFEST))
     summary = json.loads(folder.read_text(SUMMARY))
     name = split_query(folder.path)[0].rstrip("/").rpartition("/")[2] or "student"
-    local = None if folder.local is None else folder.local / STUDENT
+    local = None if folder.local is None else folder.local / part
     hashes = {} if local is None else _hashes(local)
-    identity = f"run {manifest.get('run_id')}" if local is None else teacher_identity(local)
+    identity = f"run {manifest.get('run_id')}"
+    if part == ADAPTER:
+        identity = f"adapter {_sha256_of(hashes)}" if hashes else f"adapter of {identity}"
+    elif local is not None:
+        identity = teacher_identity(local)
     made_on = datetime.now(UTC).isoformat(timespec="seconds")
     return Facts(
         name=name,
@@ -86,7 +104,22 @@ def facts_of(folder: RunFolder) -> Facts:
         lineage=_lineage(identity, name, manifest, made_on),
         hashes=hashes,
         made_on=made_on,
+        alone=part == ADAPTER,
     )
+
+
+def _sha256_of(hashes: Mapping[str, str]) -> str:
+    """One identity over the hashes of some files."""
+    return hashlib.sha256(json.dumps(sorted(hashes.items())).encode()).hexdigest()
+
+
+def adapter_text(adapter: Mapping[str, Any]) -> str:
+    """An adapter of the manifest in a few words; '' of none."""
+    if not adapter:
+        return ""
+    targets = adapter.get("target_modules")
+    modules = targets if isinstance(targets, str) else ", ".join(map(str, targets or ()))
+    return f"LoRA of rank {adapter.get('rank')}, alpha {adapter.get('alpha')}, on {modules}"
 
 
 def _lineage(identity: str, name: str, manifest: Mapping[str, Any], made_on: str) -> Lineage:
@@ -104,7 +137,8 @@ def _lineage(identity: str, name: str, manifest: Mapping[str, Any], made_on: str
     models[teacher.id] = teacher
     if base is not None:
         known = models.get(base.started_from or "", base)
-        name_of_base = known.id or f"weights of {base.name}"
+        identified = (manifest.get("adapter") or {}).get("base_identity")
+        name_of_base = known.id or identified or f"weights of {base.name}"
         base = replace(known, id=name_of_base, licence=base.licence or known.licence)
         models[base.id] = base
         started = base.id
@@ -114,6 +148,7 @@ def _lineage(identity: str, name: str, manifest: Mapping[str, Any], made_on: str
         "raystill": __version__,
         "verdict": str(terms.get("verdict") or "unknown"),
         "purpose": str(terms.get("purpose") or ""),
+        "adapter": clean(adapter_text(manifest.get("adapter") or {})) or "",
         "duties": clean("; ".join(f"{k} {v}" for k, v in terms.get("duties") or ())) or "",
     }
     data = tuple(clean(one) or "" for one in found.get("prompts") or ())

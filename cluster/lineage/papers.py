@@ -1,13 +1,13 @@
 """The papers of a finished student: model card, NOTICE, bill of materials, lineage.
 
 They are made of the run folder's manifest and summary alone, after the last step, and lie beside
-the weights: ``README.md``, ``NOTICE``, ``bom.cdx.json``, ``lineage.json``.
+the weights: ``README.md``, ``NOTICE``, ``bom.cdx.json``, ``lineage.json``. An adapter gets its own.
 """
 
 import json
 from collections.abc import Callable
 
-from raystill.base.run_folder import STUDENT, RunFolder
+from raystill.base.run_folder import ADAPTER, STUDENT, RunFolder
 from raystill.cluster.lineage.bom import bill_of_materials
 from raystill.cluster.lineage.card import model_card, notice
 from raystill.cluster.lineage.facts import BOM, CARD, NOTICE, facts_of
@@ -29,9 +29,12 @@ def leave_papers(folder: RunFolder, tell: Callable[[str], None]) -> None:
 
 
 def write_papers(folder: RunFolder) -> None:
-    """Write the papers into the student's folder. Raises OSError."""
-    facts = facts_of(folder)
-    folder.write_text(f"{STUDENT}/{LINEAGE}", facts.lineage.to_json())
-    folder.write_text(f"{STUDENT}/{BOM}", json.dumps(bill_of_materials(facts), indent=2) + "\n")
-    folder.write_text(f"{STUDENT}/{NOTICE}", notice(facts))
-    folder.write_text(f"{STUDENT}/{CARD}", model_card(facts))
+    """Write the papers into the student's folder, and into its adapter's. Raises OSError."""
+    for part in (STUDENT, ADAPTER):
+        if part == ADAPTER and not folder.exists(ADAPTER):
+            continue
+        facts = facts_of(folder, part)
+        folder.write_text(f"{part}/{LINEAGE}", facts.lineage.to_json())
+        folder.write_text(f"{part}/{BOM}", json.dumps(bill_of_materials(facts), indent=2) + "\n")
+        folder.write_text(f"{part}/{NOTICE}", notice(facts))
+        folder.write_text(f"{part}/{CARD}", model_card(facts))

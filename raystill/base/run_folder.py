@@ -39,6 +39,8 @@ SUMMARY = "summary.json"
 TIMELINE = "timeline.jsonl"
 CHECKPOINTS = "checkpoints"
 STUDENT = "student"
+ADAPTER = "adapter"
+BASE = "base"
 LOGS = "logs"
 STORE = "teacher_store"
 CALIBRATION = "calibration"
@@ -56,6 +58,8 @@ TOP_LEVEL_NAMES = frozenset(
         CHECKS,
         CHECKPOINTS,
         STUDENT,
+        ADAPTER,
+        BASE,
         LOGS,
         CALIBRATION,
         LAYERS,

@@ -3,6 +3,7 @@
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from referencing import Registry, Resource
 from driver import main
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.check.terms import check_terms, finding_of, record, refusals
+from raystill.cluster.job.manifest import adapter_record
 from raystill.cluster.lineage import papers
 from raystill.cluster.lineage.facts import PAPERS
 from raystill.cluster.lineage.graph import MOST_MODELS, BrokenLineage, read_lineage
@@ -408,3 +410,37 @@ def test_a_run_does_not_fail_by_its_papers(tmp_path: Path, monkeypatch: Any) -> 
     assert len(told) == 1 and "No space left" in told[0]
     leave_papers(RunFolder(str(tmp_path / "without a student")), told.append)
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("layers", [{"layer_stride": 1}, {"layer_stride": 2}])
+def test_the_papers_of_an_adapter_name_it_and_its_base(tmp_path: Path, layers: Any) -> None:
+    teacher = model(tmp_path / "big", "apache-2.0")
+    config = run_config(tmp_path, str(teacher), student={"lora": {"rank": 4}, **layers})
+    folder = finished(tmp_path, "small", str(teacher))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    found = ModelFolder("big", teacher)
+    prepared = SimpleNamespace(teacher=found, teacher_identity=teacher_identity(teacher))
+    found.config["num_hidden_layers"] = 4
+    manifest |= adapter_record(config, prepared)  # type: ignore[arg-type]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_model.safetensors").write_text("a")
+    write_papers(RunFolder(str(folder)))
+    whole = layers["layer_stride"] == 1
+    assert manifest["adapter"]["whole_base"] == whole
+    identities = set()
+    for part in ("student", "adapter"):
+        text = (folder / part / "README.md").read_text()
+        front = yaml.safe_load(text.split("---\n", 2)[1])
+        assert front["library_name"] == {"student": "transformers", "adapter": "peft"}[part]
+        assert "LoRA of rank 4, alpha 32.0, on all-linear" in text
+        assert teacher_identity(teacher) in text
+        assert ("of which a part was kept" in text) == (not whole)
+        lineage = read_lineage(folder / part)
+        assert lineage is not None
+        made = lineage.models[lineage.student]
+        assert made.started_from == teacher_identity(teacher)
+        assert made.made["adapter"].startswith("LoRA of rank 4")
+        identities.add(lineage.student)
+    assert len(identities) == 2
+    assert adapter_record(run_config(tmp_path, str(teacher)), prepared) == {}  # type: ignore[arg-type]

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from raystill.base.errors import RunError
-from raystill.config.student import LoraConfig
+from raystill.base.run_folder import RunFolder
+from raystill.config.student import LoraConfig, StudentConfig
 from raystill.model.adapters import adapter_problems
 from raystill.model.files import ModelFolder
+from raystill.model.on_node import ModelSource
 from raystill.train.checkpoint.checkpoint import (
     load_tensors,
     random_state,
@@ -26,8 +30,16 @@ from raystill.train.checkpoint.checkpoint import (
 from raystill.train.checkpoint.tensors import model_tensors
 from raystill.train.step.ranks import Ranks
 from raystill.train.student import lora
-from raystill.train.student.export import exported_state, round_weights
+from raystill.train.student.export import (
+    Base,
+    ExportSettings,
+    export_adapter,
+    export_student,
+    exported_state,
+    round_weights,
+)
 from raystill.train.student.module import StudentModule
+from raystill.train.worker.shape import base_of
 from tests.support.tiny_student import (
     flat,
     join_workers,
@@ -185,6 +197,63 @@ def test_a_checkpoint_knows_the_weights_that_its_adapters_belong_to(tmp_path):
     with pytest.raises(RunError, match="worker 1 has"):
         lora.require_same_base([identity, changed])
     lora.require_same_base(None)
+
+
+class Sampling:
+    temperature, top_p, top_k, min_p, stop_token_ids = 1.0, 1.0, 0, 0.0, (2,)
+
+
+@pytest.mark.parametrize("case", ["tied", "norm trained whole", "two modules", "untied head"])
+@pytest.mark.parametrize("cut", [True, False])
+def test_adapter_and_merged_model_give_the_same_logits(tmp_path, case, cut):
+    settings = LoraConfig(rank=5, modules_to_save=("lm_head", "norm"))
+    settings = settings if case == "untied head" else CASES[case][0]
+    model = tiny_module(tied=case != "untied head").model
+    model.save_pretrained(tmp_path / "start")
+    lora.inject(model, settings, F32)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(0.05 * noise)
+    ids = torch.randint(3, 60, (2, 17), generator=generator)
+    expected = model.eval()(ids).logits
+    run = RunFolder(str(tmp_path / "run")).ensure()
+    written = ExportSettings("float32", "no folder", Sampling())
+    base = Base(None) if cut else Base(str(tmp_path / "start"))
+    export_adapter(model, run, written, base)
+    export_adapter(model, run, written, base)  # Again, as after a restart.
+    lora.merge(model)
+    export_student(model, run, written)
+
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names - {"logs"} == {"adapter", "student"} | ({"base"} if cut else set())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter")
+    found = [m.eval()(ids).logits for m in (merged, adapted, adapted.merge_and_unload())]
+    for logits in found:
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "start").eval()(ids).logits
+    assert (plain - expected).abs().max() > 2e-3
+    told = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == (base.name or run.join("base"))
+
+
+def test_the_base_of_an_adapter_is_a_folder_of_its_own_only_where_the_teacher_is_cut(tmp_path):
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 4}')
+    teacher = ModelSource("teachers/four", str(tmp_path))
+    cases = {
+        Base("other/model", "v2"): dict(init="model", model="other/model", revision="v2"),
+        Base(str(tmp_path)): dict(layer_stride=1),
+        Base(None): dict(layers=(0, 2)),
+    }
+    for base, fields in cases.items():
+        assert base_of(StudentConfig(**fields), teacher, str(tmp_path)) == base
+    assert base_of(StudentConfig(layers=(3, 2, 1, 0)), teacher, str(tmp_path)) == Base(None)
+    assert base_of(StudentConfig(layer_stride=1, ffn_size=8), teacher, str(tmp_path)) == Base(None)
+    from_hub = ModelSource("teachers/four", str(tmp_path), commit="abc")
+    student = StudentConfig(layer_stride=1)
+    assert base_of(student, from_hub, str(tmp_path)) == Base("teachers/four", "abc")
 
 
 WRONG = {

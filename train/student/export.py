@@ -3,14 +3,16 @@
 It holds the weights in ``training.export_dtype``, the teacher's tokenizer and chat template, and a
 generation configuration with the teacher's stop ids and sampling defaults: a served student reads
 there when to stop. The worker calls ``round_weights`` before the last evaluation, and
-``export_student`` after it.
+``export_student`` after it; before both ``export_adapter``, where only adapters were trained.
 """
 
 import json
 import logging
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from raystill.base.run_folder import STUDENT, RunFolder
+from raystill.base.run_folder import ADAPTER, BASE, STUDENT, RunFolder
 from raystill.model.sampling import ResolvedSampling
+from raystill.train.student import lora
 from raystill.train.student.build import DTYPES
-from raystill.train.student.lora import plain_state
 from raystill.train.student.sharding import whole
 
 TOKENIZER_FILES = (
@@ -65,6 +67,17 @@ class ExportSettings:
     sampling: ResolvedSampling
 
 
+@dataclass(frozen=True)
+class Base:
+    """The model that an adapter belongs to: a folder or Hub id, and its revision on the Hub.
+
+    name: None where it is a part of the teacher that is in no folder.
+    """
+
+    name: str | None
+    revision: str | None = None
+
+
 @torch.no_grad()
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Rounds every floating-point weight to ``dtype``, in place; the weights keep their own dtype.
@@ -88,7 +101,7 @@ def exported_state(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str
     """
     converted: dict[int, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
-    for name, tensor, added in plain_state(model):
+    for name, tensor, added in lora.plain_state(model):
         if id(tensor) not in converted:
             gathered = whole(tensor.detach())
             if added is not None:
@@ -147,15 +160,44 @@ def export_student(
     which alone writes.
     """
     state = exported_state(model, DTYPES[settings.dtype], first)
-    if not first:
+    if first:
+        _leave(run, STUDENT, lambda folder: save_student(model, folder, settings, state))
+
+
+def export_adapter(
+    model: nn.Module, run: RunFolder, settings: ExportSettings, base: Base, *, first: bool = True
+) -> None:
+    """Writes the student's adapter to ``adapter/`` of the run folder, in PEFT's format.
+
+    Where the weights that it belongs to are those of no folder, they are written too, to ``base/``,
+    in their own dtype. All ranks must call this, before `lora.merge`. first: whether this is rank
+    0, which alone writes. Does nothing to a student without adapters.
+    """
+    if not lora.has_adapters(model):
         return
+    adapter = lora.adapter_state(model, first)
+    name, revision = base.name, base.revision
+    if name is None:
+        weights = lora.base_state(model, first)
+        name = run.join(BASE)
+        if first:
+            dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+            own = replace(settings, dtype=dtype)
+            _leave(run, BASE, lambda folder: save_student(model, folder, own, weights))
+    if first:
+        write = partial(lora.save_adapter, model, adapter, base=name, revision=revision)
+        _leave(run, ADAPTER, write)
+
+
+def _leave(run: RunFolder, name: str, save: Callable[[Path], None]) -> None:
+    """Saves a folder as ``name`` of the run folder, which may be in an object store."""
     if run.local is not None:
-        save_student(model, run.local / STUDENT, settings, state)
+        save(run.local / name)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        local = Path(temporary) / STUDENT
-        save_student(model, local, settings, state)
-        filesystem, target = run.filesystem(), f"{run.root}/{STUDENT}"
+        local = Path(temporary) / name
+        save(local)
+        filesystem, target = run.filesystem(), f"{run.root}/{name}"
         filesystem.create_dir(target, recursive=True)
         pafs.copy_files(str(local), target, destination_filesystem=filesystem)
 

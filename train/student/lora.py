@@ -13,6 +13,7 @@ rounded once. Imports peft only where a student gets adapters: its import takes 
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -242,14 +243,37 @@ def adapter_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
     return state
 
 
+@torch.no_grad()
+def base_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """The frozen weights on the host, in their own dtype, by their names in a model without peft.
+
+    All ranks of a sharded model must call this. keep: as in `adapter_state`.
+    """
+    state: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}  # Tied tensors stay tied.
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        if id(tensor) not in copies:
+            gathered = whole(tensor.detach())
+            copies[id(tensor)] = gathered.to("cpu") if keep else gathered.new_empty(0)
+        if keep:
+            plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+            state[plain] = copies[id(tensor)]
+    return state
+
+
 def save_adapter(
-    model: Any, folder: Path, state: dict[str, Tensor], base: str, revision: str | None = None
+    model: Any, state: dict[str, Tensor], folder: Path, base: str, revision: str | None = None
 ) -> None:
     """Writes the adapter as a folder that peft and vLLM load.
 
-    state: `adapter_state`. base: folder or Hub id of the model that it belongs to.
+    A folder that is there already is replaced when the new one is complete. state:
+    `adapter_state`. base: folder or Hub id of the model that it belongs to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
     settings = model.peft_config[ADAPTER]
     written = settings.to_dict() | {
         "base_model_name_or_path": base,
@@ -258,6 +282,8 @@ def save_adapter(
         "target_modules": sorted(settings.target_modules),
     }
     text = json.dumps(written, indent=2, sort_keys=True, default=str) + "\n"
-    (folder / "adapter_config.json").write_text(text)
+    (part / "adapter_config.json").write_text(text)
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(contiguous, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(contiguous, part / "adapter_model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)

@@ -7,6 +7,7 @@ writes ``layers.json``. Later starts and the other ranks keep the same.
 import json
 import logging
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,15 @@ import torch
 from torch import nn
 
 from raystill.base.run_folder import LAYERS, TRAIN_PROMPTS
-from raystill.config.student import LayerChoice
+from raystill.config.student import LayerChoice, StudentConfig
+from raystill.model.files import ModelFolder
+from raystill.model.on_node import ModelSource
 from raystill.model.sampling import resolve_sampling
 from raystill.run import Run
 from raystill.train.evaluation.free_running import FreeRunning, generate
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.build import Shape, choose_shape
+from raystill.train.student.export import Base
 from raystill.train.student.importance import ChosenLayers, Texts
 from raystill.train.student.width import Widths
 
@@ -44,6 +48,20 @@ def run_shape(
             shape = _choose(run, teacher_folder, device, model)
     found: Shape = ranks.from_first(shape)
     return found
+
+
+def base_of(student: StudentConfig, teacher: ModelSource, teacher_folder: str) -> Base:
+    """The model that the student's adapters belong to, by a name that others can load it by.
+
+    teacher_folder: on this node.
+    """
+    if student.model is not None:
+        return Base(student.model, student.revision)
+    number = ModelFolder(teacher.name, Path(teacher_folder)).num_layers or 0
+    if student.narrowed or student.kept_layers(number) != list(range(number)):
+        return Base(None)
+    downloaded = teacher.commit is not None
+    return Base(teacher.name if downloaded else teacher.folder, teacher.commit)
 
 
 def _choose(run: Run, teacher_folder: str, device: torch.device, model: nn.Module) -> Shape:

@@ -38,7 +38,7 @@ from raystill.train.student.module import StudentModule, parallel_module
 from raystill.train.student.sharding import place_student
 from raystill.train.worker.process import report_final_errors, settle_process
 from raystill.train.worker.progress import Progress
-from raystill.train.worker.shape import run_shape
+from raystill.train.worker.shape import base_of, run_shape
 
 if TYPE_CHECKING:
     from raystill.train.worker.policy import PolicyPublisher
@@ -199,14 +199,16 @@ class Worker:
         export_dtype = self.config.training.export_dtype
         if self.ranks.first:
             self.progress.require_all_done()
-        lora.merge(self.student.model)
-        export.round_weights(self.student.model, build.DTYPES[export_dtype])
+        settings = export.ExportSettings(export_dtype, self.teacher_folder, self.sampling)
+        model, folder, first = self.student.model, self.run.folder, self.ranks.first
+        base = base_of(self.config.student, self.run.teacher, self.teacher_folder)
+        export.export_adapter(model, folder, settings, base, first=first)
+        lora.merge(model)
+        export.round_weights(model, build.DTYPES[export_dtype])
         if self.config.evaluation.enabled:
             self._measure("after", f"as exported ({export_dtype})")
         self.phase("saving the student")
-        settings = export.ExportSettings(export_dtype, self.teacher_folder, self.sampling)
-        model, first = self.student.model, self.ranks.first
-        export.export_student(model, self.run.folder, settings, first=first)
+        export.export_student(model, folder, settings, first=first)
 
     def leave(self, outcome: str) -> None:
         """Publish the last checkpoint; the run is ``completed`` or ``stopped``."""
