@@ -37,6 +37,7 @@ from raystill.datasets.prompts.tables import PromptTables
 from raystill.datasets.rows.schema import STUDENT_PROMPT
 from raystill.datasets.rows.signal import signal_of
 from raystill.datasets.store.store import SEGMENTS
+from raystill.model.adapters import trained_numbers
 from raystill.model.files import ModelFolder
 
 REMOTE_WAIT_S = 4.0
@@ -287,7 +288,12 @@ def space_needed(config: RunConfig, student: ModelFolder, tables: PromptTables) 
     checkpoints = (training.num_checkpoints_to_keep + 1) * ADAMW_BYTES[training.param_dtype]
     tokens = tables.response_tokens("held_out", config.teacher.sampling.max_tokens)
     held_out = tokens * config.evaluation.top_k * SIGNAL_BYTES
-    return parameters * (checkpoints + EXPORT_BYTES[training.export_dtype]) + held_out
+    trained, exported = parameters, EXPORT_BYTES[training.export_dtype]
+    if config.student.lora is not None:
+        trained = trained_numbers(student, config.student.lora, kept) or parameters
+        checkpoints += 4  # The adapter.
+        exported += 4 if kept is not None else 0  # The weights that it belongs to.
+    return trained * checkpoints + parameters * exported + held_out
 
 
 def check_space(folder: RunFolder, needed_bytes: int | None) -> list[Problem]:

@@ -4,7 +4,8 @@ Imports no torch, so that `cluster.check.models` can check a model before anythi
 `train.student.lora` makes the adapters and checks the loaded model by the same rules.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 
 from raystill.config.student import LoraConfig
 from raystill.model.files import ModelFolder
@@ -19,23 +20,56 @@ def adapter_problems(model: ModelFolder, lora: LoraConfig) -> Iterator[tuple[str
 
     Nothing where the model's weights are still to be fetched: the worker checks it then.
     """
-    names = stored_tensors(model.path)
-    shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(names)
-    for file in set(names.values()):
-        shapes |= {n: tuple(e["shape"]) for n, e in read_header(file).items() if n in names}
-    weights = {n.removesuffix(".weight"): shapes[n] for n in names if n.endswith(".weight")}
-    if not weights or all(shape is None for shape in weights.values()):
+    weights = _shapes(model)
+    if all(shape is None for shape in weights.values()):
         return
-    linear = {
-        module: (shape[0], shape[1])
-        for module, shape in weights.items()
-        if shape is not None and len(shape) == 2 and last(module) not in (*HEADS, *EMBEDDINGS)
-    }
+    linear = _linear(weights)
     # A head that is tied to the embedding is not stored beside it.
     tied = bool(model.config.get("tie_word_embeddings")) or not any(
         last(module) in HEADS for module in weights
     )
     yield from lora_problems(model.name, lora, linear, set(weights), tied)
+
+
+def trained_numbers(
+    model: ModelFolder, lora: LoraConfig, layers: Collection[int] | None = None
+) -> int | None:
+    """Number of trained parameters, of some layers; None where the weights are not here.
+
+    layers: numbers of the layers that the student has; None: all of them.
+    """
+    weights = _shapes(model)
+    if all(shape is None for shape in weights.values()):
+        return None
+    linear, total = _linear(weights), 0
+    targets = [""] if lora.target_modules == "all-linear" else lora.target_modules
+    for module, shape in weights.items():
+        layer = module.partition("layers.")[2].partition(".")[0]
+        if layers is not None and layer.isdigit() and int(layer) not in layers:
+            continue
+        if any(names(saved, module) for saved in lora.modules_to_save):
+            total += math.prod(shape or ())
+        elif module in linear and any(not t or names(t, module) for t in targets):
+            total += lora.rank * sum(linear[module])
+    return total
+
+
+def _shapes(model: ModelFolder) -> dict[str, tuple[int, ...] | None]:
+    """The shape of each module's weight by the module's name; None where its file is not here."""
+    stored = stored_tensors(model.path)
+    shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(stored)
+    for file in set(stored.values()):
+        shapes |= {n: tuple(e["shape"]) for n, e in read_header(file).items() if n in stored}
+    return {n.removesuffix(".weight"): shapes[n] for n in stored if n.endswith(".weight")}
+
+
+def _linear(weights: Mapping[str, tuple[int, ...] | None]) -> dict[str, tuple[int, int]]:
+    """Those that may be linear modules: with two sizes, and neither embedding nor output head."""
+    return {
+        module: (shape[0], shape[1])
+        for module, shape in weights.items()
+        if shape is not None and len(shape) == 2 and last(module) not in (*HEADS, *EMBEDDINGS)
+    }
 
 
 def lora_problems(

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from raystill.base.errors import RunError
 from raystill.base.run_folder import RunFolder
 from raystill.config.student import LoraConfig, StudentConfig
-from raystill.model.adapters import adapter_problems
+from raystill.model.adapters import adapter_problems, trained_numbers
 from raystill.model.files import ModelFolder
 from raystill.model.on_node import ModelSource
 from raystill.train.checkpoint.checkpoint import (
@@ -254,6 +254,20 @@ def test_the_base_of_an_adapter_is_a_folder_of_its_own_only_where_the_teacher_is
     from_hub = ModelSource("teachers/four", str(tmp_path), commit="abc")
     student = StudentConfig(layer_stride=1)
     assert base_of(student, from_hub, str(tmp_path)) == Base("teachers/four", "abc")
+
+
+@pytest.mark.parametrize("case", ["tied", "norm trained whole", "two modules"])
+def test_the_number_of_trained_parameters_is_known_before(tmp_path, case):
+    settings = CASES[case][0]
+    model = tiny_module().model
+    model.save_pretrained(tmp_path)
+    lora.inject(model, settings, F32)
+    numbers = {n: t.numel() for n, t in lora.trained_tensors(model).items()}
+    folder = ModelFolder("tiny", tmp_path)
+    assert trained_numbers(folder, settings) == sum(numbers.values())
+    one = sum(count for name, count in numbers.items() if "layers.0." not in name)
+    assert trained_numbers(folder, settings, [1]) == one
+    assert trained_numbers(ModelFolder("none", tmp_path / "none"), settings) is None
 
 
 WRONG = {
