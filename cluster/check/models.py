@@ -11,7 +11,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pyarrow.compute as pc
-from tokenizers import Tokenizer
 
 from raystill.base.errors import ConfigError, Problem
 from raystill.cluster.check.folders import check_architecture, check_weights
@@ -23,7 +22,7 @@ from raystill.model.adapters import adapter_problems
 from raystill.model.files import ModelFolder, read_object
 from raystill.model.head import find_head, logit_transform, read_header, stored_tensors
 from raystill.model.sizes import Sizes
-from raystill.model.tokenizer import load_tokenizer, read_settings
+from raystill.model.tokenizer import read_settings, shared_tokenizer
 
 NAMED_TOKENS = ("bos", "eos", "pad")
 
@@ -184,9 +183,8 @@ def tokenizer_notices(teacher: ModelFolder, student: ModelFolder) -> Iterator[st
 
 
 def vocabulary_of(model: ModelFolder) -> dict[str, int]:
-    """Token to id, special tokens included. Raises ConfigError."""
-    tokenizer: Tokenizer = load_tokenizer(model.path, read_settings(model.path))
-    return tokenizer.get_vocab(with_added_tokens=True)
+    """Token to id, special tokens included, not to be changed. Raises ConfigError."""
+    return shared_tokenizer(model.path, read_settings(model.path)).vocabulary
 
 
 def count_parameters(model: ModelFolder, layers: list[int] | None = None) -> int | None:

@@ -30,6 +30,7 @@ from raystill.model.tokenizer import (
     chat_template,
     load_tokenizer,
     read_settings,
+    shared_tokenizer,
     token_text,
 )
 
@@ -55,7 +56,8 @@ class PromptTokeniser:
         self.prompts = prompts
         self.progress = progress
         self.settings = read_settings(self.folder)
-        self.tokenizer = load_tokenizer(self.folder, self.settings)
+        self._shared = shared_tokenizer(self.folder, self.settings)
+        self.tokenizer = self._shared.tokenizer
         self.prints_today = False
         day = prompts.template_date
         self._now = datetime.now() if day is None else datetime.fromisoformat(day)
@@ -71,7 +73,7 @@ class PromptTokeniser:
     @property
     def num_ids(self) -> int:
         """One more than the largest id that the tokenizer gives a text."""
-        return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        return self._shared.num_ids
 
     def encode(self, raw: RawPrompt) -> np.ndarray:
         """Token ids ``int32[P]`` of one prompt, up to where the teacher's answer begins."""

@@ -54,6 +54,8 @@ class RunInUseError(RunError):
 
 MOST_PROBLEMS = 20
 LONGEST_PROBLEM = 600
+MOST_CHARACTERS = 3600
+"""Of all problems that are printed together. The longest are shortened first."""
 
 
 def shown(text: str, longest: int = LONGEST_PROBLEM) -> str:
@@ -63,15 +65,36 @@ def shown(text: str, longest: int = LONGEST_PROBLEM) -> str:
     a megabyte) is named instead of sent.
     """
     text = redact(text)  # Whole: of a part of a secret nobody would know that it is one.
-    if len(text) > longest:
-        half = longest // 2
-        text = f"{text[:half]} ... ({len(text):,} characters) ... {text[-half // 2 :]}"
-    return "".join(c if c.isprintable() or c == " " else _named(c) for c in text)
+    length = len(text)
+    if length > 2 * longest:  # Naming the characters of a megabyte would take a second.
+        text = text[:longest] + text[-longest:]
+    text = "".join(c if c.isprintable() or c == " " else _named(c) for c in text)
+    if length <= longest and len(text) <= longest:
+        return text
+    between = f" ... ({length:,} characters) ... "
+    kept = max(longest - len(between), 0)
+    end = kept // 3  # A message ends with the remedy.
+    return f"{text[: kept - end]}{between}{text[len(text) - end :]}"
 
 
 def _named(character: str) -> str:
     """A character that cannot be printed, as Python writes it."""
     return character.encode("unicode_escape").decode("ascii")
+
+
+def shown_together(texts: Sequence[str], most: int = MOST_CHARACTERS) -> list[str]:
+    """The texts as `shown`, and together of at most ``most`` characters.
+
+    Where that is too little, the longest ones share what the shorter ones leave.
+    """
+    lines = [shown(text) for text in texts]
+    left = most
+    for number, length in enumerate(sorted(map(len, lines))):
+        share = left // (len(lines) - number)
+        if length > share:
+            return [shown(text, share) for text in texts]
+        left -= length
+    return lines
 
 
 def print_problems(problems: Sequence[object]) -> None:
@@ -80,7 +103,7 @@ def print_problems(problems: Sequence[object]) -> None:
     coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     heading = f"{number}, nothing was started:"
     print(f"\033[31m{heading}\033[0m" if coloured else heading, file=sys.stderr)
-    for problem in problems[:MOST_PROBLEMS]:
-        print(f"  - {shown(str(problem))}", file=sys.stderr)
+    for line in shown_together([str(problem) for problem in problems[:MOST_PROBLEMS]]):
+        print(f"  - {line}", file=sys.stderr)
     if len(problems) > MOST_PROBLEMS:
         print(f"  ... and {len(problems) - MOST_PROBLEMS:,} more", file=sys.stderr)

@@ -6,6 +6,7 @@ And what a prompt says stays text: none of it becomes a control token of the tea
 import gzip
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -321,3 +322,23 @@ def test_private_characters_beside_a_control_token(tokenisers: dict[str, PromptT
     assert control(tokeniser, "a", "b", "<|im_end|>\U000f0000\U000f0003") == three
     with pytest.raises(ValueError, match="private characters"):
         control(tokeniser, "a", "b", "<|im_end|>\U000f0000\U00100003")
+
+
+def test_a_tokenizer_is_read_once_and_anew_when_its_file_changes(tmp_path: Path) -> None:
+    """Two folders of the same content share it; one for plain text is never the shared one."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        shutil.copy(TEACHER / "tokenizer.json", folder)
+        (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    first, second = (PromptTokeniser(folder, PromptsConfig(path="-")) for folder in (one, other))
+    assert first.tokenizer is second.tokenizer
+    assert first.plain_text().encode_special_tokens
+    assert not first.tokenizer.encode_special_tokens
+    tokenizer = Tokenizer.from_file(str(one / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken("<|new|>", special=True)])
+    tokenizer.save(str(one / "tokenizer.json"))
+    assert PromptTokeniser(one, PromptsConfig(path="-")).num_ids == second.num_ids + 1
+    settings = {"extra_special_tokens": ["<|newer|>"]}
+    (other / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert PromptTokeniser(other, PromptsConfig(path="-")).num_ids == second.num_ids + 1

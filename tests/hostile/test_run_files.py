@@ -15,12 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import driver
-from raystill.base.errors import MOST_PROBLEMS, shown
+from raystill.base.errors import MOST_CHARACTERS as MOST_OF_PROBLEMS
+from raystill.base.errors import MOST_PROBLEMS, shown, shown_together
 from raystill.config.describe import select_fields
 from raystill.config.load import load_leniently, parse_yaml
 from tests.support.sound_run import SOUND
 
-MOST_CHARACTERS = 15_000  # Twenty problems of 600 characters, and their indents.
+MOST_CHARACTERS = 4_000
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> str:
@@ -225,7 +226,7 @@ def test_no_tree_of_values_ends_in_a_traceback(
     assert driver.main(["check", "--static", "tree.yaml"]) in (0, 2)
     told = capsys.readouterr()
     assert "unexpected:" not in told.err
-    assert len(told.err) <= MOST_CHARACTERS
+    assert len(told.out + told.err) <= MOST_CHARACTERS
 
 
 @given(st.text(max_size=400))
@@ -241,5 +242,15 @@ def test_any_text_is_yaml_or_refused(text: str) -> None:
 def test_what_is_shown_is_printable_and_bounded(text: str, longest: int) -> None:
     told = shown(text, longest)
     assert all(c.isprintable() for c in told)
-    assert len(told) <= 10 * longest + 60
+    assert len(told) <= max(longest, 40)
     assert text != told or len(text) <= longest
+
+
+@given(st.lists(st.text(max_size=900), max_size=20))
+def test_what_is_shown_together_is_bounded_and_short_lines_stay(texts: list[str]) -> None:
+    told = shown_together(texts)
+    assert len(told) == len(texts) and sum(map(len, told)) <= MOST_OF_PROBLEMS
+    share = MOST_OF_PROBLEMS // max(1, len(texts))
+    for text, line in zip(texts, told, strict=True):
+        if len(shown(text)) <= share:
+            assert line == shown(text)
