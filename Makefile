@@ -14,7 +14,7 @@ TINY := models/tiny-teacher
 QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
 CODE := driver.py raystill cluster serve train datasets tests benchmarks examples
 
-.PHONY: help demo demo-second test test-faults chaos check bench setup models lint types fast browser trackers clean
+.PHONY: help demo demo-second test test-faults chaos check bench setup models lint types fast browser trackers rivals clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 14
@@ -89,6 +89,18 @@ browser:         ## a headless browser for the tests of the page of a run (Debia
 
 trackers: setup  ## W&B, MLflow and Trackio, for the tests that read a run back from them
 	$(PIP) install -qq --no-deps -r requirements/trackers.txt
+
+# TRL in an environment of its own, above this project's: the same torch, transformers and vLLM.
+RIVALS := .venv-rivals/.installed
+$(RIVALS): requirements/rivals.txt $(STAMP)
+	@$(BIN)/python -m venv --without-pip .venv-rivals
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$(.venv-rivals/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	@$(PIP) --python .venv-rivals/bin/python install -qq --no-deps -r requirements/rivals.txt
+	@touch $@
+
+rivals: setup $(RIVALS)   ## the same job by TRL and by Raystill, side by side (about forty minutes)
+	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.rivals $(RIVALS_ARGS)
 
 clean:           ## remove what the build made (not runs/ and models/)
 	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,185 @@
+"""The parts of the comparison, in the order in which they run, and the commands they are.
+
+A part is one process. A side's time for a student is the sum of its parts, imports and loading
+included. Sides alternate, so that a machine that becomes slower does so for all.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from benchmarks.rivals.settings import PROMPTS, TEACHER, Folder, Settings, read_json
+
+SIDES = ("hf", "vllm", "policy", "raystill")
+RIVALS_PYTHON = ".venv-rivals/bin/python"
+OWN_SNAPSHOT_STEPS = 10
+OWN_EPOCHS = 4
+OWN_STOP_AFTER_S = 330.0
+OWN_TURNS = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process. ``figures``: a JSON file that it writes for the record. ``counts`` says whether
+    its time is part of the side's.
+    """
+
+    name: str
+    command: list[str]
+    side: str = ""
+    which: str = ""
+    figures: Path | None = None
+    counts: bool = True
+
+
+def rival(module: str, *words: object) -> list[str]:
+    """A script in the rivals' environment."""
+    return [RIVALS_PYTHON, "-m", f"benchmarks.rivals.{module}", *map(str, words)]
+
+
+def raystill(run_file: Path) -> list[str]:
+    """A run of this project, by its command line."""
+    return [sys.executable, "driver.py", "run", str(run_file)]
+
+
+def run_file(settings: Settings, folder: Folder, which: int) -> Path:
+    """The run file of one of Raystill's students: the job of all sides, nothing held out.
+
+    The first student is taught by a served teacher. The later ones find every answer in the store
+    that the first has filled, so the student has all cores.
+    """
+    kept = read_json(folder.chosen)["kept"][str(settings.layers[which - 1])]
+    run = {
+        "seed": settings.seed,
+        "teacher": {
+            "model": TEACHER,
+            "dtype": "float32",
+            "max_model_len": 512,
+            "max_num_seqs": 64,
+            "kv_cache_gib": 2,
+            "target_ongoing_requests": 8,
+            "sampling": {
+                "temperature": settings.temperature,
+                "min_p": settings.min_p,
+                "max_tokens": settings.max_tokens,
+            },
+        },
+        "student": {"init": "from_teacher", "layers": kept},
+        "prompts": {"path": str(folder.train)},
+        "signal": {"kind": "topk", "top_k": 64},
+        "objective": {"forward_kl": 1.0},
+        "stream": {"group_rows": 8, "order": "fixed"},
+        "training": {
+            "rows_per_step": settings.rows_per_step,
+            "learning_rate": settings.learning_rate,
+            "warmup_steps": settings.warmup_steps,
+            "schedule": "cosine",
+            "min_learning_rate_ratio": settings.min_rate_ratio,
+            "tokens_per_micro_batch": 512,
+            "checkpoint_every_steps": 0,
+            "export_dtype": "float32",
+            **({"cpu_cores": "all"} if which > 1 else {}),
+        },
+        "store": {"path": str(folder.work / "teacher_store")},
+        "output": {"path": str(folder.student("raystill", which))},
+    }
+    return written(folder.work / f"raystill-{which}.yaml", run)
+
+
+def own_run_file(settings: Settings, folder: Folder) -> Path:
+    """The demo's run file, with its own measuring, but for where it reads and writes."""
+    run = yaml.safe_load(Path("configs/quickstart.yaml").read_text())
+    run["prompts"]["path"] = PROMPTS
+    run["store"] = {"path": str(folder.work / "own_store")}
+    run["output"] = {"path": str(folder.student("raystill", "own"))}
+    return written(folder.work / "raystill-own.yaml", run)
+
+
+def written(path: Path, run: dict[str, object]) -> Path:
+    """A run file, stored."""
+    path.write_text(yaml.safe_dump(run, sort_keys=False))
+    return path
+
+
+def model_of(folder: Folder, side: str, which: str) -> Path:
+    """Where a side leaves a trained student."""
+    trained = folder.student(side, which)
+    return trained / "student" if side == "raystill" else trained
+
+
+def judge(folder: Folder, side: str, which: str, model: Path) -> Part:
+    """Judging a student; outside of every side's time."""
+    name = f"{which}-{side}-judge"
+    figures = folder.work / "figures" / f"{name}.json"
+    command = rival("judge", folder.work, model, figures)
+    return Part(name, command, side, which, figures, counts=False)
+
+
+def mechanics(settings: Settings, folder: Folder) -> Iterator[Part]:
+    """Same start, rows and steps: three students by every side.
+
+    ``hf``'s second and third student are left out: from a file of answers it is what ``vllm`` is.
+    """
+    work = folder.work
+    for which in range(1, len(settings.layers) + 1):
+        n = str(which)
+        yield judge(folder, "start", n, folder.start(str(settings.layers[which - 1])))
+        for side in SIDES:
+            if side == "hf" and which > 1:
+                continue
+            if side == "raystill":
+                command = raystill(run_file(settings, folder, which))
+                yield Part(f"{n}-{side}-run", command, side, n)
+            elif side == "policy":
+                yield Part(
+                    f"{n}-{side}-train",
+                    rival("train_trl", work, side, n, "--on-policy"),
+                    side,
+                    n,
+                )
+            else:
+                if which == 1:
+                    figures = work / "figures" / "vllm-sample.json" if side == "vllm" else None
+                    sample = rival(f"sample_{side}", work)
+                    yield Part(f"{n}-{side}-sample", sample, side, n, figures)
+                yield Part(f"{n}-{side}-train", rival("train_trl", work, side, n), side, n)
+            yield judge(folder, side, n, model_of(folder, side, n))
+
+
+def own_means(settings: Settings, folder: Folder) -> Iterator[Part]:
+    """Each with its own means, to the same held-out KL.
+
+    Raystill is its shipped demo. TRL has the answers that vLLM wrote for the first table, a start
+    of evenly spaced layers (it has no means to choose them) and the learning rate of all sides,
+    which serves it better than its default of 2e-5; it trains for several epochs, in turns, and
+    every snapshot is judged.
+    """
+    start = folder.start("even")
+    yield judge(folder, "trl-even", "own", start)
+    yield Part("own-raystill-run", raystill(own_run_file(settings, folder)), "raystill", "own")
+    yield judge(folder, "raystill", "own", model_of(folder, "raystill", "own"))
+    options = ["--start", "even", "--answers", "vllm", "--epochs", OWN_EPOCHS]
+    options += ["--every", OWN_SNAPSHOT_STEPS, "--stop-after", OWN_STOP_AFTER_S]
+    for turn in range(1, OWN_TURNS + 1):
+        command = rival("train_trl", folder.work, "trl", "own", *options)
+        yield Part(f"own-trl-train-{turn}", command, "trl", "own")
+        figures = folder.work / "figures" / f"own-trl-judge-{turn}.json"
+        command = rival("judge", folder.work, folder.student("trl", "own"), figures, "--snapshots")
+        yield Part(f"own-trl-judge-{turn}", command, "trl", "own", figures, counts=False)
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """What every part sees: no network, one thread for each core."""
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "WANDB_DISABLED": "true",
+        "PYTHONPATH": os.getcwd(),
+    }
