@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import Sampler
+from benchmarks.processes import Sampler, look
 from benchmarks.results import machine
 from benchmarks.rivals.parts import Part, environment, mechanics, own_means, rival
 from benchmarks.rivals.settings import Folder, Settings, read_json, write_json
@@ -57,6 +58,21 @@ def spent_s(sampler: Sampler) -> float:
     return sum(most.values())
 
 
+def end_tree(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all its descendants: an engine's workers outlive their parent."""
+    tree = look(process.pid).role
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for pid in tree:
+        if pid != process.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 def run_part(part: Part, folder: Folder, settings: Settings, limit_s: float) -> dict[str, Any]:
     """Run one part to its end; its record.
 
@@ -73,8 +89,7 @@ def run_part(part: Part, folder: Folder, settings: Settings, limit_s: float) -> 
             try:
                 code = process.wait(limit_s)
             except subprocess.TimeoutExpired:
-                process.terminate()
-                process.wait()
+                end_tree(process)
                 code = -1
     wall_s = time.monotonic() - began
     if code != 0:
