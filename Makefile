@@ -14,7 +14,7 @@ TINY := models/tiny-teacher
 QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
 CODE := driver.py raystill cluster serve train datasets tests benchmarks examples
 
-.PHONY: help demo demo-second test test-faults chaos check bench setup models lint types fast browser trackers rivals clean
+.PHONY: help demo demo-second test test-faults chaos check bench setup models lint types fast browser trackers tasks rivals clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 14
@@ -89,6 +89,9 @@ browser:         ## a headless browser for the tests of the page of a run (Debia
 
 trackers: setup  ## W&B, MLflow and Trackio, for the tests that read a run back from them
 	$(PIP) install -qq --no-deps -r requirements/trackers.txt
+
+tasks: setup     ## lm-evaluation-harness, for `raystill tasks` and its test
+	$(PIP) install -qq --no-deps -r requirements/tasks.txt
 
 # TRL in an environment of its own, above this project's: the same torch, transformers and vLLM.
 RIVALS := .venv-rivals/.installed

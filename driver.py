@@ -33,6 +33,7 @@ from raystill.base.errors import ConfigError, RunError, print_problems, shown
 from raystill.base.redact import redact, redact_uncaught_errors
 from raystill.cluster.commands import options
 from raystill.cluster.store import cli as store
+from raystill.cluster.worth import cli as worth
 
 EXIT_FAILED = 1
 LONGEST_ERROR = 3000
@@ -249,6 +250,9 @@ def draft(
 
     wanted = DraftOptions(k, rows, concurrency)
     return draft_command(run_folder, overrides, wanted, as_json, say)
+
+
+app.command()(worth.tasks)
 
 
 @app.command()

@@ -49,6 +49,7 @@ REPORT = "report.html"
 COMPARISON = "comparison.html"
 STATUS = "status.json"
 DRAFT = "draft.json"
+TASKS = "tasks.json"
 
 TOP_LEVEL_NAMES = frozenset(
     {CONFIG, MANIFEST, METRICS, METRICS_DISCARDED, EVALUATION, ANSWERS, HELD_OUT, PROBE, SUMMARY}
@@ -68,6 +69,7 @@ TOP_LEVEL_NAMES = frozenset(
         STATUS,
         SPENDING,
         DRAFT,
+        TASKS,
     }
 )
 

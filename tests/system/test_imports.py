@@ -71,6 +71,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | ROWS
     | {"cluster/check", "cluster/job", "cluster/report", "datasets/store", "datasets/stream"}
     | {"cluster/lineage", "cluster/report/page", "serve", "serve/draft", "train/calibration"},
+    "cluster/worth": GROUND
+    | {"cluster/commands", "cluster/job", "cluster/report", "cluster/report/page"},
     "cluster/store": GROUND
     | {"cluster/check", "cluster/commands", "cluster/lineage", "datasets/exchange"}
     | {"datasets/prompts", "datasets/rows", "datasets/store"},

@@ -153,13 +153,14 @@ def pinned(name: str) -> dict[str, str]:
         ("teacher", ("gpu.txt",)),
         ("cpu", ("cpu.txt",)),
         ("lora", ("cpu.txt", "gpu.txt")),
+        ("tasks", ("tasks.txt",)),
         *((extra, ("trackers.txt",)) for extra in TRACKERS),
     ],
 )
 def test_the_pinned_versions_satisfy_what_the_package_asks_for(
     extra: str, lists: tuple[str, ...]
 ) -> None:
-    assert set(EXTRAS) == {"cluster", "teacher", "cpu", "lora", *TRACKERS}
+    assert set(EXTRAS) == {"cluster", "teacher", "cpu", "lora", "tasks", *TRACKERS}
     for name in lists:
         versions = pinned(name)
         for one in EXTRAS.get(extra, LIGHT):

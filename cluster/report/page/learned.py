@@ -8,6 +8,7 @@ from raystill.cluster.report.page.curves import Curve
 from raystill.cluster.report.page.html import Child, Html, element, join, table
 from raystill.cluster.report.page.read import Record, RunData, number
 from raystill.cluster.report.tables import FREE_RUNNING, TEACHER_FORCED, check_rows, position_rows
+from raystill.cluster.report.tasks import CAPTION, HEADINGS, task_rows
 
 MANY_POINTS = 60
 """Steps from which on a curve is drawn faint, with its mean over stretches above it."""
@@ -23,7 +24,7 @@ def learned(runs: Sequence[RunData]) -> Html:
     parts: list[Child] = [_table(runs), _notes(runs)]
     parts += [_checks(run, len(runs) > 1) for run in runs]
     if len(runs) == 1:
-        parts += [_baselines(runs[0]), _draft(runs[0])]
+        parts += [_tasks(runs[0]), _baselines(runs[0]), _draft(runs[0])]
         charts = [_loss(runs[0]), *_held_out(runs), _extra(runs[0])]
     else:
         charts = [_losses(runs), *_held_out(runs)]
@@ -121,6 +122,12 @@ def _baselines(run: RunData) -> Html | None:
         rows.append([name, figure(figures, "kl_nats_per_token"), figure(figures, "top1_agreement")])
     caption = "Models that only count the training answers, on the same held-out tokens"
     return table(caption, ["", "KL, nats/token", "top-1 agreement"], rows, "figures narrow")
+
+
+def _tasks(run: RunData) -> Html | None:
+    """What ``raystill tasks`` has measured: the student beside its teacher."""
+    rows: list[list[Child]] = [list(row) for row in task_rows(run.tasks)]
+    return table(CAPTION, list(HEADINGS), rows, "figures") if rows else None
 
 
 def _draft(run: RunData) -> Html | None:

@@ -30,6 +30,7 @@ from raystill.base.run_folder import (
     PROBE,
     STATUS,
     SUMMARY,
+    TASKS,
     TIMELINE,
     TRAIN_PROMPTS,
     RunFolder,
@@ -85,6 +86,7 @@ class RunData:
     layers: Record
     probe: Record
     draft: Record
+    tasks: Record
     metrics: dict[str, Curve]
     evaluations: list[Record]
     answers: list[Record]
@@ -151,6 +153,7 @@ class RunReader:
             layers=self._json(LAYERS),
             probe=self._json(PROBE),
             draft=self._json(DRAFT),
+            tasks=self._json(TASKS),
             metrics=metrics,
             evaluations=_joined(self._lines(EVALUATION)),
             answers=_first_and_last(self._lines(ANSWERS)),

@@ -1,0 +1,68 @@
+"""What ``raystill tasks`` found, as rows: for its own print, the closing table and the page.
+
+Consumes what tasks.json of a run folder holds, which anyone may have edited.
+"""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from raystill.base import formatting
+
+MODELS = ("teacher", "before", "student")
+WIDTH = 110
+
+
+def task_rows(found: object) -> list[list[str]]:
+    """``task, metric`` | teacher | before | student | share of the teacher's score, in words."""
+    tasks = found.get("tasks") if isinstance(found, dict) else None
+    rows = []
+    for task, metrics in tasks.items() if isinstance(tasks, dict) else ():
+        for metric, of in metrics.items() if isinstance(metrics, dict) else ():
+            if not isinstance(of, dict):
+                continue
+            share = of.get("share_of_teacher")
+            shown = formatting.share(share) if isinstance(share, (int, float)) else "-"
+            rows.append([f"{task}, {metric}", *(_score(of.get(name)) for name in MODELS), shown])
+    return rows
+
+
+def _score(score: object) -> str:
+    """``0.62 [0.48, 0.76]``; ``-`` for none."""
+    if not isinstance(score, dict) or not isinstance(score.get("mean"), (int, float)):
+        return "-"
+    low, high = score.get("low"), score.get("high")
+    if not isinstance(low, (int, float)) or not isinstance(high, (int, float)):
+        return formatting.figure(score["mean"], 2)
+    return f"{score['mean']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+HEADINGS = ("", "teacher", "before", "student", "of the teacher's")
+CAPTION = "Tasks of lm-evaluation-harness, with its 95 % intervals"
+
+
+def task_table(found: object) -> Table | None:
+    """The table for a terminal; None without a score."""
+    rows = task_rows(found)
+    if not rows:
+        return None
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    for number, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def print_tasks(found: dict[str, Any], console: Console | None = None) -> None:
+    """Print the table."""
+    console = console or Console(
+        width=None if sys.stdout.isatty() else WIDTH, markup=False, emoji=False
+    )
+    table = task_table(found)
+    with console.capture() as captured:
+        console.print(CAPTION)
+        console.print(table if table is not None else "no scores")
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))

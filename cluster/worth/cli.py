@@ -1,0 +1,60 @@
+"""Commands that tell what a finished student is worth; their arguments and their help.
+
+Imports what a command needs when it is called, so that help comes at once.
+"""
+
+from typing import Annotated
+
+import typer
+
+from raystill.base.redact import redact
+from raystill.cluster.commands import options
+
+TaskNames = Annotated[
+    list[str],
+    typer.Option("--task", metavar="NAME", help="A task of the harness. Repeatable."),
+]
+Include = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER",
+        show_default="the harness's own tasks",
+        help="Folder of task files; data is named relative to it.",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", show_default="all", help="Most documents of a task."),
+]
+Backend = Annotated[
+    str, typer.Option(metavar="hf|vllm", help="What runs the models: transformers, or vLLM.")
+]
+Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Rows that are asked at once.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Ask through the models' chat templates.")]
+
+
+def tasks(
+    run_folder: options.RunFolder,
+    task: TaskNames,
+    include: Include = None,
+    limit: Limit = None,
+    backend: Backend = "hf",
+    batch: Batch = 8,
+    chat: Chat = False,
+    as_json: options.AsJson = False,
+) -> int:
+    """Score teacher and student at tasks of lm-evaluation-harness.
+
+    With its intervals; its own tasks, or those of files of yours.
+    """
+    from raystill.base.errors import RunError
+    from raystill.cluster.worth.tasks import TaskOptions, tasks_command
+
+    if backend not in ("hf", "vllm"):
+        raise RunError(f"--backend is {backend!r}; expected hf or vllm")
+    wanted = TaskOptions(task, include, limit, backend, batch, chat)
+    return tasks_command(run_folder, wanted, as_json, _say)
+
+
+def _say(text: str) -> None:
+    print(redact(text), flush=True)
