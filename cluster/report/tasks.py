@@ -18,15 +18,20 @@ WIDTH = 110
 def task_rows(found: object) -> list[list[str]]:
     """``task, metric`` | teacher | before | student | share of the teacher's score, in words."""
     tasks = found.get("tasks") if isinstance(found, dict) else None
-    rows = []
-    for task, metrics in tasks.items() if isinstance(tasks, dict) else ():
-        for metric, of in metrics.items() if isinstance(metrics, dict) else ():
+    rows: list[list[str]] = []
+    for task, metrics in _items(tasks):
+        for metric, of in _items(metrics):
             if not isinstance(of, dict):
                 continue
             share = of.get("share_of_teacher")
             shown = formatting.share(share) if isinstance(share, (int, float)) else "-"
             rows.append([f"{task}, {metric}", *(_score(of.get(name)) for name in MODELS), shown])
     return rows
+
+
+def _items(value: object) -> list[tuple[Any, Any]]:
+    """The items of a mapping; none of anything else."""
+    return list(value.items()) if isinstance(value, dict) else []
 
 
 def _score(score: object) -> str:
