@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,41 +50,40 @@ STORED_TOKEN_BYTES = 6.1  # of an id and a logprob, compressed; see benchmarks/r
 ESTIMATED = (CHECKPOINTS, STUDENT, HELD_OUT)
 """What of the run folder ``space_needed`` counts."""
 WRITE_TEST = ".raystill-write-test"
+Found = tuple[list[Problem], list[str]]  # problems, notices
 
 
-def check_output(
-    config: RunConfig, folder: RunFolder, compare: bool = True
-) -> tuple[list[Problem], list[str]]:
+def check_output(config: RunConfig, folder: RunFolder, compare: bool = True) -> Found:
     """Problems and notices of the run folder. Leaves nothing behind in it.
 
     ``compare``: whether ``config`` can be compared with that of an earlier run; it cannot if parts
     of it are stand-ins.
     """
     if folder.is_local:
-        problem = why_not_writable(Path(folder.path), "output.path")
-        if problem is not None:
+        if (problem := why_not_writable(Path(folder.path), "output.path")) is not None:
             return [Problem("output.path", problem)], []
         return check_earlier_run(config, folder) if compare else [], []
-    results: list[list[Problem]] = []
+    return _in_time(lambda: (_check_remote(config, folder, compare), []), "output.path", folder)
+
+
+def check_store(path: str) -> Found:
+    """Can the teacher store be written, and does the first of two writers count there?"""
+    folder = RunFolder(path)
+    if not folder.is_local:
+        return _in_time(lambda: _check_remote_store(folder), "store.path", folder)
+    problem = why_not_writable(Path(path), "store.path") or why_no_links(Path(path))
+    return ([Problem("store.path", problem)] if problem is not None else []), []
+
+
+def _in_time(check: Callable[[], Found], setting: str, folder: RunFolder) -> Found:
+    """What a check of an object store finds; a notice where it does not answer soon."""
+    results: list[Found] = []
     # A daemon thread, since some object stores retry for minutes and cannot be interrupted.
-    thread = threading.Thread(
-        target=lambda: results.append(_check_remote(config, folder, compare)),
-        name="output",
-        daemon=True,
-    )
+    thread = threading.Thread(target=lambda: results.append(check()), name=setting, daemon=True)
     thread.start()
     thread.join(REMOTE_WAIT_S)
-    if not results:
-        return [], [f"output.path: {folder.path} did not answer in {REMOTE_WAIT_S:.0f} s"]
-    return results[0], []
-
-
-def check_store(path: str) -> list[Problem]:
-    """Can the teacher store be written? An object store is first tried when it is used."""
-    if "://" in path:
-        return []
-    problem = why_not_writable(Path(path), "store.path") or why_no_links(Path(path))
-    return [Problem("store.path", problem)] if problem is not None else []
+    late = f"{setting}: {folder.path} did not answer in {REMOTE_WAIT_S:.0f} s"
+    return results[0] if results else ([], [late])
 
 
 def why_no_links(path: Path) -> str | None:
@@ -268,9 +267,29 @@ def _check_remote(config: RunConfig, folder: RunFolder, compare: bool) -> list[P
         folder.filesystem().delete_file(f"{folder.root}/{WRITE_TEST}")
         return check_earlier_run(config, folder) if compare else []
     except Exception as error:  # Every object store has its own errors.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        message = f"{folder.path} cannot be written ({reason}); check the name and your credentials"
-        return [Problem("output.path", message)]
+        return [Problem("output.path", _not_written(folder, error))]
+
+
+def _check_remote_store(folder: RunFolder) -> Found:
+    try:
+        objects = folder.objects()
+        if objects is not None and objects.probe(WRITE_TEST):
+            return [], []
+        folder.write_bytes(WRITE_TEST, b"")
+        folder.filesystem().delete_file(f"{folder.root}/{WRITE_TEST}")
+    except Exception as error:
+        return [Problem("store.path", _not_written(folder, error))], []
+    here = "there are conditional writes only for s3:// (pip install 'raystill[s3]')"
+    why = here if objects is None else "it has no conditional writes"
+    told = (
+        "so of two runs that ask for the same rows at the same moment the last one's answers count"
+    )
+    return [], [f"store.path: {folder.path}: {why}, {told}"]
+
+
+def _not_written(folder: RunFolder, error: Exception) -> str:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return f"{folder.path} cannot be written ({reason}); check the name and your credentials"
 
 
 def space_needed(config: RunConfig, student: ModelFolder, tables: PromptTables) -> int | None:

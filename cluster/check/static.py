@@ -162,7 +162,9 @@ class StaticCheck:
         if self.known("store") and (self.config.store.path is not None or not problems):
             try:
                 self.store_path = resolve_store(self.config.store.path, self.output)
-                self.problems += check_store(self.store_path)
+                problems, notices = check_store(self.store_path)
+                self.problems += problems
+                self.notices += notices
             except ConfigError as error:
                 self.problems += error.problems
 

@@ -3,8 +3,9 @@
 In a local store it is a lock (``flock``) on the file ``upkeep.lock``, which ends with its process.
 A file system without such locks has no lease; upkeep is safe there too (see ``removal.py``), and
 may leave more duplicates. On an object store it is the file itself, with a token and the time at
-which it ends. Object stores are not asked for a conditional write, so two processes that write it
-at the same moment may both go on until the next ``confirm``, which reads the token again.
+which it ends. On S3 it is taken, renewed and taken over by conditional writes: one process has it.
+Other object stores have none here: two processes that write it at the same moment may both go on
+until the next ``confirm``, which reads the token again.
 
 Imports neither Ray nor torch.
 """
@@ -22,6 +23,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
 from raystill.base.errors import RunError
+from raystill.base.object_store import ConditionIgnored
 from raystill.base.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -47,11 +49,11 @@ class Lease:
         """Make sure that the lease is still held. Raises RunError if another process has it."""
         if self._folder.is_local:
             return
-        holder = _read(self._folder)
+        holder, version = _read(self._folder)
         if holder.get("token") != self._token:
             raise _in_use(self._folder, holder)
-        if _ends(holder) - time.time() < LEASE_S / 2:
-            self._write()
+        if _ends(holder) - time.time() < LEASE_S / 2 and not self._write(version):
+            raise _in_use(self._folder, _read(self._folder)[0])
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -66,7 +68,7 @@ class Lease:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise _in_use(self._folder, _read(self._folder)) from error
+                raise _in_use(self._folder, _read(self._folder)[0]) from error
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                     raise
@@ -78,32 +80,48 @@ class Lease:
 
     @contextmanager
     def _written(self) -> Iterator[None]:
-        holder = _read(self._folder)
+        holder, version = _read(self._folder)
         if _ends(holder) > time.time():
             raise _in_use(self._folder, holder)
-        self._write()
+        self._write(version)
         self.confirm()
         try:
             yield
         finally:
             with suppress(OSError):
-                if _read(self._folder).get("token") == self._token:
+                if _read(self._folder)[0].get("token") == self._token:
                     self._folder.filesystem().delete_file(f"{self._folder.root}/{LEASE}")
 
-    def _write(self) -> None:
+    def _write(self, version: str | None) -> bool:
+        """Write that the lease is held; False if its file is no longer of this version (None: there
+        is no file). It is written in any case where the store has no conditional writes.
+        """
         ends = str(time.time() + LEASE_S)
-        self._folder.write_text(
-            LEASE, json.dumps({**self._who, "token": self._token, "ends": ends})
-        )
+        text = json.dumps({**self._who, "token": self._token, "ends": ends})
+        if (objects := self._folder.objects()) is not None:
+            with suppress(ConditionIgnored):
+                if version is None:
+                    return objects.create(LEASE, text.encode())
+                return objects.replace(LEASE, text.encode(), version)
+        self._folder.write_text(LEASE, text)
+        return True
 
 
-def _read(folder: RunFolder) -> dict[str, str]:
-    """Who holds the lease; empty if nobody does, or the file says nothing."""
+def _read(folder: RunFolder) -> tuple[dict[str, str], str | None]:
+    """Who holds the lease (empty if nobody does, or the file says nothing), and the file's version.
+
+    The version is None if there is no file, or where the store has no conditional writes.
+    """
+    version = None
     with suppress(FileNotFoundError, ValueError):
-        found = json.loads(folder.read_text(LEASE))
+        if (objects := folder.objects()) is not None:
+            data, version = objects.read(LEASE)
+        else:
+            data = folder.read_bytes(LEASE)
+        found = json.loads(data)
         if isinstance(found, dict):
-            return found
-    return {}
+            return found, version
+    return {}, version
 
 
 def _ends(holder: dict[str, str]) -> float:

@@ -1,11 +1,11 @@
 """The teacher store: all answers that any run has requested, by key, in a folder of segments.
 
 The files are ``<store>/segments/<hash of the keys>.parquet``. A segment becomes visible whole or
-not at all: on a local disk it is written to a temporary file and linked to its name, on an object
-store an upload appears when it is complete. If the name is taken, the answers that are already
-there are used. (Two writers of the same rows at the same time on an object store: the last one
-wins.) A segment that cannot be read at the moment, or that a newer version wrote, keeps its name;
-the new answers are then published under the next name (``segment.next_name``).
+not at all: on a local disk it is written to a temporary file and linked to its name, on S3 it is
+one conditional request. If the name is taken, the answers that are already there are used. (On an
+object store without conditional writes the last of two that write at the same time wins.) A segment
+that cannot be read at the moment, or that a newer version wrote, keeps its name; the new answers
+are then published under the next name (``segment.next_name``).
 
 Imports neither Ray nor torch.
 """
@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
+from raystill.base.object_store import ConditionIgnored
 from raystill.base.run_folder import RunFolder
 from raystill.datasets.store import removal
 from raystill.datasets.store.catalogue import Catalogue, Entry, build_catalogue
@@ -202,12 +204,32 @@ class TeacherStore:
             except GoneSegment:  # Removed meanwhile and the name is free, or a link to nothing.
                 name = next_name(name) if self.exists(name) or self._is_link(name) else name
             except DamagedSegment:
-                # Not written over: another writer may have replaced it since it was read.
-                if not self.take_away(name, damaged) and damaged(name):
+                # Not simply written over: another writer may have replaced it since it was read.
+                replaced = self._replaced(name, data, damaged)
+                if replaced:
+                    return name, rows
+                removed = replaced is None and self.take_away(name, damaged)
+                if not removed and damaged(name):
                     name = next_name(name)
             except UnusableSegment:
                 name = next_name(name)
         return name, rows
+
+    def _replaced(self, name: str, data: bytes, may_go: Callable[[str], bool]) -> bool | None:
+        """Put ``data`` in the place of an object if ``may_go`` says so of it; whether it was done.
+
+        Another writer's object, which has another version, stays. None where the store has no
+        conditional writes.
+        """
+        if (objects := self.folder.objects()) is None:
+            return None
+        try:
+            version = objects.version(f"{SEGMENTS}/{name}")
+            return may_go(name) and objects.replace(f"{SEGMENTS}/{name}", data, version)
+        except FileNotFoundError:
+            return False
+        except ConditionIgnored:
+            return None
 
     def take_away(self, name: str, may_go: Callable[[str], bool]) -> bool:
         """Remove a segment if ``may_go`` says so of it; whether it was removed.
@@ -286,6 +308,9 @@ class TeacherStore:
         """Publish a segment; False, and nothing is written, if the name is taken."""
         if self.folder.is_local:
             return self._link(name, data)
+        if (objects := self.folder.objects()) is not None:
+            with suppress(ConditionIgnored):
+                return objects.create(f"{SEGMENTS}/{name}", data)
         if self.exists(name):
             return False
         self.folder.write_bytes(f"{SEGMENTS}/{name}", data)

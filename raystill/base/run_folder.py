@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raystill.base.errors import ConfigError, Problem, RunError
+from raystill.base.object_store import Objects, objects_of
 from raystill.base.redact import redact
 
 CONFIG = "config.yaml"
@@ -86,6 +87,9 @@ def _open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     So connections and the credentials of an instance are used again: opening one anew for each
     call would ask for them each time. pyarrow's file systems may be used by many threads.
     """
+    if uri.startswith("s3://") and "allow_delayed_open=" not in uri:
+        # A small file is then one request and not three.
+        uri = f"{uri}{'&' if split_query(uri)[1] else '?'}allow_delayed_open=true"
     filesystem, root = pafs.FileSystem.from_uri(uri)
     return filesystem, root.rstrip("/")
 
@@ -136,6 +140,13 @@ class RunFolder:
     def filesystem(self) -> pafs.FileSystem:
         """The file system that holds the folder; :attr:`root` is the path in it."""
         return self._opened()[0]
+
+    def objects(self) -> Objects | None:
+        """Conditional writes in the folder; None in a local one, or where there are none."""
+        if self.is_local:
+            return None
+        objects = objects_of(self.path, getattr(self.filesystem(), "region", ""))
+        return None if objects is None or objects.refused.is_set() else objects
 
     @property
     def root(self) -> str:
@@ -209,7 +220,8 @@ class RunFolder:
         when it is closed, so there it needs no second name.
         """
         filesystem, target = self._at(name)
-        filesystem.create_dir(os.path.dirname(target), recursive=True)
+        if filesystem.type_name != "s3":  # It has no folders, only requests that would make some.
+            filesystem.create_dir(os.path.dirname(target), recursive=True)
         if not self.is_local:
             with filesystem.open_output_stream(target) as stream:
                 yield stream

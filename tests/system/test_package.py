@@ -150,6 +150,7 @@ def pinned(name: str) -> dict[str, str]:
     [
         ("", ("cpu.txt", "gpu.txt")),
         ("cluster", ("cpu.txt", "gpu.txt")),
+        ("s3", ("cpu.txt", "gpu.txt")),
         ("teacher", ("gpu.txt",)),
         ("cpu", ("cpu.txt",)),
         ("lora", ("cpu.txt", "gpu.txt")),
@@ -160,7 +161,7 @@ def pinned(name: str) -> dict[str, str]:
 def test_the_pinned_versions_satisfy_what_the_package_asks_for(
     extra: str, lists: tuple[str, ...]
 ) -> None:
-    assert set(EXTRAS) == {"cluster", "teacher", "cpu", "lora", "tasks", *TRACKERS}
+    assert set(EXTRAS) == {"cluster", "teacher", "cpu", "s3", "lora", "tasks", *TRACKERS}
     for name in lists:
         versions = pinned(name)
         for one in EXTRAS.get(extra, LIGHT):
@@ -169,7 +170,7 @@ def test_the_pinned_versions_satisfy_what_the_package_asks_for(
 
 
 def test_the_package_asks_for_what_its_code_imports_and_for_nothing_else() -> None:
-    extras = [*EXTRAS["cluster"], *EXTRAS["lora"]]
+    extras = [*EXTRAS["cluster"], *EXTRAS["lora"], *EXTRAS["s3"]]
     asked = {canonicalize_name(one.name) for one in [*LIGHT, *extras]}
     brought = {
         "pydantic_core": "pydantic",  # One exact version of it.
