@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import pyarrow.fs as pafs
-
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "date", "server"}
 
@@ -59,16 +57,17 @@ class S3:
         return f"s3://{path}?endpoint_override={self.address}&scheme=http&region=us-east-1"
 
     def make_bucket(self, name: str) -> str:
-        """Make a bucket and return its name."""
-        filesystem = pafs.S3FileSystem(
-            access_key="test",
-            secret_key="test",
-            endpoint_override=self.upstream,
-            scheme="http",
-            region="us-east-1",
-            allow_bucket_creation=True,
-        )
-        filesystem.create_dir(name)
+        """Make a bucket and return its name.
+
+        The server loads its services at its first request, which may take longer than pyarrow
+        waits: this one is waited for.
+        """
+        scope = "Credential=test/20260101/us-east-1/s3/aws4_request"
+        signed = f"AWS4-HMAC-SHA256 {scope}, SignedHeaders=host, Signature=none"
+        asked = http.client.HTTPConnection(self.upstream, timeout=120)
+        asked.request("PUT", f"/{name}", headers={"Authorization": signed})
+        answer = asked.getresponse()
+        assert answer.status == 200, answer.read()
         return name
 
 
