@@ -112,6 +112,13 @@ class ObjectiveConfig(ConfigModel):
         "teacher probabilities.",
     )
 
+    router_balance: float = identity(
+        0.0,
+        ge=0,
+        description="Weight of the load-balancing loss of a mixture-of-experts student, over each "
+        "forward pass, in proportion to its tokens. Families are trained with 0.001 to 0.02.",
+    )
+
     temperature: float = identity(
         1.0,
         gt=0,

@@ -17,6 +17,8 @@ from raystill.config.base import (
     operational,
 )
 
+SHARDED_ONLY = ("shard_group_size", "reduce_gradients", "cpu_offload")
+
 
 class TrainingConfig(ConfigModel):
     """Training of the student: steps, optimizer, workers, precision, memory and checkpoints."""
@@ -47,6 +49,13 @@ class TrainingConfig(ConfigModel):
         gt=0,
         description="Longest time, in seconds, to wait for resources for the workers: at the "
         "start, and after nodes were lost.",
+    )
+    optimizer: Literal["adamw", "adamw_bf16", "adamw_8bit"] = identity(
+        "adamw",
+        description="AdamW, and how its state is kept; bytes a parameter with weights and "
+        "gradients. adamw: 16, moments in param_dtype. adamw_8bit: 10.1, moments of matrices in 8 "
+        "bits. adamw_bf16: 10, weights, gradients and moments in bfloat16, with what rounding "
+        "takes from a weight kept in 2 more bytes (Kahan).",
     )
     # The three numbers of the learning rate may change on resume: lowering them is the remedy of a
     # loss that is not finite. Each line of metrics.jsonl has the rate of its step.
@@ -112,7 +121,8 @@ class TrainingConfig(ConfigModel):
     )
     param_dtype: Literal["float32", "float64"] = identity(
         "float32",
-        description="Precision of parameters, optimizer state and gradient reduction.",
+        description="Precision of parameters, optimizer state and gradient reduction; see also "
+        "optimizer.",
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = identity(
         "auto",
@@ -124,6 +134,23 @@ class TrainingConfig(ConfigModel):
         description="How the student is distributed over the workers. ddp: each worker has a whole "
         "copy. fsdp: parameters, gradients and optimizer state are sharded (FSDP2); all parameters "
         "are gathered at once only for evaluation.",
+    )
+    shard_group_size: PositiveInt | None = operational(
+        None,
+        description="With strategy fsdp: number of workers that share one copy of the student; "
+        "such groups hold a copy each (HSDP). It must divide num_workers. Default: all workers.",
+    )
+    reduce_gradients: Literal["each_pass", "once"] = operational(
+        "each_pass",
+        description="With strategy fsdp: when the workers add up their gradients. each_pass: after "
+        "every forward and backward pass. once: after the last of a step, which sends less and "
+        "needs memory for the whole gradient on every worker.",
+    )
+    cpu_offload: bool = operational(
+        False,
+        description="With strategy fsdp: whether weights, gradients and optimizer state are kept "
+        "in host memory, where the optimizer's step is computed too; saves the GPU's memory and "
+        "takes time.",
     )
     activation_checkpointing: bool = operational(
         False,
@@ -178,11 +205,44 @@ class TrainingConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _precision_of_attention(self) -> "TrainingConfig":
-        precision = "float64" if self.param_dtype == "float64" else self.compute_dtype
+        precision = self.compute_dtype if self.param_dtype == "float32" else self.param_dtype
         if self.attention.startswith("flash") and precision in ("float32", "float64"):
             raise ValueError(
                 f"attention is {self.attention}, which computes in bfloat16, but matrix products "
                 f"are in {precision}; set compute_dtype: bfloat16, or attention: auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> "TrainingConfig":
+        if self.optimizer != "adamw" and self.param_dtype != "float32":
+            raise ValueError(
+                f"optimizer is {self.optimizer}, but param_dtype is {self.param_dtype}; leave "
+                "param_dtype unset, or set optimizer: adamw"
+            )
+        if self.optimizer == "adamw_bf16" and self.compute_dtype == "float32":
+            raise ValueError(
+                "optimizer is adamw_bf16, whose weights are in bfloat16, but compute_dtype is "
+                "float32; set compute_dtype: bfloat16 or auto, or optimizer: adamw_8bit"
+            )
+        if self.optimizer == "adamw_bf16" and self.beta2 > 0.99:
+            raise ValueError(
+                f"optimizer is adamw_bf16, in which a second moment of beta2 {self.beta2:g} would "
+                "never fall: bfloat16 rounds what a step takes from it away; set beta2: 0.99 or "
+                "less, or optimizer: adamw_8bit"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sharding_fits(self) -> "TrainingConfig":
+        group, defaults = self.shard_group_size, (None, "each_pass", False)
+        for name, value in zip(SHARDED_ONLY, defaults, strict=True):
+            if self.strategy != "fsdp" and getattr(self, name) != value:
+                raise ValueError(f"{name} is set, which only shards have; set strategy: fsdp")
+        if group is not None and (self.min_workers != self.max_workers or self.max_workers % group):
+            raise ValueError(
+                f"shard_group_size is {group}, which does not divide num_workers "
+                f"({self.num_workers}); set num_workers to one number, and a multiple of it"
             )
         return self
 
@@ -194,6 +254,11 @@ class TrainingConfig(ConfigModel):
                 f"set it to [{self.max_workers}, {self.min_workers}]"
             )
         return self
+
+    @property
+    def weights_dtype(self) -> str:
+        """The dtype in which the weights are trained."""
+        return "bfloat16" if self.optimizer == "adamw_bf16" else self.param_dtype
 
     @property
     def _worker_bounds(self) -> tuple[int, int]:

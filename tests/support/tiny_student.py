@@ -1,8 +1,11 @@
 """A two-layer student with random weights, rows with a random signal, and its training step."""
 
 import os
+import signal
 import subprocess
 import sys
+import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +33,12 @@ OBJECTIVE = ObjectiveConfig(forward_kl=1.0, cross_entropy=0.3)
 NUM_STEPS = 4
 
 
-def tiny_module(dtype=torch.float32, tied=True, **kwargs):
+def tiny_module(dtype=torch.float32, tied=True, wide=False, **kwargs):
+    """A student; wide: with matrices that have 8-bit moments, in more than one block."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=32,
+        hidden_size=272 if wide else 32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -111,11 +115,46 @@ def two_workers(script, folder):
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def join_workers(rank, folder):
+def forked_workers(script, folder, workers):
+    """As `two_workers`, any number of them, which import everything once (see `fork_workers`)."""
+    root = Path(__file__).resolve().parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, str(folder)]
+    subprocess.run(command, env=environment, timeout=300, check=True)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(workers)]
+
+
+def fork_workers(main, folder, workers):
+    """Runs main(rank, folder) in forks of this process; ends it with 1 where one has failed."""
+    children = []
+    for rank in range(workers):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                join_workers(rank, folder, workers)
+                torch.save(main(rank, folder), folder / f"{rank}.pt")
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)  # Without shutting gloo down, which hangs now and then.
+        children.append(child)
+    failed = False
+    for _ in children:
+        failed |= os.wait()[1] != 0
+        if failed:  # The others would wait for it.
+            for child in children:
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+    sys.exit(failed)
+
+
+def join_workers(rank, folder, workers=2):
     """The process group of `two_workers`, in a worker."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers
     )
 
 

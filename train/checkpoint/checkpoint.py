@@ -7,10 +7,10 @@ last phase. A run resumes from published checkpoints only (``ray_register``).
 
 ``<run>/checkpoints/step-<finished steps>/`` has
 
-- ``model-*.safetensors``: parameters and persistent buffers in ``training.param_dtype`` (with
+- ``model-*.safetensors``: parameters and persistent buffers in the dtype they are trained in (with
   ``student.lora`` the adapters alone), and
-- ``optimizer-*.safetensors``: AdamW's state, both one file for each rank that has a part of them
-  (``tensors``: they can be read by any number of workers, sharded or not);
+- ``optimizer-*.safetensors``: the optimizer's state, both one file for each rank that has a part of
+  them (``tensors``: they can be read by any number of workers, sharded or not);
 - ``random.pt``: the random states of each rank, loadable with ``weights_only=True``;
 - ``ledger.json``: the rows that are trained or dropped;
 - ``counts.npz``: counts of token pairs, where baselines are measured;
@@ -54,7 +54,7 @@ from raystill.train.checkpoint.tensors import (
     write_slices,
 )
 from raystill.train.step.ranks import Ranks
-from raystill.train.student.sharding import is_sharded
+from raystill.train.student.sharding import num_shards
 
 FORMAT_VERSION = 4
 KINDS = ("model", "optimizer")
@@ -105,8 +105,8 @@ class Part:
         """A copy of what this rank has to write, so that training can go on."""
         tensors = model_tensors(model), optimizer_tensors(model, optimizer)
         copies = (host_slices(of_kind, ranks.first) for of_kind in tensors)
-        sharded = is_sharded(model)
-        num_files = ranks.world_size if sharded else 1
+        # Of several copies (HSDP) the first ranks have one, and they write it.
+        num_files = num_shards(model)
         return cls(dict(zip(KINDS, copies, strict=True)), ranks.rank, num_files)
 
     def write(self, folder: Path) -> None:

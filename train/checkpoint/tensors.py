@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from raystill.train.student.lora import has_adapters, trained_tensors
 
@@ -59,7 +59,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, create: bool = False
 ) -> dict[str, Tensor]:
-    """AdamW's state by ``<state>.<parameter>``, for example ``exp_avg.head.weight``.
+    """The optimizer's state by ``<state>.<parameter>``, for example ``exp_avg.head.weight``.
 
     Its settings are not state: they come from the configuration. create: first give a state of
     zeros to each parameter that has none, so that it can be filled.
@@ -70,11 +70,17 @@ def optimizer_tensors(
             continue
         state = optimizer.state[parameter] if create else optimizer.state.get(parameter, {})
         if create and not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter.detach())
-            state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
+            own = getattr(optimizer, "new_state", None)  # PyTorch's has no such method.
+            state.update(new_state(parameter) if own is None else own(parameter))
         tensors.update({f"{key}.{name}": value for key, value in state.items()})
     return tensors
+
+
+def new_state(parameter: Tensor) -> dict[str, Tensor]:
+    """The state of PyTorch's AdamW for a parameter before the first step."""
+    zeros = (torch.zeros_like(parameter.detach()) for _ in range(2))
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return {"step": step} | dict(zip(("exp_avg", "exp_avg_sq"), zeros, strict=True))
 
 
 def host_slices(tensors: Mapping[str, Tensor], first: bool) -> dict[str, TensorSlice]:
@@ -188,10 +194,13 @@ def _local(tensor: Tensor) -> tuple[Tensor, int]:
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor, 0
-    assert tuple(tensor.placements) == (Shard(0),), "parameters are cut by rows over one mesh axis"
-    mesh = tensor.device_mesh
-    size = -(-len(tensor) // mesh.size())  # Rounded up.
-    start = min(mesh.get_local_rank() * size, len(tensor))
+    *copies, cut = tensor.placements
+    assert cut == Shard(0) and all(isinstance(one, Replicate) for one in copies), (
+        "parameters are cut by rows over the last axis of the mesh"
+    )
+    mesh, axis = tensor.device_mesh, tensor.device_mesh.ndim - 1
+    size = -(-len(tensor) // mesh.size(axis))  # Rounded up.
+    start = min(mesh.get_local_rank(axis) * size, len(tensor))
     local = tensor.to_local()
     assert len(local) == max(0, min(size, len(tensor) - start)), "FSDP cuts as torch.chunk does"
     return local, start

@@ -5,15 +5,19 @@ cut into micro-batches.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
 from raystill.config.training import TrainingConfig
+from raystill.train.step.adamw import AdamW8bit, AdamWBf16
 
 
-def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters, with weight decay on those with 2 or more axes only.
+def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """The AdamW that ``training.optimizer`` names over the trainable parameters, with weight decay
+    on those with 2 or more axes only.
 
     Biases and the weights of norms have one axis. In each group the parameters are in the order of
     the module.
@@ -23,12 +27,18 @@ def build_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Ad
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    # fused: one pass over parameters and state, instead of one for each operation.
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adamw": partial(torch.optim.AdamW, fused=True),
+        "adamw_bf16": AdamWBf16,
+        "adamw_8bit": AdamW8bit,
+    }
+    return kinds[config.optimizer](
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
-        fused=True,  # One pass over parameters and state, instead of one for each operation.
+        weight_decay=0.0,  # Each group has its own.
     )
 
 

@@ -14,9 +14,9 @@ So that ranks may have different numbers of rows, a step has three parts:
 2. Each rank runs as many forward and backward passes as the rank with the most micro-batches: its
    own first, then dummies of one token with weight 0. So all ranks enter each reduction equally
    often.
-3. The gradients of the undivided sums accumulate. DDP reduces them in the last pass, FSDP in each,
-   and both *average* over the ranks. One multiplication by world_size / W, before clipping, gives
-   the gradient of the loss.
+3. The gradients of the undivided sums accumulate. DDP reduces them in the last pass, FSDP in each
+   (`sharding.reduction`), and both *average* over the ranks. One multiplication by world_size / W,
+   before clipping, gives the gradient of the loss.
 
 Waits for: the other ranks, in one all-gather before the passes, in the reductions of the gradients,
 and in one all-reduce of the figures. Unblocked by: every rank calling `run`.
@@ -40,7 +40,7 @@ from raystill.train.batch.batch import MicroBatch
 from raystill.train.batch.rows import Row
 from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import learning_rate
-from raystill.train.student.sharding import is_sharded, whole
+from raystill.train.student.sharding import global_norm, is_sharded, reduction
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,10 @@ class GlobalStep:
         self.num_ages = num_ages
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self._warned_at = -WARN_EVERY_STEPS
-        self._term_names = sorted({name for one in batches.objectives for name in one.weights})
+        names = {name for one in batches.objectives for name in one.weights}
+        if any(one.router_balance for one in batches.objectives):
+            names.add("router_balance")
+        self._term_names = sorted(names)
         self._divergences = {name for one in batches.objectives for name in one.divergences}
 
     def run(self, step: int, rows: Sequence[Row], has_more: bool, stop: bool) -> StepResult:
@@ -263,10 +266,10 @@ class GlobalStep:
         return sums
 
     def _reduction(self, is_last: bool) -> Any:
-        """A context in which DDP reduces the gradients in the last pass only; FSDP in each."""
-        if is_last or not isinstance(self.module, DistributedDataParallel):
-            return nullcontext()
-        return self.module.no_sync()
+        """A context in which DDP reduces gradients in the last pass only; FSDP as configured."""
+        if isinstance(self.module, DistributedDataParallel):
+            return nullcontext() if is_last else self.module.no_sync()
+        return reduction(self.module, is_last, self.training.reduce_gradients == "once")
 
     def _forward_backward(self, batch: MicroBatch) -> Tensor:
         """One pass; returns its figures, float64: total, each term, the teacher's and the student's
@@ -335,7 +338,7 @@ class GlobalStep:
         # Before clipping: max_grad_norm is about the gradient of the loss, not of undivided sums.
         torch._foreach_mul_(gradients, self.world_size / weight)
         bound = self.training.max_grad_norm
-        norm = whole(nn.utils.get_total_norm(gradients))
+        norm = global_norm(gradients, self.device)
         if bound is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, bound, norm)
         grad_norm = float(norm)

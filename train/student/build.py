@@ -70,7 +70,7 @@ def build_student(
     seed: int,
     choose: Callable[[nn.Module], Shape] | None = None,
 ) -> nn.Module:
-    """The untrained student on the CPU, in ``training.param_dtype``; the same on every rank.
+    """The untrained student on the CPU, in the dtype it is trained in; the same on every rank.
 
     With ``student.lora`` it is in the dtype of its files, and has no adapters yet (`lora.attach`).
 
@@ -101,7 +101,7 @@ def build_student(
         if shape.widths is not None:
             model = narrow(model, shape.widths)
     if student.lora is None:
-        model.to(DTYPES[config.training.param_dtype])
+        model.to(DTYPES[config.training.weights_dtype])
     model.config.use_cache = False  # Training reads each sequence once.
     freeze_unreached(model)
     return model

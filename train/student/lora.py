@@ -52,7 +52,7 @@ def attach(model: Any, config: RunConfig, device: torch.device) -> None:
     model.to(base_dtype(model.dtype, lora, config, device))
     model.base_identity = base_identity(model)  # Before peft renames the modules.
     torch.manual_seed(config.section_seeds()["student"])  # Whatever loading has drawn.
-    inject(model, lora, DTYPES[config.training.param_dtype])
+    inject(model, lora, DTYPES[config.training.weights_dtype])
 
 
 def base_dtype(
@@ -67,7 +67,7 @@ def base_dtype(
         return torch.float64
     if lora.base_dtype != "auto":
         return DTYPES[lora.base_dtype]
-    compute = resolve_compute_dtype(training.compute_dtype, device, training.param_dtype)
+    compute = resolve_compute_dtype(training.compute_dtype, device, training.weights_dtype)
     return compute if own in HALF else own
 
 

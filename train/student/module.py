@@ -27,6 +27,7 @@ from raystill.train.loss.full_vocabulary import HiddenObjective
 from raystill.train.loss.head_loss import ChunkObjective, OutputHead, head_loss
 from raystill.train.loss.log_probs import sum_dtype
 from raystill.train.loss.objective import ObjectiveSums, TokenObjective
+from raystill.train.loss.router import router_balance
 from raystill.train.loss.teacher_head import TeacherHead
 from raystill.train.student.masks import ROWS, tell_transformers
 
@@ -85,24 +86,49 @@ class StudentModule(nn.Module):
             tokens = TokenObjective(objective, batch)
         else:
             tokens = HiddenObjective(objective, batch, teacher)
-        return head_loss(self.hidden_states(batch), self.head(), tokens)
+        if objective.router_balance == 0:
+            return head_loss(self.hidden_states(batch), self.head(), tokens)
+        hidden, routers = self._decoded(batch, output_router_logits=True)
+        return self._with_balance(head_loss(hidden, self.head(), tokens), batch, objective, routers)
 
     def hidden_states(self, batch: MicroBatch) -> Tensor:
         """The input of the head, [N, D], at the positions that predict a response token."""
+        return self._decoded(batch)[0]
+
+    def _decoded(self, batch: MicroBatch, **more: bool) -> tuple[Tensor, Any]:
+        """The input of the head, [N, D], and the logits of all routers, where ``more`` asks."""
         ROWS.packed = batch.packed
         try:
             with self._autocast(batch.input_ids.device.type):
-                hidden = self.model.get_decoder()(
+                output = self.model.get_decoder()(
                     input_ids=batch.input_ids,
                     attention_mask=batch.attention_mask,
                     # Only where they say more than the model's own, which count from 0.
                     position_ids=batch.position_ids if batch.packed else None,
                     use_cache=False,
                     **self._row_bounds(batch),
-                ).last_hidden_state
-                return hidden.flatten(0, 1).index_select(0, batch.logit_index)
+                    **more,
+                )
+                hidden = output.last_hidden_state.flatten(0, 1)
+                routers = getattr(output, "router_logits", None)
+                return hidden.index_select(0, batch.logit_index), routers
         finally:
             ROWS.packed = None
+
+    def _with_balance(
+        self, sums: ObjectiveSums, batch: MicroBatch, objective: ObjectiveConfig, routers: Any
+    ) -> ObjectiveSums:
+        """The sums with the load-balancing loss of this pass, times the weight of its tokens."""
+        top_k = getattr(self.model.config.get_text_config(), "num_experts_per_tok", None)
+        if not routers or not top_k:
+            raise ValueError(
+                f"objective.router_balance is {objective.router_balance:g}, but "
+                f"{type(self.model).__name__} has no routers that say their logits; set it to 0"
+            )
+        balance = router_balance(routers, top_k, real_positions(batch)) * batch.weights.sum()
+        total = sums.total + objective.router_balance * balance
+        terms = sums.terms | {"router_balance": balance.detach()}
+        return sums._replace(total=total, terms=terms)
 
     def head(self, compute_dtype: torch.dtype | None = None) -> OutputHead:
         """The output head with the parameters of this moment; compute_dtype None: the module's.
@@ -143,6 +169,17 @@ class StudentModule(nn.Module):
         if self.compute_dtype == self.param_dtype:
             return nullcontext()
         return torch.autocast(device_type, dtype=self.compute_dtype)
+
+
+def real_positions(batch: MicroBatch) -> Tensor | None:
+    """Which positions hold a token, [B, S], 1 or 0; None: all.
+
+    Each row ends with a position that predicts a token: what is behind it is padding.
+    """
+    if batch.input_tokens == batch.padded_tokens:
+        return None
+    marks = torch.zeros_like(batch.input_ids).flatten().index_fill_(0, batch.logit_index, 1)
+    return marks.view_as(batch.input_ids).flip(1).cummax(dim=1).values.flip(1)
 
 
 def has_attention_cap(model: Any) -> bool:
@@ -198,11 +235,11 @@ def resolve_compute_dtype(name: str, device: torch.device, param_dtype: str) -> 
     """The dtype of matrix products for ``training.compute_dtype``.
 
     ``auto`` is bfloat16 where the device multiplies it faster than float32: on GPUs, and on CPUs
-    with AMX. A CPU without AMX emulates it at a quarter of the speed. float64 parameters are always
-    multiplied in float64.
+    with AMX. A CPU without AMX emulates it at a quarter of the speed. float64 and bfloat16
+    parameters are always multiplied in their own dtype.
     """
-    if param_dtype == "float64":
-        return torch.float64
+    if param_dtype in ("float64", "bfloat16"):
+        return getattr(torch, param_dtype)
     if name == "auto":
         fast = device.type == "cuda" or (device.type == "cpu" and _has_amx())
         name = "bfloat16" if fast else "float32"

@@ -10,27 +10,39 @@ tensor, and the gradient of the head is reduced like any other.
 Dtypes. A layer is gathered in the compute dtype: autocast would round its matrices to it anyway,
 and half as many bytes are sent. The root is gathered in the dtype of the parameters, so that the
 residual stream and the gradient of the head are in float32, as they are without sharding. Gradients
-are summed over the ranks in the dtype of the parameters, after every backward pass, and *averaged*,
-as in DDP. Reducing only once a step would send less, but every worker would need a full copy of
-the gradients, which sharding is there to avoid.
+are summed over the ranks in the dtype of the parameters, at least in float32, and *averaged*, as in
+DDP: after every backward pass, or once a step (``training.reduce_gradients``), for which every rank
+needs a full copy of the gradients.
+
+``training.shard_group_size`` cuts the student over groups of ranks, each of which holds a copy
+(HSDP): layers are gathered within a group only, and shards of gradients are summed over the groups
+once a step. ``training.cpu_offload`` keeps the shards in host memory.
 
 Waits for: the other ranks, whenever parameters are gathered or gradients reduced. So all ranks must
 run equally many passes. Imports no Ray.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, Shard
 
 from raystill.config.objective import ObjectiveConfig
 from raystill.config.training import TrainingConfig
 from raystill.train.batch.batch import dummy_micro_batch
+from raystill.train.loss.log_probs import sum_dtype
 from raystill.train.student.attention import use_attention, use_packing, wants_packing
 from raystill.train.student.cut import layer_list
 from raystill.train.student.module import StudentModule, resolve_compute_dtype
@@ -46,13 +58,13 @@ def place_student(
     With FSDP all ranks must call this. A single worker is not sharded. Raises ValueError where the
     configured attention kernel or packing does not fit the model.
     """
-    dtype = resolve_compute_dtype(training.compute_dtype, device, training.param_dtype)
+    dtype = resolve_compute_dtype(training.compute_dtype, device, training.weights_dtype)
     sharded = training.strategy == "fsdp" and world_size > 1
     placed = model if sharded else model.to(device)
     student = StudentModule(placed, dtype, training.activation_checkpointing).train()
     attention = use_attention(training.attention, model, device, dtype)
     if sharded:
-        shard_student(student, device, world_size)
+        shard_student(student, device, world_size, training)
     if wants_packing(training.packing, attention):
         with whole_weights(student):
             student.packed = use_packing(training.packing, student, attention, device)
@@ -60,22 +72,40 @@ def place_student(
     return student
 
 
-def shard_student(student: StudentModule, device: torch.device, world_size: int) -> None:
+def shard_student(
+    student: StudentModule,
+    device: torch.device,
+    world_size: int,
+    training: TrainingConfig | None = None,
+) -> None:
     """Shards ``student`` over the process group, in place. All ranks must call this.
+
+    training: over how many ranks, and where the shards are; None: over all, on the device.
 
     The student may be on the host, so that the device never holds all of it: one layer at a time is
     copied to the device and then sharded.
     """
+    group = world_size if training is None else training.shard_group_size or world_size
     mesh = init_device_mesh(device.type, (world_size,))
-    root = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if group < world_size:
+        shape, names = (world_size // group, group), ("copies", "shards")
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    offload = OffloadPolicy()
+    if training is not None and training.cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=device.type != "cpu")
+    # Gradients of many ranks are summed in float32 at least.
+    wide = torch.float32 if student.param_dtype == torch.bfloat16 else None
+    root = MixedPrecisionPolicy(reduce_dtype=wide, cast_forward_inputs=False)
     layer_policy = root
     if student.compute_dtype != student.param_dtype:
         layer_policy = MixedPrecisionPolicy(
             student.compute_dtype, reduce_dtype=student.param_dtype, cast_forward_inputs=False
         )
     for layer in layer_list(student.model)[2]:
-        fully_shard(layer, mesh=mesh, mp_policy=layer_policy)
-    fully_shard(student, mesh=mesh, mp_policy=root, reshard_after_forward=False)
+        fully_shard(layer, mesh=mesh, mp_policy=layer_policy, offload_policy=offload)
+    fully_shard(
+        student, mesh=mesh, mp_policy=root, offload_policy=offload, reshard_after_forward=False
+    )
     # The module that is called first becomes FSDP's root, and measuring calls `model` inside. So a
     # dummy goes through the whole student now.
     with torch.no_grad():
@@ -119,4 +149,52 @@ def _parts(module: nn.Module) -> list[FSDPModule]:
 
 def whole(tensor: Tensor) -> Tensor:
     """``tensor``, gathered from all ranks if it is sharded; then all ranks must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    # Ranks send from the device, where shards in host memory (cpu_offload) are not.
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()
+
+
+def num_shards(module: nn.Module) -> int:
+    """Number of ranks that share one copy of the parameters; 1 for a module that is not sharded.
+
+    Ranks 0 to this number less 1 share one.
+    """
+    mesh = next((p.device_mesh for p in module.parameters() if isinstance(p, DTensor)), None)
+    return 1 if mesh is None else mesh.size(mesh.ndim - 1)
+
+
+@contextmanager
+def reduction(module: nn.Module, is_last: bool, once: bool) -> Iterator[None]:
+    """A context for a pass of a sharded module, in which its gradients are added up over the ranks.
+
+    is_last: whether it is the last pass of the step. once: only then; before, each rank keeps the
+    whole gradient. Several copies (HSDP) are always added up in the last pass only: until then each
+    rank keeps its shard of its copy's sum.
+    """
+    for part in _parts(module)[:1]:
+        part.set_requires_gradient_sync(is_last or not once)
+        part.set_requires_all_reduce(is_last)
+    yield
+
+
+def global_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The norm of all gradients together, on the device; of sharded ones over all their shards.
+
+    At least in float32. All ranks must call this where one gradient is sharded.
+    """
+    total = torch.zeros((), dtype=sum_dtype(gradients[0].dtype), device=device)
+    sharded = [one for one in gradients if isinstance(one, DTensor)]
+    if sharded:
+        # Not by DTensor, which would ask for a backend of the host's where shards are there.
+        total += _sum_of_squares([one.to_local() for one in sharded]).to(device)
+        mesh = sharded[0].device_mesh
+        assert sharded[0].placements[-1] == Shard(0), "the last axis of the mesh is that of shards"
+        dist.all_reduce(total, group=mesh.get_group(mesh.ndim - 1))
+    plain = [one for one in gradients if not isinstance(one, DTensor)]
+    return (total + _sum_of_squares(plain).to(device)).sqrt() if plain else total.sqrt()
+
+
+def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    dtype = sum_dtype(tensors[0].dtype)
+    return torch.stack(torch._foreach_norm(tensors, 2.0, dtype)).square_().sum()
