@@ -86,10 +86,8 @@ def shard_student(
     copied to the device and then sharded.
     """
     group = world_size if training is None else training.shard_group_size or world_size
-    mesh = init_device_mesh(device.type, (world_size,))
-    if group < world_size:
-        shape, names = (world_size // group, group), ("copies", "shards")
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    shape = (world_size // group, group) if group < world_size else (world_size,)
+    mesh = init_device_mesh(device.type, shape)
     offload = OffloadPolicy()
     if training is not None and training.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=device.type != "cpu")
