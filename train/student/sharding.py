@@ -87,7 +87,9 @@ def shard_student(
     """
     group = world_size if training is None else training.shard_group_size or world_size
     shape = (world_size // group, group) if group < world_size else (world_size,)
-    mesh = init_device_mesh(device.type, shape)
+    # fully_shard wants names for two axes.
+    names = ("copies", "shards")[-len(shape) :]
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     offload = OffloadPolicy()
     if training is not None and training.cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=device.type != "cpu")
