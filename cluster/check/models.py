@@ -23,6 +23,7 @@ from raystill.model.files import ModelFolder, read_object
 from raystill.model.head import find_head, logit_transform, read_header, stored_tensors
 from raystill.model.sizes import Sizes
 from raystill.model.tokenizer import read_settings, shared_tokenizer
+from raystill.placement import memory
 
 NAMED_TOKENS = ("bos", "eos", "pad")
 
@@ -100,6 +101,45 @@ def trusts_student(config: RunConfig) -> bool:
     if config.student.init == "from_teacher":
         return trusted or config.teacher.trust_remote_code
     return trusted
+
+
+def check_memory(
+    config: RunConfig, student: ModelFolder, tables: PromptTables
+) -> tuple[list[Problem], list[str]]:
+    """What a student worker needs on a GPU and has there, where it is to have one."""
+    training = config.training
+    if training.gpus_per_worker == 0 or config.student.lora is not None or config.student.narrowed:
+        return [], []
+    if not training.gpus_per_worker and training.accelerator_type is None:
+        return [], []
+    kept = None
+    if config.student.init == "from_teacher":
+        kept = config.student.kept_layers(student.num_layers or 0)
+    decoder = memory.Decoder.of(student.config)
+    files = sorted({file for file in stored_tensors(student.path).values() if file.exists()})
+    headers = [read_header(file) for file in files]
+    shapes = [(name, entry["shape"]) for header in headers for name, entry in header.items()]
+    if decoder is None or not shapes or student.vocab_size is None:
+        return [], []
+    parts = memory.Parts.of(shapes, student.vocab_size * decoder.hidden, kept)
+    workers = training.min_workers
+    row = tables.longest_prompt_tokens + config.teacher.sampling.max_tokens
+    tokens = max(training.tokens_per_micro_batch, row)
+    needed = memory.need(training, parts, decoder, workers=workers, tokens=tokens)
+    told = f"a student worker needs about {memory.describe(needed)} for passes of {tokens:,} tokens"
+    kind = training.accelerator_type
+    has = memory.GPU_BYTES.get(kind or "")
+    if has is None:
+        return [], [f"{told}; set training.accelerator_type to have it compared with the GPU's"]
+    has *= min(1.0, training.gpus_per_worker or 1.0)
+    longest = memory.longest_pass(training, parts, decoder, workers=workers, has=has)
+    if needed.device <= has:
+        return [], [f"{told}; {kind} has {has / 1e9:.0f} GB, enough for {longest:,} tokens"]
+    fits = f"tokens_per_micro_batch and rows of at most {longest:,} tokens" if longest >= 64 else ""
+    others = memory.remedies(training, parts, decoder, workers=workers, tokens=tokens, has=has)
+    remedy = "; or ".join([text for text in (*others, fits) if text]) or "a smaller student"
+    problem = f"{told}, but {kind} has {has / 1e9:.0f} GB; possible: {remedy}"
+    return [Problem("training", problem)], []
 
 
 def _check_folder(where: str, model: ModelFolder) -> list[Problem]:

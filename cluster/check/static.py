@@ -14,6 +14,7 @@ from raystill.cluster.check.functions import check_evaluation
 from raystill.cluster.check.models import (
     api_notices,
     check_ids,
+    check_memory,
     check_student,
     check_teacher,
     tokenizer_notices,
@@ -134,6 +135,14 @@ class StaticCheck:
         if teacher is None or tables is None:
             return None
         space = space_needed(self.config, student, tables) if student is not None else None
+        if (
+            student is not None
+            and self.known("student", "training", "teacher")
+            and not self.problems
+        ):
+            problems, notices = check_memory(self.config, student, tables)
+            self.problems += problems
+            self.notices += notices
         if self.store_path:
             self.notices += store_space_notices(self.config, self.store_path, tables, teacher)
         if self.output is not None and not any(p.where == "output.path" for p in self.problems):

@@ -1,0 +1,263 @@
+"""How much memory a student worker needs, from sizes alone: no torch, no weights.
+
+`check` prints the table. The terms are counted in `tests/train/test_memory.py`, which runs the real
+student of 8B and 70B parameters on tensors without data over 8 and 64 workers.
+
+Legend: P parameters, N workers that share a copy, D hidden size, F width of a layer's neurons, q
+and k widths of all query and key heads, T tokens of one forward pass, V vocabulary. Sizes in bytes.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raystill.config.training import TrainingConfig
+
+STATE_BYTES = {"adamw": 8.0, "adamw_bf16": 6.0, "adamw_8bit": 2.0 + 8 / 256}
+"""Bytes a parameter of the optimizer's state, for weights in float32 and bfloat16."""
+WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2}
+CHUNK = {True: 512 << 20, False: 64 << 20}
+WIDE_BLOCKS = {True: 4 * (256 << 20), False: 8 << 20}
+"""Logits of one chunk, and of the blocks that are converted to float32, with and without a GPU."""
+RESERVE, UNUSED = 1.5e9, 0.05
+"""What a GPU's driver and libraries take, and the share that the allocator cannot use."""
+GPU_BYTES: dict[str, float] = {
+    **{"T4": 16e9, "V100": 16e9, "L4": 24e9, "A10G": 24e9, "A10": 24e9, "L40": 48e9, "L40S": 48e9},
+    **{"A100": 40e9, "A100-40G": 40e9, "A100-80G": 80e9, "H100": 80e9, "H200": 141e9},
+    **{"B200": 180e9, "B300": 268e9, "GB200": 186e9},
+}
+"""Memory of a GPU by Ray's name of its type; of several sizes the smallest."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Numbers of parameters: of each layer, outside of layers, and of the output head alone."""
+
+    layers: tuple[int, ...]
+    outside: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All parameters; a tied head is counted once."""
+        return sum(self.layers) + self.outside
+
+    @classmethod
+    def of(
+        cls,
+        shapes: Iterable[tuple[str, Sequence[int]]],
+        head: int,
+        kept: Collection[int] | None = None,
+    ) -> "Parts":
+        """From names and shapes of tensors; kept: only these layers. head: its rows times D."""
+        layers: dict[int, int] = {}
+        outside = 0
+        for name, shape in shapes:
+            layer = name.partition("layers.")[2].partition(".")[0]
+            if not layer.isdigit():
+                outside += math.prod(shape)
+            elif kept is None or int(layer) in kept:
+                layers[int(layer)] = layers.get(int(layer), 0) + math.prod(shape)
+        return cls(tuple(layers[number] for number in sorted(layers)), outside, head)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The widths on which activations depend. normed_heads: queries and keys have norms too."""
+
+    hidden: int
+    ffn: int
+    queries: int
+    keys: int
+    normed_heads: bool = False
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Decoder | None":
+        """By a text decoder's ``config.json``; None where it does not name its widths."""
+        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        if not hidden or not heads:
+            return None
+        size = config.get("head_dim") or hidden // heads
+        ffn = config.get("intermediate_size") or 4 * hidden
+        if active := config.get("num_experts_per_tok"):
+            experts = config.get("moe_intermediate_size") or ffn
+            shared = config.get("n_shared_experts") or 0
+            ffn = active * experts + (
+                config.get("shared_expert_intermediate_size") or shared * experts
+            )
+        kind = str(config.get("model_type", ""))
+        normed = kind.startswith(("qwen3", "gemma3", "olmo2", "olmo3", "glm4_moe", "smollm"))
+        keys = (config.get("num_key_value_heads") or heads) * size
+        return cls(hidden, ffn, heads * size, keys, normed)
+
+    def activation_bytes(self, weights: int, products: int) -> float:
+        """Of one token in one layer, kept for the backward pass.
+
+        weights, products: bytes of a weight and of a number that matrix products read. Norms and
+        the residual stream are in the precision of the weights, and computed in float32.
+        """
+        wide = weights if weights > products else products
+        stream = {(4, 2): 26, (2, 2): 16, (4, 4): 24, (8, 8): 48}[(wide, products)]
+        heads = 2.0 * products * (self.queries + self.keys) + self.queries / 4
+        if self.normed_heads:
+            heads += 6.25 * (self.queries + self.keys) * max(1, products / 4)
+        return stream * self.hidden + 4.0 * products * self.ffn + heads
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one worker, on its device, and in host memory beside what a process takes anyway."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    loss: float
+    host: float = 0.0
+    reserve: float = 0.0
+
+    @property
+    def device(self) -> float:
+        """All that is on the device at the worst moment, with the reserve."""
+        parts = (self.weights, self.gradients, self.optimizer, self.gathered)
+        return sum(parts) + self.activations + self.loss + self.reserve
+
+
+def need(
+    training: TrainingConfig,
+    parts: Parts,
+    decoder: Decoder,
+    *,
+    workers: int,
+    tokens: int,
+    on_gpu: bool = True,
+) -> Need:
+    """What one of ``workers`` needs for forward passes of ``tokens`` tokens, padding included."""
+    w = WIDTHS[training.weights_dtype]
+    c = _product_bytes(training, on_gpu)
+    sharded = training.strategy == "fsdp" and workers > 1
+    share = (training.shard_group_size or workers) if sharded else 1
+    total, layer = parts.total, max(parts.layers, default=0)
+    state = STATE_BYTES[training.optimizer] * (2 if w == 8 else 1)
+    weights, gradients, optimizer = (total * n / share for n in (w, w, state))
+    gathered = host = 0.0
+    if sharded:
+        # The root stays for a whole pass; the running layer and the one fetched ahead, which is
+        # also in the buffer that it came in; their gradients, in the buffer that they leave by.
+        gathered = parts.outside * w + 3 * layer * c + layer * (c + max(w, 4))
+        if training.reduce_gradients == "once":
+            gathered += total * max(w, 4)
+        if training.cpu_offload:
+            host, weights, gradients, optimizer = weights + gradients + optimizer, 0.0, 0.0, 0.0
+    each = decoder.activation_bytes(w, c)
+    kept = max(w, c) * decoder.hidden if training.activation_checkpointing else each
+    activations = tokens * (kept * len(parts.layers) + 2 * max(w, c) * decoder.hidden)
+    if training.activation_checkpointing:
+        activations += tokens * each  # Of the layer that is computed again.
+    loss = _loss_bytes(parts, decoder, w, c, tokens, on_gpu)
+    reserve = 0.0
+    if on_gpu:
+        used = weights + gradients + optimizer + gathered + activations + loss
+        reserve = RESERVE + used * UNUSED
+    return Need(weights, gradients, optimizer, gathered, activations, loss, host, reserve)
+
+
+def longest_pass(
+    training: TrainingConfig,
+    parts: Parts,
+    decoder: Decoder,
+    *,
+    workers: int,
+    has: float,
+    on_gpu: bool = True,
+) -> int:
+    """Most tokens of one forward pass for a worker with ``has`` bytes; 0: not even one."""
+
+    def fits(tokens: int) -> bool:
+        return (
+            need(training, parts, decoder, workers=workers, tokens=tokens, on_gpu=on_gpu).device
+            <= has
+        )
+
+    low, high = 0, 1 << 24
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def remedies(
+    training: TrainingConfig,
+    parts: Parts,
+    decoder: Decoder,
+    *,
+    workers: int,
+    tokens: int,
+    has: float,
+) -> list[str]:
+    """Settings that fit ``has`` bytes, those that cost least first; each alone, then together."""
+    tries: list[tuple[str, dict[str, Any], int]] = []
+    sharded: dict[str, Any] = {"strategy": "fsdp", "num_workers": workers}
+    if training.strategy == "ddp" and workers > 1:
+        tries.append(("training.strategy: fsdp", sharded, workers))
+    checkpointing = {"activation_checkpointing": True}
+    tries.append(("training.activation_checkpointing: true", checkpointing, workers))
+    small = {"optimizer": "adamw_bf16", "compute_dtype": "auto", "param_dtype": "float32"}
+    if training.beta2 <= 0.99:
+        tries.append(("training.optimizer: adamw_bf16", small, workers))
+    for more in (2, 4, 8, 16, 32):
+        number = workers * more
+        grown = {"strategy": "fsdp", "num_workers": number, "shard_group_size": None}
+        name = f"training.num_workers: {number} with strategy: fsdp"
+        tries.append((name, grown, number))
+        name += " and activation_checkpointing: true"
+        tries.append((name, grown | checkpointing, number))
+    if workers > 1:
+        name = "training.strategy: fsdp, activation_checkpointing and cpu_offload: true"
+        tries.append((name, {**sharded, **checkpointing, "cpu_offload": True}, workers))
+    found: dict[str, str] = {}
+    for name, changes, number in tries:
+        changed = training.model_copy(update=changes)
+        needed = need(changed, parts, decoder, workers=number, tokens=tokens).device
+        if needed <= has:  # Of several numbers of workers the smallest.
+            kind = " ".join(sorted(changes))
+            found.setdefault(kind, f"{name} ({needed / 1e9:.1f} GB)")
+    return list(found.values())
+
+
+def describe(needed: Need) -> str:
+    """The parts of a need in words, in GB."""
+    parts = {
+        "weights": needed.weights,
+        "gradients": needed.gradients,
+        "optimizer state": needed.optimizer,
+        "gathered layers": needed.gathered,
+        "activations": needed.activations,
+        "loss": needed.loss,
+        "reserve": needed.reserve,
+    }
+    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
+    host = f"; {needed.host / 1e9:.1f} GB of host memory" if needed.host else ""
+    return f"{needed.device / 1e9:.1f} GB on its GPU ({listed}){host}"
+
+
+def _product_bytes(training: TrainingConfig, on_gpu: bool) -> int:
+    """Bytes of a number that matrix products read."""
+    if training.weights_dtype != "float32":
+        return WIDTHS[training.weights_dtype]
+    if training.compute_dtype == "auto":
+        return 2 if on_gpu else 4
+    return WIDTHS[training.compute_dtype]
+
+
+def _loss_bytes(parts: Parts, decoder: Decoder, w: int, c: int, tokens: int, on_gpu: bool) -> float:
+    """Of the objective at the end of a forward pass: logits, and what the head's gradient takes."""
+    vocab = parts.head // decoder.hidden
+    chunk = min(CHUNK[on_gpu], tokens * vocab * c) + min(
+        WIDE_BLOCKS[on_gpu], 4 * tokens * vocab * 4
+    )
+    # The head in the precision of products, its gradient in it, and in float32 over the chunks.
+    head = parts.head * ((c if w > c else 0) + (c if c < 4 else 0) + max(4, w))
+    return chunk + head + 2.0 * tokens * decoder.hidden * c

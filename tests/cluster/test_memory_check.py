@@ -1,0 +1,94 @@
+"""`check` says what a student worker needs on its GPU, and refuses what does not fit."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raystill.cluster.check.models import check_memory
+from raystill.config.run import RunConfig
+from raystill.model.files import ModelFolder
+
+CONFIG = {
+    **{"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336},
+    **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "model_type": "llama",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ModelFolder:
+    """A model of 8.03B parameters: a true header, and a file with a hole for its weights."""
+    d, f, v, k = 4096, 14_336, 128_256, 1024
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (v, d),
+        "lm_head.weight": (v, d),
+    }
+    for layer in range(32):
+        for i, shape in enumerate([(d, d), (k, d), (k, d), (d, d), (f, d), (f, d), (d, f)]):
+            shapes[f"model.layers.{layer}.{i}.weight"] = shape
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * shape[0] * shape[1]
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return ModelFolder("eight", tmp_path)
+
+
+def said(folder: ModelFolder, longest: int = 500, **training: Any) -> tuple[list[str], list[str]]:
+    config = RunConfig.model_validate(
+        {
+            "teacher": {"model": "t", "sampling": {"max_tokens": 512}},
+            "student": {"init": "model", "model": "m"},
+            "prompts": {"path": "p.jsonl"},
+            "training": training,
+        }
+    )
+    tables: Any = SimpleNamespace(longest_prompt_tokens=longest)
+    problems, notices = check_memory(config, folder, tables)
+    return [str(problem) for problem in problems], notices
+
+
+def test_one_gpu_is_too_small_and_the_remedies_are_named(folder: ModelFolder) -> None:
+    (problem,), notices = said(folder, accelerator_type="H100")
+    assert not notices
+    assert "weights 32.1, gradients 32.1, optimizer state 64.2" in problem
+    assert (
+        "but H100 has 80 GB; possible: training.num_workers: 4 with strategy: fsdp and" in problem
+    )
+    (small,), _ = said(folder, accelerator_type="L4")
+    assert "strategy: fsdp and activation_checkpointing: true (" in small
+    (none,), _ = said(folder, accelerator_type="T4", num_workers=2)
+    assert none.endswith("possible: a smaller student")
+
+
+def test_eight_fit_and_the_longest_pass_is_said(folder: ModelFolder) -> None:
+    settings = {"strategy": "fsdp", "num_workers": 8, "accelerator_type": "H100"}
+    problems, (notice,) = said(folder, **settings)
+    assert not problems and "H100 has 80 GB, enough for" in notice
+    fits = int(notice.rpartition("enough for ")[2].removesuffix(" tokens").replace(",", ""))
+    assert fits > 4096
+    problems, _ = said(folder, longest=fits - 512, **settings)
+    assert not problems
+    (problem,), _ = said(folder, longest=fits - 511, **settings)
+    assert f"rows of at most {fits:,} tokens" in problem
+    assert "training.activation_checkpointing: true (" in problem
+    assert "training.optimizer: adamw_bf16 (" in problem
+
+
+def test_an_unknown_gpu_is_told_of_and_no_gpu_is_not(folder: ModelFolder) -> None:
+    problems, (notice,) = said(folder, gpus_per_worker=1)
+    assert not problems and "set training.accelerator_type to have it compared" in notice
+    assert said(folder) == ([], [])
+    assert said(folder, gpus_per_worker=0, accelerator_type="H100") == ([], [])
+
+
+def test_a_folder_without_its_weights_says_nothing(folder: ModelFolder) -> None:
+    (folder.path / "model.safetensors").unlink()
+    assert said(folder, accelerator_type="H100") == ([], [])
