@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from raystill.base.errors import RunError
 from raystill.base.run_folder import RunFolder
+from raystill.config.run import RunConfig
 from raystill.config.student import LoraConfig, StudentConfig
 from raystill.model.adapters import adapter_problems, trained_numbers
 from raystill.model.files import ModelFolder
@@ -56,6 +57,7 @@ from tests.support.tiny_student import (
 # Rows of each step held by rank 0 and rank 1; rank 1 empty at step 1.
 SHARES = [(range(0, 9), range(9, 12)), (range(12, 17), ()), ((), range(17, 20))]
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+NORM_IN_32 = "16-bit weights, a norm in 32"
 NORM = LoraConfig(rank=5, modules_to_save=("norm",))
 # name: (adapters, dtype of the frozen weights, dtype of what is trained)
 CASES = {
@@ -63,7 +65,9 @@ CASES = {
     "norm trained whole": (NORM, F64, F64),
     "two modules": (LoraConfig(rank=16, alpha=3.0, target_modules=("q_proj", "up_proj")), F64, F64),
     "16-bit weights": (LoraConfig(rank=5), BF16, F32),
+    NORM_IN_32: (NORM, BF16, F32),
 }
+ON_TWO_WORKERS = [case for case in CASES if case != NORM_IN_32]
 
 
 def start(case="tied", **kwargs):
@@ -73,7 +77,7 @@ def start(case="tied", **kwargs):
     model.base_identity = lora.base_identity(model)
     torch.manual_seed(3)
     lora.inject(model, settings, trained)
-    return StudentModule(model, BF16 if base == BF16 else None).train()
+    return StudentModule(model).train()
 
 
 class Training:
@@ -270,6 +274,19 @@ def test_the_number_of_trained_parameters_is_known_before(tmp_path, case):
     assert trained_numbers(ModelFolder("none", tmp_path / "none"), settings) is None
 
 
+def test_16_bit_weights_are_multiplied_in_16_bits_and_no_run_file_asks_for_more():
+    assert start("16-bit weights").compute_dtype == BF16
+    assert start("tied").compute_dtype == F64
+    settings = {
+        "teacher": {"model": "t"},
+        "student": {"layer_stride": 1, "lora": {"base_dtype": "bfloat16"}},
+        "prompts": {"path": "p.jsonl"},
+    }
+    RunConfig.model_validate(settings)
+    with pytest.raises(ValueError, match="set base_dtype: float32"):
+        RunConfig.model_validate(settings | {"training": {"compute_dtype": "float32"}})
+
+
 WRONG = {
     "a name that no module has": (
         {"target_modules": ("q_prj", "v_proj")},
@@ -343,7 +360,7 @@ def ranks(folder):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ON_TWO_WORKERS)
 def test_two_workers_train_the_adapters_as_one_does(ranks, case, strategy):
     alone = Training(case).run(0, 1, 2)
     state = exported_state(alone.model, F64, keep=True)
@@ -384,7 +401,7 @@ def after_training(case, strategy, rank):
 def worker_main(rank, folder):
     join_workers(rank, folder)
     strategies = ("ddp", "fsdp")
-    results = {c: {s: after_training(c, s, rank) for s in strategies} for c in CASES}
+    results = {c: {s: after_training(c, s, rank) for s in strategies} for c in ON_TWO_WORKERS}
     write_checkpoint(Training("tied", "fsdp", rank).run(0), folder / "fsdp", Ranks(rank, 2))
     (one,) = (folder / "alone" / "checkpoints").iterdir()
     results["resumed"] = {}

@@ -38,7 +38,8 @@ class StudentModule(nn.Module):
     Attributes:
         model: The Hugging Face model.
         param_dtype: dtype of the parameters that are trained.
-        compute_dtype: dtype of matrix products (autocast).
+        compute_dtype: dtype of matrix products (autocast); that of frozen weights in 16 bits, which
+            would be converted for each product otherwise.
         packed: Whether micro-batches are packed; `sharding.place_student` sets it.
         transform: Scale and cap of the logits.
     """
@@ -63,9 +64,15 @@ class StudentModule(nn.Module):
         trained = (p for p in model.parameters() if p.requires_grad)
         self.param_dtype = next(trained, next(model.parameters())).dtype
         self.compute_dtype = compute_dtype or self.param_dtype
+        narrow = {p.dtype for p in model.parameters()} & {torch.bfloat16, torch.float16}
+        mixed = bool(narrow) and self.param_dtype not in narrow  # Frozen beside trained weights.
+        if mixed:
+            self.compute_dtype = min(narrow, key=str)
         self.packed = False
         self.transform = logit_transform(model.config.get_text_config().to_dict())
-        require_known_head(model, self.head(self.param_dtype))
+        # Frozen and trained weights of different dtypes meet under autocast only.
+        with self._autocast(model.device.type) if mixed else nullcontext():
+            require_known_head(model, self.head(self.param_dtype))
         if activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 

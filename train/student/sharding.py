@@ -62,7 +62,7 @@ def place_student(
     sharded = training.strategy == "fsdp" and world_size > 1
     placed = model if sharded else model.to(device)
     student = StudentModule(placed, dtype, training.activation_checkpointing).train()
-    attention = use_attention(training.attention, model, device, dtype)
+    attention = use_attention(training.attention, model, device, student.compute_dtype)
     if sharded:
         shard_student(student, device, world_size, training)
     if wants_packing(training.packing, attention):
