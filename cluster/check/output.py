@@ -26,6 +26,7 @@ from raystill.base.run_folder import (
     TOP_LEVEL_NAMES,
     TRAIN_PROMPTS,
     RunFolder,
+    size_on_disk,
     split_query,
 )
 from raystill.cluster.check.models import count_parameters
@@ -320,7 +321,7 @@ def check_space(folder: RunFolder, needed_bytes: int | None) -> list[Problem]:
     free = free_bytes(folder)
     if needed_bytes is None or free is None:
         return []
-    written = sum(_file_bytes(Path(folder.path, name)) for name in ESTIMATED)
+    written = sum(size_on_disk(Path(folder.path, name)) for name in ESTIMATED)
     if free >= needed_bytes - written:
         return []
     return [
@@ -364,16 +365,6 @@ def _stored_token_bytes(config: RunConfig, teacher: ModelFolder) -> float:
                 STORED_TOKEN_BYTES + HIDDEN_BYTES * signal_of(config.signal, teacher.config).width
             )
     return STORED_TOKEN_BYTES
-
-
-def _file_bytes(path: Path) -> int:
-    """Size of a file, or of all files below a folder; 0 where there is none."""
-    size = 0
-    below = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
-    for file in below if path.is_dir() else [path]:
-        with suppress(OSError):  # A checkpoint may be removed meanwhile.
-            size += os.lstat(file).st_size
-    return size
 
 
 def free_bytes(folder: RunFolder) -> int | None:

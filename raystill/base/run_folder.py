@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -345,3 +345,13 @@ def resolve_input(path: str) -> str:
 def inside_job_package() -> bool:
     """Whether the current folder is a working directory that Ray unpacked for a job."""
     return f"/{JOB_PACKAGE_FOLDER}/" in f"{os.path.realpath(os.getcwd())}/"
+
+
+def size_on_disk(path: Path) -> int:
+    """Size of a file, or of all files below a folder; 0 where there is none."""
+    size = 0
+    below = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    for file in below if path.is_dir() else [path]:
+        with suppress(OSError):  # A checkpoint may be removed meanwhile.
+            size += os.lstat(file).st_size
+    return size

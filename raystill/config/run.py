@@ -212,8 +212,7 @@ class RunConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _signal_fits_objective(self) -> "RunConfig":
-        reasons = [*self._missing_from_signal(), *self._missing_for_policy()]
-        if reasons := [*reasons, *self._precision_of_adapters()]:
+        if reasons := [*self._missing_from_signal(), *self._missing_for_policy()]:
             raise ValueError("; ".join(reasons))
         return self
 
@@ -240,15 +239,11 @@ class RunConfig(ConfigModel):
                 "probabilities to weigh tokens by; set signal.kind: topk, or "
                 "objective.token_weights.by: none"
             )
-
-    def _precision_of_adapters(self) -> Iterator[str]:
-        """Frozen weights and matrix products whose precisions cannot go together."""
-        lora, compute = self.student.lora, self.training.compute_dtype
-        if lora is not None and lora.base_dtype == "bfloat16" and compute == "float32":
+        lora = self.student.lora
+        if lora and lora.base_dtype == "bfloat16" and self.training.compute_dtype == "float32":
             yield (
-                "student.lora.base_dtype is bfloat16, but training.compute_dtype is float32: the "
-                "frozen weights would be converted for each product; set base_dtype: float32, or "
-                "compute_dtype: bfloat16"
+                "student.lora.base_dtype is bfloat16, but training.compute_dtype is float32; set "
+                "base_dtype: float32, or compute_dtype: bfloat16"
             )
 
     def _missing_for_policy(self) -> Iterator[str]:
