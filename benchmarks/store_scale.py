@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
+from raystill.datasets.lookup.keeping import Notes, StoreIndex
+from raystill.datasets.rows.answers import Answer, answers_table, stored_columns, tail_logprob
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Origin, Provenance, encode, segment_name, segment_schema
+from raystill.datasets.store.segment import Origin, Provenance, encode, segment_name
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
 from raystill.datasets.store.upkeep import compact
 
@@ -55,27 +56,43 @@ def publish_rows(folder: str, rows: int, tokens: int) -> dict[str, Any]:
 
 def look_through(folder: str) -> dict[str, Any]:
     """What a process does with a store before its first row."""
-    catalogue = TeacherStore(folder).catalogue().ordered_for(TOPK)
-    catalogue.locate(catalogue.keys)
-    return {"rows": catalogue.rows, "segments": len(catalogue.entries)}
+    index = StoreIndex(TeacherStore(folder)).look_through()
+    return {"rows": index.rows, "segments": index.num_segments, "parts": len(index.parts)}
+
+
+def find_all(folder: str) -> dict[str, Any]:
+    """All keys of a store, a million at a time, as the driver looks for those of its prompts."""
+    index = StoreIndex(TeacherStore(folder)).look_through()
+    found = 0
+    for part in index.parts:
+        words = np.stack([part.high, part.low], axis=1).astype(">u8")
+        buffers = [None, pa.py_buffer(words)]
+        keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(words), buffers)
+        found += int(index.find_many(pa.chunked_array([keys]), TOPK)[1].sum())
+    assert found == index.rows
+    return {"found": found}
 
 
 def read_groups(folder: str) -> dict[str, Any]:
     """Milliseconds of the processor for a group of 8 rows, all columns."""
     store = TeacherStore(folder)
-    catalogue = store.catalogue()
-    generator, columns, times = np.random.default_rng(1), segment_schema(TOPK).names, []
-    for first in generator.integers(0, catalogue.rows // GROUP_ROWS, GROUPS_READ) * GROUP_ROWS:
-        rows = np.arange(first, first + GROUP_ROWS)
+    names, generator, times = store.names(), np.random.default_rng(1), []
+    columns = ["key", *stored_columns(TOPK)]
+    for number in generator.integers(0, len(names), GROUPS_READ):
+        group = int(generator.integers(len(store.open(names[number]).footer.groups)))
         start = time.process_time()
-        store.read(catalogue, rows, columns)
+        store.read_group(names[number], group, columns, {})
         times.append(time.process_time() - start)
     return {"group_ms": 1e3 * float(np.median(times))}
 
 
 def compact_all(folder: str) -> dict[str, Any]:
-    """One compaction."""
-    done = compact(TeacherStore(folder))
+    """One compaction, with the index that it leaves."""
+    store = TeacherStore(folder)
+    notes = Notes(store)
+    done = compact(store, None, notes.add)
+    notes.write()
+    StoreIndex(store).look_through()
     return {"merged": done.merged, "into": done.into}
 
 
@@ -102,9 +119,11 @@ def measure_scale(folder: str, rows: int, tokens: int) -> dict[str, Any]:
     parts: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
         "publish": (publish_rows, (rows, tokens)),
         "look through": (look_through, ()),
+        "look through, again": (look_through, ()),
         "read groups": (read_groups, ()),
         "compact": (compact_all, ()),
         "look through, compacted": (look_through, ()),
+        "find all, compacted": (find_all, ()),
         "read groups, compacted": (read_groups, ()),
     }
     for name, (work, arguments) in parts.items():

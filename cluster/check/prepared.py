@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from raystill.config.run import RunConfig
+from raystill.datasets.lookup.keeping import StoreIndex
 from raystill.datasets.prompts.tables import PromptTables
 from raystill.datasets.rows.keys import KeyedEngine
 from raystill.datasets.rows.signal import Signal, held_out_signal, signal_of
@@ -139,16 +139,13 @@ class Prepared:
     @cached_property
     def stored(self) -> Stored:
         """How many rows have an answer in the teacher store, or in the prompt files themselves."""
-        catalogue = TeacherStore(self.store_path).catalogue()
+        index = StoreIndex(TeacherStore(self.store_path)).look_through()
         num_served, num_given, num_to_score = [], 0, 0
         for table, wanted in (
             (self.train, self.signal),
             (self.held_out, held_out_signal(self.config)),
         ):
-            view = catalogue.ordered_for(wanted)
-            where = view.locate(table["key"].combine_chunks())
-            is_stored, is_served = where >= 0, np.zeros(len(where), bool)
-            is_served[is_stored] = view.serves(wanted, where[is_stored])
+            is_stored, is_served = index.find_many(table["key"], wanted)
             is_given = table["response_ids"].is_valid().to_numpy() & ~is_served
             num_served.append(int(is_served.sum()))
             if wanted.kind == "text":

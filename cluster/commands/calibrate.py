@@ -25,9 +25,9 @@ from raystill.cluster.check.models import check_teacher, check_tokenizers
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.check.static import Checked
 from raystill.config.run import RunConfig, absolute_paths
+from raystill.datasets.lookup.view import StoreView
 from raystill.datasets.rows.signal import Signal, hidden_size
 from raystill.datasets.store.store import TeacherStore
-from raystill.datasets.store.view import StoreView
 from raystill.datasets.stream.answers import answer_prompts
 from raystill.model.files import find_model
 from raystill.model.on_node import ModelSource

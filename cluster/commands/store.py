@@ -14,6 +14,7 @@ from raystill.base.errors import RunError
 from raystill.base.redact import redact
 from raystill.base.run_folder import require_path
 from raystill.cluster.commands.as_json import print_json
+from raystill.datasets.lookup.keeping import Notes, StoreIndex
 from raystill.datasets.store.reading import (
     DamagedSegment,
     ForeignFile,
@@ -152,7 +153,10 @@ def _prune(store: TeacherStore, teacher: str | None, dry_run: bool, as_json: boo
 
 
 def _compact(store: TeacherStore, as_json: bool) -> int:
-    done = compact(store, _progress("compacting"))
+    notes = Notes(store)
+    done = compact(store, _progress("compacting"), notes.add)
+    notes.write()
+    StoreIndex(store).look_through()
     if as_json:
         numbers = {"merged": done.merged, "into": done.into, "duplicates": done.duplicates}
         print_json({"store": store.path, **numbers, "refused": refused_json(done.refused)})

@@ -26,7 +26,8 @@ from raystill.cluster.report.page.during import LivePage
 from raystill.cluster.report.summary import RunResult
 from raystill.cluster.report.timeline import Timeline
 from raystill.cluster.report.trackers import Trackers
-from raystill.datasets.store.store import TeacherStore, rows_requested_by
+from raystill.datasets.lookup.keeping import StoreIndex
+from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream.plan import num_steps
 from raystill.run import Run
 from raystill.serve.deploy import TeacherApp
@@ -117,7 +118,7 @@ def watch(
     return RunResult(
         snapshot=snapshot,
         prepared=prepared,
-        rows_requested=rows_requested_by(TeacherStore(run.store_path).catalogue(), run.id),
+        rows_requested=StoreIndex(TeacherStore(run.store_path)).look_through().requested_by(run.id),
         stopped_by=signals.received if snapshot.outcome != "completed" else 0,
         wall_s=time.time() - started,
         phases=view.phases,

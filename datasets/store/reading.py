@@ -122,18 +122,19 @@ def read_each(
     names: Sequence[str],
     progress: Callable[[int, int], None] | None = None,
     threads: int = 1,
+    pauses: Sequence[float] | None = None,
 ) -> dict[str, T | UnusableSegment]:
     """Call ``read`` with the name of each segment; the results by name, in the order of ``names``.
 
     ``read`` returns an UnusableSegment instead of raising it. Unreadable segments are read again
-    after each of ``RETRY_PAUSES_S``. All segments share one pause: reading a store that is out of
-    reach fails within seconds, however many segments it has. ``progress`` is called with (segments
-    read, segments in all) during the first pass.
+    after each of ``pauses`` (seconds; None: ``RETRY_PAUSES_S``). All segments share one pause:
+    reading a store that is out of reach fails within seconds, however many segments it has.
+    ``progress`` is called with (segments read, segments in all) during the first pass.
     """
     results: dict[str, T | UnusableSegment] = {}
     remaining = list(names)
     with ThreadPoolExecutor(threads, thread_name_prefix="segments") as pool:
-        for pause in (0.0, *RETRY_PAUSES_S):
+        for pause in (0.0, *(RETRY_PAUSES_S if pauses is None else pauses)):
             if pause and remaining:
                 time.sleep(pause)
             read_now = zip(remaining, pool.map(read, remaining), strict=True)

@@ -55,6 +55,9 @@ LISTINGS = 8
 """How often a catalogue lists a store at most until a listing shows nothing that was not read."""
 
 
+Progress = Callable[[int, int], None]
+"""Called with (number done, number in all)."""
+
 Merged = tuple[tuple[int, int] | None, bytes]
 """Stamp and bytes of the file `MERGED`; (None, b"") if there is none."""
 
@@ -72,9 +75,10 @@ class TeacherStore:
 
     def names(self) -> list[str]:
         """Names of all segments, sorted."""
-        return sorted(info.base_name for info in self._files())
+        return sorted(info.base_name for info in self.files())
 
-    def _files(self) -> list[pafs.FileInfo]:
+    def files(self) -> list[pafs.FileInfo]:
+        """The files of all segments: names, sizes and times of change, by one listing."""
         selector = pafs.FileSelector(f"{self.folder.root}/{SEGMENTS}", allow_not_found=True)
         infos = self.folder.filesystem().get_file_info(selector)
         return [i for i in infos if i.type == pafs.FileType.File and i.extension == "parquet"]
@@ -120,7 +124,7 @@ class TeacherStore:
 
     def sizes(self) -> dict[str, int]:
         """Size in bytes of every segment, by one listing."""
-        return {info.base_name: int(info.size or 0) for info in self._files()}
+        return {info.base_name: int(info.size or 0) for info in self.files()}
 
     def size(self, name: str) -> int:
         """Size of a segment in bytes; 0 if there is none."""
@@ -130,7 +134,7 @@ class TeacherStore:
     def catalogue(
         self,
         without: Collection[str] = (),
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Catalogue:
         """Read footers and keys of all segments except ``without``.
 
@@ -145,7 +149,7 @@ class TeacherStore:
             if again and not unread:
                 break
             shown = None if again else progress
-            read_now = read_each(self._keys, unread, shown, READERS)
+            read_now = read_each(self.keys_of, unread, shown, READERS)
             results |= {n: r for n, r in read_now.items() if not isinstance(r, GoneSegment)}
         read: list[tuple[Entry, list[pa.Array]]] = []
         refused: dict[str, UnusableSegment] = {}
@@ -293,7 +297,7 @@ class TeacherStore:
 
         return with_retries(read)
 
-    def _keys(self, name: str) -> tuple[Entry, list[pa.Array]] | UnusableSegment:
+    def keys_of(self, name: str) -> tuple[Entry, list[pa.Array]] | UnusableSegment:
         """A segment with the keys of each of its groups."""
         try:
             file = self.open(name)

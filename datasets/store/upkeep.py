@@ -45,7 +45,7 @@ from raystill.datasets.store.segment import (
     segment_name,
     segment_schema,
 )
-from raystill.datasets.store.store import SEGMENTS, TeacherStore
+from raystill.datasets.store.store import SEGMENTS, Progress, TeacherStore
 from raystill.datasets.store.values import impossible_rows
 
 COMPACT_ROWS = 1024
@@ -58,11 +58,11 @@ COMPACT_BYTES = 256 << 20
 STALE_S = 3600.0
 """Age from which a temporary file is taken for one whose writer has died."""
 
-Progress = Callable[[int, int], None]
-"""Called with (number done, number in all)."""
-
 Groups = list[tuple[Group | Provenance, pa.Table]]
 """Groups of rows as ``segment.encode`` takes them."""
+
+Note = Callable[[str, Origin, list[tuple[Provenance, pa.Array]]], None]
+"""Called with a segment's name and origin, and the provenance and keys of its groups."""
 
 RefusedSegments = dict[str, UnusableSegment]
 """Segments that cannot be used, by name. The class of the error says whether one may be deleted."""
@@ -91,7 +91,9 @@ def verify(store: TeacherStore, progress: Progress | None = None) -> RefusedSegm
     return _unusable(read_each(partial(problem_of, store), store.names(), progress))
 
 
-def compact(store: TeacherStore, progress: Progress | None = None) -> Compacted:
+def compact(
+    store: TeacherStore, progress: Progress | None = None, note: Note | None = None
+) -> Compacted:
     """Merge small segments of the same origin and leave duplicate rows out.
 
     The signal is part of the origin, so a key with two signals keeps two rows. A row is left out
@@ -99,6 +101,7 @@ def compact(store: TeacherStore, progress: Progress | None = None) -> Compacted:
     A merged segment is published, and read again, before the ones it replaces are removed, so that
     every row can be read at any moment; a run that finds a segment gone reads the catalogue again.
     Segments that cannot be used are left as they are, and their rows do not make others duplicates.
+    ``note`` is called with each merged segment: its name, origin, and groups.
 
     Raises RunError if another process compacts or prunes the store.
     """
@@ -106,10 +109,12 @@ def compact(store: TeacherStore, progress: Progress | None = None) -> Compacted:
     with lease.held():
         _refuse_links(store)
         store.put_back_all()
-        return _compact(store, lease, progress)
+        return _compact(store, lease, progress, note)
 
 
-def _compact(store: TeacherStore, lease: Lease, progress: Progress | None) -> Compacted:
+def _compact(
+    store: TeacherStore, lease: Lease, progress: Progress | None, note: Note | None
+) -> Compacted:
     """``compact``, under the lease."""
     catalogue, witnesses, refused = _catalogue_to_compact(store)
     needed = witnesses == np.arange(catalogue.rows)
@@ -132,6 +137,8 @@ def _compact(store: TeacherStore, lease: Lease, progress: Progress | None) -> Co
             except UnusableSegment as error:
                 refused[name] = error
         new = _publish_merged(store, origin, kept)
+        if new is not None and note is not None:
+            note(new, origin, [_noted(group) for groups in kept.values() for group in groups])
         moved |= {name: new for name in kept if new is not None}
         proof = Proof(store, lease)
         for name in kept:
@@ -328,6 +335,11 @@ def _publish_merged(store: TeacherStore, origin: Origin, kept: Mapping[str, Grou
     while not store.put(name, data):
         name = next_name(name)
     return name
+
+
+def _noted(group: tuple[Group | Provenance, pa.Table]) -> tuple[Provenance, pa.Array]:
+    of, rows = group
+    return of if isinstance(of, Provenance) else of.provenance, rows["key"].combine_chunks()
 
 
 def _segments_to_merge(

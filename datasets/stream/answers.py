@@ -20,6 +20,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.base.errors import RunError
+from raystill.datasets.lookup.keeping import Notes
+from raystill.datasets.lookup.view import Part, StoreView, in_order
 from raystill.datasets.policy.calls import StudentAnswers
 from raystill.datasets.rows.answers import (
     derive_answers,
@@ -38,7 +40,6 @@ from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.segment import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.values import impossible_rows
-from raystill.datasets.store.view import Part, StoreView, in_order
 from raystill.datasets.stream.spec import Requester
 from raystill.datasets.stream.teacher_calls import TeacherCalls
 from raystill.run import Run
@@ -64,6 +65,7 @@ class StoredAnswers:
     ) -> None:
         self._store = store
         self._view = StoreView(store, keys, wanted)
+        self._notes = Notes(store)
         self._wanted = wanted
         self._requester = requester
         self._teacher = teacher
@@ -165,12 +167,14 @@ class StoredAnswers:
 
     def _publish(self, origin: Origin, provenance: Provenance, rows: pa.Table) -> pa.Table:
         try:
-            _, published = self._store.publish(origin, provenance, rows)
+            name, published = self._store.publish(origin, provenance, rows)
         except OSError as error:
             raise RunError(
                 f"the teacher's answers could not be stored in {self._store.path} ({error}); make "
                 "room or mend it, and start the run again: what is published is kept"
             ) from error
+        if published is rows:
+            self._notes.add(name, origin, [(provenance, rows["key"].combine_chunks())])
         return published
 
     def _origin(self, answers: pa.Table) -> Origin:

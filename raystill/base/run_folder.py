@@ -194,6 +194,11 @@ class RunFolder:
         """Write the text atomically, as :meth:`write_bytes` does."""
         self.write_bytes(name, text.encode("utf-8"))
 
+    def delete(self, name: str) -> None:
+        """Delete the file. Raises FileNotFoundError if there is none."""
+        filesystem, path = self._at(name)
+        filesystem.delete_file(path)
+
     def write_table(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
         """Write a Parquet file atomically."""
         with self._writing(name) as stream:

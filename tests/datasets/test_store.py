@@ -20,6 +20,7 @@ import pytest
 from raystill.base.errors import RunError
 from raystill.cluster.commands.store import store_command
 from raystill.config.stream import SignalConfig
+from raystill.datasets.lookup.view import StoreView
 from raystill.datasets.rows.answers import (
     Answer,
     answers_table,
@@ -47,7 +48,6 @@ from raystill.datasets.store.segment import (
 )
 from raystill.datasets.store.store import SEGMENTS, RowCounts, TeacherStore, rows_requested_by
 from raystill.datasets.store.upkeep import compact, prune, verify
-from raystill.datasets.store.view import StoreView
 
 V = 300
 TOPK = Signal("topk", 16)

@@ -13,6 +13,7 @@ import pytest
 
 from raystill.base.errors import RunError
 from raystill.cluster.commands.store import store_command
+from raystill.datasets.lookup.view import StoreView
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store import upkeep
@@ -22,7 +23,6 @@ from raystill.datasets.store.segment import DamagedSegment, Provenance, segment_
 from raystill.datasets.store.store import MERGED, MERGED_KEPT_S, TeacherStore
 from raystill.datasets.store.upkeep import compact, prune, verify
 from raystill.datasets.store.values import impossible_rows
-from raystill.datasets.store.view import StoreView
 from raystill.datasets.stream.answers import without_impossible
 from tests.datasets.test_store import (
     HIDDEN,

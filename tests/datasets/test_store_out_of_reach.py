@@ -17,9 +17,10 @@ import pytest
 from raystill.base.errors import RunError
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.commands.store import store_command
+from raystill.datasets.lookup import view as store_view
+from raystill.datasets.lookup.view import Lookup, StoreView
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.store import reading
-from raystill.datasets.store import view as store_view
 from raystill.datasets.store.reading import (
     DamagedSegment,
     GoneSegment,
@@ -29,7 +30,6 @@ from raystill.datasets.store.reading import (
 )
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
 from raystill.datasets.store.upkeep import compact, prune, verify
-from raystill.datasets.store.view import Lookup, StoreView
 from tests.datasets.test_store import TOPK, answers, keys_of, path_of, publish, rewritten, segment
 
 COLUMNS = ["key", "response_ids", "topk_ids"]
@@ -185,7 +185,7 @@ class TestUnreadable:
         assert network.tried.count(name) == 0
         now += 1
         with monkeypatch.context() as patch:
-            patch.setattr(store, "names", Path("/nowhere").read_text)  # Cannot be listed either.
+            patch.setattr(store, "files", Path("/nowhere").read_text)  # Cannot be listed either.
             assert look_up(view, [*rows, *other]).to_ask.tolist() == [0, 1]
         now += store_view.RETRY_UNREADABLE_S
         assert len(look_up(view, [*rows, *other]).to_ask) == 0
@@ -206,8 +206,10 @@ class TestUnreadable:
         publish(store, [3])
         view = view_of(store, [1, 2, 3])
         looks = []
-        looked = store.catalogue
-        monkeypatch.setattr(store, "catalogue", lambda **o: (looks.append(o), looked(**o))[1])
+        looked = view._index.look_through
+        monkeypatch.setattr(
+            view._index, "look_through", lambda **o: (looks.append(o), looked(**o))[1]
+        )
         network.failing = {name: 999}
         with ThreadPoolExecutor(8) as pool:
             lookups = list(pool.map(lambda _: look_up(view, [1, 2, 3]), range(8)))

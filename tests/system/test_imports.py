@@ -33,11 +33,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "datasets/policy": GROUND | ROWS,
     "datasets/prompts": GROUND | ROWS,
     "datasets/store": GROUND | ROWS,
+    "datasets/lookup": GROUND | ROWS | {"datasets/store"},
     "datasets/exchange": GROUND | ROWS | {"datasets/prompts", "datasets/store"},
     "datasets/filters": GROUND | ROWS,
     "datasets/stream": GROUND
     | ROWS
-    | {"datasets/filters", "datasets/policy", "datasets/prompts", "datasets/store"},
+    | {"datasets/filters", "datasets/policy", "datasets/prompts", "datasets/store"}
+    | {"datasets/lookup"},
     "serve/engine": GROUND | ROWS,
     "serve": GROUND | ROWS | {"datasets/stream", "serve/engine"},
     "serve/draft": GROUND | ROWS | {"serve/engine"},
@@ -53,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster/check": GROUND
     | ROWS
     | {"cluster/lineage", "datasets/filters", "datasets/prompts", "datasets/store"}
-    | {"serve/engine"},
+    | {"datasets/lookup", "serve/engine"},
     "cluster/coordinator": GROUND | ROWS | {"datasets/stream"},
     "cluster/report": GROUND | {"cluster/check", "cluster/coordinator", "datasets/store"},
     "cluster/report/page": GROUND | {"cluster/report"},
@@ -61,6 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"cluster/check", "cluster/coordinator", "cluster/report", "datasets/filters"}
     | {
         "cluster/report/page",
+        "datasets/lookup",
         "datasets/store",
         "datasets/stream",
         "serve",
@@ -70,7 +73,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster/commands": GROUND
     | ROWS
     | {"cluster/check", "cluster/job", "cluster/report", "datasets/store", "datasets/stream"}
-    | {"cluster/lineage", "cluster/report/page", "serve", "serve/draft", "train/calibration"},
+    | {"cluster/lineage", "cluster/report/page", "serve", "serve/draft", "train/calibration"}
+    | {"datasets/lookup"},
     "cluster/worth": GROUND
     | {"cluster/commands", "cluster/job", "cluster/report", "cluster/report/page"},
     "cluster/store": GROUND

@@ -1,6 +1,6 @@
 """Look-up of a group's rows in the teacher store: answered, to be scored, or to be asked.
 
-One view serves many groups from many threads. It reads the store's catalogue when it is made, again
+One view serves many groups from many threads. It looks through the store when it is made, again
 when a segment turns out to be unusable, and again when a skipped segment is to be retried. Imports
 neither Ray nor torch.
 
@@ -11,23 +11,26 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raystill.datasets.lookup.index import Found, Index
+from raystill.datasets.lookup.keeping import StoreIndex
 from raystill.datasets.rows.answers import derive_answers, stored_columns
 from raystill.datasets.rows.schema import TOKEN_IDS, answer_schema
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.catalogue import Catalogue
 from raystill.datasets.store.reading import (
     DamagedSegment,
     GoneSegment,
     UnreadableSegment,
     UnusableSegment,
+    with_retries,
 )
-from raystill.datasets.store.segment import next_name, segment_name
+from raystill.datasets.store.segment import SegmentFile, next_name, segment_name
 from raystill.datasets.store.store import Merged, TeacherStore
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ Part = tuple[Places, pa.Table]
 
 RETRY_UNREADABLE_S = 300.0
 """Seconds after which an unreadable segment is tried again. Meanwhile the teacher is asked for its
-rows again, which has its price; so has reading the catalogue, which a retry requires."""
+rows again, which has its price; so has looking through the store, which a retry requires."""
 
 RESPONSE_SCHEMA = pa.schema(
     [pa.field("response_ids", TOKEN_IDS), pa.field("finish_reason", pa.string())]
@@ -58,11 +61,12 @@ class Lookup:
 class StoreView:
     """Access to the stored answers of one prompt table, with one wanted signal.
 
-    ``keys``: the table's whole key column [N]. The constructor reads the store's catalogue.
+    ``keys``: the table's whole key column [N]. The constructor looks through the store.
     """
 
     def __init__(self, store: TeacherStore, keys: pa.ChunkedArray, wanted: Signal) -> None:
         self._store = store
+        self._index = StoreIndex(store)
         self._keys = keys.combine_chunks()
         self._wanted = wanted
         self._skipped: dict[str, float] = {}  # Name -> time.monotonic() at which to retry it.
@@ -83,86 +87,88 @@ class StoreView:
         self._reload_if_due()
         may_be_merged = True
         while True:
-            loaded = self._loaded  # One reference: another group's thread may reload meanwhile.
-            catalogue, located = loaded
+            index = self._loaded  # One reference: another group's thread may reload meanwhile.
             try:
-                lookup, names = self._add_earlier_attempt(
-                    rows, self._sort(catalogue, located[rows], given)
-                )
+                lookup, names = self._add_earlier_attempt(rows, self._sort(index, rows, given))
                 if not may_be_merged or not self._were_merged(names):
                     return lookup
                 may_be_merged = False  # Once: a merged segment may be lost as well.
                 with self._lock:
-                    if self._loaded is loaded:
+                    if self._loaded is index:
+                        self._reload()
+            except StaleIndex as error:  # The index is a cache: the segment is right.
+                with self._lock:
+                    if self._loaded is index:
+                        logger.warning("%s; it is opened again", error)
+                        self._index.distrust(error.name)
                         self._reload()
             except UnusableSegment as error:
                 # Reading was retried already (``with_retries``): skip the segment, so that the
-                # group goes on. If another thread has reloaded, its catalogue is tried first.
+                # group goes on. If another thread has reloaded, its index is tried first.
                 with self._lock:
-                    if self._loaded is loaded:
+                    if self._loaded is index:
                         self._skip(error)
                         self._reload()
 
     def _reload_if_due(self) -> None:
-        """Read the catalogue again if a skipped segment is to be retried."""
+        """Look through the store again if a skipped segment is to be retried."""
         if time.monotonic() >= self._due:
             with self._lock:
                 if time.monotonic() < self._due:
                     return
                 try:
                     self._reload()
-                except OSError as error:  # The old catalogue is still valid.
+                except OSError as error:  # The old index is still valid.
                     logger.warning("the store could not be read again: %s", error)
                     self._due = time.monotonic() + RETRY_UNREADABLE_S
 
     def _skip(self, error: UnusableSegment) -> None:
         """Skip a segment: an unreadable one for ``RETRY_UNREADABLE_S``, any other permanently."""
         logger.warning("%s; its rows are looked up in other segments, or asked again", error)
-        if not isinstance(error, GoneSegment):  # A deleted one is not in the next catalogue.
+        if not isinstance(error, GoneSegment):  # A deleted one is not in the next index.
             retried = isinstance(error, UnreadableSegment)
             due = time.monotonic() + RETRY_UNREADABLE_S if retried else math.inf
             self._skipped[error.name] = due
 
     def _reload(self) -> None:
-        """Read the catalogue and locate all keys of the prompt table in it."""
+        """Look through the store."""
         now = time.monotonic()
         self._skipped = {name: due for name, due in self._skipped.items() if due > now}
-        catalogue = self._store.catalogue(without=self._skipped).ordered_for(self._wanted)
-        for error in catalogue.refused.values():
+        index = self._index.look_through(without=self._skipped)
+        for error in index.refused.values():
             self._skip(error)
         self._due = min(self._skipped.values(), default=math.inf)
-        self._loaded = catalogue, catalogue.locate(self._keys)
+        self._loaded = index
 
-    def _sort(self, catalogue: Catalogue, where: NDArray[np.int64], given: pa.Array) -> Lookup:
-        """Sort a group's rows. where: [n] the stored row of each; -1 where there is none."""
-        stored = np.flatnonzero(where >= 0)
-        rich_enough = catalogue.serves(self._wanted, where[stored])
-        served, poorer = stored[rich_enough], stored[~rich_enough]
-        missing = np.flatnonzero(where < 0)
+    def _sort(self, index: Index, rows: NDArray[np.int64], given: pa.Array) -> Lookup:
+        """Sort a group's rows by where the index has them."""
+        keys = self.keys_of(rows)
+        found = index.find(keys, self._wanted)
+        is_stored = found.segment >= 0
+        served, poorer = (np.flatnonzero(is_stored & (found.serves == s)) for s in (True, False))
+        missing = np.flatnonzero(~is_stored)
         has_response = given.is_valid().to_numpy(zero_copy_only=False)[missing]
         with_response, to_ask = missing[has_response], missing[~has_response]
+        reading = GroupReader(self._store, index, found, keys)
         answered: list[Part] = []
         if len(served):
-            answered.append((served, self._read(catalogue, where[served])))
+            answered.append((served, self._read(reading, served)))
         to_score = [(with_response, _responses(given.take(pa.array(with_response))))]
         if self._wanted.kind == "text" and len(with_response):  # There is no signal to score.
             answered.append((with_response, _as_answers(to_score.pop()[1])))
         if len(poorer):
-            responses = self._store.read(catalogue, where[poorer], RESPONSE_SCHEMA.names)
-            to_score.append((poorer, responses))
+            names = RESPONSE_SCHEMA.names
+            read = [(places, part) for _, places, part in reading.read(poorer, names)]
+            to_score.append((poorer, in_order(read, RESPONSE_SCHEMA)[1]))
         return Lookup(answered, in_order(to_score, RESPONSE_SCHEMA), to_ask)
 
-    def _read(self, catalogue: Catalogue, where: NDArray[np.int64]) -> pa.Table:
-        """Stored rows as answers with the wanted signal, in the order of ``where``."""
-        segments = catalogue.segment[where]
+    def _read(self, reading: "GroupReader", served: Places) -> pa.Table:
+        """Stored rows as answers with the wanted signal, in the order of ``served``."""
         parts = []
-        for number in np.unique(segments):
-            origin = catalogue.entries[number].footer.origin
-            places = np.flatnonzero(segments == number)
-            part = self._store.read(catalogue, where[places], stored_columns(self._wanted))
-            parts.append(
-                (places, derive_answers(part, origin.signal, self._wanted, origin.vocab_size))
-            )
+        for number, places, part in reading.read(served, stored_columns(self._wanted)):
+            origin = reading.index.origin(number)
+            derived = derive_answers(part, origin.signal, self._wanted, origin.vocab_size)
+            parts.append((places, derived))
         return in_order(parts, answer_schema(self._wanted))[1]
 
     def _were_merged(self, names: list[str]) -> bool:
@@ -222,6 +228,64 @@ class StoreView:
             else:
                 return derive_answers(stored, origin.signal, self._wanted, origin.vocab_size)
         return name
+
+
+class StaleIndex(UnusableSegment):
+    """The index says of a segment what is not so."""
+
+
+@dataclass(frozen=True)
+class GroupReader:
+    """Reads rows [n] with ``keys`` where the index has ``found`` them, and compares the keys."""
+
+    store: TeacherStore
+    index: Index
+    found: Found
+    keys: pa.Array
+
+    def read(
+        self, places: Places, columns: Sequence[str]
+    ) -> Iterator[tuple[int, Places, pa.Table]]:
+        """These columns of some of the rows: the segment's number, places among them, and rows.
+
+        places: ascending, of the n. Raises StaleIndex and UnusableSegment.
+        """
+        opened: dict[str, SegmentFile] = {}
+        names = ["key", *columns]
+        both = np.stack([self.found.segment[places], self.found.group[places]], axis=1)
+        for segment, group in np.unique(both, axis=0):
+            mine = places[(both == (segment, group)).all(axis=1)]
+            table = self._group(int(segment), int(group), names, opened)
+            at = self.found.place[mine]
+            keys = self.keys.take(pa.array(mine))
+            rows = table.take(pa.array(np.minimum(at, len(table) - 1))).combine_chunks()
+            if not len(table) or not rows["key"].combine_chunks().equals(keys):
+                raise StaleIndex(self.index.name(int(segment)), "the index has other rows of it")
+            yield int(segment), mine, rows.select(list(columns))
+
+    def _group(
+        self, segment: int, group: int, columns: Sequence[str], opened: dict[str, SegmentFile]
+    ) -> pa.Table:
+        """A group of a segment. ``opened``: files that are open already, by name."""
+        name = self.index.name(segment)
+
+        def read() -> pa.Table:
+            file = opened.pop(name, None) or self.store.open(name)
+            if not self._is_of(file, segment, group):
+                raise StaleIndex(name, "the index has another origin of it")
+            table = file.read(group, columns)
+            opened[name] = file
+            return table
+
+        return with_retries(read)
+
+    def _is_of(self, file: SegmentFile, segment: int, group: int) -> bool:
+        """Whether a file is what the index says of the segment and the rows found in the group."""
+        groups, found = file.footer.groups, self.found
+        if group >= len(groups) or file.footer.origin != self.index.origin(segment):
+            return False
+        mine = (found.segment == segment) & (found.group == group)
+        return bool((found.scored[mine] == groups[group].scored).all())
 
 
 def _lists(merged: bytes, name: str) -> bool:

@@ -1,0 +1,240 @@
+"""One file of a store's index: where the rows of some segments are, sorted by key.
+
+An index is a cache of what footers and key columns say, so that a process need not open each
+segment. It can be deleted at any moment. The file is an Arrow file named by the hash of its bytes.
+Whoever reads a row through it compares the row's key with that in the segment itself.
+
+Imports neither Ray nor torch.
+
+Legend: S rows, G groups, M segments of the part.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raystill.datasets.rows.schema import KEY_BYTES
+from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.segment import Origin, Provenance
+
+VERSION = 1
+UNKNOWN = 0
+"""Time of change of a segment whose file was not looked at; its size decides alone."""
+
+Halves = tuple[NDArray[np.uint64], NDArray[np.uint64]]
+"""Keys [n] as the two big-endian numbers that their bytes are; in the order of the bytes."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where the rows of M segments are. Rows ascend by key.
+
+    Row s is in the group ``group[s]`` (a number in the part), at ``place[s]`` of it. Group g is the
+    ``number[g]``-th of the segment ``segment[g]``, and was asked for by ``provenances[asked[g]]``.
+    Segment m has the name ``names[m]``, ``sizes[m]`` bytes, was changed at ``changed[m]``
+    (nanoseconds, or UNKNOWN) and came from ``origins[origin[m]]``.
+    """
+
+    high: NDArray[np.uint64]
+    low: NDArray[np.uint64]
+    group: NDArray[np.int32]
+    place: NDArray[np.int32] | NDArray[np.uint16]
+    segment: NDArray[np.int32]
+    number: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    asked: NDArray[np.int32]
+    provenances: list[Provenance]
+    names: pa.Array  # string
+    sizes: NDArray[np.int64]
+    changed: NDArray[np.int64]
+    origin: NDArray[np.int32]
+    origins: list[Origin]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows in memory."""
+        return self.high.nbytes + self.low.nbytes + self.group.nbytes + self.place.nbytes
+
+
+def halves(keys: pa.Array) -> Halves:
+    """Keys (fixed binary 16) as two numbers each."""
+    start, stop = keys.offset * KEY_BYTES, (keys.offset + len(keys)) * KEY_BYTES
+    buffer = memoryview(keys.buffers()[1] or b"")[start:stop]
+    words = np.frombuffer(buffer, ">u8").reshape(-1, 2)
+    return words[:, 0].astype(np.uint64), words[:, 1].astype(np.uint64)
+
+
+def part_of(
+    name: str,
+    stamp: tuple[int, int],
+    origin: Origin,
+    groups: Sequence[tuple[Provenance, pa.Array]],
+) -> Part:
+    """The part of one segment. groups: provenance and keys of each, in the segment's order."""
+    lengths = [len(keys) for _, keys in groups]
+    numbers = [halves(keys) for _, keys in groups]
+    high, low = (np.concatenate([np.empty(0, np.uint64), *(n[i] for n in numbers)]) for i in (0, 1))
+    provenances = list(dict.fromkeys(provenance for provenance, _ in groups))
+    code = {provenance: number for number, provenance in enumerate(provenances)}
+    order = np.lexsort((low, high))
+    ranges = [np.empty(0, np.int32), *(np.arange(n, dtype=np.int32) for n in lengths)]
+    return Part(
+        high[order],
+        low[order],
+        np.repeat(np.arange(len(groups), dtype=np.int32), lengths)[order],
+        np.concatenate(ranges)[order],
+        np.zeros(len(groups), np.int32),
+        np.arange(len(groups), dtype=np.int32),
+        np.array(lengths, np.int32),
+        np.array([code[provenance] for provenance, _ in groups], np.int32),
+        provenances,
+        pa.array([name], pa.string()),
+        np.array([stamp[0]], np.int64),
+        np.array([stamp[1]], np.int64),
+        np.zeros(1, np.int32),
+        [origin],
+    )
+
+
+def merged(parts: Sequence[Part], live: Sequence[NDArray[np.bool_]]) -> Part:
+    """One part of several. live: [M] of each part, which of its segments to keep."""
+    origins: dict[Origin, int] = {}
+    provenances: dict[Provenance, int] = {}
+    columns: dict[str, list[NDArray[Any]]] = {}
+    names = []
+    first_group = first_segment = 0
+    for part, keep in zip(parts, live, strict=True):
+        of_origin = np.array([origins.setdefault(o, len(origins)) for o in part.origins], np.int32)
+        of_asked = np.array(
+            [provenances.setdefault(p, len(provenances)) for p in part.provenances], np.int32
+        )
+        groups = keep[part.segment]
+        rows = groups[part.group]
+        new_segment = np.cumsum(keep, dtype=np.int32) - 1 + np.int32(first_segment)
+        new_group = np.cumsum(groups, dtype=np.int32) - 1 + np.int32(first_group)
+        found = {
+            "high": part.high[rows],
+            "low": part.low[rows],
+            "group": new_group[part.group[rows]],
+            "place": part.place[rows].astype(np.int32),
+            "segment": new_segment[part.segment[groups]],
+            "number": part.number[groups],
+            "rows": part.rows[groups],
+            "asked": of_asked[part.asked[groups]],
+            "sizes": part.sizes[keep],
+            "changed": part.changed[keep],
+            "origin": of_origin[part.origin[keep]],
+        }
+        for name, values in found.items():
+            columns.setdefault(name, []).append(values)
+        names.append(part.names.filter(pa.array(keep)))
+        first_group += int(groups.sum())
+        first_segment += int(keep.sum())
+    whole = {name: np.concatenate(columns.pop(name)) for name in list(columns)}
+    order = np.lexsort((whole["low"], whole["high"]))
+    for name in ("high", "low", "group", "place"):
+        whole[name] = whole[name][order]
+    return Part(
+        **whole,
+        provenances=list(provenances),
+        names=pa.concat_arrays(names),
+        origins=list(origins),
+    )
+
+
+def encoded(part: Part) -> tuple[str, pa.Buffer]:
+    """A part's file: its name and its bytes."""
+    small = not len(part.place) or part.place.max() < 1 << 16
+    rows = pa.table(
+        {
+            "high": part.high,
+            "low": part.low,
+            "group": part.group,
+            "place": part.place.astype(np.uint16 if small else np.int32),
+        }
+    )
+    of_group = ("segment", "number", "rows", "asked")
+    groups = pa.table({name: getattr(part, name) for name in of_group})
+    of_segment = ("names", "sizes", "changed", "origin")
+    segments = pa.table({name: getattr(part, name) for name in of_segment})
+    described = {
+        "version": VERSION,
+        "origins": [asdict(origin) for origin in part.origins],
+        "provenances": [asdict(provenance) for provenance in part.provenances],
+    }
+    metadata = {
+        b"described": json.dumps(described).encode(),
+        b"groups": _stream(groups),
+        b"segments": _stream(segments),
+    }
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, rows.schema.with_metadata(metadata)) as writer:
+        writer.write_table(rows)
+    data = sink.getvalue()
+    return f"{_hash(data)}.arrow", data
+
+
+def decoded(name: str, data: pa.Buffer) -> Part:
+    """The part in a file. Raises ValueError, KeyError or an Arrow error for any other file."""
+    if name != f"{_hash(data)}.arrow":
+        raise ValueError("its bytes are not what was written")
+    rows = pa.ipc.open_file(data).read_all()
+    metadata = rows.schema.metadata
+    described = json.loads(metadata[b"described"])
+    if described["version"] != VERSION:
+        raise ValueError(f"it has version {described['version']}; this version reads {VERSION}")
+    groups, segments = (
+        pa.ipc.open_stream(metadata[name]).read_all() for name in (b"groups", b"segments")
+    )
+
+    def column(table: pa.Table, of: str, kind: type) -> NDArray[Any]:
+        return table[of].combine_chunks().to_numpy(zero_copy_only=False).astype(kind, copy=False)
+
+    kind = rows.schema.field("place").type.to_pandas_dtype()
+    part = Part(
+        column(rows, "high", np.uint64),
+        column(rows, "low", np.uint64),
+        column(rows, "group", np.int32),
+        column(rows, "place", kind),
+        column(groups, "segment", np.int32),
+        column(groups, "number", np.int32),
+        column(groups, "rows", np.int32),
+        column(groups, "asked", np.int32),
+        [Provenance(**provenance) for provenance in described["provenances"]],
+        segments["names"].combine_chunks(),
+        column(segments, "sizes", np.int64),
+        column(segments, "changed", np.int64),
+        column(segments, "origin", np.int32),
+        [Origin(signal=Signal(**o.pop("signal")), **o) for o in described["origins"]],
+    )
+    _require_inside(part)
+    return part
+
+
+def _require_inside(part: Part) -> None:
+    """Raise ValueError if a number of the part names nothing."""
+    for numbers, count in (
+        (part.group, len(part.segment)),
+        (part.segment, len(part.names)),
+        (part.asked, len(part.provenances)),
+        (part.origin, len(part.origins)),
+    ):
+        if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
+            raise ValueError("it names groups or segments that it does not have")
+
+
+def _stream(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def _hash(data: pa.Buffer) -> str:
+    return blake2b(memoryview(data), digest_size=16).hexdigest()
