@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raystill import __version__
+from raystill.base.records import read_object
 from raystill.base.run_folder import (
     ADAPTER,
     MANIFEST,
@@ -85,9 +86,11 @@ class Facts:
 
 
 def facts_of(folder: RunFolder, part: str = STUDENT) -> Facts:
-    """What the run folder says of its finished student. part: ``student``, or ``adapter``."""
-    manifest = json.loads(folder.read_text(MANIFEST))
-    summary = json.loads(folder.read_text(SUMMARY))
+    """What the run folder says of its finished student. part: ``student``, or ``adapter``.
+
+    Raises BrokenFile.
+    """
+    manifest, summary = read_object(folder, MANIFEST), read_object(folder, SUMMARY)
     name = split_query(folder.path)[0].rstrip("/").rpartition("/")[2] or "student"
     local = None if folder.local is None else folder.local / part
     hashes = {} if local is None else _hashes(local)

@@ -6,7 +6,6 @@ stops nor delays a run, and what it misses is in the run folder. Their packages 
 (`cluster.check.trackers`) and imported in that thread alone.
 """
 
-import json
 import math
 import os
 import queue
@@ -22,6 +21,7 @@ import yaml
 
 from raystill.base.formatting import one_line
 from raystill.base.logs import run_name
+from raystill.base.records import read_object
 from raystill.base.redact import redact
 from raystill.base.run_folder import CONFIG, MANIFEST, REPORT, STATUS, SUMMARY, RunFolder
 from raystill.cluster.coordinator.snapshot import Snapshot
@@ -280,20 +280,20 @@ class TrackioTracker:
 def configuration(folder: RunFolder) -> dict[str, Any]:
     """The run folder's copy of the configuration, which holds no credentials, with the commit."""
     config: dict[str, Any] = yaml.safe_load(folder.read_text(CONFIG))
-    manifest = json.loads(folder.read_text(MANIFEST))
+    manifest = read_object(folder, MANIFEST)
     return config | {"commit": manifest.get("commit"), "versions": manifest.get("versions")}
 
 
 def run_id(folder: RunFolder) -> str:
     """The run's id, the same over all its starts."""
-    return str(json.loads(folder.read_text(MANIFEST))["run_id"])
+    return str(read_object(folder, MANIFEST)["run_id"])
 
 
 def final_figures(folder: RunFolder) -> dict[str, float]:
     """The numbers of ``summary.json`` by dotted name; none of a run that failed."""
     if not folder.exists(SUMMARY):
         return {}
-    numbers = flattened(json.loads(folder.read_text(SUMMARY)))
+    numbers = flattened(read_object(folder, SUMMARY))
     return {
         name: float(value)
         for name, value in numbers
@@ -303,7 +303,7 @@ def final_figures(folder: RunFolder) -> dict[str, float]:
 
 def state_of(folder: RunFolder) -> str:
     """``completed``, ``stopped`` or ``failed``."""
-    state = json.loads(folder.read_text(STATUS))["state"] if folder.exists(STATUS) else "failed"
+    state = read_object(folder, STATUS).get("state") if folder.exists(STATUS) else "failed"
     return "failed" if state == "running" else str(state)  # Ended without a word.
 
 

@@ -412,6 +412,18 @@ def test_a_run_does_not_fail_by_its_papers(tmp_path: Path, monkeypatch: Any) -> 
     assert len(told) == 1
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "summary.json"])
+@pytest.mark.parametrize("text", ["", '{"run_id": ', "[1]", "[" * 100_000, "null"])
+def test_a_broken_file_of_the_run_is_named_and_ends_nothing(
+    tmp_path: Path, name: str, text: str
+) -> None:
+    folder = finished(tmp_path, "one", str(model(tmp_path / "teacher", "mit")))
+    (folder / name).write_text(text)
+    told: list[str] = []
+    leave_papers(RunFolder(str(folder)), told.append)
+    assert len(told) == 1 and f"{folder}/{name}" in told[0] and len(told[0]) < 600
+
+
 @pytest.mark.parametrize("layers", [{"layer_stride": 1}, {"layer_stride": 2}])
 def test_the_papers_of_an_adapter_name_it_and_its_base(tmp_path: Path, layers: Any) -> None:
     teacher = model(tmp_path / "big", "apache-2.0")
