@@ -14,6 +14,7 @@ _CAUSAL = re.compile(
 )
 _PAIR = re.compile(r'\(\s*"([^"]+)",')
 _WORD = re.compile(r"\w+")
+_PART = re.compile(r'CONFIG_MAPPING\[\s*"([^"]+)"')
 
 
 def decoder_types() -> frozenset[str]:
@@ -40,14 +41,27 @@ def vllm_knows(model_type: str) -> bool:
 def words_of_code(model_type: str) -> frozenset[str]:
     """Every word in transformers' code of this type: the name of each module of a model is one.
 
-    Empty where there is no such code.
+    The code of the models that it is made of by default is included, which its settings name (Fuyu
+    has Persimmon as its decoder). Empty where there is no such code.
     """
+    words = _words(model_type)
+    if not words:
+        return words
+    settings = _texts(model_type, "configuration")
+    return words.union(*(_words(kind) for kind in _PART.findall(settings)))
+
+
+def _words(model_type: str) -> frozenset[str]:
+    return frozenset(_WORD.findall(_texts(model_type, "modeling")))
+
+
+def _texts(model_type: str, what: str) -> str:
+    """The text of transformers' files ``{what}_*.py`` on a model type; empty if there are none."""
     folder, kind = _folder("transformers"), model_type.replace("-", "_")
     if folder is None or not kind.isidentifier():
-        return frozenset()
-    files = sorted((folder / "models" / kind).glob("modeling_*.py"))
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
-    return frozenset(word for text in texts for word in _WORD.findall(text))
+        return ""
+    files = sorted((folder / "models" / kind).glob(f"{what}_*.py"))
+    return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
 def _folder(package: str) -> Path | None:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from raystill.model.known import words_of_code
 from raystill.model.sampling import ResolvedSampling
 from raystill.train.student.cut import keep_layers
 from raystill.train.student.export import ExportSettings, save_student
@@ -77,3 +78,12 @@ def test_a_cut_leaves_the_random_state_as_it_was():
     drawn = torch.rand(3)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(3))
+
+
+def test_the_check_knows_the_modules_of_a_model_whose_decoder_is_another_family() -> None:
+    text = {"num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    sizes = {"hidden_size": 32, "intermediate_size": 64}
+    with torch.device("meta"):
+        model = transformers.FuyuForCausalLM(transformers.FuyuConfig(text_config=text | sizes))
+    parts = {part for name in model.state_dict() for part in name.split(".")[:-1]}
+    assert {part for part in parts if not part.isdecimal()} <= words_of_code("fuyu")
