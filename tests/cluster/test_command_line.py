@@ -451,7 +451,9 @@ def test_ctrl_c_ends_a_command_quietly(
 def test_ctrl_c_ends_a_process_quietly(tmp_path: Path) -> None:
     """The command has begun when it is interrupted: it says so, and then takes its time."""
     code = (
-        "import pathlib, sys, time, driver\n"
+        "import pathlib, signal, sys, time, driver\n"
+        # A shell without job control starts what it puts into the background deaf to Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from raystill.cluster.commands import store as commands\n"
         "def wait(*_, **__):\n"
         "    pathlib.Path(sys.argv[1]).touch()\n"
