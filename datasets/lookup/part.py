@@ -63,7 +63,8 @@ class Part:
 
 
 def halves(keys: pa.Array) -> Halves:
-    """Keys (fixed binary 16) as two numbers each."""
+    """Keys of 16 bytes as two numbers each. Raises ArrowInvalid for keys of another size."""
+    keys = keys.cast(pa.binary(KEY_BYTES))
     start, stop = keys.offset * KEY_BYTES, (keys.offset + len(keys)) * KEY_BYTES
     buffer = memoryview(keys.buffers()[1] or b"")[start:stop]
     words = np.frombuffer(buffer, ">u8").reshape(-1, 2)

@@ -16,7 +16,7 @@ from raystill.base.run_folder import RunFolder
 from raystill.cluster.commands.store import store_command
 from raystill.datasets.lookup import keeping
 from raystill.datasets.lookup.keeping import FOLDER, Notes, StoreIndex, part_files
-from raystill.datasets.lookup.part import encoded, part_of
+from raystill.datasets.lookup.part import encoded, halves, part_of
 from raystill.datasets.lookup.view import StoreView
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
@@ -359,3 +359,13 @@ def test_a_process_that_dies_with_the_lock_and_half_a_part_leaves_both_to_the_ne
     opened.clear()
     look_up(store, rows)
     assert opened == []
+
+
+def test_keys_of_any_binary_type_are_found_and_of_another_size_refused() -> None:
+    keys = [bytes([n]) * 16 for n in range(5)]
+    fixed, plain = pa.array(keys, pa.binary(16)), pa.array(keys, pa.binary())
+    for some in (fixed, plain, fixed.slice(1, 3), plain.slice(1, 3)):
+        words = [int.from_bytes(key[:8], "big") for key in some.to_pylist()]
+        assert halves(some)[0].tolist() == words
+    with pytest.raises(pa.ArrowInvalid):
+        halves(pa.array([b"short"], pa.binary()))
