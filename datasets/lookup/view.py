@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from raystill.datasets.lookup.index import Found, Index
 from raystill.datasets.lookup.keeping import StoreIndex
 from raystill.datasets.rows.answers import derive_answers, stored_columns
-from raystill.datasets.rows.schema import TOKEN_IDS, answer_schema
+from raystill.datasets.rows.schema import KEY_BYTES, TOKEN_IDS, answer_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.reading import (
     DamagedSegment,
@@ -61,13 +61,15 @@ class Lookup:
 class StoreView:
     """Access to the stored answers of one prompt table, with one wanted signal.
 
-    ``keys``: the table's whole key column [N]. The constructor looks through the store.
+    ``keys``: the table's whole key column [N], of 16 bytes each. The constructor looks through the
+    store. Raises ArrowInvalid for keys of another size.
     """
 
     def __init__(self, store: TeacherStore, keys: pa.ChunkedArray, wanted: Signal) -> None:
         self._store = store
         self._index = StoreIndex(store)
-        self._keys = keys.combine_chunks()
+        # Compared with the store's keys, which are of this type: Arrow's equality is of types too.
+        self._keys = keys.combine_chunks().cast(pa.binary(KEY_BYTES))
         self._wanted = wanted
         self._skipped: dict[str, float] = {}  # Name -> time.monotonic() at which to retry it.
         self._due = math.inf
