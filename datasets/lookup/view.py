@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,8 @@ Part = tuple[Places, pa.Table]
 RETRY_UNREADABLE_S = 300.0
 """Seconds after which an unreadable segment is tried again. Meanwhile the teacher is asked for its
 rows again, which has its price; so has looking through the store, which a retry requires."""
+MOST_STALE = 5
+"""How often a look-up opens a segment again that is not what the index says; then it fails."""
 
 RESPONSE_SCHEMA = pa.schema(
     [pa.field("response_ids", TOKEN_IDS), pa.field("finish_reason", pa.string())]
@@ -88,6 +91,7 @@ class StoreView:
         """
         self._reload_if_due()
         may_be_merged = True
+        stale: Counter[str] = Counter()
         while True:
             index = self._loaded  # One reference: another group's thread may reload meanwhile.
             try:
@@ -99,6 +103,9 @@ class StoreView:
                     if self._loaded is index:
                         self._reload()
             except StaleIndex as error:  # The index is a cache: the segment is right.
+                stale[error.name] += 1
+                if stale[error.name] > MOST_STALE:
+                    raise
                 with self._lock:
                     if self._loaded is index:
                         logger.warning("%s; it is opened again", error)

@@ -17,7 +17,7 @@ from raystill.cluster.commands.store import store_command
 from raystill.datasets.lookup import keeping
 from raystill.datasets.lookup.keeping import FOLDER, Notes, StoreIndex, part_files
 from raystill.datasets.lookup.part import encoded, halves, part_of
-from raystill.datasets.lookup.view import StoreView
+from raystill.datasets.lookup.view import StaleIndex, StoreView
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.segment import Provenance, encode, segment_name
@@ -369,3 +369,17 @@ def test_keys_of_any_binary_type_are_found_and_of_another_size_refused() -> None
         assert halves(some)[0].tolist() == words
     with pytest.raises(pa.ArrowInvalid):
         halves(pa.array([b"short"], pa.binary()))
+
+
+def test_a_segment_that_stays_stale_ends_a_look_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = TeacherStore(str(tmp_path))
+    view = StoreView(store, pa.chunked_array([[bytes(16)]], pa.binary(16)), TOPK)
+
+    def stale(*_: object) -> None:
+        raise StaleIndex("a.parquet", "the index has other rows of it")
+
+    monkeypatch.setattr(StoreView, "_sort", stale)
+    with pytest.raises(StaleIndex):
+        view.look_up(np.array([0]), pa.nulls(1, pa.list_(pa.int32())))
