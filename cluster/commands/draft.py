@@ -6,7 +6,6 @@ student alone, the teacher with the student as its draft. The driver sees figure
 """
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +17,15 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from raystill.base import formatting
 from raystill.base.errors import ConfigError, Problem, RunError
 from raystill.base.records import plain
-from raystill.base.redact import redact, redacted
+from raystill.base.redact import redacted
 from raystill.base.run_folder import CONFIG, DRAFT, HELD_OUT_PROMPTS, STUDENT, RunFolder
 from raystill.cluster.check.models import check_tokenizers
-from raystill.cluster.commands.as_json import print_json
+from raystill.cluster.commands.as_json import print_json, say_beside
 from raystill.cluster.job.driver_process import hold_run_folder
 from raystill.cluster.job.manifest import check_teacher_of
 from raystill.cluster.job.run import connected
 from raystill.cluster.report.drafts import print_draft
-from raystill.cluster.report.page.page import write_page
+from raystill.cluster.report.page.page import page_anew
 from raystill.config.load import load_config
 from raystill.config.run import RunConfig, absolute_paths
 from raystill.model.files import ModelFolder, fetch_model, find_model
@@ -212,18 +211,6 @@ class Bench:
         return f"the engines' output is in {self._log}"
 
 
-def _on_stderr(text: str) -> None:
-    print(redact(text), file=sys.stderr, flush=True)
-
-
-def _on_the_page(folder: RunFolder) -> str:
-    """Make the run's page anew; what to say of it."""
-    try:
-        return f" and {formatting.path(write_page([folder]))}"
-    except OSError as error:
-        return f"; the page cannot be written ({error})"
-
-
 def _reason(error: BaseException) -> str:
     """The last line of an error; Ray's begin with a report of the process."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -308,7 +295,7 @@ def draft_command(
     others' figures are written and printed.
     """
     if as_json:  # Standard output is for a program.
-        say = _on_stderr
+        say = say_beside
     folder = RunFolder(path)
     subject = find_subject(folder, overrides)
     chosen_prompts(folder, options.rows)
@@ -326,7 +313,7 @@ def draft_command(
         print_json(found)
     else:
         print_draft(found)
-    say(f"\nwritten to {formatting.path(folder.join(DRAFT))}{_on_the_page(folder)}")
+    say(f"\nwritten to {formatting.path(folder.join(DRAFT))}{page_anew(folder)}")
     if found["failed"]:
         k, reason = next(iter(found["failed"].items()))
         raise RunError(f"with {k} drafted tokens: {reason}")

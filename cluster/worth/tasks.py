@@ -25,9 +25,9 @@ from raystill.base.errors import ConfigError, Problem, RunError
 from raystill.base.records import plain
 from raystill.base.redact import redact, redacted
 from raystill.base.run_folder import CONFIG, STUDENT, TASKS, RunFolder
-from raystill.cluster.commands.as_json import print_json
+from raystill.cluster.commands.as_json import print_json, say_beside
 from raystill.cluster.job.driver_process import hold_run_folder
-from raystill.cluster.report.page.page import write_page
+from raystill.cluster.report.page.page import page_anew
 from raystill.cluster.report.tasks import print_tasks
 from raystill.config.load import load_config
 from raystill.config.run import RunConfig
@@ -208,7 +208,7 @@ def tasks_command(
     Raises ConfigError and RunError before any model is loaded, where nothing can be measured.
     """
     if as_json:  # Standard output is for a program.
-        say = _on_stderr
+        say = say_beside
     harness_version()
     folder = RunFolder(path)
     config, models = models_of(folder)
@@ -226,7 +226,7 @@ def tasks_command(
         print_json(found)
     else:
         print_tasks(found)
-    say(f"\nwritten to {formatting.path(folder.join(TASKS))}{_on_the_page(folder)}")
+    say(f"\nwritten to {formatting.path(folder.join(TASKS))}{page_anew(folder)}")
     return 0
 
 
@@ -238,15 +238,3 @@ def _interruptible(say: Callable[[str], None]) -> Iterator[list[bool]]:
     except KeyboardInterrupt:
         stopped.append(True)
         say(f"stopped; what was measured is in {TASKS}")
-
-
-def _on_stderr(text: str) -> None:
-    print(redact(text), file=sys.stderr, flush=True)
-
-
-def _on_the_page(folder: RunFolder) -> str:
-    """Make the run's page anew; what to say of it."""
-    try:
-        return f" and {formatting.path(write_page([folder]))}"
-    except OSError as error:
-        return f"; the page cannot be written ({error})"

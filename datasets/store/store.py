@@ -13,7 +13,6 @@ Imports neither Ray nor torch.
 import os
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -345,13 +344,3 @@ class RowCounts:
 
     asked: int = 0
     scored: int = 0
-
-
-def rows_requested_by(catalogue: Catalogue, run: str) -> dict[str, RowCounts]:
-    """Rows in the store that ``run`` requested, by purpose (training, evaluation)."""
-    rows: Counter[tuple[str, bool]] = Counter()
-    for entry in catalogue.entries:
-        for group in entry.footer.groups:
-            if group.run == run:
-                rows[group.purpose, group.scored] += group.rows
-    return {p: RowCounts(rows[p, False], rows[p, True]) for p in ("training", "evaluation")}

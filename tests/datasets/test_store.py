@@ -46,8 +46,9 @@ from raystill.datasets.store.segment import (
     encode,
     segment_name,
 )
-from raystill.datasets.store.store import SEGMENTS, RowCounts, TeacherStore, rows_requested_by
+from raystill.datasets.store.store import SEGMENTS, RowCounts, TeacherStore
 from raystill.datasets.store.upkeep import compact, prune, verify
+from tests.support.paid import rows_requested_by
 
 V = 300
 TOPK = Signal("topk", 16)

@@ -11,10 +11,11 @@ from raystill.base.run_folder import HELD_OUT, HELD_OUT_PROMPTS, RunFolder
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.schema import ENGINE, row_schema
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.store import RowCounts, TeacherStore, rows_requested_by
+from raystill.datasets.store.store import RowCounts, TeacherStore
 from raystill.datasets.stream.plan import epoch_order, num_steps
 from raystill.datasets.stream.spec import Requester
 from tests.support import stream_rig as rig
+from tests.support.paid import rows_requested_by
 from tests.support.runs import run_of
 from tests.support.stream_rig import GROUP_ROWS, PLAIN, ROWS_PER_STEP, SEED, TOP_K, Run
 

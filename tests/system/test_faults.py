@@ -26,7 +26,7 @@ from raystill.config.run import RunConfig
 from raystill.datasets.rows.schema import PROMPT_SCHEMA
 from raystill.datasets.rows.signal import signal_of
 from raystill.datasets.store.reading import GoneSegment
-from raystill.datasets.store.store import SEGMENTS, RowCounts, TeacherStore, rows_requested_by
+from raystill.datasets.store.store import SEGMENTS, RowCounts, TeacherStore
 from raystill.datasets.store.upkeep import verify
 from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.spec import StreamSpec
@@ -37,6 +37,7 @@ from raystill.train.checkpoint.ray_register import registered_names
 from raystill.train.worker.fit import fit
 from tests.support import counting_student
 from tests.support.end_to_end import TEACHER, children_of, named
+from tests.support.paid import rows_requested_by
 from tests.support.runs import run_of
 
 pytestmark = pytest.mark.ray

@@ -79,6 +79,14 @@ def write_page(folders: Sequence[RunFolder], target: str | None = None) -> str:
     return place.join(name)
 
 
+def page_anew(folder: RunFolder) -> str:
+    """Make a run's page anew after a command has measured more; the end of a sentence about it."""
+    try:
+        return f" and {formatting.path(write_page([folder]))}"
+    except OSError as error:
+        return f"; the page cannot be written ({error})"
+
+
 def page(runs: Sequence[RunData], now: float | None = None) -> str:
     """The whole document. ``now``: seconds since 1970 at which it is written."""
     runs = _told_apart(runs)
