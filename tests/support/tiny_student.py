@@ -1,13 +1,5 @@
 """A two-layer student with random weights, rows with a random signal, and its training step."""
 
-import os
-import signal
-import subprocess
-import sys
-import traceback
-from contextlib import suppress
-from pathlib import Path
-
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -96,66 +88,6 @@ def make_hidden_row(number, tokens=None):
     row.hidden = hidden.view(torch.uint16).numpy()
     row.sampled_logprobs = log_p.gather(1, drawn[:, None]).squeeze(1).numpy()
     return row
-
-
-def two_workers(script, folder):
-    """Two gloo processes running a test file as a script; what each of them saved."""
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen([sys.executable, script, str(rank), str(folder)], env=environment)
-        for rank in range(2)
-    ]
-    try:
-        codes = [process.wait(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def forked_workers(script, folder, workers):
-    """As `two_workers`, any number of them, which import everything once (see `fork_workers`)."""
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, str(folder)]
-    subprocess.run(command, env=environment, timeout=300, check=True)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(workers)]
-
-
-def fork_workers(main, folder, workers):
-    """Runs main(rank, folder) in forks of this process; ends it with 1 where one has failed."""
-    children = []
-    for rank in range(workers):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                join_workers(rank, folder, workers)
-                torch.save(main(rank, folder), folder / f"{rank}.pt")
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)  # Without shutting gloo down, which hangs now and then.
-        children.append(child)
-    failed = False
-    for _ in children:
-        failed |= os.wait()[1] != 0
-        if failed:  # The others would wait for it.
-            for child in children:
-                with suppress(ProcessLookupError):
-                    os.kill(child, signal.SIGKILL)
-    sys.exit(failed)
-
-
-def join_workers(rank, folder, workers=2):
-    """The process group of `two_workers`, in a worker."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers
-    )
 
 
 def make_step(module, training=None, world_size=1, total_steps=NUM_STEPS, **kwargs):

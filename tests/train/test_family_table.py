@@ -1,9 +1,5 @@
-"""Thirty families, tiny: cut, trained by one and by two workers, resumed, exported, loaded again.
+"""Tiny families: cut, trained by one and by two workers, resumed, exported, loaded again."""
 
-Run as a script this file is one of the two workers (see `two_workers`).
-"""
-
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,15 +23,14 @@ from tests.support.tiny_student import (
     STOP_ID,
     VOCAB,
     flat,
-    join_workers,
     make_row,
     make_step,
     parallel,
     relative_error,
     training_config,
-    two_workers,
     write_checkpoint,
 )
+from tests.support.workers import run_workers
 
 LAYERS = [0, 1, 3]
 COMMON = {
@@ -134,7 +129,7 @@ def trained(module: StudentModule) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return two_workers(__file__, tmp_path_factory.mktemp("families"))
+    return run_workers(worker_main, tmp_path_factory.mktemp("families"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -185,14 +180,8 @@ def two_steps(family: str, strategy: str, rank: int) -> torch.Tensor:
     return trained(student)
 
 
-def worker_main(rank: int, folder: str) -> None:
-    join_workers(rank, folder)
-    results = {
+def worker_main(rank: int, folder: Path) -> dict[str, Any]:
+    return {
         family: {strategy: two_steps(family, strategy, rank) for strategy in strategies(family)}
         for family in FAMILIES
     }
-    torch.save(results, Path(folder) / f"{rank}.pt")
-
-
-if __name__ == "__main__":
-    worker_main(int(sys.argv[1]), sys.argv[2])

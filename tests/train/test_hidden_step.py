@@ -1,11 +1,4 @@
-"""The global step with the hidden signal: cuts, ranks, temperature, weights, another teacher.
-
-Run as a script this file is one of two gloo workers (see `tiny_student.two_workers`).
-"""
-
-import os
-import sys
-from pathlib import Path
+"""The global step with the hidden signal: cuts, ranks, temperature, weights, another teacher."""
 
 import numpy as np
 import pytest
@@ -17,7 +10,6 @@ from tests.support.tiny_student import (
     VOCAB,
     flat,
     gradients_of_first_step,
-    join_workers,
     make_hidden_row,
     make_row,
     make_step,
@@ -25,8 +17,8 @@ from tests.support.tiny_student import (
     tiny_module,
     tiny_teacher,
     training_config,
-    two_workers,
 )
+from tests.support.workers import run_workers
 
 OBJECTIVE = ObjectiveConfig(
     forward_kl=1.0,
@@ -163,7 +155,7 @@ def train(dtype, rank=0, world_size=1):
 
 
 def test_two_workers_with_uneven_and_empty_shares_train_as_one(tmp_path):
-    ranks = two_workers(__file__, tmp_path)
+    ranks = run_workers(worker_main, tmp_path)
     for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
         alone = train(dtype)
         for rank in ranks:
@@ -178,7 +170,6 @@ def test_two_workers_with_uneven_and_empty_shares_train_as_one(tmp_path):
 
 
 def worker_main(rank, folder):
-    join_workers(rank, folder)
     results = {"float32": train(torch.float32, rank, 2), "float64": train(torch.float64, rank, 2)}
     module = torch.nn.parallel.DistributedDataParallel(tiny_module())
     rows = [make_hidden_row(1), broken(2)] if rank == 1 else [make_hidden_row(3)]
@@ -187,9 +178,4 @@ def worker_main(rank, folder):
         results["refused"] = False
     except RunError:
         results["refused"] = True
-    torch.save(results, folder / f"{rank}.pt")
-    os._exit(0)  # The results are written, and shutting gloo down hangs now and then.
-
-
-if __name__ == "__main__":
-    worker_main(int(sys.argv[1]), Path(sys.argv[2]))
+    return results

@@ -1,13 +1,7 @@
-"""Adapters: they alone are trained and kept, alone, with DDP and with FSDP.
-
-Run as a script this file is one of the two workers (see `two_workers`).
-"""
+"""Adapters: they alone are trained and kept, alone, with DDP and with FSDP."""
 
 import copy
 import json
-import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -43,16 +37,15 @@ from raystill.train.student.module import StudentModule
 from raystill.train.worker.shape import base_of
 from tests.support.tiny_student import (
     flat,
-    join_workers,
     make_row,
     make_step,
     parallel,
     relative_error,
     tiny_module,
     training_config,
-    two_workers,
     write_checkpoint,
 )
+from tests.support.workers import run_workers
 
 # Rows of each step held by rank 0 and rank 1; rank 1 empty at step 1.
 SHARES = [(range(0, 9), range(9, 12)), (range(12, 17), ()), ((), range(17, 20))]
@@ -356,7 +349,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return two_workers(__file__, folder)
+    return run_workers(worker_main, folder)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -399,7 +392,6 @@ def after_training(case, strategy, rank):
 
 
 def worker_main(rank, folder):
-    join_workers(rank, folder)
     strategies = ("ddp", "fsdp")
     results = {c: {s: after_training(c, s, rank) for s in strategies} for c in ON_TWO_WORKERS}
     write_checkpoint(Training("tied", "fsdp", rank).run(0), folder / "fsdp", Ranks(rank, 2))
@@ -409,9 +401,4 @@ def worker_main(rank, folder):
         training = Training("tied", strategy, rank)
         load_tensors(one, 1, training.model, training.optimizer)
         results["resumed"][strategy] = training.run(1, 2).trained()
-    torch.save(results, folder / f"{rank}.pt")
-    os._exit(0)  # The results are written, and shutting gloo down hangs now and then.
-
-
-if __name__ == "__main__":
-    worker_main(int(sys.argv[1]), Path(sys.argv[2]))
+    return results

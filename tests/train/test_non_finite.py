@@ -1,12 +1,6 @@
-"""A step whose loss or gradient is not finite: skipped by all ranks, counted, bounded; its remedy.
-
-Run as a script this file is one of two gloo workers (see `two_workers`).
-"""
+"""A step whose loss or gradient is not finite: skipped by all ranks, bounded; its remedy."""
 
 import json
-import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,13 +15,12 @@ from raystill.train.worker.progress import Progress
 from tests.support.runs import run_of
 from tests.support.tiny_student import (
     flat,
-    join_workers,
     make_row,
     make_step,
     tiny_module,
     training_config,
-    two_workers,
 )
+from tests.support.workers import run_workers
 
 SMALL = {"teacher": {"model": "x"}, "student": {"layers": [0]}, "prompts": {"path": "x"}}
 
@@ -124,7 +117,7 @@ def test_skipped_steps_are_recorded_and_bounded_over_restarts(tmp_path):
 
 
 def test_all_ranks_skip_what_is_not_finite_on_one(tmp_path):
-    ranks = two_workers(__file__, tmp_path)
+    ranks = run_workers(worker_main, tmp_path)
     for rank in ranks:
         assert rank["trained"] == [True, False, False, True]
     assert torch.equal(ranks[0]["parameters"], ranks[1]["parameters"])
@@ -132,7 +125,6 @@ def test_all_ranks_skip_what_is_not_finite_on_one(tmp_path):
 
 
 def worker_main(rank, folder):
-    join_workers(rank, folder)
     inner = tiny_module()
     module = torch.nn.parallel.DistributedDataParallel(inner)
     step = make_step(module, training_config(skip_non_finite=5), world_size=2)
@@ -149,9 +141,4 @@ def worker_main(rank, folder):
         norm.data.copy_(good if number in (1, 2) else norm.data)
         if number == 2 and rank == 0:
             hook.remove()
-    torch.save({"trained": trained, "parameters": flat(inner.parameters())}, folder / f"{rank}.pt")
-    os._exit(0)  # The results are written, and shutting gloo down hangs now and then.
-
-
-if __name__ == "__main__":
-    worker_main(int(sys.argv[1]), Path(sys.argv[2]))
+    return {"trained": trained, "parameters": flat(inner.parameters())}

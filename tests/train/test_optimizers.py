@@ -1,9 +1,5 @@
-"""The memory recipes of training: optimizers with less state, HSDP, offload, one reduction a step.
+"""Memory recipes of training: optimizers with less state, HSDP, offload, one reduction a step."""
 
-Run as a script this file is one of four workers (see `forked_workers`).
-"""
-
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +21,6 @@ from raystill.train.student.module import parallel_module
 from raystill.train.student.sharding import num_shards, shard_student, whole_weights
 from tests.support.tiny_student import (
     flat,
-    fork_workers,
-    forked_workers,
     make_row,
     make_step,
     relative_error,
@@ -34,6 +28,7 @@ from tests.support.tiny_student import (
     training_config,
     write_checkpoint,
 )
+from tests.support.workers import run_workers
 
 WORKERS = 4
 STEPS = [range(0, 12), range(12, 20), range(20, 33)]
@@ -220,7 +215,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
         training = Training(kind)
         training.run(0)
         write_checkpoint(training, folder / f"alone {kind}", Ranks())
-    return forked_workers(__file__, folder, WORKERS)
+    return run_workers(worker_main, folder, WORKERS)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -285,7 +280,3 @@ def worker_main(rank: int, folder: Path) -> dict[str, Any]:
         training.run(1)
         results[f"from one {kind}"] = training.weights()
     return results
-
-
-if __name__ == "__main__":
-    fork_workers(worker_main, Path(sys.argv[1]), WORKERS)

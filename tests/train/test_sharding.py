@@ -1,11 +1,5 @@
-"""Sharded students (FSDP2) on two gloo workers: they train as DDP and as one worker do.
+"""Sharded students (FSDP2) on two gloo workers: they train as DDP and as one worker do."""
 
-Run as a script this file is one of the two workers (see `two_workers`).
-"""
-
-import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,7 +28,6 @@ from tests.support.tiny_student import (
     STOP_ID,
     VOCAB,
     flat,
-    join_workers,
     make_hidden_row,
     make_row,
     make_step,
@@ -43,9 +36,9 @@ from tests.support.tiny_student import (
     tiny_module,
     tiny_teacher,
     training_config,
-    two_workers,
     write_checkpoint,
 )
+from tests.support.workers import run_workers
 
 # Rows of each step held by rank 0 and rank 1: uneven, rank 1 empty at step 1, rank 0 at step 2.
 SHARES = [(range(0, 9), range(9, 12)), (range(12, 17), ()), ((), range(17, 20))]
@@ -171,7 +164,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return two_workers(__file__, folder)
+    return run_workers(worker_main, folder)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -256,7 +249,6 @@ def export(training, folder, rank):
 
 
 def worker_main(rank, folder):
-    join_workers(rank, folder)
     results = {
         case: {strategy: train(case, strategy, rank) for strategy in ("ddp", "fsdp")}
         for case in CASES
@@ -274,9 +266,4 @@ def worker_main(rank, folder):
         for strategy in ("fsdp", "ddp"):
             results[case][f"resumed {strategy}"] = resume(one, case, strategy, rank)
     results["in vain"] = write_in_vain(folder, ranks)
-    torch.save(results, folder / f"{rank}.pt")
-    os._exit(0)  # The results are written, and shutting gloo down hangs now and then.
-
-
-if __name__ == "__main__":
-    worker_main(int(sys.argv[1]), Path(sys.argv[2]))
+    return results

@@ -1,11 +1,4 @@
-"""The global step on a tiny model: cuts, ranks, masks, and what stops it.
-
-Run as a script this file is one of two gloo workers (see `two_workers`).
-"""
-
-import os
-import sys
-from pathlib import Path
+"""The global step on a tiny model: cuts, ranks, masks, and what stops it."""
 
 import numpy as np
 import pytest
@@ -22,14 +15,13 @@ from tests.support.tiny_student import (
     VOCAB,
     flat,
     gradients_of_first_step,
-    join_workers,
     make_row,
     make_step,
     relative_error,
     tiny_module,
     training_config,
-    two_workers,
 )
+from tests.support.workers import run_workers
 
 # Rows of each step held by rank 0 and rank 1: uneven, rank 1 empty at step 1, rank 0 at step 2.
 SHARES = [(range(0, 9), range(9, 12)), (range(12, 17), ()), ((), range(17, 20)), ([20], [21, 22])]
@@ -209,7 +201,7 @@ def train(dtype, rank=0, world_size=1):
 
 
 def test_two_workers_with_uneven_and_empty_shares_train_as_one(tmp_path):
-    ranks = two_workers(__file__, tmp_path)
+    ranks = run_workers(worker_main, tmp_path)
     for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
         alone = train(dtype)
         for rank in ranks:
@@ -225,7 +217,6 @@ def test_two_workers_with_uneven_and_empty_shares_train_as_one(tmp_path):
 
 
 def worker_main(rank, folder):
-    join_workers(rank, folder)
     results = {"float32": train(torch.float32, rank, 2), "float64": train(torch.float64, rank, 2)}
     module = torch.nn.parallel.DistributedDataParallel(tiny_module())
     if rank == 1:
@@ -235,9 +226,4 @@ def worker_main(rank, folder):
         results["nan"] = False
     except NonFiniteLossError:
         results["nan"] = True
-    torch.save(results, folder / f"{rank}.pt")
-    os._exit(0)  # The results are written, and shutting gloo down hangs now and then.
-
-
-if __name__ == "__main__":
-    worker_main(int(sys.argv[1]), Path(sys.argv[2]))
+    return results
