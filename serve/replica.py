@@ -257,7 +257,7 @@ def build_engine(
     if teacher.engine == "synthetic":
         return SyntheticEngine(teacher.synthetic, sampling, teacher.max_model_len)
     if teacher.engine == "api":
-        from raystill.serve.engine.api import api_engine
+        from raystill.serve.api.build import api_engine
 
         assert settings.run_folder is not None, "an API teacher belongs to a run"
         run_folder = RunFolder(settings.run_folder)

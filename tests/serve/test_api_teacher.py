@@ -26,9 +26,11 @@ from raystill.datasets.rows.keys import prompt_digest
 from raystill.datasets.rows.signal import Signal
 from raystill.model.identity import identity_of_teacher
 from raystill.model.sampling import ResolvedSampling
-from raystill.serve.engine import api as engine_module
-from raystill.serve.engine.api import ApiEngine, api_engine
-from raystill.serve.engine.limits import BudgetReached, Limits, Usage
+from raystill.serve.api import failures
+from raystill.serve.api import service as service_module
+from raystill.serve.api.build import api_engine
+from raystill.serve.api.engine import ApiEngine
+from raystill.serve.api.limits import BudgetReached, Limits, Usage
 from tests.support.end_to_end import TEACHER
 
 STOP = 2
@@ -120,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     monkeypatch.setenv("SERVICE_API_KEY", KEY)
-    monkeypatch.setattr(engine_module, "_pause", lambda attempt: 0.01)
+    monkeypatch.setattr(failures, "pause_s", lambda attempt: 0.01)
     server = Service()
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
@@ -264,7 +266,7 @@ DROPPED = {
     "filtered at once": ({"status": 400, "code": "content_filter"}, "content_filter", 1),
     "refused": ({"refusal": "I cannot."}, "refusal", 1),
     "too long": ({"status": 400, "code": "context_length_exceeded"}, "too_long", 1),
-    "never a text": ({"text": None}, "empty_answer", engine_module.MAX_UNUSABLE),
+    "never a text": ({"text": None}, "empty_answer", service_module.MAX_UNUSABLE),
 }
 
 
@@ -296,7 +298,7 @@ def test_what_only_a_person_can_mend_ends_the_run_and_tells_no_secret(
     assert bad.error is not None and bad.error.startswith("stop: ")
     assert KEY not in bad.error
     assert good.error is None, "what is paid is kept"
-    assert service.asked["bad"] == (engine_module.MAX_TRANSIENT if name == "always down" else 1)
+    assert service.asked["bad"] == (service_module.MAX_TRANSIENT if name == "always down" else 1)
 
 
 @pytest.mark.parametrize("name", ["no credit", "wrong key", "no such model"])
@@ -336,7 +338,7 @@ def test_the_budget_is_never_passed_and_a_higher_one_goes_on(
     assert all("teacher.api.max_cost (130) is reached" in error for error in told)
     assert asked.counters["api_cost"] == paid * 20
     again = Asked(tmp_path, service, questions, prices=PRICES, max_cost=130.0)
-    assert again.engine._limits.spent == paid * 20, "an earlier start has spent it"
+    assert again.engine.service.limits.spent == paid * 20, "an earlier start has spent it"
     higher = Asked(tmp_path, service, questions, prices=PRICES, max_cost=1000.0)
     assert all(a.error is None for a in higher.sample())
 
@@ -388,9 +390,9 @@ def test_a_service_that_tells_no_usage_cannot_pass_the_budget(
 
 def test_a_date_to_wait_for_is_obeyed() -> None:
     later = email.utils.formatdate(time.time() + 300, usegmt=True)
-    told = engine_module.retry_after({"retry-after": later})
+    told = failures.retry_after({"retry-after": later})
     assert told is not None and 297 < told <= 300
-    assert engine_module.retry_after({"retry-after": "soon"}) is None
+    assert failures.retry_after({"retry-after": "soon"}) is None
 
 
 class Clock:

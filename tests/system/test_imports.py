@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"datasets/filters", "datasets/policy", "datasets/prompts", "datasets/store"}
     | {"datasets/lookup"},
     "serve/engine": GROUND | ROWS,
-    "serve": GROUND | ROWS | {"datasets/stream", "serve/engine"},
+    "serve/api": GROUND | ROWS,
+    "serve": GROUND | ROWS | {"datasets/stream", "serve/api", "serve/engine"},
     "serve/draft": GROUND | ROWS | {"serve/engine"},
     "train/batch": GROUND | ROWS,
     "train/loss": GROUND | LOSS,

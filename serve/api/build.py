@@ -1,0 +1,37 @@
+"""Makes the engine of a run's service."""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from raystill.base.run_folder import MESSAGES, RunFolder
+from raystill.config.teacher import TeacherConfig
+from raystill.model.sampling import ResolvedSampling
+from raystill.serve.api.engine import ApiEngine
+from raystill.serve.api.limits import Limits, Spending
+from raystill.serve.api.service import Service
+
+
+def api_engine(
+    teacher: TeacherConfig,
+    folder: str,
+    sampling: ResolvedSampling,
+    run_folder: RunFolder,
+    coordinator: Any,
+) -> ApiEngine:
+    """The engine of a run's service, which goes on with what earlier starts have spent.
+
+    folder: that of the tokenizer. coordinator: is told the counters; None: nobody is.
+    """
+    spending = Spending(run_folder)
+
+    def report(counters: dict[str, float]) -> None:
+        spending.add(counters)
+        if coordinator is not None:
+            coordinator.add.remote(counters)
+
+    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    service = Service(teacher, Limits(teacher.api, spending.cost, report))
+    messages = run_folder.read_table(MESSAGES)
+    return ApiEngine(teacher, sampling, tokenizer, messages, service)

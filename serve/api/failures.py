@@ -1,0 +1,99 @@
+"""What a failed request to a service means: try again, drop the row, or end the run.
+
+*Consumes* the errors of the OpenAI client. `Service` acts on the verdict.
+"""
+
+import random
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+
+from raystill.base.redact import redact
+from raystill.datasets.rows.schema import FATAL
+
+LONGEST_PAUSE_S = 60.0
+LENGTH_CODES = {"context_length_exceeded", "string_above_max_length"}
+FILTER_CODES = {"content_filter", "content_policy_violation", "moderation_blocked"}
+CREDIT_CODES = {"insufficient_quota", "billing_hard_limit_reached"}
+
+
+class Verdict:
+    """What to do about a failure that may pass.
+
+    name: under which it is counted. retry_after_s: what the service asks for. too_fast: whether
+    waiting is all it takes; then it is no attempt (``counts`` 0).
+    """
+
+    def __init__(self, name: str, retry_after_s: float | None = None, too_fast: bool = False):
+        self.name = name
+        self.retry_after_s = retry_after_s
+        self.too_fast = too_fast
+        self.counts = 0 if too_fast else 1
+
+
+def judge(error: BaseException) -> Verdict | str:
+    """What a failed request means: to be tried again, or the row's error.
+
+    Raises the error itself where it is a mistake of ours.
+    """
+    import openai
+
+    if isinstance(error, openai.APITimeoutError):
+        return Verdict("timeout")
+    if isinstance(error, openai.APIConnectionError):
+        return Verdict("connection")
+    # Not JSON, not UTF-8, or nested without end.
+    if isinstance(error, openai.APIResponseValidationError | ValueError | RecursionError):
+        return Verdict("broken_answer")
+    if not isinstance(error, openai.APIStatusError):
+        raise error
+    status, code = error.status_code, str(error.code or "")
+    if status == 429 and code not in CREDIT_CODES:
+        return Verdict("too_many_requests", retry_after(error.response.headers), too_fast=True)
+    if status >= 500 or status in (408, 409, 425):
+        return Verdict(f"status_{status}", retry_after(error.response.headers))
+    if code in LENGTH_CODES:
+        return "too_long"
+    if code in FILTER_CODES:
+        return "content_filter"
+    return f"{FATAL}the service refuses the request: {describe(error)}; see teacher.api"
+
+
+def refuses_everybody(error: BaseException) -> bool:
+    """Whether the next row would fare the same: the key, the model, or the credit is refused."""
+    status, code = getattr(error, "status_code", None), str(getattr(error, "code", ""))
+    return status in (401, 402, 404) or code in CREDIT_CODES
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the service asks to wait for, by its headers; None: it does not say."""
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers[name]) * unit
+        except KeyError:
+            continue
+        except ValueError:
+            seconds = _seconds_until(headers[name])
+        if 0 <= seconds < float("inf"):
+            return seconds
+    return None
+
+
+def _seconds_until(day: str) -> float:
+    """Seconds until an HTTP date, 0 if it has passed; infinity for a text that is no date."""
+    try:
+        return max(0.0, parsedate_to_datetime(day).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return float("inf")
+
+
+def describe(error: BaseException | None) -> str:
+    """A failure in a line, without secrets."""
+    text = " ".join(str(error).split())
+    return redact(f"{type(error).__name__}: {text}")[:400]
+
+
+def pause_s(attempt: int) -> float:
+    """Seconds before the next attempt: doubled each time, with jitter so that rows do not meet."""
+    longest: float = min(LONGEST_PAUSE_S, 0.5 * 2**attempt)
+    return longest * random.uniform(0.5, 1.0)

@@ -1,0 +1,164 @@
+"""One service as its engine asks it: the client, its limits, and patience with its failures.
+
+Where it sits: between an engine of ``serve/api/`` and the service. Each request waits for its turn,
+is tried again while its failure may pass, and is paid for once it is answered. *Waits for* the
+service, as `limits.Limits` lets it.
+"""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from raystill.config.teacher import TeacherConfig
+from raystill.datasets.rows.schema import FATAL
+from raystill.serve.api import failures
+from raystill.serve.api.failures import describe, judge, refuses_everybody
+from raystill.serve.api.limits import BudgetReached, Limits, Usage
+
+MAX_TRANSIENT = 8
+"""Attempts of one row at a service that fails by itself (5xx, cut connections, broken answers)."""
+MAX_UNUSABLE = 3
+"""Attempts of one row whose answer comes, and is paid for, without anything that can be used."""
+UNREADABLE = (AttributeError, TypeError, ValueError, IndexError, KeyError)
+"""What an answer of an unexpected shape raises where it is read."""
+UNUSABLE = ("empty_answer", "broken_answer")
+"""Errors of an answer that another attempt may mend."""
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Request(Generic[R]):
+    """One request: how it is sent, the most that it may take, and how its answer is read.
+
+    send: asks a client, and returns what came. read: from that to a result, or a row's error; it
+    may raise one of UNREADABLE. written: response tokens by our own count, where the service tells
+    none; may raise one of UNREADABLE too, and then ``max_tokens`` are charged.
+    """
+
+    send: Callable[[Any], Awaitable[Any]]
+    read: Callable[[Any], R | str]
+    written: Callable[[Any], int]
+    prompt_tokens: int
+    max_tokens: int
+
+
+class Service:
+    """The service of one teacher, in the one process that asks it."""
+
+    def __init__(self, teacher: TeacherConfig, limits: Limits) -> None:
+        import openai
+
+        self.version = str(openai.__version__)
+        self.limits = limits
+        self._api = teacher.api
+        self._timeout_s = teacher.request_timeout_s
+        self._client: Any = None
+        self._refused: str | None = None
+        """Why the service answers nobody; rows that wait then do not ask it."""
+
+    def start(self) -> None:
+        """Makes the client; the service is asked nothing yet."""
+        import openai
+
+        self._client = openai.AsyncOpenAI(
+            base_url=self._api.base_url,
+            api_key=os.environ.get(self._api.api_key_env or "", "") or "none",
+            max_retries=0,  # A repeated request may be paid twice: each is counted here.
+            timeout=self._timeout_s,
+        )
+
+    async def ask(self, request: Request[R]) -> R | str:
+        """What the service answers, or a row's error; those of FATAL end the run."""
+        transient = unusable = 0
+        last: BaseException | None = None
+        while transient < MAX_TRANSIENT and unusable < MAX_UNUSABLE:
+            try:
+                turn_of = self.limits.turn(request.prompt_tokens, request.max_tokens)
+                async with turn_of as turn:
+                    if self._refused is not None:
+                        return self._refused
+                    completion = await request.send(self._client)
+                    turn.paid(self._paid(request, completion))
+            except BudgetReached as error:
+                return f"{FATAL}{error}"
+            except Exception as error:
+                verdict = judge(error)
+                if isinstance(verdict, str):
+                    if refuses_everybody(error):
+                        self._refused = verdict
+                    return verdict
+                transient, last = transient + verdict.counts, error
+                self.limits.failed(verdict.name, verdict.retry_after_s, verdict.too_fast)
+                if not verdict.too_fast:
+                    await asyncio.sleep(failures.pause_s(transient))
+                continue
+            result = understood(request, completion)
+            if not isinstance(result, str):
+                return result
+            if not result.startswith(FATAL):
+                self.limits.count(result)
+            if result not in UNUSABLE:
+                return result
+            unusable += 1
+        if unusable:
+            return str(result)
+        return (
+            f"{FATAL}{self._api.base_url} failed {transient} times for one row (last: "
+            f"{describe(last)}); start the run again later: what is answered is kept"
+        )
+
+    def _paid(self, request: Request[R], completion: Any) -> Usage:
+        """What is charged; our own count where the service tells none that can be true.
+
+        Without it a service that leaves ``usage`` out would be free, and ``max_cost`` no limit.
+        """
+        usage = usage_of(completion)
+        if usage is not None:
+            return usage
+        self.limits.count("usage_estimated")
+        try:
+            written = request.written(completion)
+        except UNREADABLE:
+            written = request.max_tokens
+        return Usage(input=request.prompt_tokens, output=written)
+
+
+def understood(request: Request[R], completion: Any) -> R | str:
+    """The result in a completion, or why there is none that can be used."""
+    try:
+        return request.read(completion)
+    except UNREADABLE:  # Of another shape, or a text that is none: a lone surrogate.
+        return "broken_answer"
+
+
+def usage_of(completion: Any) -> Usage | None:
+    """Tokens that a completion is charged for; None where the service does not say.
+
+    completion: the client's object, or plain JSON. A prompt of no tokens, a negative number or a
+    sum that does not add up says nothing.
+    """
+    usage = _of(completion, "usage")
+    told = (_of(usage, n) for n in ("prompt_tokens", "completion_tokens"))
+    asked, answered = (n if type(n) is int and n >= 0 else None for n in told)
+    if not asked or answered is None:
+        return None
+    if _of(usage, "total_tokens") not in (None, asked + answered):
+        return None
+
+    def number(owner: Any, name: str) -> int:
+        value = _of(owner, name)
+        return value if type(value) is int and value > 0 else 0
+
+    return Usage(
+        input=asked,
+        cached=number(_of(usage, "prompt_tokens_details"), "cached_tokens"),
+        output=answered,
+        reasoning=number(_of(usage, "completion_tokens_details"), "reasoning_tokens"),
+    )
+
+
+def _of(owner: Any, name: str) -> Any:
+    return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
