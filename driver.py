@@ -246,7 +246,7 @@ def draft(
 
     How many drafted tokens vLLM accepts, how fast it is, and whether the answers are the same.
     """
-    from raystill.cluster.commands.draft import DraftOptions, draft_command
+    from raystill.cluster.worth.draft import DraftOptions, draft_command
 
     wanted = DraftOptions(k, rows, concurrency)
     return draft_command(run_folder, overrides, wanted, as_json, say)

@@ -9,7 +9,7 @@ process, no Ray, no engine. A seed chooses the rows and their order, the same fo
 
 Measured before and after: the held-out figures on the run's own (sampled) answers, and on greedy
 answers of the teacher, which Hugging Face writes once, what the teacher would accept of k greedily
-drafted tokens (``serve/draft/acceptance.py``).
+drafted tokens (``serve/bench/acceptance.py``).
 """
 
 import argparse
@@ -28,7 +28,7 @@ from benchmarks.results import machine, write_result
 from benchmarks.starts import CPU, Material, material
 from raystill.config.objective import ObjectiveConfig
 from raystill.model.sampling import own_stop_ids
-from raystill.serve.draft.acceptance import count, walk
+from raystill.serve.bench.acceptance import count, walk
 from raystill.train.batch.batch import collate, cut_micro_batches
 from raystill.train.batch.rows import Row
 from raystill.train.evaluation.teacher_forced import evaluate

@@ -1,7 +1,7 @@
 """vLLM with a draft model: greedy answers, and what the teacher accepted at each verification.
 
 Where it sits: as `vllm.VllmEngine`, with the student as vLLM's ``draft_model``. *Consumed* by
-``serve/draft/measure.py``.
+``serve/bench/draft.py``.
 """
 
 from collections.abc import Sequence

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer, models
 import driver
 from raystill.base.errors import RunError
 from raystill.base.run_folder import DRAFT, HELD_OUT_PROMPTS, RunFolder
-from raystill.cluster.commands import draft
-from raystill.cluster.commands.draft import chosen_prompts, predicted
 from raystill.cluster.report.drafts import print_draft
+from raystill.cluster.worth import bench, draft
+from raystill.cluster.worth.bench import chosen_prompts
+from raystill.cluster.worth.draft import predicted
 from raystill.model.identity import teacher_identity
 from tests.cluster.test_driver import TINY, drive, listed
 from tests.serve.test_draft_acceptance import geometric_length
@@ -81,7 +82,10 @@ def no_prompts(folder: Path) -> None:
         (no_student, "run has no finished student (student/ is missing, or without config.json"),
         (no_weights, "run has no finished student"),
         (broken_student, "run has no finished student"),
-        (no_prompts, "has no held-out prompts, on which a draft is measured; run with evaluation."),
+        (
+            no_prompts,
+            "has no held-out prompts, on which engines are measured; run with evaluation.",
+        ),
         (lambda f: write_prompts(f, []), "has no held-out prompts"),
     ],
 )
@@ -227,7 +231,8 @@ def figures_of(k: int) -> dict[str, Any]:
 def engines(fails: int | None, stops: int | None = None) -> Any:
     """In place of `Bench.run`: one engine fails, a person stops at another."""
 
-    def run(self: Any, model: str, k: int, *calls: Any) -> list[Any]:
+    def run(self: Any, actor: type, arguments: tuple[Any, ...], *calls: Any) -> list[Any]:
+        model, k = (*arguments, 0)[:2]
         if k == fails:
             raise RunError("no memory")
         if k == stops:
@@ -247,7 +252,7 @@ def engines(fails: int | None, stops: int | None = None) -> Any:
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster of one core that holds what is put into it."""
-    monkeypatch.setattr(draft, "connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(bench, "connected", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(draft.ray, "put", lambda value: value)
     monkeypatch.setattr(draft.ray, "get", lambda value: value)
     monkeypatch.setattr(draft.ray, "cluster_resources", lambda: {"CPU": 1.0})

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from raystill.serve.draft.acceptance import (
+from raystill.serve.bench.acceptance import (
     MOST_DRAFTED,
     Acceptance,
     best_k,
@@ -156,7 +156,7 @@ def test_the_first_difference_of_two_answers(one, other, position):
 def test_the_engine_drafts_with_the_teachers_ranks_and_leaves_the_settings_alone():
     from raystill.config.teacher import TeacherConfig
     from raystill.model.sampling import ResolvedSampling
-    from raystill.serve.draft.measure import greedy
+    from raystill.serve.bench.engine import greedy
     from raystill.serve.engine.arguments import EngineSettings, engine_arguments
     from raystill.serve.engine.speculative import with_draft
 
@@ -177,7 +177,7 @@ def test_the_engine_drafts_with_the_teachers_ranks_and_leaves_the_settings_alone
 
 def bench(outputs, k=2):
     """A bench whose engine answers with ``outputs``."""
-    from raystill.serve.draft.measure import DraftBench
+    from raystill.serve.bench.draft import DraftBench
 
     async def given(*_):
         return outputs
@@ -196,7 +196,7 @@ def drafted(ids, accepted, error=None):
 def test_answers_are_compared_token_by_token_and_a_near_tie_is_named():
     import asyncio
 
-    from raystill.serve.draft.measure import TeacherAnswers
+    from raystill.serve.bench.draft import TeacherAnswers
 
     ids = [np.array([5, 6, 7, 8], np.int32), None, np.array([5, 6, 7, 8], np.int32)]
     margins = [np.full(4, 3.0, np.float32), None, np.array([2, 1e-6, 2, 2], np.float32)]
@@ -229,7 +229,7 @@ def test_a_failed_answer_ends_the_measurement():
     import asyncio
 
     from raystill.base.errors import RunError
-    from raystill.serve.draft.measure import TeacherAnswers
+    from raystill.serve.bench.draft import TeacherAnswers
 
     answers = TeacherAnswers([np.array([5], np.int32)], [np.ones(1, np.float32)])
     engine = bench([drafted([], (), error="engine_died")])

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve/engine": GROUND | ROWS,
     "serve/api": GROUND | ROWS,
     "serve": GROUND | ROWS | {"datasets/stream", "serve/api", "serve/engine"},
-    "serve/draft": GROUND | ROWS | {"serve/engine"},
+    "serve/bench": GROUND | ROWS | {"serve/engine"},
     "train/batch": GROUND | ROWS,
     "train/loss": GROUND | LOSS,
     "train/student": GROUND | LOSS,
@@ -74,10 +74,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster/commands": GROUND
     | ROWS
     | {"cluster/check", "cluster/job", "cluster/report", "datasets/store", "datasets/stream"}
-    | {"cluster/lineage", "cluster/report/page", "serve", "serve/draft", "train/calibration"}
+    | {"cluster/lineage", "cluster/report/page", "serve", "train/calibration"}
     | {"datasets/lookup"},
     "cluster/worth": GROUND
-    | {"cluster/commands", "cluster/job", "cluster/report", "cluster/report/page"},
+    | ROWS
+    | {"cluster/check", "cluster/commands", "cluster/job", "cluster/report", "cluster/report/page"}
+    | {"serve", "serve/bench"},
     "cluster/store": GROUND
     | {"cluster/check", "cluster/commands", "cluster/lineage", "datasets/exchange"}
     | {"datasets/prompts", "datasets/rows", "datasets/store"},
@@ -87,7 +89,7 @@ no arrow up (cluster -> train, serve -> datasets -> raystill)."""
 
 PLACES_RAY = {
     *("datasets/stream", "serve", "train/worker", "cluster/coordinator"),
-    *("cluster/job", "cluster/commands"),
+    *("cluster/job", "cluster/commands", "cluster/worth"),
 }
 """Folders whose business is to place or call something with Ray."""
 PLACES_RAY_TOO = {

@@ -1,56 +1,30 @@
 """One engine at a time, measured: the teacher, the student, and the teacher with the student as its
 draft.
 
-Where it sits: ``cluster/commands/draft.py`` places a `DraftBench` for each engine, where a teacher
+Where it sits: ``cluster/worth/draft.py`` places a `DraftBench` for each engine, where a teacher
 replica would be, and ends it before the next. Answers go from one to the next through Ray's object
 store; the driver sees figures alone. Everything is greedy: each token is the most probable one.
 
 Legend: T tokens of an answer, k drafted tokens of a verification.
 """
 
-import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raystill.base.errors import RunError
-from raystill.base.logs import redirect_output
-from raystill.config.run import RunConfig
 from raystill.datasets.rows.answers import Answer
 from raystill.datasets.rows.signal import Signal
-from raystill.model.on_node import ModelSource
-from raystill.model.sampling import ResolvedSampling, resolve_sampling
-from raystill.placement.requests import teacher_cores
-from raystill.serve.draft.acceptance import MOST_DRAFTED, count, first_difference, steps_of, walk
-from raystill.serve.engine.arguments import EngineSettings, prepare_process
-from raystill.serve.engine.speculative import Drafted, SpeculativeEngine, with_draft
+from raystill.serve.bench.acceptance import MOST_DRAFTED, count, first_difference, steps_of, walk
+from raystill.serve.bench.engine import WIDTH, BenchSettings, EngineBench, Ids, speed
+from raystill.serve.engine.arguments import EngineSettings
+from raystill.serve.engine.speculative import SpeculativeEngine, with_draft
 
-Ids = NDArray[np.int32]
-WARM_UP_TOKENS = 8
-BEST = Signal("topk", 2)
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """What a `DraftBench` is given.
-
-    Attributes:
-        config: The run's configuration; ``teacher.max_num_seqs`` is the answers written at once.
-        teacher: The teacher's files.
-        student: The finished student's files.
-        gpus: GPUs of the engine; 0: it runs on the cores of a teacher replica.
-        log: Log file of the engine; None: Ray's own.
-    """
-
-    config: RunConfig
-    teacher: ModelSource
-    student: ModelSource
-    gpus: int
-    log: str | None
+BEST = Signal("topk", WIDTH)
 
 
 @dataclass(frozen=True)
@@ -65,7 +39,7 @@ class TeacherAnswers:
     margins: list[NDArray[np.float32] | None]
 
 
-class DraftBench:
+class DraftBench(EngineBench):
     """An actor that runs one engine. ``num_drafted``: k; 0: no draft model.
 
     ``model``: "teacher" or "student", which is to write by itself.
@@ -74,41 +48,13 @@ class DraftBench:
     _engine: SpeculativeEngine
 
     def __init__(self, settings: BenchSettings, model: str, num_drafted: int = 0) -> None:
-        # All else is in `start`: of an error here Ray would only say that the actor has died.
-        self._settings, self._model, self._k = settings, model, num_drafted
+        super().__init__(settings, model)
+        self._k = num_drafted
 
-    async def start(self) -> dict[str, Any]:
-        """Load the models; which engine it is. Raises RunError where this node lacks their files.
-
-        Sets this process up before vllm is imported, so it can be called once.
-        """
-        settings, config = self._settings, self._settings.config
-        if settings.log is not None:
-            redirect_output(settings.log)
-        teacher_folder = settings.teacher.on_this_node("all")
-        student_folder = settings.student.on_this_node("all")
-        cores = None
-        if settings.gpus == 0:
-            cores = teacher_cores(config, sorted(os.sched_getaffinity(0)))
-        prepare_process(cores)
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        teacher = config.teacher
-        if self._model == "student":  # Its weights are plain ones.
-            teacher = teacher.model_copy(update={"quantization": None})
-        arguments = EngineSettings(
-            teacher=teacher,
-            model=teacher_folder if self._model == "teacher" else student_folder,
-            sampling=greedy(resolve_sampling(config.teacher, teacher_folder)),
-            seed=config.section_seeds()["engine"],
-            max_top_k=BEST.width,
-            cores=cores,
-        )
+    def _engine_of(self, settings: EngineSettings) -> SpeculativeEngine:
         if self._k:
-            arguments = with_draft(arguments, student_folder, self._k)
-        self._engine = engine = SpeculativeEngine(arguments)
-        await engine.start()
-        facts = {"engine": engine.name, "version": engine.version, "dtype": engine.dtype}
-        return {**facts, "cores": None if cores is None else len(cores)}
+            settings = with_draft(settings, self.student_folder, self._k)
+        return SpeculativeEngine(settings)
 
     async def alone(self, prompts: list[Ids]) -> dict[str, Any]:
         """Write answers without a draft, for the speed alone."""
@@ -176,10 +122,6 @@ class DraftBench:
             **count(whole, self._k).to_dict(),
         }
 
-    def close(self) -> None:
-        """End the engine."""
-        self._engine.close()
-
     async def _alone(self, prompts: list[Ids]) -> tuple[dict[str, Any], list[Answer]]:
         await self._warm_up()
         started = time.perf_counter()
@@ -189,10 +131,6 @@ class DraftBench:
         if len(reasons) == len(answers):
             raise RunError(f"none of {len(answers)} prompts was answered: {reasons[0]}")
         return {**speed(answers, seconds), "dropped": len(reasons)}, answers
-
-    async def _warm_up(self) -> None:
-        """Let the engine do each kind of work once. No prompt, whose cache would then be warm."""
-        await self._engine.sample([np.zeros(WARM_UP_TOKENS, np.int32)], Signal("text"))
 
     async def _best(
         self, prompts: list[Ids], answers: Sequence[Ids | None]
@@ -207,17 +145,3 @@ class DraftBench:
         for row, answer in zip(asked, scored, strict=True):
             found[row] = answer
         return found
-
-
-def greedy(sampling: ResolvedSampling) -> ResolvedSampling:
-    """The same lengths and stop ids, and always the most probable token.
-
-    vLLM refuses min_p with a draft model.
-    """
-    return replace(sampling, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
-
-
-def speed(answers: Sequence[Answer | Drafted], seconds: float) -> dict[str, Any]:
-    """Tokens, seconds and tokens/s of answers."""
-    tokens = sum(len(answer.response_ids) for answer in answers)
-    return {"tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
