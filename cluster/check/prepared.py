@@ -196,6 +196,8 @@ class Prepared:
             left_out.append(f"{self.duplicates} duplicates")
         if left_out:
             lines.append(f"left out: {', '.join(left_out)}")
+        if (found := self.tables.personal) is not None and found.num_prompts:
+            lines.append(found.line())
         if rules := self.config.filters.rules:
             most = self.config.max_rejected_fraction
             named = ", ".join(rule.label for rule in rules)

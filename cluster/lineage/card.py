@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from raystill.base.personal import told
 from raystill.cluster.lineage.facts import Facts, adapter_text
 
 HUB_LICENCES = (
@@ -48,9 +49,23 @@ def model_card(facts: Facts) -> str:
         "- The figures compare the student with its teacher on held-out prompts of the run. They "
         "do not say how good the teacher is, nor what the student does elsewhere.\n"
         "- What the teacher gets wrong, and how it is biased, the student may have learned.\n"
-        "- No test of safety, of memorised text or of personal data is part of the run.",
+        f"- {_personal(facts)}\n"
+        "- No test of safety or of memorised text is part of the run.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _personal(facts: Facts) -> str:
+    """What is known of personal data in the prompts, in a sentence; counts alone."""
+    found = facts.manifest.get("personal_data")
+    if not isinstance(found, dict) or not isinstance(found.get("kinds"), dict):
+        return "Prompts and answers were not searched for personal data."
+    kinds = {_line(str(kind)): n for kind, n in found["kinds"].items() if isinstance(n, int)}
+    held, read = found.get("prompts"), found.get("prompts_read")
+    if not held:
+        return f"No personal data or keys of known forms were found in {read} prompts."
+    done = {"mask": "masked", "drop": "left out"}.get(str(found.get("action")), "left as they are")
+    return f"{held} of {read} prompts held personal data or keys ({told(kinds)}), {done}."
 
 
 def title(facts: Facts) -> str:

@@ -17,6 +17,7 @@ from rich.text import Text
 from raystill.base import formatting
 from raystill.base.errors import RunError
 from raystill.base.logs import run_name
+from raystill.base.personal import mask
 from raystill.base.records import BrokenFile, Folder, read_lines, read_object
 from raystill.base.run_folder import REPORT, TASKS
 from raystill.cluster.report.summary import (
@@ -155,12 +156,12 @@ def examples(folder: Folder) -> list[Figures]:
     last = [line for line in lines if line["step"] == steps[-1]]
     return [
         {
-            "prompt": line["prompt"],
-            "teacher": line["teacher"],
-            "before": first[line["row"]]["student"]
+            "prompt": mask(line["prompt"]),
+            "teacher": mask(line["teacher"]),
+            "before": mask(first[line["row"]]["student"])
             if len(steps) > 1 and line["row"] in first
             else None,
-            "after": line["student"],
+            "after": mask(line["student"]),
         }
         for line in last[:NUM_EXAMPLES]
     ]

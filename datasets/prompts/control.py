@@ -36,7 +36,7 @@ class ControlTokens:
 
     def in_messages(self, messages: list[dict[str, Any]]) -> bool:
         """Whether messages hold a control token, in one text or in several that follow another."""
-        texts = list(_texts(messages))
+        texts = list(texts_of(messages))
         names = set(self._any.findall("".join(texts)))
         if names:
             self.num_prompts += 1
@@ -50,7 +50,7 @@ class ControlTokens:
 
         Raises ValueError for messages that use all private characters too.
         """
-        said = "".join(_texts(messages))
+        said = "".join(texts_of(messages))
         free = [
             start for start in PRIVATE if not any(start <= ord(c) < start + PLANE for c in said)
         ]
@@ -65,7 +65,7 @@ class ControlTokens:
         def marked(text: str) -> str:
             return border + self._any.sub(lambda found: marks.get(found[0], border), text)
 
-        rendered = render([_changed(message, marked) for message in messages])
+        rendered = render([with_texts(message, marked) for message in messages])
         of_mark = {mark: text for text, mark in marks.items()}
         parts = re.split(f"([{border}-{chr(start + PLANE - 1)}])", rendered)
         ids: list[int] = []
@@ -105,28 +105,28 @@ class ControlTokens:
         return self._plain[text]
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_of(value: Any) -> Iterator[str]:
     """All texts of messages, however deep; keys and roles, which are checked, are left out."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for name, inner in value.items():
             if name not in ("role", "type"):
-                yield from _texts(inner)
+                yield from texts_of(inner)
     elif isinstance(value, list | tuple):
         for inner in value:
-            yield from _texts(inner)
+            yield from texts_of(inner)
 
 
-def _changed(value: Any, change: Callable[[str], str]) -> Any:
-    """The value with all its texts changed; see `_texts`."""
+def with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with all its texts changed; see `texts_of`."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
         return {
-            name: inner if name in ("role", "type") else _changed(inner, change)
+            name: inner if name in ("role", "type") else with_texts(inner, change)
             for name, inner in value.items()
         }
     if isinstance(value, list | tuple):
-        return [_changed(inner, change) for inner in value]
+        return [with_texts(inner, change) for inner in value]
     return value

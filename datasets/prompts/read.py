@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raystill.base.errors import ConfigError, Problem
+from raystill.base.personal import mask
 from raystill.base.redact import shown_value
 from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.files import PromptFile, PromptSource, find_files, prompt_sources
@@ -274,7 +275,9 @@ def as_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    return shown_value(value, 60)
+    """The beginning of a value, masked before it is cut: a part of an address looks like none."""
+    text = mask(shown_value(value, 1000))
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _jsonl(file: PromptFile) -> Iterator[tuple[str, Any]]:

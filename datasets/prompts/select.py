@@ -8,22 +8,28 @@ some of them for the rest. The root seed, the source's name and the prompt alone
 that a larger weight asks for everything a smaller one does, and a new prompt hardly changes the
 choice: answers in the teacher store stay useful.
 
+The teacher may see more than the student: a system message, or documents. The student is then
+trained on its own prompt, and its responses are those to the teacher's. A row's signal belongs to
+response tokens, so nothing else changes: token t of the response has one distribution of the
+teacher's after its prompt, and one of the student's after its own. `prompt_ids` of the prompt
+tables are the teacher's, since the keys of answers are made of them, and what is stored is an
+answer to them; `student_prompt_ids` is a further column.
+
 Legend: P prompts or prompt tokens, T response tokens, N training rows.
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.config.prompts import PromptsConfig
-from raystill.datasets.prompts.context import teacher_view
 from raystill.datasets.prompts.read import RawPrompt
 from raystill.model.sampling import resolve_sampling
 
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
     from raystill.config.run import RunConfig
     from raystill.datasets.prompts.tokenise import PromptTokeniser
 
-
+SYSTEM_ROLES = ("system", "developer")
 UNBOUNDED = 2**31 - 1
 
 
@@ -102,6 +108,25 @@ def sort_prompts(
         seen.add(digest)
         usable.kept.append(index)
     return usable
+
+
+def teacher_view(raw: RawPrompt, prompts: PromptsConfig) -> RawPrompt:
+    """The prompt as the teacher reads it.
+
+    The row's own ``teacher_messages``, else the student's prompt, whose system message
+    ``prompts.teacher_system`` replaces. It does not replace that of ``teacher_messages``.
+    """
+    messages: list[dict[str, Any]] = (
+        raw.teacher_messages or raw.messages or [{"role": "user", "content": raw.text}]
+    )
+    system = prompts.teacher_system
+    if system is not None:
+        has_own = messages[0].get("role") in SYSTEM_ROLES
+        if has_own and raw.teacher_messages is None:
+            messages, has_own = messages[1:], False
+        if not has_own:
+            messages = [{"role": "system", "content": system}, *messages]
+    return replace(raw, text=None, messages=messages)
 
 
 def _encode_responses(

@@ -27,6 +27,7 @@ from raystill.base.run_folder import (
 )
 from raystill.datasets.prompts.columns import filter_columns, held_out_fields
 from raystill.datasets.prompts.read import RawPrompt, read_prompts
+from raystill.datasets.prompts.screen import PersonalData, screen_personal
 from raystill.datasets.prompts.select import (
     UNBOUNDED,
     UsablePrompts,
@@ -82,7 +83,7 @@ class PromptTables:
     ``evaluation.checks``.
 
     ``dropped`` counts unusable prompts by reason; ``first_dropped`` says where the first of each
-    is.
+    is. ``personal``: what personal data was found; None where nobody looked.
     """
 
     train: pa.Table
@@ -96,6 +97,7 @@ class PromptTables:
     messages: pa.Table | None = None
     columns: pa.Table | None = None
     held_out_fields: pa.Table | None = None
+    personal: PersonalData | None = None
 
     def response_tokens(self, name: str, max_tokens: int) -> int:
         """The most response tokens that the table ``name`` can have.
@@ -176,6 +178,7 @@ def build_prompt_tables(
     """
     checks = bool(config.evaluation.checks)
     raws = read_prompts(config.prompts, tokeniser.progress, config.filters.columns, checks)
+    raws, personal = screen_personal(raws, config.prompts.personal_data)
     usable = sort_prompts(raws, config, tokeniser, max_prompt_tokens, context_tokens)
     kept = usable.kept
     if not kept:
@@ -203,6 +206,7 @@ def build_prompt_tables(
         messages=_messages(tokeniser, usable) if config.teacher.engine == "api" else None,
         columns=filter_columns(config, [raws[kept[i]] for i in train], rows),
         held_out_fields=held_out_fields([raws[kept[i]] for i in held_out]) if checks else None,
+        personal=personal,
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from raystill.base.errors import ConfigError, Problem, config_error
+from raystill.base.personal import mask
 from raystill.base.redact import shown_value
 from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.control import ControlTokens
@@ -173,7 +174,8 @@ class PromptTokeniser:
         try:
             return self._template.render(messages=messages, **variables)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
-            raise TemplateRefusal(f"the teacher's chat template refuses it: {error}") from None
+            reason = mask(str(error)[:2000])  # A template may quote the messages.
+            raise TemplateRefusal(f"the teacher's chat template refuses it: {reason}") from None
 
     def _require_roles(self, messages: list[dict[str, Any]]) -> None:
         """Raise TemplateRefusal for a role that is neither usual nor named by the template.
@@ -185,7 +187,7 @@ class PromptTokeniser:
             if role in ROLES or any(f"{q}{role}{q}" in self._template_text for q in "'\""):
                 continue
             raise TemplateRefusal(
-                f"has a message of the role {shown_value(role, 60)}; expected one of "
+                f"has a message of the role {mask(shown_value(role, 60))}; expected one of "
                 f"{', '.join(ROLES)}; correct it"
             )
 

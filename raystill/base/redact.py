@@ -1,7 +1,8 @@
 """Removes secrets from text: passwords in URIs, signed query values, values of secret variables.
 
 Errors, lines of the driver, log records and stored copies of the configuration pass through it.
-It is the only module that decides what a secret is. Imports the standard library only.
+It is the only module that decides what a secret of the run is; by which forms a service's keys are
+known, in whatever text, is in ``personal.py``. Imports the standard library only.
 """
 
 import json
@@ -15,6 +16,8 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote, quote_plus
+
+from raystill.base.personal import FORMS, SERVICE_KEYS
 
 HIDDEN = "***"
 SHORTEST_SECRET = 8
@@ -53,6 +56,10 @@ _KNOWN_FORMS = re.compile(
     re.DOTALL,
 )
 """Private keys, and tokens that are known by how they begin."""
+_SERVICE_KEYS = re.compile(
+    "|".join(form.pattern.pattern for form in FORMS if form.kind in SERVICE_KEYS),
+    re.ASCII | re.DOTALL,
+)
 _SECRET_NAME = re.compile(
     r"(?!.*_(?:PATH|FILE|DIR|ENV)$)(?:.*_)?(?:(?:TOKEN|KEY|\w*(?:SECRET|PASSWORD|PASSWD|PASSPHRASE)|"
     r"APIKEY)(?:$|_)|(?:AUTH|PASS|PWD|SAS|CREDENTIALS?)$)"
@@ -139,7 +146,8 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     text = SECRETS.hide(text, environment)
     if "://" in text:
         text = _QUERY.sub(rf"\g<1>{HIDDEN}", _RAW_SECRET.sub(HIDDEN, _USER.sub(HIDDEN, text)))
-    return _ASSIGNED.sub(rf"\g<1>{HIDDEN}", _KNOWN_FORMS.sub(HIDDEN, text))
+    text = _SERVICE_KEYS.sub(HIDDEN, _KNOWN_FORMS.sub(HIDDEN, text))
+    return _ASSIGNED.sub(rf"\g<1>{HIDDEN}", text)
 
 
 def redacted(value: Any, depth: int = 0) -> Any:

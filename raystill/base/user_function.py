@@ -22,9 +22,13 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
+from raystill.base.personal import mask
+
 LOAD_S = 60.0
 """Seconds in which its module must be imported."""
 LONGEST_ERROR = 300
+LONGEST_READ = 10 * LONGEST_ERROR
+"""Characters of an error that are searched for personal data before it is cut."""
 GRACE_S = 2.0  # Until a process that has closed its pipe is gone, and says how.
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux.
 
@@ -181,7 +185,8 @@ def attempt(work: Callable[[], Any]) -> Any:
     try:
         return work()
     except BaseException as error:
-        return Result(error=" ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_ERROR])
+        said = " ".join(f"{type(error).__name__}: {error}"[:LONGEST_READ].split())
+        return Result(error=mask(said)[:LONGEST_ERROR])  # It may quote the row.
 
 
 def imported(code: Code) -> Callable[..., Any]:
@@ -209,7 +214,8 @@ def as_result(value: Any) -> Result:
         return Result(value)
     if isinstance(value, int | float) and math.isfinite(value):
         return Result(float(value))
-    return Result(error=f"returned {value!r:.60}; expected true, false or a finite number")
+    shown = mask(f"{value!r:.{LONGEST_READ}}")[:60]
+    return Result(error=f"returned {shown}; expected true, false or a finite number")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from raystill.config.base import ConfigModel, PositiveInt, day_of, identity, ope
 MOST_SAMPLES = 100_000
 """Answers to one prompt that a run may want; above, the rows would not be listed in any time."""
 FileFormat = Literal["auto", "jsonl", "json", "csv", "text", "parquet"]
+PersonalDataAction = Literal["count", "mask", "drop"]
 
 
 class SourceConfig(ConfigModel):
@@ -125,6 +126,13 @@ class PromptsConfig(ConfigModel):
     )
     limit: PositiveInt | None = identity(
         None, description="Number of prompts to use, the first of the files. Default: all."
+    )
+    personal_data: PersonalDataAction | None = identity(
+        "count",
+        description="What is done with personal data and keys in prompts (e-mail addresses, "
+        "telephone numbers, IP addresses, bank accounts, credit cards, keys of services). count: "
+        "say how many prompts hold them. mask: put [EMAIL] and the like in their places, which "
+        "makes other prompts with other answers. drop: leave such prompts out. null: do not look.",
     )
     samples_per_prompt: PositiveInt = identity(
         1,

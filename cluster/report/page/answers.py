@@ -2,13 +2,14 @@
 
 Where the run recorded it, the teacher's answer is shown token by token, the darker the further the
 student's probabilities are from the teacher's at that token. Colour is not alone: a token's figure
-is its title, and the worst tokens are listed in words.
+is its title, and the worst tokens are listed in words. Personal data and keys are masked.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from raystill.base import formatting
+from raystill.base.personal import find, mark, mask
 from raystill.cluster.report.page.html import Child, Html, element, escape, join, shortened
 from raystill.cluster.report.page.read import Record, RunData, number
 from raystill.cluster.report.tables import question
@@ -106,7 +107,7 @@ def _tokens(record: Record, who: str) -> list[tuple[str, float]]:
         return []
     tokens: list[tuple[str, float]] = []
     waiting = 0.0
-    for text, value in zip(texts[:MOST_TOKENS], figures[:MOST_TOKENS], strict=True):
+    for text, value in zip(_masked(texts)[:MOST_TOKENS], figures[:MOST_TOKENS], strict=True):
         nats = max(0.0, number(value) or 0.0) + waiting
         waiting = 0.0
         if str(text) == "":
@@ -116,6 +117,21 @@ def _tokens(record: Record, who: str) -> list[tuple[str, float]]:
     if waiting:
         tokens.append(("∎", waiting))
     return tokens
+
+
+def _masked(texts: Sequence[Any]) -> list[str]:
+    """The texts of tokens; where they spell personal data, a mark and a dot for each other one."""
+    told = [str(text) for text in texts]
+    places = iter(find("".join(told)))
+    place, marked, end = next(places, None), None, 0
+    for number_, text in enumerate(told):
+        start, end = end, end + len(text)
+        while place is not None and place.end <= start:
+            place = next(places, None)
+        if place is not None and place.start < end and text:
+            told[number_] = mark(place.kind) if marked is not place else "·"
+            marked = place
+    return told
 
 
 def _coloured(title: str, record: Record, who: str) -> Html | None:
@@ -163,4 +179,4 @@ def _legend() -> Html:
 
 def _text(record: Record, name: str) -> str:
     value: Any = record.get(name)
-    return "" if value is None else str(value)
+    return "" if value is None else mask(str(value))

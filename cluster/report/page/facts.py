@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from raystill.base import formatting
+from raystill.base.personal import told
 from raystill.cluster.report.page.charts import bar_chart
 from raystill.cluster.report.page.html import Child, Html, element, join, shortened, table
 from raystill.cluster.report.page.read import Lengths, Record, RunData, number
@@ -34,6 +35,7 @@ def data(runs: Sequence[RunData]) -> Html:
         ("dropped", lambda r: _counts(r.summary, "dropped")),
         ("rejected by filters", lambda r: _counts(r.summary, "filtered")),
         ("answers that filters accepted", lambda r: _share(r.summary, "accepted_fraction")),
+        ("personal data and keys in prompts", _personal),
         ("duplicate prompts left out", lambda r: _count(r.summary, "duplicates")),
         ("answers cut off by max_tokens", lambda r: _share(r.summary, "truncated_fraction")),
         ("held-out answers cut off", lambda r: _cut(r.responses)),
@@ -53,6 +55,18 @@ def data(runs: Sequence[RunData]) -> Html:
             parts.append(element("div", *drawn, class_="charts"))
     parts.append(_sources(runs))
     return join(parts)
+
+
+def _personal(run: RunData) -> str | None:
+    """How many prompts hold personal data or keys, by kind, and what was done with them."""
+    found = run.manifest.get("personal_data")
+    if not isinstance(found, dict) or not isinstance(found.get("kinds"), dict):
+        return None
+    kinds = {str(kind): n for kind, n in found["kinds"].items() if isinstance(n, int)}
+    number_ = found.get("prompts")
+    if not isinstance(number_, int) or not number_:
+        return "none"
+    return f"{number_:,} ({told(kinds)}); {found.get('action')}"
 
 
 def lineage(runs: Sequence[RunData]) -> Html:
