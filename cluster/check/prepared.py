@@ -198,6 +198,8 @@ class Prepared:
             lines.append(f"left out: {', '.join(left_out)}")
         if (found := self.tables.personal) is not None and found.num_prompts:
             lines.append(found.line())
+        asked = bool(self.config.prompts.overlap.path)
+        lines += [one.line() for one in self.tables.overlap if one.contained or asked]
         if rules := self.config.filters.rules:
             most = self.config.max_rejected_fraction
             named = ", ".join(rule.label for rule in rules)

@@ -75,6 +75,7 @@ def plan(checked: Checked) -> dict[str, Any]:
         "longest_prompt_tokens": prepared.tables.longest_prompt_tokens,
         "dropped": dict(prepared.dropped),
         "duplicates": prepared.duplicates,
+        "overlap": [one.record() for one in prepared.tables.overlap],
         "personal_data": found.record() if (found := prepared.tables.personal) else None,
         "space_needed_bytes": prepared.space_needed_bytes,
     }

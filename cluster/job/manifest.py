@@ -130,6 +130,7 @@ def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "teacher_identity": prepared.teacher_identity,
         "sampling": prepared.sampling,
         "filter_functions": hashes_of(read_functions(config.filters)),
+        "overlap": [one.record() for one in prepared.tables.overlap],
         "personal_data": found.record() if (found := prepared.tables.personal) else None,
         "terms": record(config, prepared.teacher, prepared.student),
         **adapter_record(config, prepared),

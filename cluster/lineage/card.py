@@ -62,10 +62,17 @@ def _personal(facts: Facts) -> str:
         return "Prompts and answers were not searched for personal data."
     kinds = {_line(str(kind)): n for kind, n in found["kinds"].items() if isinstance(n, int)}
     held, read = found.get("prompts"), found.get("prompts_read")
-    if not held:
-        return f"No personal data or keys of known forms were found in {read} prompts."
     done = {"mask": "masked", "drop": "left out"}.get(str(found.get("action")), "left as they are")
-    return f"{held} of {read} prompts held personal data or keys ({told(kinds)}), {done}."
+    said = f"No personal data or keys of known forms were found in {read} prompts."
+    if held:
+        said = f"{held} of {read} prompts held personal data or keys ({told(kinds)}), {done}."
+    answers = facts.summary.get("personal_data")
+    if not isinstance(answers, dict) or not isinstance(answers.get("any"), int):
+        return said
+    of, rejected = answers["any"], facts.summary.get("filtered") or {}
+    return f"{said} So did {of} of {answers.get('looked')} answers" + (
+        ", of which filters rejected some." if of and rejected else "."
+    )
 
 
 def title(facts: Facts) -> str:

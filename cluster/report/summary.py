@@ -74,6 +74,7 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
         "evaluation_rows_reused": max(0, held_out - evaluation.asked - evaluation.scored),
         "dropped": dict(dropped),
         "filtered": dict(snapshot.filtered),
+        "personal_data": _personal(earlier, counters),
         "accepted_fraction": None if result.stopped_by else _accepted(snapshot, prepared),
         "duplicates": prepared.duplicates,
         "truncated_fraction": truncated / answered if answered else 0.0,
@@ -103,6 +104,15 @@ def _accepted(snapshot: Snapshot, prepared: Prepared) -> float | None:
     """
     answered = prepared.num_train_rows - sum(snapshot.dropped.values())
     return 1 - sum(snapshot.filtered.values()) / answered if answered > 0 else None
+
+
+def _personal(earlier: Figures, counters: Mapping[str, float]) -> Figures:
+    """Answers that held personal data or keys, by kind, over all starts; rows that were answered
+    again after a restart count again, as in ``rows_answered``.
+    """
+    start = "personal_data/"
+    now = {n.removeprefix(start): v for n, v in counters.items() if n.startswith(start)}
+    return {n: int(v) for n, v in sorted(_added(earlier.get("personal_data", {}), now).items())}
 
 
 def _student_written(metrics: Sequence[Figures]) -> Figures:
@@ -161,7 +171,7 @@ def _earlier(folder: Folder) -> Figures:
         return {}
 
 
-SUMS = frozenset({"teacher", "student", "api", "phases"})
+SUMS = frozenset({"teacher", "student", "api", "phases", "personal_data"})
 """Entries of a summary that are several sums."""
 
 

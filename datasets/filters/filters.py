@@ -32,6 +32,7 @@ from raystill.config.stream import (
 )
 from raystill.datasets.filters.answers import Answers, Decode, Int32Array
 from raystill.datasets.filters.function import Function, code_of
+from raystill.datasets.filters.personal import Encode, by_personal_data
 from raystill.datasets.filters.reference import agrees
 from raystill.datasets.rows.schema import FILTERED
 from raystill.model.on_node import ModelSource
@@ -107,6 +108,25 @@ def text_of(teacher: ModelSource) -> Decode:
         return loaded[0](ids)
 
     return decode
+
+
+def ids_of(teacher: ModelSource) -> Encode:
+    """Encodes with the teacher's tokenizer, for which special tokens in a text are text."""
+    loaded: list[Encode] = []
+
+    def encode(text: str) -> Sequence[int]:
+        if not loaded:
+            from pathlib import Path
+
+            from raystill.model.tokenizer import load_tokenizer, read_settings
+
+            folder = Path(teacher.on_this_node("none"))
+            tokenizer = load_tokenizer(folder, read_settings(folder))
+            tokenizer.encode_special_tokens = True
+            loaded.append(lambda said: list(tokenizer.encode(said, add_special_tokens=False).ids))
+        return loaded[0](text)
+
+    return encode
 
 
 def by_length(config: LengthConfig, answers: Answers) -> Mask:
@@ -261,5 +281,6 @@ FILTERS: dict[str, Callable[..., Mask]] = {
     "finished": by_end,
     "answer": by_answer,
     "similar": by_similarity,
+    "personal_data": by_personal_data,
 }
 """Filters by the setting of an entry of ``filters``; each gets that setting and the answers."""

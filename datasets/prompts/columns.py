@@ -68,7 +68,7 @@ def _words(prompt: RawPrompt) -> str:
 def _require_usable(config: "RunConfig", prompts: Sequence[RawPrompt]) -> None:
     """ConfigError for filters that these training prompts leave nothing to decide by."""
     sources = {prompt.source for prompt in prompts}
-    problems = list(_why_not_compared(config))
+    problems = [*_why_not_compared(config), *_why_not_masked(config)]
     for number, rule in enumerate(config.filters.rules):
         for source in sorted(set(rule.sources or ()) - sources):
             listed = ", ".join(sorted(sources)[:30])
@@ -102,6 +102,19 @@ def _without_reference(
         for prompt in prompts
         if (rule.sources is None or prompt.source in rule.sources) and not prompt.columns[place]
     ]
+
+
+def _why_not_masked(config: "RunConfig") -> Iterator[Problem]:
+    """Masked answers have no signal of the teacher's: it gave one for what it wrote."""
+    for number, rule in enumerate(config.filters.rules):
+        masks = rule.personal_data is not None and rule.personal_data.action == "mask"
+        if masks and config.signal.kind != "text":
+            yield Problem(
+                f"filters.rules.{number}.personal_data.action",
+                f"is mask, but signal.kind is {config.signal.kind!r}: the teacher's probabilities "
+                "are of the tokens that it wrote, and none are of the marks; set action: reject, "
+                "or signal.kind: text with objective.cross_entropy alone",
+            )
 
 
 def _why_not_compared(config: "RunConfig") -> Iterator[Problem]:

@@ -24,6 +24,8 @@ from raystill.datasets.prompts.progress import Meter, Progress
 
 MAX_PROBLEMS_PER_FILE = 5
 DEFAULT_SOURCE = "prompts"
+UNREADABLE = (OSError, UnicodeDecodeError, pa.ArrowException, csv.Error)
+"""What a file raises that is not what its name says."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _read_file(file: PromptFile, problems: list[Problem], keep_fields: bool) -> 
                 broken += 1
                 if broken <= MAX_PROBLEMS_PER_FILE:
                     problems.append(Problem(where, str(error)))
-    except (OSError, UnicodeDecodeError, pa.ArrowException, csv.Error) as error:
+    except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         remedy = "repair the file"
         if isinstance(error, UnicodeDecodeError) and error.object.startswith(b"\x1f\x8b"):

@@ -1,4 +1,7 @@
-"""Personal data and keys in prompts: counted, masked, or their prompts left out.
+"""What should not be learned from prompts: personal data and keys, and what is measured on.
+
+Personal data is counted, masked, or its prompts are left out. Overlap with held-out prompts and
+with benchmarks is counted, and refused above a limit.
 
 Looked at is what teacher and student read: the prompt, a given response, and what the teacher alone
 reads. Masked is all that is kept of a row, also the fields that filters and checks read.
@@ -11,10 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raystill.base import personal
-from raystill.base.errors import config_error
-from raystill.config.prompts import PersonalDataAction
+from raystill.base.errors import ConfigError, Problem, config_error
+from raystill.config.prompts import PersonalDataAction, PromptsConfig
+from raystill.datasets.overlap.ngrams import Items
 from raystill.datasets.prompts.control import texts_of, with_texts
-from raystill.datasets.prompts.read import RawPrompt
+from raystill.datasets.prompts.files import PromptFile, PromptSource, find_files
+from raystill.datasets.prompts.read import READERS, UNREADABLE, BrokenRow, RawPrompt
 
 
 @dataclass(frozen=True)
@@ -110,3 +115,118 @@ def _kept_masked(raw: RawPrompt) -> RawPrompt:
     )
     fields = None if raw.fields is None else with_texts(raw.fields, personal.mask)
     return replace(raw, columns=columns, fields=fields)
+
+
+HELD_OUT = "held-out prompts"
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many of some items are contained in training prompts.
+
+    ``name``: a file of a benchmark, or HELD_OUT. ``first``: where the first contained item is, and
+    the training prompt that has its words; empty without one.
+    """
+
+    name: str
+    items: int
+    contained: int
+    first: str = ""
+
+    def line(self) -> str:
+        """One line for a person, without any of the texts."""
+        first = f"; the first is {self.first}" if self.contained else ""
+        return f"overlap: {self.contained:,} of {self.items:,} {self._of()}{first}"
+
+    def _of(self) -> str:
+        whose = HELD_OUT if self.name == HELD_OUT else f"rows of {self.name}"
+        return f"{whose} are contained in training prompts"
+
+    def record(self) -> dict[str, Any]:
+        """For the manifest and for programs."""
+        return {"name": self.name, "items": self.items, "contained": self.contained}
+
+
+def count_overlap(
+    prompts: PromptsConfig, trained: Sequence[RawPrompt], held_out: Sequence[RawPrompt]
+) -> list[Overlap]:
+    """Overlap of the training prompts with the held-out ones and with each file of benchmarks.
+
+    Raises ConfigError for files that cannot be read, and where it is above
+    ``prompts.overlap.max_fraction``.
+    """
+    overlap = prompts.overlap
+    sets: list[tuple[str, list[str], Items]] = []
+    if held_out:
+        own = [_asked_texts(raw) for raw in held_out]
+        sets.append((HELD_OUT, [raw.where for raw in held_out], Items(own, overlap.ngram)))
+    for file, rows in _benchmarks(prompts):
+        texts = [list(texts_of(row)) for _, row in rows]
+        sets.append((file.name, [where for where, _ in rows], Items(texts, overlap.ngram)))
+    if not sets:
+        return []
+    for _, _, items in sets:
+        items.look_in("\n".join(_asked_texts(raw)) for raw in trained)
+    found = []
+    for name, places, items in sets:
+        shares, firsts = items.shares()
+        contained = [n for n, share in enumerate(shares) if share >= overlap.min_share]
+        first = ""
+        if contained:
+            first = f"{places[contained[0]]}, by {trained[firsts[contained[0]]].where}"
+        found.append(Overlap(name, len(items), len(contained), first))
+    limit = overlap.max_fraction
+    problems = [
+        Problem(
+            "prompts.overlap.max_fraction",
+            f"is {limit:g}, but {one.contained} of {one.items} {one._of()} ({overlap.ngram}-grams "
+            f"of words; the first is {one.first}); remove these training prompts, or raise it",
+        )
+        for one in found
+        if limit is not None and one.contained > limit * one.items
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _asked_texts(raw: RawPrompt) -> list[str]:
+    """What the student reads of a row, and the response that came with it."""
+    asked = [m for m in raw.messages or () if m["role"] not in ("system", "developer")]
+    return [text for one in (raw.text, asked, raw.response) for text in texts_of(one)]
+
+
+def _benchmarks(prompts: PromptsConfig) -> list[tuple[PromptFile, list[tuple[str, Any]]]]:
+    """The rows of each file of ``prompts.overlap.path``, each after its place."""
+    path = prompts.overlap.path
+    if not path:
+        return []
+    paths = (path,) if isinstance(path, str) else path
+    names = ("prompt", "messages", None, "source", None)
+    files, problems = find_files(
+        PromptSource("prompts.overlap", None, paths, prompts.overlap.format, *names)
+    )
+    read = [(file, _rows(file, problems)) for file in files]
+    problems += [
+        Problem(file.name, "holds no rows; expected a benchmark's")
+        for file, rows in read
+        if not rows and not any(problem.where.startswith(file.name) for problem in problems)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return read
+
+
+def _rows(file: PromptFile, problems: list[Problem]) -> list[tuple[str, Any]]:
+    """The rows of a file, whatever their fields; adds what is wrong with it to ``problems``."""
+    try:
+        rows = list(READERS[file.format](file))
+    except UNREADABLE as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        problems.append(
+            Problem(file.name, f"cannot be read as {file.format} ({reason}); repair it")
+        )
+        return []
+    broken = [(where, row) for where, row in rows if isinstance(row, BrokenRow)]
+    problems += [Problem(where, str(row)) for where, row in broken[:3]]
+    return [(where, row) for where, row in rows if not isinstance(row, BrokenRow)]

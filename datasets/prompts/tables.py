@@ -27,7 +27,12 @@ from raystill.base.run_folder import (
 )
 from raystill.datasets.prompts.columns import filter_columns, held_out_fields
 from raystill.datasets.prompts.read import RawPrompt, read_prompts
-from raystill.datasets.prompts.screen import PersonalData, screen_personal
+from raystill.datasets.prompts.screen import (
+    Overlap,
+    PersonalData,
+    count_overlap,
+    screen_personal,
+)
 from raystill.datasets.prompts.select import (
     UNBOUNDED,
     UsablePrompts,
@@ -84,6 +89,7 @@ class PromptTables:
 
     ``dropped`` counts unusable prompts by reason; ``first_dropped`` says where the first of each
     is. ``personal``: what personal data was found; None where nobody looked.
+    ``overlap``: held-out prompts and benchmarks that are contained in training prompts.
     """
 
     train: pa.Table
@@ -98,6 +104,7 @@ class PromptTables:
     columns: pa.Table | None = None
     held_out_fields: pa.Table | None = None
     personal: PersonalData | None = None
+    overlap: Sequence[Overlap] = ()
 
     def response_tokens(self, name: str, max_tokens: int) -> int:
         """The most response tokens that the table ``name`` can have.
@@ -191,6 +198,8 @@ def build_prompt_tables(
         [usable.ids[kept[i]] for i in train],
         [raws[kept[i]].source for i in train],
     )
+    sides = ([raws[kept[i]] for i in train], [raws[kept[i]] for i in held_out])
+    overlap = count_overlap(config.prompts, *sides)
     rows, samples = list_rows(asked, by_prompt=config.filters.compares_samples)
     return PromptTables(
         train=_table([kept[i] for i in train[rows]], usable),
@@ -204,9 +213,10 @@ def build_prompt_tables(
         ),
         samples=samples,
         messages=_messages(tokeniser, usable) if config.teacher.engine == "api" else None,
-        columns=filter_columns(config, [raws[kept[i]] for i in train], rows),
-        held_out_fields=held_out_fields([raws[kept[i]] for i in held_out]) if checks else None,
+        columns=filter_columns(config, sides[0], rows),
+        held_out_fields=held_out_fields(sides[1]) if checks else None,
         personal=personal,
+        overlap=overlap,
     )
 
 

@@ -63,7 +63,8 @@ class AnswerGroup:
             spec.stream.max_attempts,
             spec.coordinator,
         )
-        self._filters = GroupFilters(spec) if spec.filters.rules else None
+        looks = bool(spec.filters.rules or spec.counts_personal) and spec.teacher is not None
+        self._filters = GroupFilters(spec) if looks else None
         keys = open_table(spec.prompt_table).read(["key"])["key"]
         store = TeacherStore(spec.store_path)
         self._answers = StoredAnswers(store, keys, spec.signal, spec.requester, teacher)
@@ -82,6 +83,9 @@ class AnswerGroup:
             if self._written is not None:
                 answers = with_versions(answers)
             reasons = await self._reasons(attempt, prompts, answers)
+            if self._filters is not None:
+                answers, reasons, held = await self._filters.applied(prompts, answers, reasons)
+                counters |= held
             rows = self._join(prompts, answers, reasons)
             await self._drop(attempt, prompts, reasons)
         except Exception as error:
@@ -121,10 +125,7 @@ class AnswerGroup:
         positions = prompts["position"].combine_chunks()
         gone = await self._coordinator.dropped_of.remote(attempt, positions.to_pylist())
         before = pc.is_in(positions, value_set=pa.array(gone, positions.type))
-        reasons = _or_reason(reasons, before, DROPPED)
-        if self._filters is None:
-            return reasons
-        return await self._filters.rejected(prompts, answers, reasons)
+        return _or_reason(reasons, before, DROPPED)
 
     async def _get(self, prompts: pa.Table) -> tuple[pa.Table, dict[str, float]]:
         """Answers by the teacher and, where the plan says so, by the student."""

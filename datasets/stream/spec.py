@@ -57,6 +57,7 @@ class StreamSpec:
         teacher: The teacher's files; filters that read text need its tokenizer.
         function_texts: Texts of the Python files with functions of filters, by the setting.
         prompt_columns: Path or URI of the fields that filters read; None where they read none.
+        counts_personal: Whether answers with personal data or keys are counted.
         policy: Which rows the student writes; None: none.
         sampler_name: The Serve application of the student's sampler.
     """
@@ -77,6 +78,7 @@ class StreamSpec:
     filters: FiltersConfig = field(default_factory=FiltersConfig)
     teacher: ModelSource | None = None
     prompt_columns: str | None = None
+    counts_personal: bool = False
     policy: PolicyPlan | None = None
     sampler_name: str = ""
     function_texts: Mapping[str, str] = field(default_factory=dict)
@@ -103,6 +105,7 @@ class StreamSpec:
             teacher=run.teacher,
             function_texts=read_functions(config.filters),
             prompt_columns=run.folder.join(PROMPT_COLUMNS) if config.filters.columns else None,
+            counts_personal=config.prompts.personal_data is not None,
             policy=PolicyPlan.of(config, run.num_rows, run.id),
             sampler_name=run.sampler_app,
         )

@@ -1,16 +1,70 @@
 """Configuration of the prompts: their files, fields, chat template, and weighted sources."""
 
 from collections import Counter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import AfterValidator, field_validator, model_validator
 
+from raystill.base.personal import KINDS
 from raystill.config.base import ConfigModel, PositiveInt, day_of, identity, operational
 
 MOST_SAMPLES = 100_000
 """Answers to one prompt that a run may want; above, the rows would not be listed in any time."""
 FileFormat = Literal["auto", "jsonl", "json", "csv", "text", "parquet"]
 PersonalDataAction = Literal["count", "mask", "drop"]
+
+
+def is_kind(name: str) -> str:
+    """ValueError for a name that is no kind of personal data."""
+    if name not in KINDS:
+        raise ValueError(f"is {name!r}; expected one of {', '.join(KINDS)}")
+    return name
+
+
+PersonalKind = Annotated[str, AfterValidator(is_kind)]
+
+
+class OverlapConfig(ConfigModel):
+    """How much of the held-out prompts, and of benchmarks, stands in training prompts."""
+
+    path: str | tuple[str, ...] = operational(
+        (),
+        description="Files of benchmarks that must not be trained on, in the formats of prompts: "
+        "a path, a glob, a URI, or a list of them. Every text of their rows is compared. Default: "
+        "the held-out prompts alone.",
+    )
+    format: FileFormat = operational(
+        "auto", description="Format of the files. auto: by the ending of the file's name."
+    )
+    ngram: PositiveInt = operational(8, le=64, description="Words n of an n-gram.")
+    min_share: float = operational(
+        0.7,
+        gt=0,
+        le=1,
+        description="Least share of a text's words that are in n-grams of a training prompt, for "
+        "it to count as contained in the training prompts.",
+    )
+    max_fraction: float | None = operational(
+        None,
+        ge=0,
+        le=1,
+        description="Largest share of the held-out prompts, and of each file of benchmarks, that "
+        "may be contained in training prompts; with more the run is refused. Default: no limit.",
+    )
+
+
+class PersonalFilterConfig(ConfigModel):
+    """Looks for personal data and keys in answers, and rejects or masks what holds them."""
+
+    action: Literal["reject", "mask"] = identity(
+        "reject",
+        description="reject: the row is not trained on. mask: the student gets the answer with "
+        "[EMAIL] and the like in their places; with signal.kind text only, since no signal of the "
+        "teacher's is of the masked text. Filters of other kinds read what was written.",
+    )
+    kinds: tuple[PersonalKind, ...] | None = identity(
+        None, min_length=1, description="Kinds that count, as check names them. Default: all."
+    )
 
 
 class SourceConfig(ConfigModel):
@@ -132,7 +186,12 @@ class PromptsConfig(ConfigModel):
         description="What is done with personal data and keys in prompts (e-mail addresses, "
         "telephone numbers, IP addresses, bank accounts, credit cards, keys of services). count: "
         "say how many prompts hold them. mask: put [EMAIL] and the like in their places, which "
-        "makes other prompts with other answers. drop: leave such prompts out. null: do not look.",
+        "makes other prompts with other answers. drop: leave such prompts out. null: do not look. "
+        "Unless null, the answers that hold them are counted too; see filters.personal_data.",
+    )
+    overlap: OverlapConfig = operational(
+        OverlapConfig(),
+        description="How much of held-out prompts and benchmarks stands in training prompts.",
     )
     samples_per_prompt: PositiveInt = identity(
         1,

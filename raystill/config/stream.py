@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from raystill.base.user_function import parse
 from raystill.config.base import ConfigModel, PositiveInt, identity, operational, why_no_pattern
+from raystill.config.prompts import PersonalFilterConfig
 
 
 class SignalConfig(ConfigModel):
@@ -63,24 +64,11 @@ class StreamConfig(ConfigModel):
 
 Phrase = Annotated[str, Field(min_length=1)]
 REFUSALS = (
-    "i can't help with",
-    "i cannot help with",
-    "i can't assist",
-    "i cannot assist",
-    "i'm unable to",
-    "i am unable to",
-    "i can't provide",
-    "i cannot provide",
-    "i can't fulfill",
-    "i cannot fulfill",
-    "i won't be able to",
-    "i'm not able to",
-    "i am not able to",
-    "i'm sorry, but i can",
-    "i am sorry, but i can",
-    "i apologize, but i can",
-    "as an ai",
-    "as a language model",
+    *("i can't help with", "i cannot help with", "i can't assist", "i cannot assist"),
+    *("i'm unable to", "i am unable to", "i can't provide", "i cannot provide"),
+    *("i can't fulfill", "i cannot fulfill", "i won't be able to", "i'm not able to"),
+    *("i am not able to", "i'm sorry, but i can", "i am sorry, but i can"),
+    *("i apologize, but i can", "as an ai", "as a language model"),
 )
 """How answers that refuse begin in English, in lower case and with plain apostrophes."""
 
@@ -285,6 +273,9 @@ class FilterConfig(ConfigModel):
     )
     function: FunctionConfig | None = identity(
         None, description="Rejects answers to which a function of your own gives a low score."
+    )
+    personal_data: PersonalFilterConfig | None = identity(
+        None, description="Rejects or masks answers that hold personal data or keys."
     )
     similar: SimilarConfig | None = identity(
         None, description="Rejects near-duplicates among the answers to one prompt."

@@ -410,8 +410,15 @@ def test_a_group_is_filtered_with_the_fields_of_its_rows(tmp_path):
     ids = pa.array([[4], [0], [1], [5]], pa.list_(pa.int32()))
     prompts = pa.table({"row": [4, 0, 1, 5], "source": ["s"] * 4, "prompt_ids": ids})
     reasons = pa.array([None, None, "empty", None], pa.string())
-    told = asyncio.run(GroupFilters(spec).rejected(prompts, answers, reasons))
+    spec.counts_personal = True
+    same, told, counters = asyncio.run(GroupFilters(spec).applied(prompts, answers, reasons))
     assert told.to_pylist() == [None, "filtered: answer", "empty", None]
+    assert same is answers
+    assert counters == {"personal_data/looked": 3, "personal_data/any": 0}
+    spec.teacher = ModelSource("none", "/nowhere")
+    spec.filters = FiltersConfig()
+    same, told, counters = asyncio.run(GroupFilters(spec).applied(prompts, answers, reasons))
+    assert told.to_pylist() == [None, None, "empty", None] and counters == {}
     assert numbered(pa.array([[1], [2], [1], [], [1, 2]])).tolist() == [0, 1, 0, 2, 3]
 
 
@@ -713,3 +720,60 @@ def test_restarts_at_any_time_train_the_same_rows(seed):
             assert set(range(num_rows)) - set(ledger.dropped) == expected
             assert ledger.dropped == {p: r for p, r in whole.items() if r is not None}
             return
+
+
+MAIL = "bob@mail.example.com"
+
+
+def test_answers_with_personal_data_are_rejected_by_kind():
+    answers = ["Blue.", f"Write to {MAIL}.", "Ask 8.8.8.8 first.", "AKIAIOSFODNN7EXAMPLE"]
+    assert rejected([{"personal_data": {}}], *answers) == [None, *["personal_data"] * 3]
+    only = {"name": "mail", "personal_data": {"kinds": ["email"]}}
+    assert rejected([only], *answers) == [None, "mail", None, None]
+    assert rejected([{"personal_data": {"action": "mask"}}], *answers) == [None] * 4
+    with pytest.raises(ValueError, match=r"is 'mail'; expected one of .*email"):
+        FiltersConfig.model_validate([{"personal_data": {"kinds": ["mail"]}}])
+
+
+def test_a_masked_answer_is_what_the_student_gets(tmp_path):
+    """Its stop token stays, other answers keep their ids, and special tokens in it are text."""
+    tokenizer = PromptTokeniser(TINY, PromptsConfig(path="p", chat_template=False)).tokenizer
+    plain = PromptTokeniser(TINY, PromptsConfig(path="p", chat_template=False)).plain_text()
+    stop = tokenizer.token_to_id("<|im_end|>")
+    said = ["Blue.", f"Write to {MAIL} <|im_end|>now.", f"To {MAIL}", f"{MAIL} at 8.8.8.8"]
+    ids = [plain.encode(text).ids for text in said]
+    ids[1], ids[2] = [*ids[1], stop], [*ids[2], stop]
+    ends = ["length", "stop", "stop", "length"]
+    answers = pa.table(
+        {"response_ids": pa.array(ids, pa.list_(pa.int32())), "finish_reason": ends, "row": ends}
+    )
+    spec = SimpleNamespace(
+        filters=FiltersConfig.model_validate([{"personal_data": {"action": "mask"}}]),
+        teacher=ModelSource.of("tiny", TINY),
+        prompt_columns=None,
+        function_texts={},
+        counts_personal=True,
+    )
+    prompt = pa.array([[4], [0], [1], [5]], pa.list_(pa.int32()))
+    prompts = pa.table({"row": [0, 1, 2, 3], "source": ["s"] * 4, "prompt_ids": prompt})
+    reasons = pa.array([None, None, "empty", None], pa.string())
+    masked, told, counters = asyncio.run(GroupFilters(spec).applied(prompts, answers, reasons))
+    assert told.to_pylist() == [None, None, "empty", None]
+    assert masked.schema == answers.schema
+    got = masked["response_ids"].to_pylist()
+    assert got[0] == ids[0] and got[2] == ids[2]  # Dropped rows need none.
+    assert got[1][-1] == stop and got[1].count(stop) == 1
+    assert tokenizer.decode(got[1]) == "Write to [EMAIL] <|im_end|>now."
+    assert tokenizer.decode(got[3]) == "[EMAIL] at [IP_ADDRESS]"
+    assert counters == {
+        "personal_data/looked": 3,
+        "personal_data/any": 2,
+        "personal_data/email": 2,
+        "personal_data/ip_address": 1,
+    }
+
+
+def test_a_mask_needs_a_run_that_learns_from_text(tmp_path):
+    rule = [{"personal_data": {"action": "mask"}}]
+    with pytest.raises(ConfigError, match=r"signal.kind is 'topk'.*set action: reject"):
+        tables(tmp_path, [{"prompt": "x"}], rule)

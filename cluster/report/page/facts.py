@@ -36,6 +36,7 @@ def data(runs: Sequence[RunData]) -> Html:
         ("rejected by filters", lambda r: _counts(r.summary, "filtered")),
         ("answers that filters accepted", lambda r: _share(r.summary, "accepted_fraction")),
         ("personal data and keys in prompts", _personal),
+        ("and in answers of the teacher", lambda r: _held(r.summary.get("personal_data"))),
         ("duplicate prompts left out", lambda r: _count(r.summary, "duplicates")),
         ("answers cut off by max_tokens", lambda r: _share(r.summary, "truncated_fraction")),
         ("held-out answers cut off", lambda r: _cut(r.responses)),
@@ -67,6 +68,18 @@ def _personal(run: RunData) -> str | None:
     if not isinstance(number_, int) or not number_:
         return "none"
     return f"{number_:,} ({told(kinds)}); {found.get('action')}"
+
+
+def _held(found: object) -> str | None:
+    """How many answers held personal data or keys, by kind."""
+    if not isinstance(found, dict) or not isinstance(found.get("any"), int):
+        return None
+    kinds = {
+        str(kind): n
+        for kind, n in found.items()
+        if kind not in ("any", "looked") and isinstance(n, int)
+    }
+    return f"{found['any']:,} ({told(kinds)})" if found["any"] else "none"
 
 
 def lineage(runs: Sequence[RunData]) -> Html:
