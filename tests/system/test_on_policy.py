@@ -1,7 +1,8 @@
 """A run of which the student writes half, on real vLLM, whose sampler dies on the way.
 
 Two workers share the student (FSDP); the sampler follows it with each step. The run is read from
-its folder and from the sampler's own log.
+its folder and from the sampler's own log. The sampler by itself is in tests/serve/test_sampler.py,
+the bound of staleness in tests/datasets/test_staleness.py.
 """
 
 import os
@@ -17,7 +18,7 @@ from raystill.datasets.store.store import TeacherStore
 from tests.support.end_to_end import ROOT, TEACHER, RunFiles, drive
 from tests.support.synthetic_run import started, wait_for_step
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.faults]
 
 NUM_ROWS, NUM_HELD_OUT, ROWS_PER_STEP = 64, 8, 8
 NUM_STEPS = NUM_ROWS // ROWS_PER_STEP
@@ -115,7 +116,6 @@ def test_nothing_was_paid_twice_but_what_was_in_flight(mixed: Mixed) -> None:
     assert (catalogue.rows, catalogue.duplicates) == (NUM_ROWS + NUM_HELD_OUT, 0)
 
 
-@pytest.mark.faults
 def test_a_sampler_that_does_not_follow_stops_the_run_before_a_step(tmp_path: Path) -> None:
     run_file = write_run_file(tmp_path / "strict")
     result = drive("run", run_file, "--set", "policy.max_logprob_gap=1e-12")

@@ -1,0 +1,189 @@
+"""The student's sampler on real vLLM: each version of the weights reaches it, and it says so.
+
+It is placed by Serve as in a run and pulls what `PolicyPublisher` publishes; what it then writes is
+compared with what ``transformers`` writes with the same weights.
+"""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray
+import torch
+import yaml
+from ray import serve
+from ray.exceptions import RayActorError
+
+from raystill.base.run_folder import RunFolder
+from raystill.cluster.coordinator.actor import start_coordinator
+from raystill.config.run import RunConfig
+from raystill.datasets.rows.schema import ENGINE
+from raystill.datasets.rows.signal import Signal
+from raystill.model.identity import teacher_identity
+from raystill.model.on_node import ModelSource
+from raystill.model.sampling import resolve_sampling
+from raystill.run import Run
+from raystill.serve.sampler_app import SamplerApp
+from raystill.train.evaluation.measure import LocalStudent
+from raystill.train.step.ranks import Ranks
+from raystill.train.student.build import build_student, num_classes
+from raystill.train.student.module import StudentModule
+from raystill.train.worker.policy import PolicyPublisher
+
+pytestmark = pytest.mark.vllm
+
+ROOT = Path(__file__).resolve().parents[2]
+TEACHER = ROOT / "models" / "tiny-teacher"
+PROMPTS = [[5, 17, 240, 9], [1033, 8], [77, 78, 79, 80, 81, 82]]
+MAX_TOKENS = 12
+WEIGHTS = re.compile(r"weights of step (\d+): (\S+) nats from the student's")
+ENGINE_PID = re.compile(r"EngineCore pid=(\d+)")
+PATIENCE_S = 120
+
+
+def wait_until(holds: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if found := holds():
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"not within {PATIENCE_S} s: {what}")
+
+
+@dataclass
+class Followed:
+    """A student that is trained by nobody, its publisher, and the sampler that follows it."""
+
+    run: Run
+    student: Any
+    publisher: PolicyPublisher
+
+    def change_weights(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.student.parameters():
+                parameter.add_(0.02 * torch.randn_like(parameter))
+
+    def publish(self, version: int) -> None:
+        self.publisher.publish(version)
+        wait_until(lambda: version in dict(self.proofs()), f"version {version} arrives")
+
+    def log(self) -> str:
+        return (self.run.folder.logs / "sampler-0.log").read_text()
+
+    def proofs(self) -> list[tuple[int, float]]:
+        """Version and difference (nats) of each proof, in order."""
+        return [(int(version), float(gap)) for version, gap in WEIGHTS.findall(self.log())]
+
+    def write(self) -> tuple[int, list[list[int]]]:
+        """The version that answers, and its responses."""
+        handle = serve.get_app_handle(self.run.sampler_app)
+        prompts = pa.table({"prompt_ids": pa.array(PROMPTS, pa.list_(pa.int32()))})
+        table = handle.sample.remote(prompts, Signal("text")).result(timeout_s=PATIENCE_S)
+        version = int(re.findall(rb"\d+", table.schema.metadata[ENGINE])[0])
+        return version, table["response_ids"].to_pylist()
+
+    @torch.no_grad()
+    def greedy(self) -> list[list[int]]:
+        """What transformers writes with the student's weights."""
+        answers = []
+        for prompt in PROMPTS:
+            ids = torch.tensor([prompt])
+            for _ in range(MAX_TOKENS):
+                logits = self.student(input_ids=ids, use_cache=False).logits[0, -1]
+                ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
+            answers.append(ids[0, len(prompt) :].tolist())
+        return answers
+
+
+@pytest.fixture(scope="module")
+def followed(ray_serve: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Followed]:
+    written = yaml.safe_load((ROOT / "configs" / "on_policy.yaml").read_text())
+    written["teacher"] |= {"model": str(TEACHER), "max_num_seqs": 4}
+    written["policy"] |= {"max_tokens": MAX_TOKENS, "sampling": {"temperature": 0.0}}
+    config = RunConfig.model_validate(written)
+    folder = RunFolder(str(tmp_path_factory.mktemp("sampler") / "run")).ensure()
+    folder.logs.mkdir(exist_ok=True)
+    run = Run(
+        config=config,
+        folder=folder,
+        id="followed",
+        teacher=ModelSource.of(str(TEACHER), TEACHER),
+        teacher_identity=teacher_identity(str(TEACHER)),
+        store_path=str(folder.logs / "store"),
+        num_rows=8,
+        coordinator=start_coordinator("followed", 8, 8, 0.0),
+    )
+    model = build_student(config, str(TEACHER), seed=0)
+    # No answer ends before its last token, so that all can be compared.
+    sampling = replace(resolve_sampling(config.teacher, TEACHER), stop_token_ids=())
+    module = StudentModule(model.float())
+    student = LocalStudent(
+        module,
+        num_classes(model, str(TEACHER)),
+        torch.device("cpu"),
+        Ranks(),
+        str(TEACHER),
+        sampling,
+    )
+    publisher = PolicyPublisher(run, student, sampling)
+    publisher.publish(0, restored=True)
+    app = SamplerApp(run)
+    app.deploy()
+    app.wait()
+    yield Followed(run, module.model, publisher)
+    app.end()
+    ray.kill(run.coordinator)
+
+
+def test_it_writes_what_the_student_of_each_version_would(followed: Followed) -> None:
+    before = followed.write()
+    assert before == (0, followed.greedy())
+    for version in (1, 2):
+        followed.change_weights(seed=version)
+        followed.publish(version)
+        assert followed.write() == (version, followed.greedy())
+    assert followed.greedy() != before[1], "the weights have to matter"
+    assert [version for version, _ in followed.proofs()] == [0, 1, 2]
+    assert all(gap <= 1e-3 for _, gap in followed.proofs())
+
+
+def test_a_killed_engine_begins_again_with_the_newest_weights(followed: Followed) -> None:
+    pid = int(ENGINE_PID.findall(followed.log())[-1])
+    os.kill(pid, signal.SIGKILL)
+    followed.change_weights(seed=3)
+    followed.publisher.publish(3)
+
+    def answer() -> Any:
+        try:
+            return followed.write()
+        except (RayActorError, RuntimeError):  # Serve has no replica until the next one is ready.
+            return None
+
+    found = wait_until(lambda: (a := answer()) and a[0] == 3 and a, "another engine answers")
+    assert found == (3, followed.greedy())
+    assert len(set(ENGINE_PID.findall(followed.log()))) == 2
+    text = followed.log()
+    first = WEIGHTS.search(text[text.rindex("EngineCore pid=") :])
+    assert first is not None and int(first[1]) == 3, "it began with weights that are not the newest"
+
+
+def test_weights_that_are_not_the_students_stop_the_run(
+    followed: Followed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = followed.publisher._probe_logprobs()
+    followed.change_weights(seed=4)
+    monkeypatch.setattr(followed.publisher, "_probe_logprobs", lambda: told)  # Those of version 3.
+    followed.publish(4)
+    error = wait_until(
+        lambda: ray.get(followed.run.coordinator.snapshot.remote()).error, "the run is told"
+    )
+    assert "does not follow the student: with the weights of step 4" in error
+    assert "policy.max_logprob_gap" in error
