@@ -112,6 +112,7 @@ def run(
     from raystill.cluster.job import run as job
     from raystill.cluster.job.driver_process import hold_run_folder
     from raystill.cluster.job.watch import watch
+    from raystill.cluster.lineage.hub import push_finished
     from raystill.cluster.lineage.papers import leave_papers
     from raystill.cluster.report import summary, tables
     from raystill.cluster.report.page.during import close_page, failure_recorded
@@ -142,6 +143,7 @@ def run(
         summary.write_summary(folder, result)
         if not result.stopped_by:
             leave_papers(folder, say)
+            push_finished(folder, config, say)
         close_page(folder, stopped=result.stopped_by != 0, tell=say)
     if result.stopped_by:
         again = resume_command(run_file, overrides, skip_probe)
@@ -264,6 +266,20 @@ def lineage(folder: options.StudentFolder, as_json: options.AsJson = False) -> i
     from raystill.cluster.commands.lineage import lineage_command
 
     return lineage_command(folder, as_json)
+
+
+@app.command()
+def push(
+    run_folder: options.RunFolder,
+    repo: options.Repository = None,
+    public: options.Public = False,
+    replace: options.Replace = False,
+    as_json: options.AsJson = False,
+) -> int:
+    """Push a finished run's student to the Hugging Face Hub."""
+    from raystill.cluster.commands.lineage import push_command
+
+    return push_command(run_folder, repo, public, replace, as_json)
 
 
 @app.command()

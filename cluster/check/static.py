@@ -35,6 +35,7 @@ from raystill.cluster.check.prepared import Prepared as Prepared
 from raystill.cluster.check.progress import ReadingProgress
 from raystill.cluster.check.terms import check_terms
 from raystill.cluster.check.trackers import check_trackers
+from raystill.cluster.lineage.hub import check_hub
 from raystill.config.load import load_leniently
 from raystill.config.run import RunConfig
 from raystill.datasets.filters.function import check_functions, read_functions
@@ -117,6 +118,10 @@ class StaticCheck:
             self.notices += sharding_notices(self.config)
         if self.known("output"):
             self.problems += check_trackers(self.config.output)
+        if self.known("output", "terms"):
+            problems, notices = check_hub(self.config, self.output)
+            self.problems += problems
+            self.notices += notices
         if self.known("evaluation"):
             self.problems += check_evaluation(self.config.evaluation)
         self.check_folders()

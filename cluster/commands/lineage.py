@@ -1,11 +1,13 @@
-"""``driver.py lineage``: who taught a student, and who taught its teachers, by its folder alone."""
+"""``driver.py lineage``: who taught a student, and who taught its teachers, by its folder alone.
+``driver.py push``: the student goes to the Hugging Face Hub, with these papers.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from raystill.base.errors import RunError
+from raystill.base.errors import RunError, config_error
 from raystill.base.redact import redact
-from raystill.base.run_folder import STUDENT
+from raystill.base.run_folder import CONFIG, STUDENT, RunFolder
 from raystill.cluster.check.terms import describe, of_lineage
 from raystill.cluster.commands.as_json import print_json
 from raystill.cluster.lineage.graph import (
@@ -16,6 +18,9 @@ from raystill.cluster.lineage.graph import (
     lineage_of,
     read_lineage,
 )
+from raystill.cluster.lineage.hub import push_student
+from raystill.config.load import load_config
+from raystill.config.student import HubConfig
 from raystill.model.files import ModelFolder
 from raystill.model.identity import teacher_identity
 
@@ -45,6 +50,37 @@ def lineage_command(folder: str, as_json: bool) -> int:
     else:
         print(redact("\n".join([*tree(lineage), *terms, *([f"warning: {CHANGED}"] * changed)])))
     return EXIT_CHANGED if changed else 0
+
+
+def push_command(
+    run_folder: str, repo: str | None, public: bool, replace: bool, as_json: bool
+) -> int:
+    """Push the student of a finished run, and print where it is. Raises RunError, ConfigError."""
+    folder = RunFolder(str(Path(run_folder).expanduser()))
+    hub = _hub_of(folder, repo, public)
+    record = push_student(folder, hub, replace)
+    if as_json:
+        print_json(record)
+    else:
+        print(redact(f"{record['sent']} of {record['files']} files sent: {record['url']}"))
+    return 0
+
+
+def _hub_of(folder: RunFolder, repo: str | None, public: bool) -> HubConfig:
+    """What the run file says, and what the command line says instead."""
+    named = None
+    if folder.exists(CONFIG):
+        named = load_config(folder.join(CONFIG), []).output.hub
+    if repo is None and named is None:
+        raise config_error(
+            "--to", f"is not given, and {folder.path} names no output.hub; set it to OWNER/NAME"
+        )
+    private = named.private if named is not None else True
+    try:
+        return HubConfig(repo=repo or named.repo, private=private and not public)  # type: ignore[union-attr]
+    except ValueError:
+        message = f"is {repo!r}; expected OWNER/NAME of letters, digits, '-', '_', '.'"
+        raise config_error("--to", message) from None
 
 
 def lineage_json(lineage: Lineage) -> dict[str, object]:

@@ -191,6 +191,16 @@ StudentFolder = Annotated[
     str, typer.Argument(metavar="FOLDER", help="A student's folder, or that of a finished run.")
 ]
 
+# push
+Repository = Annotated[
+    str | None,
+    typer.Option("--to", metavar="OWNER/NAME", help="Repository. Default: output.hub.repo."),
+]
+Public = Annotated[bool, typer.Option("--public", help="Let everybody read a new repository.")]
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Replace the files of a repository that has others.")
+]
+
 # revoke
 RevokedTeacher = Annotated[
     str,

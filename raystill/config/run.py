@@ -15,7 +15,7 @@ from raystill.config.base import ConfigModel, PositiveInt, identity, operational
 from raystill.config.objective import ObjectiveConfig, PolicyConfig
 from raystill.config.prompts import PromptsConfig
 from raystill.config.stream import FiltersConfig, SignalConfig, StreamConfig
-from raystill.config.student import StudentConfig
+from raystill.config.student import HubConfig, StudentConfig
 from raystill.config.teacher import TeacherConfig
 from raystill.config.training import EvaluationConfig, TrainingConfig
 
@@ -116,14 +116,15 @@ class OutputConfig(ConfigModel):
     trackio: TrackioConfig | None = operational(
         None, description="Send the run to Trackio too (extra trackio). Default: off."
     )
+    hub: HubConfig | None = operational(
+        None, description="Push the finished student to the Hugging Face Hub. Default: off."
+    )
 
 
 class PermissionConfig(ConfigModel):
     """A letter by which the owner of a model or service allows what its terms forbid."""
 
-    file: str = operational(
-        description="Path of the letter; its sha256 is kept in the run's manifest."
-    )
+    file: str = operational(description="Path of the letter; the manifest keeps its sha256.")
     rule: str = operational(
         description="Id of the reading that the letter answers, as check prints it."
     )
@@ -199,7 +200,6 @@ class RunConfig(ConfigModel):
     output: OutputConfig = operational(
         OutputConfig(), description="The run folder, where the run writes."
     )
-
     terms: TermsConfig = operational(
         TermsConfig(), description="What the student is for, and the terms of its sources."
     )

@@ -1,12 +1,13 @@
-"""Configuration of the student: where its architecture and its first weights come from, and what of
-it is trained.
+"""Configuration of the student: where its architecture and its first weights come from, what of it
+is trained, and where it goes.
 """
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from raystill.config.base import ConfigModel, PositiveInt, identity
+from raystill.config.base import ConfigModel, PositiveInt, identity, operational
 
 
 class LayerChoice(ConfigModel):
@@ -174,3 +175,27 @@ class StudentConfig(ConfigModel):
         if self.layers is not None:
             return list(self.layers)
         return list(range(0, num_layers, self.layer_stride or 1))
+
+
+class HubConfig(ConfigModel):
+    """The Hugging Face Hub. Its token is taken from HF_TOKEN or ``hf auth login``, never from here."""
+
+    repo: str = operational(description="Repository, as owner/name; it is created if need be.")
+    private: bool = operational(
+        True,
+        description="Whether the repository is private. false: everybody may read it, which needs "
+        "terms.distributed: true.",
+    )
+
+    @field_validator("repo")
+    @classmethod
+    def _is_a_name(cls, repo: str) -> str:
+        word = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+        if (
+            not re.fullmatch(f"{word}/{word}", repo)
+            or "--" in repo
+            or ".." in repo
+            or repo.endswith(".git")
+        ):
+            raise ValueError(f"is {repo!r}; expected owner/name of letters, digits, '-', '_', '.'")
+        return repo
