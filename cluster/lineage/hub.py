@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from raystill.base.errors import Problem, RunError
 from raystill.base.records import BrokenFile, read_object
 from raystill.base.redact import redact
-from raystill.base.run_folder import STUDENT, RunFolder
+from raystill.base.run_folder import HUB, STUDENT, RunFolder
 from raystill.config.student import HubConfig
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from raystill.config.run import RunConfig
 
-HUB = "hub.json"
-"""In the run folder: where the student was pushed, and the commit."""
 THEIRS = frozenset({".gitattributes"})
 """Files that the Hub itself puts into a new repository."""
 ATTEMPTS, PAUSE_S = 3, 2.0

@@ -51,6 +51,7 @@ COMPARISON = "comparison.html"
 STATUS = "status.json"
 DRAFT = "draft.json"
 TASKS = "tasks.json"
+HUB = "hub.json"
 
 TOP_LEVEL_NAMES = frozenset(
     {CONFIG, MANIFEST, METRICS, METRICS_DISCARDED, EVALUATION, ANSWERS, HELD_OUT, PROBE, SUMMARY}
@@ -71,6 +72,7 @@ TOP_LEVEL_NAMES = frozenset(
         SPENDING,
         DRAFT,
         TASKS,
+        HUB,
     }
 )
 

@@ -178,7 +178,7 @@ class StudentConfig(ConfigModel):
 
 
 class HubConfig(ConfigModel):
-    """The Hugging Face Hub. Its token is taken from HF_TOKEN or ``hf auth login``, never from here."""
+    """The Hugging Face Hub. Its token is from HF_TOKEN or ``hf auth login``, never from here."""
 
     repo: str = operational(description="Repository, as owner/name; it is created if need be.")
     private: bool = operational(
