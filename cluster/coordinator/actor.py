@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
-from raystill.cluster.coordinator.credits import Credits, Drops
+from raystill.cluster.coordinator.credits import Credits, Drops, RejectedByEpoch
 from raystill.cluster.coordinator.policy import PolicyVersions
 from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.datasets.stream.ledger import Ledger
@@ -40,6 +40,7 @@ class Coordinator:
     ) -> None:
         self._credits = Credits(max_rows_ahead, refill_rows)
         self._drops = Drops(num_rows, max_drop_fraction, max_rejected_fraction)
+        self._rejected = RejectedByEpoch()
         self._policy = PolicyVersions()
         self._changed = asyncio.Condition()
         self._held_out = asyncio.Event()
@@ -78,6 +79,7 @@ class Coordinator:
         async with self._changed:
             self._attempt += 1
             self._lives += restored
+            self._rejected.begin(epoch, self._drops.by_filter().total())
             learned = {"epoch": epoch, "step": step, "ledger": ledger}
             self._published = {"attempt": self._attempt, **learned}
             self._credits.begin(rows_left=len(Ledger.from_dict(ledger).missing()))
@@ -315,6 +317,7 @@ class Coordinator:
             evaluation=dict(self._evaluation),
             dropped=dict(self._drops.by_reason()),
             filtered=dict(self._drops.by_filter()),
+            filtered_by_epoch=self._rejected.with_running(self._drops.by_filter().total()),
             outcome=self._outcome,
             error=self._error,
         )

@@ -150,3 +150,25 @@ class Drops:
             f"{total} of {self._num_rows} rows were {what} ({named}), more than the {most} that "
             f"{setting} ({share:g}) allows; {remedy}"
         )
+
+
+class RejectedByEpoch:
+    """Rows that filters rejected in each epoch, each row once however often it was answered."""
+
+    def __init__(self) -> None:
+        self._finished: dict[int, int] = {}
+        self._running: int | None = None
+
+    def begin(self, epoch: int, rejected: int) -> None:
+        """An epoch begins or is restored; ``rejected``: rows of the one that was running so far.
+
+        What is known of a later one is forgotten: a restored run comes to it again.
+        """
+        if self._running is not None:
+            self._finished[self._running] = rejected
+        self._finished = {e: rows for e, rows in self._finished.items() if e < epoch}
+        self._running = epoch
+
+    def with_running(self, rejected: int) -> dict[int, int]:
+        """Rows by epoch, with those of the running one."""
+        return self._finished | ({} if self._running is None else {self._running: rejected})

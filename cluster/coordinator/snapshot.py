@@ -21,6 +21,7 @@ class Snapshot:
         evaluation: Figures of the newest evaluation, from rank 0; empty before the first.
         dropped: Rows of this epoch without a usable answer, by reason.
         filtered: Rows of this epoch that filters have rejected, by the filter's name.
+        filtered_by_epoch: Rows that filters have rejected, by epoch, as far as this driver knows.
         outcome: ``completed`` or ``stopped``; None while the run goes on.
         error: The first error that a part of the run stopped with; None without one.
     """
@@ -36,6 +37,7 @@ class Snapshot:
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     dropped: Mapping[str, int] = field(default_factory=dict)
     filtered: Mapping[str, int] = field(default_factory=dict)
+    filtered_by_epoch: Mapping[int, int] = field(default_factory=dict)
     outcome: str | None = None
     error: str | None = None
 

@@ -53,7 +53,7 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
     training, evaluation = result.rows_requested["training"], result.rows_requested["evaluation"]
     answered = counters["rows_answered"] + earlier.get("rows_answered", 0)
     truncated = counters["rows_truncated"] + earlier.get("rows_truncated", 0)
-    rejected = counters["rows_filtered"] + earlier.get("rows_filtered", 0)
+    rejected = _rejected(earlier, snapshot)
     dropped = Counter(prepared.dropped)
     dropped.update(snapshot.dropped)
     ahead_seen = max(snapshot.max_rows_ahead_seen, earlier.get("max_rows_ahead_seen", 0))
@@ -63,12 +63,13 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
         "epochs": epochs,
         "rows_asked": training.asked,
         "rows_scored": training.scored,
-        "rows_reused": max(0, trained + int(rejected) - training.asked - training.scored),
+        "rows_reused": max(0, trained + sum(rejected.values()) - training.asked - training.scored),
         "rows_trained": trained,
         "rows_total": prepared.num_train_rows * epochs,
         "rows_answered": int(answered),
         "rows_truncated": int(truncated),
-        "rows_filtered": int(rejected),
+        "rows_filtered": sum(rejected.values()),
+        "filtered_by_epoch": rejected,
         "evaluation_rows_asked": evaluation.asked,
         "evaluation_rows_scored": evaluation.scored,
         "evaluation_rows_reused": max(0, held_out - evaluation.asked - evaluation.scored),
@@ -104,6 +105,25 @@ def _accepted(snapshot: Snapshot, prepared: Prepared) -> float | None:
     """
     answered = prepared.num_train_rows - sum(snapshot.dropped.values())
     return 1 - sum(snapshot.filtered.values()) / answered if answered > 0 else None
+
+
+def _rejected(earlier: Figures, snapshot: Snapshot) -> dict[str, int]:
+    """Rows that filters rejected, by epoch, each row once; the counters have those that were
+    answered again after a restart twice.
+
+    Earlier epochs are those of earlier starts. Of a start that ended without a summary nothing is
+    known; filters decide alike in every epoch, so the next known one stands for it.
+    """
+    now = {int(epoch): rows for epoch, rows in snapshot.filtered_by_epoch.items()}
+    before = earlier.get("filtered_by_epoch", {})
+    known = {int(e): int(rows) for e, rows in before.items() if e.isdigit()} | now
+    last = max(now, default=max(known, default=-1))
+    found: dict[str, int] = {}
+    rows = 0
+    for epoch in range(last, -1, -1):
+        rows = known.get(epoch, rows)
+        found[str(epoch)] = rows
+    return dict(reversed(found.items()))
 
 
 def _personal(earlier: Figures, counters: Mapping[str, float]) -> Figures:
@@ -171,7 +191,7 @@ def _earlier(folder: Folder) -> Figures:
         return {}
 
 
-SUMS = frozenset({"teacher", "student", "api", "phases", "personal_data"})
+SUMS = frozenset({"teacher", "student", "api", "phases", "personal_data", "filtered_by_epoch"})
 """Entries of a summary that are several sums."""
 
 

@@ -200,6 +200,28 @@ def test_rows_that_filters_reject_have_a_quota_of_their_own_and_are_in_the_ledge
     asyncio.run(run())
 
 
+def test_rows_rejected_in_each_epoch_are_known_over_restarts():
+    """A life that restores an earlier checkpoint forgets what came after it."""
+
+    async def run():
+        c = Coordinator(64, 8, 1.0)
+
+        async def epoch(number, rejected, restored=False):
+            attempt = await c.publish(number, 0, Ledger(8).to_dict(), restored)
+            await c.acquire(attempt, 8, 0)
+            await c.dropped(attempt, rejected, ["filtered: length"] * len(rejected))
+            return (await c.snapshot()).filtered_by_epoch
+
+        assert (await c.snapshot()).filtered_by_epoch == {}
+        assert await epoch(0, [0, 1, 2], restored=True) == {0: 3}
+        assert await epoch(0, [0, 1], restored=True) == {0: 2}
+        assert await epoch(1, [0, 1, 2]) == {0: 2, 1: 3}
+        assert await epoch(2, []) == {0: 2, 1: 3, 2: 0}
+        assert await epoch(1, [0], restored=True) == {0: 2, 1: 1}
+
+    asyncio.run(run())
+
+
 def test_rejected_rows_keep_no_teacher_for_the_next_epoch():
     """Their answers are stored; only what has no answer is asked again."""
 

@@ -141,19 +141,46 @@ def test_a_line_about_a_broken_summary_has_no_traceback(broken: object) -> None:
 
 def test_rows_that_filters_rejected_are_told_by_filter_and_as_a_share(folder: RunFolder) -> None:
     result = outcome(rows_asked=330, rows_answered=320, rows_filtered=80)
-    snapshot = replace(result.snapshot, filtered={"length": 50, "says-answer": 30})
+    filtered = {"length": 50, "says-answer": 30}
+    snapshot = replace(result.snapshot, filtered=filtered, filtered_by_epoch={0: 80})
     summary = write_summary(folder, replace(result, snapshot=snapshot))
     assert summary["filtered"] == {"length": 50, "says-answer": 30}
     assert summary["accepted_fraction"] == pytest.approx(1 - 80 / 319), "one row was dropped"
     assert summary["rows_reused"] == 70, "320 trained and 80 rejected, of which 330 were asked"
     assert "rejected 80 (length 50, says-answer 30), accepted 75 %" in report_of(folder)
     again = write_summary(folder, outcome(rows_answered=80, rows_filtered=20))
-    assert (again["rows_filtered"], again["accepted_fraction"]) == (100, 1.0)
+    assert (again["rows_filtered"], again["accepted_fraction"]) == (80, 1.0)
     assert "rejected" not in report_of(folder), "none in the last epoch"
     twice = outcome(rows_answered=640, rows_filtered=80)  # All of it answered again, by a restart.
     summary = write_summary(folder, replace(twice, snapshot=snapshot))
     assert summary["accepted_fraction"] == pytest.approx(1 - 80 / 319)
     assert write_summary(folder, outcome(stopped_by=2))["accepted_fraction"] is None
+
+
+@pytest.mark.parametrize(
+    ("starts", "rejected"),
+    [
+        ([{0: 10}], {"0": 10}),
+        ([{0: 7}, {0: 10}], {"0": 10}),  # Stopped, and resumed in the same epoch.
+        ([{0: 10, 1: 4}, {1: 10}], {"0": 10, "1": 10}),
+        ([{0: 10, 1: 4}, {0: 10}], {"0": 10}),  # The checkpoint of epoch 1 was lost.
+        ([{2: 10}], {"0": 10, "1": 10, "2": 10}),  # Earlier starts were killed.
+        ([{0: 9}, {2: 10}], {"0": 9, "1": 10, "2": 10}),
+        ([{0: 9}, {}], {"0": 9}),  # Ended before its first epoch began.
+        ([{}], {}),
+    ],
+)
+def test_rows_that_are_rejected_again_after_a_restart_count_once(
+    folder: RunFolder, starts: list[dict[int, int]], rejected: dict[str, int]
+) -> None:
+    """The counters have each of them; so many rows would else be told as read from the store."""
+    for start in starts:
+        result = outcome(rows_asked=320, rows_answered=640, rows_filtered=500)
+        snapshot = replace(result.snapshot, filtered_by_epoch=start)
+        summary = write_summary(folder, replace(result, snapshot=snapshot))
+    total = sum(rejected.values())
+    assert summary["filtered_by_epoch"] == rejected
+    assert (summary["rows_filtered"], summary["rows_reused"]) == (total, total)
 
 
 def test_scored_rows_stand_apart_from_asked_and_reused_ones(folder: RunFolder) -> None:
