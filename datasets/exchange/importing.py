@@ -95,6 +95,7 @@ class Importer:
         self._served: dict[Signal, NDArray[np.bytes_]] = {}  # keys [S], sorted
         self._samples: Counter[bytes] = Counter()
         self._plain = teacher.tokeniser.plain_text()
+        self._tokenizer = teacher.tokeniser.tokenizer
         self._stops = [int(i) for i in teacher.keyed[3]["stop_token_ids"]]
         self._most = int(teacher.keyed[3]["max_tokens"])
         self.done = Imported()
@@ -155,13 +156,13 @@ class Importer:
         """The text in this teacher's ids; control tokens in it stay text."""
         text, reason = row.response, row.finish_reason or "stop"
         begin = text[: LONGEST_TOKEN * self._most]
-        ids = self._plain.encode(begin, add_special_tokens=False).ids
+        ids = self._plain.encode(begin)
         if len(begin) < len(text):
             if len(ids) > self._most + 1:  # Enough of it: the end would be cut off.
                 text, reason = begin, "length"
             else:
-                ids = self._plain.encode(text, add_special_tokens=False).ids
-        if self._plain.decode(ids, skip_special_tokens=False) != text:
+                ids = self._plain.encode(text)
+        if self._tokenizer.decode(ids, skip_special_tokens=False) != text:
             return Answer(error="the tokenizer does not give the text back")
         if reason == "stop" and self._stops:
             ids.append(self._stops[0])
@@ -170,14 +171,14 @@ class Importer:
     def _in_their_ids(self, row: GivenAnswer) -> tuple[Answer, Signal]:
         """The ids and the signal of an exported row, or why they contradict themselves."""
         ids = row.arrays["completion_ids"]
-        known = self._plain.get_vocab_size(with_added_tokens=True)
+        known = self._tokenizer.get_vocab_size(with_added_tokens=True)
         if ids.dtype != np.int32 or not len(ids) or ids.min() < 0 or ids.max() >= known:
             return Answer(error="completion_ids are no ids of this teacher"), TEXT
         stopped = bool(int(ids[-1]) in self._stops) and row.finish_reason != "length"
         if row.finish_reason == "stop" and not stopped:
             return Answer(error="completion_ids do not end as this teacher's answers do"), TEXT
         said = ids[:-1] if stopped else ids
-        if self._plain.decode(said.tolist(), skip_special_tokens=False) != row.response:
+        if self._tokenizer.decode(said.tolist(), skip_special_tokens=False) != row.response:
             return Answer(error="completion_ids are not the ids of the response"), TEXT
         reason = "stop" if stopped else "length"
         if not self._teacher.has_signal:

@@ -17,19 +17,19 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 import numpy as np
-from tokenizers import Tokenizer
 
 from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.base.personal import mask
 from raystill.base.redact import shown_value
 from raystill.config.prompts import PromptsConfig
-from raystill.datasets.prompts.control import ControlTokens
+from raystill.datasets.prompts.control import ControlGuard, Marked
 from raystill.datasets.prompts.progress import Meter, Progress
 from raystill.datasets.prompts.read import RawPrompt
 from raystill.model.tokenizer import (
     SPECIAL_TOKENS,
+    PlainText,
     chat_template,
-    load_tokenizer,
+    control_tokens,
     read_settings,
     shared_tokenizer,
     token_text,
@@ -62,8 +62,10 @@ class PromptTokeniser:
         self.prints_today = False
         day = prompts.template_date
         self._now = datetime.now() if day is None else datetime.fromisoformat(day)
-        self._template = self._compile_template() if prompts.chat_template else None
-        self._control = ControlTokens(self.tokenizer)
+        source = chat_template(self.folder, self.settings)
+        self._control = control_tokens(self.tokenizer, self.settings, self.folder, source)
+        self._guard = ControlGuard(self.tokenizer, self._control, source)
+        self._template = self._compile_template(source) if prompts.chat_template else None
         if self._template is None and prompts.system is not None:
             raise config_error(
                 "prompts.system",
@@ -82,38 +84,55 @@ class PromptTokeniser:
 
     def encode_many(self, raws: Sequence[RawPrompt]) -> list[np.ndarray]:
         """:meth:`encode` of many prompts. Raises ConfigError with those that cannot be rendered."""
-        texts: list[str] = []
+        texts: list[str | None] = []
         problems: list[Problem] = []
-        with_control: dict[int, np.ndarray] = {}
+        marked: dict[int, Marked] = {}
         for batch in Meter(self.progress, "rendering prompts", len(raws)).batches(raws):
             for raw in batch:
                 try:
-                    if (ids := self._encode_control(raw)) is not None:
-                        with_control[len(texts)] = ids
-                    texts.append("" if ids is not None else self.render(raw))
+                    text, with_marks = self._rendered(raw)
                 except TemplateRefusal as error:
                     problems.append(Problem(raw.where, str(error)))
+                    continue
+                if with_marks is not None:
+                    marked[len(texts)] = with_marks
+                texts.append(text)
+        if not problems:
+            # A chat template writes the special tokens itself.
+            special = self._template is None
+            plain = [text or "" for text in texts]
+            encoded = self._encode(plain, "tokenising prompts", special=special)
+            for number, of_one in marked.items():
+                try:
+                    ids = None if texts[number] is None else encoded[number].tolist()
+                    settled = self._guard.settle(texts[number], ids, of_one)
+                    encoded[number] = np.array(settled, dtype=np.int32)
+                except ValueError as error:
+                    problems.append(Problem(raws[number].where, str(error)))
         if problems:
             more = [Problem("prompts", f"{len(problems) - 5} more")] if len(problems) > 5 else []
             raise ConfigError(problems[:5] + more)
-        # A chat template writes the special tokens itself.
-        encoded = self._encode(texts, "tokenising prompts", special=self._template is None)
-        return [with_control.get(number, ids) for number, ids in enumerate(encoded)]
+        return encoded
 
-    def _encode_control(self, raw: RawPrompt) -> np.ndarray | None:
-        """Ids of a prompt that says control tokens; None where it says none.
+    def _rendered(self, raw: RawPrompt) -> tuple[str | None, Marked | None]:
+        """The text of a prompt, and the same with marks if it may hold control tokens.
 
         A raw text, without a template, is taken to be a template's work: its control tokens are.
+        The text is None where the template refuses it only for what a control token looks like.
         """
         if self._template is None:
-            return None
+            return self.render(raw), None
         messages = self.messages(raw)
-        if not self._control.in_messages(messages):
-            return None
+        if not self._guard.possible(messages):
+            return self._render(messages), None
         try:
-            return np.array(self._control.encode(messages, self._render), dtype=np.int32)
+            marked = self._guard.mark(messages, self._render)
         except ValueError as error:
             raise error if isinstance(error, TemplateRefusal) else TemplateRefusal(error) from None
+        try:
+            return self._render(messages), marked
+        except TemplateRefusal:
+            return None, marked
 
     def encode_responses(
         self, texts: Sequence[str], stop_token_ids: Sequence[int]
@@ -122,24 +141,34 @@ class PromptTokeniser:
 
         One is appended where the text ends with none: the tokenizer's own end token, if it is one
         of ``stop_token_ids``, since that ends a turn of chat; else the first of them. An empty text
-        has no ids.
+        has no ids. A control token anywhere else in a text is text.
         """
         end = token_text(self.settings.get("eos_token"))
         own = None if end is None else self.tokenizer.token_to_id(end)
         stop = stop_token_ids[0] if own is None or own not in stop_token_ids else own
-        return [
-            ids if not len(ids) or ids[-1] in stop_token_ids else np.append(ids, np.int32(stop))
-            for ids in self._encode(texts, "tokenising responses", special=False)
-        ]
+        added = self.tokenizer.get_added_tokens_decoder()
+        ends = [(added[i], i) for i in stop_token_ids if i in added and i in self._control.always]
+        bodies: list[str] = []
+        stops: list[int | None] = []
+        for text in texts:
+            token, found = next((e for e in ends if text.endswith(e[0].content)), (None, None))
+            body = text if token is None else text[: len(text) - len(token.content)]
+            bodies.append(body.rstrip() if token is not None and token.lstrip else body)
+            stops.append(found)
+        encoded = self._encode(bodies, "tokenising responses", special=False)
+        responses = []
+        for body, ids, ended in zip(bodies, encoded, stops, strict=True):
+            said = self._guard.response(ids.tolist(), body)
+            if ended is not None:
+                said = [*said, ended]
+            elif said and said[-1] not in stop_token_ids:
+                said = [*said, stop]
+            responses.append(np.array(said, dtype=np.int32))
+        return responses
 
-    def plain_text(self) -> Tokenizer:
-        """The tokenizer for which text that looks like a special token is text.
-
-        For answers in words, which must not begin or end a turn of the chat.
-        """
-        tokenizer = load_tokenizer(self.folder, self.settings)
-        tokenizer.encode_special_tokens = True
-        return tokenizer
+    def plain_text(self) -> PlainText:
+        """Reads answers in words, which must not begin or end a turn of the chat."""
+        return self._guard.plain(self._control.always)
 
     def _encode(self, texts: Sequence[str], phase: str, special: bool) -> list[np.ndarray]:
         ids: list[np.ndarray] = []
@@ -184,7 +213,8 @@ class PromptTokeniser:
         """
         for message in messages:
             role = message["role"]
-            if role in ROLES or any(f"{q}{role}{q}" in self._template_text for q in "'\""):
+            named = any(f"{q}{role}{q}" in self._template_text for q in "'\"")
+            if role in ROLES or (named and role.replace("-", "_").isidentifier()):
                 continue
             raise TemplateRefusal(
                 f"has a message of the role {mask(shown_value(role, 60))}; expected one of "
@@ -208,8 +238,7 @@ class PromptTokeniser:
 
     def notices(self) -> list[str]:
         """Warnings about the prompts that were rendered."""
-        control = self._control.notice()
-        notices = [] if control is None else [control]
+        notices = self._guard.notices()
         if not self.prints_today:
             return notices
         return [
@@ -224,8 +253,7 @@ class PromptTokeniser:
         self.prints_today = self.prompts.template_date is None
         return self._now.strftime(form)
 
-    def _compile_template(self) -> jinja2.Template:
-        source = chat_template(self.folder, self.settings)
+    def _compile_template(self, source: str | None) -> jinja2.Template:
         if source is None:
             raise config_error(
                 "prompts.chat_template",

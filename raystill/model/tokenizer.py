@@ -2,10 +2,18 @@
 
 ``check`` should end within five seconds, and runs on machines without torch. So this module reads
 ``tokenizer.json`` and the chat template itself. Tests compare it with ``AutoTokenizer``.
+
+It also says which tokens are control tokens (:func:`control_tokens`), and reads text in which none
+of them can be written (:class:`PlainText`).
 """
 
 import hashlib
 import json
+import re
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +25,15 @@ from raystill.model.files import read_object
 
 SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
+PIPED = re.compile(r"[<\[][|\uff5c].+[|\uff5c][>\]]", re.DOTALL)
+"""The form in which most models write what begins and ends a turn, with either bar."""
+ENDS = ("<s>", "</s>", "<bos>", "<eos>", "<pad>", "<unk>")
+"""What begins, ends or fills a text in vocabularies of SentencePiece, marked as special or not."""
+TAG = re.compile(r"</?([A-Za-z][\w:.-]*)>")
+PRIVATE = (0xF0000, 0x100000)
+"""Where the two planes begin whose characters Unicode leaves to private agreement."""
+PLANE = 0xFFFE
+NAME_CHARACTERS = 8
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -146,3 +163,113 @@ def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
 def token_text(token: Any) -> str | None:
     """Return a token's text; in the files a token is text, or an object with ``content``."""
     return token.get("content") if isinstance(token, dict) else token
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """Token ids with a meaning that only a chat template, or the model itself, may give a text.
+
+    always: those that frame turns. tags: pairs like ``<think>`` and ``</think>`` that are not
+    marked as special and that the template writes: whoever asks may not write them, but they are
+    words of an answer.
+    """
+
+    always: frozenset[int]
+    tags: frozenset[int]
+
+    @property
+    def all(self) -> frozenset[int]:
+        """Both kinds."""
+        return self.always | self.tags
+
+
+def control_tokens(
+    tokenizer: Tokenizer, settings: Mapping[str, Any], folder: Path, template: str | None
+) -> ControlTokens:
+    """The control tokens of a model's folder.
+
+    Beside those marked as special: an added token that ``tokenizer_config.json`` names by its role
+    or ``generation_config.json`` as an end, one of the form ``<|...|>``, and one in brackets that
+    the chat template writes. DeepSeek-V3's ``<|User|>`` and Command R's start of a turn, for
+    example, are not marked. Runs of spaces, which some vocabularies add, are none.
+    """
+    added = tokenizer.get_added_tokens_decoder()
+    named = {token_text(settings.get(f"{name}_token")) for name in SPECIAL_TOKENS}
+    ends = read_object(folder / "generation_config.json").get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    names = Counter(found[1] for t in added.values() if (found := TAG.fullmatch(t.content)))
+    always: set[int] = set()
+    tags: set[int] = set()
+    for index, token in added.items():
+        text = token.content
+        if not text.strip():
+            continue
+        if token.special or text in ENDS or text in named or index in ends or PIPED.fullmatch(text):
+            always.add(index)
+        elif _in_brackets(text) and template is not None and text in template:
+            tag = TAG.fullmatch(text)
+            (tags if tag is not None and names[tag[1]] > 1 else always).add(index)
+    return ControlTokens(frozenset(always), frozenset(tags))
+
+
+def _in_brackets(text: str) -> bool:
+    """Whether a text of three characters or more has no letter or digit at its ends."""
+    return len(text) > 2 and not any(c.isalnum() or c.isspace() for c in (text[0], text[-1]))
+
+
+class PlainText:
+    """Reads text in which no control token can be written, however it is spelt.
+
+    It is the tokenizer with its control tokens under secret names of private characters, in the
+    list of added tokens and in the vocabulary: so neither their text, nor one that the normaliser
+    makes of it, nor the merges of the vocabulary lead to their ids. All other text has the ids it
+    always has. ``encode_special_tokens`` of the library leaves out tokens that are not marked as
+    special, and those that the vocabulary has as pieces.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, control: Iterable[int]) -> None:
+        added = tokenizer.get_added_tokens_decoder()
+        self.names = {index: _secret_name() for index in control}
+        contents = {added[index].content: name for index, name in self.names.items()}
+        described = json.loads(tokenizer.to_str())
+        described |= {"post_processor": None, "truncation": None, "padding": None}
+        normalise = tokenizer.normalizer
+        for token in described["added_tokens"]:
+            if token["id"] in self.names:
+                token["content"] = name = self.names[token["id"]]
+                kept = normalise is None or name in normalise.normalize_str(name)
+                token["normalized"] = token["normalized"] and kept
+        _rename(described["model"], contents)
+        self._tokenizer = Tokenizer.from_str(json.dumps(described))
+        wrong = [i for i, name in self.names.items() if self._tokenizer.token_to_id(name) != i]
+        assert not wrong, f"token ids {wrong[:5]} are others under another name"
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. A control token is read only by its name in :attr:`names`."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def _secret_name() -> str:
+    """A text that nobody guesses, of characters that no vocabulary has."""
+    return "".join(
+        chr(secrets.choice(PRIVATE) + secrets.randbelow(PLANE)) for _ in range(NAME_CHARACTERS)
+    )
+
+
+def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Rename pieces of a vocabulary, and drop the merges that lead to them or begin with them."""
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(piece, piece): index for piece, index in vocabulary.items()}
+    elif isinstance(vocabulary, list):
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+    if (unknown := model.get("unk_token")) is not None:
+        model["unk_token"] = names.get(unknown, unknown)
+    if merges := model.get("merges"):
+        parts = (m.split(" ", 1) if isinstance(m, str) else m for m in merges)
+        model["merges"] = [
+            [left, right]
+            for left, right in parts
+            if left not in names and right not in names and left + right not in names
+        ]

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from raystill.base.run_folder import MESSAGES, RunFolder
 from raystill.config.teacher import TeacherConfig
 from raystill.model.sampling import ResolvedSampling
+from raystill.model.tokenizer import chat_template, control_tokens, load_tokenizer, read_settings
 from raystill.serve.api.engine import ApiEngine
 from raystill.serve.api.limits import Limits, Spending
 from raystill.serve.api.service import Service
@@ -31,7 +30,10 @@ def api_engine(
         if coordinator is not None:
             coordinator.add.remote(counters)
 
-    tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+    place = Path(folder)
+    settings = read_settings(place)
+    tokenizer = load_tokenizer(place, settings)
+    control = control_tokens(tokenizer, settings, place, chat_template(place, settings)).always
     service = Service(teacher, Limits(teacher.api, spending.cost, report))
     messages = run_folder.read_table(MESSAGES)
-    return ApiEngine(teacher, sampling, tokenizer, messages, service)
+    return ApiEngine(teacher, sampling, (tokenizer, control), messages, service)

@@ -15,7 +15,7 @@ what is paid has been stored: the row's error begins with ``FATAL``.
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from raystill.datasets.rows.keys import prompt_digest
 from raystill.datasets.rows.schema import FATAL
 from raystill.datasets.rows.signal import Signal
 from raystill.model.sampling import ResolvedSampling
+from raystill.model.tokenizer import PlainText
 from raystill.serve.api.service import Request, Service
 
 UNBOUNDED = 2**31 - 1
@@ -43,22 +44,23 @@ class ApiEngine:
         self,
         teacher: TeacherConfig,
         sampling: ResolvedSampling,
-        tokenizer: Tokenizer,
+        reader: tuple[Tokenizer, Collection[int]],
         messages: pa.Table,
         service: Service,
     ) -> None:
-        """messages: columns ``digest`` and ``messages`` (JSON)."""
+        """reader: the tokenizer, and the control tokens that no text is read as. messages: columns
+        ``digest`` and ``messages`` (JSON).
+        """
         self.version = service.version
         self._api: ApiConfig = teacher.api
         self._sampling = sampling
-        self._tokenizer = tokenizer
-        # Text that looks like a special token stays text: nobody but the template ends a turn.
-        self._tokenizer.encode_special_tokens = True
+        # Text that looks like a control token stays text: nobody but the template ends a turn.
+        self._tokenizer, self._plain = reader[0], PlainText(*reader)
         self._messages: dict[bytes, str] = dict(
             zip(messages["digest"].to_pylist(), messages["messages"].to_pylist(), strict=True)
         )
         self.service = service
-        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.max_model_len = teacher.max_model_len or UNBOUNDED
 
     async def start(self) -> None:
@@ -125,7 +127,7 @@ class ApiEngine:
     def _written(self, completion: Any) -> int:
         """Tokens of the text, by this tokenizer."""
         text = completion.choices[0].message.content or ""
-        return len(self._tokenizer.encode(text, add_special_tokens=False).ids) + 1
+        return len(self._plain.encode(text)) + 1
 
     def _read(self, completion: Any) -> Answer | str:
         """The answer, or why it cannot be used; raises one of UNREADABLE."""
@@ -144,7 +146,7 @@ class ApiEngine:
         return self._in_ids(text, complete=choice.finish_reason == "stop")
 
     def _in_ids(self, text: str, complete: bool) -> Answer | str:
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._plain.encode(text)
         if self._tokenizer.decode(ids, skip_special_tokens=False) != text:
             return "not_exact"
         stops = self._sampling.stop_token_ids

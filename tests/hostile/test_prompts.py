@@ -23,6 +23,7 @@ from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.files import find_files, prompt_sources, would_read
 from raystill.datasets.prompts.read import RawPrompt
 from raystill.datasets.prompts.tokenise import PromptTokeniser
+from raystill.model.tokenizer import PLANE, PRIVATE
 from tests.support.end_to_end import TEACHER
 from tests.support.sound_run import SOUND
 
@@ -316,12 +317,16 @@ def test_such_prompts_are_counted(place: Path) -> None:
 
 
 def test_private_characters_beside_a_control_token(tokenisers: dict[str, PromptTokeniser]) -> None:
-    """The marks are private characters; a prompt that has some keeps them, or is refused."""
+    """The marks are private characters that a prompt lacks; if it has all, it is refused."""
     tokeniser = tokenisers["chatml"]
     three = control(tokeniser, "a", "b", "c")
-    assert control(tokeniser, "a", "b", "<|im_end|>\U000f0000\U000f0003") == three
+    text = "<|im_end|>\U000f0000\U000f0003\U00100003"
+    assert control(tokeniser, "a", "b", text) == three
+    ids = tokeniser.encode(RawPrompt(text, None, "s", "w")).tolist()
+    assert text in tokeniser.tokenizer.decode(ids, skip_special_tokens=False)
+    every = "".join(chr(start + i) for start in PRIVATE for i in range(PLANE))
     with pytest.raises(ValueError, match="private characters"):
-        control(tokeniser, "a", "b", "<|im_end|>\U000f0000\U00100003")
+        control(tokeniser, "a", "b", f"<|im_end|>{every}")
 
 
 def test_a_tokenizer_is_read_once_and_anew_when_its_file_changes(tmp_path: Path) -> None:
@@ -333,8 +338,9 @@ def test_a_tokenizer_is_read_once_and_anew_when_its_file_changes(tmp_path: Path)
         (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     first, second = (PromptTokeniser(folder, PromptsConfig(path="-")) for folder in (one, other))
     assert first.tokenizer is second.tokenizer
-    assert first.plain_text().encode_special_tokens
-    assert not first.tokenizer.encode_special_tokens
+    stop = first.tokenizer.token_to_id("<|im_end|>")
+    assert stop not in first.plain_text().encode("<|im_end|>")
+    assert first.tokenizer.encode("<|im_end|>").ids == [stop]
     tokenizer = Tokenizer.from_file(str(one / "tokenizer.json"))
     tokenizer.add_special_tokens([AddedToken("<|new|>", special=True)])
     tokenizer.save(str(one / "tokenizer.json"))
