@@ -39,6 +39,7 @@ from raystill.cluster.lineage.hub import check_hub
 from raystill.config.load import load_leniently
 from raystill.config.run import RunConfig
 from raystill.datasets.filters.function import check_functions, read_functions
+from raystill.datasets.filters.language import check_languages
 from raystill.datasets.prompts.progress import Progress
 from raystill.datasets.prompts.read import read_prompts
 from raystill.datasets.prompts.select import UNBOUNDED
@@ -187,6 +188,7 @@ class StaticCheck:
         try:
             texts = read_functions(self.config.filters)
             self.problems += check_functions(self.config.filters, texts)
+            self.problems += check_languages(self.config.filters)
             if self.output is not None and not self.refused:
                 self.problems += check_same_functions(self.config, self.output)
         except ConfigError as error:

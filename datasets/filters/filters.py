@@ -32,6 +32,7 @@ from raystill.config.stream import (
 )
 from raystill.datasets.filters.answers import Answers, Decode, Int32Array
 from raystill.datasets.filters.function import Function, code_of
+from raystill.datasets.filters.language import by_language
 from raystill.datasets.filters.personal import Encode, by_personal_data
 from raystill.datasets.filters.reference import agrees
 from raystill.datasets.rows.schema import FILTERED
@@ -282,5 +283,6 @@ FILTERS: dict[str, Callable[..., Mask]] = {
     "answer": by_answer,
     "similar": by_similarity,
     "personal_data": by_personal_data,
+    "language": by_language,
 }
 """Filters by the setting of an entry of ``filters``; each gets that setting and the answers."""

@@ -149,6 +149,17 @@ class RefusalConfig(ConfigModel):
     )
 
 
+class LanguageConfig(ConfigModel):
+    """Rejects answers in another language than these, by py3langid (extra language)."""
+
+    allowed: tuple[Phrase, ...] = identity(
+        min_length=1, description="Languages by their codes in ISO 639-1, for example [en, de]."
+    )
+    min_probability: float = identity(
+        0.5, gt=0, le=1, description="Least probability of another language at which it rejects."
+    )
+
+
 class AnswerConfig(ConfigModel):
     """Rejects answers that differ from a reference, which the prompt file has in a column.
 
@@ -257,14 +268,15 @@ class FilterConfig(ConfigModel):
         min_length=1,
         description="Names of the sources whose rows it looks at. Default: all.",
     )
-    length: LengthConfig | None = identity(
-        None, description="Rejects answers that are too short or too long."
-    )
+    length: LengthConfig | None = identity(None, description="Rejects answers by their length.")
     repetition: RepetitionConfig | None = identity(
         None, description="Rejects answers that repeat themselves."
     )
     regex: RegexConfig | None = identity(None, description="Rejects answers by what they match.")
     refusal: RefusalConfig | None = identity(None, description="Rejects answers that refuse.")
+    language: LanguageConfig | None = identity(
+        None, description="Rejects answers in other languages."
+    )
     finished: bool = identity(
         False, description="Rejects answers that do not end with a stop token."
     )

@@ -23,6 +23,7 @@ from raystill.datasets.filters import function as functions
 from raystill.datasets.filters.answers import Answers
 from raystill.datasets.filters.filters import AnswerFilters, repeated_share, text_of
 from raystill.datasets.filters.function import read_functions
+from raystill.datasets.filters.language import check_languages
 from raystill.datasets.filters.reference import last_box, value_of
 from raystill.datasets.prompts.reader import PromptReader
 from raystill.datasets.prompts.tables import build_prompt_tables
@@ -777,3 +778,36 @@ def test_a_mask_needs_a_run_that_learns_from_text(tmp_path):
     rule = [{"personal_data": {"action": "mask"}}]
     with pytest.raises(ConfigError, match=r"signal.kind is 'topk'.*set action: reject"):
         tables(tmp_path, [{"prompt": "x"}], rule)
+
+
+@pytest.mark.parametrize(
+    ("text", "allowed", "bad"),
+    [
+        ("The farmer sells five of his eggs at the market.", ["en"], False),
+        ("Der Bauer verkauft f\u00fcnf Eier auf dem Markt.", ["en"], True),
+        ("Der Bauer verkauft f\u00fcnf Eier auf dem Markt.", ["en", "de"], False),
+        ("\u7b54\u6848\u662f\u56db\u5341\u4e8c\u3002", ["en"], True),
+        ("42", ["de"], False),
+        ("", ["de"], False),
+        ("x = [f(y) for y in z]", ["de"], False),
+        ("word " * 200_000, ["en", "nl", "af"], False),
+    ],
+)
+def test_answers_in_other_languages_are_rejected(text, allowed, bad):
+    pytest.importorskip("py3langid")
+    start = time.process_time()
+    told = rejected([{"language": {"allowed": allowed}}], text)
+    assert told == ["language" if bad else None]
+    assert time.process_time() - start < 10
+
+
+def test_languages_that_nobody_knows_are_a_problem(monkeypatch):
+    pytest.importorskip("py3langid")
+    config = FiltersConfig.model_validate([{"language": {"allowed": ["en", "english"]}}])
+    (problem,) = check_languages(config)
+    assert problem.where == "filters.rules.0.language.allowed"
+    assert "'english'" in problem.message and " en, " in problem.message
+    monkeypatch.setattr("raystill.datasets.filters.language.find_spec", lambda name: None)
+    (problem,) = check_languages(config)
+    assert "raystill[language]" in problem.message
+    assert list(check_languages(FiltersConfig())) == []
