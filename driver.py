@@ -10,6 +10,7 @@ reports; no row ever passes through it.
     python driver.py calibrate configs/quickstart.yaml
     python driver.py report runs/quickstart
     python driver.py draft runs/quickstart
+    python driver.py speed runs/quickstart
     python driver.py store list runs/teacher_store
     python driver.py submit configs/quickstart.yaml --address http://127.0.0.1:8265
 
@@ -39,6 +40,7 @@ EXIT_FAILED = 1
 LONGEST_ERROR = 3000
 """Characters of an error of a run, which may quote a log."""
 EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141  # What a shell reports of a program that SIGPIPE ended.
 STATUSES = """\b
 Exit status:
@@ -117,11 +119,13 @@ def run(
     from raystill.cluster.report import summary, tables
     from raystill.cluster.report.page.during import close_page, failure_recorded
     from raystill.cluster.report.trackers import Trackers
+    from raystill.cluster.worth import after
 
     if manifest.is_finished(folder, config.training.epochs):
         say(f"This run is finished; its report, from {folder.path}:")
+        ended = after.complete_run(config, folder, say)
         tables.print_report(folder)
-        return 0
+        return 0 if ended else EXIT_INTERRUPTED
     say(prepared.describe())
     with (
         hold_run_folder(folder),
@@ -140,7 +144,8 @@ def run(
             stream = job.stream(this_run, prepared)
             student = job.fit(this_run, stream)
             result = watch(this_run, prepared, teacher, student, trackers)
-        summary.write_summary(folder, result)
+            summary.write_summary(folder, result)
+            ended = result.stopped_by != 0 or after.evaluate_run(config, folder, say)
         if not result.stopped_by:
             leave_papers(folder, say)
             push_finished(folder, config, say)
@@ -150,7 +155,7 @@ def run(
         say(f"Stopped after step {result.snapshot.step}; resume with:\n  {again}")
         return 128 + result.stopped_by
     tables.print_report(folder)
-    return 0
+    return 0 if ended else EXIT_INTERRUPTED
 
 
 @app.command()
@@ -255,6 +260,7 @@ def draft(
 
 
 app.command()(worth.tasks)
+app.command()(worth.speed)
 
 
 @app.command()

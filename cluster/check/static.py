@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from raystill.base.errors import ConfigError, Problem
 from raystill.base.run_folder import RunFolder, resolve_output, resolve_store
+from raystill.cluster.check.evaluation import check_evaluation, check_tasks
 from raystill.cluster.check.folders import check_settings, code_notices
-from raystill.cluster.check.functions import check_evaluation
 from raystill.cluster.check.models import (
     api_notices,
     check_ids,
@@ -125,6 +125,8 @@ class StaticCheck:
             self.notices += notices
         if self.known("evaluation"):
             self.problems += check_evaluation(self.config.evaluation)
+            if self.known("teacher"):
+                self.problems += check_tasks(self.config, self.output)
         self.check_folders()
         if self.known("filters"):
             self.check_functions()

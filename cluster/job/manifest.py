@@ -12,7 +12,7 @@ from raystill.base.errors import Problem
 from raystill.base.records import read_object
 from raystill.base.redact import redacted
 from raystill.base.run_folder import RunFolder
-from raystill.cluster.check.functions import copy_functions
+from raystill.cluster.check.evaluation import copy_functions
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.check.terms import record
 from raystill.cluster.job.connect import project_root

@@ -19,7 +19,7 @@ from raystill.base.errors import RunError
 from raystill.base.logs import run_name
 from raystill.base.personal import mask
 from raystill.base.records import BrokenFile, Folder, read_lines, read_object
-from raystill.base.run_folder import REPORT, TASKS
+from raystill.base.run_folder import REPORT
 from raystill.cluster.report.summary import (
     Figures,
     api_line,
@@ -28,7 +28,7 @@ from raystill.cluster.report.summary import (
     student_written_line,
     write_summary,
 )
-from raystill.cluster.report.tasks import CAPTION, task_table
+from raystill.cluster.report.worth import sections
 
 __all__ = ["print_report", "write_summary"]
 
@@ -133,8 +133,8 @@ def _print_sections(console: Console, folder: Folder) -> None:
         _footnotes(console, before, summary.get("baselines") or {})
         if checks := check_rows(before, after):
             _section(console, "Checks of the answers, mean with 95 % interval", _checks(checks))
-    if folder.exists(TASKS) and (scores := task_table(read_object(folder, TASKS))):
-        _section(console, CAPTION, scores)
+    for caption, worth in sections(folder):
+        _section(console, caption, worth)
     _section(console, "Rows and time", _totals_table(summary))
     for number, example in enumerate(examples(folder), start=1):
         heading = "Held-out prompts, answered" if number == 1 else None

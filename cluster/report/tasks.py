@@ -29,6 +29,26 @@ def task_rows(found: object) -> list[list[str]]:
     return rows
 
 
+def failures(found: object) -> list[str]:
+    """``before: why it could not be asked`` of each model that failed."""
+    failed = found.get("failed") if isinstance(found, dict) else None
+    return [f"{name}: {formatting.one_line(reason)}" for name, reason in _items(failed)]
+
+
+def shares(found: object) -> dict[str, float]:
+    """The student's share of the teacher's score at each task, by its first metric that has one.
+
+    Only metrics of which more is better have one.
+    """
+    by_task: dict[str, float] = {}
+    for task, metrics in _items(found.get("tasks") if isinstance(found, dict) else None):
+        for _, of in _items(metrics):
+            share = of.get("share_of_teacher") if isinstance(of, dict) else None
+            if isinstance(share, (int, float)) and not isinstance(share, bool):
+                by_task.setdefault(str(task), float(share))
+    return by_task
+
+
 def _items(value: object) -> list[tuple[Any, Any]]:
     """The items of a mapping; none of anything else."""
     return list(value.items()) if isinstance(value, dict) else []
@@ -70,4 +90,6 @@ def print_tasks(found: dict[str, Any], console: Console | None = None) -> None:
     with console.capture() as captured:
         console.print(CAPTION)
         console.print(table if table is not None else "no scores")
+        for failure in failures(found):
+            console.print(f"could not be asked: {failure}")
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))

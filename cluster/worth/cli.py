@@ -32,6 +32,26 @@ Backend = Annotated[
 Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Rows that are asked at once.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Ask through the models' chat templates.")]
 
+Before = Annotated[
+    bool, typer.Option("--before/--no-before", help="Ask the student as it began, too.")
+]
+Tokens = Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of every answer.")]
+Streams = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Prompts that are answered one after the other.")
+]
+AtOnce = Annotated[
+    int | None,
+    typer.Option(
+        "--concurrency",
+        min=1,
+        metavar="N",
+        show_default="teacher.max_num_seqs",
+        help="Answers that are written at once.",
+    ),
+]
+Starts = Annotated[int, typer.Option(min=1, metavar="N", help="Starts of each model, in turn.")]
+Passes = Annotated[int, typer.Option(min=1, metavar="N", help="Passes of each start.")]
+
 
 def tasks(
     run_folder: options.RunFolder,
@@ -41,6 +61,7 @@ def tasks(
     backend: Backend = "hf",
     batch: Batch = 8,
     chat: Chat = False,
+    before: Before = True,
     as_json: options.AsJson = False,
 ) -> int:
     """Score teacher and student at tasks of lm-evaluation-harness.
@@ -48,12 +69,33 @@ def tasks(
     With its intervals; its own tasks, or those of files of yours.
     """
     from raystill.base.errors import RunError
-    from raystill.cluster.worth.tasks import TaskOptions, tasks_command
+    from raystill.cluster.harness.ask import TaskOptions
+    from raystill.cluster.worth.tasks import tasks_command
 
     if backend not in ("hf", "vllm"):
         raise RunError(f"--backend is {backend!r}; expected hf or vllm")
     wanted = TaskOptions(task, include, limit, backend, batch, chat)
-    return tasks_command(run_folder, wanted, as_json, _say)
+    return tasks_command(run_folder, wanted, as_json, _say, before)
+
+
+def speed(
+    run_folder: options.RunFolder,
+    overrides: options.Overrides,
+    tokens: Tokens = 64,
+    streams: Streams = 4,
+    concurrency: AtOnce = None,
+    starts: Starts = 2,
+    passes: Passes = 3,
+    as_json: options.AsJson = False,
+) -> int:
+    """Measure how much faster and smaller the student is.
+
+    Teacher and student in the same engine, in turn: tokens/s, time to first token, memory.
+    """
+    from raystill.cluster.worth.speed import SpeedOptions, speed_command
+
+    wanted = SpeedOptions(tokens, streams, concurrency, starts, passes)
+    return speed_command(run_folder, overrides, wanted, as_json, _say)
 
 
 def _say(text: str) -> None:

@@ -1,81 +1,97 @@
-"""``raystill tasks``: the teacher and the finished student at tasks of lm-evaluation-harness.
+"""The teacher, the student as it began, and the finished student at tasks of an evaluation harness.
 
-Where it sits: the driver reads the run folder and calls `tasks_command`, which has the harness ask
-one model after the other, each in a process of its own (``python -m lm_eval``), on this machine.
-Its figures go to ``tasks.json`` of the run folder; the closing table and the page show them.
+Where it sits: `tasks_command` (``raystill tasks``) has one model after the other asked on this
+machine; `evaluate_run` does the same at the end of a run whose file names ``evaluation.tasks``, on
+the cluster, where a replica of the teacher would be. Figures go to ``tasks.json`` of the run folder
+after each model; the closing table and the page show them. What was measured there before, of the
+same models at the same tasks, is kept.
 
 The harness is an optional extra (``raystill[tasks]``). Its standard error of a metric gives the
 95 % interval, mean +- 1.96 standard errors.
 """
 
-import importlib.util
+import hashlib
 import json
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import metadata
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from raystill.base import formatting
 from raystill.base.errors import ConfigError, Problem, RunError
-from raystill.base.records import plain
+from raystill.base.records import BrokenFile, plain, read_object
 from raystill.base.redact import redact, redacted
-from raystill.base.run_folder import CONFIG, STUDENT, TASKS, RunFolder
+from raystill.base.run_folder import CONFIG, LAYERS, STUDENT, TASKS, RunFolder
 from raystill.cluster.commands.as_json import print_json, say_beside
+from raystill.cluster.harness.ask import (
+    Figures,
+    TaskOptions,
+    ask,
+    compare,
+    folder_content,
+    harness_version,
+    scores,
+    unpacked,
+)
 from raystill.cluster.job.driver_process import hold_run_folder
 from raystill.cluster.report.page.page import page_anew
 from raystill.cluster.report.tasks import print_tasks
+from raystill.cluster.worth.start import Start
 from raystill.config.load import load_config
-from raystill.config.run import RunConfig
+from raystill.config.run import RunConfig, absolute_paths
 from raystill.model.files import ModelFolder, find_model
+from raystill.model.identity import teacher_identity
+from raystill.model.on_node import ModelSource
 
-HARNESS = "lm_eval"
-Z95 = 1.959964
-"""Standard normal quantile of 0.975."""
-LAST_LINES = 12
 EXIT_INTERRUPTED = 130
-Figures = dict[str, Any]
+ANSWERS = "tasks"
+"""Folder of the harness's answers so far, in the log folder; gone when a model is done."""
+ORDER = ("teacher", "before", "student")
+Model = ModelSource | Start
 
 
 @dataclass(frozen=True)
-class TaskOptions:
-    """What is asked for.
+class Asked:
+    """What one model is asked with. Pickles: it may be asked on another node.
 
     Attributes:
-        names: Tasks of the harness, or of the files in ``include``.
-        include: Folder of task files, in which the harness runs, so that a task file names its data
-            relative to itself; None: the harness's own tasks alone.
-        limit: Most documents of a task; None: all.
-        backend: The harness's kind of model, ``hf`` or ``vllm``.
-        batch: Rows that are asked at once.
-        chat: Whether documents go through the model's chat template.
+        options: The tasks; ``include`` is set where they are asked.
+        content: The folder of task files, by names in it; None: there is none.
+        dtype: The teacher's precision.
+        run_folder: Path of the run folder, for the log.
     """
 
-    names: Sequence[str]
-    include: str | None = None
-    limit: int | None = None
-    backend: str = "hf"
-    batch: int = 8
-    chat: bool = False
+    options: TaskOptions
+    content: dict[str, bytes] | None
+    dtype: str
+    run_folder: str
+
+    @classmethod
+    def of(cls, options: TaskOptions, config: RunConfig, folder: RunFolder) -> "Asked":
+        """For a run; raises RunError where ``options.include`` is no folder of tasks."""
+        content = None if options.include is None else folder_content(options.include)
+        return cls(options, content, config.teacher.dtype, folder.path)
+
+    def settings(self) -> Figures:
+        """What figures depend on beside the model; as tasks.json keeps it."""
+        digest = hashlib.sha256()
+        for name, data in sorted((self.content or {}).items()):
+            digest.update(f"{name}\0{len(data)}\0".encode() + data)
+        return {
+            "harness": harness_version(),
+            "names": list(self.options.names),
+            "files": None if self.content is None else digest.hexdigest(),
+            "backend": self.options.backend,
+            "limit": self.options.limit,
+            "chat_template": self.options.chat,
+            "dtype": self.dtype,
+        }
 
 
-def harness_version() -> str:
-    """The installed harness's. Raises RunError where there is none."""
-    if importlib.util.find_spec(HARNESS) is None:
-        raise RunError(
-            "the tasks are those of lm-evaluation-harness, which is not installed; install it: "
-            "pip install 'raystill[tasks]', in a clone: make tasks"
-        )
-    return metadata.version("lm-eval")
-
-
-def models_of(folder: RunFolder) -> tuple[RunConfig, dict[str, Path]]:
-    """The run's configuration, and the folders of its models on this machine, by what they are:
-    teacher, student, and before: what the student was, where that is a model of its own.
+def models_of(folder: RunFolder, before: bool = True) -> tuple[RunConfig, dict[str, Model]]:
+    """The run's configuration, and its models: teacher, before (the student's start), student.
 
     Raises RunError and ConfigError where there is nothing to measure.
     """
@@ -90,151 +106,179 @@ def models_of(folder: RunFolder) -> tuple[RunConfig, dict[str, Path]]:
             f"{folder.path} has no finished student ({STUDENT}/ is missing, or without config.json "
             "or weights); finish the run first: raystill run RUN.yaml"
         )
-    config = load_config(folder.local / CONFIG, [])
+    config = absolute_paths(load_config(folder.local / CONFIG, []))
     if config.teacher.engine != "vllm":
         message = f"is {config.teacher.engine!r}: its weights are not there to be asked"
         raise ConfigError([Problem("teacher.engine", message)])
-    wished = {"teacher": (config.teacher.model, config.teacher.revision)}
-    if config.student.init == "model" and config.student.model:
-        wished["before"] = (config.student.model, config.student.revision)
-    models = {}
-    for name, (model, revision) in wished.items():
-        found = find_model(model, revision)
-        if found.model is None:
-            field = "teacher.model" if name == "teacher" else "student.model"
-            raise ConfigError([Problem(field, str(found.problem or found.notice))])
-        models[name] = Path(found.model.path).absolute()
-    return config, {**models, "student": Path(student.path).absolute()}
+    teacher = _found("teacher.model", config.teacher.model, config.teacher.revision)
+    models: dict[str, Model] = {"teacher": teacher}
+    if before and config.student.model is not None:
+        models["before"] = _found("student.model", config.student.model, config.student.revision)
+    elif before:
+        shape = folder.read_text(LAYERS) if folder.exists(LAYERS) else None
+        models["before"] = Start(config, teacher, shape)
+    models["student"] = ModelSource.of(STUDENT, folder.local / STUDENT)
+    return config, models
 
 
-def ask(model: Path, options: TaskOptions, dtype: str, log: Path) -> Figures:
-    """What the harness says of one model: its results file. Raises RunError with the end of its
-    output where it fails.
-    """
-    with tempfile.TemporaryDirectory(prefix="raystill-tasks-") as place:
-        arguments = {"pretrained": str(model), "dtype": dtype}
-        command = [sys.executable, "-m", HARNESS, "run", "--model", options.backend]
-        command += ["--model_args", json.dumps(arguments), "--tasks", ",".join(options.names)]
-        command += ["--batch_size", str(options.batch), "--output_path", place]
-        if options.limit is not None:
-            command += ["--limit", str(options.limit)]
-        if options.chat:
-            command.append("--apply_chat_template")
-        if options.include is not None:
-            command += ["--include_path", "."]
-        with log.open("a") as file:
-            cwd = options.include or place  # Not this folder, whose datasets/ is no package.
-            code = subprocess.run(command, cwd=cwd, stdout=file, stderr=file).returncode
-        found = sorted(Path(place).rglob("results_*.json"))
-        if code == 0 and found:
-            results: Figures = json.loads(found[-1].read_text())
-            return results
-    said = "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
-    raise RunError(
-        f"lm-evaluation-harness ended with status {code} for {formatting.path(str(model))}; all of "
-        f"its output is in {formatting.path(str(log))}, which ends with:\n{redact(said)}"
-    )
+def _found(field: str, name: str, revision: str | None) -> ModelSource:
+    found = find_model(name, revision)
+    if found.model is None:
+        raise ConfigError([Problem(field, str(found.problem or found.notice))])
+    return ModelSource.of(name, found.model.path)
 
 
-def scores(results: Figures) -> dict[str, dict[str, Figures]]:
-    """Each task's metrics, with their intervals: ``mean low high stderr n higher_is_better``.
+def identity_of(model: Model) -> str | None:
+    """What a model's figures belong to; None where its files do not say."""
+    if isinstance(model, Start):
+        return model.identity(identity_of(model.teacher))
+    try:
+        return teacher_identity(Path(model.folder))
+    except (ValueError, OSError):
+        return None
 
-    A metric without a standard error (the harness says "N/A") has an interval of None.
-    """
-    found: dict[str, dict[str, Figures]] = {}
-    for task, figures in results["results"].items():
-        better = results.get("higher_is_better", {}).get(task) or {}
-        number = (results.get("n-samples", {}).get(task) or {}).get("effective")
-        for key, mean in figures.items():
-            metric, comma, kind = key.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(mean, (int, float)):
-                continue
-            stderr = figures.get(f"{metric}_stderr,{kind}")
-            known = isinstance(stderr, (int, float))
-            half = Z95 * stderr if known else None
-            found.setdefault(task, {})[metric if kind == "none" else f"{metric} ({kind})"] = {
-                "mean": mean,
-                "low": None if half is None else mean - half,
-                "high": None if half is None else mean + half,
-                "stderr": stderr if known else None,
-                "n": number,
-                "higher_is_better": better.get(metric),
-            }
+
+def ask_here(name: str, model: Model, asked: Asked) -> dict[str, dict[str, Figures]]:
+    """The scores of one model, asked on this node. Raises RunError where the harness fails."""
+    folder = RunFolder(asked.run_folder)
+    key = json.dumps([asked.settings(), identity_of(model)], sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    answers = folder.logs / ANSWERS / f"{name}-{digest}"
+    answers.parent.mkdir(parents=True, exist_ok=True)
+    with model_here(model) as path, unpacked(asked.content) as include:
+        options = replace(asked.options, include=include)
+        found = scores(ask(path, options, asked.dtype, folder.logs / "tasks.log", answers))
+    shutil.rmtree(answers.parent, ignore_errors=True)
     return found
 
 
-def compare(by_model: dict[str, Figures]) -> Figures:
-    """Scores by task, metric and model, and the student's share of the teacher's score."""
-    tasks: Figures = {}
-    for model, results in by_model.items():
-        for task, metrics in scores(results).items():
-            for metric, score in metrics.items():
-                tasks.setdefault(task, {}).setdefault(metric, {})[model] = score
-    for metrics in tasks.values():
-        for of in metrics.values():
-            if "teacher" in of and "student" in of:
-                teacher, student = of["teacher"]["mean"], of["student"]["mean"]
-                of["share_of_teacher"] = student / teacher if teacher > 0 else None
-    return tasks
+@contextmanager
+def model_here(model: Model) -> Iterator[Path]:
+    """A folder on this node with the model."""
+    if isinstance(model, Start):
+        with model.made() as folder:
+            yield folder
+    else:
+        yield Path(model.on_this_node("all"))
+
+
+AskModel = Callable[[str, Model, Asked], dict[str, dict[str, Figures]]]
 
 
 def measure(
-    config: RunConfig,
-    models: dict[str, Path],
-    options: TaskOptions,
-    log: Path,
+    models: Mapping[str, Model],
+    asked: Asked,
+    earlier: object,
+    ask_model: AskModel,
     say: Callable[[str], None],
 ) -> Iterator[Figures]:
-    """What tasks.json holds, anew after each model."""
-    facts = {
-        "harness": harness_version(),
-        "backend": options.backend,
-        "limit": options.limit,
-        "chat_template": options.chat,
-    }
-    log.parent.mkdir(parents=True, exist_ok=True)
-    by_model: dict[str, Figures] = {}
+    """What tasks.json holds, anew after each model. ``earlier``: what it held before.
+
+    A model that cannot be asked is told in ``failed``, and the others are asked all the same.
+    """
+    settings = asked.settings()
+    identities = {name: identity_of(model) for name, model in models.items()}
+    by_model = kept(earlier, settings, identities)
+    failed: dict[str, str] = {}
     for name, model in models.items():
-        say(f"asking the {'start' if name == 'before' else name}: {formatting.path(str(model))}")
-        by_model[name] = ask(model, options, config.teacher.dtype, log)
-        yield {**facts, "tasks": compare(by_model)}
+        shown = "student as it began" if name == "before" else name
+        if name in by_model:
+            say(f"the {shown}: asked before")
+            continue
+        say(f"asking the {shown}")
+        try:
+            by_model[name] = ask_model(name, model, asked)
+        except RunError as error:
+            failed[name] = redact(str(error))
+            say(f"the {shown} could not be asked: {error}")
+        yield _record(settings, identities, by_model, failed)
+    yield _record(settings, identities, by_model, failed)
+
+
+def _record(
+    settings: Figures,
+    identities: Mapping[str, str | None],
+    by_model: Mapping[str, Any],
+    failed: Mapping[str, str],
+) -> Figures:
+    in_order = {name: by_model[name] for name in ORDER if name in by_model}
+    return {
+        **settings,
+        "models": {name: identities[name] for name in in_order},
+        "failed": dict(failed),
+        "tasks": compare(in_order),
+    }
+
+
+def kept(
+    earlier: object, settings: Figures, identities: Mapping[str, str | None]
+) -> dict[str, dict[str, dict[str, Figures]]]:
+    """The scores that tasks.json has already, of the same models asked the same."""
+    if not isinstance(earlier, dict) or any(earlier.get(k) != v for k, v in settings.items()):
+        return {}
+    models, tasks = earlier.get("models"), earlier.get("tasks")
+    if not isinstance(models, dict) or not isinstance(tasks, dict):
+        return {}
+    found: dict[str, dict[str, dict[str, Figures]]] = {}
+    for name, identity in identities.items():
+        if identity is None or models.get(name) != identity:
+            continue
+        scored: dict[str, dict[str, Figures]] = {}
+        for task, metrics in tasks.items():
+            for metric, of in metrics.items() if isinstance(metrics, dict) else ():
+                score = of.get(name) if isinstance(of, dict) else None
+                if isinstance(score, dict) and set(score) >= {"mean", "higher_is_better"}:
+                    scored.setdefault(task, {})[metric] = score
+        if scored:
+            found[name] = scored
+    return found
 
 
 def tasks_command(
-    path: str, options: TaskOptions, as_json: bool, say: Callable[[str], None]
+    path: str,
+    options: TaskOptions,
+    as_json: bool,
+    say: Callable[[str], None],
+    before: bool = True,
 ) -> int:
     """Measure, write tasks.json after each model, print; the exit status.
 
-    Raises ConfigError and RunError before any model is loaded, where nothing can be measured.
+    Raises ConfigError and RunError before any model is loaded, where nothing can be measured;
+    RunError also where a model could not be asked, after the others' figures are written.
     """
     if as_json:  # Standard output is for a program.
         say = say_beside
     harness_version()
     folder = RunFolder(path)
-    config, models = models_of(folder)
-    if options.include is not None and not list(Path(options.include).rglob("*.yaml")):
-        raise RunError(
-            f"--include is {options.include!r}, where no task file (*.yaml) is; name a folder of "
-            "such, e.g. examples/tasks"
-        )
-    with hold_run_folder(folder), _interruptible(say) as interrupted:
-        for found in measure(config, models, options, folder.logs / "tasks.log", say):
-            folder.write_text(TASKS, json.dumps(redacted(plain(found)), indent=2) + "\n")
-    if interrupted:
-        return EXIT_INTERRUPTED
+    config, models = models_of(folder, before)
+    asked = Asked.of(options, config, folder)
+    found: Figures = {}
+    with hold_run_folder(folder):
+        try:
+            for found in measure(models, asked, earlier(folder), ask_here, say):
+                write(folder, found)
+        except KeyboardInterrupt:
+            say(f"stopped; the same command goes on, what was measured is in {TASKS}")
+            return EXIT_INTERRUPTED
     if as_json:
         print_json(found)
     else:
         print_tasks(found)
     say(f"\nwritten to {formatting.path(folder.join(TASKS))}{page_anew(folder)}")
+    if found["failed"]:
+        name, reason = next(iter(found["failed"].items()))
+        raise RunError(f"the {name} could not be asked: {reason}")
     return 0
 
 
-@contextmanager
-def _interruptible(say: Callable[[str], None]) -> Iterator[list[bool]]:
-    stopped: list[bool] = []
-    try:
-        yield stopped
-    except KeyboardInterrupt:
-        stopped.append(True)
-        say(f"stopped; what was measured is in {TASKS}")
+def earlier(folder: RunFolder) -> object:
+    """What tasks.json holds; None where it is not there, or was broken by hand."""
+    with suppress(BrokenFile, OSError, ValueError):
+        if folder.exists(TASKS):
+            return read_object(folder, TASKS)
+    return None
+
+
+def write(folder: RunFolder, found: Figures) -> None:
+    """Write tasks.json, whole or not at all."""
+    folder.write_text(TASKS, json.dumps(redacted(plain(found)), indent=2) + "\n")

@@ -52,6 +52,7 @@ STATUS = "status.json"
 DRAFT = "draft.json"
 TASKS = "tasks.json"
 HUB = "hub.json"
+SPEED = "speed.json"
 
 TOP_LEVEL_NAMES = frozenset(
     {CONFIG, MANIFEST, METRICS, METRICS_DISCARDED, EVALUATION, ANSWERS, HELD_OUT, PROBE, SUMMARY}
@@ -73,6 +74,7 @@ TOP_LEVEL_NAMES = frozenset(
         DRAFT,
         TASKS,
         HUB,
+        SPEED,
     }
 )
 

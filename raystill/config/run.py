@@ -15,9 +15,9 @@ from raystill.config.base import ConfigModel, PositiveInt, identity, operational
 from raystill.config.objective import ObjectiveConfig, PolicyConfig
 from raystill.config.prompts import PromptsConfig
 from raystill.config.stream import FiltersConfig, SignalConfig, StreamConfig
-from raystill.config.student import HubConfig, StudentConfig
+from raystill.config.student import EvaluationConfig, HubConfig, StudentConfig
 from raystill.config.teacher import TeacherConfig
-from raystill.config.training import EvaluationConfig, TrainingConfig
+from raystill.config.training import TrainingConfig
 
 ROWS_PER_SLOT = 6
 """Rows in flight for each slot of an engine. A group is answered when its slowest row is; until

@@ -1,5 +1,5 @@
 """Configuration of the student: where its architecture and its first weights come from, what of it
-is trained, and where it goes.
+is trained, how it is evaluated, and where it goes.
 """
 
 import re
@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from raystill.base.user_function import parse
 from raystill.config.base import ConfigModel, PositiveInt, identity, operational
 
 
@@ -199,3 +200,163 @@ class HubConfig(ConfigModel):
         ):
             raise ValueError(f"is {repo!r}; expected owner/name of letters, digits, '-', '_', '.'")
         return repo
+
+
+class FreeRunningConfig(ConfigModel):
+    """Free-running evaluation: the student answers held-out prompts by itself."""
+
+    rows: int = operational(
+        16, ge=0, description="Number of held-out prompts that the student answers. 0: none."
+    )
+    max_tokens: PositiveInt | None = operational(
+        None,
+        description="Longest answer of the student, in tokens. Default: "
+        "teacher.sampling.max_tokens.",
+    )
+    during: bool = operational(
+        False,
+        description="Whether the student also answers at the evaluations during training, and not "
+        "only before and after it.",
+    )
+    teacher_scores: bool | None = operational(
+        None,
+        description="Whether the teacher scores the student's answers, which gives the KL on them "
+        "in both directions, by position. The teacher is then started even if the store has all "
+        "other answers. Default: in runs whose student writes rows.",
+    )
+
+
+class CheckConfig(ConfigModel):
+    """One check: a function of the user's that says how good an answer is."""
+
+    function: str = operational(
+        description="folder/file.py:function or package.module:function. Called with the prompt, "
+        "the answer and the fields of the prompt's row; it returns true or false, or a number."
+    )
+    name: str | None = operational(
+        None,
+        pattern="^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$",
+        description="Name under which it is reported. Default: the function's.",
+    )
+    timeout_s: float = operational(
+        5.0,
+        gt=0,
+        le=600,
+        description="Longest time for one answer, in seconds; it then has no figure.",
+    )
+
+    @field_validator("function")
+    @classmethod
+    def _names_a_function(cls, function: str) -> str:
+        parse(function)
+        return function
+
+    @property
+    def label(self) -> str:
+        """The name under which it is reported."""
+        return self.name or parse(self.function)[1]
+
+
+class TasksConfig(ConfigModel):
+    """Tasks of lm-evaluation-harness, at which the run has its models scored at its end."""
+
+    names: Names = operational(
+        description="Names of tasks, groups or tags of the harness, or of the files in include."
+    )
+    include: str | None = operational(
+        None,
+        description="Folder of task files; they name their data relative to it. Default: the "
+        "harness's own tasks alone.",
+    )
+    limit: PositiveInt | None = operational(
+        None, description="Most documents of a task, the first ones. Default: all."
+    )
+    backend: Literal["hf", "vllm"] = operational(
+        "hf", description="What runs the models: transformers (hf) or vLLM."
+    )
+    batch: PositiveInt = operational(8, description="Rows that are asked at once.")
+    chat: bool = operational(
+        False, description="Whether documents go through the models' chat templates."
+    )
+    before: bool = operational(
+        True, description="Whether the student as it was before training is asked too."
+    )
+
+    @model_validator(mode="after")
+    def _names_tasks(self) -> "TasksConfig":
+        if not self.names:
+            raise ValueError("names is empty; name at least one task, or remove tasks")
+        if bad := [name for name in self.names if "," in name or name != name.strip()]:
+            raise ValueError(f"names has {bad[0]!r}; name one task in each entry")
+        if twice := [name for name in self.names if self.names.count(name) > 1]:
+            raise ValueError(f"names has {twice[0]!r} twice; name it once")
+        return self
+
+
+class EvaluationConfig(ConfigModel):
+    """Evaluation: which rows are held out, and how often the student is measured on them."""
+
+    held_out_sources: tuple[str, ...] = identity(
+        (),
+        description="Names of sources that are used for evaluation only. A prompt that such a "
+        "source shares with another one is not trained on.",
+    )
+    held_out_rows: int = identity(
+        0,
+        ge=0,
+        description="Number of rows of the other sources to hold out, chosen by seed. If a prompt "
+        "has several responses, all its rows are held out.",
+    )
+    max_rows: PositiveInt = identity(
+        128, description="Most held-out rows to measure on; chosen by seed if there are more."
+    )
+    top_k: PositiveInt = identity(
+        64, description="Number K of ids and logprobs in the signal of held-out rows."
+    )
+    every_steps: int = operational(
+        0,
+        ge=0,
+        description="Optimizer steps between evaluations during training. 0: only before and after "
+        "it.",
+    )
+    baselines: bool = operational(
+        True,
+        description="Whether to measure uniform, unigram and bigram models too, counted from the "
+        "training answers.",
+    )
+    free_running: FreeRunningConfig = operational(
+        FreeRunningConfig(), description="Evaluation of answers that the student writes by itself."
+    )
+    checks: tuple[CheckConfig, ...] = operational(
+        (),
+        description="List of functions that say how good an answer is, for the free-running "
+        "answers of the student and for the teacher's to the same prompts.",
+    )
+
+    tasks: TasksConfig | None = operational(
+        None,
+        description="Tasks of lm-evaluation-harness at the end of the run: teacher, student before "
+        "and after. Needs the extra raystill[tasks]. Default: none.",
+    )
+
+    @field_validator("checks")
+    @classmethod
+    def _can_be_told_apart(cls, checks: tuple[CheckConfig, ...]) -> tuple[CheckConfig, ...]:
+        names = [check.label for check in checks]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"has two named {twice[0]!r}; give each a name of its own")
+        return checks
+
+    @model_validator(mode="after")
+    def _checks_have_answers(self) -> "EvaluationConfig":
+        if self.checks and not (self.enabled and self.free_running.rows):
+            raise ValueError(
+                "has checks, but no answers to check; hold rows out (held_out_rows or "
+                "held_out_sources) and set free_running.rows to 1 or more"
+            )
+        return self
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is held out."""
+        return bool(self.held_out_sources) or self.held_out_rows > 0

@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -139,6 +140,23 @@ class VllmEngine:
             else scored_answer(response, blob, signal, ids, **sizes)
             for (_, response, ids), output, blob in zip(pairs, outputs, blobs, strict=True)
         ]
+
+    async def token_times(self, prompt_ids: Ids, num_tokens: int) -> list[float]:
+        """When each token of an answer came, ``time.perf_counter``; it never ends early."""
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = self._parameters(
+            None,
+            max_tokens=num_tokens,
+            stop_token_ids=[],
+            output_kind=RequestOutputKind.DELTA,
+        )
+        request, times = f"row-{next(self._numbers)}", list[float]()
+        prompt = {"prompt_token_ids": prompt_ids.tolist()}
+        async with self._slots:
+            async for output in self._engine.generate(prompt, parameters, request_id=request):
+                times += [time.perf_counter()] * len(output.outputs[0].token_ids)
+        return times
 
     async def probe(self) -> None:
         """Generate one token within ``PROBE_TIMEOUT_S``: detects a dead engine and a hung one.

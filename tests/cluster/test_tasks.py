@@ -2,7 +2,11 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,10 +14,21 @@ import yaml
 
 from raystill.base.errors import ConfigError, RunError
 from raystill.base.run_folder import RunFolder
+from raystill.cluster.check import evaluation
+from raystill.cluster.harness.ask import TaskOptions, ask, compare, scores
 from raystill.cluster.report.page.page import write_page
 from raystill.cluster.report.tasks import task_rows
-from raystill.cluster.worth import tasks
-from raystill.cluster.worth.tasks import TaskOptions, ask, compare, scores, tasks_command
+from raystill.cluster.worth import after, tasks
+from raystill.cluster.worth.start import Start
+from raystill.cluster.worth.tasks import (
+    Asked,
+    earlier,
+    measure,
+    models_of,
+    tasks_command,
+    write,
+)
+from raystill.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "tiny-teacher"
@@ -56,9 +71,9 @@ def test_the_intervals_are_the_harnesss_standard_errors():
 
 
 def test_the_student_has_a_share_of_its_teachers_score_where_there_is_one():
-    found = compare({"teacher": RESULTS, "student": other(0.4)})["capitals"]
+    found = compare({"teacher": scores(RESULTS), "student": scores(other(0.4))})["capitals"]
     assert found["acc"]["share_of_teacher"] == pytest.approx(0.8)
-    none = compare({"teacher": other(0.0), "student": RESULTS})["capitals"]
+    none = compare({"teacher": scores(other(0.0)), "student": scores(RESULTS)})["capitals"]
     assert none["acc"]["share_of_teacher"] is None
     rows = task_rows({"tasks": {"capitals": found}})
     assert rows[0] == ["capitals, acc", "0.50 [0.30, 0.70]", "-", "0.40 [0.20, 0.60]", "80 %"]
@@ -105,7 +120,7 @@ def test_without_the_harness_it_says_what_to_install(run, monkeypatch):
 
 @pytest.mark.usefixtures("installed")
 def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(run, tmp_path):
-    with pytest.raises(RunError, match="where no task file"):
+    with pytest.raises(RunError, match="has no task file"):
         tasks_command(str(run), TaskOptions(["a"], str(tmp_path / "nothing")), False, print)
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["teacher"]["engine"] = "synthetic"
@@ -130,6 +145,246 @@ def test_a_harness_that_fails_is_told_with_the_end_of_its_output(tmp_path, monke
     with pytest.raises(RunError, match=r"ended with status 1[\s\S]*no such task") as error:
         ask(TINY, TaskOptions(["a"]), "float32", tmp_path / "log")
     assert secret not in str(error.value)
+
+
+ACCURACY = {"teacher": 0.5, "before": 0.1, "student": 0.4}
+
+
+class Asking:
+    """In place of the harness: says `ACCURACY`, and which model it was asked. ``fails`` at one."""
+
+    def __init__(self, fails: str | None = None, error: BaseException | None = None) -> None:
+        self.asked: list[str] = []
+        self.fails, self.error = fails, error or RunError("no memory")
+
+    def __call__(self, name, model, asked):
+        self.asked.append(name)
+        if name == self.fails:
+            raise self.error
+        return scores(other(ACCURACY[name]))
+
+
+def run_tasks(run, options=CAPITALS, asking=None, before=True):
+    """tasks.json after the models of a run were asked, and who was."""
+    asking = asking or Asking()
+    folder = RunFolder(str(run))
+    config, models = models_of(folder, before)
+    asked = Asked.of(options, config, folder)
+    for found in measure(models, asked, earlier(folder), asking, print):
+        write(folder, found)
+    return json.loads((run / "tasks.json").read_text()), asking.asked
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_was_asked_before_is_not_asked_again(run, tmp_path):
+    with pytest.raises(KeyboardInterrupt):  # As a kill would, in the middle of the second model.
+        run_tasks(run, asking=Asking("before", KeyboardInterrupt()))
+    assert set(json.loads((run / "tasks.json").read_text())["models"]) == {"teacher"}
+    found, asked = run_tasks(run)
+    assert asked == ["before", "student"]
+    assert list(found["models"]) == ["teacher", "before", "student"]
+    of = found["tasks"]["capitals"]["acc"]
+    assert {name: of[name]["mean"] for name in ACCURACY} == ACCURACY
+    assert of["share_of_teacher"] == pytest.approx(0.8)
+    assert run_tasks(run) == (found, [])
+    limited = TaskOptions(["capitals"], CAPITALS.include, limit=3)
+    assert run_tasks(run, limited)[1] == ["teacher", "before", "student"], "another question"
+    run_tasks(run)
+    copy = tmp_path / "tasks"
+    shutil.copytree(str(CAPITALS.include), copy)
+    assert run_tasks(run, TaskOptions(["capitals"], str(copy)))[1] == [], "the same files"
+    (copy / "capitals.jsonl").write_text("{}")
+    assert len(run_tasks(run, TaskOptions(["capitals"], str(copy)))[1]) == 3, "other data"
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_student_that_was_trained_on_is_asked_again(run):
+    run_tasks(run)
+    weights = run / "student" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert run_tasks(run)[1] == ["student"]
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize("text", ["{", "[1]", '{"tasks": 3, "models": {}}', "null"])
+def test_a_broken_file_is_measured_anew(text, run):
+    (run / "tasks.json").write_text(text)
+    assert len(run_tasks(run)[1]) == 3
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_model_that_fails_is_told_and_asked_again_the_next_time(run, capsys):
+    found, asked = run_tasks(run, asking=Asking("before"))
+    assert asked == ["teacher", "before", "student"]
+    assert found["failed"] == {"before": "no memory"}
+    assert "the student as it began could not be asked: no memory" in capsys.readouterr().out
+    write_page([RunFolder(str(run))])
+    assert "before: no memory" in (run / "report.html").read_text()
+    found, asked = run_tasks(run)
+    assert asked == ["before"] and found["failed"] == {}
+
+
+def config_of(run, **tasks):
+    """The run's configuration with ``evaluation.tasks``."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config.setdefault("evaluation", {})["tasks"] = {"names": ["capitals"], **tasks}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return load_config(run / "config.yaml", [])
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_finished_run_is_due_until_every_model_has_its_scores(run, monkeypatch, capsys):
+    config, folder = config_of(run, include=CAPITALS.include), RunFolder(str(run))
+    assert after.due(config, folder)
+    asking = Asking("student")
+    monkeypatch.setattr(after, "ClusterAsk", lambda config: asking)
+    assert after.evaluate_run(config, folder, print)
+    assert after.due(config, folder), "one has failed"
+    asking.fails = None
+    assert after.evaluate_run(config, folder, print)
+    assert asking.asked == ["teacher", "before", "student", "student"]
+    assert not after.due(config, folder)
+    assert after.complete_run(config, folder, print), "and so nothing is connected"
+    assert after.due(config_of(run, include=CAPITALS.include, limit=2), folder)
+    asking.fails, asking.error = "teacher", KeyboardInterrupt()
+    config = config_of(run, include=CAPITALS.include, limit=2)
+    assert not after.evaluate_run(config, folder, print)
+    assert "the same command goes on" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_goes_wrong_at_the_end_does_not_fail_the_run(run, monkeypatch, capsys):
+    config, folder = config_of(run, include=str(run / "gone")), RunFolder(str(run))
+    assert after.evaluate_run(config, folder, print)
+    assert "the tasks could not be asked: '" in capsys.readouterr().out
+    monkeypatch.setattr(after, "models_of", lambda *_: 1 / 0)
+    assert after.evaluate_run(config, folder, print)
+    assert "division by zero" in capsys.readouterr().out
+
+
+def test_the_start_of_a_cut_student_is_made_again(run):
+    """Its layers are the teacher's own, those that the run file names."""
+    from safetensors.torch import load_file
+
+    config, models = models_of(RunFolder(str(run)))
+    start = models["before"]
+    assert isinstance(start, Start)
+    kept = config.student.kept_layers(
+        json.loads((TINY / "config.json").read_text())["num_hidden_layers"]
+    )
+    teacher = load_file(TINY / "model.safetensors")
+    with start.made() as folder:
+        made = load_file(folder / "model.safetensors")
+        assert (folder / "tokenizer.json").exists()
+    assert not folder.exists()
+    numbers = {int(name.split(".")[2]) for name in made if ".layers." in name}
+    assert numbers == set(range(len(kept)))
+    for name, tensor in made.items():
+        parts = name.split(".")
+        if ".layers." in name:
+            parts[2] = str(kept[int(parts[2])])
+        assert tensor.equal(teacher[".".join(parts)].to(tensor.dtype)), name
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        ({"names": []}, "names is empty; name at least one task"),
+        ({"names": ["a,b"]}, "names has 'a,b'; name one task in each entry"),
+        ({"names": ["a", "a"]}, "names has 'a' twice"),
+        ({"backend": "tgi"}, "'hf' or 'vllm'"),
+    ],
+)
+def test_tasks_that_say_nothing_are_refused(tasks, said, run):
+    with pytest.raises(ConfigError) as error:
+        config_of(run, **tasks)
+    assert said in str(error.value.problems)
+
+
+def problems_of(config, output=None):
+    return [f"{p.where}: {p.message}" for p in evaluation.check_tasks(config, output)]
+
+
+def test_the_check_refuses_what_could_not_be_asked(run, tmp_path, monkeypatch):
+    config = config_of(run, include=str(tmp_path / "nothing"))
+    monkeypatch.setattr(evaluation, "is_installed", lambda name: False)
+    (said,) = problems_of(config)
+    assert "evaluation.tasks: needs lm-evaluation-harness" in said and "make tasks" in said
+    monkeypatch.setattr(evaluation, "is_installed", lambda name: True)
+    (said,) = problems_of(config)
+    assert said.startswith("evaluation.tasks.include: ") and "has no task file" in said
+    (said,) = problems_of(config, RunFolder("s3://bucket/run"))
+    assert "needs the run folder on a disk" in said
+    teacher = config.teacher.model_copy(update={"engine": "synthetic"})
+    (said,) = problems_of(config.model_copy(update={"teacher": teacher}))
+    assert "needs the teacher's weights" in said
+
+
+def test_what_the_harness_says_of_its_tasks_becomes_problems(run, tmp_path, monkeypatch):
+    config = config_of(run, include=CAPITALS.include, names=["capital", "arc_easy"])
+    program = tmp_path / "probe.py"
+    monkeypatch.setattr(evaluation, "PROBE", str(program))
+    monkeypatch.setattr(evaluation, "is_installed", lambda name: True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = {
+        "unknown": ["capital"],
+        "broken": {"arc_easy": "ConnectionError: no network"},
+        "included": ["capitals"],
+    }
+    program.write_text(
+        "import json, os, sys; assert sys.argv[1:] == ['capital', 'arc_easy']\n"
+        "assert os.path.exists('capitals.jsonl'), 'runs in the folder of the task files'\n"
+        f"print('noise'); print(json.dumps({found!r}))"
+    )
+    unknown, broken = problems_of(config)
+    assert "names 'capital', which is no task" in unknown and "mean capitals?" in unknown
+    assert "'arc_easy', which cannot be loaded (ConnectionError: no network)" in broken
+    assert "unset HF_HUB_OFFLINE" in broken
+    program.write_text("raise SystemExit('the harness is broken')")
+    (said,) = problems_of(config)
+    assert "cannot be checked: the harness ends with: the harness is broken" in said
+    program.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(evaluation, "PROBE_TIMEOUT_S", 0.5)
+    (said,) = problems_of(config)
+    assert "could not be loaded by the harness within" in said
+
+
+def test_the_harness_ends_with_the_process_that_started_it(tmp_path):
+    """A killed evaluation leaves nothing behind that asks on."""
+    package = tmp_path / "lm_eval"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(
+        "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    code = (
+        "from pathlib import Path\nfrom raystill.cluster.harness.ask import TaskOptions, ask\n"
+        f"ask(Path('m'), TaskOptions(['a'], {str(tmp_path)!r}), 'float32', Path('log'))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    try:
+        until = time.monotonic() + 60
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        child = int((tmp_path / "pid").read_text())
+    finally:
+        parent.kill()
+        parent.wait()
+    until = time.monotonic() + 10
+    while _lives(child):
+        assert time.monotonic() < until, "the harness goes on alone"
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def by_hand() -> float:
@@ -172,8 +427,52 @@ def test_the_shipped_task_is_scored_without_a_network(run, monkeypatch, capsys):
 
 
 def test_the_page_shows_the_scores(run):
-    found = {"tasks": compare({"teacher": RESULTS, "student": other(0.4)})}
+    found = {"tasks": compare({"teacher": scores(RESULTS), "student": scores(other(0.4))})}
     (run / "tasks.json").write_text(json.dumps(found))
     write_page([RunFolder(str(run))])
     page = (run / "report.html").read_text()
     assert "0.40 [0.20, 0.60]" in page and "80 %" in page
+
+
+def until(found, process: subprocess.Popen, seconds: float = 600) -> None:
+    """Wait for something that a running driver brings about."""
+    end = time.monotonic() + seconds
+    while not found():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.2)
+
+
+@pytest.mark.faults
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs make tasks")
+def test_a_run_that_is_killed_in_its_tasks_goes_on_with_them(tmp_path, monkeypatch):
+    """A whole run with a real teacher, a real harness, and a kill after the first model."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    folder = tmp_path / "run"
+    tasks = "evaluation.tasks={names: [capitals], include: examples/tasks}"
+    command = [sys.executable, "driver.py", "run", "configs/tiny.yaml", "--set", tasks]
+    command += ["--set", f"output.path={folder}"]
+    with (tmp_path / "first").open("w") as output:
+        first = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+        try:
+            until((folder / "tasks.json").exists, first)
+        finally:
+            first.kill()
+            first.wait()
+    kept = json.loads((folder / "tasks.json").read_text())
+    assert list(kept["models"]) == ["teacher"]
+    assert json.loads((folder / "summary.json").read_text())["status"] == "completed"
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "the teacher: asked before" in second.stdout
+    found = json.loads((folder / "tasks.json").read_text())
+    assert list(found["models"]) == ["teacher", "before", "student"] and not found["failed"]
+    of = found["tasks"]["capitals"]["acc"]
+    assert of["teacher"] == kept["tasks"]["capitals"]["acc"]["teacher"]
+    assert of["teacher"]["mean"] == pytest.approx(by_hand())
+    assert {of[name]["n"] for name in ACCURACY} == {32}
+    assert "capitals, acc" in second.stdout, "in the closing table"
+    assert "capitals, acc" in (folder / "report.html").read_text()
+    assert not (folder / "logs" / "tasks").exists(), "answers so far are removed"

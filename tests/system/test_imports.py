@@ -54,9 +54,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train/calibration": GROUND | ROWS | STUDENT | {"datasets/store"},
     "train/worker": GROUND | WORKER | {"datasets/stream"},
     "cluster/lineage": GROUND,
+    "cluster/harness": GROUND,
     "cluster/check": GROUND
     | ROWS
-    | {"cluster/lineage", "datasets/filters", "datasets/prompts", "datasets/store"}
+    | {
+        "cluster/harness",
+        "cluster/lineage",
+        "datasets/filters",
+        "datasets/prompts",
+        "datasets/store",
+    }
     | {"datasets/lookup", "serve/engine"},
     "cluster/coordinator": GROUND | ROWS | {"datasets/stream"},
     "cluster/report": GROUND | {"cluster/check", "cluster/coordinator", "datasets/store"},
@@ -80,7 +87,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster/worth": GROUND
     | ROWS
     | {"cluster/check", "cluster/commands", "cluster/job", "cluster/report", "cluster/report/page"}
-    | {"serve", "serve/bench"},
+    | {"cluster/harness", "serve", "serve/bench"}
+    | STUDENT,
     "cluster/store": GROUND
     | {"cluster/check", "cluster/commands", "cluster/lineage", "datasets/exchange"}
     | {"datasets/prompts", "datasets/rows", "datasets/store"},

@@ -10,7 +10,7 @@ import pytest
 
 from raystill.base.run_folder import RunFolder
 from raystill.base.user_function import Code, Result
-from raystill.config.training import CheckConfig
+from raystill.config.student import CheckConfig
 from raystill.train.batch.rows import Row
 from raystill.train.evaluation import checks
 from raystill.train.evaluation.checks import Asked, ask, bootstrap, measured, run_checks, wilson

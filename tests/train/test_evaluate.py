@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from raystill.base.records import read_lines
 from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
-from raystill.config.training import CheckConfig
+from raystill.config.student import CheckConfig
 from raystill.datasets.rows.schema import row_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.train.batch.rows import Row

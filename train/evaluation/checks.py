@@ -22,7 +22,7 @@ import numpy as np
 
 from raystill.base.run_folder import CHECKS, HELD_OUT_FIELDS, RunFolder
 from raystill.base.user_function import Code, Result, UserFunction, parse
-from raystill.config.training import CheckConfig
+from raystill.config.student import CheckConfig
 from raystill.train.batch.rows import Row
 
 logger = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ The worker calls ``build_student`` on every rank before `sharding.place_student`
 its device. ``num_classes`` says which ids the student and the teacher are compared on.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,13 @@ class Shape:
 
     layers: list[int]
     widths: Widths | None = None
+
+
+def recorded_shape(text: str) -> Shape:
+    """What layers.json of a run says that its student keeps."""
+    record = json.loads(text)
+    widths = record.get("widths")
+    return Shape(record["layers"], Widths(**widths) if widths else None)
 
 
 def choose_shape(

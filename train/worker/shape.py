@@ -22,10 +22,9 @@ from raystill.model.sampling import resolve_sampling
 from raystill.run import Run
 from raystill.train.evaluation.free_running import FreeRunning, generate
 from raystill.train.step.ranks import Ranks
-from raystill.train.student.build import Shape, choose_shape
+from raystill.train.student.build import Shape, choose_shape, recorded_shape
 from raystill.train.student.export import Base
 from raystill.train.student.importance import ChosenLayers, Texts
-from raystill.train.student.width import Widths
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +40,7 @@ def run_shape(
     shape: Shape | None = None
     if ranks.first:
         if run.folder.exists(LAYERS):
-            record = json.loads(run.folder.read_text(LAYERS))
-            widths = record.get("widths")
-            shape = Shape(record["layers"], Widths(**widths) if widths else None)
+            shape = recorded_shape(run.folder.read_text(LAYERS))
         else:
             shape = _choose(run, teacher_folder, device, model)
     found: Shape = ranks.from_first(shape)

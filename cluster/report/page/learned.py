@@ -8,7 +8,8 @@ from raystill.cluster.report.page.curves import Curve
 from raystill.cluster.report.page.html import Child, Html, element, join, table
 from raystill.cluster.report.page.read import Record, RunData, number
 from raystill.cluster.report.tables import FREE_RUNNING, TEACHER_FORCED, check_rows, position_rows
-from raystill.cluster.report.tasks import CAPTION, HEADINGS, task_rows
+from raystill.cluster.report.tasks import CAPTION, HEADINGS, failures, task_rows
+from raystill.cluster.report.worth import SPEED_HEADINGS, speed_caption, speed_rows, verdict
 
 MANY_POINTS = 60
 """Steps from which on a curve is drawn faint, with its mean over stretches above it."""
@@ -24,7 +25,13 @@ def learned(runs: Sequence[RunData]) -> Html:
     parts: list[Child] = [_table(runs), _notes(runs)]
     parts += [_checks(run, len(runs) > 1) for run in runs]
     if len(runs) == 1:
-        parts += [_tasks(runs[0]), _baselines(runs[0]), _draft(runs[0])]
+        parts += [
+            _worth(runs[0]),
+            _tasks(runs[0]),
+            _speed(runs[0]),
+            _baselines(runs[0]),
+            _draft(runs[0]),
+        ]
         charts = [_loss(runs[0]), *_held_out(runs), _extra(runs[0])]
     else:
         charts = [_losses(runs), *_held_out(runs)]
@@ -127,7 +134,23 @@ def _baselines(run: RunData) -> Html | None:
 def _tasks(run: RunData) -> Html | None:
     """What ``raystill tasks`` has measured: the student beside its teacher."""
     rows: list[list[Child]] = [list(row) for row in task_rows(run.tasks)]
-    return table(CAPTION, list(HEADINGS), rows, "figures") if rows else None
+    shown = [table(CAPTION, list(HEADINGS), rows, "figures")] if rows else []
+    for failure in failures(run.tasks):
+        shown.append(element("p", f"Could not be asked: {failure}", class_="note"))
+    return join(shown) if shown else None
+
+
+def _worth(run: RunData) -> Html | None:
+    """How much faster and smaller the student is, and how good, in one sentence."""
+    said = verdict(run.speed, run.tasks)
+    return element("p", element("strong", said)) if said else None
+
+
+def _speed(run: RunData) -> Html | None:
+    """What ``raystill speed`` has measured: both models in the same engine."""
+    rows: list[list[Child]] = [list(row) for row in speed_rows(run.speed)]
+    caption = speed_caption(run.speed)
+    return table(caption, list(SPEED_HEADINGS), rows, "figures") if rows else None
 
 
 def _draft(run: RunData) -> Html | None:

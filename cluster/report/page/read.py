@@ -28,6 +28,7 @@ from raystill.base.run_folder import (
     METRICS,
     METRICS_DISCARDED,
     PROBE,
+    SPEED,
     STATUS,
     SUMMARY,
     TASKS,
@@ -87,6 +88,7 @@ class RunData:
     probe: Record
     draft: Record
     tasks: Record
+    speed: Record
     metrics: dict[str, Curve]
     evaluations: list[Record]
     answers: list[Record]
@@ -154,6 +156,7 @@ class RunReader:
             probe=self._json(PROBE),
             draft=self._json(DRAFT),
             tasks=self._json(TASKS),
+            speed=self._json(SPEED),
             metrics=metrics,
             evaluations=_joined(self._lines(EVALUATION)),
             answers=_first_and_last(self._lines(ANSWERS)),

@@ -1,0 +1,61 @@
+"""The student as it was before training, made again: the same layers, widths and weights.
+
+Where it sits: ``tasks.py`` has it asked beside the finished student. torch is imported when the
+start is made, in the process that asks.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from raystill.config.run import RunConfig
+from raystill.model.on_node import ModelSource
+from raystill.model.sampling import resolve_sampling
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start that is a part of the teacher (``student.init: from_teacher``).
+
+    Attributes:
+        config: The run's configuration, with its seeds.
+        teacher: The teacher's files.
+        shape: What layers.json of the run folder says was kept; None: the run file says it.
+    """
+
+    config: RunConfig
+    teacher: ModelSource
+    shape: str | None
+
+    def identity(self, teacher: str | None) -> str | None:
+        """What decides its weights; ``teacher``: the teacher's own identity."""
+        if teacher is None:
+            return None
+        seed = self.config.section_seeds()["student"]
+        student = self.config.student.model_dump(mode="json")
+        dtypes = [self.config.training.weights_dtype, self.config.training.export_dtype]
+        parts = json.dumps([teacher, student, self.shape, seed, dtypes], sort_keys=True)
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+    @contextmanager
+    def made(self) -> Iterator[Path]:
+        """Make it in a temporary folder on this node. Raises RunError where the teacher is not
+        here.
+        """
+        from raystill.train.student.build import build_student, recorded_shape
+        from raystill.train.student.export import ExportSettings, save_student
+
+        teacher = self.teacher.on_this_node("all")
+        seed, shape = self.config.section_seeds()["student"], self.shape
+        choose = None if shape is None else (lambda _: recorded_shape(shape))
+        model = build_student(self.config, teacher, seed, choose)
+        sampling = resolve_sampling(self.config.teacher, teacher)
+        settings = ExportSettings(self.config.training.export_dtype, teacher, sampling)
+        with tempfile.TemporaryDirectory(prefix="raystill-start-") as folder:
+            save_student(model, Path(folder) / "start", settings)
+            del model
+            yield Path(folder) / "start"
