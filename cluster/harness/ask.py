@@ -66,8 +66,28 @@ def harness_version() -> str:
     return metadata.version("lm-eval")
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How the harness loads a model: its dtype, on how many GPUs, and whether with its own code."""
+
+    dtype: str
+    gpus: int = 0
+    own_code: bool = False
+
+    def arguments(self, model: Path, backend: str) -> Figures:
+        """The harness's ``--model_args``."""
+        found: Figures = {"pretrained": str(model), "dtype": self.dtype}
+        if self.own_code:
+            found["trust_remote_code"] = True
+        if self.gpus > 1 and backend == "vllm":
+            found["tensor_parallel_size"] = self.gpus
+        elif self.gpus > 1:
+            found["parallelize"] = True
+        return found
+
+
 def ask(
-    model: Path, options: TaskOptions, dtype: str, log: Path, answers: Path | None = None
+    model: Path, options: TaskOptions, loading: Loading, log: Path, answers: Path | None = None
 ) -> Figures:
     """What the harness says of one model: its results file.
 
@@ -75,7 +95,7 @@ def ask(
     on. Raises RunError with the end of the harness's output where it fails.
     """
     with tempfile.TemporaryDirectory(prefix="raystill-tasks-") as place:
-        arguments = {"pretrained": str(model), "dtype": dtype}
+        arguments = loading.arguments(model, options.backend)
         command = [sys.executable, "-m", HARNESS, "run", "--model", options.backend]
         command += ["--model_args", json.dumps(arguments), "--tasks", ",".join(options.names)]
         command += ["--batch_size", str(options.batch), "--output_path", place]

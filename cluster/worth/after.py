@@ -8,6 +8,7 @@ fails the run.
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -19,7 +20,7 @@ from raystill.base.run_folder import TASKS, RunFolder, resolve_input
 from raystill.cluster.harness.ask import Figures, TaskOptions
 from raystill.cluster.job.driver_process import hold_run_folder
 from raystill.cluster.job.run import connected
-from raystill.cluster.report.page.page import page_anew
+from raystill.cluster.report.page.during import close_page
 from raystill.cluster.worth.tasks import (
     Asked,
     Model,
@@ -59,11 +60,13 @@ def evaluate_run(config: RunConfig, folder: RunFolder, say: Callable[[str], None
     tasks = config.evaluation.tasks
     if tasks is None:
         return True
+    close_page(folder, stopped=False, tell=say)  # The run is complete, however long this takes.
     try:
         _, models = models_of(folder, tasks.before)
         asked = Asked.of(options_of(tasks), config, folder)
         for found in measure(models, asked, earlier(folder), ClusterAsk(config), say):
             write(folder, found)
+            close_page(folder, stopped=False, tell=say)
     except KeyboardInterrupt:
         say(
             f"the tasks were stopped; what was measured is in {TASKS}, and the same command goes on"
@@ -82,9 +85,7 @@ def complete_run(config: RunConfig, folder: RunFolder, say: Callable[[str], None
     if not due(config, folder):
         return True
     with hold_run_folder(folder), connected(config, folder):
-        ended = evaluate_run(config, folder, say)
-    page_anew(folder)
-    return ended
+        return evaluate_run(config, folder, say)
 
 
 def options_of(tasks: TasksConfig) -> TaskOptions:
@@ -128,6 +129,7 @@ class ClusterAsk:
         self._gpus = int(gpus_of(config, has_gpus))
 
     def __call__(self, name: str, model: Model, asked: Asked) -> dict[str, dict[str, Figures]]:
+        asked = replace(asked, gpus=self._gpus)
         asker = ray.remote(Asker).options(**self._options).remote(self._gpus)
         try:
             ray.get(asker.ready.remote(), timeout=self._timeout_s)

@@ -27,6 +27,7 @@ from raystill.base.run_folder import CONFIG, LAYERS, STUDENT, TASKS, RunFolder
 from raystill.cluster.commands.as_json import print_json, say_beside
 from raystill.cluster.harness.ask import (
     Figures,
+    Loading,
     TaskOptions,
     ask,
     compare,
@@ -61,18 +62,26 @@ class Asked:
         content: The folder of task files, by names in it; None: there is none.
         dtype: The teacher's precision.
         run_folder: Path of the run folder, for the log.
+        own_code: Models, by what they are, that may run Python files of theirs.
+        gpus: GPUs of the process that asks; 0: those that the harness finds, or none.
     """
 
     options: TaskOptions
     content: dict[str, bytes] | None
     dtype: str
     run_folder: str
+    own_code: frozenset[str] = frozenset()
+    gpus: int = 0
 
     @classmethod
     def of(cls, options: TaskOptions, config: RunConfig, folder: RunFolder) -> "Asked":
         """For a run; raises RunError where ``options.include`` is no folder of tasks."""
         content = None if options.include is None else folder_content(options.include)
-        return cls(options, content, config.teacher.dtype, folder.path)
+        trusted = {"teacher"} if config.teacher.trust_remote_code else set[str]()
+        from_teacher = config.student.init == "from_teacher"
+        if config.student.trust_remote_code or (from_teacher and trusted):
+            trusted |= {"before", "student"}
+        return cls(options, content, config.teacher.dtype, folder.path, frozenset(trusted))
 
     def settings(self) -> Figures:
         """What figures depend on beside the model; as tasks.json keeps it."""
@@ -141,14 +150,17 @@ def identity_of(model: Model) -> str | None:
 def ask_here(name: str, model: Model, asked: Asked) -> dict[str, dict[str, Figures]]:
     """The scores of one model, asked on this node. Raises RunError where the harness fails."""
     folder = RunFolder(asked.run_folder)
-    key = json.dumps([asked.settings(), identity_of(model)], sort_keys=True)
-    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    answers = folder.logs / ANSWERS / f"{name}-{digest}"
-    answers.parent.mkdir(parents=True, exist_ok=True)
+    answers, identity = None, identity_of(model)
+    if identity is not None:
+        key = json.dumps([asked.settings(), identity], sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+        answers = folder.logs / ANSWERS / f"{name}-{digest}"
+        answers.parent.mkdir(parents=True, exist_ok=True)
+    loading = Loading(asked.dtype, asked.gpus, name in asked.own_code)
     with model_here(model) as path, unpacked(asked.content) as include:
         options = replace(asked.options, include=include)
-        found = scores(ask(path, options, asked.dtype, folder.logs / "tasks.log", answers))
-    shutil.rmtree(answers.parent, ignore_errors=True)
+        found = scores(ask(path, options, loading, folder.logs / "tasks.log", answers))
+    shutil.rmtree(folder.logs / ANSWERS, ignore_errors=True)
     return found
 
 

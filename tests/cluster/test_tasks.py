@@ -15,7 +15,7 @@ import yaml
 from raystill.base.errors import ConfigError, RunError
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.check import evaluation
-from raystill.cluster.harness.ask import TaskOptions, ask, compare, scores
+from raystill.cluster.harness.ask import Loading, TaskOptions, ask, compare, scores
 from raystill.cluster.report.page.page import write_page
 from raystill.cluster.report.tasks import task_rows
 from raystill.cluster.worth import after, tasks
@@ -33,6 +33,7 @@ from raystill.config.load import load_config
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "tiny-teacher"
 CAPITALS = TaskOptions(["capitals"], str(ROOT / "examples" / "tasks"))
+FLOAT32 = Loading("float32")
 RESULTS = {
     "results": {
         "capitals": {
@@ -143,8 +144,49 @@ def test_a_harness_that_fails_is_told_with_the_end_of_its_output(tmp_path, monke
     (package / "__main__.py").write_text(f"raise SystemExit('no such task: {secret}')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RunError, match=r"ended with status 1[\s\S]*no such task") as error:
-        ask(TINY, TaskOptions(["a"]), "float32", tmp_path / "log")
+        ask(TINY, TaskOptions(["a"]), FLOAT32, tmp_path / "log")
     assert secret not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "loading", "words", "arguments"),
+    [
+        (CAPITALS, FLOAT32, ["--include_path ."], {"dtype": "float32"}),
+        (
+            TaskOptions(["a", "b"], limit=3, batch=4, chat=True),
+            Loading("bfloat16", gpus=2, own_code=True),
+            ["--tasks a,b", "--limit 3", "--batch_size 4", "--apply_chat_template", "--model hf"],
+            {"dtype": "bfloat16", "parallelize": True, "trust_remote_code": True},
+        ),
+        (
+            TaskOptions(["a"], backend="vllm"),
+            Loading("bfloat16", gpus=4),
+            ["--model vllm"],
+            {"dtype": "bfloat16", "tensor_parallel_size": 4},
+        ),
+    ],
+)
+def test_the_harness_is_told_what_was_asked_for(
+    options, loading, words, arguments, tmp_path, monkeypatch
+):
+    package = tmp_path / "lm_eval"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(
+        "import json, sys; from pathlib import Path; words = sys.argv[1:]\n"
+        "place = Path(words[words.index('--output_path') + 1])\n"
+        "(place / 'm').mkdir()\n"
+        "found = {'words': words, 'files': sorted(map(str, Path().iterdir()))}\n"
+        "(place / 'm' / 'results_1.json').write_text(json.dumps(found))"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = ask(TINY, options, loading, tmp_path / "log", tmp_path / "answers" / "teacher-1")
+    said = " ".join(found["words"])
+    assert all(word in said for word in words)
+    assert f"--use_cache {tmp_path}/answers/teacher-1" in said
+    given = json.loads(found["words"][found["words"].index("--model_args") + 1])
+    assert given == {"pretrained": str(TINY), **arguments}
+    assert ("capitals.jsonl" in found["files"]) == (options.include is not None)
 
 
 ACCURACY = {"teacher": 0.5, "before": 0.1, "student": 0.4}
@@ -245,6 +287,8 @@ def test_a_finished_run_is_due_until_every_model_has_its_scores(run, monkeypatch
     asking.fails = None
     assert after.evaluate_run(config, folder, print)
     assert asking.asked == ["teacher", "before", "student", "student"]
+    assert "capitals, acc" in (run / "report.html").read_text()
+    assert json.loads((run / "status.json").read_text())["state"] == "completed"
     assert not after.due(config, folder)
     assert after.complete_run(config, folder, print), "and so nothing is connected"
     assert after.due(config_of(run, include=CAPITALS.include, limit=2), folder)
@@ -360,8 +404,8 @@ def test_the_harness_ends_with_the_process_that_started_it(tmp_path):
         "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
     )
     code = (
-        "from pathlib import Path\nfrom raystill.cluster.harness.ask import TaskOptions, ask\n"
-        f"ask(Path('m'), TaskOptions(['a'], {str(tmp_path)!r}), 'float32', Path('log'))"
+        "from pathlib import Path\nfrom raystill.cluster.harness.ask import *\n"
+        f"ask(Path('m'), TaskOptions(['a'], {str(tmp_path)!r}), Loading('float32'), Path('log'))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
