@@ -50,7 +50,7 @@ def check_hub(config: "RunConfig", folder: RunFolder | None) -> tuple[list[Probl
         _require_free(_api(), hub, [], replace=False)
     except PushRefused as error:
         return [Problem("output.hub", str(error))], []
-    except _failures() as error:
+    except Exception as error:  # Of several types: huggingface_hub's, httpx's, those of Xet.
         return [], [f"output.hub: the Hub could not be asked about {hub.repo} ({_reason(error)})"]
     return [], []
 
@@ -108,7 +108,9 @@ def push_student(folder: RunFolder, hub: HubConfig, replace: bool = False) -> di
         try:
             commit = _commit(_api(), local / STUDENT, hub, _pushed(folder), replace)
             break
-        except _failures() as error:
+        except RunError:
+            raise
+        except Exception as error:  # As above.
             status = getattr(getattr(error, "response", None), "status_code", 500)
             if status < 500 or attempt == ATTEMPTS:
                 raise PushRefused(_remedy(hub, status, error)) from None
@@ -122,14 +124,6 @@ def _api() -> "HfApi":
     from huggingface_hub import HfApi
 
     return HfApi()
-
-
-def _failures() -> tuple[type[BaseException], ...]:
-    """What huggingface_hub raises where the Hub refuses, fails, or is not reached."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    return (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError)
 
 
 def _pushed(folder: RunFolder) -> dict[str, Any]:

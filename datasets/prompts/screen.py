@@ -68,9 +68,7 @@ def screen_personal(
     kinds = Counter(kind for each in held for kind in each)
     found = PersonalData(action, len(raws), sum(map(bool, held)), dict(kinds))
     if action == "mask":
-        return [_masked(raw) if each else _kept_masked(raw) for raw, each in _pairs(raws, held)], (
-            found
-        )
+        return _all_masked(raws, held), found
     if action == "drop" and found.num_prompts:
         left = [raw for raw, each in _pairs(raws, held) if not each]
         if not left:
@@ -92,17 +90,28 @@ def _pairs(
 def _read_texts(raw: RawPrompt) -> list[str]:
     """What teacher or student read of a row."""
     said = (raw.text, raw.messages, raw.response, raw.teacher_messages)
-    return [text for one in said for text in texts_of(one)]
+    return [text for one in said for text in texts_of(one, keys=True)]
+
+
+def _all_masked(raws: Sequence[RawPrompt], held: Sequence[frozenset[str]]) -> list[RawPrompt]:
+    """The prompts with marks in place of what was found. ConfigError for what cannot be read."""
+    masked = []
+    for raw, each in _pairs(raws, held):
+        try:
+            masked.append(_kept_masked(_masked(raw) if each else raw))
+        except RecursionError:
+            message = "is nested too deeply for prompts.personal_data: mask; flatten or remove it"
+            raise ConfigError([Problem(raw.where, message)]) from None
+    return masked
 
 
 def _masked(raw: RawPrompt) -> RawPrompt:
-    """The prompt with marks in place of what was found."""
+    """The prompt with marks in what teacher and student read."""
     text, messages, response, more = (
-        with_texts(one, personal.mask)
+        with_texts(one, personal.mask, keys=True)
         for one in (raw.text, raw.messages, raw.response, raw.teacher_messages)
     )
-    masked = replace(raw, text=text, messages=messages, response=response, teacher_messages=more)
-    return _kept_masked(masked)
+    return replace(raw, text=text, messages=messages, response=response, teacher_messages=more)
 
 
 def _kept_masked(raw: RawPrompt) -> RawPrompt:
@@ -110,11 +119,18 @@ def _kept_masked(raw: RawPrompt) -> RawPrompt:
     if not raw.fields and not any(raw.columns):
         return raw
     columns = tuple(
-        None if one is None else json.dumps(with_texts(json.loads(one), personal.mask))
-        for one in raw.columns
+        None if one is None else json.dumps(_mask_all(json.loads(one))) for one in raw.columns
     )
-    fields = None if raw.fields is None else with_texts(raw.fields, personal.mask)
-    return replace(raw, columns=columns, fields=fields)
+    return replace(raw, columns=columns, fields=raw.fields and _mask_all(raw.fields))
+
+
+def _mask_all(value: Any) -> Any:
+    """A value of JSON with all its texts masked, names of fields too."""
+    if isinstance(value, str):
+        return personal.mask(value)
+    if isinstance(value, dict):
+        return {_mask_all(name): _mask_all(inner) for name, inner in value.items()}
+    return [_mask_all(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 HELD_OUT = "held-out prompts"
@@ -161,7 +177,7 @@ def count_overlap(
         own = [_asked_texts(raw) for raw in held_out]
         sets.append((HELD_OUT, [raw.where for raw in held_out], Items(own, overlap.ngram)))
     for file, rows in _benchmarks(prompts):
-        texts = [list(texts_of(row)) for _, row in rows]
+        texts = [_texts_of_row(row, where) for where, row in rows]
         sets.append((file.name, [where for where, _ in rows], Items(texts, overlap.ngram)))
     if not sets:
         return []
@@ -230,3 +246,10 @@ def _rows(file: PromptFile, problems: list[Problem]) -> list[tuple[str, Any]]:
     broken = [(where, row) for where, row in rows if isinstance(row, BrokenRow)]
     problems += [Problem(where, str(row)) for where, row in broken[:3]]
     return [(where, row) for where, row in rows if not isinstance(row, BrokenRow)]
+
+
+def _texts_of_row(row: Any, where: str) -> list[str]:
+    try:
+        return list(texts_of(row))
+    except RecursionError:
+        raise ConfigError([Problem(where, "is nested too deeply; flatten or remove it")]) from None

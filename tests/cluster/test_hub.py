@@ -136,11 +136,14 @@ def test_failures_that_pass_are_sat_out_and_no_large_file_is_sent_twice(
 
 def test_a_commit_of_which_the_answer_was_lost_is_not_made_again(hub: Hub, tmp_path: Path) -> None:
     """The push finds its own files there, and has nothing to send."""
+    hub.lost = 1
     folder = finished(tmp_path)
-    push_student(folder, MINE)
+    record = push_student(folder, MINE)
+    repository = hub.repositories["me/small"]
+    assert len(repository.commits) == 2 and record["commit"] == repository.commits[-1]
     (tmp_path / "run/hub.json").unlink()
     assert push_student(folder, MINE)["sent"] == 0
-    assert len(hub.repositories["me/small"].commits) == 2
+    assert len(repository.commits) == 2 and remote(hub) == FILES
 
 
 def test_somebody_who_commits_at_the_same_time_loses_nothing(hub: Hub, tmp_path: Path) -> None:

@@ -148,6 +148,25 @@ def test_check_tells_counts_and_no_address(
         assert MAIL not in text and KEY not in text
 
 
+def test_whatever_is_kept_of_a_row_is_masked_or_refused(tmp_path: Path) -> None:
+    """Names of fields, roles that are none, and what is nested too deeply to be looked through."""
+    function = tmp_path / "f.py"
+    function.write_text("def good(row):\n    return True\n")
+    rows = [{"prompt": f"Say {n}.", "role": MAIL, "x": {MAIL: [KEY]}} for n in range(4)]
+    config = config_of(tmp_path, rows, personal_data="mask").model_dump()
+    config["evaluation"] |= {"held_out_rows": 2, "checks": [{"function": f"{function}:good"}]}
+    config = RunConfig.model_validate(config | {"filters": []})
+    made = build_prompt_tables(config, PromptTokeniser(TINY, config.prompts), 400)
+    assert made.held_out_fields is not None
+    kept = str(made.held_out_fields.to_pylist())
+    assert MAIL not in kept and KEY not in kept and "[EMAIL]" in kept
+    deep = "[" * 700 + "1" + "]" * 700
+    with open(tmp_path / "p.jsonl", "a") as file:
+        file.write(f'{{"prompt": "x", "x": {deep}}}\n')
+    with pytest.raises(ConfigError, match=r"line 5: .*nested too deeply"):
+        build_prompt_tables(config, PromptTokeniser(TINY, config.prompts), 400)
+
+
 def test_report_and_page_show_marks(tmp_path: Path) -> None:
     """Token by token too, where no token alone is an address."""
     folder = RunFolder(str(tmp_path / "run")).ensure()

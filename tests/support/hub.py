@@ -25,7 +25,7 @@ class Repository:
 class Hub:
     """``fail``: statuses to answer with, by the part of a path, each used once from the front.
     ``owners``: whom the token may write to. ``cut``: bytes of the next upload to read before the
-    connection is cut.
+    connection is cut. ``lost``: commits that are made, and then answered with 500.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -35,6 +35,7 @@ class Hub:
     calls: Counter[str] = field(default_factory=Counter)
     cut: int | None = None
     before_commit: Any = None
+    lost: int = 0
     url: str = ""
 
 
@@ -176,6 +177,9 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 del repository.files[value["path"]]
         repository.commits.append(sha1(str(len(repository.commits)).encode()).hexdigest())
+        if self.hub.lost:
+            self.hub.lost -= 1
+            return 500, {"error": "planted"}
         url = f"{self.hub.url}/{name}/commit/{repository.commits[-1]}"
         return 200, {"success": True, "commitOid": repository.commits[-1], "commitUrl": url}
 

@@ -154,6 +154,7 @@ def pinned(name: str) -> dict[str, str]:
         ("teacher", ("gpu.txt",)),
         ("cpu", ("cpu.txt",)),
         ("lora", ("cpu.txt", "gpu.txt")),
+        ("language", ("cpu.txt", "gpu.txt")),
         ("tasks", ("tasks.txt",)),
         *((extra, ("trackers.txt",)) for extra in TRACKERS),
     ],
@@ -161,7 +162,8 @@ def pinned(name: str) -> dict[str, str]:
 def test_the_pinned_versions_satisfy_what_the_package_asks_for(
     extra: str, lists: tuple[str, ...]
 ) -> None:
-    assert set(EXTRAS) == {"cluster", "teacher", "cpu", "s3", "lora", "tasks", *TRACKERS}
+    own = {"cluster", "teacher", "cpu", "s3", "lora", "language", "tasks"}
+    assert set(EXTRAS) == {*own, *TRACKERS}
     for name in lists:
         versions = pinned(name)
         for one in EXTRAS.get(extra, LIGHT):
@@ -170,7 +172,7 @@ def test_the_pinned_versions_satisfy_what_the_package_asks_for(
 
 
 def test_the_package_asks_for_what_its_code_imports_and_for_nothing_else() -> None:
-    extras = [*EXTRAS["cluster"], *EXTRAS["lora"], *EXTRAS["s3"]]
+    extras = [*EXTRAS["cluster"], *EXTRAS["lora"], *EXTRAS["s3"], *EXTRAS["language"]]
     asked = {canonicalize_name(one.name) for one in [*LIGHT, *extras]}
     brought = {
         "pydantic_core": "pydantic",  # One exact version of it.
