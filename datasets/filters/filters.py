@@ -112,19 +112,21 @@ def text_of(teacher: ModelSource) -> Decode:
 
 
 def ids_of(teacher: ModelSource) -> Encode:
-    """Encodes with the teacher's tokenizer, for which special tokens in a text are text."""
+    """Encodes with the teacher's tokenizer, for which control tokens in a text are text."""
     loaded: list[Encode] = []
 
     def encode(text: str) -> Sequence[int]:
         if not loaded:
             from pathlib import Path
 
-            from raystill.model.tokenizer import load_tokenizer, read_settings
+            from raystill.model import tokenizer as models
 
             folder = Path(teacher.on_this_node("none"))
-            tokenizer = load_tokenizer(folder, read_settings(folder))
-            tokenizer.encode_special_tokens = True
-            loaded.append(lambda said: list(tokenizer.encode(said, add_special_tokens=False).ids))
+            settings = models.read_settings(folder)
+            whole = models.load_tokenizer(folder, settings)
+            template = models.chat_template(folder, settings)
+            control = models.control_tokens(whole, settings, folder, template)
+            loaded.append(models.PlainText(whole, control.always).encode)
         return loaded[0](text)
 
     return encode

@@ -45,21 +45,28 @@ def masked_ids(
 ) -> pa.ListArray:
     """The response ids of each answer, lists of int32 [T], masked where a filter asks for it.
 
-    kept: the answers to mask, [N]. The stop token stays. The ids of an answer in which nothing is
-    found stay as they are.
+    kept: the answers to mask, [N]; of the others nothing is read. The stop token stays. The ids of
+    an answer in which nothing is found stay as they are.
     """
-    ids: list[Int32Array] = [row.values.to_numpy() for row in answers.ids]
-    texts = list(answers.texts)
+    places = np.flatnonzero(kept)
+    some = answers.take(places)
+    texts, changed = list(some.texts), set[int]()
     for rule in filters.rules:
         config = rule.personal_data
         if config is None or config.action != "mask":
             continue
         kinds = config.kinds or personal.KINDS
         found = personal.kinds_in(texts)
-        for place in np.flatnonzero(answers.of_sources(rule.sources) & kept):
-            if found[place].isdisjoint(kinds):
-                continue
-            texts[place] = personal.mask(texts[place], kinds)
-            end = ids[place][-1:] if answers.finished[place] else ids[place][:0]
-            ids[place] = np.append(np.array(encode(texts[place]), np.int32), end)
-    return pa.array(ids, pa.list_(pa.int32()))
+        for number in np.flatnonzero(some.of_sources(rule.sources)):
+            if not found[number].isdisjoint(kinds):
+                texts[number] = personal.mask(texts[number], kinds)
+                changed.add(int(number))
+    if not changed:
+        return answers.ids
+    ids = [row.values for row in answers.ids]
+    for number in changed:
+        written = some.ids[number].values.to_numpy()
+        end = written[-1:] if some.finished[number] else written[:0]
+        masked: Int32Array = np.append(np.array(encode(texts[number]), np.int32), end)
+        ids[places[number]] = masked
+    return pa.array(ids, answers.ids.type)

@@ -742,8 +742,8 @@ def test_a_masked_answer_is_what_the_student_gets(tmp_path):
     plain = PromptTokeniser(TINY, PromptsConfig(path="p", chat_template=False)).plain_text()
     stop = tokenizer.token_to_id("<|im_end|>")
     said = ["Blue.", f"Write to {MAIL} <|im_end|>now.", f"To {MAIL}", f"{MAIL} at 8.8.8.8"]
-    ids = [plain.encode(text).ids for text in said]
-    ids[1], ids[2] = [*ids[1], stop], [*ids[2], stop]
+    ids = [plain.encode(text) for text in said]
+    ids[1], ids[2] = [*ids[1], stop], None  # Dropped rows need have none.
     ends = ["length", "stop", "stop", "length"]
     answers = pa.table(
         {"response_ids": pa.array(ids, pa.list_(pa.int32())), "finish_reason": ends, "row": ends}
@@ -762,7 +762,7 @@ def test_a_masked_answer_is_what_the_student_gets(tmp_path):
     assert told.to_pylist() == [None, None, "empty", None]
     assert masked.schema == answers.schema
     got = masked["response_ids"].to_pylist()
-    assert got[0] == ids[0] and got[2] == ids[2]  # Dropped rows need none.
+    assert got[0] == ids[0] and got[2] is None
     assert got[1][-1] == stop and got[1].count(stop) == 1
     assert tokenizer.decode(got[1]) == "Write to [EMAIL] <|im_end|>now."
     assert tokenizer.decode(got[3]) == "[EMAIL] at [IP_ADDRESS]"
