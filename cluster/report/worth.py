@@ -58,12 +58,12 @@ def speed_caption(found: object) -> str:
         str(found.get("dtype", "")),
         _placed(found),
     ]
-    tokens, passes = _number(found.get("tokens")), _passes(found)
+    tokens = _number(found.get("tokens"))
     settings = ", ".join(filter(None, where))
     answers = f"answers of {formatting.count(tokens)} tokens to held-out prompts"
     return (
         f"Speed and size in the same engine ({settings}): {answers}, median of "
-        f"{formatting.count(passes)} passes [least, most]"
+        f"{_passes(found)} passes [least, most]"
     )
 
 
@@ -149,9 +149,12 @@ def _placed(found: Figures) -> str:
     return "" if cores is None else formatting.plural(int(cores), "core")
 
 
-def _passes(found: Figures) -> float | None:
-    passes = _mapping(_mapping(found.get("models")).get("student")).get("passes")
-    return len(passes) if isinstance(passes, list) else None
+def _passes(found: Figures) -> str:
+    """``4``, or ``2 and 4`` of teacher and student where a measurement was stopped between."""
+    models = _mapping(found.get("models"))
+    passes = [_mapping(models.get(name)).get("passes") for name in ("teacher", "student")]
+    numbers = [str(len(of)) if isinstance(of, list) else formatting.NOTHING for of in passes]
+    return " and ".join(dict.fromkeys(numbers))
 
 
 def _in_millions(number: float | None) -> str:

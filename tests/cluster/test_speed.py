@@ -14,7 +14,7 @@ import driver
 from raystill.base.errors import RunError
 from raystill.base.run_folder import SPEED, RunFolder
 from raystill.cluster.report.page.page import write_page
-from raystill.cluster.report.worth import print_speed, sections, speed_rows, verdict
+from raystill.cluster.report.worth import print_speed, sections, speed_caption, speed_rows, verdict
 from raystill.cluster.worth import bench, speed
 from raystill.cluster.worth.speed import compared, summary, turns
 from raystill.datasets.rows.answers import Answer
@@ -86,6 +86,9 @@ def test_the_tables_say_the_figures(capsys):
     print_speed(figures())
     shown = capsys.readouterr().out
     assert "vllm 0.32.0, float32, 1 core" in shown and "median of 3 passes" in shown
+    fewer = figures()
+    fewer["models"]["teacher"]["passes"].pop()
+    assert "median of 2 and 3 passes" in speed_caption(fewer)
     (full,) = (line for line in shown.splitlines() if line.startswith("tokens/s, 8 at once"))
     assert "10.0 [8.0, 12.0]" in full and full.endswith("1.50 x faster")
     (peak,) = (line for line in shown.splitlines() if line.startswith("engine's peak memory"))
