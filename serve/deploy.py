@@ -65,6 +65,7 @@ class TeacherApp:
         self._logs = logs
         self._identity = identity
         self._run_folder = run_folder
+        self._store_path: str | None = None
 
     @classmethod
     def of(cls, run: Run) -> "TeacherApp":
@@ -72,6 +73,7 @@ class TeacherApp:
         name, identity = run.app, run.teacher_identity
         logs, path = run.folder.logs, run.folder.path
         app = cls(name, run.config, run.teacher, run.coordinator, logs, identity, path)
+        app._store_path = run.store_path
         app._sampler = run.sampler_app if run.config.policy.enabled else None
         return app
 
@@ -87,6 +89,7 @@ class TeacherApp:
             replicas_per_node=_replicas_per_node(config),
             teacher_identity=self._identity,
             run_folder=self._run_folder,
+            store_path=self._store_path,
         )
         serve.start(proxy_location="Disabled")
         options = deployment_options(config, has_gpus)

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -58,12 +58,21 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class KeyedEngine(Protocol):
+    """An engine that names what it asks for by the keys of the answers."""
+
+    async def sample_keyed(
+        self, prompt_ids: Ids, keys: list[bytes], signal: Signal
+    ) -> list[Answer]: ...
+
+
 @dataclass(frozen=True)
 class ReplicaSettings:
     """Settings of a replica. ``logs`` is None where output stays with Ray's own logs.
 
     ``teacher_identity``: the driver's, which is in the keys of all answers; None: not compared.
-    ``run_folder``: of the run that the teacher answers; None outside a run.
+    ``run_folder``, ``store_path``: of the run that the teacher answers; None outside a run.
     """
 
     config: RunConfig
@@ -74,6 +83,7 @@ class ReplicaSettings:
     replicas_per_node: int
     teacher_identity: str | None = None
     run_folder: str | None = None
+    store_path: str | None = None
 
 
 class Teacher:
@@ -110,9 +120,17 @@ class Teacher:
             raise RunError(problem)
 
     async def sample(self, prompts: pa.Table, signal: Signal) -> pa.Table:
-        """Answer each row of ``prompts`` (column ``prompt_ids``): an ``answer_schema`` table."""
+        """Answer each row of ``prompts``: an ``answer_schema`` table.
+
+        prompts: ``prompt_ids`` and ``key``, the key of each answer; only some engines need it.
+        """
         groups = ids_of(prompts, "prompt_ids")
-        table, answers = await self._table(signal, self._engine.sample(groups, signal))
+        engine = self._engine
+        if isinstance(engine, KeyedEngine):
+            asked = engine.sample_keyed(groups, prompts["key"].to_pylist(), signal)
+        else:
+            asked = engine.sample(groups, signal)
+        table, answers = await self._table(signal, asked)
         self._report(groups, answers, written=True)
         return table
 
@@ -257,11 +275,13 @@ def build_engine(
     if teacher.engine == "synthetic":
         return SyntheticEngine(teacher.synthetic, sampling, teacher.max_model_len)
     if teacher.engine == "api":
-        from raystill.serve.api.build import api_engine
+        from raystill.serve.services import api_engine
 
         assert settings.run_folder is not None, "an API teacher belongs to a run"
         run_folder = RunFolder(settings.run_folder)
-        return api_engine(teacher, folder, sampling, run_folder, settings.coordinator)
+        assert settings.store_path is not None, "an API teacher belongs to a run"
+        coordinator, store = settings.coordinator, settings.store_path
+        return api_engine(config, folder, sampling, run_folder, coordinator, store)
     cores = None
     if settings.gpus == 0:
         available = sorted(os.sched_getaffinity(0))

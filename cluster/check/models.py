@@ -5,15 +5,12 @@ transformers.
 """
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
-
-import pyarrow.compute as pc
 
 from raystill.base.errors import ConfigError, Problem
 from raystill.cluster.check.folders import check_architecture, check_weights
+from raystill.cluster.check.trackers import check_api
 from raystill.config.run import RunConfig
 from raystill.config.student import LayerChoice
 from raystill.datasets.prompts.tables import PromptTables
@@ -57,7 +54,7 @@ def check_teacher(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
             "set stop_token_ids to the ids that end an answer",
         )
     yield from _check_hidden(config, teacher)
-    yield from _check_api(config)
+    yield from check_api(config)
     if settings.engine == "vllm" or config.student.init == "from_teacher":
         yield from _check_folder("teacher.model", teacher)
     overridden = settings.engine_args.keys() & {"hf_overrides", "config_format"}
@@ -253,61 +250,6 @@ def count_parameters(model: ModelFolder, layers: list[int] | None = None) -> int
             if layers is None or not layer.isdigit() or int(layer) in layers:
                 total += math.prod(entry["shape"])
     return total
-
-
-def _check_api(config: RunConfig) -> Iterator[Problem]:
-    """With ``engine: api``: what a service cannot do, and the key that it wants."""
-    if config.teacher.engine != "api":
-        return
-    if config.signal.kind != "text":
-        yield Problem(
-            "signal.kind",
-            f"is {config.signal.kind!r}, but an API teacher gives its text alone; set signal: "
-            "{kind: text} and objective: {cross_entropy: 1}",
-        )
-    if config.evaluation.free_running.teacher_scores:
-        yield Problem(
-            "evaluation.free_running.teacher_scores",
-            "is true, but an API teacher cannot score the student's answers; set it to false",
-        )
-    name = config.teacher.api.api_key_env
-    if name is not None and not os.environ.get(name):
-        yield Problem(
-            "teacher.api.api_key_env",
-            f"names ${name}, which is not set here; export it (and give it to a job with raystill "
-            f"submit --env {name}), or set api_key_env: null where the service wants no key",
-        )
-
-
-def api_notices(config: RunConfig, tables: PromptTables) -> Iterator[str]:
-    """What a run with an API teacher may cost, and whether its key travels in the open."""
-    api = config.teacher.api
-    if config.teacher.engine != "api" or api.base_url is None:
-        return
-    host = urlsplit(api.base_url).hostname or ""
-    if api.base_url.startswith("http:") and host not in ("localhost", "127.0.0.1", "::1"):
-        yield f"teacher.api.base_url is not https: prompts and key can be read on the way to {host}"
-    rows = tables.train.num_rows + tables.held_out.num_rows
-    prompts = sum(
-        int(pc.sum(pc.list_value_length(t["prompt_ids"])).as_py() or 0)
-        for t in (tables.train, tables.held_out)
-    )
-    longest = rows * config.teacher.sampling.max_tokens
-    if api.prices is None:
-        yield (
-            f"teacher.api.prices is unset, so spending is not counted: {rows:,} answers to "
-            f"{prompts:,} prompt tokens, with at most {longest:,} response tokens"
-        )
-        return
-    most = (prompts * api.prices.input + longest * api.prices.output) / 1e6
-    limit = "no limit is set (teacher.api.max_cost)"
-    if api.max_cost is not None:
-        limit = f"teacher.api.max_cost stops it at {api.max_cost:g}"
-    yield (
-        f"the teacher may cost up to {most:,.4g} ({rows:,} answers, {prompts:,} prompt tokens of "
-        f"this tokenizer at {api.prices.input:g} and at most {longest:,} response tokens at "
-        f"{api.prices.output:g} a million; nothing cached, nothing stored before); {limit}"
-    )
 
 
 def _check_hidden(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:

@@ -12,7 +12,6 @@ from raystill.base.run_folder import RunFolder, resolve_output, resolve_store
 from raystill.cluster.check.evaluation import check_evaluation, check_tasks
 from raystill.cluster.check.folders import check_settings, code_notices
 from raystill.cluster.check.models import (
-    api_notices,
     check_ids,
     check_memory,
     check_student,
@@ -34,7 +33,7 @@ from raystill.cluster.check.output import (
 from raystill.cluster.check.prepared import Prepared as Prepared
 from raystill.cluster.check.progress import ReadingProgress
 from raystill.cluster.check.terms import check_terms
-from raystill.cluster.check.trackers import check_trackers
+from raystill.cluster.check.trackers import api_notices, check_trackers
 from raystill.cluster.lineage.hub import check_hub
 from raystill.config.load import load_leniently
 from raystill.config.run import RunConfig

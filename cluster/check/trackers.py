@@ -1,18 +1,24 @@
-"""Trackers before anything is spent: is each one's package here, and does it know where to write?
+"""Services outside, before anything is spent: the trackers, and a teacher behind an API.
 
-Looks for packages without importing them: wandb and mlflow take seconds.
+Is each tracker's package here, and does it know where to write? Can the service do what the run
+wants, and what may it cost? Looks for packages without importing them: wandb and mlflow take
+seconds.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pyarrow.compute as pc
+
 from raystill.base.errors import Problem
 from raystill.base.redact import redact
 from raystill.base.run_folder import inside_job_package
-from raystill.config.run import MlflowConfig, OutputConfig, WandbConfig
+from raystill.config.run import MlflowConfig, OutputConfig, RunConfig, WandbConfig
+from raystill.datasets.prompts.tables import PromptTables
 
 WANDB_HOST = "https://api.wandb.ai"
 WANDB_KEYS = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
@@ -116,4 +122,87 @@ def check_sqlite(where: str, uri: str) -> Iterator[Problem]:
             where,
             f"({uri}) is in the folder {path.absolute().parent}, which does not exist; make it, or "
             "name another",
+        )
+
+
+def check_api(config: RunConfig) -> Iterator[Problem]:
+    """With ``engine: api``: what a service cannot do, and the key that it wants."""
+    if config.teacher.engine != "api":
+        return
+    text_only = config.teacher.gives_text_only
+    if text_only and config.signal.kind != "text":
+        yield Problem(
+            "signal.kind",
+            f"is {config.signal.kind!r}, but an API teacher gives its text alone; set signal: "
+            "{kind: text} and objective: {cross_entropy: 1}, or teacher.api.ids: true where the "
+            "service is a vLLM server",
+        )
+    if not text_only and config.signal.kind == "hidden":
+        yield Problem(
+            "signal.kind",
+            "is 'hidden', but a server gives no hidden states; set signal.kind: topk",
+        )
+    if text_only and config.evaluation.free_running.teacher_scores:
+        yield Problem(
+            "evaluation.free_running.teacher_scores",
+            "is true, but an API teacher cannot score the student's answers; set it to false",
+        )
+    name = config.teacher.api.api_key_env
+    if name is not None and not os.environ.get(name):
+        yield Problem(
+            "teacher.api.api_key_env",
+            f"names ${name}, which is not set here; export it (and give it to a job with raystill "
+            f"submit --env {name}), or set api_key_env: null where the service wants no key",
+        )
+
+
+def api_notices(config: RunConfig, tables: PromptTables) -> Iterator[str]:
+    """What a run with an API teacher may cost, and whether its key travels in the open."""
+    api = config.teacher.api
+    if config.teacher.engine != "api" or api.base_url is None:
+        return
+    host = urlsplit(api.base_url).hostname or ""
+    if api.base_url.startswith("http:") and host not in ("localhost", "127.0.0.1", "::1"):
+        yield f"teacher.api.base_url is not https: prompts and key can be read on the way to {host}"
+    rows = tables.train.num_rows + tables.held_out.num_rows
+    prompts = sum(
+        int(pc.sum(pc.list_value_length(t["prompt_ids"])).as_py() or 0)
+        for t in (tables.train, tables.held_out)
+    )
+    longest = rows * config.teacher.sampling.max_tokens
+    yield from _way_notices(config, rows)
+    if api.prices is None:
+        yield (
+            f"teacher.api.prices is unset, so spending is not counted: {rows:,} answers to "
+            f"{prompts:,} prompt tokens, with at most {longest:,} response tokens"
+        )
+        return
+    prices = api.prices if api.batch is None else api.prices.times(api.batch.price_factor)
+    most = (prompts * prices.input + longest * prices.output) / 1e6
+    limit = "no limit is set (teacher.api.max_cost)"
+    if api.max_cost is not None:
+        limit = f"teacher.api.max_cost stops it at {api.max_cost:g}"
+    yield (
+        f"the teacher may cost up to {most:,.4g} ({rows:,} answers, {prompts:,} prompt tokens of "
+        f"this tokenizer at {prices.input:g} and at most {longest:,} response tokens at "
+        f"{prices.output:g} a million; nothing cached, nothing stored before); {limit}"
+    )
+
+
+def _way_notices(config: RunConfig, rows: int) -> Iterator[str]:
+    """What the run waits for, or asks, before its first row."""
+    api = config.teacher.api
+    if api.ids:
+        yield (
+            f"{api.base_url} is asked by token ids; when the teacher starts, its tokenizer, "
+            "vocabulary, context and logprobs are compared with what the run needs, for a few "
+            "hundred tokens"
+        )
+    if api.batch is not None:
+        size = min(api.batch.max_rows, config.rows_ahead)
+        batches = math.ceil(rows / size)
+        yield (
+            f"answers come in batches of up to {size:,} rows: {batches:,} for {rows:,} rows, one "
+            f"after another, each within {api.batch.window}; fewer with a larger "
+            "teacher.api.batch.max_rows and stream.max_rows_ahead"
         )

@@ -82,7 +82,7 @@ def signal_of(signal: SignalConfig, teacher_config: Mapping[str, Any]) -> Signal
 
 def held_out_signal(config: RunConfig) -> Signal:
     """The signal of the held-out rows: the K best ids, or the text where a service has no more."""
-    if config.teacher.engine == "api":
+    if config.teacher.gives_text_only:
         return Signal("text")
     return Signal("topk", config.evaluation.top_k)
 

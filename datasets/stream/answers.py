@@ -108,7 +108,7 @@ class StoredAnswers:
         if isinstance(self._teacher, StudentAnswers):
             answers = await self._teacher.sample(prompt_ids, own)
         else:
-            answers = await self._teacher.sample(prompt_ids)
+            answers = await self._teacher.sample(prompt_ids, self._view.keys_of(rows))
         return await self._keep(rows, prompt_ids, answers, scored=False)
 
     async def _score(

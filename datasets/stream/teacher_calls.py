@@ -56,12 +56,14 @@ class TeacherCalls:
         self._suspect = asyncio.Lock()
         self._turns = _Turns()
 
-    async def sample(self, prompt_ids: pa.Array) -> pa.Table:
+    async def sample(self, prompt_ids: pa.Array, keys: pa.Array | None = None) -> pa.Table:
         """Answers in the order of the prompts (answer_schema); poison rows are unusable.
 
-        RunError where the teacher cannot be reached; its own errors are passed on.
+        keys: of the answers, where they have one. RunError where the teacher cannot be reached; its
+        own errors are passed on.
         """
-        return await self._ask("sample", pa.table({"prompt_ids": prompt_ids}))
+        columns = {"prompt_ids": prompt_ids, **({} if keys is None else {"key": keys})}
+        return await self._ask("sample", pa.table(columns))
 
     async def score(self, prompt_ids: pa.Array, response_ids: pa.Array) -> pa.Table:
         """The signal for responses that are there already; as :meth:`sample`."""

@@ -1,4 +1,4 @@
-"""Base class of every configuration model, and the two kinds of field.
+"""Base class of every configuration model, the two kinds of field, and the section of a service.
 
 An `identity` field decides what a run computes: an existing run folder refuses another value. An
 `operational` field decides where and how fast, and may change between restarts of one run.
@@ -9,9 +9,17 @@ import re
 from datetime import date
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from raystill.base.redact import SECRETS
+from raystill.base.redact import SECRETS, is_secret_name
 
 Kind = Literal["identity", "operational"]
 
@@ -140,3 +148,175 @@ def require_selector(selector: dict[str, str]) -> dict[str, str]:
 
 
 LabelSelector = Annotated[dict[str, str], AfterValidator(require_selector)]
+
+
+class PricesConfig(ConfigModel):
+    """What a service charges for a million tokens, in one currency."""
+
+    input: float = operational(ge=0, allow_inf_nan=False, description="Prompt tokens.")
+    output: float = operational(
+        ge=0, allow_inf_nan=False, description="Response tokens, those of its reasoning included."
+    )
+    cached_input: float | None = operational(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Prompt tokens from the service's cache. Default: as input.",
+    )
+    as_of: str | None = operational(
+        None, description="Day on which the prices were read, YYYY-MM-DD; for the report."
+    )
+
+    def times(self, factor: float) -> "PricesConfig":
+        """The same prices, each so many times as high."""
+        cached = None if self.cached_input is None else self.cached_input * factor
+        prices = {"input": self.input * factor, "output": self.output * factor}
+        return self.model_copy(update={**prices, "cached_input": cached})
+
+    @field_validator("as_of", mode="before")
+    @classmethod
+    def _is_a_day(cls, value: Any) -> Any:
+        return day_of(value)
+
+
+class BatchConfig(ConfigModel):
+    """Answers in batches (``/v1/batches``): cheaper, and hours later."""
+
+    price_factor: float = operational(
+        0.5, gt=0, le=1, description="Share of the prices that an answer in a batch costs."
+    )
+    max_rows: PositiveInt = operational(
+        2000,
+        le=50_000,
+        description="Most rows of one batch. So many are asked for at a time, where "
+        "stream.max_rows_ahead has room for them.",
+    )
+    gather_s: float = operational(
+        30.0,
+        gt=0,
+        description="Seconds without a new row after which a batch is submitted that is not full.",
+    )
+    poll_s: float = operational(
+        60.0, gt=0, description="Seconds between two looks at a batch that is not done."
+    )
+    window: str = operational(
+        "24h", description="Time that the service is given for a batch, by its own name."
+    )
+
+
+SET_BY_IDS = frozenset(
+    {
+        *("best_of", "echo", "logprob_token_ids", "logit_bias", "max_tokens", "min_tokens", "n"),
+        *("prompt", "prompt_logprobs", "stop", "stream", "suffix", "truncate_prompt_tokens"),
+        *("use_beam_search", "allowed_token_ids", "bad_words", "stop_token_ids", "ignore_eos"),
+        *("structured_outputs", "response_format", "return_token_ids", "logprobs"),
+    }
+)
+"""Fields of a request by ids that are set for it, or would make its answer another."""
+
+
+class ApiConfig(ConfigModel):
+    """A teacher behind an OpenAI-compatible API: where it is, how fast and for how much."""
+
+    base_url: str | None = identity(
+        None,
+        description="URL of the service, e.g. https://api.example.com/v1. Required with engine: "
+        "api.",
+    )
+    model: str | None = identity(
+        None, description="Name of the model at the service. Required with engine: api."
+    )
+    api_key_env: str | None = operational(
+        "OPENAI_API_KEY",
+        description="Name of the environment variable that holds the key; the key itself belongs "
+        "into no file. null: the service wants none.",
+    )
+    extra_body: dict[str, Any] = identity(
+        {},
+        description="Further fields of each request, by the service's own names, e.g. "
+        "{reasoning_effort: low}.",
+    )
+    ids: bool = identity(
+        False,
+        description="Whether the service is a vLLM server that is asked by token ids and answers "
+        "with ids and logprobs, so that signal.kind sampled and topk, and scoring, can be had. It "
+        "must have the tokenizer of teacher.model, which is compared when the teacher starts.",
+    )
+    batch: BatchConfig | None = operational(
+        None,
+        description="Asks for answers in batches of many rows, which most services do at half the "
+        "price within a day; {} for the defaults. Default: each row is asked for by itself.",
+    )
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = operational(
+        "max_tokens", description="The service's name of teacher.sampling.max_tokens."
+    )
+    max_concurrency: PositiveInt = operational(
+        16, description="Most requests at a time. Fewer go after the service said: too many."
+    )
+    requests_per_minute: PositiveInt | None = operational(
+        None, description="Most requests a minute. Default: as many as the service takes."
+    )
+    tokens_per_minute: PositiveInt | None = operational(
+        None,
+        description="Most tokens a minute, prompts and the longest answers together. Default: as "
+        "many as the service takes.",
+    )
+    prices: PricesConfig | None = operational(
+        None, description="Prices of a million tokens, with which spending is counted."
+    )
+    max_cost: float | None = operational(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Most that the run may spend over all its starts, in the currency of the "
+        "prices. The run then ends, with all that is paid stored, and can be resumed with a higher "
+        "one. Default: no limit.",
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_a_url(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"https?://[^\s@?#]+", value):
+            raise ValueError(
+                "is not the plain URL of a service; expected http(s)://host[:port]/path without "
+                "name, password or query; keys belong into the variable that api_key_env names"
+            )
+        return value
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _names_a_secret(cls, value: str | None) -> str | None:
+        if value is not None and not (value.isidentifier() and is_secret_name(value)):
+            raise ValueError(
+                "is not the name of an environment variable for a secret; expected a name with "
+                "KEY, TOKEN or SECRET in it, such as MY_API_KEY (its value is then kept out of "
+                "logs); the key itself belongs into no file"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _ids_are_asked_plainly(self) -> "ApiConfig":
+        wrong = sorted(set(self.extra_body) & SET_BY_IDS) if self.ids else []
+        if wrong:
+            raise ValueError(
+                f"extra_body sets {', '.join(wrong)}, which would change what comes back by ids; "
+                "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_are_of_chats(self) -> "ApiConfig":
+        if self.ids and self.batch is not None:
+            raise ValueError(
+                "has both ids and batch, but a vLLM server answers at once; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _budget_has_prices(self) -> "ApiConfig":
+        if self.max_cost is not None and self.prices is None:
+            raise ValueError(
+                f"max_cost is {self.max_cost:g}, but without prices nothing is known of the cost; "
+                "set prices: {input: ..., output: ...}"
+            )
+        return self

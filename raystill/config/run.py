@@ -251,11 +251,11 @@ class RunConfig(ConfigModel):
         policy = self.policy
         if not policy.enabled:
             return
-        if self.teacher.engine != "vllm":
+        if self.teacher.engine == "synthetic" or self.teacher.gives_text_only:
             yield (
                 "policy.student_share needs a teacher that scores the student's answers, but "
                 f"teacher.engine is {self.teacher.engine!r}; set teacher.engine: vllm, or "
-                "policy.student_share: 0"
+                "teacher.api.ids: true at a vLLM server, or policy.student_share: 0"
             )
         if self.signal.kind == "text":
             yield (

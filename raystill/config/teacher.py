@@ -1,18 +1,17 @@
 """Configuration of the teacher: the model, its engine, its sampling, its replicas."""
 
-import re
+import math
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import model_validator
 
-from raystill.base.redact import is_secret_name
 from raystill.config.base import (
+    ApiConfig,
     ConfigModel,
     Cores,
     LabelSelector,
     PositiveInt,
     Resources,
-    day_of,
     identity,
     operational,
 )
@@ -77,107 +76,6 @@ class SyntheticConfig(ConfigModel):
         description="Token id that ends the replica's process when a prompt contains it. Default: "
         "none.",
     )
-
-
-class PricesConfig(ConfigModel):
-    """What a service charges for a million tokens, in one currency."""
-
-    input: float = operational(ge=0, allow_inf_nan=False, description="Prompt tokens.")
-    output: float = operational(
-        ge=0, allow_inf_nan=False, description="Response tokens, those of its reasoning included."
-    )
-    cached_input: float | None = operational(
-        None,
-        ge=0,
-        allow_inf_nan=False,
-        description="Prompt tokens from the service's cache. Default: as input.",
-    )
-    as_of: str | None = operational(
-        None, description="Day on which the prices were read, YYYY-MM-DD; for the report."
-    )
-
-    @field_validator("as_of", mode="before")
-    @classmethod
-    def _is_a_day(cls, value: Any) -> Any:
-        return day_of(value)
-
-
-class ApiConfig(ConfigModel):
-    """A teacher behind an OpenAI-compatible API: where it is, how fast and for how much."""
-
-    base_url: str | None = identity(
-        None,
-        description="URL of the service, e.g. https://api.example.com/v1. Required with engine: "
-        "api.",
-    )
-    model: str | None = identity(
-        None, description="Name of the model at the service. Required with engine: api."
-    )
-    api_key_env: str | None = operational(
-        "OPENAI_API_KEY",
-        description="Name of the environment variable that holds the key; the key itself belongs "
-        "into no file. null: the service wants none.",
-    )
-    extra_body: dict[str, Any] = identity(
-        {},
-        description="Further fields of each request, by the service's own names, e.g. "
-        "{reasoning_effort: low}.",
-    )
-    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = operational(
-        "max_tokens", description="The service's name of teacher.sampling.max_tokens."
-    )
-    max_concurrency: PositiveInt = operational(
-        16, description="Most requests at a time. Fewer go after the service said: too many."
-    )
-    requests_per_minute: PositiveInt | None = operational(
-        None, description="Most requests a minute. Default: as many as the service takes."
-    )
-    tokens_per_minute: PositiveInt | None = operational(
-        None,
-        description="Most tokens a minute, prompts and the longest answers together. Default: as "
-        "many as the service takes.",
-    )
-    prices: PricesConfig | None = operational(
-        None, description="Prices of a million tokens, with which spending is counted."
-    )
-    max_cost: float | None = operational(
-        None,
-        ge=0,
-        allow_inf_nan=False,
-        description="Most that the run may spend over all its starts, in the currency of the "
-        "prices. The run then ends, with all that is paid stored, and can be resumed with a higher "
-        "one. Default: no limit.",
-    )
-
-    @field_validator("base_url")
-    @classmethod
-    def _is_a_url(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"https?://[^\s@?#]+", value):
-            raise ValueError(
-                "is not the plain URL of a service; expected http(s)://host[:port]/path without "
-                "name, password or query; keys belong into the variable that api_key_env names"
-            )
-        return value
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _names_a_secret(cls, value: str | None) -> str | None:
-        if value is not None and not (value.isidentifier() and is_secret_name(value)):
-            raise ValueError(
-                "is not the name of an environment variable for a secret; expected a name with "
-                "KEY, TOKEN or SECRET in it, such as MY_API_KEY (its value is then kept out of "
-                "logs); the key itself belongs into no file"
-            )
-        return value
-
-    @model_validator(mode="after")
-    def _budget_has_prices(self) -> "ApiConfig":
-        if self.max_cost is not None and self.prices is None:
-            raise ValueError(
-                f"max_cost is {self.max_cost:g}, but without prices nothing is known of the cost; "
-                "set prices: {input: ..., output: ...}"
-            )
-        return self
 
 
 class ReplicasConfig(ConfigModel):
@@ -369,6 +267,15 @@ class TeacherConfig(ConfigModel):
         return n if isinstance(n, int) else n.max
 
     @property
+    def gives_text_only(self) -> bool:
+        """Whether there is no more to be had than the answers' text."""
+        return self.engine == "api" and not self.api.ids
+
+    @property
     def slots(self) -> int:
         """Rows that one engine answers at a time; all others of its groups wait in the replica."""
-        return self.api.max_concurrency if self.engine == "api" else self.max_num_seqs
+        if self.engine != "api":
+            return self.max_num_seqs
+        # Six rows are asked for each slot: a batch's rows in all.
+        batch = self.api.batch
+        return self.api.max_concurrency if batch is None else math.ceil(batch.max_rows / 6)

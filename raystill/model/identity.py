@@ -60,6 +60,8 @@ def identity_of_teacher(teacher: TeacherConfig, folder: str | PathLike[str]) -> 
         api = teacher.api
         asked = ["api", api.base_url, api.model, api.extra_body]
         # The same text has other ids with another tokenizer.
+        if api.ids:  # Asked by ids, no chat template of the service is between.
+            asked.append("ids")
         vocabulary = (Path(folder) / "tokenizer.json").read_bytes()
         asked.append(hashlib.sha256(vocabulary).hexdigest())
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

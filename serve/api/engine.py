@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
-from raystill.config.teacher import ApiConfig, TeacherConfig
+from raystill.config.base import ApiConfig
+from raystill.config.teacher import TeacherConfig
 from raystill.datasets.rows.answers import Answer, Int32Array
 from raystill.datasets.rows.keys import prompt_digest
 from raystill.datasets.rows.schema import FATAL

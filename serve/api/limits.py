@@ -10,13 +10,14 @@ never above ``max_cost`` by what was in flight.
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from raystill.base.records import MetricsLog, read_lines
 from raystill.base.run_folder import SPENDING, RunFolder
-from raystill.config.teacher import ApiConfig, PricesConfig
+from raystill.config.base import ApiConfig, PricesConfig
 
 MINUTE_S = 60.0
 DEFAULT_WAIT_S = 5.0
@@ -64,7 +65,8 @@ class Limits:
     Args:
         config: Rates, prices, budget.
         spent: What earlier starts of the run have spent.
-        report: Is given counters to add up: ``api_requests``, ``api_cost``, ``api_<failure>``, ...
+        report: Is given counters to add up: ``api_requests``, ``api_cost``, ``api_<failure>``, ...,
+            and the name of the batch that they are of, if any.
         clock: Monotonic seconds.
     """
 
@@ -72,11 +74,11 @@ class Limits:
         self,
         config: ApiConfig,
         spent: float = 0.0,
-        report: Callable[[dict[str, float]], None] | None = None,
+        report: Callable[..., None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
-        self._report = report or (lambda counters: None)
+        self._report = report or (lambda counters, batch=None: None)
         self._clock = clock
         self.spent = spent
         self._reserved = 0.0
@@ -104,7 +106,9 @@ class Limits:
             self._running -= 1
             self._reserved -= cost
             if turn.usage is not None:
-                self._account(turn.usage)
+                most = float(self._config.max_concurrency)
+                self._at_once = min(most, self._at_once + 1 / self._at_once)
+                self.account([turn.usage])
 
     def failed(self, name: str, retry_after_s: float | None, too_fast: bool) -> None:
         """A request failed in a way that may pass."""
@@ -119,16 +123,53 @@ class Limits:
         """One more of a kind, for the report."""
         self._report({f"api_{name}": 1})
 
+    def hold(self, cost: float) -> bool:
+        """Sets so much of the budget aside, until ``release``; False if that is not left."""
+        covered = self._covers(cost)
+        if covered:
+            self._reserved += cost
+        return covered
+
+    def hold_anyway(self, cost: float) -> None:
+        """As ``hold``, of what is already on its way."""
+        self._reserved += cost
+
+    def release(self, cost: float) -> None:
+        """Ends ``hold``: what was really paid is accounted for."""
+        self._reserved -= cost
+
+    def account(self, usages: Sequence[Usage], batch: str | None = None) -> None:
+        """The service has answered and charges this: one usage for each request."""
+        cost = sum(usage.cost(self._config.prices) for usage in usages)
+        self.spent += cost
+        counters = {
+            "api_requests": len(usages),
+            "api_input_tokens": sum(usage.input for usage in usages),
+            "api_cached_tokens": sum(usage.cached for usage in usages),
+            "api_output_tokens": sum(usage.output for usage in usages),
+            "api_reasoning_tokens": sum(usage.reasoning for usage in usages),
+            "api_cost": cost,
+        }
+        self._report(counters, batch)
+
+    def reached(self, cost: float) -> BudgetReached:
+        """What is said where an answer of that cost is not covered any more."""
+        return BudgetReached(
+            f"teacher.api.max_cost ({self._config.max_cost:g}) is reached: {self.spent:.4f} is "
+            f"spent, and the next answer may cost {cost:.4f}; raise it and start the run again, "
+            "which goes on from here: what is paid is kept"
+        )
+
+    def _covers(self, cost: float) -> bool:
+        budget = self._config.max_cost
+        return budget is None or self.spent + self._reserved + cost <= budget
+
     async def _wait(self, tokens: int, cost: float) -> None:
         budget = self._config.max_cost
         while True:
             if budget is not None and self.spent + cost > budget:
-                raise BudgetReached(
-                    f"teacher.api.max_cost ({budget:g}) is reached: {self.spent:.4f} is spent, and "
-                    f"the next answer may cost {cost:.4f}; raise it and start the run again, which "
-                    "goes on from here: what is paid is kept"
-                )
-            covered = budget is None or self.spent + self._reserved + cost <= budget
+                raise self.reached(cost)
+            covered = self._covers(cost)
             now = self._clock()
             free = self._running < self.at_once and now >= self._wait_until
             if covered and free and self._within_rates(now, tokens):
@@ -146,21 +187,6 @@ class Limits:
         in_minute = sum(each for _, each in self._recent)
         return most is None or not self._recent or in_minute + tokens <= most
 
-    def _account(self, usage: Usage) -> None:
-        cost = usage.cost(self._config.prices)
-        self.spent += cost
-        self._at_once = min(float(self._config.max_concurrency), self._at_once + 1 / self._at_once)
-        self._report(
-            {
-                "api_requests": 1,
-                "api_input_tokens": usage.input,
-                "api_cached_tokens": usage.cached,
-                "api_output_tokens": usage.output,
-                "api_reasoning_tokens": usage.reasoning,
-                "api_cost": cost,
-            }
-        )
-
 
 class Spending:
     """What a run has spent at a service, over all its starts: one line an answer in a file."""
@@ -169,13 +195,19 @@ class Spending:
         self._log = MetricsLog(folder, SPENDING)
         lines = read_lines(folder, SPENDING)
         self.cost = float(sum(line.get("api_cost") or 0.0 for line in lines))
+        self.batches = {str(line["batch"]) for line in lines if line.get("batch")}
+        """Names of the batches that are accounted for."""
         self._uploaded = time.monotonic()
 
-    def add(self, counters: dict[str, float]) -> None:
-        """Note what was paid; failures without a price are counted elsewhere."""
+    def add(self, counters: dict[str, float], batch: str | None = None) -> None:
+        """Note what was paid, once a batch; failures without a price are counted elsewhere."""
         if "api_cost" not in counters:
             return
-        self._log.append({"step": 0, "time": time.time(), **counters})
+        line: dict[str, Any] = {"step": 0, "time": time.time(), **counters}
+        if batch is not None:
+            line["batch"] = batch
+            self.batches.add(batch)
+        self._log.append(line)
         if time.monotonic() - self._uploaded > UPLOAD_EVERY_S:
             self._log.upload()
             self._uploaded = time.monotonic()

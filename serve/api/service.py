@@ -29,13 +29,18 @@ UNUSABLE = ("empty_answer", "broken_answer")
 R = TypeVar("R")
 
 
+class Unanswered(Exception):
+    """A call to the service that failed for good; its text is a row's error of FATAL."""
+
+
 @dataclass(frozen=True)
 class Request(Generic[R]):
     """One request: how it is sent, the most that it may take, and how its answer is read.
 
     send: asks a client, and returns what came. read: from that to a result, or a row's error; it
     may raise one of UNREADABLE. written: response tokens by our own count, where the service tells
-    none; may raise one of UNREADABLE too, and then ``max_tokens`` are charged.
+    none; may raise one of UNREADABLE too, and then ``max_tokens`` are charged. free: no tokens are
+    asked for.
     """
 
     send: Callable[[Any], Awaitable[Any]]
@@ -43,6 +48,7 @@ class Request(Generic[R]):
     written: Callable[[Any], int]
     prompt_tokens: int
     max_tokens: int
+    free: bool = False
 
 
 class Service:
@@ -55,7 +61,7 @@ class Service:
         self.limits = limits
         self._api = teacher.api
         self._timeout_s = teacher.request_timeout_s
-        self._client: Any = None
+        self.client: Any = None
         self._refused: str | None = None
         """Why the service answers nobody; rows that wait then do not ask it."""
 
@@ -63,11 +69,34 @@ class Service:
         """Makes the client; the service is asked nothing yet."""
         import openai
 
-        self._client = openai.AsyncOpenAI(
+        self.client = openai.AsyncOpenAI(
             base_url=self._api.base_url,
             api_key=os.environ.get(self._api.api_key_env or "", "") or "none",
             max_retries=0,  # A repeated request may be paid twice: each is counted here.
             timeout=self._timeout_s,
+        )
+
+    async def call(self, send: Callable[[Any], Awaitable[R]], attempts: int = MAX_TRANSIENT) -> R:
+        """What comes of a call that costs nothing. Raises Unanswered; waiting is no attempt."""
+        transient, last = 0, None
+        while transient < attempts:
+            try:
+                return await send(self.client)
+            except Exception as error:
+                verdict = judge(error)
+                if isinstance(verdict, str):
+                    raise Unanswered(verdict) from None
+                transient, last = transient + verdict.counts, error
+                self.limits.failed(verdict.name, verdict.retry_after_s, verdict.too_fast)
+                waits = verdict.retry_after_s or failures.pause_s(max(1, transient))
+                await asyncio.sleep(waits)
+        raise Unanswered(self.gave_up(transient, last))
+
+    def gave_up(self, attempts: int, last: BaseException | None) -> str:
+        """The error of a row whose service failed too often."""
+        return (
+            f"{FATAL}{self._api.base_url} failed {attempts} times for one row (last: "
+            f"{describe(last)}); start the run again later: what is answered is kept"
         )
 
     async def ask(self, request: Request[R]) -> R | str:
@@ -80,8 +109,9 @@ class Service:
                 async with turn_of as turn:
                     if self._refused is not None:
                         return self._refused
-                    completion = await request.send(self._client)
-                    turn.paid(self._paid(request, completion))
+                    completion = await request.send(self.client)
+                    if not request.free:
+                        turn.paid(self.charged(request, completion))
             except BudgetReached as error:
                 return f"{FATAL}{error}"
             except Exception as error:
@@ -105,12 +135,9 @@ class Service:
             unusable += 1
         if unusable:
             return str(result)
-        return (
-            f"{FATAL}{self._api.base_url} failed {transient} times for one row (last: "
-            f"{describe(last)}); start the run again later: what is answered is kept"
-        )
+        return self.gave_up(transient, last)
 
-    def _paid(self, request: Request[R], completion: Any) -> Usage:
+    def charged(self, request: Request[R], completion: Any) -> Usage:
         """What is charged; our own count where the service tells none that can be true.
 
         Without it a service that leaves ``usage`` out would be free, and ``max_cost`` no limit.

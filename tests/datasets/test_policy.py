@@ -130,7 +130,7 @@ class Writer:
     def __init__(self, responses, version):
         self.responses, self.version = responses, version
 
-    async def sample(self, prompt_ids):
+    async def sample(self, prompt_ids, keys=None):
         errors = [None if r else "engine_error" for r in self.responses]
         table = pa.table(
             {

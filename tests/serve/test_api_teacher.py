@@ -20,7 +20,9 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 
 from raystill.base.run_folder import MESSAGES, RunFolder
-from raystill.config.teacher import ApiConfig, PricesConfig, TeacherConfig
+from raystill.config.base import ApiConfig, PricesConfig
+from raystill.config.run import RunConfig
+from raystill.config.teacher import TeacherConfig
 from raystill.datasets.rows.answers import Answer
 from raystill.datasets.rows.keys import prompt_digest
 from raystill.datasets.rows.signal import Signal
@@ -28,9 +30,8 @@ from raystill.model.identity import identity_of_teacher
 from raystill.model.sampling import ResolvedSampling
 from raystill.serve.api import failures
 from raystill.serve.api import service as service_module
-from raystill.serve.api.build import api_engine
-from raystill.serve.api.engine import ApiEngine
 from raystill.serve.api.limits import BudgetReached, Limits, Usage
+from raystill.serve.services import api_engine
 from tests.support.end_to_end import TEACHER
 
 STOP = 2
@@ -139,6 +140,18 @@ def teacher_of(url: str, **api: Any) -> TeacherConfig:
     )
 
 
+def run_of(teacher: TeacherConfig) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "teacher": teacher,
+            "student": {"init": "from_teacher", "layer_stride": 1},
+            "prompts": {"path": "prompts.jsonl"},
+            "signal": {"kind": "text"},
+            "objective": {"cross_entropy": 1.0},
+        }
+    )
+
+
 SAMPLING = ResolvedSampling(0.7, 0.9, 0, 0.0, max_tokens=32, stop_token_ids=(STOP,))
 
 
@@ -152,8 +165,13 @@ class Asked:
         table = pa.table({"digest": [prompt_digest(p) for p in self.prompts], "messages": chats})
         self.folder.write_table(MESSAGES, table)
         self.counters: Counter[str] = Counter()
-        self.engine: ApiEngine = api_engine(
-            teacher_of(service.url, **api), str(TEACHER), SAMPLING, self.folder, self
+        self.engine = api_engine(
+            run_of(teacher_of(service.url, **api)),
+            str(TEACHER),
+            SAMPLING,
+            self.folder,
+            self,
+            str(folder / "store"),
         )
 
     @property

@@ -4,31 +4,38 @@ The server is vLLM's own, with the tiny teacher. The proxy counts what was answe
 costs; the run must have paid for each answer once, stop at its budget, and go on from there.
 """
 
+import asyncio
 import json
-import os
-import socket
+import pickle
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from tokenizers import Tokenizer
 
+from raystill.base.errors import RunError
+from raystill.base.run_folder import RunFolder
+from raystill.config.run import RunConfig
+from raystill.datasets.rows.answers import Answer
+from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.store import TeacherStore
+from raystill.model.sampling import resolve_sampling
+from raystill.serve.services import api_engine
 from tests.support.end_to_end import ROOT, TEACHER, RunFiles, drive
+from tests.support.vllm_server import MAX_LOGPROBS, MAX_MODEL_LEN, vllm_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults]
 
 KEY = "planted-service-key-31d9be02"
-UP_WITHIN_S = 240.0
 PRICES = {"input": 1.0, "output": 4.0}
 NUM_ROWS, NUM_HELD_OUT = 32, 8
 
@@ -100,46 +107,20 @@ class Passing(BaseHTTPRequestHandler):
         pass
 
 
-@contextmanager
-def vllm_server(log: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    words = ["--model", str(TEACHER), "--served-model-name", "large", "--host", "127.0.0.1"]
-    words += ["--port", str(port), "--dtype", "float32", "--enforce-eager"]
-    words += ["--max-model-len", "256", "--max-num-seqs", "8"]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + UP_WITHIN_S
-        while True:
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-
-
 @pytest.fixture(scope="module")
-def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with vllm_server(tmp_path_factory.mktemp("server") / "log") as url:
-        server = Proxy(url)
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-        server.server_close()
+        yield url
+
+
+@pytest.fixture
+def proxy(server_url: str) -> Iterator[Proxy]:
+    server = Proxy(server_url)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 def test_a_run_pays_each_answer_once_stops_at_its_budget_and_goes_on(
@@ -187,3 +168,122 @@ def test_a_run_pays_each_answer_once_stops_at_its_budget_and_goes_on(
     written = [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_symlink()]
     assert not [p for p in written if KEY.encode() in p.read_bytes()]
     assert KEY not in first.stdout + first.stderr + second.stdout + second.stderr
+
+
+QUESTIONS = ("Name a colour.", "What is the capital of France?", "Count from one to five.")
+MAX_TOKENS = 24
+SCORED = (5, 17, MAX_TOKENS)
+LOGPROB_TOLERANCE = 1e-3  # nats, float32 on both sides; as in tests/serve/test_vllm_parity.py
+
+
+def ids_config(url: str, **more: Any) -> RunConfig:
+    api = {"base_url": f"{url}/v1", "model": "large", "api_key_env": None, "ids": True}
+    teacher = {
+        "model": str(TEACHER),
+        "engine": "api",
+        "max_model_len": MAX_MODEL_LEN,
+        "api": api,
+        "sampling": {"temperature": 0.0, "max_tokens": MAX_TOKENS},
+        **more,
+    }
+    return RunConfig.model_validate(
+        {
+            "teacher": teacher,
+            "student": {"init": "from_teacher", "layer_stride": 1},
+            "prompts": {"path": "prompts.jsonl"},
+            "signal": {"kind": "topk", "top_k": MAX_LOGPROBS},
+        }
+    )
+
+
+def questions() -> list[list[int]]:
+    """Prompts of some tokens, and one that with a response of MAX_TOKENS fills the context."""
+    tokenizer = Tokenizer.from_file(str(TEACHER / "tokenizer.json"))
+    chats = [f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in QUESTIONS]
+    prompts = [tokenizer.encode(chat, add_special_tokens=False).ids for chat in chats]
+    return [*prompts, (prompts[0] * 40)[: MAX_MODEL_LEN - MAX_TOKENS]]
+
+
+def by_ids(config: RunConfig, folder: Path, ask: Any) -> Any:
+    """What ``ask`` gives of the engine by ids."""
+    sampling = resolve_sampling(config.teacher, TEACHER)
+    run_folder = RunFolder(str(folder)).ensure()
+
+    async def run() -> Any:
+        engine = api_engine(config, str(TEACHER), sampling, run_folder, None, str(folder))
+        await engine.start()
+        return await ask(engine)
+
+    return asyncio.run(run())
+
+
+def test_asked_by_ids_a_server_says_what_the_same_teacher_says_in_process(
+    server_url: str, tmp_path: Path
+) -> None:
+    config = ids_config(server_url)
+    prompts = questions()
+    generator = np.random.default_rng(5)
+    lengths = [*SCORED, MAX_TOKENS]
+    responses = [generator.integers(3, 49000, n).tolist() for n in lengths]
+    own = {"model": str(TEACHER), "dtype": "float32", "max_model_len": MAX_MODEL_LEN}
+    own |= {"kv_cache_gib": 0.5, "max_num_seqs": 4}
+    own |= {"sampling": config.teacher.sampling.model_dump(exclude_none=True)}
+    asked = {"teacher": own, "prompts": prompts, "responses": responses, "width": MAX_LOGPROBS}
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    command = [sys.executable, "-m", "tests.support.in_process_teacher"]
+    files = [str(tmp_path / "asked.json"), str(tmp_path / "said.pickle")]
+    subprocess.run([*command, *files], cwd=ROOT, check=True, timeout=300)
+    expected = pickle.loads((tmp_path / "said.pickle").read_bytes())
+    arrays = [np.array(p, np.int32) for p in prompts]
+    topk = Signal("topk", MAX_LOGPROBS)
+
+    async def ask(engine: Any) -> dict[str, Any]:
+        given = [np.array(r, np.int32) for r in responses]
+        return {
+            "sampled": await engine.sample(arrays, topk),
+            "scored": await engine.score(arrays, given, topk),
+            "drawn": await engine.score(arrays[:1], given[:1], Signal("sampled")),
+            "text": await engine.sample(arrays[:1], Signal("text")),
+            "vocab_size": engine.vocab_size,
+            "max_model_len": engine.max_model_len,
+        }
+
+    found = by_ids(config, tmp_path / "run", ask)
+    assert (found["vocab_size"], found["max_model_len"]) == (expected["vocab_size"], MAX_MODEL_LEN)
+    for kind in ("sampled", "scored"):
+        worst = [difference(*pair) for pair in zip(found[kind], expected[kind], strict=True)]
+        print(kind, "nats apart at most", max(worst))
+        assert max(worst) < LOGPROB_TOLERANCE
+    drawn = found["drawn"][0].sampled_logprobs
+    assert np.abs(drawn - expected["scored"][0].sampled_logprobs).max() < LOGPROB_TOLERANCE
+    assert found["text"][0].response_ids.tolist() == found["sampled"][0].response_ids.tolist()
+
+
+def difference(found: Answer, expected: Answer) -> float:
+    """Largest difference of two signals, in nats; the tokens must be the same."""
+    assert (found.error, expected.error) == (None, None)
+    assert found.response_ids.tolist() == expected.response_ids.tolist()
+    assert found.finish_reason == expected.finish_reason
+    for name in ("sampled_logprobs", "topk_logprobs", "tail_logprob"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert (one.dtype, one.shape) == (other.dtype, other.shape)
+    assert (found.topk_ids[:, 0] == expected.topk_ids[:, 0]).all()
+    names = ("sampled_logprobs", "topk_logprobs", "tail_logprob")
+    return max(float(np.abs(getattr(found, n) - getattr(expected, n)).max()) for n in names)
+
+
+def test_a_server_that_is_not_what_the_run_expects_is_refused(
+    server_url: str, tmp_path: Path
+) -> None:
+    async def nothing(engine: Any) -> None:
+        return None
+
+    cases = {
+        "max_model_len: 256": ids_config(server_url, max_model_len=512),
+        "--max-logprobs 65": ids_config(server_url).model_copy(
+            update={"signal": ids_config(server_url).signal.model_copy(update={"top_k": 65})}
+        ),
+    }
+    for number, (words, config) in enumerate(cases.items()):
+        with pytest.raises(RunError, match=words):
+            by_ids(config, tmp_path / str(number), nothing)

@@ -1,0 +1,120 @@
+"""A teacher behind an API whose answers come in batches, at a lower price and hours later.
+
+As `ApiEngine`, but for the way there and back: a row's question waits for its batch, and its answer
+is a line of the batch's files. The row's key in the teacher store names it there.
+"""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from raystill.base.errors import RunError
+from raystill.datasets.rows.answers import Answer, Int32Array
+from raystill.datasets.rows.keys import prompt_digest
+from raystill.datasets.rows.schema import FATAL
+from raystill.datasets.rows.signal import Signal
+from raystill.serve.api.engine import ApiEngine
+from raystill.serve.api.failures import CREDIT_CODES, FILTER_CODES, LENGTH_CODES
+from raystill.serve.api.limits import Usage
+from raystill.serve.api.service import UNUSABLE, Request, Unanswered, understood
+from raystill.serve.batch.batches import Batches, Question
+from raystill.serve.batch.journal import Line
+
+MAX_BATCHES = 4
+"""Batches that one row may be in before it is given up."""
+NOT_ANSWERED = "not_answered"
+"""A row that its batch brought nothing for: the batch expired or was cancelled, a line is missing,
+or the service failed for it."""
+LATER_CODES = frozenset({"batch_expired", "batch_cancelled"})
+
+
+class BatchEngine(ApiEngine):
+    """One service, asked for many chat completions at a time."""
+
+    batches: Batches
+
+    async def start(self) -> None:
+        """Makes the client, and takes up the batches of earlier starts. Raises RunError."""
+        self.service.start()
+        try:
+            await self.batches.start(self._usage)
+        except Unanswered as error:
+            raise RunError(str(error).removeprefix(FATAL)) from None
+
+    def close(self) -> None:
+        """Ends the tasks; the batches go on at the service."""
+        self.batches.close()
+
+    async def sample_keyed(
+        self, prompt_ids: Sequence[Int32Array], keys: Sequence[bytes], signal: Signal
+    ) -> list[Answer]:
+        """As ``sample``. keys: of the answers in the teacher store."""
+        if signal.kind != "text":
+            raise ValueError(f"an API teacher gives text only, not {signal.kind}")
+        pairs = zip(prompt_ids, keys, strict=True)
+        return list(await asyncio.gather(*(self._row(ids, key.hex()) for ids, key in pairs)))
+
+    async def _row(self, prompt_ids: Int32Array, key: str) -> Answer:
+        text = self._messages.get(prompt_digest(prompt_ids))
+        if text is None:
+            return Answer(error=f"{FATAL}a prompt has no messages in prompts/messages.parquet")
+        body = self.body(json.loads(text))
+        more = body.pop("extra_body") or {}
+        most = Usage(input=len(prompt_ids), output=self._sampling.max_tokens)
+        question = Question({**body, **more}, most.cost(self._api.prices))
+        for _ in range(MAX_BATCHES):
+            line = await self.batches.line(key, question)
+            if isinstance(line, str):
+                return Answer(error=line)
+            answer = NOT_ANSWERED if line is None else self._of_line(line)
+            if isinstance(answer, Answer):
+                return answer
+            if not answer.startswith(FATAL):
+                self.service.limits.count(answer)
+            if answer not in (*UNUSABLE, NOT_ANSWERED):
+                return Answer(error=answer)
+            self.batches.forget(key)
+        if answer in UNUSABLE:
+            return Answer(error=answer)
+        return Answer(
+            error=f"{FATAL}{self._api.base_url} left a row unanswered in {MAX_BATCHES} batches; "
+            "start the run again later: what is answered is kept"
+        )
+
+    def _of_line(self, line: Line) -> Answer | str:
+        """The answer in a line, or why it has none that can be used."""
+        if line.status == 200:
+            return understood(self._request(), _completion(line.body))
+        if line.code in LENGTH_CODES:
+            return "too_long"
+        if line.code in FILTER_CODES:
+            return "content_filter"
+        status = line.status
+        if status is None or line.code in LATER_CODES or status >= 500:
+            return NOT_ANSWERED
+        if status in (408, 409, 425, 429) and line.code not in CREDIT_CODES:
+            return NOT_ANSWERED
+        told = f"{status} {line.code} {line.message}".strip()
+        return f"{FATAL}the service refuses a request of a batch: {told[:300]}; see teacher.api"
+
+    def _usage(self, line: Line) -> Usage:
+        return self.service.charged(self._request(), _completion(line.body))
+
+    def _request(self) -> Request[Answer]:
+        async def nothing(client: Any) -> None:
+            return None
+
+        return Request(nothing, self._read, self._written, 0, self._sampling.max_tokens)
+
+
+def _completion(body: Any) -> Any:
+    """A response's body as the client would give it; as it is where that cannot be."""
+    from openai.types.chat import ChatCompletion
+
+    if not isinstance(body, dict):
+        return body
+    try:
+        return ChatCompletion.construct(**body)
+    except (TypeError, ValueError):
+        return body

@@ -1,0 +1,160 @@
+"""The journal of batches: which answers were asked for in which batch, beside the teacher store.
+
+A folder ``batches`` in the store's folder, so that every run of the store finds what another has
+paid for. Of each batch, under a name of our own:
+
+====================  ============================================================================
+``NAME.plan.json``    Written before anything is uploaded: keys, service, the most that it costs.
+``NAME.batch.json``   The service's id of the batch, as soon as it has one.
+``NAME.lines.jsonl``  The lines that came back, answers and errors, as they came.
+``NAME.end.json``     How it ended: written once the lines are here, or that it was never submitted.
+====================  ============================================================================
+
+A kill between any two of them loses nothing: a plan without a batch is looked for at the service by
+its name, which the batch carries in its metadata; a batch without an end is asked for again.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+from uuid import uuid4
+
+from raystill.base.records import read_object
+from raystill.base.run_folder import RunFolder
+
+BATCHES = "batches"
+NEVER = "never_submitted"
+"""How a plan ended whose batch the service does not have."""
+PLAN, BATCH, LINES, END = ".plan.json", ".batch.json", ".lines.jsonl", ".end.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One batch, from the wish to its end.
+
+    run: path of the run folder that submits it. keys: hexadecimal, each once. most: what it costs
+    at most. created: seconds since 1970. batch: the service's id. status: how it ended.
+    """
+
+    run: str
+    service: str
+    model: str
+    keys: tuple[str, ...]
+    most: float
+    name: str = field(default_factory=lambda: uuid4().hex)
+    created: float = field(default_factory=time.time)
+    batch: str | None = None
+    status: str | None = None
+
+
+class BatchJournal:
+    """The journal in one store's folder. Its methods block."""
+
+    def __init__(self, store_path: str) -> None:
+        self.folder = RunFolder(RunFolder(store_path).join(BATCHES))
+
+    def plans(self) -> list[Plan]:
+        """All plans, the oldest first."""
+        names = set(self.folder.names())
+        found = []
+        for file in names:
+            if not file.endswith(PLAN):
+                continue
+            told = read_object(self.folder, file)
+            plan = Plan(**{**told, "keys": tuple(told["keys"])})
+            if plan.name + BATCH in names:
+                plan = replace(plan, batch=read_object(self.folder, plan.name + BATCH)["batch"])
+            if plan.name + END in names:
+                plan = replace(plan, status=read_object(self.folder, plan.name + END)["status"])
+            found.append(plan)
+        return sorted(found, key=lambda plan: (plan.created, plan.name))
+
+    def planned(self, plan: Plan) -> None:
+        """Note what is about to be uploaded."""
+        told = asdict(plan)
+        self._write(plan.name + PLAN, {n: told[n] for n in told if n not in ("batch", "status")})
+
+    def submitted(self, plan: Plan, batch: str) -> Plan:
+        """Note the service's id."""
+        self._write(plan.name + BATCH, {"batch": batch})
+        return replace(plan, batch=batch)
+
+    def ended(self, plan: Plan, status: str, lines: bytes | None) -> Plan:
+        """Keep what came back, then note that it is all."""
+        if lines is not None:
+            self.folder.write_bytes(plan.name + LINES, lines)
+        self._write(plan.name + END, {"status": status})
+        return replace(plan, status=status)
+
+    def lines(self, plan: Plan) -> "Lines":
+        """What came back of a plan that has ended."""
+        if plan.status in (None, NEVER):
+            return Lines({})
+        return read_lines(self.folder.read_bytes(plan.name + LINES), plan.keys)
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        self.folder.write_text(name, json.dumps(content) + "\n")
+
+
+@dataclass(frozen=True)
+class Line:
+    """What came back for one key. status: the HTTP status; None where the service did not ask.
+
+    body: of the response. code, message: of an error.
+    """
+
+    status: int | None
+    body: Any = None
+    code: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What came back of a batch, by key; lines beyond one a key; lines that say nothing.
+
+    later: the service took none of it now, and smaller batches may pass.
+    """
+
+    by_key: dict[str, Line]
+    repeated: int = 0
+    broken: int = 0
+    later: bool = False
+
+
+def read_lines(data: bytes, keys: Sequence[str]) -> Lines:
+    """Lines in any order. Of several with one key the first answer counts, else the first line.
+
+    Lines that are no JSON, or of a key that was not asked for, say nothing.
+    """
+    wanted, found, repeated, broken = set(keys), dict[str, Line](), 0, 0
+    for key, line in _parsed(data.split(b"\n")):
+        if line is None or key not in wanted:
+            broken += 1
+            continue
+        if key in found:
+            repeated += 1
+            if found[key].status == 200 or line.status != 200:
+                continue
+        found[key] = line
+    return Lines(found, repeated, broken)
+
+
+def _parsed(lines: Iterable[bytes]) -> Iterable[tuple[str, Line | None]]:
+    for raw in lines:
+        if not raw.strip():
+            continue
+        try:
+            told = json.loads(raw)
+            response, error = told.get("response") or {}, told.get("error") or {}
+            body = response.get("body")
+            status = response.get("status_code")
+            if isinstance(body, dict) and isinstance(body.get("error"), dict):
+                error = error or body["error"]
+            known = status if isinstance(status, int) else None
+            line = Line(known, body, str(error.get("code") or ""), str(error.get("message") or ""))
+            yield str(told["custom_id"]), line
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            yield "", None

@@ -1,0 +1,82 @@
+"""Makes the engine of a run's service."""
+
+from pathlib import Path
+from typing import Any
+
+from raystill.base.run_folder import MESSAGES, RunFolder
+from raystill.config.run import RunConfig
+from raystill.config.teacher import TeacherConfig
+from raystill.datasets.rows.signal import held_out_signal, signal_of
+from raystill.model.files import ModelFolder
+from raystill.model.sampling import ResolvedSampling
+from raystill.model.tokenizer import chat_template, control_tokens, load_tokenizer, read_settings
+from raystill.serve.api.engine import ApiEngine
+from raystill.serve.api.ids import IdsEngine
+from raystill.serve.api.limits import Limits, Spending
+from raystill.serve.api.probe import Expected
+from raystill.serve.api.service import Service
+from raystill.serve.batch.batches import Batches
+from raystill.serve.batch.engine import BatchEngine
+from raystill.serve.batch.journal import BatchJournal
+
+
+def api_engine(
+    config: RunConfig,
+    folder: str,
+    sampling: ResolvedSampling,
+    run_folder: RunFolder,
+    coordinator: Any,
+    store_path: str,
+) -> ApiEngine | IdsEngine:
+    """The engine of a run's service, which goes on with what earlier starts have spent.
+
+    folder: that of the tokenizer. coordinator: is told the counters; None: nobody is. store_path:
+    of the teacher store, beside which batches are noted.
+    """
+    teacher = at_batch_prices(config.teacher)
+    spending = Spending(run_folder)
+
+    def report(counters: dict[str, float], batch: str | None = None) -> None:
+        spending.add(counters, batch)
+        if coordinator is not None:
+            coordinator.add.remote(counters)
+
+    place = Path(folder)
+    settings = read_settings(place)
+    tokenizer = load_tokenizer(place, settings)
+    service = Service(teacher, Limits(teacher.api, spending.cost, report))
+    if teacher.api.ids:
+        expected = expected_server(config, ModelFolder(teacher.model, place))
+        return IdsEngine(teacher, sampling, tokenizer, service, expected)
+    messages = run_folder.read_table(MESSAGES)
+    control = control_tokens(tokenizer, settings, place, chat_template(place, settings)).always
+    reader = (tokenizer, control)
+    if teacher.api.batch is None:
+        return ApiEngine(teacher, sampling, reader, messages, service)
+    engine = BatchEngine(teacher, sampling, reader, messages, service)
+    journal = BatchJournal(store_path)
+    engine.batches = Batches(teacher.api, service, journal, run_folder.path, spending)
+    return engine
+
+
+def at_batch_prices(teacher: TeacherConfig) -> TeacherConfig:
+    """The same teacher, with what an answer in a batch costs where it answers in batches."""
+    api = teacher.api
+    if api.batch is None or api.prices is None:
+        return teacher
+    prices = api.prices.times(api.batch.price_factor)
+    return teacher.model_copy(update={"api": api.model_copy(update={"prices": prices})})
+
+
+def expected_server(config: RunConfig, model: ModelFolder) -> Expected:
+    """What a run by ids takes its server for."""
+    limits = (config.teacher.max_model_len, model.context_tokens)
+    signals = [signal_of(config.signal, model.config)]
+    if config.evaluation.enabled:
+        signals.append(held_out_signal(config))
+    return Expected(
+        model=config.teacher.model,
+        vocab_size=model.vocab_size,
+        context=min((limit for limit in limits if limit is not None), default=None),
+        logprobs=max((one.width for one in signals if one.kind != "text"), default=None),
+    )
