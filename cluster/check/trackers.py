@@ -201,8 +201,8 @@ def _way_notices(config: RunConfig, rows: int) -> Iterator[str]:
     if api.batch is not None:
         size = min(api.batch.max_rows, config.rows_ahead)
         batches = math.ceil(rows / size)
+        fewer = "; fewer with a larger teacher.api.batch.max_rows and stream.max_rows_ahead"
         yield (
             f"answers come in batches of up to {size:,} rows: {batches:,} for {rows:,} rows, one "
-            f"after another, each within {api.batch.window}; fewer with a larger "
-            "teacher.api.batch.max_rows and stream.max_rows_ahead"
+            f"after another, each within {api.batch.window}{fewer if batches > 1 else ''}"
         )
