@@ -1,6 +1,7 @@
 """`Run`: one distillation run, as each of its processes is given it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from raystill.base.run_folder import RunFolder
@@ -21,6 +22,9 @@ class Run:
         store_path: Path or URI of the teacher store.
         num_rows: Training rows of one epoch.
         num_ids: Token ids that the student can take: those below it; None: not known.
+        teacher_name: Name of the teacher among several; "" where there is one.
+        teachers: Files and identity of each of several teachers by name; the first one's are
+            ``teacher`` and ``teacher_identity`` too. Empty where there is one.
         coordinator: Handle of the run's coordinator actor; None where nobody counts.
     """
 
@@ -33,6 +37,28 @@ class Run:
     num_rows: int
     num_ids: int | None = None
     coordinator: Any = None
+    teacher_name: str = ""
+    teachers: Mapping[str, tuple[ModelSource, str]] = field(default_factory=dict)
+
+    def by_teacher(self) -> "dict[str, Run]":
+        """The run as each of its teachers has it, by name; "" for a single one.
+
+        Configuration, files, identity and application are those of the one teacher.
+        """
+        if not self.teachers:
+            return {"": self}
+        configs = self.config.by_teacher
+        return {
+            name: replace(
+                self,
+                config=configs[name],
+                teacher=model,
+                teacher_identity=identity,
+                teacher_name=name,
+                teachers={},
+            )
+            for name, (model, identity) in self.teachers.items()
+        }
 
     @property
     def app(self) -> str:
@@ -40,7 +66,7 @@ class Run:
 
         A run that is started again finds what a lost driver left under it, and replaces it.
         """
-        return f"teacher-{self.id}"
+        return f"teacher-{self.id}" + (f"-{self.teacher_name}" if self.teacher_name else "")
 
     @property
     def sampler_app(self) -> str:

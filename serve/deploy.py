@@ -16,8 +16,8 @@ from ray import serve
 from raystill.base.errors import RunError
 from raystill.base.formatting import plural
 from raystill.config.run import RunConfig
-from raystill.config.teacher import ReplicasConfig
-from raystill.datasets.stream.teacher_calls import applications
+from raystill.config.teacher import ReplicasConfig, section_of, who_is
+from raystill.datasets.stream.teacher_calls import SERVE, applications
 from raystill.model.on_node import ModelSource
 from raystill.placement.requests import add_up, describe, teacher_bundles
 from raystill.run import Run
@@ -66,6 +66,8 @@ class TeacherApp:
         self._identity = identity
         self._run_folder = run_folder
         self._store_path: str | None = None
+        self._teacher = ""  # Its name among several.
+        self._others: tuple[int, int] = (0, 0)  # Replicas on its cores: before it, in all.
 
     @classmethod
     def of(cls, run: Run) -> "TeacherApp":
@@ -75,6 +77,7 @@ class TeacherApp:
         app = cls(name, run.config, run.teacher, run.coordinator, logs, identity, path)
         app._store_path = run.store_path
         app._sampler = run.sampler_app if run.config.policy.enabled else None
+        app._teacher = run.teacher_name
         return app
 
     def deploy(self) -> None:
@@ -86,16 +89,19 @@ class TeacherApp:
             coordinator=self._coordinator,
             logs=None if self._logs is None else str(self._logs),
             gpus=gpus_of(config, has_gpus),
-            replicas_per_node=_replicas_per_node(config),
+            replicas_per_node=_replicas_per_node(config, self._others[1]),
             teacher_identity=self._identity,
             run_folder=self._run_folder,
             store_path=self._store_path,
+            name=self._teacher,
+            cores_before=self._others[0],
         )
-        serve.start(proxy_location="Disabled")
         options = deployment_options(config, has_gpus)
-        deployment = serve.deployment(Teacher, name=DEPLOYMENT, **options)
-        target = serve.RunTarget(deployment.bind(settings), name=self.name, route_prefix=None)
-        serve.run_many([target], wait_for_applications_running=False)
+        with SERVE:
+            serve.start(proxy_location="Disabled")
+            deployment = serve.deployment(Teacher, name=DEPLOYMENT, **options)
+            target = serve.RunTarget(deployment.bind(settings), name=self.name, route_prefix=None)
+            serve.run_many([target], wait_for_applications_running=False)
 
     def wait(
         self, timeout_s: float | None = None, on_wait: Callable[[float], None] | None = None
@@ -116,15 +122,21 @@ class TeacherApp:
             state = "NOT_STARTED" if status is None else str(status.status.value)
             if state == "RUNNING":
                 remaining = max(1.0, timeout_s - waited)
-                return self.handle().info.remote().result(timeout_s=remaining)
+                with SERVE:
+                    asked = self.handle().info.remote()
+                info: dict[str, Any] = asked.result(timeout_s=remaining)
+                return info
             if state in DEPLOYMENT_FAILED:
-                raise RunError(f"the teacher did not start: {cause_of(status)}{self._log_hint()}")
+                raise RunError(
+                    f"{who_is(self._teacher)} did not start: {cause_of(status)}{self._log_hint()}"
+                )
             if on_wait is not None:
                 on_wait(waited)
             time.sleep(POLL_S)
         raise RunError(
-            f"the teacher was not up within teacher.startup_timeout_s ({timeout_s:.0f} s); the "
-            f"cluster has {describe(ray.cluster_resources())}, of which free "
+            f"{who_is(self._teacher)} was not up within {section_of(self._teacher)}."
+            f"startup_timeout_s ({timeout_s:.0f} s); the cluster has "
+            f"{describe(ray.cluster_resources())}, of which free "
             f"{describe(ray.available_resources())}, and the teacher asks for "
             f"{first_replicas(self._config, self._has_gpus())}; free or add resources, or raise "
             f"the time limit{self._log_hint()}"
@@ -174,8 +186,43 @@ class TeacherApp:
         """Where the whole story is."""
         if self._logs is None:
             return ""
-        written = sorted(self._logs.glob("teacher-*.log"))
+        role = f"teacher-{self._teacher}" if self._teacher else "teacher"
+        written = sorted(self._logs.glob(f"{role}-[0-9]*.log"))
         return f"; the whole output is in {written[0] if written else self._logs / 'ray'}"
+
+
+class TeacherApps:
+    """All teachers of a run, which mostly is one."""
+
+    def __init__(self, run: Run) -> None:
+        self.by_name: dict[str, TeacherApp] = {}
+        runs, before = run.by_teacher(), 0
+        sharing = {n: one.config.teacher.max_replicas for n, one in runs.items() if _shares(one)}
+        for name, one in runs.items():
+            self.by_name[name] = app = TeacherApp.of(one)
+            if name in sharing:
+                app._others = (before, sum(sharing.values()) - sharing[name])
+                before += sharing[name]
+
+    def num_replicas(self) -> int:
+        """Number of replicas that answer now, of all teachers."""
+        return sum(app.num_replicas() for app in self.by_name.values())
+
+    def waits_for_resources(self) -> bool:
+        """`TeacherApp.waits_for_resources` of any."""
+        return any(app.waits_for_resources() for app in self.by_name.values())
+
+    def shutdown(self) -> None:
+        """End all replicas, and Serve itself where nobody else uses it."""
+        for app in self.by_name.values():
+            app.end()
+        for app in self.by_name.values():
+            app.shutdown()
+
+
+def _shares(run: Run) -> bool:
+    """Whether a teacher computes, on cores that are not its own by ``cpu_cores``."""
+    return run.config.teacher.engine == "vllm" and run.config.teacher.cpu_cores is None
 
 
 def deployment_options(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
@@ -260,10 +307,13 @@ def placement(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
     return {"ray_actor_options": actor}
 
 
-def _replicas_per_node(config: RunConfig) -> int:
-    """Replicas that may come to share one node's cores, were they spread evenly."""
+def _replicas_per_node(config: RunConfig, others: int) -> int:
+    """Replicas that may come to share one node's cores, were they spread evenly.
+
+    others: replicas of other teachers of the run that share its cores.
+    """
     nodes = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) >= 1]
-    return math.ceil(config.teacher.max_replicas / max(1, len(nodes)))
+    return math.ceil((config.teacher.max_replicas + others) / max(1, len(nodes)))
 
 
 def cause_of(status: Any) -> str:

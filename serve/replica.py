@@ -25,7 +25,7 @@ from raystill.base.logs import redirect_output, run_name, write_line
 from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.answers import Answer, answers_table
-from raystill.datasets.rows.schema import ENGINE, LOST, NOT_STARTED
+from raystill.datasets.rows.schema import ENGINE, LOST, NOT_STARTED, of_one
 from raystill.datasets.rows.signal import Signal
 from raystill.model.identity import dtype_problem, identity_of_teacher, identity_problem
 from raystill.model.on_node import ModelSource, Weights
@@ -73,6 +73,8 @@ class ReplicaSettings:
 
     ``teacher_identity``: the driver's, which is in the keys of all answers; None: not compared.
     ``run_folder``, ``store_path``: of the run that the teacher answers; None outside a run.
+    ``name``: that of the teacher among several. ``cores_before``: replicas of others that may come
+    to stand before this teacher's on a node, among ``replicas_per_node``.
     """
 
     config: RunConfig
@@ -84,6 +86,13 @@ class ReplicaSettings:
     teacher_identity: str | None = None
     run_folder: str | None = None
     store_path: str | None = None
+    name: str = ""
+    cores_before: int = 0
+
+    @property
+    def role(self) -> str:
+        """What a replica's logs call it: ``teacher``, or ``teacher-NAME``."""
+        return f"teacher-{self.name}" if self.name else "teacher"
 
 
 class Teacher:
@@ -98,9 +107,9 @@ class Teacher:
         number, number_on_node = rank if rank is not None else _serve_rank()
         self._log: str | None = None
         if settings.logs is not None:
-            self._log = str(Path(settings.logs) / f"teacher-{number}.log")
+            self._log = str(Path(settings.logs) / f"{settings.role}-{number}.log")
             redirect_output(self._log)
-            label_replica(run_name(str(Path(settings.logs).parent)), number)
+            label_replica(run_name(str(Path(settings.logs).parent)), number, settings.role)
         self._busy = BusyClock()
         self._identity: str | None = None
         teacher = settings.config.teacher
@@ -245,6 +254,8 @@ class Teacher:
             "teacher_response_tokens": responses if written else 0,
             "teacher_busy_s": self._busy.take(),
         }
+        if name := self._settings.name:
+            counters |= {of_one(name, counter): count for counter, count in counters.items()}
         coordinator.add.remote(counters)
 
 
@@ -281,12 +292,14 @@ def build_engine(
         run_folder = RunFolder(settings.run_folder)
         assert settings.store_path is not None, "an API teacher belongs to a run"
         coordinator, store = settings.coordinator, settings.store_path
-        return api_engine(config, folder, sampling, run_folder, coordinator, store)
+        return api_engine(config, folder, sampling, run_folder, coordinator, store, settings.name)
     cores = None
     if settings.gpus == 0:
         available = sorted(os.sched_getaffinity(0))
         cores = share_of_cores(
-            teacher_cores(config, available), number_on_node, settings.replicas_per_node
+            teacher_cores(config, available),
+            settings.cores_before + number_on_node,
+            settings.replicas_per_node,
         )
     prepare_process(cores)
     by_name = cores is None and teacher.pipeline_parallel_size > 1 and settings.model.commit

@@ -27,14 +27,15 @@ def api_engine(
     run_folder: RunFolder,
     coordinator: Any,
     store_path: str,
+    name: str = "",
 ) -> ApiEngine | IdsEngine:
     """The engine of a run's service, which goes on with what earlier starts have spent.
 
     folder: that of the tokenizer. coordinator: is told the counters; None: nobody is. store_path:
-    of the teacher store, beside which batches are noted.
+    of the teacher store, beside which batches are noted. name: that of the teacher among several.
     """
     teacher = at_batch_prices(config.teacher)
-    spending = Spending(run_folder)
+    spending = Spending(run_folder, name)
 
     def report(counters: dict[str, float], batch: str | None = None) -> None:
         spending.add(counters, batch)

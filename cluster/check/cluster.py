@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from raystill.base.errors import Problem
+from raystill.cluster.check.teachers import of_teacher
 from raystill.config.run import RunConfig
 from raystill.placement import requests
 from raystill.placement.nodes import Node, require_nodes, what_is_asked
@@ -56,15 +57,18 @@ def check_cluster(config: RunConfig, tell: Callable[[str], None] | None = None) 
     machines = {node["NodeManagerAddress"] for node in alive}
     problems += check_paths(config, num_machines=len(machines) + len(growth))
     has_gpus = any(node.resources.get("GPU", 0) > 0 for node in nodes)
-    if not has_gpus_now(running) and (has_gpus or grows_unseen):
-        problems += check_gpus_are_said(config)
-    if groups is not None:
-        problems += check_parallel(config, has_gpus)
     problems += check_gpu_shares(config)
-    problems += check_engine_args(config)
-    if not (has_gpus or grows_unseen):
-        problems += check_draft_on_cpu(config)
-    return problems
+    for name, one in config.by_teacher.items():
+        of_one: list[Problem] = []
+        if not has_gpus_now(running) and (has_gpus or grows_unseen):
+            of_one += check_gpus_are_said(one)
+        if groups is not None:
+            of_one += check_parallel(one, has_gpus)
+        of_one += check_engine_args(one)
+        if not (has_gpus or grows_unseen):
+            of_one += check_draft_on_cpu(one)
+        problems += of_teacher(name, of_one)
+    return list(dict.fromkeys(problems))
 
 
 def has_gpus_now(nodes: Sequence[Node]) -> bool:
@@ -177,7 +181,10 @@ def check_paths(config: RunConfig, num_machines: int) -> list[Problem]:
                 ),
             )
         )
-    models = {"teacher.model": config.teacher.model, "student.model": config.student.model}
+    models = {
+        f"teachers.{name}.model" if name else "teacher.model": one.teacher.model
+        for name, one in config.by_teacher.items()
+    } | {"student.model": config.student.model}
     for where, model in models.items():
         if model is not None and Path(model).is_dir():
             problems.append(

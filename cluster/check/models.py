@@ -120,7 +120,7 @@ def check_memory(
         return [], []
     parts = memory.Parts.of(shapes, student.vocab_size * decoder.hidden, kept)
     workers = training.min_workers
-    row = tables.longest_prompt_tokens + config.teacher.sampling.max_tokens
+    row = tables.longest_prompt_tokens + config.max_response_tokens
     tokens = max(training.tokens_per_micro_batch, row)
     needed = memory.need(training, parts, decoder, workers=workers, tokens=tokens)
     told = f"a student worker needs about {memory.describe(needed)} for passes of {tokens:,} tokens"

@@ -35,7 +35,7 @@ from raystill.config.run import RunConfig
 from raystill.datasets.filters.function import hashes_of, read_functions
 from raystill.datasets.prompts.files import prompt_sources, would_read
 from raystill.datasets.prompts.tables import PromptTables
-from raystill.datasets.rows.schema import STUDENT_PROMPT
+from raystill.datasets.rows.schema import STUDENT_PROMPT, TEACHER
 from raystill.datasets.rows.signal import signal_of
 from raystill.datasets.store.store import SEGMENTS
 from raystill.model.adapters import trained_numbers
@@ -178,7 +178,7 @@ def check_same_prompts(folder: RunFolder, train: pa.Table, setting: str) -> list
     before = _table_of(folder, TRAIN_PROMPTS)
     if isinstance(before, Problem):
         return [before]
-    names = ("prompt_ids", "source", "response_ids", STUDENT_PROMPT)
+    names = ("prompt_ids", "source", "response_ids", STUDENT_PROMPT, TEACHER)
     shared = [n for n in names if n in before.column_names and n in train.column_names]
     if before.select(shared).combine_chunks().equals(train.select(shared).combine_chunks()):
         return []
@@ -306,7 +306,7 @@ def space_needed(config: RunConfig, student: ModelFolder, tables: PromptTables) 
     training = config.training
     # One more than are kept: the newest is written before the oldest is removed.
     checkpoints = (training.num_checkpoints_to_keep + 1) * ADAMW_BYTES[training.param_dtype]
-    tokens = tables.response_tokens("held_out", config.teacher.sampling.max_tokens)
+    tokens = tables.response_tokens("held_out", config.max_response_tokens)
     held_out = tokens * config.evaluation.top_k * SIGNAL_BYTES
     trained, exported = parameters, EXPORT_BYTES[training.export_dtype]
     if config.student.lora is not None:
@@ -342,8 +342,7 @@ def store_space_notices(
     That is: no answer is stored yet, and all are ``max_tokens`` long.
     """
     train, held_out = (
-        tables.response_tokens(name, config.teacher.sampling.max_tokens)
-        for name in ("train", "held_out")
+        tables.response_tokens(name, config.max_response_tokens) for name in ("train", "held_out")
     )
     most = train * _stored_token_bytes(config, teacher)
     most += held_out * STORED_TOKEN_BYTES * (1 + config.evaluation.top_k)

@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from raystill.config.run import RunConfig
 from raystill.datasets.lookup.keeping import StoreIndex
 from raystill.datasets.prompts.tables import PromptTables
-from raystill.datasets.rows.keys import KeyedEngine
+from raystill.datasets.rows.keys import Asked, KeyedEngine
+from raystill.datasets.rows.schema import TEACHER
 from raystill.datasets.rows.signal import Signal, held_out_signal, signal_of
 from raystill.datasets.store.store import TeacherStore
 from raystill.model.files import ModelFolder, fetch_model
@@ -23,14 +26,20 @@ class Stored:
 
     ``train_rows`` and ``held_out_rows``: the store has an answer with the signal of the run.
     ``given``: a response is given, and the run needs no signal of it. ``to_score``: an answer is
-    stored or given, but its signal is still to be asked. ``covers_all``: no row needs the teacher.
+    stored or given, but its signal is still to be asked. ``asked``: names of the teachers that a
+    row needs ("": the only one); ``covers_all``: none.
     """
 
     train_rows: int
     held_out_rows: int
     given: int
     to_score: int
-    covers_all: bool
+    asked: frozenset[str]
+
+    @property
+    def covers_all(self) -> bool:
+        """Whether no row needs a teacher."""
+        return not self.asked
 
 
 @dataclass
@@ -49,6 +58,20 @@ class Prepared:
     store_path: str
     space_needed_bytes: int | None = None
     notices: list[str] = field(default_factory=list)
+    teachers: dict[str, ModelFolder] = field(default_factory=dict)
+    """Folders of several teachers by name, of which ``teacher`` is the first; {} for one."""
+
+    @cached_property
+    def by_teacher(self) -> "dict[str, Prepared]":
+        """The run as each of its teachers has it, by name; "" for a single one."""
+        if not self.teachers:
+            return {"": self}
+        return {
+            name: Prepared(
+                config, self.tables.of_teacher(name), self.teachers[name], None, self.store_path
+            )
+            for name, config in self.config.by_teacher.items()
+        }
 
     @property
     def num_train_rows(self) -> int:
@@ -84,7 +107,8 @@ class Prepared:
 
     def fetch_models(self) -> None:
         """Download the weights that are not on this machine yet. Raises RunError."""
-        fetch_model(self.config.teacher.model, self.config.teacher.revision)
+        for one in self.config.by_teacher.values():
+            fetch_model(one.teacher.model, one.teacher.revision)
         if self.config.student.model is not None:
             fetch_model(self.config.student.model, self.config.student.revision)
 
@@ -125,10 +149,15 @@ class Prepared:
     @cached_property
     def keyed(self) -> PromptTables:
         """The prompt tables with their keys."""
+        return self.tables.with_keys_of({n: one.asked for n, one in self.by_teacher.items()})
+
+    @property
+    def asked(self) -> Asked:
+        """What the keys of the teacher's answers share."""
         from raystill.model.identity import keyed_dtype
 
         teacher = self.config.teacher
-        return self.tables.with_keys(
+        return Asked(
             self.teacher_identity,
             keyed_dtype(teacher, self.teacher_folder),
             teacher.quantization,
@@ -141,6 +170,7 @@ class Prepared:
         """How many rows have an answer in the teacher store, or in the prompt files themselves."""
         index = StoreIndex(TeacherStore(self.store_path)).look_through()
         num_served, num_given, num_to_score = [], 0, 0
+        asked: set[str] = set()
         for table, wanted in (
             (self.train, self.signal),
             (self.held_out, held_out_signal(self.config)),
@@ -148,6 +178,8 @@ class Prepared:
             is_stored, is_served = index.find_many(table["key"], wanted)
             is_given = table["response_ids"].is_valid().to_numpy() & ~is_served
             num_served.append(int(is_served.sum()))
+            needs_one = ~(is_served | is_given) if wanted.kind == "text" else ~is_served
+            asked |= _teachers_of(table, needs_one)
             if wanted.kind == "text":
                 num_given += int(is_given.sum())
             else:
@@ -157,7 +189,7 @@ class Prepared:
             held_out_rows=num_served[1],
             given=num_given,
             to_score=num_to_score,
-            covers_all=sum(num_served) + num_given == self.num_train_rows + self.num_held_out_rows,
+            asked=frozenset(asked),
         )
 
     @property
@@ -225,6 +257,13 @@ class Prepared:
             f"{source.weight:g}), {held_out.get(source.name, 0)} held out"
             for source in sources
         ]
+
+
+def _teachers_of(table: pa.Table, rows: NDArray[np.bool_]) -> set[str]:
+    """The teachers of these rows, bool [N], of a prompt table."""
+    if TEACHER in table.column_names:
+        return set(table[TEACHER].filter(pa.array(rows)).unique().to_pylist())
+    return {""} if rows.any() else set()
 
 
 def keyed_engine(config: RunConfig, teacher: ModelFolder) -> KeyedEngine:

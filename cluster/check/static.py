@@ -7,6 +7,7 @@ on with the ``Prepared`` run: tokenised prompts and resolved folders.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from raystill.base.console import ReadingProgress
 from raystill.base.errors import ConfigError, Problem
 from raystill.base.run_folder import RunFolder, resolve_output, resolve_store
 from raystill.cluster.check.evaluation import check_evaluation, check_tasks
@@ -31,7 +32,15 @@ from raystill.cluster.check.output import (
     store_space_notices,
 )
 from raystill.cluster.check.prepared import Prepared as Prepared
-from raystill.cluster.check.progress import ReadingProgress
+from raystill.cluster.check.teachers import (
+    check_alike,
+    check_rows_ahead,
+    context_tokens,
+    notices_of,
+    of_teacher,
+    slots_notices,
+    truncation_notices,
+)
 from raystill.cluster.check.terms import check_terms
 from raystill.cluster.check.trackers import api_notices, check_trackers
 from raystill.cluster.lineage.hub import check_hub
@@ -108,6 +117,7 @@ class StaticCheck:
         self.problems: list[Problem] = []
         self.notices: list[str] = []
         self.store_path = ""
+        self.teachers: dict[str, ModelFolder] = {}
 
     def run(self) -> Prepared | None:
         """Take every step; None where the teacher or the prompts cannot be used."""
@@ -135,7 +145,7 @@ class StaticCheck:
         self.problems += mixed
         teacher, student = self.find_models()
         if self.known("terms", "teacher", "student"):
-            problems, notices = check_terms(self.config, teacher, student)
+            problems, notices = check_terms(self.config, teacher, student, self.teachers)
             self.problems += problems
             self.notices += notices
         tables = None if mixed else self.tokenise_prompts(teacher, student)
@@ -158,7 +168,16 @@ class StaticCheck:
                 setting = self.config.prompts.files_setting
                 self.problems += check_same_prompts(self.output, tables.train, setting)
                 self.problems += check_same_columns(self.output, tables.columns)
-        return Prepared(self.config, tables, teacher, student, self.store_path, space, self.notices)
+        return Prepared(
+            config=self.config,
+            tables=tables,
+            teacher=teacher,
+            student=student,
+            store_path=self.store_path,
+            space_needed_bytes=space,
+            notices=self.notices,
+            teachers=self.teachers,
+        )
 
     def known(self, *names: str) -> bool:
         """Whether all these settings, and those in them, have the values of the run file."""
@@ -201,7 +220,9 @@ class StaticCheck:
         With ``init: from_teacher`` the student is the teacher's folder.
         """
         config, teacher, student = self.config, None, None
-        if self.known("teacher.model"):
+        if config.teachers is not None:
+            teacher = self.find_teachers()
+        elif self.known("teacher.model"):
             teacher = self.find("teacher.model", config.teacher.model, config.teacher.revision)
         if self.known("student.init", "student.model"):
             student = teacher
@@ -209,9 +230,10 @@ class StaticCheck:
                 name, revision = config.student.model, config.student.revision
                 student = self.find("student.model", name, revision)
         if teacher is not None:
-            self.problems += check_teacher(config, teacher)
-            trusted = config.teacher.trust_remote_code and config.teacher.engine == "vllm"
-            self.notices += code_notices("teacher.model", teacher, trusted)
+            if config.teachers is None:
+                self.problems += check_teacher(config, teacher)
+                trusted = config.teacher.trust_remote_code and config.teacher.engine == "vllm"
+                self.notices += code_notices("teacher.model", teacher, trusted)
             if student is not None:
                 self.problems += check_student(config, teacher, student)
                 if student is not teacher:
@@ -219,6 +241,22 @@ class StaticCheck:
                     self.notices += code_notices("student.model", student, trusted)
                     self.notices += tokenizer_notices(teacher, student)
         return teacher, student
+
+    def find_teachers(self) -> ModelFolder | None:
+        """Find and check several teachers; the first one, or None where any cannot be used."""
+        for name, one in self.config.by_teacher.items():
+            where = f"teachers.{name}.model"
+            found = self.find(where, one.teacher.model, one.teacher.revision)
+            if found is None:
+                continue
+            self.teachers[name] = found
+            self.problems += of_teacher(name, check_teacher(one, found))
+            trusted = one.teacher.trust_remote_code and one.teacher.engine == "vllm"
+            self.notices += code_notices(where, found, trusted)
+        if len(self.teachers) < len(self.config.by_teacher):
+            return None
+        self.problems += check_alike(self.config, self.teachers)
+        return next(iter(self.teachers.values()))
 
     def find(self, where: str, name: str, revision: str | None) -> ModelFolder | None:
         """The model's folder, or None and a problem or notice that says why."""
@@ -254,7 +292,11 @@ class StaticCheck:
         else:
             fit = student
         self.problems += check_ids(tokeniser.num_ids, config, teacher, fit)
-        context = context_tokens(config, teacher)
+        views = config.by_teacher
+        contexts = [
+            context_tokens(one, self.teachers.get(name, teacher)) for name, one in views.items()
+        ]
+        context = min(contexts)
         # A prompt must leave room for one token of answer.
         longest = min(context - 1, config.prompts.max_prompt_tokens or context)
         try:
@@ -265,8 +307,10 @@ class StaticCheck:
         self.problems += check_dropped(config, tables, longest, context)
         self.problems += check_answers_fit(config, tables, student)
         self.problems += check_written_fit(config, tables, context)
-        self.notices += truncation_notices(config, tables, teacher)
-        self.notices += api_notices(config, tables)
+        for name, one in views.items():
+            mine, folder = tables.of_teacher(name), self.teachers.get(name, teacher)
+            notices = [*truncation_notices(one, mine, folder), *api_notices(one, mine)]
+            self.notices += notices_of(name, notices)
         self.notices += tokeniser.notices()
         return tables
 
@@ -279,49 +323,6 @@ def sharding_notices(config: RunConfig) -> Iterator[str]:
             "training.strategy is fsdp, but training.num_workers allows one worker: a single "
             "worker holds the whole student and its optimizer's state"
         )
-
-
-def check_rows_ahead(config: RunConfig) -> Iterator[Problem]:
-    """Is ``max_rows_ahead`` enough to fill a step, and to keep all replicas busy?"""
-    rows, needed, advised = config.rows_ahead, config.min_rows_ahead, config.advised_rows_ahead
-    bound = max(needed, advised)
-    if rows < needed:
-        yield Problem(
-            "stream.max_rows_ahead",
-            f"({rows}) is less than rows_per_step + 2 * num_workers * group_rows ({needed}), so a "
-            f"step could wait for ever; set it to {bound} or more, or lower the others",
-        )
-    elif rows < advised and config.teacher.target_ongoing_requests is not None:
-        yield Problem(
-            "stream.max_rows_ahead",
-            f"({rows}) is less than max replicas * target_ongoing_requests * group_rows + 2 * "
-            f"rows_per_step ({advised}), so replicas would be idle; set it to {bound} or more, or "
-            "lower teacher.target_ongoing_requests",
-        )
-
-
-def slots_notices(config: RunConfig) -> Iterator[str]:
-    """Where the bound on rows ahead keeps the teacher from having all its slots filled."""
-    teacher, bound = config.teacher, config.stream.max_rows_ahead
-    if bound is None or teacher.target_ongoing_requests is not None:
-        return
-    if teacher.engine != "synthetic" and config.groups_per_replica < config.full_groups:
-        rows, full = (
-            teacher.max_replicas * groups * config.stream.group_rows
-            for groups in (config.groups_per_replica, config.full_groups)
-        )
-        yield (
-            f"stream.max_rows_ahead ({bound}) leaves room for {rows} rows in flight, of the {full} "
-            "that keep the engine's slots filled while the longest answer of a group is waited "
-            f"for; set it to {full + 2 * config.training.rows_per_step} or more, or lower "
-            "teacher.max_num_seqs"
-        )
-
-
-def context_tokens(config: RunConfig, teacher: ModelFolder) -> int:
-    """Most tokens of a prompt and its answer together."""
-    limits = [config.teacher.max_model_len, teacher.context_tokens]
-    return min((limit for limit in limits if limit is not None), default=UNBOUNDED)
 
 
 def check_dropped(
@@ -356,15 +357,16 @@ def check_answers_fit(
     if student is None or config.student.init == "from_teacher":
         return
     limit = student.context_tokens
-    most = config.teacher.max_model_len or UNBOUNDED
-    longest = tables.longest_row(config.teacher.sampling.max_tokens, most)
-    if limit is not None and longest > limit:
-        yield Problem(
-            "student.model",
-            f"{student.name} takes at most {limit} tokens, but a prompt with its answer can have "
-            f"{longest}; set teacher.max_model_len: {limit}, or lower prompts.max_prompt_tokens or "
-            "teacher.sampling.max_tokens",
-        )
+    for name, one in config.by_teacher.items():
+        most = one.teacher.max_model_len or UNBOUNDED
+        longest = tables.of_teacher(name).longest_row(one.teacher.sampling.max_tokens, most)
+        if limit is not None and longest > limit:
+            message = (
+                f"{student.name} takes at most {limit} tokens, but a prompt with its answer can "
+                f"have {longest}; set teacher.max_model_len: {limit}, or lower "
+                "prompts.max_prompt_tokens or teacher.sampling.max_tokens"
+            )
+            yield from of_teacher(name, [Problem("student.model", message)])
 
 
 def check_written_fit(config: RunConfig, tables: PromptTables, context: int) -> Iterator[Problem]:
@@ -383,17 +385,4 @@ def check_written_fit(config: RunConfig, tables: PromptTables, context: int) -> 
             f"{context - longest} in the teacher's context of {context}, so that it could not "
             f"score what the student writes; set policy.max_tokens: {context - longest}, or raise "
             "teacher.max_model_len where the model allows",
-        )
-
-
-def truncation_notices(
-    config: RunConfig, tables: PromptTables, teacher: ModelFolder
-) -> Iterator[str]:
-    """Where the context cuts answers before ``max_tokens`` does."""
-    context, longest = context_tokens(config, teacher), tables.longest_asked_prompt
-    max_tokens = config.teacher.sampling.max_tokens
-    if longest is not None and longest + max_tokens > context:
-        yield (
-            f"the longest prompt ({longest} tokens) leaves its answer {context - longest} of "
-            f"{max_tokens} tokens in a context of {context}"
         )

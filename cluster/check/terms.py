@@ -11,7 +11,7 @@ Readings are not advice. Imports the standard library only.
 import hashlib
 import ipaddress
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import cache, reduce
@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 from raystill.base.errors import Problem
 from raystill.cluster.lineage.graph import BrokenLineage, read_lineage
 from raystill.cluster.lineage.sources import sources
-from raystill.config.run import RunConfig, TermsConfig
+from raystill.config.run import RunConfig
+from raystill.config.student import TermsConfig
 from raystill.model.files import ModelFolder
 
 VERDICTS = ("allowed", "conditional", "unclear", "forbidden")
@@ -206,13 +207,17 @@ def _named(found: Finding) -> list[Rule]:
 
 
 def check_terms(
-    config: RunConfig, teacher: ModelFolder | None, student: ModelFolder | None
+    config: RunConfig,
+    teacher: ModelFolder | None,
+    student: ModelFolder | None,
+    teachers: Mapping[str, ModelFolder] | None = None,
 ) -> tuple[list[Problem], list[str]]:
-    """Problems and notices of the teacher's and the student's terms."""
-    terms, found = config.terms, finding_of(config, teacher, student)
+    """Problems and notices of the teacher's and the student's terms; ``teachers``: of several."""
+    terms, found = config.terms, finding_of_all(config, teacher, student, teachers or {})
     notices = describe(found)
     problems = []
     permission = terms.permission
+    stated = "terms.teacher_licence" if config.teachers is None else "terms.teacher_licences"
     for reason in refusals(found, terms):
         if permission is not None and reason.startswith(f"{permission.rule} "):
             notices.append(
@@ -223,8 +228,8 @@ def check_terms(
         problems.append(
             Problem(
                 "terms",
-                f"{reason}; choose another teacher, state the licence with terms.teacher_licence "
-                "or terms.base_licence, or name the owner's letter with terms.permission: {file, "
+                f"{reason}; choose another teacher, state the licence with {stated} or "
+                "terms.base_licence, or name the owner's letter with terms.permission: {file, "
                 f"rule, reason}} (purpose: {terms.purpose}, distributed: "
                 f"{str(terms.distributed).lower()})",
             )
@@ -255,6 +260,17 @@ def finding_of(
         licence = terms.base_licence or licence_of(student)
         parts += [of_weights(licence, config.student.model), of_lineage(student)]
     return join(parts)
+
+
+def finding_of_all(
+    config: RunConfig,
+    teacher: ModelFolder | None,
+    student: ModelFolder | None,
+    teachers: Mapping[str, ModelFolder],
+) -> Finding:
+    """`finding_of` over all teachers of the run."""
+    views = config.by_teacher
+    return join(finding_of(one, teachers.get(n, teacher), student) for n, one in views.items())
 
 
 def join(parts: Iterable[Finding]) -> Finding:
@@ -314,6 +330,17 @@ def _front_matter(path: Path) -> dict[str, Any]:
     return card if isinstance(card, dict) else {}
 
 
+def _sources(
+    config: RunConfig, teacher: ModelFolder | None, student: ModelFolder | None
+) -> dict[str, Any]:
+    """`sources` of a run of one teacher."""
+    stated = config.terms.teacher_licence
+    if config.teacher.engine != "api":
+        stated = stated or licence_of(teacher)
+    licences = {"teacher": stated, "base": config.terms.base_licence or licence_of(student)}
+    return sources(config, teacher, student, licences, _route(config))
+
+
 def hash_of(file: str) -> str:
     """sha256 of a file's content; empty where there is none."""
     path = Path(file)
@@ -321,10 +348,14 @@ def hash_of(file: str) -> str:
 
 
 def record(
-    config: RunConfig, teacher: ModelFolder | None, student: ModelFolder | None
+    config: RunConfig,
+    teacher: ModelFolder | None,
+    student: ModelFolder | None,
+    teachers: Mapping[str, ModelFolder] | None = None,
 ) -> dict[str, Any]:
     """What the manifest keeps of the terms: verdict, duties, readings, permission."""
-    found, permission = finding_of(config, teacher, student), config.terms.permission
+    found = finding_of_all(config, teacher, student, teachers or {})
+    permission = config.terms.permission
     kept: dict[str, Any] = {
         "purpose": config.terms.purpose,
         "distributed": config.terms.distributed,
@@ -333,19 +364,12 @@ def record(
         "readings": [{"id": rule.id, "clause": rule.clause()} for rule in _named(found)],
         "unknown": sorted(said for _, said in found.unknown),
         "student_licence": config.terms.student_licence,
-        "sources": sources(
-            config,
-            teacher,
-            student,
-            {
-                "teacher": config.terms.teacher_licence or licence_of(teacher)
-                if config.teacher.engine != "api"
-                else config.terms.teacher_licence,
-                "base": config.terms.base_licence or licence_of(student),
-            },
-            _route(config),
-        ),
+        "sources": _sources(next(iter(config.by_teacher.values())), teacher, student),
     }
+    if teachers:
+        kept["sources"]["teachers"] = {
+            name: _sources(one, teachers[name], student) for name, one in config.by_teacher.items()
+        }
     if permission is not None:
         kept["permission"] = {
             "rule": permission.rule,

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from raystill.base.errors import Problem
 from raystill.base.redact import redact
 from raystill.base.run_folder import inside_job_package
-from raystill.config.run import MlflowConfig, OutputConfig, RunConfig, WandbConfig
+from raystill.config.run import RunConfig
+from raystill.config.training import MlflowConfig, OutputConfig, WandbConfig
 from raystill.datasets.prompts.tables import PromptTables
 
 WANDB_HOST = "https://api.wandb.ai"

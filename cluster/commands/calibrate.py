@@ -73,6 +73,9 @@ def trained_student(folder: RunFolder, asked: str | None) -> str | None:
 
 def unfit(config: RunConfig, prepared: Prepared, student: str | None) -> list[Problem]:
     """What keeps this run's signals from being compared, beyond what a check finds."""
+    if config.teachers is not None:
+        message = "names several teachers, and a calibration is of one; set teacher to it instead"
+        return [Problem("teachers", message)]
     if config.teacher.engine != "vllm":
         message = (
             f"is {config.teacher.engine!r}, which has no hidden states, and all signals are worked "

@@ -20,7 +20,7 @@ from raystill.cluster.lineage.graph import (
 )
 from raystill.cluster.lineage.hub import push_student
 from raystill.config.load import load_config
-from raystill.config.student import HubConfig
+from raystill.config.training import HubConfig
 from raystill.model.files import ModelFolder
 from raystill.model.identity import teacher_identity
 

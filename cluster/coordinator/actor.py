@@ -10,11 +10,12 @@ nothing.
 """
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
 from raystill.cluster.coordinator.credits import Credits, Drops, RejectedByEpoch
+from raystill.cluster.coordinator.lives import TeacherLives
 from raystill.cluster.coordinator.policy import PolicyVersions
 from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.datasets.stream.ledger import Ledger
@@ -44,14 +45,10 @@ class Coordinator:
         self._policy = PolicyVersions()
         self._changed = asyncio.Condition()
         self._held_out = asyncio.Event()
-        self._teacher_wanted = asyncio.Event()
-        self._teacher_settled = asyncio.Event()  # Not on its way out.
-        self._teacher_settled.set()
-        self._teacher_lives = 1
-        self._teacher_served = True
-        self._let_go_in = 0  # The last attempt in which the teacher was let go.
+        self._teachers: defaultdict[str, TeacherLives] = defaultdict(TeacherLives)
         self._may_train = asyncio.Event()
         self._may_train.set()
+        self._holds = 0
         self._poison: set[int] = set()
         self._lives = 0
         self._published: dict[str, Any] | None = None
@@ -170,49 +167,51 @@ class Coordinator:
         """Rows that cost replicas each time they were asked."""
         return sorted(self._poison)
 
-    async def want_teacher(self) -> int:
-        """Something is not in the store: the teacher is needed. Which of its lives will answer."""
-        await self._teacher_settled.wait()
-        self._teacher_wanted.set()
-        self._teacher_served = True
-        return self._teacher_lives
+    # The teachers, by the names that they have among several
 
-    async def wait_teacher_wanted(self) -> bool:
+    async def want_teacher(self, name: str = "") -> int:
+        """Something is not in the store: the teacher is needed. Which of its lives will answer."""
+        return await self._teachers[name].want()
+
+    async def wait_teacher_wanted(self, name: str = "") -> bool:
         """Wait until the teacher is needed (True), or will not be any more."""
-        await self._teacher_wanted.wait()
+        if not self._closed:
+            await self._teachers[name].wanted.wait()
         return not self._closed
 
-    async def wait_teacher_idle(self, last_epoch: int) -> bool:
+    async def wait_teacher_idle(self, last_epoch: int, name: str = "") -> bool:
         """Until all rows have answers: True, and wishes wait for ``teacher_gone``. False: over.
 
         Dropped rows are asked again in the next epoch. A teacher that came back (an answer was
         damaged) stays for the rest of the attempt.
         """
+        teacher = self._teachers[name]
         async with self._changed:
-            await self._changed.wait_for(lambda: self._over or self._all_answered(last_epoch))
+            await self._changed.wait_for(
+                lambda: (
+                    self._over
+                    or (teacher.let_go_in != self._attempt and self._all_answered(last_epoch))
+                )
+            )
             if self._over:
                 return False
-            self._let_go_in = self._attempt
-            self._teacher_settled.clear()
-            self._teacher_wanted.clear()
-            self._teacher_lives += 1
+            teacher.let_go(self._attempt)
             return True
 
-    async def teacher_gone(self) -> None:
+    async def teacher_gone(self, name: str = "") -> None:
         """It has no replicas (any more); another life begins when it is wanted."""
-        self._teacher_served = self._teacher_wanted.is_set()
-        self._teacher_settled.set()
+        self._teachers[name].gone()
 
     async def teacher_served(self) -> bool:
-        """Whether the teacher has replicas, or is about to have them."""
-        return self._teacher_served
+        """Whether a teacher has replicas, or is about to have them."""
+        return any(one.served for one in self._teachers.values()) or not self._teachers
 
     async def close(self) -> None:
         """The driver is about to leave: end every wait for the teacher to be needed."""
         async with self._changed:
             self._closed = True
-            self._teacher_settled.set()
-            self._teacher_wanted.set()
+            for teacher in self._teachers.values():
+                teacher.close()
             self._changed.notify_all()
 
     # The student's sampler
@@ -273,12 +272,15 @@ class Coordinator:
         await self._held_out.wait()
 
     async def hold_training(self) -> None:
-        """No step before ``release_training``: the teacher is still being probed."""
+        """No step before its ``release_training``: a teacher is still being probed."""
+        self._holds += 1
         self._may_train.clear()
 
     async def release_training(self) -> None:
-        """The probe is content."""
-        self._may_train.set()
+        """The probe of a teacher is content."""
+        self._holds = max(0, self._holds - 1)
+        if not self._holds:
+            self._may_train.set()
 
     async def wait_may_train(self) -> None:
         """Wait until nothing holds the first step back."""
@@ -327,7 +329,7 @@ class Coordinator:
         return self._closed or self._outcome is not None
 
     def _all_answered(self, last_epoch: int) -> bool:
-        if self._published is None or self._attempt == self._let_go_in:
+        if self._published is None:
             return False
         # What a filter has rejected is in the store.
         asks_again = self._drops.by_reason() and self._published["epoch"] < last_epoch

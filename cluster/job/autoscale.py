@@ -26,6 +26,9 @@ class ReplicaDemand:
     n / (1 - w) of them. Looked at over windows of at least one flight (the rows that those replicas
     answer at once, which come at once) and of ``upscale_delay_s``; the time up to the first step,
     when the student waits in any case, is left out.
+
+    Of several teachers nobody knows which one the student waits for: there is no bound, and Serve
+    scales each between its own ones by what is in flight at it.
     """
 
     def __init__(
@@ -34,7 +37,7 @@ class ReplicaDemand:
         replicas: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        bounds = config.teacher.num_replicas
+        bounds = config.teacher.num_replicas if config.teachers is None else None
         self._bounds = bounds if isinstance(bounds, ReplicasConfig) else None
         self._groups_each = config.groups_per_replica
         rows_each = self._groups_each * config.stream.group_rows

@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from os import PathLike
 from typing import Any
@@ -55,6 +56,8 @@ def check_same_teacher(folder: RunFolder, prepared: Prepared) -> list[Problem]:
     before = read_object(folder, "manifest.json")
     now = json.loads(json.dumps({n: getattr(prepared, n) for n in SAME_TEACHER}))
     changed = [n for n in SAME_TEACHER if before.get(n) not in (None, now[n])]
+    if prepared.teachers:
+        return _check_same_teachers(folder, prepared, before.get("teachers") or {})
     return [
         Problem(
             "teacher.model",
@@ -64,6 +67,24 @@ def check_same_teacher(folder: RunFolder, prepared: Prepared) -> list[Problem]:
         )
         for name in changed[:1]
     ]
+
+
+def _check_same_teachers(
+    folder: RunFolder, prepared: Prepared, before: Mapping[str, Any]
+) -> list[Problem]:
+    """As `check_same_teacher`, of several. before: the manifest's record of them."""
+    problems = []
+    for name, one in prepared.by_teacher.items():
+        kept = before.get(name) or {}
+        now = json.loads(json.dumps([one.teacher_identity, one.sampling]))
+        if kept and [kept.get("identity"), kept.get("sampling")] != now:
+            message = (
+                f"the files or the sampling of {one.config.teacher.model} are not those that "
+                f"{folder.path} began with; put them back to resume it, or set output.path to a "
+                "new folder"
+            )
+            problems.append(Problem(f"teachers.{name}.model", message))
+    return problems
 
 
 def check_teacher_of(
@@ -122,7 +143,18 @@ def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    several = {
+        name: {
+            "model": one.config.teacher.model,
+            "identity": one.teacher_identity,
+            "sampling": one.sampling,
+            "rows": {"train": one.num_train_rows, "held_out": one.num_held_out_rows},
+        }
+        for name, one in prepared.by_teacher.items()
+        if name
+    }
     return {
+        **({"teachers": several} if several else {}),
         "commit": commit(),
         "python": platform.python_version(),
         "versions": versions,
@@ -132,7 +164,7 @@ def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "filter_functions": hashes_of(read_functions(config.filters)),
         "overlap": [one.record() for one in prepared.tables.overlap],
         "personal_data": found.record() if (found := prepared.tables.personal) else None,
-        "terms": record(config, prepared.teacher, prepared.student),
+        "terms": record(config, prepared.teacher, prepared.student, prepared.teachers),
         **adapter_record(config, prepared),
         "seeds": {"root": config.seed, **config.section_seeds()},
         "rows": {"train": prepared.num_train_rows, "held_out": prepared.num_held_out_rows},

@@ -28,13 +28,14 @@ from raystill.datasets.stream.held_out import answer_held_out
 from raystill.datasets.stream.spec import StreamSpec
 from raystill.model.on_node import ModelSource
 from raystill.run import Run
-from raystill.serve.deploy import TeacherApp
+from raystill.serve.deploy import TeacherApp, TeacherApps
 from raystill.train.evaluation.probe import is_due, probe_teacher
 
 if TYPE_CHECKING:
     from raystill.serve.sampler_app import SamplerApp
 
 LEAVE_S = 5.0
+JOIN_S = 0.5
 LOADING = "loading the teacher and the student"
 ASKING = "asking the teacher the held-out prompts"
 LOADING_STUDENT = "loading the student"
@@ -62,6 +63,10 @@ def begin(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Run:
     Raises RunError where another driver's coordinator of this run lives on the cluster.
     """
     write_folder(config, folder, prepared)
+    teachers = {
+        name: (ModelSource.of(one.config.teacher.model, one.teacher_folder), one.teacher_identity)
+        for name, one in prepared.by_teacher.items()
+    }
     run = Run(
         config=absolute_paths(config),
         folder=folder,
@@ -71,6 +76,7 @@ def begin(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Run:
         store_path=prepared.store_path,
         num_rows=prepared.num_train_rows,
         num_ids=prepared.num_ids,
+        teachers=teachers if prepared.teachers else {},
     )
     start = partial(
         start_coordinator,
@@ -89,10 +95,12 @@ def serve(run: Run, prepared: Prepared, probe: bool = True) -> Background:
 
     probe: Compare the served teacher with the plain model before the first step, where it is due.
     """
-    probe = probe and not needs_no_teacher(run, prepared) and is_due(run)
-    if probe:
+    runs = run.by_teacher()
+    needed = {name for name in runs if not needs_no_teacher(run, prepared, name)}
+    probed = {name for name in needed if probe and is_due(runs[name])}
+    for _ in probed:
         run.coordinator.hold_training.remote()
-    return Background("teacher", lambda: serve_teacher(run, prepared, probe))
+    return Background("teacher", lambda: serve_teachers(run, prepared, needed, probed))
 
 
 def stream(run: Run, prepared: Prepared) -> StreamSpec:
@@ -111,23 +119,52 @@ def fit(run: Run, spec: StreamSpec) -> Background:
     return Background("student", work)
 
 
-def serve_teacher(run: Run, prepared: Prepared, probe: bool) -> None:
-    """Deploy the teacher where the store cannot answer all; have the held-out prompts answered.
+def serve_teachers(run: Run, prepared: Prepared, needed: set[str], probed: set[str]) -> None:
+    """Serve each teacher of the run, several side by side, until they have ended; raises the first
+    error. needed: names of those that the store cannot answer for. probed: see `serve`.
+    """
+    run.coordinator.phase.remote(LOADING)
+    held_out = [answer_held_out.remote(run)] if prepared.num_held_out_rows else []
+    runs, apps, coordinator = run.by_teacher(), TeacherApps(run).by_name, run.coordinator
+    for name in sorted(runs, key=lambda name: name not in needed):  # Some first, if any is needed.
+        (coordinator.want_teacher if name in needed else coordinator.teacher_gone).remote(name)
+    works = [
+        Background(
+            f"teacher {name}".strip(),
+            partial(serve_teacher, one, apps[name], held_out, name in needed, name in probed),
+        )
+        for name, one in runs.items()
+    ]
+    if len(works) == 1:
+        works[0].work()
+        return
+    for work in works:
+        work.start()
+    running = list(works)
+    while running:
+        for work in works:
+            work.join(JOIN_S)
+        running = [work for work in works if work.is_alive()]
+        for work in works:  # After they were asked whether they run: no last error is missed.
+            if work.error is not None:
+                raise work.error
+
+
+def serve_teacher(
+    run: Run, teacher: TeacherApp, held_out: list[Any], needed: bool, probe: bool
+) -> None:
+    """Deploy a teacher where the store cannot answer all; have the held-out prompts answered.
 
     A teacher that seemed not to be needed is deployed as soon as somebody asks for it: a stored
     answer may turn out to be damaged. When every row has its answer, the teacher is ended and its
     resources are free, while the student goes on.
     """
-    teacher, coordinator, config = TeacherApp.of(run), run.coordinator, run.config
-    coordinator.phase.remote(LOADING)
-    held_out = [answer_held_out.remote(run)] if prepared.num_held_out_rows else []
-    if needs_no_teacher(run, prepared):
-        coordinator.teacher_gone.remote()
-        if not wait_until_wanted(coordinator, held_out):
-            return
+    coordinator, config, name = run.coordinator, run.config, run.teacher_name
+    if not needed and not wait_until_wanted(coordinator, held_out, name):
+        return
     teacher.deploy()
     teacher.wait()
-    if held_out:
+    if held_out and ray.wait(held_out, timeout=0)[1]:  # Else a faster teacher has told of it.
         coordinator.phase.remote(ASKING)
         ray.get(held_out)
         coordinator.phase.remote(LOADING_STUDENT, after=ASKING)  # Unless the worker is up.
@@ -140,10 +177,10 @@ def serve_teacher(run: Run, prepared: Prepared, probe: bool) -> None:
         return  # The student writes to the end, and the teacher scores it.
     if config.evaluation.enabled and config.scores_student_answers:
         return  # It is to score what the finished student writes.
-    while ray.get(coordinator.wait_teacher_idle.remote(config.training.epochs - 1)):
+    while ray.get(coordinator.wait_teacher_idle.remote(config.training.epochs - 1, name)):
         teacher.end()
-        ray.get(coordinator.teacher_gone.remote())
-        if not ray.get(coordinator.wait_teacher_wanted.remote()):
+        ray.get(coordinator.teacher_gone.remote(name))
+        if not ray.get(coordinator.wait_teacher_wanted.remote(name)):
             return
         teacher.deploy()
         teacher.wait()
@@ -160,14 +197,14 @@ def deploy_sampler(run: Run) -> "SamplerApp | None":
     return sampler
 
 
-def needs_no_teacher(run: Run, prepared: Prepared) -> bool:
-    """Whether every answer is in the store; what the student is going to write never is."""
-    return prepared.stored.covers_all and not run.config.policy.enabled
+def needs_no_teacher(run: Run, prepared: Prepared, name: str = "") -> bool:
+    """Whether each answer of a teacher is in the store; what the student is to write never is."""
+    return name not in prepared.stored.asked and not run.config.policy.enabled
 
 
-def wait_until_wanted(coordinator: Any, others: list[Any]) -> bool:
+def wait_until_wanted(coordinator: Any, others: list[Any], name: str = "") -> bool:
     """Wait until something is not in the store, or the run is over: False. Raises as ``others``."""
-    wanted = coordinator.wait_teacher_wanted.remote()
+    wanted = coordinator.wait_teacher_wanted.remote(name)
     pending = [wanted, *others]
     while wanted in pending:
         done, pending = ray.wait(pending)

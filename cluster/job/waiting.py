@@ -1,11 +1,11 @@
 """Waits for resources: what is awaited, since when, what there is, and the limit that ends it.
 
 Ray Train asks for its workers' places for ever, and Serve for its replicas'. The driver's watching
-thread looks here; the teacher's own limit is kept by ``wait_for_teacher``.
+thread looks here; a teacher's own limit is kept by `TeacherApp.wait`.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import ray
 from raystill.base import formatting
 from raystill.base.errors import RunError
 from raystill.config.run import RunConfig
+from raystill.config.teacher import section_of, who_is
 from raystill.placement.requests import describe, student_resources
 from raystill.serve.deploy import TeacherApp, first_replicas
 
@@ -63,22 +64,27 @@ class Wait:
 class Waits:
     """What a run's driver looks after: the workers' places, and those of the first replicas."""
 
-    def __init__(self, config: RunConfig, app: TeacherApp) -> None:
+    def __init__(self, config: RunConfig, teachers: Mapping[str, TeacherApp]) -> None:
         has_gpus = ray.cluster_resources().get("GPU", 0) > 0
         self._bundle = student_resources(config, has_gpus)
-        training, teacher = config.training, config.teacher
+        training = config.training
         self._workers = Wait(
             f"{formatting.plural(training.min_workers, 'student worker')} of "
             f"{describe(self._bundle)} each",
             "training.startup_timeout_s",
             training.startup_timeout_s,
         )
-        self._replicas = Wait(
-            f"the teacher, {first_replicas(config, has_gpus)}",
-            "teacher.startup_timeout_s",
-            teacher.startup_timeout_s,
-        )
-        self._app = app
+        self._replicas = [
+            (
+                teachers[name],
+                Wait(
+                    f"{who_is(name)}, {first_replicas(one, has_gpus)}",
+                    f"{section_of(name)}.startup_timeout_s",
+                    one.teacher.startup_timeout_s,
+                ),
+            )
+            for name, one in config.by_teacher.items()
+        ]
         self._next_look = 0.0
 
     def look(self, teacher_is_starting: bool) -> list[str]:
@@ -89,8 +95,10 @@ class Waits:
         self._next_look = now + LOOK_EVERY_S
         lines = [self._workers.look(not has_worker_group(self._bundle), now, what_there_is)]
         if teacher_is_starting:
-            absent = self._app.waits_for_resources()
-            lines.append(self._replicas.look(absent, now, what_there_is))
+            lines += [
+                wait.look(app.waits_for_resources(), now, what_there_is)
+                for app, wait in self._replicas
+            ]
         return [line for line in lines if line is not None]
 
     @property

@@ -30,7 +30,7 @@ from raystill.datasets.lookup.keeping import StoreIndex
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream.plan import num_steps
 from raystill.run import Run
-from raystill.serve.deploy import TeacherApp
+from raystill.serve.deploy import TeacherApps
 
 POLL_S = 1.0
 TELL_EVERY = 10  # looks: as often as Ray exports by default; Serve's status is dear to ask for
@@ -62,7 +62,7 @@ def threads_left(timeout_s: float = 0.0) -> list[Background]:
 class Records:
     """What is kept of a run while it goes on: timeline, Ray metrics, TensorBoard, trackers."""
 
-    def __init__(self, run: Run, teacher: TeacherApp, trackers: Trackers) -> None:
+    def __init__(self, run: Run, teacher: TeacherApps, trackers: Trackers) -> None:
         self._trackers = trackers
         self._num_replicas = teacher.num_replicas
         self._timeline = Timeline(MetricsLog(run.folder, TIMELINE), teacher.num_replicas)
@@ -99,7 +99,7 @@ def watch(
     Raises what went wrong in either thread, as a RunError.
     """
     started = time.time()
-    app, training = TeacherApp.of(run), run.config.training
+    app, training = TeacherApps(run), run.config.training
     steps = num_steps(run.num_rows, training.rows_per_step) * training.epochs
     with (
         StopSignals() as signals,
@@ -131,12 +131,12 @@ class Watcher:
     def __init__(
         self, run: Run, signals: StopSignals, view: LiveView, page: LivePage, records: Records
     ) -> None:
-        app = TeacherApp.of(run)
+        app = TeacherApps(run)
         self._run = run
         self._signals = signals
         self._view = view
         self._demand = ReplicaDemand(run.config, app.num_replicas)
-        self._waits = Waits(run.config, app)
+        self._waits = Waits(run.config, app.by_name)
         self._records = records
         self._page = page
         self._asked_to_stop = False

@@ -138,6 +138,14 @@ def _lineage(identity: str, name: str, manifest: Mapping[str, Any], made_on: str
         teacher = replace(models[teacher.id], licence=teacher.licence)
     started = teacher.id if found.get("starts_from_teacher") else None
     models[teacher.id] = teacher
+    learned_from = [teacher.id]
+    for name, one in (manifest.get("teachers") or {}).items():
+        its = (found.get("teachers") or {}).get(name) or {}
+        models |= {id_: _stored(id_, e) for id_, e in (its.get("ancestors") or {}).items()}
+        model = _stored("", its["teacher"]) if its.get("teacher") else Model("", name)
+        model = replace(model, id=str(one["identity"]))
+        models.setdefault(model.id, model)
+        learned_from += [model.id] * (model.id not in learned_from)
     if base is not None:
         known = models.get(base.started_from or "", base)
         identified = (manifest.get("adapter") or {}).get("base_identity")
@@ -159,7 +167,7 @@ def _lineage(identity: str, name: str, manifest: Mapping[str, Any], made_on: str
         id=identity,
         name=clean(name) or "student",
         licence=clean(terms.get("student_licence")),
-        learned_from=(teacher.id,),
+        learned_from=tuple(learned_from),
         started_from=started,
         data=data,
         made=made,

@@ -17,7 +17,7 @@ from raystill.base.errors import Problem, RunError
 from raystill.base.records import BrokenFile, read_object
 from raystill.base.redact import redact
 from raystill.base.run_folder import HUB, STUDENT, RunFolder
-from raystill.config.student import HubConfig
+from raystill.config.training import HubConfig
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -9,7 +9,7 @@ from typing import Any
 
 from raystill.base import formatting
 from raystill.base.records import BrokenFile, Folder, plain, read_lines, read_object
-from raystill.base.run_folder import SPENDING, STUDENT, TIMELINE
+from raystill.base.run_folder import MANIFEST, SPENDING, STUDENT, TIMELINE, named_file
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.cluster.report.timeline import bottleneck
@@ -82,6 +82,7 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
         "teacher": _role(
             earlier, counters, "teacher", ("rows", "prompt_tokens", "response_tokens", "busy_s")
         ),
+        "teachers": _by_teacher(earlier.get("teachers") or {}, counters),
         "student": _role(earlier, counters, "student", ("tokens", "busy_s", "wait_s")),
         "student_written": _student_written(metrics),
         "api": _of_api(folder, earlier.get("api", {}), counters),
@@ -191,7 +192,10 @@ def _earlier(folder: Folder) -> Figures:
         return {}
 
 
-SUMS = frozenset({"teacher", "student", "api", "phases", "personal_data", "filtered_by_epoch"})
+ALL = "teachers/"  # How `of_one` begins a counter.
+SUMS = frozenset(
+    {"teacher", "teachers", "student", "api", "phases", "personal_data", "filtered_by_epoch"}
+)
 """Entries of a summary that are several sums."""
 
 
@@ -255,8 +259,11 @@ def _of_api(folder: Folder, earlier: Figures, counters: Mapping[str, float]) -> 
     What was paid is in a file of the run, which counts starts that ended with an error too.
     """
     paid: Counter[str] = Counter()
-    for line in read_lines(folder, SPENDING):
-        paid.update({n: v for n, v in line.items() if n.startswith("api_") and v})
+    manifest = read_object(folder, MANIFEST) if folder.exists(MANIFEST) else {}
+    several: Mapping[str, Any] = manifest.get("teachers") or {}
+    for name in ("", *several):
+        for line in read_lines(folder, named_file(SPENDING, name)):
+            paid.update({n: v for n, v in line.items() if n.startswith("api_") and v})
     failures = {n: v for n, v in counters.items() if n.startswith("api_") and n not in paid}
     now = {n.removeprefix("api_"): v for n, v in failures.items()}
     kept = {n.removeprefix("api_"): v for n, v in paid.items()}
@@ -268,6 +275,12 @@ def _role(
 ) -> Figures:
     past = earlier.get(role, {})
     return {name: counters[f"{role}_{name}"] + past.get(name, 0) for name in names}
+
+
+def _by_teacher(earlier: Mapping[str, float], counters: Counter[str]) -> Figures:
+    """Figures of several teachers, ``NAME/rows`` and so on, over all starts; {} where one is."""
+    now = {name.removeprefix(ALL): n for name, n in counters.items() if name.startswith(ALL)}
+    return _added(earlier, now)
 
 
 def _restarts(earlier: Mapping[str, Any], snapshot: Snapshot) -> int:

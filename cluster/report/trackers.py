@@ -26,7 +26,7 @@ from raystill.base.redact import redact
 from raystill.base.run_folder import CONFIG, MANIFEST, REPORT, STATUS, SUMMARY, RunFolder
 from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.cluster.report.exporters import NewFigures
-from raystill.config.run import MlflowConfig, OutputConfig, TrackioConfig, WandbConfig
+from raystill.config.training import MlflowConfig, OutputConfig, TrackioConfig, WandbConfig
 
 FINISH_S = 120.0
 """Seconds that a finished run waits for its trackers."""

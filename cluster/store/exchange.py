@@ -9,7 +9,7 @@ from raystill.base import formatting
 from raystill.base.errors import ConfigError, RunError, config_error
 from raystill.base.redact import redact
 from raystill.cluster.check.prepared import keyed_engine
-from raystill.cluster.check.static import context_tokens
+from raystill.cluster.check.teachers import context_tokens
 from raystill.cluster.commands.as_json import print_json
 from raystill.cluster.commands.store import opened_store, refused_json, status, tell
 from raystill.config.load import load_config

@@ -7,8 +7,9 @@ not undone; it is named, by the manifests and lineage files of the runs beside t
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from raystill.base import formatting
 from raystill.base.errors import RunError
@@ -129,19 +130,30 @@ def _how(run: RunFolder, found: Found) -> str | None:
     manifest = json.loads(run.read_bytes(MANIFEST))
     if not isinstance(manifest, dict):
         raise ValueError(f"{MANIFEST} is no object")
-    asked = str(manifest.get("run_id")) in found.runs
-    if asked or manifest.get("teacher_identity") == found.identity:
+    several = _entries(manifest, "teachers")
+    taught = [manifest.get("teacher_identity"), *(one.get("identity") for one in several.values())]
+    if str(manifest.get("run_id")) in found.runs or found.identity in taught:
         return DIRECTLY
-    terms = manifest.get("terms")
-    sources = terms.get("sources") if isinstance(terms, dict) else None
-    ancestors = sources.get("ancestors") if isinstance(sources, dict) else None
-    if isinstance(ancestors, dict) and found.identity in ancestors:
-        return BY_ANOTHER
+    sources = _entry(_entry(manifest, "terms"), "sources")
+    for one in (sources, *_entries(sources, "teachers").values()):
+        if found.identity in _entry(one, "ancestors"):
+            return BY_ANOTHER
     try:
         lineage = None if run.local is None else read_lineage(run.local / STUDENT)
     except BrokenLineage as error:
         raise ValueError(f"{STUDENT}/lineage.json {error}") from error
     return BY_ANOTHER if lineage is not None and found.identity in lineage.models else None
+
+
+def _entry(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object in an object; {} where there is none."""
+    value = record.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _entries(record: Mapping[str, Any], name: str) -> dict[str, Mapping[str, Any]]:
+    """Objects by name in an object."""
+    return {key: one for key, one in _entry(record, name).items() if isinstance(one, dict)}
 
 
 def describe(found: Found, dry_run: bool) -> Iterator[str]:

@@ -44,6 +44,7 @@ class PromptSource:
 
     ``where`` is the dotted key of its settings. ``name`` is None where ``prompts.path`` is set:
     each row then names its source in ``source_field``. ``columns``: further fields that are kept.
+    ``teacher`` answers its rows, unless they name another in ``teacher_field``.
     """
 
     where: str
@@ -57,6 +58,8 @@ class PromptSource:
     limit: int | None
     columns: tuple[str, ...] = ()
     teacher_messages_field: str | None = None
+    teacher: str | None = None
+    teacher_field: str | None = None
 
     def problem(self, message: str) -> Problem:
         """A problem of its ``path``."""
@@ -84,6 +87,8 @@ def prompt_sources(prompts: PromptsConfig, columns: Sequence[str] = ()) -> list[
             limit=own.limit,
             columns=tuple(columns),
             teacher_messages_field=own.teacher_messages_field or prompts.teacher_messages_field,
+            teacher=own.teacher if isinstance(own, SourceConfig) else None,
+            teacher_field=prompts.teacher_field,
         )
 
     if prompts.sources is None:

@@ -36,6 +36,7 @@ class RawPrompt:
     the file and line. ``response`` is the given response, which the teacher only scores; None where
     the teacher answers. ``fields`` is the whole row; None where nobody asked for it.
     ``teacher_messages``: what the teacher reads instead; None: the same as the student.
+    ``teacher``: the name of the one that answers it, where there are several.
     """
 
     text: str | None
@@ -46,6 +47,7 @@ class RawPrompt:
     columns: tuple[str | None, ...] = ()
     fields: dict[str, Any] | None = None
     teacher_messages: list[dict[str, Any]] | None = None
+    teacher: str | None = None
 
 
 class BrokenRow(ValueError):
@@ -103,13 +105,10 @@ def _read_files(
         for batch in meter.batches(itertools.islice(_read_file(file, problems, keep_fields), room)):
             read += batch
         # One of several files of a glob or folder may be empty; one that is named may not.
-        if len(read) == before and not file.globbed and not _has_problem(file, problems):
+        told = any(problem.where.startswith(file.name) for problem in problems)
+        if len(read) == before and not file.globbed and not told:
             problems.append(Problem(file.name, "holds no prompts; expected one or more rows"))
     return read
-
-
-def _has_problem(file: PromptFile, problems: list[Problem]) -> bool:
-    return any(problem.where.startswith(file.name) for problem in problems)
 
 
 def _read_file(file: PromptFile, problems: list[Problem], keep_fields: bool) -> Iterator[RawPrompt]:
@@ -121,6 +120,8 @@ def _read_file(file: PromptFile, problems: list[Problem], keep_fields: bool) -> 
                 if isinstance(row, BrokenRow):
                     raise row
                 raw = as_prompt(row, where, file.source)
+                if (teacher := _teacher(row, file.source)) is not None:
+                    raw = replace(raw, teacher=teacher)
                 if keep_fields:
                     raw = replace(raw, fields=row if isinstance(row, dict) else {})
                 yield _encodable(raw)
@@ -240,6 +241,14 @@ def _teacher_messages(row: dict[str, Any], source: PromptSource) -> list[dict[st
         return None if row[field] is None else as_messages(row[field])
     except BrokenRow as error:
         raise BrokenRow(f"{field!r}: {error}") from None
+
+
+def _teacher(row: Any, source: PromptSource) -> str | None:
+    """The name of the row's teacher; None where neither it nor its source names one."""
+    own = row.get(source.teacher_field) if isinstance(row, dict) and source.teacher_field else None
+    if not isinstance(own, str | None):
+        raise BrokenRow(f"{source.teacher_field!r} is {_short(own)}; expected a teacher's name")
+    return own or source.teacher  # CSV has no null.
 
 
 def as_messages(messages: Any) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ answer to them; `student_prompt_ids` is a further column.
 Legend: P prompts or prompt tokens, T response tokens, N training rows.
 """
 
+import difflib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 
 from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.config.prompts import PromptsConfig
-from raystill.datasets.prompts.read import RawPrompt
+from raystill.datasets.prompts.read import MAX_PROBLEMS_PER_FILE, RawPrompt
 from raystill.model.sampling import resolve_sampling
 
 if TYPE_CHECKING:
@@ -62,6 +63,17 @@ class UsablePrompts:
     first_dropped: dict[str, str] = field(default_factory=dict)
     duplicates: int = 0
 
+    def why_none(self, max_prompt_tokens: int) -> str:
+        """That no prompt is usable, why each was left out, and where the first of each kind is."""
+        reasons = ", ".join(
+            f"{number} {reason} (the first is {self.first_dropped[reason]})"
+            for reason, number in sorted(self.dropped.items())
+        )
+        return (
+            f"none of the {len(self.raws)} prompts can be used: {reasons}; a prompt has some text "
+            f"and at most {max_prompt_tokens} tokens; correct them, or name other files"
+        )
+
 
 def sort_prompts(
     raws: list[RawPrompt],
@@ -76,9 +88,9 @@ def sort_prompts(
     tokens, or of blank text, as ``empty_response`` a given response without text, and as
     ``response_too_long`` one that has more than ``context_tokens`` together with its prompt.
 
-    A duplicate has the prompt and the given response of an earlier row, or its prompt is in a
-    held-out source too: that must not be trained on, whichever is read first and whatever response
-    is given. Where the teacher sees more, rows with the same prompt of the teacher's are
+    A duplicate has the prompt, the given response and the teacher of an earlier row, or its prompt
+    is in a held-out source too: that must not be trained on, whichever is read first and whatever
+    response is given. Where the teacher sees more, rows with the same prompt of the teacher's are
     duplicates, held out are prompts of the student's, and both must be within the limits.
     """
     own = tokeniser.encode_many(raws)
@@ -89,7 +101,7 @@ def sort_prompts(
     usable = UsablePrompts(raws, views, ids, own, _encode_responses(raws, config, tokeniser))
     sources = set(config.evaluation.held_out_sources)
     held_out = {digest_of(own[i]) for i, raw in enumerate(raws) if raw.source in sources}
-    seen: set[bytes] = set()
+    seen: set[tuple[bytes, str | None]] = set()
     for index, (prompt, response) in enumerate(zip(ids, usable.responses, strict=True)):
         limits = (max_prompt_tokens, context_tokens)
         reason = _why_unusable(prompt, response, *limits)
@@ -102,10 +114,11 @@ def sort_prompts(
             continue
         digest = digest_of(prompt, response)
         trained = raws[index].source not in sources
-        if digest in seen or (held_out and trained and digest_of(own[index]) in held_out):
+        asked = (digest, raws[index].teacher)
+        if asked in seen or (held_out and trained and digest_of(own[index]) in held_out):
             usable.duplicates += 1
             continue
-        seen.add(digest)
+        seen.add(asked)
         usable.kept.append(index)
     return usable
 
@@ -239,3 +252,41 @@ def _rank(seed: int, name: str, prompt: np.ndarray) -> bytes:
     digest = blake2b(f"{seed} {name}".encode() + b"\0", digest_size=16)
     digest.update(np.ascontiguousarray(prompt, dtype="<i4").tobytes())
     return digest.digest()
+
+
+def teachers_of(
+    raws: Sequence[RawPrompt], names: Sequence[str] | None, setting: str
+) -> list[str] | None:
+    """The name of each prompt's teacher; None where the run has one, without a name.
+
+    setting: that lists the files. Raises ConfigError for rows whose teacher is none of ``names``.
+    """
+    if names is None:
+        return None
+    problems = []
+    known = set(names)
+    for raw in raws:
+        if raw.teacher in known:
+            continue
+        if raw.teacher is None:
+            said = "names no teacher, and its source has none"
+        else:
+            near = difflib.get_close_matches(raw.teacher, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            said = f"names the teacher {raw.teacher[:60]!r}, which the run does not have{hint}"
+        problems.append(Problem(raw.where, f"{said}; expected one of {', '.join(names)}"))
+        if len(problems) == MAX_PROBLEMS_PER_FILE:
+            problems.append(Problem(setting, "further rows without a teacher are not listed"))
+            break
+    if problems:
+        raise ConfigError(problems)
+    return [raw.teacher or "" for raw in raws]
+
+
+def in_order_of(teachers: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
+    """A stable order, int64 [N], in which the rows of each teacher stand together.
+
+    So a group of the stream has rows of one teacher, but for those at the seams.
+    """
+    place = {name: number for number, name in enumerate(names)}
+    return np.argsort([place[name] for name in teachers], kind="stable")

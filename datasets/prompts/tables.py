@@ -7,7 +7,7 @@ writes the tables as Parquet files into the run folder; the stream reads them th
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,23 +37,26 @@ from raystill.datasets.prompts.select import (
     UNBOUNDED,
     UsablePrompts,
     digest_of,
+    in_order_of,
     list_rows,
     samples_asked,
     sort_prompts,
+    teachers_of,
 )
 from raystill.datasets.rows.keys import (
     DEFAULT_ENGINE,
+    ROWS_PER_CHUNK,
+    Asked,
     KeyedEngine,
-    answer_keys,
-    given_keys,
     prompt_digest,
+    with_keys,
 )
 from raystill.datasets.rows.schema import (
-    CONTEXT_SCHEMA,
     KEY_BYTES,
-    PROMPT_SCHEMA,
     STUDENT_PROMPT,
+    TEACHER,
     TOKEN_IDS,
+    prompt_schema,
     student_prompts,
 )
 
@@ -62,7 +65,6 @@ if TYPE_CHECKING:
     from raystill.datasets.prompts.tokenise import PromptTokeniser
 
 MIN_ROW_GROUP = 1024  # rows; with smaller groups the footer of the Parquet file gets long
-ROWS_PER_CHUNK = 100_000  # a chunk's list offsets have 32 bits, so its tokens must be fewer
 
 
 @dataclass(frozen=True)
@@ -150,18 +152,36 @@ class PromptTables:
         engine: KeyedEngine = DEFAULT_ENGINE,
     ) -> "PromptTables":
         """The tables with their ``key`` column, in ``PROMPT_SCHEMA``."""
-        asked = (teacher_identity, dtype, quantization, sampling, engine)
+        one = Asked(teacher_identity, dtype, quantization, sampling, engine)
+        return self.with_keys_of({"": one})
+
+    def with_keys_of(self, asked: Mapping[str, Asked]) -> "PromptTables":
+        """As `with_keys`, of several teachers by name."""
         return replace(
             self,
-            train=_with_keys(self.train, asked, self.samples),
-            held_out=_with_keys(self.held_out, asked, np.zeros(len(self.held_out), np.int64)),
+            train=with_keys(self.train, asked, self.samples),
+            held_out=with_keys(self.held_out, asked, np.zeros(len(self.held_out), np.int64)),
+        )
+
+    def of_teacher(self, name: str) -> "PromptTables":
+        """The tables as a run of this teacher alone has them; all for "", which has no name."""
+        if not name:
+            return self
+        mine = pc.equal(self.train[TEACHER], name).combine_chunks()
+        held_out = self.held_out.filter(pc.equal(self.held_out[TEACHER], name))
+        return replace(
+            self,
+            train=self.train.filter(mine).drop_columns([TEACHER]),
+            held_out=held_out.drop_columns([TEACHER]),
+            samples=self.samples[mine.to_numpy(zero_copy_only=False)],
         )
 
     def write(self, folder: RunFolder, group_rows: int) -> None:
         """Write both tables; a Parquet row group holds a whole number of the stream's groups."""
         size = max(group_rows, MIN_ROW_GROUP // group_rows * group_rows)
         for name, table in ((TRAIN_PROMPTS, self.train), (HELD_OUT_PROMPTS, self.held_out)):
-            assert table.schema.equals(_schema(table)), f"{name} has no keys yet: call with_keys"
+            schema = prompt_schema(table.column_names)
+            assert table.schema.equals(schema), f"{name} has no keys yet: call with_keys"
             folder.write_table(name, table, row_group_size=size)
         if self.messages is not None:
             folder.write_table(MESSAGES, self.messages)
@@ -186,10 +206,12 @@ def build_prompt_tables(
     checks = bool(config.evaluation.checks)
     raws = read_prompts(config.prompts, tokeniser.progress, config.filters.columns, checks)
     raws, personal = screen_personal(raws, config.prompts.personal_data)
+    names = None if config.teachers is None else list(config.teachers)
+    teachers = teachers_of(raws, names, config.prompts.files_setting)
     usable = sort_prompts(raws, config, tokeniser, max_prompt_tokens, context_tokens)
     kept = usable.kept
     if not kept:
-        raise config_error(config.prompts.files_setting, _none_usable(usable, max_prompt_tokens))
+        raise config_error(config.prompts.files_setting, usable.why_none(max_prompt_tokens))
     prompts = [digest_of(usable.student_ids[index]) for index in kept]
     train, held_out = split_rows(config, [raws[index].source for index in kept], prompts, raws)
     asked = samples_asked(
@@ -198,12 +220,17 @@ def build_prompt_tables(
         [usable.ids[kept[i]] for i in train],
         [raws[kept[i]].source for i in train],
     )
+    if teachers is not None and names is not None:
+        held_out = held_out[in_order_of([teachers[kept[i]] for i in held_out], names)]
     sides = ([raws[kept[i]] for i in train], [raws[kept[i]] for i in held_out])
     overlap = count_overlap(config.prompts, *sides)
     rows, samples = list_rows(asked, by_prompt=config.filters.compares_samples)
+    if teachers is not None and names is not None:
+        order = in_order_of([teachers[kept[i]] for i in train[rows]], names)
+        rows, samples = rows[order], samples[order]
     return PromptTables(
-        train=_table([kept[i] for i in train[rows]], usable),
-        held_out=_table([kept[i] for i in held_out], usable),
+        train=_table([kept[i] for i in train[rows]], usable, teachers),
+        held_out=_table([kept[i] for i in held_out], usable, teachers),
         dropped=usable.dropped,
         duplicates=usable.duplicates,
         first_dropped=usable.first_dropped,
@@ -212,23 +239,11 @@ def build_prompt_tables(
             (len(ids[i]) for i in kept for ids in (usable.ids, usable.student_ids)), default=0
         ),
         samples=samples,
-        messages=_messages(tokeniser, usable) if config.teacher.engine == "api" else None,
+        messages=_messages(tokeniser, usable) if config.asks_in_words else None,
         columns=filter_columns(config, sides[0], rows),
         held_out_fields=held_out_fields(sides[1]) if checks else None,
         personal=personal,
         overlap=overlap,
-    )
-
-
-def _none_usable(usable: UsablePrompts, max_prompt_tokens: int) -> str:
-    """That no prompt is usable, why each was left out, and where the first of each kind is."""
-    reasons = ", ".join(
-        f"{number} {reason} (the first is {usable.first_dropped[reason]})"
-        for reason, number in sorted(usable.dropped.items())
-    )
-    return (
-        f"none of the {len(usable.raws)} prompts can be used: {reasons}; a prompt has some text "
-        f"and at most {max_prompt_tokens} tokens; correct them, or name other files"
     )
 
 
@@ -319,7 +334,9 @@ def _lengths(table: pa.Table, max_tokens: int) -> tuple[pa.ChunkedArray, pa.Chun
     return prompts.cast(pa.int64()), responses.fill_null(max_tokens).cast(pa.int64())
 
 
-def _table(indices: Sequence[int], usable: UsablePrompts) -> pa.Table:
+def _table(
+    indices: Sequence[int], usable: UsablePrompts, teachers: Sequence[str] | None
+) -> pa.Table:
     chunks = [indices[i : i + ROWS_PER_CHUNK] for i in range(0, len(indices), ROWS_PER_CHUNK)]
 
     def lists(ids: Sequence[np.ndarray | None]) -> pa.ChunkedArray:
@@ -335,13 +352,10 @@ def _table(indices: Sequence[int], usable: UsablePrompts) -> pa.Table:
     }
     if usable.student_ids is not usable.ids:
         columns[STUDENT_PROMPT] = lists(usable.student_ids)
-    schema = CONTEXT_SCHEMA if STUDENT_PROMPT in columns else PROMPT_SCHEMA
+    if teachers is not None:
+        columns[TEACHER] = pa.array([teachers[i] for i in indices], pa.string())
+    schema = prompt_schema(columns)
     return pa.table(columns, schema=pa.schema([f for f in schema if f.name != "key"]))
-
-
-def _schema(table: pa.Table) -> pa.Schema:
-    """The schema that a prompt table has once it has its keys."""
-    return CONTEXT_SCHEMA if STUDENT_PROMPT in table.column_names else PROMPT_SCHEMA
 
 
 def _token_lists(rows: list[np.ndarray | None]) -> pa.ListArray:
@@ -353,30 +367,3 @@ def _token_lists(rows: list[np.ndarray | None]) -> pa.ListArray:
     values = np.concatenate(valid) if valid else np.empty(0, np.int32)
     mask = pa.array([ids is None for ids in rows], pa.bool_()) if len(valid) < len(rows) else None
     return pa.ListArray.from_arrays(offsets, values, type=TOKEN_IDS, mask=mask)
-
-
-def _with_keys(
-    table: pa.Table,
-    asked: tuple[str, str, str | None, dict[str, Any], KeyedEngine],
-    samples: NDArray[np.int64],
-) -> pa.Table:
-    """The table with its ``key`` column; ``asked`` are the arguments of ``with_keys``."""
-    engine = asked[4]
-    # Of Python objects: numpy's own bytes lose zero bytes at their end.
-    keys = np.empty(len(table), object)
-    given = table["response_ids"].is_valid().to_numpy()
-    for sample in np.unique(samples[~given]):
-        rows = np.flatnonzero(~given & (samples == sample))
-        keys[rows] = answer_keys(*asked[:4], _ids(table["prompt_ids"], rows), int(sample), engine)
-    rows = np.flatnonzero(given)
-    prompts, responses = (_ids(table[name], rows) for name in ("prompt_ids", "response_ids"))
-    keys[rows] = given_keys(*asked[:3], prompts, responses, engine)
-    column = pa.array(keys, PROMPT_SCHEMA.field("key").type)
-    return table.append_column(PROMPT_SCHEMA.field("key"), column).select(_schema(table).names)
-
-
-def _ids(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> Iterator[np.ndarray]:
-    """The token ids of these rows, one row after the other; ``rows`` ascend."""
-    for start in range(0, len(rows), ROWS_PER_CHUNK):
-        part = column.take(pa.array(rows[start : start + ROWS_PER_CHUNK]))
-        yield from (row.values.to_numpy() for row in part)

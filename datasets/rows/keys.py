@@ -11,17 +11,22 @@ So a run that leaves it alone finds the answers that were stored before the sett
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from raystill.datasets.rows.schema import KEY_BYTES
+from raystill.datasets.rows.schema import KEY_BYTES, PROMPT_SCHEMA, TEACHER, prompt_schema
 
 KEY_VERSION = 1
 """Part of every key: raising it makes all stored answers unreachable."""
+
+ROWS_PER_CHUNK = 100_000  # a chunk's list offsets have 32 bits, so its tokens must be fewer
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,66 @@ def given_keys(
         _key(shared, len(prompt).to_bytes(8, "little") + _bytes(prompt) + _bytes(response))
         for prompt, response in zip(prompts, responses, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the keys of all rows of one teacher share; see `answer_keys`."""
+
+    teacher_identity: str
+    dtype: str
+    quantization: str | None
+    sampling: Mapping[str, Any]
+    engine: KeyedEngine = field(default=DEFAULT_ENGINE)
+
+
+def with_keys(table: pa.Table, asked: Mapping[str, Asked], samples: NDArray[np.int64]) -> pa.Table:
+    """The table with its ``key`` column.
+
+    asked: by the name of the teacher; a table without the column `TEACHER` has one, named "".
+    samples: the sample number of each row, int64 [N].
+    """
+    # Of Python objects: numpy's own bytes lose zero bytes at their end.
+    keys = np.empty(len(table), object)
+    for name, one in asked.items():
+        _add_keys(keys, table, one, samples, _rows_of(table, name))
+    column = pa.array(keys, PROMPT_SCHEMA.field("key").type)
+    schema = prompt_schema(table.column_names)
+    return table.append_column(PROMPT_SCHEMA.field("key"), column).select(schema.names)
+
+
+def _rows_of(table: pa.Table, teacher: str) -> NDArray[np.bool_]:
+    """Which rows a teacher answers, bool [N]."""
+    if TEACHER not in table.column_names:
+        return np.ones(len(table), np.bool_)
+    mine: NDArray[np.bool_] = pc.equal(table[TEACHER], teacher).to_numpy()
+    return mine
+
+
+def _add_keys(
+    keys: NDArray[np.object_],
+    table: pa.Table,
+    asked: Asked,
+    samples: NDArray[np.int64],
+    mine: NDArray[np.bool_],
+) -> None:
+    """Put the keys of the rows that are ``mine``, bool [N], into ``keys`` [N]."""
+    request = (asked.teacher_identity, asked.dtype, asked.quantization)
+    given = table["response_ids"].is_valid().to_numpy()
+    for sample in np.unique(samples[mine & ~given]):
+        rows = np.flatnonzero(mine & ~given & (samples == sample))
+        prompts = _ids(table["prompt_ids"], rows)
+        keys[rows] = answer_keys(*request, asked.sampling, prompts, int(sample), asked.engine)
+    rows = np.flatnonzero(mine & given)
+    prompts, responses = (_ids(table[name], rows) for name in ("prompt_ids", "response_ids"))
+    keys[rows] = given_keys(*request, prompts, responses, asked.engine)
+
+
+def _ids(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> Iterator[np.ndarray]:
+    """The token ids of these rows, one row after the other; ``rows`` ascend."""
+    for start in range(0, len(rows), ROWS_PER_CHUNK):
+        part = column.take(pa.array(rows[start : start + ROWS_PER_CHUNK]))
+        yield from (row.values.to_numpy() for row in part)
 
 
 def prompt_digest(prompt_ids: np.ndarray) -> bytes:

@@ -4,6 +4,8 @@ Legend: P prompt tokens, T response tokens, K teacher ids kept for each token, D
 hidden size.
 """
 
+from collections.abc import Collection
+
 import pyarrow as pa
 
 from raystill.datasets.rows.signal import Signal
@@ -56,6 +58,22 @@ def student_prompts(prompts: pa.Table) -> pa.ChunkedArray:
         return prompts["prompt_ids"]
     own = prompts[STUDENT_PROMPT]
     return prompts["prompt_ids"] if own.null_count == len(own) else own
+
+
+TEACHER = "teacher"
+"""Column of prompt tables in runs with several teachers: the name of the one that answers a row."""
+
+
+def prompt_schema(names: Collection[str]) -> pa.Schema:
+    """The schema of a prompt table that has these columns, perhaps but for its keys."""
+    schema = CONTEXT_SCHEMA if STUDENT_PROMPT in names else PROMPT_SCHEMA
+    named = pa.field(TEACHER, pa.string(), nullable=False)
+    return schema.append(named) if TEACHER in names else schema
+
+
+def of_one(teacher: str, counter: str) -> str:
+    """Name of a counter of one of several teachers: ``teachers/NAME/rows`` for teacher_rows."""
+    return f"teachers/{teacher}/{counter.removeprefix('teacher_')}"
 
 
 def signal_fields(signal: Signal) -> list[pa.Field]:

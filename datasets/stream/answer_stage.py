@@ -23,12 +23,13 @@ from raystill.datasets.rows.schema import (
     FILTERED,
     POLICY_VERSION,
     STUDENT_PROMPT,
+    TEACHER,
     row_schema,
     student_prompts,
 )
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.store import TeacherStore
-from raystill.datasets.stream.answers import StoredAnswers
+from raystill.datasets.stream.answers import RoutedAnswers, StoredAnswers, answers_of
 from raystill.datasets.stream.filtering import GroupFilters
 from raystill.datasets.stream.teacher_calls import (
     POISON,
@@ -57,20 +58,23 @@ class AnswerGroup:
         self._num_ids = spec.num_ids
         self._signal = spec.signal
         self._schema = row_schema(spec.signal, policy=spec.policy is not None)
-        teacher = TeacherCalls(
-            spec.app_name,
-            spec.signal,
-            spec.stream.max_attempts,
-            spec.coordinator,
-        )
         looks = bool(spec.filters.rules or spec.counts_personal) and spec.teacher is not None
         self._filters = GroupFilters(spec) if looks else None
-        keys = open_table(spec.prompt_table).read(["key"])["key"]
+        columns = ["key", TEACHER] if spec.teachers else ["key"]
+        table = open_table(spec.prompt_table).read(columns)
         store = TeacherStore(spec.store_path)
-        self._answers = StoredAnswers(store, keys, spec.signal, spec.requester, teacher)
+        asked = dict(spec.teachers) or {"": (spec.app_name, spec.requester)}
+        attempts = spec.stream.max_attempts
+        teachers = {
+            name: (requester, TeacherCalls(app, spec.signal, attempts, spec.coordinator, name))
+            for name, (app, requester) in asked.items()
+        }
+        self._answers = answers_of(store, table, spec.signal, teachers)
         self._written: StudentWritten | None = None
         if spec.policy is not None:
-            self._written = StudentWritten(spec, store, keys, teacher)
+            assert isinstance(self._answers, StoredAnswers), "the student writes for one teacher"
+            (_, teacher), *_ = teachers.values()
+            self._written = StudentWritten(spec, store, table["key"], teacher)
         self._poison = frozenset(ray.get(spec.coordinator.poison_rows.remote()))
 
     async def __call__(self, block: pa.Table) -> pa.Table:
@@ -131,6 +135,7 @@ class AnswerGroup:
         """Answers by the teacher and, where the plan says so, by the student."""
         if self._written is None:
             return await get_from(self._answers, prompts)
+        assert isinstance(self._answers, StoredAnswers), "the student writes for one teacher"
         return await self._written.get(prompts, self._answers)
 
     def _join(self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array) -> pa.Table:
@@ -207,7 +212,9 @@ class StudentWritten:
             return self._epochs[epoch]
 
 
-async def get_from(answers: StoredAnswers, prompts: pa.Table) -> tuple[pa.Table, dict[str, float]]:
+async def get_from(
+    answers: StoredAnswers | RoutedAnswers, prompts: pa.Table
+) -> tuple[pa.Table, dict[str, float]]:
     """The answers of ``prompts`` from the store or from who answers for it."""
     ids, given = (prompts[n].combine_chunks() for n in ("prompt_ids", "response_ids"))
     own = student_prompts(prompts).combine_chunks()

@@ -12,7 +12,9 @@ Blocking work runs in threads. One object serves many groups at a time.
 """
 
 import asyncio
+import copy
 import json
+from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +33,7 @@ from raystill.datasets.rows.answers import (
 )
 from raystill.datasets.rows.schema import (
     ENGINE,
+    TEACHER,
     TOKEN_IDS,
     answer_schema,
     row_schema,
@@ -69,6 +72,12 @@ class StoredAnswers:
         self._wanted = wanted
         self._requester = requester
         self._teacher = teacher
+
+    def of_another(self, requester: Requester, teacher: TeacherCalls) -> "StoredAnswers":
+        """Answers of the same table by another teacher; both look at the store through one view."""
+        other = copy.copy(self)
+        other._requester, other._teacher = requester, teacher
+        return other
 
     async def get(
         self,
@@ -190,6 +199,63 @@ class StoredAnswers:
         )
 
 
+class RoutedAnswers:
+    """Answers of the rows of one prompt table that several teachers answer: each row its own one.
+
+    ``names``: the table's whole column of teachers [N]. ``teachers``: answers by name. Teachers are
+    asked side by side: one that has to be waited for holds no other back.
+    """
+
+    def __init__(self, names: pa.ChunkedArray, teachers: Mapping[str, StoredAnswers]) -> None:
+        values = pa.array(list(teachers), pa.string())
+        self._teacher_of = pc.index_in(names, value_set=values).combine_chunks().to_numpy()
+        self._teachers = list(teachers.values())
+
+    async def get(
+        self,
+        rows: NDArray[np.int64],
+        prompt_ids: pa.Array,
+        given: pa.Array | None = None,
+        student_prompt_ids: pa.Array | None = None,
+    ) -> tuple[pa.Table, dict[str, float]]:
+        """As `StoredAnswers.get`; no student writes here, so what it reads does not matter."""
+        given = pa.nulls(len(rows), TOKEN_IDS) if given is None else given
+        who = self._teacher_of[rows]
+        places = [np.flatnonzero(who == number) for number in np.unique(who)]
+        answered = await asyncio.gather(
+            *(
+                self._teachers[who[mine[0]]].get(
+                    rows[mine], prompt_ids.take(pa.array(mine)), given.take(pa.array(mine))
+                )
+                for mine in places
+            )
+        )
+        parts = [
+            (mine, answers.replace_schema_metadata(None))
+            for mine, (answers, _) in zip(places, answered, strict=True)
+        ]
+        counters: dict[str, float] = {}
+        for _, counted in answered:
+            for name, count in counted.items():
+                counters[name] = counters.get(name, 0) + count
+        return in_order(parts, parts[0][1].schema)[1], counters
+
+
+def answers_of(
+    store: TeacherStore,
+    table: pa.Table,
+    wanted: Signal,
+    teachers: Mapping[str, tuple[Requester, TeacherCalls]],
+) -> StoredAnswers | RoutedAnswers:
+    """The store's front for a prompt table with its columns ``key`` and, if any, `TEACHER`."""
+    first, *_ = teachers.values()
+    answers = StoredAnswers(store, table["key"], wanted, *first)
+    if TEACHER not in table.column_names:
+        return answers
+    by_name = {name: answers.of_another(*asked) for name, asked in teachers.items()}
+    return RoutedAnswers(table[TEACHER], by_name)
+
+
 def without_impossible(answers: pa.Table, origin: Origin) -> pa.Table:
     """The answers; the error of those whose values no teacher means is NOT_FINITE."""
     bad = pa.array(impossible_rows(answers, origin.signal, origin.vocab_size))
@@ -207,9 +273,15 @@ def answer_prompts(
     A row's position is its row number. Blocks; for tasks of their own, not for the stream.
     """
     config = run.config
-    calls = TeacherCalls(run.app, wanted, config.stream.max_attempts, run.coordinator)
-    requester, store = Requester.of(run, purpose), TeacherStore(run.store_path)
-    answers = StoredAnswers(store, prompts["key"], wanted, requester, calls)
+    attempts, coordinator = config.stream.max_attempts, run.coordinator
+    teachers = {
+        name: (
+            Requester.of(one, purpose),
+            TeacherCalls(one.app, wanted, attempts, coordinator, name),
+        )
+        for name, one in run.by_teacher().items()
+    }
+    answers = answers_of(TeacherStore(run.store_path), prompts, wanted, teachers)
 
     async def ask(start: int, slots: asyncio.Semaphore) -> pa.Table:
         group = prompts.slice(start, config.stream.group_rows).combine_chunks()

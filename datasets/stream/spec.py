@@ -35,6 +35,13 @@ class Requester:
         return cls(run.id, purpose, run.teacher_identity, run.config.teacher.model)
 
 
+def applications_of(run: Run, purpose: str) -> dict[str, tuple[str, Requester]]:
+    """Application and requester of each of several teachers, by name; {} where there is one."""
+    if not run.teachers:
+        return {}
+    return {name: (one.app, Requester.of(one, purpose)) for name, one in run.by_teacher().items()}
+
+
 @dataclass(frozen=True)
 class StreamSpec:
     """All that the stream needs to know; pickled into the controller, the source and the answer
@@ -60,6 +67,8 @@ class StreamSpec:
         counts_personal: Whether answers with personal data or keys are counted.
         policy: Which rows the student writes; None: none.
         sampler_name: The Serve application of the student's sampler.
+        teachers: Application and requester of each of several teachers, by name; empty where there
+            is one.
     """
 
     prompt_table: str
@@ -82,6 +91,7 @@ class StreamSpec:
     policy: PolicyPlan | None = None
     sampler_name: str = ""
     function_texts: Mapping[str, str] = field(default_factory=dict)
+    teachers: Mapping[str, tuple[str, Requester]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run: Run, signal: Signal) -> "StreamSpec":
@@ -108,4 +118,5 @@ class StreamSpec:
             counts_personal=config.prompts.personal_data is not None,
             policy=PolicyPlan.of(config, run.num_rows, run.id),
             sampler_name=run.sampler_app,
+            teachers=applications_of(run, "training"),
         )

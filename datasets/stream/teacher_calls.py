@@ -12,6 +12,7 @@ with the reason ``poison``, and the run goes on.
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -42,10 +43,14 @@ class TeacherCalls:
     """The teacher behind one application name, as one asking process sees it.
 
     ``coordinator`` hears whenever the teacher is needed: a run whose answers are all in the store
-    deploys none, and ends it when they are. None where the teacher runs throughout.
+    deploys none, and ends it when they are. None where the teacher runs throughout. ``name``: that
+    of the teacher among several.
     """
 
-    def __init__(self, app_name: str, signal: Signal, max_attempts: int, coordinator: Any) -> None:
+    def __init__(
+        self, app_name: str, signal: Signal, max_attempts: int, coordinator: Any, name: str = ""
+    ) -> None:
+        self._name = name
         self._app_name = app_name
         self._signal = signal
         self._max_attempts = max_attempts
@@ -149,7 +154,8 @@ class TeacherCalls:
         ) from last
 
     async def _teacher(self) -> Any:
-        life = 0 if self._coordinator is None else await self._coordinator.want_teacher.remote()
+        wish = None if self._coordinator is None else self._coordinator.want_teacher
+        life = 0 if wish is None else await wish.remote(self._name)
         async with self._starting:
             if self._handle is None or life > self._life:
                 self._handle = await asyncio.to_thread(teacher_handle, self._app_name)
@@ -260,17 +266,23 @@ def teacher_handle(app_name: str) -> Any:
         time.sleep(POLL_S)
 
 
+SERVE = threading.RLock()
+"""Held for each call of Serve's that may start it or look at its configuration. Threads of one
+driver would start it twice, and it pickles by a list of modules that a process has once."""
+
+
 def applications() -> dict[str, Any]:
     """Status of each application that Serve runs, by name; empty where Serve does not run."""
     from ray import serve
 
-    try:
-        return dict(serve.status().applications)
-    except RayActorError:
-        # Another run has ended and shut Serve down, since no application was left. This process's
-        # client still refers to the controller that is gone.
-        serve.context._set_global_client(None)
-        return dict(serve.status().applications)
+    with SERVE:
+        try:
+            return dict(serve.status().applications)
+        except RayActorError:
+            # Another run has ended and shut Serve down, since no application was left. This
+            # process's client still refers to the controller that is gone.
+            serve.context._set_global_client(None)
+            return dict(serve.status().applications)
 
 
 def first_line(error: BaseException) -> str:

@@ -78,6 +78,13 @@ TOP_LEVEL_NAMES = frozenset(
     }
 )
 
+
+def named_file(file: str, teacher: str) -> str:
+    """The name of a file that each of several teachers has: ``spending-NAME.jsonl``."""
+    stem, dot, ending = file.rpartition(".")
+    return f"{stem}-{teacher}{dot}{ending}" if teacher else file
+
+
 URI_QUERY = re.compile(r"\?\w+=[^?*]*$")  # A "?" of a glob is not followed by name=value.
 
 JOB_PACKAGE_FOLDER = "runtime_resources/working_dir_files"

@@ -90,6 +90,13 @@ def inner_model(annotation: Any) -> type[BaseModel] | None:
     return next((m for m in map(inner_model, get_args(annotation)) if m is not None), None)
 
 
+def maps_sections(annotation: Any) -> bool:
+    """Whether a value of this type is a mapping of sections by name, or may be one."""
+    if get_origin(annotation) is dict:
+        return inner_model(annotation) is not None
+    return any(maps_sections(part) for part in get_args(annotation))
+
+
 def _takes_bool(annotation: Any) -> bool:
     """Whether true and false are values of a type."""
     if annotation in (bool, Any):

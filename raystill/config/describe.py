@@ -23,7 +23,7 @@ from pydantic_core import PydanticUndefined
 
 from raystill.base.errors import MOST_PROBLEMS, ConfigError, Problem
 from raystill.base.redact import is_secret_name, redact, shown_value
-from raystill.config.base import inner_model
+from raystill.config.base import inner_model, maps_sections
 from raystill.config.run import RunConfig
 
 SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -89,7 +89,7 @@ def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[Fie
             kind,
             None if info.default is PydanticUndefined else _as_json(info.default),
         )
-        if inner is not None:
+        if inner is not None and not maps_sections(info.annotation):  # Those are told elsewhere.
             entry = "[]" if listed else ""
             yield from fields(inner, f"{prefix}{name}{entry}.")
 
@@ -97,15 +97,19 @@ def fields(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[Fie
 def section_model(dotted: str) -> type[BaseModel] | None:
     """The model of the section with that dotted name, or None if it is not a section.
 
-    For a list of sections this is the model of its entries, with or without an entry's number.
+    For a list or mapping of sections this is the model of its entries, with or without an entry's
+    number or name.
     """
     model: type[BaseModel] | None = RunConfig
+    is_name = False
     for name in dotted.split(".") if dotted else []:
-        if name.isdecimal():
+        if is_name or name.isdecimal():
+            is_name = False
             continue
         if model is None or name not in model.model_fields:
             return None
-        model = inner_model(model.model_fields[name].annotation)
+        annotation = model.model_fields[name].annotation
+        model, is_name = inner_model(annotation), maps_sections(annotation)
     return model
 
 
@@ -175,11 +179,19 @@ def _wrong_value(where: str, expected: dict[str, list[str]], data: dict[str, Any
         return []
     either = " or ".join(dict.fromkeys(expected[where]))
     value = value_at(data, where)
-    if where in MAY_HOLD_SECRETS or any(is_secret_name(part) for part in where.split(".")):
+    if _of_teacher(where) in MAY_HOLD_SECRETS or any(
+        is_secret_name(part) for part in where.split(".")
+    ):
         shown = f"a {type(value).__name__} (not shown, as it may hold a secret)"
     else:
         shown = shown_value(value)
     return [f"is {shown}; expected {either} ({_sentence(where)})"]
+
+
+def _of_teacher(where: str) -> str:
+    """The same setting of ``teacher``, for one of ``teachers.NAME``."""
+    first, _, rest = where.partition(".")
+    return f"teacher.{rest.partition('.')[2]}" if first == "teachers" else where
 
 
 def _expectation(message: str) -> str:
@@ -230,13 +242,16 @@ def dotted(item: Any) -> str:
     """The dotted key of an error's location, without the names of a union's members."""
     parts: list[str] = []
     model: type[BaseModel] | None = RunConfig
+    is_name = False
     for depth, part in enumerate(item["loc"]):
         last_is_key = item["type"] == "extra_forbidden" and depth == len(item["loc"]) - 1
-        if isinstance(part, int) or last_is_key:
+        if isinstance(part, int) or last_is_key or is_name:
             parts.append(str(part))
+            is_name = False
         elif model is not None and part in model.model_fields:
             parts.append(part)
-            model = inner_model(model.model_fields[part].annotation)
+            annotation = model.model_fields[part].annotation
+            model, is_name = inner_model(annotation), maps_sections(annotation)
     return ".".join(parts)
 
 
@@ -358,6 +373,7 @@ def run_schema() -> dict[str, Any]:
     """
     schema = RunConfig.model_json_schema()
     models = schema.pop("$defs")
+    schema["required"].remove("teacher")  # Or teachers.
     for model in (schema, *models.values()):
         for setting in model["properties"].values():
             setting.pop("title", None)  # The name again, with capitals.

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from raystill.base.errors import ConfigError, Problem, shown
 from raystill.base.redact import redacted
+from raystill.config.base import maps_sections
 from raystill.config.describe import dotted, problems_of, section_model, value_at
 from raystill.config.prompts import spell_out_prompts
 from raystill.config.run import RunConfig
@@ -188,9 +189,14 @@ def identity_fields(config: BaseModel, prefix: str = "") -> dict[str, Any]:
     values: dict[str, Any] = {}
     dumped = redacted(config.model_dump(mode="json"))  # As in the copy of an earlier run.
     for name, info in type(config).model_fields.items():
+        if name not in dumped:  # That of `first_of_several`.
+            continue
         value = getattr(config, name)
         extra = info.json_schema_extra
-        if isinstance(value, BaseModel) and section_model(f"{prefix}{name}") is not None:
+        if isinstance(value, dict) and maps_sections(info.annotation):
+            for one, section in value.items():
+                values |= identity_fields(section, f"{prefix}{name}.{one}.")
+        elif isinstance(value, BaseModel) and section_model(f"{prefix}{name}") is not None:
             values |= identity_fields(value, f"{prefix}{name}.")
         elif isinstance(extra, dict) and extra.get("kind") == "identity":
             values[f"{prefix}{name}"] = dumped[name]
@@ -236,6 +242,15 @@ def _stand_in(data: dict[str, Any], section: str) -> None:
         data[section] = deepcopy(STAND_INS[section])
     else:
         data.pop(section, None)
+    prompts = data.get("prompts")
+    if section == "teachers":  # Nobody is named any more.
+        data["teacher"] = deepcopy(STAND_INS["teacher"])
+        named = [prompts, *(value_at(prompts, "sources") or ())]
+        for one in filter(lambda one: isinstance(one, dict), named):
+            one.pop("teacher", None)
+            one.pop("teacher_field", None)
+    elif section == "prompts" and data.get("teachers") is not None:
+        data[section]["teacher_field"] = "-"
 
 
 def _with_line(where: str, error: yaml.YAMLError) -> str:

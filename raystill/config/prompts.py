@@ -1,6 +1,7 @@
 """Configuration of the prompts: their files, fields, chat template, and weighted sources."""
 
 from collections import Counter
+from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, field_validator, model_validator
@@ -107,6 +108,11 @@ class SourceConfig(ConfigModel):
         None,
         description="Number of prompts to use, the first of this source's files. Default: all.",
     )
+    teacher: str | None = identity(
+        None,
+        description="Name of the teacher, of teachers, that answers this source's prompts, unless "
+        "a row names another (prompts.teacher_field).",
+    )
 
     @field_validator("name")
     @classmethod
@@ -141,6 +147,11 @@ class PromptsConfig(ConfigModel):
         "source",
         description="Field with the name of a row's source, which evaluation.held_out_sources "
         "refers to.",
+    )
+    teacher_field: str | None = identity(
+        None,
+        description="Field with the name of the teacher, of teachers, that answers a row. Default: "
+        "the sources name their teachers.",
     )
     system: str | None = identity(
         None,
@@ -277,6 +288,31 @@ class PromptsConfig(ConfigModel):
         """Whether the teacher reads another prompt than the student."""
         fields = [source.teacher_messages_field for source in self.sources or ()]
         return self.teacher_system is not None or any([self.teacher_messages_field, *fields])
+
+    def wrong_teachers(self, teachers: Collection[str] | None) -> Iterator[str]:
+        """Why the teachers that these prompts name are not those of the run."""
+        of_sources = {one.name: one.teacher for one in self.sources or ()}
+        if teachers is None:
+            if self.teacher_field is not None or any(of_sources.values()):
+                yield (
+                    "prompts name teachers (teacher_field, or teacher of a source), but the run "
+                    "file has no teachers; name them there, or leave these out"
+                )
+            return
+        listed = ", ".join(teachers)
+        for source, teacher in of_sources.items():
+            if teacher is not None and teacher not in teachers:
+                yield (
+                    f"prompts.sources: {source!r} is to be answered by {teacher!r}, which is none "
+                    f"of the teachers ({listed}); name one of them"
+                )
+        if self.teacher_field is None and not all(of_sources.values() or [None]):
+            without = next((name for name, teacher in of_sources.items() if not teacher), None)
+            what = "prompts.path" if without is None else f"the source {without!r}"
+            yield (
+                f"{what} has no teacher, and there are several ({listed}); list the prompts as "
+                "prompts.sources with teacher: NAME each, or set prompts.teacher_field"
+            )
 
     @property
     def files_setting(self) -> str:

@@ -6,18 +6,18 @@
 import math
 import os
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import model_validator
+from pydantic import field_validator, model_serializer, model_validator
 
 from raystill.base.redact import SECRETS
 from raystill.config.base import ConfigModel, PositiveInt, identity, operational
 from raystill.config.objective import ObjectiveConfig, PolicyConfig
 from raystill.config.prompts import PromptsConfig
 from raystill.config.stream import FiltersConfig, SignalConfig, StreamConfig
-from raystill.config.student import EvaluationConfig, HubConfig, StudentConfig
-from raystill.config.teacher import TeacherConfig
-from raystill.config.training import TrainingConfig
+from raystill.config.student import EvaluationConfig, StudentConfig, TermsConfig
+from raystill.config.teacher import TeacherConfig, require_names
+from raystill.config.training import OutputConfig, StoreConfig, TrainingConfig
 
 ROWS_PER_SLOT = 6
 """Rows in flight for each slot of an engine. A group is answered when its slowest row is; until
@@ -55,109 +55,6 @@ class ClusterConfig(ConfigModel):
     )
 
 
-class WandbConfig(ConfigModel):
-    """Weights & Biases. Its key is taken from WANDB_API_KEY or ``wandb login``, never from here."""
-
-    project: str = operational("raystill", min_length=1, description="Name of the project.")
-    entity: str | None = operational(
-        None, description="User or team that has the project. Default: the key's own."
-    )
-    mode: Literal["online", "offline"] = operational(
-        "online",
-        description="offline writes into logs/wandb of the run folder; 'wandb sync' sends it.",
-    )
-
-
-class MlflowConfig(ConfigModel):
-    """MLflow. Its credentials are taken from its own environment variables, never from here."""
-
-    tracking_uri: str | None = operational(
-        None,
-        description="A server or a database, e.g. sqlite:////home/me/mlflow.db. Default: "
-        "MLFLOW_TRACKING_URI.",
-    )
-    experiment: str = operational("raystill", min_length=1, description="Name of the experiment.")
-
-
-class TrackioConfig(ConfigModel):
-    """Trackio. It writes into TRACKIO_DIR, or to the Space that TRACKIO_SPACE_ID names."""
-
-    project: str = operational("raystill", min_length=1, description="Name of the project.")
-
-
-class StoreConfig(ConfigModel):
-    """The teacher store, which keeps answers for later epochs, runs and students."""
-
-    path: str | None = operational(
-        None,
-        description="Folder or URI of the teacher store. Default: teacher_store beside the run "
-        "folder; runs in the same parent folder share it.",
-    )
-
-
-class OutputConfig(ConfigModel):
-    """Settings of the run folder."""
-
-    path: str | None = operational(
-        None,
-        description="Path or URI of the run folder. Default: runs/<name of the run file>.",
-    )
-    tensorboard: bool = operational(
-        False,
-        description="Whether to write the figures for TensorBoard too, into logs/tensorboard of "
-        "the run folder.",
-    )
-    wandb: WandbConfig | None = operational(
-        None, description="Send the run to Weights & Biases too (extra wandb). Default: off."
-    )
-    mlflow: MlflowConfig | None = operational(
-        None, description="Send the run to MLflow too (extra mlflow). Default: off."
-    )
-    trackio: TrackioConfig | None = operational(
-        None, description="Send the run to Trackio too (extra trackio). Default: off."
-    )
-    hub: HubConfig | None = operational(
-        None, description="Push the finished student to the Hugging Face Hub. Default: off."
-    )
-
-
-class PermissionConfig(ConfigModel):
-    """A letter by which the owner of a model or service allows what its terms forbid."""
-
-    file: str = operational(description="Path of the letter; the manifest keeps its sha256.")
-    rule: str = operational(
-        description="Id of the reading that the letter answers, as check prints it."
-    )
-    reason: str = operational(
-        min_length=1, description="What it allows, in a sentence; kept in the manifest."
-    )
-
-
-class TermsConfig(ConfigModel):
-    """What the student is for, and under which terms its sources are. Readings, never advice."""
-
-    purpose: Literal["research", "internal", "commercial"] = operational(
-        "research", description="What the student is for."
-    )
-    distributed: bool = operational(
-        False, description="Whether the student will be handed on to others, sold or for free."
-    )
-    teacher_licence: str | None = operational(
-        None,
-        description="Licence id of the teacher, as model cards write it, e.g. apache-2.0. Default: "
-        "what its folder says.",
-    )
-    base_licence: str | None = operational(
-        None, description="Licence id of student.model. Default: what its folder says."
-    )
-    student_licence: str | None = operational(
-        None, description="Licence id under which the student will be handed on. Default: open."
-    )
-    permission: PermissionConfig | None = operational(
-        None, description="A letter that allows what the terms forbid. Default: none."
-    )
-
-
 class RunConfig(ConfigModel):
     """One distillation run: the content of a run file."""
 
@@ -165,7 +62,14 @@ class RunConfig(ConfigModel):
         0, ge=0, description="Seed of the run; all other random seeds are derived from it."
     )
     teacher: TeacherConfig = identity(
-        description="The teacher: its model, its engine and its replicas."
+        description="The teacher: its model, its engine and its replicas. Not with teachers."
+    )
+    teachers: dict[str, TeacherConfig] | None = identity(
+        None,
+        description="Several teachers in place of teacher, by names of your choice, each with the "
+        "settings of teacher. prompts.sources (teacher: NAME) or prompts.teacher_field say which "
+        "one answers a row. The first one's tokenizer, and with student.init: from_teacher its "
+        "layers, are the student's.",
     )
     student: StudentConfig = identity(description="The student: the model that is trained.")
     prompts: PromptsConfig = identity(description="The prompts that the teacher answers.")
@@ -208,11 +112,29 @@ class RunConfig(ConfigModel):
     @classmethod
     def _secrets_are_learnt(cls, data: Any) -> Any:
         SECRETS.learn(data)  # Before any message is made of a value.
+        return first_of_several(data)
+
+    @model_serializer(mode="wrap")
+    def _without_copy(self, dump: Any) -> dict[str, Any]:
+        data: dict[str, Any] = dump(self)
+        if self.teachers is not None:
+            data.pop("teacher", None)  # Of `first_of_several`.
         return data
+
+    @field_validator("teachers")
+    @classmethod
+    def _have_names(
+        cls, teachers: dict[str, TeacherConfig] | None
+    ) -> dict[str, TeacherConfig] | None:
+        require_names(teachers)
+        return teachers
 
     @model_validator(mode="after")
     def _signal_fits_objective(self) -> "RunConfig":
-        if reasons := [*self._missing_from_signal(), *self._missing_for_policy()]:
+        reasons = [*self._missing_from_signal(), *self._missing_for_policy()]
+        reasons += [*self._wrong_with_several(), *self.prompts.wrong_teachers(self.teachers)]
+        reasons += self.terms.wrong_teachers(self.teachers)
+        if reasons:
             raise ValueError("; ".join(reasons))
         return self
 
@@ -244,6 +166,26 @@ class RunConfig(ConfigModel):
             yield (
                 "student.lora.base_dtype is bfloat16, but training.compute_dtype is float32; set "
                 "base_dtype: float32, or compute_dtype: bfloat16"
+            )
+
+    def _wrong_with_several(self) -> Iterator[str]:
+        """What a run of several teachers cannot have, each with its remedy."""
+        if self.teachers is None:
+            return
+        if self.signal.kind == "hidden":
+            yield (
+                "signal.kind is 'hidden', which is read by the head of one teacher, but there are "
+                f"several ({', '.join(self.teachers)}); set signal.kind: topk"
+            )
+        if self.policy.enabled:
+            yield (
+                "policy.student_share needs one teacher, but there are several "
+                f"({', '.join(self.teachers)}); set policy.student_share: 0, or name one as teacher"
+            )
+        if self.evaluation.free_running.teacher_scores:
+            yield (
+                "evaluation.free_running.teacher_scores is true, which needs one teacher, but "
+                f"there are several ({', '.join(self.teachers)}); set it to false"
             )
 
     def _missing_for_policy(self) -> Iterator[str]:
@@ -346,9 +288,38 @@ class RunConfig(ConfigModel):
         return math.ceil(rows * self.teacher.slots / self.stream.group_rows)
 
     @property
+    def by_teacher(self) -> "dict[str, RunConfig]":
+        """The run as each of its teachers has it, by name; "" for that of ``teacher`` alone.
+
+        Each has its part of ``stream.max_rows_ahead`` beyond the rows of two steps.
+        """
+        if self.teachers is None:
+            return {"": self}
+        stream, terms, kept = self.stream, self.terms, 2 * self.training.rows_per_step
+        if stream.max_rows_ahead is not None:
+            part = max(0, stream.max_rows_ahead - kept) // len(self.teachers)
+            stream = stream.model_copy(update={"max_rows_ahead": kept + part})
+        own = {"teachers": None, "stream": stream}
+        return {
+            name: self.model_copy(update={**own, "teacher": one, "terms": terms.of_teacher(name)})
+            for name, one in self.teachers.items()
+        }
+
+    @property
+    def max_response_tokens(self) -> int:
+        """The most tokens of any teacher's answer."""
+        return max(one.teacher.sampling.max_tokens for one in self.by_teacher.values())
+
+    @property
+    def asks_in_words(self) -> bool:
+        """Whether a teacher is a service, which is asked in words."""
+        return any(one.teacher.engine == "api" for one in self.by_teacher.values())
+
+    @property
     def groups_in_flight(self) -> int:
-        """Groups that the largest pool of replicas works on at a time."""
-        return self.teacher.max_replicas * self.groups_per_replica
+        """Groups that the largest pools of replicas work on at a time."""
+        views = self.by_teacher.values()
+        return sum(one.teacher.max_replicas * one.groups_per_replica for one in views)
 
     @property
     def rows_in_flight(self) -> int:
@@ -389,6 +360,26 @@ class RunConfig(ConfigModel):
         return {
             name: (self.seed * 1_000_003 + i * 7_919 + 17) % 2**31 for i, name in enumerate(names)
         }
+
+
+def first_of_several(data: Any) -> Any:
+    """A run file's data; with ``teachers``, and with the first of them as ``teacher`` too.
+
+    Raises ValueError where it has both.
+    """
+    if not isinstance(data, dict) or (several := data.get("teachers")) is None:
+        return data
+    if data.get("teacher") is not None:
+        raise ValueError(
+            "has both teacher and teachers; keep teacher for a single one, or move it into "
+            "teachers under a name"
+        )
+    first = next(iter(several.values()), None) if isinstance(several, dict) else None
+    try:
+        first = TeacherConfig.model_validate(first)
+    except ValueError:  # Told of under its own name.
+        first = TeacherConfig(model="-")
+    return {**data, "teacher": first}
 
 
 def absolute_paths(config: RunConfig) -> RunConfig:

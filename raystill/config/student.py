@@ -1,8 +1,8 @@
-"""Configuration of the student: where its architecture and its first weights come from, what of it
-is trained, how it is evaluated, and where it goes.
+"""Configuration of the student: its first weights and what of it is trained, how it is evaluated,
+what it is for, and where it goes.
 """
 
-import re
+from collections.abc import Collection, Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -178,30 +178,6 @@ class StudentConfig(ConfigModel):
         return list(range(0, num_layers, self.layer_stride or 1))
 
 
-class HubConfig(ConfigModel):
-    """The Hugging Face Hub. Its token is from HF_TOKEN or ``hf auth login``, never from here."""
-
-    repo: str = operational(description="Repository, as owner/name; it is created if need be.")
-    private: bool = operational(
-        True,
-        description="Whether the repository is private. false: everybody may read it, which needs "
-        "terms.distributed: true.",
-    )
-
-    @field_validator("repo")
-    @classmethod
-    def _is_a_name(cls, repo: str) -> str:
-        word = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
-        if (
-            not re.fullmatch(f"{word}/{word}", repo)
-            or "--" in repo
-            or ".." in repo
-            or repo.endswith(".git")
-        ):
-            raise ValueError(f"is {repo!r}; expected owner/name of letters, digits, '-', '_', '.'")
-        return repo
-
-
 class FreeRunningConfig(ConfigModel):
     """Free-running evaluation: the student answers held-out prompts by itself."""
 
@@ -360,3 +336,64 @@ class EvaluationConfig(ConfigModel):
     def enabled(self) -> bool:
         """Whether anything is held out."""
         return bool(self.held_out_sources) or self.held_out_rows > 0
+
+
+class PermissionConfig(ConfigModel):
+    """A letter by which the owner of a model or service allows what its terms forbid."""
+
+    file: str = operational(description="Path of the letter; the manifest keeps its sha256.")
+    rule: str = operational(
+        description="Id of the reading that the letter answers, as check prints it."
+    )
+    reason: str = operational(
+        min_length=1, description="What it allows, in a sentence; kept in the manifest."
+    )
+
+
+class TermsConfig(ConfigModel):
+    """What the student is for, and under which terms its sources are. Readings, never advice."""
+
+    purpose: Literal["research", "internal", "commercial"] = operational(
+        "research", description="What the student is for."
+    )
+    distributed: bool = operational(
+        False, description="Whether the student will be handed on to others, sold or for free."
+    )
+    teacher_licence: str | None = operational(
+        None,
+        description="Licence id of the teacher, as model cards write it, e.g. apache-2.0. Default: "
+        "what its folder says.",
+    )
+    teacher_licences: dict[str, str] = operational(
+        {},
+        description="As teacher_licence, of several teachers by name, e.g. {code: apache-2.0}.",
+    )
+    base_licence: str | None = operational(
+        None, description="Licence id of student.model. Default: what its folder says."
+    )
+    student_licence: str | None = operational(
+        None, description="Licence id under which the student will be handed on. Default: open."
+    )
+    permission: PermissionConfig | None = operational(
+        None, description="A letter that allows what the terms forbid. Default: none."
+    )
+
+    def of_teacher(self, name: str) -> "TermsConfig":
+        """The terms of a run of one of several teachers."""
+        licence = self.teacher_licences.get(name)
+        return self.model_copy(update={"teacher_licence": licence, "teacher_licences": {}})
+
+    def wrong_teachers(self, teachers: Collection[str] | None) -> Iterator[str]:
+        """Why the licences are not those of the run's teachers; None: it has one, unnamed."""
+        if teachers is not None and self.teacher_licence is not None:
+            yield (
+                f"terms.teacher_licence ({self.teacher_licence!r}) is of one teacher, but there "
+                f"are several; state it as terms.teacher_licences: {{NAME: {self.teacher_licence}}}"
+            )
+        for name in self.teacher_licences:
+            if name not in (teachers or ()):
+                known = ", ".join(teachers or ()) or "none has a name"
+                yield (
+                    f"terms.teacher_licences names {name!r}, which is none of the teachers "
+                    f"({known}); name one of them, or set terms.teacher_licence for a single one"
+                )

@@ -1,6 +1,8 @@
 """Configuration of the teacher: the model, its engine, its sampling, its replicas."""
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -279,3 +281,25 @@ class TeacherConfig(ConfigModel):
         # Six rows are asked for each slot: a batch's rows in all.
         batch = self.api.batch
         return self.api.max_concurrency if batch is None else math.ceil(batch.max_rows / 6)
+
+
+def section_of(name: str) -> str:
+    """The section of the run file that sets a teacher; name: among several, else ""."""
+    return f"teachers.{name}" if name else "teacher"
+
+
+def who_is(name: str) -> str:
+    """What messages call a teacher; name: as for `section_of`."""
+    return f"the teacher {name}" if name else "the teacher"
+
+
+def require_names(teachers: Mapping[str, TeacherConfig] | None) -> None:
+    """ValueError where there is no teacher, or a name that would be none for its files."""
+    if teachers is not None and not teachers:
+        raise ValueError("is empty; name one or more teachers, or set teacher")
+    wrong = [name for name in teachers or () if not re.fullmatch("[a-z][a-z0-9_]{0,30}", name)]
+    if wrong:
+        raise ValueError(
+            f"names a teacher {wrong[0]!r}; expected small letters, digits and _, 31 at most, with "
+            "a letter first"
+        )

@@ -1,8 +1,11 @@
-"""Configuration of training: steps, optimizer, workers, precision, memory, checkpoints."""
+"""Configuration of training: steps, optimizer, workers, precision, memory, checkpoints; and of
+where the run and the student go.
+"""
 
+import re
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from raystill.config.base import (
     ConfigModel,
@@ -271,3 +274,93 @@ class TrainingConfig(ConfigModel):
     def max_workers(self) -> int:
         """Most workers that the run has at a time."""
         return self._worker_bounds[1]
+
+
+class WandbConfig(ConfigModel):
+    """Weights & Biases. Its key is taken from WANDB_API_KEY or ``wandb login``, never from here."""
+
+    project: str = operational("raystill", min_length=1, description="Name of the project.")
+    entity: str | None = operational(
+        None, description="User or team that has the project. Default: the key's own."
+    )
+    mode: Literal["online", "offline"] = operational(
+        "online",
+        description="offline writes into logs/wandb of the run folder; 'wandb sync' sends it.",
+    )
+
+
+class MlflowConfig(ConfigModel):
+    """MLflow. Its credentials are taken from its own environment variables, never from here."""
+
+    tracking_uri: str | None = operational(
+        None,
+        description="A server or a database, e.g. sqlite:////home/me/mlflow.db. Default: "
+        "MLFLOW_TRACKING_URI.",
+    )
+    experiment: str = operational("raystill", min_length=1, description="Name of the experiment.")
+
+
+class TrackioConfig(ConfigModel):
+    """Trackio. It writes into TRACKIO_DIR, or to the Space that TRACKIO_SPACE_ID names."""
+
+    project: str = operational("raystill", min_length=1, description="Name of the project.")
+
+
+class StoreConfig(ConfigModel):
+    """The teacher store, which keeps answers for later epochs, runs and students."""
+
+    path: str | None = operational(
+        None,
+        description="Folder or URI of the teacher store. Default: teacher_store beside the run "
+        "folder; runs in the same parent folder share it.",
+    )
+
+
+class HubConfig(ConfigModel):
+    """The Hugging Face Hub. Its token is from HF_TOKEN or ``hf auth login``, never from here."""
+
+    repo: str = operational(description="Repository, as owner/name; it is created if need be.")
+    private: bool = operational(
+        True,
+        description="Whether the repository is private. false: everybody may read it, which needs "
+        "terms.distributed: true.",
+    )
+
+    @field_validator("repo")
+    @classmethod
+    def _is_a_name(cls, repo: str) -> str:
+        word = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
+        if (
+            not re.fullmatch(f"{word}/{word}", repo)
+            or "--" in repo
+            or ".." in repo
+            or repo.endswith(".git")
+        ):
+            raise ValueError(f"is {repo!r}; expected owner/name of letters, digits, '-', '_', '.'")
+        return repo
+
+
+class OutputConfig(ConfigModel):
+    """Settings of the run folder."""
+
+    path: str | None = operational(
+        None,
+        description="Path or URI of the run folder. Default: runs/<name of the run file>.",
+    )
+    tensorboard: bool = operational(
+        False,
+        description="Whether to write the figures for TensorBoard too, into logs/tensorboard of "
+        "the run folder.",
+    )
+    wandb: WandbConfig | None = operational(
+        None, description="Send the run to Weights & Biases too (extra wandb). Default: off."
+    )
+    mlflow: MlflowConfig | None = operational(
+        None, description="Send the run to MLflow too (extra mlflow). Default: off."
+    )
+    trackio: TrackioConfig | None = operational(
+        None, description="Send the run to Trackio too (extra trackio). Default: off."
+    )
+    hub: HubConfig | None = operational(
+        None, description="Push the finished student to the Hugging Face Hub. Default: off."
+    )

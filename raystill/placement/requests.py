@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from raystill.base.errors import Problem
 from raystill.config.run import RunConfig
+from raystill.config.teacher import section_of
 
 Resources = dict[str, float]
 API_CPUS = 0.25
@@ -49,7 +50,7 @@ def student_cores(config: RunConfig, available: Sequence[int]) -> tuple[int, ...
         return tuple(cores)
     if config.training.cpu_cores is not None:
         return _only_existing("training.cpu_cores", config.training.cpu_cores, cores)
-    if config.teacher.engine == "api":
+    if all(one.teacher.engine == "api" for one in config.by_teacher.values()):
         return tuple(cores)
     # On a node with one core the teacher has it, and the student shares it.
     return tuple(cores[max(1, len(cores) // 2) :]) or tuple(cores)
@@ -143,19 +144,27 @@ def requests(config: RunConfig, has_gpus: bool) -> list[Request]:
     That is the fewest replicas and workers that are configured. A teacher that may scale to 0
     replicas still needs one to answer.
     """
+    student = student_resources(config, has_gpus)
+    if config.training.accelerator_type is not None:
+        student = {**student, accelerator_resource(config.training.accelerator_type): 0.001}
+    replicas: list[Request] = []
+    for name, one in config.by_teacher.items():
+        replicas += _replicas(one, name, has_gpus)
+    worker = Request("student worker", "training", (student,), config.training.label_selector)
+    sampler = Request("student sampler", "policy", (sampler_resources(config, has_gpus),))
+    samplers = [sampler] * config.policy.enabled
+    return replicas + samplers + [worker] * config.training.min_workers
+
+
+def _replicas(config: RunConfig, name: str, has_gpus: bool) -> list[Request]:
+    """The fewest replicas of one teacher; name: among several, else ""."""
     replicas = config.teacher.num_replicas
     fewest = replicas if isinstance(replicas, int) else max(1, replicas.min)
     teacher = tuple(teacher_bundles(config, has_gpus))
     if config.teacher.pipeline_parallel_size == 1:
         teacher = (add_up(teacher),)  # One actor on one node, with vLLM's workers as its children.
-    student = student_resources(config, has_gpus)
-    if config.training.accelerator_type is not None:
-        student = {**student, accelerator_resource(config.training.accelerator_type): 0.001}
-    replica = Request("teacher replica", "teacher", teacher, config.teacher.label_selector)
-    worker = Request("student worker", "training", (student,), config.training.label_selector)
-    sampler = Request("student sampler", "policy", (sampler_resources(config, has_gpus),))
-    samplers = [sampler] * config.policy.enabled
-    return [replica] * fewest + samplers + [worker] * config.training.min_workers
+    who = f"{name} teacher replica" if name else "teacher replica"
+    return [Request(who, section_of(name), teacher, config.teacher.label_selector)] * fewest
 
 
 def require(config: RunConfig, resources_total: Resources) -> list[Problem]:
@@ -227,11 +236,14 @@ def _who_needs(wanted: Sequence[Request], name: str) -> str:
 
 def _setting_behind(config: RunConfig, name: str) -> str:
     """Return the setting to change first if there is too little of the resource ``name``."""
-    if name in config.teacher.resources_per_replica:
-        return "teacher.resources_per_replica"
+    for teacher, one in config.by_teacher.items():
+        if name in one.teacher.resources_per_replica:
+            return f"{section_of(teacher)}.resources_per_replica"
     if name in config.training.resources_per_worker:
         return "training.resources_per_worker"
-    return "training.num_workers" if config.training.min_workers > 1 else "teacher.num_replicas"
+    if config.training.min_workers > 1:
+        return "training.num_workers"
+    return f"{section_of(next(iter(config.by_teacher)))}.num_replicas"
 
 
 def _remedy(name: str) -> str:

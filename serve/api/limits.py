@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raystill.base.records import MetricsLog, read_lines
-from raystill.base.run_folder import SPENDING, RunFolder
+from raystill.base.run_folder import SPENDING, RunFolder, named_file
 from raystill.config.base import ApiConfig, PricesConfig
 
 MINUTE_S = 60.0
@@ -191,9 +191,11 @@ class Limits:
 class Spending:
     """What a run has spent at a service, over all its starts: one line an answer in a file."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self._log = MetricsLog(folder, SPENDING)
-        lines = read_lines(folder, SPENDING)
+    def __init__(self, folder: RunFolder, teacher: str = "") -> None:
+        """teacher: its name among several, each of which has a file of its own."""
+        file = named_file(SPENDING, teacher)
+        self._log = MetricsLog(folder, file)
+        lines = read_lines(folder, file)
         self.cost = float(sum(line.get("api_cost") or 0.0 for line in lines))
         self.batches = {str(line["batch"]) for line in lines if line.get("batch")}
         """Names of the batches that are accounted for."""

@@ -110,7 +110,7 @@ def test_the_help_of_a_section_or_a_field_is_a_part_of_the_whole() -> None:
         ("teacher.modl", "did you mean teacher.model?"),
         ("learning_rate", "did you mean training.learning_rate?"),
         ("batch_size", "set training.rows_per_step"),
-        ("xyz", "a run file has seed, teacher, student"),
+        ("xyz", "a run file has seed, teacher, teachers, student"),
     ],
 )
 def test_an_unknown_section_is_refused_with_the_near_miss(name: str, words: str) -> None:

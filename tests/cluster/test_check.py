@@ -16,10 +16,10 @@ import pytest
 import yaml
 from tokenizers import Tokenizer, models
 
+from raystill.base import console
+from raystill.base.console import ReadingProgress
 from raystill.base.run_folder import CONFIG, TRAIN_PROMPTS, RunFolder
-from raystill.cluster.check import progress as check_progress
 from raystill.cluster.check.output import check_store
-from raystill.cluster.check.progress import ReadingProgress
 from raystill.cluster.check.static import Checked, check_run_file
 from raystill.config.load import config_text
 from raystill.datasets.rows.schema import PROMPT_SCHEMA
@@ -494,7 +494,7 @@ def test_a_terminal_shows_how_far_the_prompts_are_read(
     monkeypatch.setenv("TERM", "xterm")
     assert problems(run_file) == []
     assert terminal.getvalue() == "", "nothing for a check that takes no time"
-    monkeypatch.setattr(check_progress, "BAR_AFTER_S", 0.0)
+    monkeypatch.setattr(console, "BAR_AFTER_S", 0.0)
     assert problems(run_file) == []
     text = terminal.getvalue()
     assert "tokenising prompts" in text
@@ -506,7 +506,7 @@ def test_a_terminal_shows_how_far_the_prompts_are_read(
 def test_elsewhere_a_slow_reading_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(check_progress.time, "monotonic", iter([10.0, 11.9, 12.1, 20.0]).__next__)
+    monkeypatch.setattr(console.time, "monotonic", iter([10.0, 11.9, 12.1, 20.0]).__next__)
     with ReadingProgress() as progress:
         progress("reading prompts", 0, None)
         progress("reading prompts", 1000, None)

@@ -13,7 +13,7 @@ from raystill.base.run_folder import RunFolder
 from raystill.cluster.lineage import hub as pushing
 from raystill.cluster.lineage.hub import check_hub, push_finished, push_student
 from raystill.config.run import RunConfig
-from raystill.config.student import HubConfig
+from raystill.config.training import HubConfig
 from tests.support.hub import TOKEN, Hub, Repository, serve
 
 MINE = HubConfig(repo="me/small")

@@ -102,6 +102,10 @@ def test_students_are_named_by_manifest_store_and_lineage(
     run_folder(tmp_path, "free", teacher_identity=GOOD, run_id="run-c")
     ancestors = {"terms": {"sources": {"ancestors": {BAD: {"name": "big"}}}}}
     run_folder(tmp_path, "second", teacher_identity="cd" * 32, run_id="y", **ancestors)
+    one_of_two = {"teachers": {"a": {"identity": GOOD}, "b": {"identity": BAD}, "c": None}}
+    run_folder(tmp_path, "of_two", teacher_identity=GOOD, run_id="t", **one_of_two)
+    its = {"terms": {"sources": {"teachers": {"b": {"ancestors": {BAD: {"name": "big"}}}}}}}
+    run_folder(tmp_path, "second_of_two", teacher_identity=GOOD, run_id="u", **its)
     third = run_folder(tmp_path, "third", teacher_identity="ee" * 32, run_id="z")
     models = {"s": {"name": "s", "learned_from": [BAD]}, BAD: {"name": "big"}}
     lineage = {"raystill_lineage": 1, "student": "s", "models": models}
@@ -115,6 +119,8 @@ def test_students_are_named_by_manifest_store_and_lineage(
         "taught": (by_it, True),
         "asked": (by_it, False),
         "second": (by_a_student, True),
+        "of_two": (by_it, True),
+        "second_of_two": (by_a_student, True),
         "third": (by_a_student, True),
     }
     assert main(["revoke", store.path, "--teacher", "big"]) == 0

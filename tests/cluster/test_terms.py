@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from raystill.cluster.check import terms
 from raystill.cluster.check.static import check_run_file
 from raystill.cluster.check.terms import Finding, join, of_licence, of_service, of_weights
-from raystill.config.run import TermsConfig
+from raystill.config.student import TermsConfig
 from raystill.model.files import ModelFolder
 from tests.support.end_to_end import ROOT
 

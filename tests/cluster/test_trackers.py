@@ -19,7 +19,7 @@ from raystill.cluster.check import trackers as check
 from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.cluster.report import trackers
 from raystill.cluster.report.trackers import Trackers
-from raystill.config.run import OutputConfig
+from raystill.config.training import OutputConfig
 
 RUN_ID = "0123456789abcdef0123456789abcdef"
 SECRET = "tr0ub4dor-and-three"

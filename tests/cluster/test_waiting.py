@@ -76,7 +76,7 @@ def test_workers_without_a_place_are_noticed_and_those_with_one_are_left_alone(
     thread.start()
     try:
         app = TeacherApp("teacher", config, ModelSource("t", "nowhere"))
-        waits = Waits(config, app)
+        waits = Waits(config, {"": app})
         with pytest.raises(RunError, match=r"1 student worker of CPU: 3 each had no place") as told:
             for _ in range(60):
                 assert waits.look(teacher_is_starting=True) == []

@@ -249,7 +249,7 @@ def test_the_driver_sends_its_identity_to_the_replicas(
 
     serve = MagicMock()
     monkeypatch.setattr(deploy, "serve", serve)
-    monkeypatch.setattr(deploy, "_replicas_per_node", lambda config: 1)
+    monkeypatch.setattr(deploy, "_replicas_per_node", lambda config, others: 1)
     monkeypatch.setattr(deploy.TeacherApp, "_has_gpus", lambda self: False)
     config = run_config(str(tmp_path))
     run = run_of(config, RunFolder(str(tmp_path / "run")), teacher_identity="the driver's")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.slots import LENGTHS, config_of, simulate
-from raystill.cluster.check.static import check_rows_ahead, slots_notices
+from raystill.cluster.check.teachers import check_rows_ahead, slots_notices
 from raystill.serve.deploy import deployment_options
 
 

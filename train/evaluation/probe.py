@@ -13,10 +13,12 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+import pyarrow.compute as pc
 import ray
 
 from raystill.base.errors import RunError
-from raystill.base.run_folder import HELD_OUT, PROBE
+from raystill.base.run_folder import HELD_OUT, HELD_OUT_PROMPTS, PROBE, named_file
+from raystill.datasets.rows.schema import TEACHER
 from raystill.run import Run
 
 NUM_ROWS = 8
@@ -32,7 +34,7 @@ def is_due(run: Run) -> bool:
     config = run.config
     if config.teacher.engine != "vllm" or not config.evaluation.enabled:
         return False
-    if run.folder.exists(PROBE):
+    if run.folder.exists(named_file(PROBE, run.teacher_name)):
         return False
     weights = sum(path.stat().st_size for path in Path(run.teacher.folder).glob("*.safetensors"))
     return 0 < weights <= LARGEST_WEIGHTS_BYTES
@@ -51,7 +53,15 @@ def probe_teacher(run: Run) -> None:
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
     ray.get(run.coordinator.wait_held_out.remote())
-    rows = rows_from_table(run.folder.read_table(HELD_OUT).slice(0, NUM_ROWS).combine_chunks())
+    table = run.folder.read_table(HELD_OUT)
+    if run.teacher_name:
+        prompts = run.folder.read_table(HELD_OUT_PROMPTS)
+        mine = prompts["row"].filter(pc.equal(prompts[TEACHER], run.teacher_name))
+        table = table.filter(pc.is_in(table["row"], value_set=mine))
+    rows = rows_from_table(table.slice(0, NUM_ROWS).combine_chunks())
+    if not rows:  # None of them is this teacher's to answer.
+        ray.get(run.coordinator.release_training.remote())
+        return
     prompt_of = teacher_prompts(run)
     for row in rows:
         row.prompt_ids = prompt_of(row)
@@ -73,5 +83,6 @@ def probe_teacher(run: Run) -> None:
             "teacher.model, teacher.engine_args and teacher.quantization name what you mean, or go "
             "on with --skip-probe"
         )
-    run.folder.write_text(PROBE, json.dumps(asdict(agreed), indent=2) + "\n")
+    file = named_file(PROBE, run.teacher_name)
+    run.folder.write_text(file, json.dumps(asdict(agreed), indent=2) + "\n")
     ray.get(run.coordinator.release_training.remote())

@@ -1,0 +1,145 @@
+"""The teachers of a run, each as if it were alone: contexts, slots and costs; and what several
+teachers must have in common.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from raystill.base.errors import Problem
+from raystill.cluster.check.models import check_tokenizers
+from raystill.config.run import RunConfig
+from raystill.config.teacher import section_of
+from raystill.datasets.prompts.select import UNBOUNDED
+from raystill.datasets.prompts.tables import PromptTables
+from raystill.model.files import ModelFolder
+from raystill.model.sampling import resolve_sampling
+from raystill.model.tokenizer import read_settings
+
+
+def of_teacher(name: str, problems: Iterable[Problem]) -> list[Problem]:
+    """The problems of ``teacher`` as those of ``teachers.NAME``; unchanged for ""."""
+    return [Problem(_renamed(name, one.where), _renamed(name, one.message)) for one in problems]
+
+
+def notices_of(name: str, notices: Iterable[str]) -> list[str]:
+    """As `of_teacher`, of notices, which begin with the name."""
+    return [f"{name}: {_renamed(name, one)}" if name else one for one in notices]
+
+
+def _renamed(name: str, text: str) -> str:
+    """Settings of ``teacher`` in a text as those of ``teachers.NAME``."""
+    return re.sub(r"\bteacher\.(?=[a-z])", f"teachers.{name}.", text) if name else text
+
+
+def check_alike(config: RunConfig, teachers: Mapping[str, ModelFolder]) -> list[Problem]:
+    """Several teachers must have one tokenizer and one chat template: prompts are tokenised once,
+    and an id must be the same token for all. So are given responses, which end with a stop token.
+    """
+    (first, one), *others = teachers.items()
+    problems = []
+    fields = [one.response_field for one in config.prompts.sources or ()]
+    given = any([config.prompts.response_field, *fields])
+    stops = {
+        name: sorted(resolve_sampling(view.teacher, teachers[name].path).stop_token_ids)
+        for name, view in config.by_teacher.items()
+        if given
+    }
+    for name, other in others:
+        where = f"teachers.{name}.model"
+        remedy = (
+            f"give {first} and {name} the same, or reach {name} through an API "
+            "(engine: api, signal: {kind: text}), whose text is read by any tokenizer"
+        )
+        if check_tokenizers(one, other):
+            message = f"{name} ({other.name}) has another tokenizer than {first} ({one.name})"
+            problems.append(Problem(where, f"{message}; {remedy}"))
+        elif _template(one) != _template(other):
+            message = f"{name} ({other.name}) has another chat template than {first} ({one.name})"
+            problems.append(Problem(where, f"{message}; {remedy}"))
+        elif given and stops[name] != stops[first]:
+            message = (
+                f"are {stops[name]}, but those of {first} are {stops[first]}, and "
+                "prompts.response_field is set: a given response ends with the same stop token, "
+                "whoever scores it; set both teachers' stop_token_ids to one list"
+            )
+            problems.append(Problem(f"teachers.{name}.sampling.stop_token_ids", message))
+    return problems
+
+
+def _template(model: ModelFolder) -> Any:
+    path = model.path / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    return read_settings(model.path).get("chat_template")
+
+
+def check_rows_ahead(config: RunConfig) -> Iterator[Problem]:
+    """Is ``max_rows_ahead`` enough to fill a step, and to keep all replicas busy?"""
+    rows, needed, advised = config.rows_ahead, config.min_rows_ahead, config.advised_rows_ahead
+    bound = max(needed, advised)
+    if rows < needed:
+        yield Problem(
+            "stream.max_rows_ahead",
+            f"({rows}) is less than rows_per_step + 2 * num_workers * group_rows ({needed}), so a "
+            f"step could wait for ever; set it to {bound} or more, or lower the others",
+        )
+        return
+    views = config.by_teacher.items()
+    set_by_hand = [name for name, one in views if one.teacher.target_ongoing_requests is not None]
+    if rows < advised and set_by_hand:
+        lower = " and ".join(f"{section_of(n)}.target_ongoing_requests" for n in set_by_hand)
+        yield Problem(
+            "stream.max_rows_ahead",
+            f"({rows}) is less than max replicas * target_ongoing_requests * group_rows + 2 * "
+            f"rows_per_step ({advised}), so replicas would be idle; set it to {bound} or more, or "
+            f"lower {lower}",
+        )
+
+
+def context_tokens(config: RunConfig, teacher: ModelFolder) -> int:
+    """Most tokens of a prompt and its answer together."""
+    limits = [config.teacher.max_model_len, teacher.context_tokens]
+    return min((limit for limit in limits if limit is not None), default=UNBOUNDED)
+
+
+def slots_notices(config: RunConfig) -> Iterator[str]:
+    """Where the bound on rows ahead keeps the teacher from having all its slots filled."""
+    bound, views = config.stream.max_rows_ahead, config.by_teacher
+    short = {
+        name
+        for name, one in views.items()
+        if one.teacher.target_ongoing_requests is None
+        and one.teacher.engine != "synthetic"
+        and one.groups_per_replica < one.full_groups
+    }
+    if bound is None or not short:
+        return
+    rows, full = (
+        config.stream.group_rows
+        * sum(
+            one.teacher.max_replicas
+            * (one.full_groups if filled and name in short else one.groups_per_replica)
+            for name, one in views.items()
+        )
+        for filled in (False, True)
+    )
+    yield (
+        f"stream.max_rows_ahead ({bound}) leaves room for {rows} rows in flight, of the {full} "
+        "that keep the engine's slots filled while the longest answer of a group is waited for; "
+        f"set it to {full + 2 * config.training.rows_per_step} or more, or lower "
+        + " and ".join(f"{section_of(name)}.max_num_seqs" for name in views if name in short)
+    )
+
+
+def truncation_notices(
+    config: RunConfig, tables: PromptTables, teacher: ModelFolder
+) -> Iterator[str]:
+    """Where the context cuts answers before ``max_tokens`` does."""
+    context, longest = context_tokens(config, teacher), tables.longest_asked_prompt
+    max_tokens = config.teacher.sampling.max_tokens
+    if longest is not None and longest + max_tokens > context:
+        yield (
+            f"the longest prompt ({longest} tokens) leaves its answer {context - longest} of "
+            f"{max_tokens} tokens in a context of {context}"
+        )
