@@ -64,7 +64,21 @@ def check_alike(config: RunConfig, teachers: Mapping[str, ModelFolder]) -> list[
                 "whoever scores it; set both teachers' stop_token_ids to one list"
             )
             problems.append(Problem(f"teachers.{name}.sampling.stop_token_ids", message))
-    return problems
+    return problems + _check_batches(config)
+
+
+def _check_batches(config: RunConfig) -> list[Problem]:
+    """The journal of batches beside a store belongs to one service."""
+    views = config.by_teacher.items()
+    users = [n for n, view in views if view.teacher.engine == "api" and view.teacher.api.batch]
+    return [
+        Problem(
+            f"teachers.{name}.api.batch",
+            f"is set, and {users[0]} works in batches already; one teacher of a run may: leave it "
+            "out for the others",
+        )
+        for name in users[1:]
+    ]
 
 
 def _template(model: ModelFolder) -> Any:

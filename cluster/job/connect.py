@@ -46,7 +46,8 @@ QUIET_UNWATCHED = {
 }
 # What a job does not need. A leading slash: beside driver.py only, no deeper folder of that name.
 NOT_SHIPPED = [
-    *("/.git", "/.venv", "/models", "/runs", "/build", "/tests", "/docs", "/benchmarks/results"),
+    *("/.git", "/.venv", "/models", "/runs", "/build", "/tests", "/docs"),
+    *("/benchmarks/results", "/requirements"),
     *("__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", "*.egg-info"),
     # Ray packs a link as the folder it leads to: each room goes once, as raystill/<room>.
     *("/cluster", "/serve", "/train", "/datasets"),

@@ -214,6 +214,19 @@ def test_another_tokenizer_is_refused_with_both_names() -> None:
     assert "teachers.two.model: two (other) has another tokenizer than one" in problems
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_one_teacher_of_a_run_may_work_in_batches(both: bool) -> None:
+    service = {"base_url": "http://127.0.0.1:1/v1", "model": "m"}
+    in_batches = service | {"batch": {}}
+    teachers = {
+        name: {"model": str(MODEL), "engine": "api", "api": api}
+        for name, api in {"one": in_batches, "two": in_batches if both else service}.items()
+    }
+    problems = " ".join(map(str, checked(teachers=teachers).problems))
+    told = "teachers.two.api.batch: is set, and one works in batches already"
+    assert (told in problems) == both
+
+
 def test_a_resolved_run_file_loads_to_the_same_and_a_run_of_one_has_no_new_identity() -> None:
     Path("run.yaml").write_text(json.dumps(run_file()))
     config = load_config("run.yaml")
@@ -239,7 +252,7 @@ class Answering(TeacherCalls):
         super().__init__("nowhere", Signal("text"), 1, None)
         self.number, self.there, self.asked = number, asyncio.Event(), 0
 
-    async def sample(self, prompt_ids: pa.Array) -> pa.Table:
+    async def sample(self, prompt_ids: pa.Array, keys: pa.Array | None = None) -> pa.Table:
         await self.there.wait()
         self.asked += len(prompt_ids)
         answers = [Answer(np.array([self.number], np.int32), "stop") for _ in prompt_ids]
@@ -265,6 +278,7 @@ def test_each_row_is_published_as_its_own_teachers_and_one_that_is_gone_holds_no
         waiting = asyncio.ensure_future(answers.get(mixed, group["prompt_ids"].combine_chunks()))
         while not calls["two"].asked or not store.names():
             await asyncio.sleep(0.01)
+            assert not waiting.done() or waiting.result()  # An error is raised here.
         assert not waiting.done() and calls["one"].asked == 0
         calls["one"].there.set()
         answered, counters = await waiting

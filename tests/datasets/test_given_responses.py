@@ -12,10 +12,10 @@ from raystill.base.errors import ConfigError
 from raystill.cluster.check.static import check_run_file
 from raystill.config.prompts import PromptsConfig
 from raystill.config.run import RunConfig
-from raystill.datasets.prompts import tables as prompt_table
 from raystill.datasets.prompts.read import read_prompts
 from raystill.datasets.prompts.tables import PromptTables, build_prompt_tables
 from raystill.datasets.prompts.tokenise import PromptTokeniser
+from raystill.datasets.rows import keys as row_keys
 from raystill.datasets.rows.keys import answer_key, given_keys
 from raystill.datasets.rows.schema import PROMPT_SCHEMA
 
@@ -168,7 +168,7 @@ def test_keys_that_end_in_zero_bytes_stay_whole(monkeypatch: pytest.MonkeyPatch)
     made = tables([("a", "x"), ("b", "x")])
     keys = [bytes([i]) + bytes(15) for i in range(2)]
     monkeypatch.setattr(
-        prompt_table, "given_keys", lambda *asked: [keys[i] for i, _ in enumerate(asked[3])]
+        row_keys, "given_keys", lambda *asked: [keys[i] for i, _ in enumerate(asked[3])]
     )
     assert made.with_keys(*ASKED, {}).train["key"].to_pylist() == keys
 
