@@ -14,7 +14,7 @@ TINY := models/tiny-teacher
 QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
 CODE := driver.py raystill cluster serve train datasets tests benchmarks examples requirements
 
-.PHONY: help demo demo-second test test-faults chaos check bench setup models lint types fast browser trackers tasks rivals clean hashes
+.PHONY: help demo demo-second test test-faults chaos fuzz check bench setup models lint types fast browser trackers tasks rivals clean hashes
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 14
@@ -85,6 +85,9 @@ test-faults: setup   ## what takes nodes away, or minutes: the rest of every tes
 
 chaos: setup     ## long runs of faults, fixed seeds and a fresh one (about 20 minutes)
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -s -m chaos tests/system/test_faults.py
+
+fuzz: setup      ## hostile input for ten minutes (FUZZ_MINUTES), a seed of its own (FUZZ_SEED)
+	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile.fuzz
 
 bench: setup     ## measure overlap, memory, store, replay, restart, loss; results in benchmarks/results/
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.overlap

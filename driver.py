@@ -29,9 +29,9 @@ import typer
 
 from raystill import __version__
 from raystill.base import formatting
-from raystill.base.console import nobody_reads, unexpected
+from raystill.base.console import leave, nobody_reads, printable, told_usage, unexpected
 from raystill.base.errors import ConfigError, RunError, print_problems, shown
-from raystill.base.redact import redact, redact_uncaught_errors
+from raystill.base.redact import redact_uncaught_errors
 from raystill.cluster.commands import options
 from raystill.cluster.store import cli as store
 from raystill.cluster.worth import cli as worth
@@ -41,6 +41,7 @@ LONGEST_ERROR = 3000
 """Characters of an error of a run, which may quote a log."""
 EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
+WRONG_COMMAND_LINE: type[Exception] = typer.BadParameter.__mro__[2]
 EXIT_CLOSED_PIPE = 141  # What a shell reports of a program that SIGPIPE ended.
 STATUSES = """\b
 Exit status:
@@ -327,7 +328,7 @@ def fields(
 
 def say(text: str) -> None:
     """Print a line without credentials, at once."""
-    print(redact(text), flush=True)
+    print(printable(text), flush=True)
 
 
 def refuse(problems: Sequence[object]) -> int:
@@ -361,14 +362,16 @@ def call(argv: Sequence[str] | None) -> int:
     """Parse ``argv`` and run the command; its exit status. Errors for a person are shown."""
     color = False if os.environ.get("NO_COLOR") else None
     try:
-        typer.main.get_command(app).main(argv, program(), color=color)
-    except SystemExit as end:  # Typer always raises it.
-        cause = end.__context__.__cause__ if isinstance(end.__context__, typer.Abort) else None
-        error = cause or end.__context__
+        main = typer.main.get_command(app).main
+        return int(main(argv, program(), standalone_mode=False, color=color) or 0)
+    except (SystemExit, typer.Abort) as end:
         # Typer takes these for a person who has left. They may come from anywhere in a run.
+        error = end.__cause__ or end.__context__
         if isinstance(error, BrokenPipeError | EOFError):
             raise error from None
-        return int(end.code or 0)
+        return int(getattr(end, "code", 1) or 0)
+    except WRONG_COMMAND_LINE as error:
+        return told_usage(error)
     except ConfigError as error:
         return refuse(error.problems)
     except RunError as error:
@@ -379,18 +382,6 @@ def call(argv: Sequence[str] | None) -> int:
     except Exception as error:  # A mistake of ours, or something that nobody thought of.
         print(f"error: {unexpected(error)}", file=sys.stderr)
     return EXIT_FAILED
-
-
-def leave(code: int) -> NoReturn:
-    """End this process; at once where a thread of a failed run is still inside a call to Ray, whose
-    clean-up at exit would crash under it.
-    """
-    job = sys.modules.get("raystill.cluster.job.run")
-    if job is not None and job.threads_left():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def command() -> NoReturn:

@@ -11,12 +11,22 @@ from typing import Any
 
 import typer
 
-from raystill.base.errors import ConfigError, Problem, RunError, print_problems
+from raystill.base.errors import (
+    MOST_PROBLEMS,
+    ConfigError,
+    Problem,
+    RunError,
+    print_problems,
+    shown,
+    shown_together,
+)
 from raystill.cluster.check.static import Checked, check_run_file
-from raystill.cluster.commands.as_json import print_json
+from raystill.cluster.commands.as_json import counted, print_json
 from raystill.datasets.stream.plan import num_steps
 
 EXIT_FAILED, EXIT_REFUSED = 1, 2
+LONGEST_PLACE = 200
+"""Characters of what to edit, beside a message to a program."""
 
 
 def check_command(
@@ -51,13 +61,24 @@ def check_for_program(run_file: str, overrides: Sequence[str], static: bool) -> 
     print_json(
         {
             "run_file": run_file,
-            "problems": [{"where": p.where, "message": p.message} for p in problems],
-            "notices": checked.notices,
+            **told(problems),
+            **counted("notices", checked.notices[:MOST_PROBLEMS], len(checked.notices)),
             "error": error,
             **plan(checked),
         }
     )
     return EXIT_REFUSED if problems else EXIT_FAILED if error else 0
+
+
+def told(problems: Sequence[Problem]) -> dict[str, Any]:
+    """The problems as a person is shown them: the first ones, of as many characters."""
+    first = problems[:MOST_PROBLEMS]
+    messages = shown_together([problem.message for problem in first])
+    items = [
+        {"where": shown(problem.where, LONGEST_PLACE), "message": message}
+        for problem, message in zip(first, messages, strict=True)
+    ]
+    return counted("problems", items, len(problems))
 
 
 def plan(checked: Checked) -> dict[str, Any]:

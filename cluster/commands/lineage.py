@@ -2,12 +2,14 @@
 ``driver.py push``: the student goes to the Hugging Face Hub, with these papers.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from raystill.base.console import print_lines
 from raystill.base.errors import RunError, config_error
 from raystill.base.redact import redact
-from raystill.base.run_folder import CONFIG, STUDENT, RunFolder
+from raystill.base.run_folder import CONFIG, STUDENT, RunFolder, require_path
 from raystill.cluster.check.terms import describe, of_lineage
 from raystill.cluster.commands.as_json import print_json
 from raystill.cluster.lineage.graph import (
@@ -26,6 +28,8 @@ from raystill.model.identity import teacher_identity
 
 CHANGED = "the weights, configuration or tokenizer are not those that the lineage was written for"
 EXIT_CHANGED = 1
+MOST_OF_TREE, MOST_OF_TERMS = 2400, 1200
+"""Characters of what a person is shown; ``--json`` has it whole."""
 
 
 def lineage_command(folder: str, as_json: bool) -> int:
@@ -33,7 +37,7 @@ def lineage_command(folder: str, as_json: bool) -> int:
 
     Raises RunError.
     """
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(require_path(folder)))
     path = path / STUDENT if (path / STUDENT / LINEAGE).is_file() else path
     try:
         lineage = read_lineage(path)
@@ -48,7 +52,10 @@ def lineage_command(folder: str, as_json: bool) -> int:
     if as_json:
         print_json({**lineage_json(lineage), "changed": changed, "terms": terms})
     else:
-        print(redact("\n".join([*tree(lineage), *terms, *([f"warning: {CHANGED}"] * changed)])))
+        print_lines(tree(lineage), MOST_OF_TREE)
+        print_lines(terms, MOST_OF_TERMS)
+        if changed:
+            print(f"warning: {CHANGED}")
     return EXIT_CHANGED if changed else 0
 
 

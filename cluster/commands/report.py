@@ -6,8 +6,9 @@ Reads run folders; needs no cluster.
 from collections.abc import Callable, Sequence
 
 from raystill.base import formatting
+from raystill.base.console import open_named
 from raystill.base.errors import RunError
-from raystill.base.run_folder import SUMMARY, RunFolder, require_path
+from raystill.base.run_folder import SUMMARY, require_path
 from raystill.cluster.commands.as_json import print_totals
 from raystill.cluster.report import tables
 from raystill.cluster.report.page.page import write_page
@@ -25,7 +26,8 @@ def report_command(
     Raises RunError for a folder that holds no run, and where the page cannot be written and
     ``html`` had named its place.
     """
-    folders = [RunFolder(require_path(path)) for path in paths]
+    folders = [open_named(path) for path in paths]
+    html = None if html is None else require_path(html)
     if as_json:
         print_totals(folders)
         if html is not None:

@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from raystill.base import formatting
-from raystill.base.errors import RunError
-from raystill.base.redact import redact
-from raystill.base.run_folder import require_path
+from raystill.base.console import open_named, print_lines
+from raystill.base.errors import RunError, shown
 from raystill.cluster.commands.as_json import print_json
 from raystill.datasets.lookup.keeping import Notes, StoreIndex
 from raystill.datasets.store.reading import (
@@ -36,6 +35,11 @@ EXIT_DAMAGED = 1
 EXIT_UNREADABLE = 3  # 2 is a command that was refused.
 EXIT_NEWER = 4
 EXIT_FOREIGN = 5
+
+MOST_OF_KIND = 1500
+"""Characters of the segments of one kind that are named."""
+MOST_ORIGINS, LONGEST_NAME = 20, 80
+"""Teachers that are listed for a person, and characters of a name."""
 
 KINDS = (
     (
@@ -101,7 +105,7 @@ def store_command(
 @contextmanager
 def opened_store(path: str) -> Iterator[TeacherStore]:
     """The store at ``path``. Raises RunError if there is none, and in place of an OSError."""
-    store = TeacherStore(require_path(path))
+    store = TeacherStore(open_named(path).path)
     try:
         if not store.folder.exists():
             raise RunError(
@@ -175,8 +179,7 @@ def tell(refused: RefusedSegments) -> None:
         errors = [error for error in refused.values() if isinstance(error, kind)]
         if errors:
             print(f"{formatting.plural(len(errors), 'segment')} {words} ({remedy}):")
-        for error in errors:
-            print(redact(f"  - {error}"))
+        print_lines([f"  - {error}" for error in errors], MOST_OF_KIND)
 
 
 def refused_json(refused: RefusedSegments) -> list[dict[str, str]]:
@@ -240,11 +243,11 @@ def _print_origins(by_origin: Mapping[Origin, Sequence[int]]) -> None:
         table.add_column(heading)
     for heading in ("segments", "rows", "size"):
         table.add_column(heading, justify="right")
-    for origin, (segments, rows, size) in by_origin.items():
+    for origin, (segments, rows, size) in list(by_origin.items())[:MOST_ORIGINS]:
         table.add_row(
-            redact(origin.teacher),
-            origin.teacher_identity[:12],
-            f"{origin.engine} {origin.engine_version} {origin.dtype}",
+            shown(origin.teacher, LONGEST_NAME),
+            shown(origin.teacher_identity[:12]),
+            shown(f"{origin.engine} {origin.engine_version} {origin.dtype}", LONGEST_NAME),
             str(origin.signal),
             formatting.count(segments),
             formatting.count(rows),
@@ -252,6 +255,8 @@ def _print_origins(by_origin: Mapping[Origin, Sequence[int]]) -> None:
         )
     # A path is data: what stands in brackets in it is no markup.
     Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False).print(table)
+    if len(by_origin) > MOST_ORIGINS:
+        print(f"... and {len(by_origin) - MOST_ORIGINS:,} more; --json tells more of them")
 
 
 def _progress(what: str) -> Callable[[int, int], None]:

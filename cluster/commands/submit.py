@@ -8,6 +8,7 @@ not answered for a minute. The job does not need this process: it goes on withou
 
 import asyncio
 import contextlib
+import http.client
 import os
 import shlex
 import signal
@@ -22,8 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO, TypeVar
 
+from raystill.base.console import printable
 from raystill.base.errors import RunError, config_error
 from raystill.base.redact import redact
+from raystill.base.run_folder import require_path
 from raystill.cluster.job.connect import NOT_SHIPPED
 from raystill.cluster.job.driver_process import StopSignals
 from raystill.config.load import load_config
@@ -117,6 +120,7 @@ def submit(submission: Submission, out: TextIO | None = None) -> int:
     does not answer or refuses the job.
     """
     load_config(submission.run_file, submission.overrides)
+    require_path(submission.working_dir)
     entrypoint, runtime_env = submission.entrypoint(), submission.runtime_env()
     shown = redact(submission.address)
     with StopSignals() as signals:
@@ -132,7 +136,7 @@ def submit(submission: Submission, out: TextIO | None = None) -> int:
 def connect_client(address: str) -> JobClient:
     """A client of the job server at ``address``, the dashboard's URL. Raises RunError."""
     shown = redact(address)
-    if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
+    if _scheme(address) not in ("http", "https"):
         raise config_error(
             "--address",
             f"is {shown!r}; expected the URL of the cluster's dashboard, e.g. http://127.0.0.1:8265"
@@ -171,9 +175,16 @@ def unreachable(address: str, timeout_s: float = REACH_TIMEOUT_S) -> str | None:
         urllib.request.urlopen(f"{address.rstrip('/')}/api/version", timeout=timeout_s).close()
     except urllib.error.HTTPError:
         return None
-    except (OSError, ValueError) as error:
-        return redact(str(getattr(error, "reason", None) or error))
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return redact(str(getattr(error, "reason", None) or error) or type(error).__name__)
     return None
+
+
+def _scheme(address: str) -> str:
+    try:
+        return urllib.parse.urlsplit(address).scheme
+    except ValueError:  # Of brackets that hold no address.
+        return ""
 
 
 def follow(client: JobClient, job: str, signals: StopSignals, stop_wait_s: int, out: TextIO) -> int:
@@ -265,7 +276,7 @@ def patiently(ask: Callable[[], T], job: str) -> T:
 
 def note(text: str) -> None:
     """A line of ours, beside the job's log on standard output."""
-    print(f"[submit] {redact(text)}", file=sys.stderr, flush=True)
+    print(f"[submit] {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raystill.base import formatting
+from raystill.base.console import print_tables
 
 WIDTH = 110
 LOSSLESS_NOTE = (
@@ -36,7 +37,7 @@ def print_draft(found: dict[str, Any], console: Console | None = None) -> None:
             "that of a teacher's token, where reading k + 1 tokens takes the teacher no longer "
             "than reading one (Leviathan et al. 2023, arXiv:2211.17192)"
         )
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    print_tables(console, captured.get())
 
 
 def _setting(found: dict[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raystill.base import formatting
+from raystill.base.console import print_tables
 from raystill.base.errors import RunError
 from raystill.base.logs import run_name
 from raystill.base.personal import mask
@@ -87,8 +88,7 @@ def print_report(folder: Folder, console: Console | None = None) -> None:
     console = console or Console(markup=False, emoji=False)
     with reading(folder), console.capture() as captured:
         _print_sections(console, folder)
-    for line in captured.get().splitlines():  # Tables pad their last column; nobody needs that.
-        console.file.write(line.rstrip() + "\n")
+    print_tables(console, captured.get())
 
 
 def print_comparison(folders: Sequence[Folder], console: Console | None = None) -> None:
@@ -119,8 +119,7 @@ def _compare(folders: Sequence[Folder], console: Console | None) -> None:
     table.add_row("time", *(formatting.duration(summary["wall_s"]) for _, summary, _ in columns))
     with console.capture() as captured:
         _section(console, "Finished students, on held-out prompts", table)
-    for line in captured.get().splitlines():
-        console.file.write(line.rstrip() + "\n")
+    print_tables(console, captured.get())
 
 
 def _print_sections(console: Console, folder: Folder) -> None:

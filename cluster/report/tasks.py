@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raystill.base import formatting
+from raystill.base.console import print_tables
 
 MODELS = ("teacher", "before", "student")
 WIDTH = 110
@@ -92,4 +93,4 @@ def print_tasks(found: dict[str, Any], console: Console | None = None) -> None:
         console.print(table if table is not None else "no scores")
         for failure in failures(found):
             console.print(f"could not be asked: {failure}")
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    print_tables(console, captured.get())

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raystill.base import formatting
-from raystill.base.errors import ConfigError, RunError, config_error
-from raystill.base.redact import redact
+from raystill.base.console import open_named, print_lines
+from raystill.base.errors import ConfigError, RunError, config_error, shown
+from raystill.base.run_folder import require_path
 from raystill.cluster.check.prepared import keyed_engine
 from raystill.cluster.check.teachers import context_tokens
 from raystill.cluster.commands.as_json import print_json
@@ -47,10 +48,9 @@ def export_command(wanted: Export, as_json: bool) -> int:
     """
     if wanted.form not in FORMATS:
         raise RunError(f"--format is {wanted.form!r}; expected one of {', '.join(FORMATS)}")
+    out = require_path(wanted.out)
     with opened_store(wanted.store) as store:
-        done = export(
-            store, wanted.out, wanted.form, wanted.teacher, lambda o: _reader(o, wanted.model)
-        )
+        done = export(store, out, wanted.form, wanted.teacher, lambda o: _reader(o, wanted.model))
     if as_json:
         rows = {"rows": dict(done.rows), "left_out": dict(done.left_out)}
         more = {"control_tokens": done.control_tokens, "refused": refused_json(done.refused)}
@@ -59,9 +59,11 @@ def export_command(wanted: Export, as_json: bool) -> int:
     tell(done.refused)
     splits = sorted(done.rows.items(), reverse=True)
     rows_of = (f"{formatting.plural(n, 'row')} of {split}" for split, n in splits if n)
-    print(f"{', '.join(rows_of)} written to {redact(wanted.out)}")
-    for reason, number in done.left_out.items():
-        print(f"{formatting.plural(number, 'row')} left out: {reason}")
+    print(f"{', '.join(rows_of)} written to {shown(wanted.out)}")
+    print_lines(
+        f"{formatting.plural(number, 'row')} left out: {reason}"
+        for reason, number in done.left_out.items()
+    )
     if done.control_tokens:
         print(
             f"note: {formatting.plural(done.control_tokens, 'response')} with the text of a control"
@@ -79,7 +81,7 @@ def import_command(
     Raises ConfigError and RunError.
     """
     teacher = _stated_teacher(load_config(run_file, overrides))
-    store = TeacherStore(path)
+    store = TeacherStore(open_named(path).path)
     new = not store.folder.names()
     with nullcontext(store) if new else opened_store(path) as store:
         rows = read_given(tuple(files), teacher.tokeniser.prompts)
@@ -103,16 +105,17 @@ def _tell_imported(done: Imported, teacher: StatedTeacher) -> None:
     kinds = ", ".join(f"{number} with {kind}" for kind, number in sorted(done.rows.items()))
     number = formatting.plural(sum(done.rows.values()), "answer")
     print(
-        f"{number} imported under {redact(teacher.name)} (identity {teacher.keyed[0][:12]})"
+        f"{number} imported under {shown(teacher.name)} (identity {teacher.keyed[0][:12]})"
         + (f": {kinds}" if kinds else "")
     )
     if done.there:
         print(f"{formatting.plural(done.there, 'answer')} in the store already")
     if done.cut:
         print(f"{formatting.plural(done.cut, 'answer')} cut at teacher.sampling.max_tokens")
-    for reason, count in sorted(done.left_out.items()):
-        where = redact(done.first[reason])
-        print(f"{formatting.plural(count, 'row')} left out: {reason} (the first is {where})")
+    print_lines(
+        f"{formatting.plural(count, 'row')} left out: {reason} (the first is {done.first[reason]})"
+        for reason, count in sorted(done.left_out.items())
+    )
 
 
 def _stated_teacher(config: RunConfig) -> StatedTeacher:

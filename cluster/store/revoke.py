@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raystill.base import formatting
+from raystill.base.console import open_named, print_lines
 from raystill.base.errors import RunError
 from raystill.base.redact import redact
 from raystill.base.run_folder import MANIFEST, STUDENT, SUMMARY, RunFolder, split_query
@@ -70,8 +71,7 @@ def revoke_command(
         print_json({"store": store.path, **asdict(found), **files, "refused": refused})
         return status(pruned.refused)
     tell(pruned.refused)
-    for line in describe(found, dry_run):
-        print(redact(line))
+    print_lines(describe(found, dry_run))
     return status(pruned.refused)
 
 
@@ -107,7 +107,7 @@ def beside(store: TeacherStore) -> str:
 def look_at_runs(found: Found, folders: Sequence[str]) -> None:
     """Find the runs whose student learned from the teacher, or from a student of it."""
     for folder in dict.fromkeys(folders):
-        for run in _run_folders(RunFolder(folder)):
+        for run in _run_folders(open_named(folder), found):
             try:
                 how = _how(run, found)
                 has_student = how is not None and run.exists(SUMMARY) and run.exists(STUDENT)
@@ -118,9 +118,14 @@ def look_at_runs(found: Found, folders: Sequence[str]) -> None:
                 found.learned.append(Learned(run.path, how, has_student))
 
 
-def _run_folders(folder: RunFolder) -> Iterator[RunFolder]:
+def _run_folders(folder: RunFolder, found: Found) -> Iterator[RunFolder]:
     """The folder itself and those in it, as far as they are run folders."""
-    for one in (folder, *(RunFolder(folder.join(name)) for name in folder.names())):
+    try:
+        names = folder.names()
+    except OSError as error:  # No folder, or one that is not to be read.
+        found.unread[folder.path] = str(error).partition("\n")[0]
+        names = []
+    for one in (folder, *(RunFolder(folder.join(name)) for name in names)):
         if one.exists(MANIFEST):
             yield one
 

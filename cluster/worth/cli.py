@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from raystill.base.redact import redact
+from raystill.base.console import printable
 from raystill.cluster.commands import options
 
 TaskNames = Annotated[
@@ -99,4 +99,4 @@ def speed(
 
 
 def _say(text: str) -> None:
-    print(redact(text), flush=True)
+    print(printable(text), flush=True)

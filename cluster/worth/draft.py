@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from raystill.base import formatting
+from raystill.base.console import open_named
 from raystill.base.errors import ConfigError, Problem, RunError
 from raystill.base.run_folder import DRAFT, RunFolder
 from raystill.cluster.check.models import check_tokenizers
@@ -159,7 +160,7 @@ def draft_command(
     """
     if as_json:  # Standard output is for a program.
         say = say_beside
-    folder = RunFolder(path)
+    folder = open_named(path)
     subject = find_subject(folder, overrides, unfit)
     if problems := mismatches(subject):
         raise ConfigError(problems)

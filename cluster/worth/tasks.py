@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raystill.base import formatting
+from raystill.base.console import open_named
 from raystill.base.errors import ConfigError, Problem, RunError
 from raystill.base.records import BrokenFile, plain, read_object
 from raystill.base.redact import redact, redacted
@@ -261,7 +262,7 @@ def tasks_command(
     if as_json:  # Standard output is for a program.
         say = say_beside
     harness_version()
-    folder = RunFolder(path)
+    folder = open_named(path)
     config, models = models_of(folder, before)
     asked = Asked.of(options, config, folder)
     found: Figures = {}

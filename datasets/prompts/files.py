@@ -266,6 +266,8 @@ def _not_found(pattern: str, globbed: bool) -> str:
     if globbed:
         return f"nothing matches {pattern!r}; name files or a glob that matches some"
     folder, name = os.path.split(resolve_input(pattern))
+    if "://" not in pattern and os.path.exists(os.path.join(folder, name)):
+        return f"{pattern!r} is a device or pipe; name a file with the prompts"
     if "://" not in pattern and os.path.isdir(folder or "."):
         near = difflib.get_close_matches(name, os.listdir(folder or "."), n=1)
         if near:

@@ -1,21 +1,37 @@
-"""A command and the person before it: progress of the reading of prompts, an error that has no
-sentence of its own, an output that nobody reads.
+"""What a command shows that data has a part in, and its end: progress of the reading of prompts, an
+error without a sentence of its own, an output that nobody reads.
 """
 
 import os
+import re
 import select
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from raystill.base.errors import shown
+from raystill.base.errors import LONGEST_PROBLEM, MOST_CHARACTERS, RunError, shown
 from raystill.base.redact import redact
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from raystill.base.run_folder import RunFolder
 
 BAR_AFTER_S = 0.5
 LINE_AFTER_S = 2.0
+LONGEST_USAGE = 3000
+COLOURS = re.compile(r"(\x1b\[[0-9;]*m)")
+MOST_OF_TABLES = 3800
+"""Characters of tables that are printed together, without their colours."""
+
+
+ANSWER_WAIT_S = 10.0
+"""Seconds that an object store has for its first answer: some retry for minutes by themselves."""
 
 
 def unexpected(error: Exception) -> str:
@@ -38,6 +54,108 @@ def nobody_reads(stream: TextIO) -> bool:
     poll = select.poll()
     poll.register(descriptor, 0)  # Of no event: an error is reported always.
     return bool(poll.poll(0))
+
+
+def print_lines(lines: Iterable[str], most: int = MOST_CHARACTERS) -> None:
+    """Print lines as `shown`, until they have ``most`` characters together; the rest is counted.
+
+    A line keeps the spaces that it begins with.
+    """
+    left, more = most, 0
+    for line in lines:
+        text = shown(line, LONGEST_PROBLEM)
+        left -= len(text) + 1
+        if left < 0:
+            more += 1
+        else:
+            print(text)
+    if more:
+        print(f"... and {more:,} more lines; --json tells more of them")
+
+
+def printable(text: str) -> str:
+    """``text`` without secrets; control characters are named, but for its line ends."""
+    longest = 10 * len(text) + 1  # A character is named by ten at most.
+    return "\n".join(shown(line, longest) for line in text.split("\n"))
+
+
+def print_tables(console: "Console", text: str) -> None:
+    """Print what ``console`` has captured of tables: bounded, without control characters of data.
+
+    Lines lose the spaces at their end. On a terminal the console's own colours stay.
+    """
+    left, more = MOST_OF_TABLES, 0
+    for line in text.splitlines():
+        parts = COLOURS.split(line) if console.is_terminal else [line]
+        plain = "".join(printable(part) for part in parts[::2]).rstrip()
+        left -= len(plain) + 1
+        if left < 0:
+            more += 1
+        elif console.is_terminal:
+            shown_parts = [part if i % 2 else printable(part) for i, part in enumerate(parts)]
+            console.file.write("".join(shown_parts).rstrip() + "\n")
+        else:
+            console.file.write(plain + "\n")
+    if more:
+        console.file.write(f"... and {more:,} more lines\n")
+
+
+def open_named(path: str) -> "RunFolder":
+    """The folder at a path or URI. Raises RunError where none can be there, or nobody answers."""
+    from raystill.base.run_folder import RunFolder, require_path  # Late: it imports pyarrow.
+
+    folder = RunFolder(require_path(path))
+    if folder.is_local:
+        return folder
+    answers: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            if not folder.root:
+                raise ValueError("it names no bucket")
+            folder.exists()
+        except Exception as error:  # Of every file system its own kind.
+            answers.append(error)
+        else:
+            answers.append(None)
+
+    # A daemon thread, since a call into a file system cannot be interrupted.
+    thread = threading.Thread(target=ask, name="the first answer", daemon=True)
+    thread.start()
+    thread.join(ANSWER_WAIT_S)
+    name = shown(path, 200)
+    if not answers:
+        raise RunError(
+            f"{name} did not answer in {ANSWER_WAIT_S:.0f} s; see to the address, the connection "
+            "and the credentials, and run this again"
+        )
+    if answers[0] is not None:
+        reason = str(answers[0]).strip().partition("\n")[0] or type(answers[0]).__name__
+        raise RunError(
+            f"{name} cannot be opened ({shown(reason, 300)}); name a folder, or a URI such as "
+            "s3://bucket/folder that can be reached"
+        )
+    return folder
+
+
+def told_usage(error: Any) -> int:
+    """Show what is wrong with a command line, which anybody may have written; the exit status."""
+    text = error.message
+    error.message = printable(text) if len(text) <= LONGEST_USAGE else shown(text)
+    error.show()
+    return int(error.exit_code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process; at once where a thread of a failed run is still inside a call to Ray, whose
+    clean-up at exit would crash under it.
+    """
+    job = sys.modules.get("raystill.cluster.job.run")
+    if job is not None and job.threads_left():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class ReadingProgress:

@@ -6,6 +6,7 @@ it pickles. Names inside the folder are relative and use ``/``: ``checkpoints/st
 
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -85,6 +86,7 @@ def named_file(file: str, teacher: str) -> str:
     return f"{stem}-{teacher}{dot}{ending}" if teacher else file
 
 
+NO_FILES = (stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFSOCK)
 URI_QUERY = re.compile(r"\?\w+=[^?*]*$")  # A "?" of a glob is not followed by name=value.
 
 JOB_PACKAGE_FOLDER = "runtime_resources/working_dir_files"
@@ -194,6 +196,8 @@ class RunFolder:
     def open_input(self, name: str) -> pa.NativeFile:
         """Open the file for reading, seekable. Raises FileNotFoundError if there is none."""
         filesystem, path = self._at(name)
+        if self.is_local and stat.S_IFMT(os.stat(path).st_mode) in NO_FILES:
+            raise OSError(f"{path} is a device or pipe, which may never end")
         return filesystem.open_input_file(path)
 
     def write_bytes(self, name: str, data: bytes) -> None:
@@ -257,16 +261,23 @@ class RunFolder:
 
 
 def require_path(path: str) -> str:
-    """The path of a folder as a person named it. Raises RunError where no folder can have it."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise RunError(f"the path {path!r} is not UTF-8; rename that folder") from None
+    """A path as a person named it. Raises RunError where no file or folder can have it."""
+    if not _is_utf8(path):
+        raise RunError(f"the path {path!r} is not UTF-8; rename that file or folder")
     longest = max((len(part.encode()) for part in path.split("/")), default=0)
     if "\0" in path or longest > 255 or len(path) > 4000:
         told = "a NUL" if "\0" in path else "more characters than a path may have"
-        raise RunError(f"the path {path[:80]!r} has {told}; name a folder that exists")
+        raise RunError(f"the path {path[:80]!r} has {told}; name another one")
     return path
+
+
+def _is_utf8(path: str) -> bool:
+    """Whether a path can be told to programs other than Python: a file may have any bytes."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def no_space_left(folder: RunFolder, error: BaseException) -> str:
@@ -326,6 +337,10 @@ def _resolve_written(path: str, setting: str) -> str:
         return path
     path = os.path.expanduser(path)
     home = os.environ.get("RAYSTILL_HOME")
+    whole = path if os.path.isabs(path) else os.path.join(home or os.getcwd(), path)
+    if not _is_utf8(whole):  # By the run file's name, or a folder above: YAML has no such text.
+        message = f"is by default {whole!r}, which is not UTF-8; set it to a path that is"
+        raise ConfigError([Problem(setting, message)])
     if os.path.isabs(path):
         return os.path.normpath(path)
     if home is None and inside_job_package():
@@ -339,7 +354,7 @@ def _resolve_written(path: str, setting: str) -> str:
                 )
             ]
         )
-    return os.path.normpath(os.path.join(home or os.getcwd(), path))
+    return os.path.normpath(whole)
 
 
 def resolve_input(path: str) -> str:

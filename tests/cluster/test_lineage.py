@@ -370,6 +370,9 @@ def test_the_longest_chain_is_read_printed_and_checked(tmp_path: Path, capsys: A
     folder = model(tmp_path / "student", "mit")
     (folder / "lineage.json").write_text(json.dumps(chain(MOST_MODELS)))
     assert main(["lineage", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert "more lines; --json" in told and len(told) < 4000
+    assert main(["lineage", "--json", str(folder)]) == 0
     assert "last" in capsys.readouterr().out
 
 
