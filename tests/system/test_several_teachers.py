@@ -52,6 +52,7 @@ def drive(file: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.ray
 @pytest.mark.faults
 def test_each_row_is_answered_by_its_own_teacher_in_store_figures_and_lineage(tmp_path):
     file = two_teachers(tmp_path)
