@@ -76,7 +76,8 @@ def print_lines(lines: Iterable[str], most: int = MOST_CHARACTERS) -> None:
 def printable(text: str) -> str:
     """``text`` without secrets; control characters are named, but for its line ends."""
     longest = 10 * len(text) + 1  # A character is named by ten at most.
-    return "\n".join(shown(line, longest) for line in text.split("\n"))
+    lines = redact(text).split("\n")  # Whole: a secret may have several lines.
+    return "\n".join(line if line.isprintable() else shown(line, longest) for line in lines)
 
 
 def print_tables(console: "Console", text: str) -> None:
@@ -85,9 +86,11 @@ def print_tables(console: "Console", text: str) -> None:
     Lines lose the spaces at their end. On a terminal the console's own colours stay.
     """
     left, more = MOST_OF_TABLES, 0
-    for line in text.splitlines():
+    clean = text if console.is_terminal else printable(text)  # At once: each look takes a while.
+    for line in clean.removesuffix("\n").split("\n"):
         parts = COLOURS.split(line) if console.is_terminal else [line]
-        plain = "".join(printable(part) for part in parts[::2]).rstrip()
+        named = map(printable, parts[::2]) if console.is_terminal else parts
+        plain = "".join(named).rstrip()
         left -= len(plain) + 1
         if left < 0:
             more += 1

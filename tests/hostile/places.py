@@ -85,7 +85,7 @@ def store_place(place: Path) -> None:
         store.publish(origin, Provenance("a", "training"), table)
 
 
-LATE = ("worth.draft", "commands.calibrate", "commands.submit", "commands.report")
+LATE = ("worth.draft", "commands.submit", "commands.report")
 PLACES: dict[str, Callable[[Path], None]] = {
     "run_file": sound_place,
     "model": model_place,

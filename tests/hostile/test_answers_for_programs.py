@@ -134,3 +134,11 @@ def test_any_value_is_told(value: Any) -> None:
     text = out.getvalue()
     assert all(c.isprintable() or c == "\n" for c in text)
     assert type(json.loads(text)["told"]) in (type(value), type(None))
+
+
+def test_a_secret_of_several_lines_is_not_told_line_by_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DB_PASSWORD", "one\ntwo two two\nabc")
+    driver.say("refused: one\ntwo two two\nabc\nand a\x1b[2J")
+    assert capsys.readouterr().out == "refused: $DB_PASSWORD\nand a\\x1b[2J\n"
