@@ -19,7 +19,7 @@ from raystill.base.console import print_tables
 from raystill.base.errors import RunError
 from raystill.base.logs import run_name
 from raystill.base.personal import mask
-from raystill.base.records import BrokenFile, Folder, read_lines, read_object
+from raystill.base.records import BrokenFile, Folder, mapping, read_lines, read_object
 from raystill.base.run_folder import REPORT
 from raystill.cluster.report.summary import (
     Figures,
@@ -237,7 +237,7 @@ def position_rows(before: Figures, after: Figures) -> list[tuple[str, str, str]]
     ranges: dict[tuple[int, int], list[str]] = {}
     for place, figures in enumerate((before, after)):
         parts = figures.get("student_answers_by_position")
-        for part in map(_mapping, parts if isinstance(parts, list) else ()):
+        for part in map(mapping, parts if isinstance(parts, list) else ()):
             start, end, value = (part.get(name) for name in ("from", "to", "reverse_kl"))
             if isinstance(start, int) and isinstance(end, int) and isinstance(value, float):
                 cells = ranges.setdefault((start, end), [formatting.NOTHING] * 2)
@@ -252,13 +252,13 @@ def position_rows(before: Figures, after: Figures) -> list[tuple[str, str, str]]
 
 def check_rows(before: Figures, after: Figures | None) -> list[tuple[str, str, str, str, str]]:
     """For each check its name, figures before, after (or now) and of the teacher, and a remark."""
-    newest = _mapping((after or before).get("checks"))
+    newest = mapping((after or before).get("checks"))
     rows = []
     for name in newest:
-        figures = _mapping(newest[name])
-        earlier = _mapping(_mapping(before.get("checks")).get(name))
-        first = _interval(_mapping(earlier.get("student"))) if after else ""
-        of_student, of_teacher = _mapping(figures.get("student")), _mapping(figures.get("teacher"))
+        figures = mapping(newest[name])
+        earlier = mapping(mapping(before.get("checks")).get(name))
+        first = _interval(mapping(earlier.get("student"))) if after else ""
+        of_student, of_teacher = mapping(figures.get("student")), mapping(figures.get("teacher"))
         rows.append(
             (
                 str(name),
@@ -269,11 +269,6 @@ def check_rows(before: Figures, after: Figures | None) -> list[tuple[str, str, s
             )
         )
     return rows
-
-
-def _mapping(value: object) -> Figures:
-    """A record's part; empty where the file holds something else there."""
-    return value if isinstance(value, dict) else {}
 
 
 def _interval(measured: Figures) -> str:
@@ -290,11 +285,11 @@ def _remark(earlier: Figures, figures: Figures) -> str:
     """What went wrong with a check, or makes its figures hard to compare; mostly ''."""
     remarks = []
     for who in ("student", "teacher"):
-        measured = _mapping(figures.get(who))
+        measured = mapping(figures.get(who))
         for kind, noun in (("errors", "error"), ("timeouts", "time-out")):
             if isinstance(count := measured.get(kind), int) and count:
                 remarks.append(f"{who}: {formatting.plural(count, noun)}")
-    errors = [_mapping(figures.get(who)).get("first_error") for who in ("student", "teacher")]
+    errors = [mapping(figures.get(who)).get("first_error") for who in ("student", "teacher")]
     if first := next((error for error in errors if error), None):
         remarks.append(f"the first: {formatting.one_line(first, 160)}")
     if earlier.get("version") != figures.get("version"):

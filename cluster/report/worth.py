@@ -4,7 +4,6 @@ Consumes what speed.json and tasks.json of a run folder hold, which anyone may h
 prints of `speed`, the closing table and the page.
 """
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raystill.base import formatting
-from raystill.base.records import Folder, read_object
+from raystill.base.records import Folder, mapping, number, read_object
 from raystill.base.run_folder import SPEED, TASKS
 from raystill.cluster.report.tasks import CAPTION, failures, shares, task_table
 
@@ -24,14 +23,14 @@ Figures = dict[str, Any]
 
 def speed_rows(found: object) -> list[list[str]]:
     """Figure | teacher | student | the student beside the teacher, in words; [] for none."""
-    found = _mapping(found)
-    models = [_mapping(_mapping(found.get("models")).get(name)) for name in ("teacher", "student")]
+    found = mapping(found)
+    models = [mapping(mapping(found.get("models")).get(name)) for name in ("teacher", "student")]
     if not all(models):
         return []
-    at_once = _number(found.get("concurrency"))
+    at_once = number(found.get("concurrency"))
     many = "-" if at_once is None else formatting.count(at_once)
     rows = [
-        ["parameters", *(_in_millions(_number(of.get("parameters"))) for of in models)],
+        ["parameters", *(_in_millions(number(of.get("parameters"))) for of in models)],
         ["weights in memory", *(_size(of.get("weights_bytes")) for of in models)],
         ["engine's peak memory", *(_size(of.get("peak_bytes")) for of in models)],
         ["of it KV cache", *(_size(of.get("kv_cache_bytes")) for of in models)],
@@ -52,13 +51,13 @@ def speed_rows(found: object) -> list[list[str]]:
 
 def speed_caption(found: object) -> str:
     """What was measured with which engine."""
-    found = _mapping(found)
+    found = mapping(found)
     where = [
         f"{found.get('engine', 'vllm')} {found.get('version', '')}".strip(),
         str(found.get("dtype", "")),
         _placed(found),
     ]
-    tokens = _number(found.get("tokens"))
+    tokens = number(found.get("tokens"))
     settings = ", ".join(filter(None, where))
     answers = f"answers of {formatting.count(tokens)} tokens to held-out prompts"
     return (
@@ -69,17 +68,17 @@ def speed_caption(found: object) -> str:
 
 def verdict(speed: object, tasks: object) -> str:
     """One sentence: how much faster, how much smaller, how good. "" where speed is not known."""
-    speed = _mapping(speed)
-    times = _number(_mapping(speed.get("times_faster")).get("median"))
+    speed = mapping(speed)
+    times = number(mapping(speed.get("times_faster")).get("median"))
     if times is None:
         return ""
-    at_once = _number(speed.get("concurrency"))
-    one = _number(_mapping(speed.get("times_faster_stream")).get("median"))
+    at_once = number(speed.get("concurrency"))
+    one = number(mapping(speed.get("times_faster_stream")).get("median"))
     parts = [f"{_factor(times)} as fast as its teacher"]
     if at_once is not None and at_once > 1:
         alone = "" if one is None else f", {_factor(one)} one at a time"
         parts[0] += f" ({formatting.count(at_once)} answers at once{alone})"
-    smaller = _number(speed.get("share_of_parameters"))
+    smaller = number(speed.get("share_of_parameters"))
     if smaller is not None:
         parts.append(f"{formatting.share(smaller)} of its parameters")
     if scored := shares(tasks):
@@ -109,8 +108,8 @@ def speed_table(found: object) -> Table | None:
     if not rows:
         return None
     table = Table(box=None, pad_edge=False)
-    for number, heading in enumerate(SPEED_HEADINGS):
-        table.add_column(heading, justify="right" if number else "left")
+    for column, heading in enumerate(SPEED_HEADINGS):
+        table.add_column(heading, justify="right" if column else "left")
     for row in rows:
         table.add_row(*row)
     return table
@@ -128,22 +127,8 @@ def print_speed(found: Figures, console: Console | None = None) -> None:
     print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def _mapping(value: object) -> Figures:
-    return value if isinstance(value, dict) else {}
-
-
-def _number(value: object) -> float | None:
-    """A finite number; None for anything else."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
 def _placed(found: Figures) -> str:
-    gpus, cores = _number(found.get("gpus")), _number(found.get("cores"))
+    gpus, cores = number(found.get("gpus")), number(found.get("cores"))
     if gpus:
         return formatting.plural(int(gpus), "GPU")
     return "" if cores is None else formatting.plural(int(cores), "core")
@@ -151,8 +136,8 @@ def _placed(found: Figures) -> str:
 
 def _passes(found: Figures) -> str:
     """``4``, or ``2 and 4`` of teacher and student where a measurement was stopped between."""
-    models = _mapping(found.get("models"))
-    passes = [_mapping(models.get(name)).get("passes") for name in ("teacher", "student")]
+    models = mapping(found.get("models"))
+    passes = [mapping(models.get(name)).get("passes") for name in ("teacher", "student")]
     numbers = [str(len(of)) if isinstance(of, list) else formatting.NOTHING for of in passes]
     return " and ".join(dict.fromkeys(numbers))
 
@@ -164,8 +149,8 @@ def _in_millions(number: float | None) -> str:
 
 
 def _size(value: object) -> str:
-    number = _number(value)
-    return formatting.NOTHING if number is None or number < 0 else formatting.size(number)
+    size = number(value)
+    return formatting.NOTHING if size is None or size < 0 else formatting.size(size)
 
 
 def _milliseconds(seconds: float) -> str:
@@ -176,8 +161,8 @@ def _spread(models: list[Figures], name: str, shown: Callable[[float], str]) -> 
     """``31.2 [30.8, 31.9]`` of each model."""
     cells = []
     for of in models:
-        rate = _mapping(of.get(name))
-        median, low, high = (_number(rate.get(part)) for part in ("median", "low", "high"))
+        rate = mapping(of.get(name))
+        median, low, high = (number(rate.get(part)) for part in ("median", "low", "high"))
         cell = formatting.NOTHING if median is None else shown(median)
         if median is not None and low is not None and high is not None:
             cell += f" [{shown(low)}, {shown(high)}]"
@@ -186,7 +171,7 @@ def _spread(models: list[Figures], name: str, shown: Callable[[float], str]) -> 
 
 
 def _share(value: object) -> str:
-    return formatting.share(_number(value))
+    return formatting.share(number(value))
 
 
 def _factor(times: float) -> str:
@@ -195,7 +180,7 @@ def _factor(times: float) -> str:
 
 def _times(value: object, more: str, less: str) -> str:
     """``1.31 x faster``, ``1.43 x slower``."""
-    median = _number(_mapping(value).get("median"))
+    median = number(mapping(value).get("median"))
     if median is None or median <= 0:
         return formatting.NOTHING
     return f"{_factor(median)} {more}" if median >= 1 else f"{_factor(1 / median)} {less}"

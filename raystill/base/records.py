@@ -39,6 +39,21 @@ class BrokenFile(RunError, ValueError):
     """A file of a run folder that is there and is not what this version writes."""
 
 
+def number(value: object) -> float | None:
+    """``value`` of a record as a finite float; None where it is none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """``value`` of a record where it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
 class MetricsLog:
     """One append-only JSONL file of a run folder."""
 

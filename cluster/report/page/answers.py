@@ -10,8 +10,9 @@ from typing import Any
 
 from raystill.base import formatting
 from raystill.base.personal import find, mark, mask
+from raystill.base.records import number
 from raystill.cluster.report.page.html import Child, Html, element, escape, join, shortened
-from raystill.cluster.report.page.read import Record, RunData, number
+from raystill.cluster.report.page.read import Record, RunData
 from raystill.cluster.report.tables import question
 
 MOST_PROMPTS = 12

@@ -5,9 +5,10 @@ from typing import Any
 
 from raystill.base import formatting
 from raystill.base.personal import told
+from raystill.base.records import number
 from raystill.cluster.report.page.charts import bar_chart
 from raystill.cluster.report.page.html import Child, Html, element, join, shortened, table
-from raystill.cluster.report.page.read import Lengths, Record, RunData, number
+from raystill.cluster.report.page.read import Lengths, Record, RunData
 from raystill.cluster.report.summary import api_line, size_line, student_written_line
 from raystill.config.describe import fields
 

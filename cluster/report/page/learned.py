@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from raystill.base import formatting
+from raystill.base.records import number
 from raystill.cluster.report.page.charts import Series, line_chart
 from raystill.cluster.report.page.curves import Curve
 from raystill.cluster.report.page.html import Child, Html, element, join, table
-from raystill.cluster.report.page.read import Record, RunData, number
+from raystill.cluster.report.page.read import Record, RunData
 from raystill.cluster.report.tables import FREE_RUNNING, TEACHER_FORCED, check_rows, position_rows
 from raystill.cluster.report.tasks import CAPTION, HEADINGS, failures, task_rows
 from raystill.cluster.report.worth import SPEED_HEADINGS, speed_caption, speed_rows, verdict

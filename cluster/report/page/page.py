@@ -16,6 +16,7 @@ from pathlib import Path
 from raystill import __version__
 from raystill.base import formatting
 from raystill.base.errors import RunError
+from raystill.base.records import number
 from raystill.base.redact import redact
 from raystill.base.run_folder import (
     COMPARISON,
@@ -31,7 +32,7 @@ from raystill.cluster.report.page.answers import answers
 from raystill.cluster.report.page.facts import configuration, data, lineage
 from raystill.cluster.report.page.html import Child, Html, element, join, shortened
 from raystill.cluster.report.page.learned import figure, learned
-from raystill.cluster.report.page.read import RunData, RunReader, number
+from raystill.cluster.report.page.read import RunData, RunReader
 from raystill.cluster.report.page.spent import spent
 
 RELOAD_S = 60

@@ -7,7 +7,6 @@ counted: a page of a run that died in the middle of a line is still a page.
 
 import io
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from raystill.base.logs import run_name
+from raystill.base.records import mapping, number
 from raystill.base.run_folder import (
     ANSWERS,
     CONFIG,
@@ -122,7 +122,7 @@ class RunData:
     def baselines(self) -> Record:
         """The newest models of the training answers."""
         found = [e["baselines"] for e in self.evaluations if isinstance(e.get("baselines"), dict)]
-        return found[-1] if found else _mapping(self.summary.get("baselines"))
+        return found[-1] if found else mapping(self.summary.get("baselines"))
 
     @property
     def step(self) -> int:
@@ -186,7 +186,7 @@ class RunReader:
         if not self.folder.exists(name):
             return {}
         try:
-            return _mapping(json.loads(self.folder.read_text(name)))
+            return mapping(json.loads(self.folder.read_text(name)))
         except (ValueError, RecursionError):
             self._broken += 1
             return {}
@@ -195,7 +195,7 @@ class RunReader:
         if not self.folder.exists(name):
             return {}
         try:
-            return _mapping(yaml.safe_load(self.folder.read_text(name)))
+            return mapping(yaml.safe_load(self.folder.read_text(name)))
         except (yaml.YAMLError, ValueError, RecursionError):
             self._broken += 1
             return {}
@@ -268,17 +268,3 @@ def _is_window(record: Record) -> bool:
     names = ("seconds", "replicas", "workers", "rows_ahead", *COUNTERS)
     whole = all(number(record.get(name)) is not None for name in names)
     return whole and record["seconds"] > 0 and isinstance(record.get("phase"), str)
-
-
-def number(value: Any) -> float | None:
-    """``value`` as a finite float; None where it is none."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def _mapping(value: Any) -> Record:
-    return value if isinstance(value, dict) else {}

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from raystill.base import formatting
+from raystill.base.records import number
 from raystill.cluster.report.page.charts import area, fill, strip, swatch, upright
 from raystill.cluster.report.page.html import Child, Html, element, join, table
-from raystill.cluster.report.page.read import Record, RunData, number
+from raystill.cluster.report.page.read import Record, RunData
 from raystill.cluster.report.timeline import COUNTERS, bottleneck
 
 MOST_BINS = 240
