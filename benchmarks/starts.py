@@ -45,6 +45,7 @@ from raystill.train.step.step import GlobalStep
 from raystill.train.student.build import Shape, build_student, choose_shape, num_classes
 from raystill.train.student.importance import Texts
 from raystill.train.student.module import StudentModule
+from raystill.train.worker.shape import float32_on_cpu
 
 STARTS: dict[str, dict[str, Any]] = {
     "even": {"layers": {"keep": 22, "by": "even"}},
@@ -107,7 +108,8 @@ class Training:
             [rows[i].prompt_ids for i in some],
             [rows[i].response_ids[:JUDGED_TOKENS] for i in some],
         )
-        shape, chosen = choose_shape(self.config.student, model, texts)
+        with float32_on_cpu(model, CPU):
+            shape, chosen = choose_shape(self.config.student, model, texts)
         self.chosen = {"layers": shape.layers}
         if chosen is not None:
             self.chosen["kl_on_judged"] = chosen.kl

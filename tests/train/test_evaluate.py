@@ -12,19 +12,22 @@ import transformers
 from tokenizers import Tokenizer, models
 
 from raystill.base.records import read_lines
-from raystill.base.run_folder import RunFolder
+from raystill.base.run_folder import HELD_OUT_PROMPTS, RunFolder
 from raystill.config.run import RunConfig
 from raystill.config.student import CheckConfig
-from raystill.datasets.rows.schema import row_schema
+from raystill.datasets.rows.schema import PROMPT_SCHEMA, row_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.train.batch.rows import Row
+from raystill.train.evaluation import free_running
 from raystill.train.evaluation.baselines import HeldOutTokens, PairCounts, measure_baselines
 from raystill.train.evaluation.free_running import (
     FreeRunning,
+    HeldOutPrompt,
     choose_rows,
     generate,
     repeated_ngrams,
     run_free,
+    write_free,
 )
 from raystill.train.evaluation.measure import (
     MOST_TOKENS_BY_TOKEN,
@@ -286,6 +289,17 @@ def test_free_running_figures_compare_the_student_with_the_teacher_on_the_same_r
     assert all(2 not in answer[:-1] and len(answer) <= 4 for _, answer in pairs)
 
 
+def test_answers_that_were_written_ahead_are_used_where_they_are_all_there(monkeypatch):
+    model, rows = tiny_model(), some_rows()
+    prompts = [HeldOutPrompt(row.row, row.prompt_ids) for row in rows]
+    ahead = write_free(model, prompts, free(rows=5), CPU, Ranks())
+    expected = run_free(model, rows, free(rows=5), CPU, Ranks())
+    short = {row: ids for row, ids in ahead.items() if row != rows[0].row}
+    assert run_free(model, rows, free(rows=5), CPU, Ranks(), short) == expected
+    monkeypatch.setattr(free_running, "generate", None)  # Writing again would fail.
+    assert run_free(model, rows, free(rows=5), CPU, Ranks(), ahead) == expected
+
+
 def test_the_same_rows_are_chosen_at_every_evaluation():
     rows = some_rows()
     chosen = [row.row for row in choose_rows(rows, 3, seed=1)]
@@ -512,6 +526,28 @@ def test_an_evaluation_writes_its_figures_and_the_students_answers(measured_run)
         assert "".join(answer["teacher_tokens"]) == answer["teacher"]
     expected, _ = slow_reference(tiny_model(), some_rows())
     assert record["kl_nats_per_token"] == pytest.approx(expected["kl"], rel=1e-5)
+
+
+def test_the_student_may_answer_before_the_teacher_has(measured_run, monkeypatch):
+    folder, measurer = measured_run
+    expected = measurer.measure(0, "before", "in training precision")
+    answers = read_lines(folder, "answers.jsonl")
+    rows = some_rows()
+    prompts = {
+        "row": [row.row for row in rows],
+        "key": [bytes(16)] * len(rows),
+        "prompt_ids": [row.prompt_ids.tolist() for row in rows],
+        "source": ["s"] * len(rows),
+        "response_ids": [None] * len(rows),
+    }
+    folder.write_table(HELD_OUT_PROMPTS, pa.table(prompts, schema=PROMPT_SCHEMA))
+    measurer.write_ahead()
+    generated = free_running.generate
+    monkeypatch.setattr(free_running, "generate", None)  # Nothing is written a second time.
+    assert measurer.measure(0, "before", "in training precision") == expected
+    assert read_lines(folder, "answers.jsonl") == answers
+    monkeypatch.setattr(free_running, "generate", generated)
+    measurer.measure(4, "after", "in training precision")  # Other weights: what is written anew.
 
 
 def test_measuring_a_step_again_replaces_its_answers_and_a_resumption_discards_later_ones(

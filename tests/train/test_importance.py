@@ -22,7 +22,7 @@ from raystill.train.student.importance import (
     judged_log_probs,
     only_layers,
 )
-from raystill.train.worker.shape import run_shape
+from raystill.train.worker.shape import float32_on_cpu, run_shape
 from tests.support.runs import run_of
 
 NUM_LAYERS, IDLE = 6, (1, 4)
@@ -148,6 +148,24 @@ def test_a_run_chooses_once_and_keeps_the_same_layers_at_every_start(
     again = build()
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_a_cpu_judges_in_float32_and_gives_the_weights_back_as_they_were() -> None:
+    model = teacher().to(torch.bfloat16)
+    model.model.norm.float()
+    model.register_buffer("scale", torch.tensor(0.1, dtype=torch.bfloat16))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    head = model.lm_head.weight
+    with float32_on_cpu(model, torch.device("cpu")):
+        assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    after = model.state_dict()
+    assert {name: tensor.dtype for name, tensor in after.items()} == {
+        name: tensor.dtype for name, tensor in before.items()
+    }
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert model.lm_head.weight is head
+    with float32_on_cpu(model, torch.device("meta")):
+        assert model.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_even_layers_include_the_first_and_the_last() -> None:

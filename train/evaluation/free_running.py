@@ -16,10 +16,10 @@ Legend: P prompt tokens, T tokens the student wrote, K teacher ids kept for each
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -27,8 +27,8 @@ import pyarrow.compute as pc
 import torch
 from transformers import GenerationConfig
 
-from raystill.base.run_folder import HELD_OUT_PROMPTS
-from raystill.datasets.rows.schema import TOKEN_IDS
+from raystill.base.run_folder import HELD_OUT_PROMPTS, RunFolder
+from raystill.datasets.rows.schema import TOKEN_IDS, student_prompts
 from raystill.datasets.rows.signal import held_out_signal
 from raystill.datasets.stream.teacher_calls import TeacherCalls
 from raystill.model.sampling import ResolvedSampling
@@ -54,11 +54,30 @@ class FreeRunning:
     compute_dtype: torch.dtype = torch.float32
 
 
-def choose_rows(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+class Prompted(Protocol):
+    """A row, as far as its answer is concerned: its number, and prompt_ids [P]."""
+
+    @property
+    def row(self) -> int: ...
+    @property
+    def prompt_ids(self) -> np.ndarray: ...
+
+
+class HeldOutPrompt(NamedTuple):
+    """A held-out row that the teacher need not have answered yet."""
+
+    row: int
+    prompt_ids: np.ndarray
+
+
+P = TypeVar("P", bound=Prompted)
+
+
+def choose_rows(rows: Sequence[P], count: int, seed: int) -> list[P]:
     """``count`` rows with a prompt, drawn by ``seed``, the same at every evaluation, in order."""
     rows = [row for row in rows if len(row.prompt_ids)]
     if count >= len(rows):
-        return rows
+        return list(rows)
     chosen = np.random.default_rng(seed).choice(len(rows), size=count, replace=False)
     return [rows[i] for i in sorted(chosen)]
 
@@ -69,16 +88,41 @@ def repeated_ngrams(ids: Sequence[int], n: int = 4) -> tuple[int, int]:
     return len(ngrams) - len(set(ngrams)), len(ngrams)
 
 
+def held_out_prompts(folder: RunFolder) -> list[HeldOutPrompt]:
+    """What the student reads of all held-out rows, by their number."""
+    table = folder.read_table(HELD_OUT_PROMPTS).combine_chunks()
+    column = student_prompts(table)
+    prompts = [column[i].values.to_numpy() for i in range(len(table))]
+    return sorted(map(HeldOutPrompt, table["row"].to_pylist(), prompts), key=lambda row: row.row)
+
+
+def write_free(
+    model: Any, rows: Sequence[Prompted], settings: FreeRunning, device: torch.device, ranks: Ranks
+) -> dict[int, list[int]]:
+    """The student's answers to this rank's part of the chosen rows, by row number."""
+    mine = choose_rows(rows, settings.rows, settings.seed)[ranks.rank :: ranks.world_size]
+    answers = generate(model, [row.prompt_ids for row in mine], settings, device)
+    return {row.row: answer for row, answer in zip(mine, answers, strict=True)}
+
+
 def run_free(
-    model: Any, rows: Sequence[Row], settings: FreeRunning, device: torch.device, ranks: Ranks
+    model: Any,
+    rows: Sequence[Row],
+    settings: FreeRunning,
+    device: torch.device,
+    ranks: Ranks,
+    written: Mapping[int, list[int]] | None = None,
 ) -> tuple[dict[str, float | None], list[tuple[Row, list[int]]]]:
     """Figures on every rank, and on rank 0 (Row, student's response ids) of all chosen rows.
 
     ``rows`` are all held-out rows; each rank answers every world_size-th of the chosen ones.
+    written: what ``write_free`` gave for the same weights; used where it holds all of them.
     """
     chosen = choose_rows(rows, settings.rows, settings.seed)
     mine = chosen[ranks.rank :: ranks.world_size]
-    answers = generate(model, [row.prompt_ids for row in mine], settings, device)
+    if written is None or not all(row.row in written for row in mine):
+        written = write_free(model, rows, settings, device, ranks)
+    answers = [written[row.row] for row in mine]
     sums = _sums("student", answers, settings)
     sums |= _sums("teacher", [row.response_ids.tolist() for row in mine], settings)
     gathered = ranks.gather([(row.row, answer) for row, answer in zip(mine, answers, strict=True)])

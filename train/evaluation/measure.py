@@ -21,7 +21,14 @@ from raystill.run import Run
 from raystill.train.batch.rows import Row, rows_from_table
 from raystill.train.evaluation.baselines import HeldOutTokens, PairCounts, measure_baselines
 from raystill.train.evaluation.checks import run_checks
-from raystill.train.evaluation.free_running import FreeRunning, Written, choose_rows, run_free
+from raystill.train.evaluation.free_running import (
+    FreeRunning,
+    Written,
+    choose_rows,
+    held_out_prompts,
+    run_free,
+    write_free,
+)
 from raystill.train.evaluation.own_contexts import measure_own_contexts
 from raystill.train.evaluation.teacher_forced import TokenKl, evaluate, micro_batches
 from raystill.train.step.ranks import Ranks
@@ -84,6 +91,7 @@ class Measurer:
             compute_dtype=student.module.compute_dtype,
         )
         self._rows: list[Row] | None = None
+        self._written: dict[int, list[int]] | None = None
 
     @property
     def rows(self) -> list[Row]:
@@ -105,6 +113,18 @@ class Measurer:
         if self._ranks.first:
             measured = any(r["step"] == step for r in read_lines(self._folder, EVALUATION))
         return self._ranks.from_first(measured)
+
+    def write_ahead(self) -> None:
+        """Let the student answer for the next ``measure`` now, where its weights stay until then.
+
+        The teacher need not have answered yet.
+        """
+        if self._free_running.rows > 0:
+            student = self._student
+            with whole_weights(student.module):
+                prompts, settings = held_out_prompts(self._folder), self._free_running
+                model = student.module.model
+                self._written = write_free(model, prompts, settings, student.device, self._ranks)
 
     def measure(
         self, step: int, when: str, weights: str, counts: PairCounts | None = None
@@ -136,7 +156,8 @@ class Measurer:
 
     def _run_free(self, step: int, tokens: TokenKl) -> dict[str, Any]:
         model, device = self._student.module.model, self._student.device
-        found, pairs = run_free(model, self.rows, self._free_running, device, self._ranks)
+        written, self._written = self._written, None
+        found, pairs = run_free(model, self.rows, self._free_running, device, self._ranks, written)
         figures: dict[str, Any] = dict(found)
         own = TokenKl(tokens.rows)
         if self._config.scores_student_answers:

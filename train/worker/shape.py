@@ -6,6 +6,8 @@ writes ``layers.json``. Later starts and the other ranks keep the same.
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,16 @@ def base_of(student: StudentConfig, teacher: ModelSource, teacher_folder: str) -
 def _choose(run: Run, teacher_folder: str, device: torch.device, model: nn.Module) -> Shape:
     was_training = model.training
     model.to(device).eval()
+    with float32_on_cpu(model, device):
+        shape, chosen = _judge(run, teacher_folder, device, model)
+    model.to("cpu").train(was_training)
+    _record(run, shape, chosen)
+    return shape
+
+
+def _judge(
+    run: Run, teacher_folder: str, device: torch.device, model: nn.Module
+) -> tuple[Shape, ChosenLayers | None]:
     prompts = _some_prompts(run)
     settings = FreeRunning(
         rows=len(prompts),
@@ -73,11 +85,29 @@ def _choose(run: Run, teacher_folder: str, device: torch.device, model: nn.Modul
         compute_dtype=torch.float32,
     )
     answers = [np.array(ids, np.int64) for ids in generate(model, prompts, settings, device)]
-    texts = Texts.of(prompts, answers).to(device)
-    shape, chosen = choose_shape(run.config.student, model, texts)
-    model.to("cpu").train(was_training)
-    _record(run, shape, chosen)
-    return shape
+    return choose_shape(run.config.student, model, Texts.of(prompts, answers).to(device))
+
+
+@contextmanager
+def float32_on_cpu(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Weights in float32 while a CPU runs the model; afterwards in their own dtypes, unchanged.
+
+    A CPU without bfloat16 instructions takes about six times as long in bfloat16.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    own = [(tensor, tensor.dtype) for tensor in model.parameters() if tensor.is_floating_point()]
+    buffers = {name: buffer for name, buffer in model.named_buffers()}
+    model.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in own:
+            tensor.data = tensor.data.to(dtype)
+        for name, buffer in buffers.items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffer)
 
 
 def _some_prompts(run: Run) -> list[np.ndarray]:

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOADING = "loading the student"
+WAITING = "waiting for the held-out answers"
 TRAINING_PRECISION = "in training precision"
 
 
@@ -97,7 +99,7 @@ class Worker:
 
     def restore(self) -> None:
         """Go back to the last *registered* checkpoint; without one, start from the beginning."""
-        self.phase("loading the student")
+        self.phase(LOADING)
         # Before a checkpoint is loaded, which brings the random state of each rank.
         self.ranks.draw_apart(self.config.section_seeds()["student"])
         if self.ranks.first and (removed := remove_unregistered(self.run.folder)):
@@ -138,12 +140,17 @@ class Worker:
         )
 
     def measure_before(self, rows: StepRows[Row]) -> None:
-        """Figures of the untrained student, while the teacher is probed and begins to answer."""
+        """Figures of the untrained student, while the teacher starts, is probed and answers."""
         if not self.config.evaluation.enabled:
             return
-        ray.get(self.coordinator.wait_held_out.remote())
         rows.start()
-        if self.progress.step == 0 and not self.measurer.is_measured(0):
+        due = self.progress.step == 0 and not self.measurer.is_measured(0)
+        if due:
+            self.measurer.write_ahead()
+        if self.ranks.first:
+            self.coordinator.phase.remote(WAITING, after=LOADING)
+        ray.get(self.coordinator.wait_held_out.remote())
+        if due:
             self._measure("before", TRAINING_PRECISION)
         ray.get(self.coordinator.wait_may_train.remote())
 
