@@ -15,10 +15,11 @@ from raystill.train.checkpoint.checkpoint import (
     read_snapshot,
 )
 from raystill.train.step.ranks import Ranks
-from raystill.train.student.build import freeze_unreached
+from raystill.train.student.build import Outline, freeze_unreached
 from raystill.train.student.cut import keep_layers
 from raystill.train.student.export import ExportSettings, save_student
 from raystill.train.student.module import StudentModule
+from raystill.train.student.sharding import place_student
 from tests.support.tiny_student import (
     STOP_ID,
     VOCAB,
@@ -97,6 +98,11 @@ SHARES = [(range(0, 4), range(4, 6)), (range(6, 7), range(7, 10))]
 
 
 def student_of(family: str) -> StudentModule:
+    """The untrained student of a family, as one worker has it."""
+    return StudentModule(model_of(family)).train()
+
+
+def model_of(family: str) -> Any:
     """Three of the family's four layers, untrained."""
     torch.manual_seed(0)
     name, _, more = family.partition(", ")
@@ -112,7 +118,7 @@ def student_of(family: str) -> StudentModule:
         model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
     keep_layers(model, LAYERS)
     freeze_unreached(model)
-    return StudentModule(model).train()
+    return model
 
 
 def step_of(module: Any, world_size: int = 1) -> Any:
@@ -173,11 +179,25 @@ def strategies(family: str) -> list[str]:
 
 
 def two_steps(family: str, strategy: str, rank: int) -> torch.Tensor:
-    student = student_of(family)
-    step = step_of(parallel(student, strategy), world_size=2)
+    if strategy == "ddp":
+        student = student_of(family)
+        step = step_of(parallel(student, strategy), world_size=2)
+    else:
+        student = sharded_from_first(family, rank)
+        step = step_of(student, world_size=2)
     for number in range(2):
         run(step, number, SHARES[number][rank])
     return trained(student)
+
+
+def sharded_from_first(family: str, rank: int) -> StudentModule:
+    """The student that only rank 0 has made."""
+    ranks, model = Ranks(rank, 2), model_of(family) if rank == 0 else None
+    outline = ranks.from_first(Outline.of(model) if rank == 0 else None)
+    if model is None:
+        model = outline.hollow()
+        assert not any(one.any() for one in model.parameters())
+    return place_student(model, training_config(strategy="fsdp"), torch.device("cpu"), 2, True)
 
 
 def worker_main(rank: int, folder: Path) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The student as a Hugging Face model: made from the teacher, saved, loaded again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -11,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from raystill.config.run import RunConfig
 from raystill.model.sampling import ResolvedSampling
-from raystill.train.student.build import build_student, keep_layers, num_classes
+from raystill.train.student.build import Outline, build_student, keep_layers, num_classes
 from raystill.train.student.export import (
     ExportSettings,
     export_student,
@@ -195,3 +197,18 @@ def test_a_student_is_exported_into_the_run_folder(teacher, tmp_path):
     export_student(student, folder, settings_of(teacher))
     assert folder.exists("student/config.json")
     assert student.config.use_cache is False  # Exporting changes only what is written.
+
+
+def test_a_model_without_weights_takes_no_memory() -> None:
+    sizes = dict(hidden_size=512, intermediate_size=64, num_hidden_layers=1)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=16)
+    small = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=8, **sizes))
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=200_000, **sizes))
+    outline = replace(Outline.of(model), buffers=dict(small.named_buffers()))
+    before = psutil.Process().memory_info().rss
+    hollow = outline.hollow()
+    assert psutil.Process().memory_info().rss - before < 40 << 20
+    assert sum(one.nbytes for one in hollow.parameters()) > 800_000_000
+    assert torch.equal(hollow.model.rotary_emb.inv_freq, small.model.rotary_emb.inv_freq)
+    assert hollow(torch.tensor([[1, 2]])).logits.eq(0).all()

@@ -156,19 +156,25 @@ def run_config(teacher, order, num_workers, rows_per_step=ROWS_PER_STEP, strateg
 
 def write_inputs(folder):
     """What the driver writes before the student starts: prompts, and answered held-out rows."""
+    prompts = [prompt_of(row) for row in range(NUM_ROWS)]
+    folder.write_table("prompts/train.parquet", prompt_table(prompts))
+    held_out = [[40 + i, 5] for i in range(NUM_HELD_OUT)]
+    folder.write_table("prompts/held_out.parquet", prompt_table(held_out))
+    folder.write_table("held_out.parquet", held_out_table(held_out))
+
+
+def prompt_table(prompts):
     columns = {
-        "row": list(range(NUM_ROWS)),
-        "key": [row.to_bytes(16, "big") for row in range(NUM_ROWS)],
-        "prompt_ids": [prompt_of(row) for row in range(NUM_ROWS)],
-        "source": ["s"] * NUM_ROWS,
-        "response_ids": [None] * NUM_ROWS,
+        "row": list(range(len(prompts))),
+        "key": [row.to_bytes(16, "big") for row in range(len(prompts))],
+        "prompt_ids": prompts,
+        "source": ["s"] * len(prompts),
+        "response_ids": [None] * len(prompts),
     }
-    folder.write_table("prompts/train.parquet", pa.table(columns, schema=PROMPT_SCHEMA))
-    folder.write_table("held_out.parquet", held_out_table())
+    return pa.table(columns, schema=PROMPT_SCHEMA)
 
 
-def held_out_table():
-    prompts = [[40 + i, 5] for i in range(NUM_HELD_OUT)]
+def held_out_table(prompts):
     answers = answers_table(prompts).to_pydict()
     rows = list(range(NUM_HELD_OUT))
     columns = {**answers, "row": rows, "position": rows, "prompt_ids": prompts}

@@ -5,11 +5,13 @@ its device. ``num_classes`` says which ids the student and the teacher are compa
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import nn
@@ -113,6 +115,63 @@ def build_student(
     model.config.use_cache = False  # Training reads each sequence once.
     freeze_unreached(model)
     return model
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model without its weights, by which another rank makes one that is just like it.
+
+    kind: its class. parameters: shape, dtype and whether it is trained, by name. buffers: whole,
+    also those that no file has, such as the frequencies of rotary positions.
+    """
+
+    kind: type[Any]
+    config: Any
+    generation_config: Any
+    parameters: dict[str, tuple[torch.Size, torch.dtype, bool]]
+    buffers: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, model: Any) -> "Outline":
+        """The outline of a model on the host."""
+        parts = {
+            name: (one.shape, one.dtype, one.requires_grad)
+            for name, one in model.named_parameters()
+        }
+        buffers = dict(model.named_buffers())
+        return cls(type(model), model.config, model.generation_config, parts, buffers)
+
+    def hollow(self) -> nn.Module:
+        """A model of this outline whose parameters are zeros, in pages that nobody has touched."""
+        with torch.device("meta"):
+            model = self.kind(self.config)
+        for name, (shape, dtype, trained) in self.parameters.items():
+            size = math.prod(shape) * dtype.itemsize
+            zeros = torch.from_numpy(np.zeros(size, np.uint8))  # torch.zeros would write them.
+            _put(model, name, nn.Parameter(zeros.view(dtype).view(shape), requires_grad=trained))
+        model.tie_weights()
+        for name, buffer in self.buffers.items():
+            _put(model, name, buffer)
+        model.generation_config = self.generation_config
+        hollow: nn.Module = model
+        return hollow
+
+
+def _put(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, value)
+
+
+def read_by_one_rank(config: RunConfig, world_size: int) -> bool:
+    """Whether rank 0 alone reads the student, and the others get their shards from it.
+
+    Not where each worker needs all of it, nor where its class is the model folder's own code or has
+    adapters inside.
+    """
+    student = config.student
+    own_code = student.trust_remote_code or config.teacher.trust_remote_code
+    sharded = config.training.strategy == "fsdp" and world_size > 1
+    return sharded and student.lora is None and not own_code
 
 
 def freeze_unreached(model: nn.Module) -> None:

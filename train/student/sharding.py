@@ -37,7 +37,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from raystill.config.objective import ObjectiveConfig
 from raystill.config.training import TrainingConfig
@@ -51,12 +51,17 @@ logger = logging.getLogger(__name__)
 
 
 def place_student(
-    model: nn.Module, training: TrainingConfig, device: torch.device, world_size: int
+    model: nn.Module,
+    training: TrainingConfig,
+    device: torch.device,
+    world_size: int,
+    from_first: bool = False,
 ) -> StudentModule:
     """The student in training mode on ``device``: all of it, or with FSDP this worker's shards.
 
-    With FSDP all ranks must call this. A single worker is not sharded. Raises ValueError where the
-    configured attention kernel or packing does not fit the model.
+    With FSDP all ranks must call this. A single worker is not sharded. from_first: the other ranks'
+    models are hollow (`build.Outline`), they get their shards from rank 0. Raises ValueError where
+    the configured attention kernel or packing does not fit the model.
     """
     dtype = resolve_compute_dtype(training.compute_dtype, device, training.weights_dtype)
     sharded = training.strategy == "fsdp" and world_size > 1
@@ -64,7 +69,10 @@ def place_student(
     student = StudentModule(placed, dtype, training.activation_checkpointing).train()
     attention = use_attention(training.attention, model, device, student.compute_dtype)
     if sharded:
+        whole = {name: one.detach() for name, one in student.named_parameters()}
         shard_student(student, device, world_size, training)
+        if from_first:
+            scatter_weights(student, whole if dist.get_rank() == 0 else {}, device)
     if wants_packing(training.packing, attention):
         with whole_weights(student):
             student.packed = use_packing(training.packing, student, attention, device)
@@ -111,6 +119,23 @@ def shard_student(
     with torch.no_grad():
         student(dummy_micro_batch("text").to(device), ObjectiveConfig(cross_entropy=1.0))
     _parts(student)[0].reshard()
+
+
+@torch.no_grad()
+def scatter_weights(student: StudentModule, whole: dict[str, Tensor], device: torch.device) -> None:
+    """Give each rank its shards of rank 0's weights, one parameter after the other. Collective.
+
+    whole: on rank 0, all parameters by their names in ``student``; the others need none. Each rank
+    needs the device memory of the largest parameter.
+    """
+    for name, parameter in student.named_parameters():
+        assert isinstance(parameter, DTensor), "all parameters of a sharded student are sharded"
+        if whole:
+            full = whole.pop(name).to(device)
+        else:
+            full = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        shard = distribute_tensor(full, parameter.device_mesh, parameter.placements)
+        parameter.to_local().copy_(shard.to_local())
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import ray
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
+from torch import nn
 
 from raystill.base.logs import say_where
 from raystill.datasets.stream.stream import iterate_groups
@@ -258,11 +259,22 @@ class Worker:
             self.coordinator.evaluated.remote(figures)
 
     def _build_student(self) -> StudentModule:
-        training, seeds = self.config.training, self.config.section_seeds()
-        choose = partial(run_shape, self.run, self.teacher_folder, self.ranks, self.device)
-        model = build.build_student(self.config, self.teacher_folder, seeds["student"], choose)
+        by_one = build.read_by_one_rank(self.config, self.ranks.world_size)
+        if by_one:
+            model = self._read_student(Ranks()) if self.ranks.first else None
+            outline = self.ranks.from_first(model and build.Outline.of(model))
+            model = model or outline.hollow()
+        else:
+            model = self._read_student(self.ranks)
         lora.attach(model, self.config, self.device)
-        return place_student(model, training, self.device, self.ranks.world_size)
+        training, world_size = self.config.training, self.ranks.world_size
+        return place_student(model, training, self.device, world_size, by_one)
+
+    def _read_student(self, ranks: Ranks) -> nn.Module:
+        """The untrained student on the host; ranks: those that read it."""
+        choose = partial(run_shape, self.run, self.teacher_folder, ranks, self.device)
+        seed = self.config.section_seeds()["student"]
+        return build.build_student(self.config, self.teacher_folder, seed, choose)
 
     def _policy_publisher(self, student: LocalStudent) -> "PolicyPublisher | None":
         """Where the student writes rows: what gives its sampler new weights."""
