@@ -51,7 +51,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train/student": GROUND | LOSS,
     "train/step": GROUND | STUDENT,
     "train/checkpoint": GROUND | STEP,
-    "train/evaluation": GROUND | ROWS | STEP | {"datasets/stream"},
+    "train/evaluation": GROUND
+    | ROWS
+    | STEP
+    | {"datasets/lookup", "datasets/prompts", "datasets/store", "datasets/stream"},
     "train/calibration": GROUND | ROWS | STUDENT | {"datasets/store"},
     "train/worker": GROUND | WORKER | {"datasets/stream"},
     "cluster/lineage": GROUND,

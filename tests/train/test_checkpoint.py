@@ -70,22 +70,21 @@ def part_of(model, optimizer):
     return Part.copied(model, optimizer, Ranks())
 
 
-def snapshot_of(step, ledger, counts=None):
+def snapshot_of(step, ledger):
     return Snapshot(
         step=step,
         epoch=0,
         random=[random_state()],
         ledger=ledger.to_dict(),
-        counts=counts or {},
         extra={"rows_trained": 7, "skipped_steps": 1},
     )
 
 
-def write(folder, model, optimizer, step, ledger, counts=None):
+def write(folder, model, optimizer, step, ledger):
     """All files of a checkpoint, at once."""
     folder.mkdir(parents=True)
     part_of(model, optimizer).write(folder)
-    write_snapshot(folder, snapshot_of(step, ledger, counts))
+    write_snapshot(folder, snapshot_of(step, ledger))
 
 
 def new_run(seed):
@@ -98,10 +97,9 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
     ledger = Ledger(20)
     ledger.mark_trained([3, 4])
     ledger.mark_dropped({9: "empty"})
-    counts = {"pair_codes": np.array([5, 8]), "pair_counts": np.array([2, 1])}
     model, optimizer = new_run(seed=1)
     train(model, optimizer, steps=3)
-    write(tmp_path / "c", model, optimizer, 3, ledger, counts)
+    write(tmp_path / "c", model, optimizer, 3, ledger)
     train(model, optimizer, steps=3)
 
     restored, fresh = new_run(seed=2)
@@ -119,7 +117,6 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path):
     assert Ledger.from_dict(snapshot.ledger) == ledger
     assert (snapshot.step, snapshot.epoch) == (3, 0)
     assert snapshot.extra == {"rows_trained": 7, "skipped_steps": 1, "world_size": 1}
-    assert snapshot.counts["pair_codes"].tolist() == [5, 8]
 
 
 def test_a_tied_weight_is_written_once_and_derived_buffers_not_at_all():

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +12,15 @@ import transformers
 from tokenizers import Tokenizer, models
 
 from raystill.base.records import read_lines
-from raystill.base.run_folder import HELD_OUT_PROMPTS, RunFolder
+from raystill.base.run_folder import HELD_OUT_PROMPTS, TRAIN_PROMPTS, RunFolder
 from raystill.config.run import RunConfig
 from raystill.config.student import CheckConfig
 from raystill.datasets.rows.schema import PROMPT_SCHEMA, row_schema
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.store import TeacherStore
+from raystill.datasets.stream.plan import epoch_order
 from raystill.train.batch.rows import Row
-from raystill.train.evaluation import free_running
+from raystill.train.evaluation import baselines, free_running, pairs
 from raystill.train.evaluation.baselines import HeldOutTokens, PairCounts, measure_baselines
 from raystill.train.evaluation.free_running import (
     FreeRunning,
@@ -39,6 +41,7 @@ from raystill.train.evaluation.own_contexts import measure_own_contexts
 from raystill.train.evaluation.teacher_forced import TokenKl, evaluate
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.module import StudentModule
+from tests.datasets.test_store import keys_of, publish, segment
 from tests.support.runs import run_of
 
 VOCAB, K = 32, 4
@@ -308,28 +311,54 @@ def test_the_same_rows_are_chosen_at_every_evaluation():
     assert [row.row for row in choose_rows(rows, 9, seed=1)] == [0, 1, 2, 4]  # 3 has no prompt.
 
 
-@dataclass
-class Answered:
-    prompt_ids: np.ndarray
-    response_ids: np.ndarray = field(default_factory=lambda: np.array([], dtype=np.int32))
-
-
 def toy_counts():
     """V = 4. Prompt 0, answer 1 2 1 2; no prompt, answer 3 1: pairs 01 12 21 12 31."""
     counts = PairCounts(vocab_size=4)
-    counts.add_rows([Answered(np.array([3, 0]), np.array([1, 2, 1, 2]))])
-    counts.add_rows([Answered(np.array([], dtype=np.int64), np.array([3, 1]))])
+    counts.add([(np.array([3, 0]), np.array([1, 2, 1, 2]))])
+    counts.add([(np.array([], dtype=np.int64), np.array([3, 1]))])
     return counts
 
 
-def test_pairs_are_counted_and_move_without_loss():
+def test_pairs_are_counted(monkeypatch):
     counts = toy_counts()
     assert counts.arrays()["pair_codes"].tolist() == [1, 6, 9, 13]  # before * 4 + token
     assert counts.arrays()["pair_counts"].tolist() == [1, 2, 1, 1]
-    other = toy_counts()
-    other.add_counts(counts.drain())
-    assert other.arrays()["pair_counts"].tolist() == [2, 4, 2, 2]
-    assert len(counts.arrays()["pair_codes"]) == 0
+    monkeypatch.setattr(baselines, "MERGE_PAIRS", 1)  # Merged after each call.
+    counts.add([(np.array([1]), np.array([0, 1]))])
+    assert counts.arrays()["pair_codes"].tolist() == [1, 4, 6, 9, 13]
+    assert counts.arrays()["pair_counts"].tolist() == [2, 1, 2, 1, 1]
+
+
+def test_pairs_are_those_of_the_stored_answers_to_the_rows_that_were_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "ROWS_AT_ONCE", 3)
+    folder, store = RunFolder(str(tmp_path / "run")).ensure(), TeacherStore(str(tmp_path / "store"))
+    answered = [0, 1, 2, 3, 5, 6, 7]
+    publish(store, answered[:4])
+    publish(store, answered[4:])
+    columns = {"row": list(range(8)), "key": keys_of(list(range(8))), "source": ["s"] * 8}
+    columns |= {"prompt_ids": [[row, 1] for row in range(8)], "response_ids": [None] * 8}
+    folder.write_table(TRAIN_PROMPTS, pa.table(columns, schema=PROMPT_SCHEMA))
+    config = RunConfig.model_validate(
+        {
+            "teacher": {"model": "unused"},
+            "student": {"init": "model", "model": "unused"},
+            "prompts": {"path": "unused"},
+            "stream": {"group_rows": 4},
+        }
+    )
+    run = run_of(config, folder, store_path=store.path, num_rows=8)
+    order = epoch_order(8, config.section_seeds()["order"], 1, 4).tolist()
+    expected = PairCounts(VOCAB)
+    responses = segment([0, 1, 2, 5, 6, 7])["response_ids"].to_pylist()
+    expected.add((np.array([1]), np.array(response)) for response in responses)
+    found = pairs.count_pairs(run, VOCAB, 1, {order.index(3): "filtered"})
+    assert len(expected.arrays()["pair_codes"]) > 3
+    for name, values in expected.arrays().items():
+        assert found.arrays()[name].tolist() == values.tolist()
+    monkeypatch.setattr(pairs, "MOST_ROWS", 2)  # The first and the last.
+    assert pairs.count_pairs(run, VOCAB, 0, {}).arrays()["pair_counts"].sum() == len(
+        segment([0])["response_ids"][0]
+    ) + len(segment([7])["response_ids"][0])
 
 
 def test_baselines_against_hand_worked_numbers():
@@ -355,7 +384,7 @@ def test_baselines_against_hand_worked_numbers():
 
 def test_a_context_never_seen_falls_back_to_the_unigram_and_empty_slots_count_nothing():
     counts = PairCounts(vocab_size=4)
-    counts.add_rows([Answered(np.array([0]), np.array([1, 1]))])
+    counts.add([(np.array([0]), np.array([1, 1]))])
     p = np.array([0.75, 0.0, 0.25])
     with np.errstate(divide="ignore"):
         log_p = np.log(p)[None]
@@ -511,7 +540,7 @@ def test_an_evaluation_writes_its_figures_and_the_students_answers(measured_run)
     folder, measurer = measured_run
     assert not measurer.is_measured(0)
     counts = PairCounts(VOCAB)
-    counts.add_rows(some_rows())
+    counts.add((row.prompt_ids, row.response_ids) for row in some_rows())
     record = measurer.measure(0, "before", "in training precision", counts)
     assert measurer.is_measured(0)
     assert read_lines(folder, "evaluation.jsonl") == [json.loads(json.dumps(record))]

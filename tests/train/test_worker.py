@@ -33,6 +33,7 @@ from raystill.datasets.stream.spec import StreamSpec
 from raystill.train.batch.rows import rows_from_table
 from raystill.train.checkpoint.checkpoint import read_snapshot
 from raystill.train.checkpoint.ray_register import registered_names
+from raystill.train.evaluation.pairs import count_pairs
 from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import build_optimizer
 from raystill.train.step.step import GlobalStep
@@ -285,7 +286,8 @@ def check_completed(config, folder, snapshot):
     assert (before["step"], before["when"]) == (0, "before")
     assert (after["step"], after["when"]) == (final.step, "after")
     assert set(after["baselines"]) == {"uniform", "unigram", "bigram"}
-    assert final.counts["pair_counts"].sum() == sum(line["tokens"] for line in lines)
+    pairs = count_pairs(run_of(config, folder, num_rows=NUM_ROWS), VOCAB, 0, ledger.dropped)
+    assert pairs.arrays()["pair_counts"].sum() == sum(line["tokens"] for line in lines)
     assert len(read_lines(folder, "answers.jsonl")) == 6
     assert (folder.logs / "student-0.log").exists()
 

@@ -13,7 +13,6 @@ last phase. A run resumes from published checkpoints only (``ray_register``).
   them (``tensors``: they can be read by any number of workers, sharded or not);
 - ``random.pt``: the random states of each rank, loadable with ``weights_only=True``;
 - ``ledger.json``: the rows that are trained or dropped;
-- ``counts.npz``: counts of token pairs, where baselines are measured;
 - ``state.json``: step, epoch, format, and the identity of the weights that adapters belong to. It
   is written last: a folder that has it is complete.
 
@@ -71,7 +70,6 @@ class Snapshot:
         random: The random states of each rank, in rank order.
         ledger: `Ledger.to_dict` of all ranks' rows.
         num_files: Number of files of each of ``KINDS``; 1 unless the student is sharded.
-        counts: Counts of token pairs; empty where no baselines are measured.
         base: `lora.base_identity` of the frozen weights; empty without adapters.
         extra: Further numbers, see `Progress.take_over`.
     """
@@ -81,7 +79,6 @@ class Snapshot:
     random: list[dict[str, Any]]
     ledger: dict[str, Any]
     num_files: int = 1
-    counts: dict[str, np.ndarray] = field(default_factory=dict)
     base: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -145,8 +142,6 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     """Writes ``snapshot`` into ``folder``, ``state.json`` last."""
     torch.save(snapshot.random, folder / "random.pt")
     (folder / "ledger.json").write_text(json.dumps(snapshot.ledger))
-    if snapshot.counts:
-        np.savez(folder / "counts.npz", allow_pickle=False, **snapshot.counts)
     state = {
         "format_version": FORMAT_VERSION,
         "step": snapshot.step,
@@ -169,7 +164,6 @@ def read_snapshot(folder: str | Path) -> Snapshot:
             f"{folder} has a checkpoint of format {version}, but this version reads format "
             f"{FORMAT_VERSION}; resume with the version that wrote it, or start a new run folder"
         )
-    counts = folder / "counts.npz"
     step, epoch, num_files = (state.pop(name) for name in ("step", "epoch", "num_files"))
     return Snapshot(
         step=step,
@@ -177,7 +171,6 @@ def read_snapshot(folder: str | Path) -> Snapshot:
         random=torch.load(folder / "random.pt", weights_only=True),
         ledger=json.loads((folder / "ledger.json").read_text()),
         num_files=num_files,
-        counts=dict(np.load(counts, allow_pickle=False)) if counts.exists() else {},
         base=state.pop("base", ""),
         extra=state,
     )

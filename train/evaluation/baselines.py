@@ -1,7 +1,8 @@
 """What no student should lose to: uniform, unigram and bigram models of the training answers.
 
-The workers count pairs (token before, response token) of the rows they train; on the held-out
-rows the three models are measured on the same partition of K ids and a tail as the student.
+Pairs (token before, response token) of the trained rows are counted (`pairs.count_pairs`). On the
+held-out rows the three models are measured on the same partition of K ids and a tail as the
+student.
 
     uniform   q(v) = 1 / V
     unigram   q(v) = (c(v) + 1) / (N + V)                       add-one
@@ -15,20 +16,10 @@ Legend: N tokens, K ids kept for each, V vocabulary.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 MERGE_PAIRS = 1_000_000
-
-
-class Answered(Protocol):
-    """What is needed of a row."""
-
-    @property
-    def prompt_ids(self) -> np.ndarray: ...
-    @property
-    def response_ids(self) -> np.ndarray: ...
 
 
 class PairCounts:
@@ -41,44 +32,34 @@ class PairCounts:
         self._pending: list[np.ndarray] = []
         self._num_pending = 0
 
-    def add_rows(self, rows: Iterable[Answered]) -> None:
-        """Count the response tokens of ``rows``; a first token without a prompt has no pair."""
-        for row in rows:
-            ids = np.concatenate([row.prompt_ids[-1:], row.response_ids]).astype(np.int64)
+    def add(self, answers: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Count the response tokens of answers, each a prompt [P] and a response [T], token ids.
+
+        A first token without a prompt has no pair.
+        """
+        for prompt_ids, response_ids in answers:
+            ids = np.concatenate([prompt_ids[-1:], response_ids]).astype(np.int64)
             codes = ids[:-1] * self.vocab_size + ids[1:]
             self._pending.append(codes)
             self._num_pending += len(codes)
         if self._num_pending > MERGE_PAIRS:
             self._settle()
 
-    def add_counts(self, arrays: dict[str, np.ndarray]) -> None:
-        """Add what another counter's :meth:`drain` or :meth:`arrays` returned."""
-        if not arrays:
-            return
-        self._settle()
-        codes = np.concatenate([self._codes, arrays["pair_codes"]])
-        counts = np.concatenate([self._counts, arrays["pair_counts"]])
-        self._codes, where = np.unique(codes, return_inverse=True)
-        self._counts = np.zeros(len(self._codes), dtype=np.int64)
-        np.add.at(self._counts, where, counts)
-
     def arrays(self) -> dict[str, np.ndarray]:
         """``pair_codes`` (ascending, distinct) and ``pair_counts``, both int64."""
         self._settle()
         return {"pair_codes": self._codes, "pair_counts": self._counts}
 
-    def drain(self) -> dict[str, np.ndarray]:
-        """:meth:`arrays`, after which this counter is empty: the counts moved to the caller."""
-        arrays = self.arrays()
-        self._codes = self._counts = np.empty(0, dtype=np.int64)
-        return arrays
-
     def _settle(self) -> None:
         if not self._pending:
             return
-        codes, counts = np.unique(np.concatenate(self._pending), return_counts=True)
+        new, counts = np.unique(np.concatenate(self._pending), return_counts=True)
         self._pending, self._num_pending = [], 0
-        self.add_counts({"pair_codes": codes, "pair_counts": counts.astype(np.int64)})
+        codes = np.concatenate([self._codes, new])
+        self._codes, where = np.unique(codes, return_inverse=True)
+        counts = np.concatenate([self._counts, counts])
+        self._counts = np.zeros(len(self._codes), dtype=np.int64)
+        np.add.at(self._counts, where, counts)
 
 
 @dataclass(frozen=True)

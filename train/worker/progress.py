@@ -1,14 +1,12 @@
-"""What a run has learned so far, as one rank knows it: steps, ledger, pair counts, records.
+"""What a run has learned so far, as one rank knows it: steps, ledger, records.
 
 Each rank notes its own rows; at a checkpoint the others' notes are moved into rank 0's, whose
-ledger and counts then cover all ranks. Imports no Ray; ``coordinator`` is an actor's handle.
+ledger then covers all ranks. Imports no Ray; ``coordinator`` is an actor's handle.
 """
 
 import logging
 import time
 from typing import Any
-
-import numpy as np
 
 from raystill.base.errors import RunError
 from raystill.base.records import MetricsLog
@@ -17,7 +15,6 @@ from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.plan import num_steps
 from raystill.run import Run
 from raystill.train.batch.rows import Row
-from raystill.train.evaluation.baselines import PairCounts
 from raystill.train.step.ranks import Ranks
 from raystill.train.step.rows import StepRows
 from raystill.train.step.step import NON_FINITE_REMEDY, NonFiniteLossError, StepResult
@@ -35,18 +32,15 @@ class Progress:
         ledger: Positions of the running epoch that are trained or dropped.
         skipped_steps: Steps that left the student as it is, also those of ``non_finite_steps``.
         non_finite_steps: Steps skipped because their loss or gradient norm was not finite.
-        counts: Token pairs of the first epoch, for the baselines; None where none are asked for.
         metrics: Rank 0's metrics.jsonl; None on the others.
     """
 
-    def __init__(self, run: Run, ranks: Ranks, student_vocab: int) -> None:
+    def __init__(self, run: Run, ranks: Ranks) -> None:
         config, folder = run.config, run.folder
-        training, evaluation = config.training, config.evaluation
-        counts_pairs = evaluation.enabled and evaluation.baselines
+        training = config.training
         self.step = self.epoch = self.epoch_step = self.rows_trained = 0
         self.skipped_steps = self.non_finite_steps = 0
         self.ledger = Ledger(run.num_rows)
-        self.counts = PairCounts(student_vocab) if counts_pairs else None
         self.metrics = MetricsLog(folder, METRICS) if ranks.first else None
         self.total_steps = num_steps(run.num_rows, training.rows_per_step) * training.epochs
         self._first = ranks.first
@@ -66,8 +60,6 @@ class Progress:
         positions = [row.position for row in mine]
         self.ledger.mark_trained(positions)
         self._newly_trained += positions
-        if self.counts is not None and self.epoch == 0:
-            self.counts.add_rows([row for row in mine if not row.student_written])
         self.rows_trained += result.rows
         self.skipped_steps += not result.trained
         if result.rows or self._fixed_order:
@@ -123,11 +115,9 @@ class Progress:
         self._coordinator.progress.remote(line | totals)
 
     def hand_over(self) -> dict[str, Any]:
-        """What this rank has noted since the last call, for rank 0; the pair counts move."""
+        """What this rank has noted since the last call, for rank 0."""
         part: dict[str, Any] = {"trained": self._newly_trained}
         self._newly_trained = []
-        if self.counts is not None and not self._first:
-            part["counts"] = self.counts.drain()
         return part
 
     def take_over(self, parts: list[dict[str, Any]], dropped: dict[int, str]) -> dict[str, Any]:
@@ -137,15 +127,11 @@ class Progress:
         """
         for part in parts[1:]:
             self.ledger.mark_trained(part["trained"])
-            if self.counts is not None:
-                self.counts.add_counts(part["counts"])
         self.ledger.mark_dropped(dropped)
-        counts: dict[str, np.ndarray] = {} if self.counts is None else self.counts.arrays()
         return {
             "step": self.step,
             "epoch": self.epoch,
             "ledger": self.ledger.to_dict(),
-            "counts": counts,
             "extra": {
                 "epoch_step": self.epoch_step,
                 "rows_trained": self.rows_trained,
@@ -160,23 +146,14 @@ class Progress:
         self.ledger = Ledger(self.ledger.num_rows)
         self._newly_trained = []
 
-    def restore(
-        self,
-        step: int,
-        epoch: int,
-        ledger: dict[str, Any],
-        counts: dict[str, np.ndarray],
-        extra: dict[str, Any],
-    ) -> None:
-        """Go on from a checkpoint's fields; rank 0 goes on with the pair counts of all ranks."""
+    def restore(self, step: int, epoch: int, ledger: dict[str, Any], extra: dict[str, Any]) -> None:
+        """Go on from a checkpoint's fields."""
         self.step, self.epoch = step, epoch
         self.ledger = Ledger.from_dict(ledger)
         self.epoch_step = extra["epoch_step"]
         self.rows_trained = extra["rows_trained"]
         self.skipped_steps = extra["skipped_steps"]
         self.non_finite_steps = extra.get("non_finite_steps", 0)  # Earlier versions had none.
-        if self.counts is not None and self._first:
-            self.counts.add_counts(counts)
 
     def discard_later_records(self) -> None:
         """Move aside the metrics of steps that will be trained again."""

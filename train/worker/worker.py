@@ -26,8 +26,10 @@ from raystill.run import Run
 from raystill.train.batch.rows import Row, rows_from_table
 from raystill.train.checkpoint import checkpoint as ckpt
 from raystill.train.checkpoint.ray_register import remove_unregistered
+from raystill.train.evaluation.baselines import PairCounts
 from raystill.train.evaluation.free_running import score_answers
 from raystill.train.evaluation.measure import LocalStudent, Measurer
+from raystill.train.evaluation.pairs import count_pairs
 from raystill.train.loss.teacher_head import head_of_signal
 from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import build_optimizer
@@ -96,7 +98,7 @@ class Worker:
         )
         self.measurer = Measurer(run, measured, score=partial(score_answers, run))
         self.policy = self._policy_publisher(measured)
-        self.progress = Progress(run, self.ranks, self.vocab)
+        self.progress = Progress(run, self.ranks)
 
     def restore(self) -> None:
         """Go back to the last *registered* checkpoint; without one, start from the beginning."""
@@ -253,10 +255,17 @@ class Worker:
     def _measure(self, when: str, weights: str) -> None:
         self.phase(f"measuring the student {when} training")
         self._follow_teacher()
-        counts = self.progress.counts if when == "after" else None
+        counts = self._pairs() if when == "after" else None
         figures = self.measurer.measure(self.progress.step, when, weights, counts)
         if self.ranks.first:
             self.coordinator.evaluated.remote(figures)
+
+    def _pairs(self) -> PairCounts | None:
+        """On rank 0, where baselines are wanted: the token pairs of the trained answers."""
+        if not self.ranks.first or not self.config.evaluation.baselines:
+            return None
+        dropped = ray.get(self.coordinator.dropped_positions.remote())
+        return count_pairs(self.run, self.vocab, self.progress.epoch, dropped)
 
     def _build_student(self) -> StudentModule:
         by_one = build.read_by_one_rank(self.config, self.ranks.world_size)
@@ -317,9 +326,7 @@ class Worker:
         ckpt.load_tensors(path, snapshot.num_files, self.student.model, self.optimizer)
         if len(snapshot.random) == self.ranks.world_size:
             ckpt.set_random_state(snapshot.random[self.ranks.rank], self.device)
-        self.progress.restore(
-            snapshot.step, snapshot.epoch, snapshot.ledger, snapshot.counts, snapshot.extra
-        )
+        self.progress.restore(snapshot.step, snapshot.epoch, snapshot.ledger, snapshot.extra)
         logger.info("restored step %d", snapshot.step)
 
     def _report(self, path: str | None) -> None:
