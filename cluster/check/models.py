@@ -5,14 +5,15 @@ transformers.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from raystill.base.errors import ConfigError, Problem
 from raystill.cluster.check.folders import check_architecture, check_weights
 from raystill.cluster.check.trackers import check_api
 from raystill.config.run import RunConfig
-from raystill.config.student import LayerChoice
+from raystill.config.student import LayerChoice, StudentConfig
 from raystill.datasets.prompts.tables import PromptTables
 from raystill.datasets.rows.signal import hidden_size
 from raystill.model.adapters import adapter_problems
@@ -105,17 +106,22 @@ def check_memory(
 ) -> tuple[list[Problem], list[str]]:
     """What a student worker needs on a GPU and has there, where it is to have one."""
     training = config.training
-    if training.gpus_per_worker == 0 or config.student.lora is not None or config.student.narrowed:
+    if training.gpus_per_worker == 0 or config.student.lora is not None:
         return [], []
     if not training.gpus_per_worker and training.accelerator_type is None:
         return [], []
     kept = None
     if config.student.init == "from_teacher":
         kept = config.student.kept_layers(student.num_layers or 0)
-    decoder = memory.Decoder.of(student.config)
+    sizes = student.config
     files = sorted({file for file in stored_tensors(student.path).values() if file.exists()})
     headers = [read_header(file) for file in files]
     shapes = [(name, entry["shape"]) for header in headers for name, entry in header.items()]
+    if config.student.narrowed and (narrow := _narrowed(config.student, student.config)):
+        whole, few = narrow
+        shapes = [(name, whole.reshaped(name, shape, few)) for name, shape in shapes]
+        sizes = {**sizes, **few.config()}
+    decoder = memory.Decoder.of(sizes)
     if decoder is None or not shapes or student.vocab_size is None:
         return [], []
     parts = memory.Parts.of(shapes, student.vocab_size * decoder.hidden, kept)
@@ -137,6 +143,15 @@ def check_memory(
     remedy = "; or ".join([text for text in (*others, fits) if text]) or "a smaller student"
     problem = f"{told}, but {kind} has {has / 1e9:.0f} GB; possible: {remedy}"
     return [Problem("training", problem)], []
+
+
+def _narrowed(student: StudentConfig, teacher: Mapping[str, Any]) -> tuple[Sizes, Sizes] | None:
+    """The teacher's sizes and the student's; None where the teacher's are not named."""
+    try:
+        sizes = Sizes.of(teacher)
+    except ValueError:  # `_check_widths` says so.
+        return None
+    return sizes, sizes.narrowed(student.hidden_size, student.ffn_size, student.num_heads)
 
 
 def _check_folder(where: str, model: ModelFolder) -> list[Problem]:

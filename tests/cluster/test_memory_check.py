@@ -27,8 +27,12 @@ def folder(tmp_path: Path) -> ModelFolder:
         "lm_head.weight": (v, d),
     }
     for layer in range(32):
-        for i, shape in enumerate([(d, d), (k, d), (k, d), (d, d), (f, d), (f, d), (d, f)]):
-            shapes[f"model.layers.{layer}.{i}.weight"] = shape
+        for name, shape in zip(
+            ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+            [(d, d), (k, d), (k, d), (d, d), (f, d), (f, d), (d, f)],
+            strict=True,
+        ):
+            shapes[f"model.layers.{layer}.{name}.weight"] = shape
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * shape[0] * shape[1]
@@ -41,11 +45,13 @@ def folder(tmp_path: Path) -> ModelFolder:
     return ModelFolder("eight", tmp_path)
 
 
-def said(folder: ModelFolder, longest: int = 500, **training: Any) -> tuple[list[str], list[str]]:
+def said(
+    folder: ModelFolder, longest: int = 500, student: dict[str, Any] | None = None, **training: Any
+) -> tuple[list[str], list[str]]:
     config = RunConfig.model_validate(
         {
             "teacher": {"model": "t", "sampling": {"max_tokens": 512}},
-            "student": {"init": "model", "model": "m"},
+            "student": student or {"init": "model", "model": "m"},
             "prompts": {"path": "p.jsonl"},
             "training": training,
         }
@@ -80,6 +86,16 @@ def test_eight_fit_and_the_longest_pass_is_said(folder: ModelFolder) -> None:
     assert f"rows of at most {fits:,} tokens" in problem
     assert "training.activation_checkpointing: true (" in problem
     assert "training.optimizer: adamw_bf16 (" in problem
+
+
+def test_a_student_with_fewer_layers_and_narrower_ones_needs_less(folder: ModelFolder) -> None:
+    kept: dict[str, Any] = {"init": "from_teacher", "layers": list(range(16))}
+    narrow = {"hidden_size": 2048, "ffn_size": 7168, "num_heads": 16}
+    _, (wide,) = said(folder, student=kept, gpus_per_worker=1)
+    _, (told,) = said(folder, student=kept | narrow, gpus_per_worker=1)
+    # 128,256 x 4096 twice and 16 layers of 218.1M; 128,256 x 2048 twice and 16 of 56.6M.
+    assert "weights 18.2, gradients 18.2, optimizer state 36.3" in wide
+    assert "weights 5.7, gradients 5.7, optimizer state 11.5" in told
 
 
 def test_an_unknown_gpu_is_told_of_and_no_gpu_is_not(folder: ModelFolder) -> None:

@@ -99,13 +99,11 @@ def test_a_narrow_model_is_saved_and_loads_as_what_it_is(family: str, tmp_path: 
     widths = choose_widths(model, TEXTS, hidden=24, ffn=20, heads=2)
     smaller: Any = narrow(model, widths)
     sizes = Sizes.of(smaller.config.to_dict())
-    assert (sizes.hidden, sizes.ffn, sizes.heads, sizes.kv_heads, sizes.head_size) == (
-        24,
-        20,
-        2,
-        2,
-        8,
-    )
+    assert sizes == Sizes(hidden=24, ffn=20, heads=2, kv_heads=2, head_size=8)
+    whole = Sizes.of(model.config.to_dict())
+    assert whole.narrowed(24, 20, 2) == sizes
+    for name, tensor in model.state_dict().items():
+        assert whole.reshaped(name, tensor.shape, sizes) == smaller.state_dict()[name].shape, name
     smaller.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert torch.equal(logits(loaded), logits(smaller))

@@ -21,22 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from raystill.model.sizes import Sizes
+from raystill.model.sizes import PARTS, Sizes
 from raystill.train.student.cut import layer_list
 from raystill.train.student.importance import Texts
-
-PARTS: dict[str, tuple[str, str]] = {
-    "embed_tokens": ("vocabulary", "hidden"),
-    "lm_head": ("vocabulary", "hidden"),
-    "q_proj": ("heads", "hidden"),
-    "k_proj": ("kv_heads", "hidden"),
-    "v_proj": ("kv_heads", "hidden"),
-    "o_proj": ("hidden", "heads"),
-    "gate_proj": ("ffn", "hidden"),
-    "up_proj": ("ffn", "hidden"),
-    "down_proj": ("hidden", "ffn"),
-}
-"""What the rows and the columns of a weight are, by the name of its module. A bias has the rows."""
 
 
 @dataclass(frozen=True)
