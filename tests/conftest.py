@@ -21,8 +21,16 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
+# Where files are spread over processes: those of minutes first, so that none is the last alone.
+IN_ORDER = ("train", "hostile", "system", "serve", "datasets", "cluster", "base")
+
 NUM_CPUS = 4
 OBJECT_STORE_BYTES = 300 << 20
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: IN_ORDER.index(item.path.relative_to(ROOT).parts[1]))
 
 
 @pytest.fixture(scope="session")

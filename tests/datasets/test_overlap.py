@@ -105,7 +105,7 @@ def test_hostile_texts_are_read_in_bounded_time(text: str) -> None:
 
 
 def test_memory_is_that_of_the_items() -> None:
-    """20,000 trained texts pass by in batches; kept are the n-grams of 100 items."""
+    """8,000 trained texts pass by in batches; kept are the n-grams of 100 items."""
     import tracemalloc
 
     draw = random.Random(0)
@@ -113,7 +113,7 @@ def test_memory_is_that_of_the_items() -> None:
     items = [[" ".join(draw.choices(words, k=50))] for _ in range(100)]
     looked = Items(items, 8)
     tracemalloc.start()
-    looked.look_in(" ".join(draw.choices(words, k=50)) for _ in range(20_000))
+    looked.look_in(" ".join(draw.choices(words, k=50)) for _ in range(8_000))
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 20 << 20

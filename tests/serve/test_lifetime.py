@@ -51,6 +51,6 @@ def test_it_ends_when_who_started_it_was_killed() -> None:
 def test_it_stays_on_another_machine_where_the_number_means_another_process() -> None:
     child = orphan("-another")
     try:
-        assert not ends(child, within_s=4)
+        assert not ends(child, within_s=2.5)
     finally:
         child.kill()

@@ -125,8 +125,11 @@ def test_a_part_that_takes_too_long_is_ended_with_all_its_processes(tmp_path):
     text = "import subprocess, sys, time\n"
     text += f"subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True)\n"
     text += "time.sleep(600)"
-    with pytest.raises(SystemExit, match="exceeded --limit 15 s"):
-        run_part(script(text), Folder(tmp_path), SMALL, 15)
+    for limit_s in (1.5, 15):
+        with pytest.raises(SystemExit, match=f"exceeded --limit {limit_s:.0f} s"):
+            run_part(script(text), Folder(tmp_path), SMALL, limit_s)
+        if mark.exists() and mark.read_text():
+            break  # On a busy machine its child takes longer to begin.
     pid = int(mark.read_text())
     until_s = time.monotonic() + 20
     while alive(pid) and time.monotonic() < until_s:
