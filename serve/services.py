@@ -9,7 +9,12 @@ from raystill.config.teacher import TeacherConfig
 from raystill.datasets.rows.signal import held_out_signal, signal_of
 from raystill.model.files import ModelFolder
 from raystill.model.sampling import ResolvedSampling
-from raystill.model.tokenizer import chat_template, control_tokens, load_tokenizer, read_settings
+from raystill.model.tokenizer import (
+    chat_template,
+    control_tokens,
+    read_settings,
+    shared_tokenizer,
+)
 from raystill.serve.api.engine import ApiEngine
 from raystill.serve.api.ids import IdsEngine
 from raystill.serve.api.limits import Limits, Spending
@@ -44,14 +49,15 @@ def api_engine(
 
     place = Path(folder)
     settings = read_settings(place)
-    tokenizer = load_tokenizer(place, settings)
+    shared = shared_tokenizer(place, settings)
+    tokenizer = shared.tokenizer
     service = Service(teacher, Limits(teacher.api, spending.cost, report))
     if teacher.api.ids:
         expected = expected_server(config, ModelFolder(teacher.model, place))
         return IdsEngine(teacher, sampling, tokenizer, service, expected)
     messages = run_folder.read_table(MESSAGES)
     control = control_tokens(tokenizer, settings, place, chat_template(place, settings)).always
-    reader = (tokenizer, control)
+    reader = (tokenizer, shared.plain_text(control))
     if teacher.api.batch is None:
         return ApiEngine(teacher, sampling, reader, messages, service)
     engine = BatchEngine(teacher, sampling, reader, messages, service)

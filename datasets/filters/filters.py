@@ -101,10 +101,10 @@ def text_of(teacher: ModelSource) -> Decode:
         if not loaded:
             from pathlib import Path
 
-            from raystill.model.tokenizer import load_tokenizer, read_settings
+            from raystill.model.tokenizer import read_settings, shared_tokenizer
 
             folder = Path(teacher.on_this_node("none"))
-            tokenizer = load_tokenizer(folder, read_settings(folder))
+            tokenizer = shared_tokenizer(folder, read_settings(folder)).tokenizer
             loaded.append(lambda rows: [tokenizer.decode(row.tolist()) for row in rows])
         return loaded[0](ids)
 
@@ -123,10 +123,10 @@ def ids_of(teacher: ModelSource) -> Encode:
 
             folder = Path(teacher.on_this_node("none"))
             settings = models.read_settings(folder)
-            whole = models.load_tokenizer(folder, settings)
+            shared = models.shared_tokenizer(folder, settings)
             template = models.chat_template(folder, settings)
-            control = models.control_tokens(whole, settings, folder, template)
-            loaded.append(models.PlainText(whole, control.always).encode)
+            control = models.control_tokens(shared.tokenizer, settings, folder, template)
+            loaded.append(shared.plain_text(control.always).encode)
         return loaded[0](text)
 
     return encode

@@ -25,7 +25,7 @@ from typing import Any
 import jinja2
 from tokenizers import Encoding, Tokenizer
 
-from raystill.model.tokenizer import PLANE, PRIVATE, TAG, ControlTokens, PlainText
+from raystill.model.tokenizer import PLANE, PRIVATE, TAG, ControlTokens, PlainText, SharedTokenizer
 
 SHOWN = 3
 SAID_BY_MODEL = "assistant"
@@ -90,8 +90,11 @@ class Found:
 class ControlGuard:
     """Tells text of prompts and responses from control tokens, for one tokenizer and template."""
 
-    def __init__(self, tokenizer: Tokenizer, control: ControlTokens, template: str | None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, shared: SharedTokenizer, control: ControlTokens, template: str | None
+    ) -> None:
+        self._shared = shared
+        tokenizer = shared.tokenizer
         self._control = control
         added = tokenizer.get_added_tokens_decoder()
         self._texts = {index: added[index].content for index in control.all}
@@ -103,7 +106,6 @@ class ControlGuard:
         self._of_text = {text: index for index, text in self._texts.items()}
         self._any = re.compile(_alternatives(self._of_text))
         self._unknown = _unknown_ids(tokenizer, self._texts)
-        self._plain: dict[frozenset[int], PlainText] = {}
         self._normalise: Callable[[str], str] | None = (
             None if tokenizer.normalizer is None else tokenizer.normalizer.normalize_str
         )
@@ -210,7 +212,7 @@ class ControlGuard:
             unknown = self._unknown.values()
             if all(text.count(spelt) == marked.text.count(spelt) for spelt in unknown):
                 return ids or []
-        encoding = self._tokenizer.encode(marked.text, add_special_tokens=False)
+        encoding = self._shared.tokenizer.encode(marked.text, add_special_tokens=False)
         own = self._control_in(encoding.ids)
         if text is None or ids is None:
             self.prompts.add(spelt for spelt in self._texts.values() if spelt in marked.said)
@@ -261,9 +263,7 @@ class ControlGuard:
 
     def plain(self, control: frozenset[int]) -> PlainText:
         """The tokenizer for which these control tokens are text."""
-        if control not in self._plain:
-            self._plain[control] = PlainText(self._tokenizer, control)
-        return self._plain[control]
+        return self._shared.plain_text(control)
 
     def notices(self) -> list[str]:
         """A sentence on the prompts and one on the given responses that hold control tokens."""

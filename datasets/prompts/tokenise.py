@@ -64,7 +64,7 @@ class PromptTokeniser:
         self._now = datetime.now() if day is None else datetime.fromisoformat(day)
         source = chat_template(self.folder, self.settings)
         self._control = control_tokens(self.tokenizer, self.settings, self.folder, source)
-        self._guard = ControlGuard(self.tokenizer, self._control, source)
+        self._guard = ControlGuard(self._shared, self._control, source)
         self._template = self._compile_template(source) if prompts.chat_template else None
         if self._template is None and prompts.system is not None:
             raise config_error(

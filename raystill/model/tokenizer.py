@@ -52,6 +52,16 @@ class SharedTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
+        self._plain: dict[frozenset[int], PlainText] = {}
+
+    def plain_text(self, control: frozenset[int]) -> "PlainText":
+        """The tokenizer for which these control tokens are text, which is made once.
+
+        That takes twice as long as reading the tokenizer.
+        """
+        if control not in self._plain:
+            self._plain[control] = PlainText(self.tokenizer, control)
+        return self._plain[control]
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:

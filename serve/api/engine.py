@@ -15,7 +15,7 @@ what is paid has been stored: the row's error begins with ``FATAL``.
 
 import asyncio
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,18 +45,18 @@ class ApiEngine:
         self,
         teacher: TeacherConfig,
         sampling: ResolvedSampling,
-        reader: tuple[Tokenizer, Collection[int]],
+        reader: tuple[Tokenizer, PlainText],
         messages: pa.Table,
         service: Service,
     ) -> None:
-        """reader: the tokenizer, and the control tokens that no text is read as. messages: columns
+        """reader: the tokenizer, and that for which control tokens are text. messages: columns
         ``digest`` and ``messages`` (JSON).
         """
         self.version = service.version
         self._api: ApiConfig = teacher.api
         self._sampling = sampling
         # Text that looks like a control token stays text: nobody but the template ends a turn.
-        self._tokenizer, self._plain = reader[0], PlainText(*reader)
+        self._tokenizer, self._plain = reader
         self._messages: dict[bytes, str] = dict(
             zip(messages["digest"].to_pylist(), messages["messages"].to_pylist(), strict=True)
         )

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -192,8 +193,11 @@ class Asked:
         return asyncio.run(run())
 
 
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(TEACHER / "tokenizer.json"))
+@cache
+def tokenizer(special_is_text: bool = False) -> Tokenizer:
+    found = Tokenizer.from_file(str(TEACHER / "tokenizer.json"))
+    found.encode_special_tokens = special_is_text
+    return found
 
 
 def test_an_answer_comes_back_as_the_students_ids(tmp_path: Path, service: Service) -> None:
@@ -228,9 +232,7 @@ def test_text_that_looks_like_a_control_token_stays_text(
     assert answer.error is None
     ids = answer.response_ids[:-1].tolist()
     assert not set(ids) & set(special.values())
-    plain = tokenizer()
-    plain.encode_special_tokens = True
-    assert plain.decode(ids, skip_special_tokens=False) == text
+    assert tokenizer(special_is_text=True).decode(ids, skip_special_tokens=False) == text
 
 
 PASSING = {

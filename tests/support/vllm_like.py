@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -38,11 +39,16 @@ class Kind:
     """Fields of the choice in place of the true ones."""
 
 
+@cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(TEACHER / "tokenizer.json"))
+
+
 class Server(ThreadingHTTPServer):
     def __init__(self, kind: Kind) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.kind = kind
-        self.tokenizer = Tokenizer.from_file(str(TEACHER / "tokenizer.json"))
+        self.tokenizer = tokenizer()
         self.asked: Counter[str] = Counter()
 
     @property
