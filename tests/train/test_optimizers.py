@@ -31,9 +31,9 @@ from tests.support.tiny_student import (
 from tests.support.workers import run_workers
 
 WORKERS = 4
-STEPS = [range(0, 12), range(12, 20), range(20, 33)]
+STEPS = [range(0, 12), range(12, 20)]
 KINDS = ("adamw_bf16", "adamw_8bit")
-# name: (training, the largest relative difference to one worker after three steps)
+# name: (training, the largest relative difference to one worker after two steps)
 CASES: dict[str, tuple[dict[str, Any], float]] = {
     "sharded": ({}, 1e-6),
     "copies": ({"shard_group_size": 2, "num_workers": 4}, 1e-6),
@@ -172,9 +172,8 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path: Path, kind: str) -> None
         training.optimizer.state_dict()["state"].keys()
         == again.optimizer.state_dict()["state"].keys()
     )
-    for number in (1, 2):
-        training.run(number)
-        again.run(number)
+    for each in (training, again):
+        each.run(1)
     assert torch.equal(training.weights(), again.weights())
 
 
@@ -222,7 +221,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
 def test_four_workers_train_as_one(ranks: list[dict[str, Any]], case: str) -> None:
     alone = Training(case)
     before = alone.weights()
-    for number in range(3):
+    for number in range(2):
         alone.run(number)
     moved = alone.weights() - before
     for rank in ranks:
@@ -265,7 +264,7 @@ def worker_main(rank: int, folder: Path) -> dict[str, Any]:
     ranks = Ranks(rank, WORKERS)
     for case in CASES:
         training = Training(case, rank)
-        for number in range(3):
+        for number in range(2):
             training.run(number)
             with whole_weights(training.inner):
                 pass
