@@ -62,9 +62,14 @@ class Engine(Protocol):
 class KeyedEngine(Protocol):
     """An engine that names what it asks for by the keys of the answers."""
 
-    async def sample_keyed(
-        self, prompt_ids: Ids, keys: list[bytes], signal: Signal
-    ) -> list[Answer]: ...
+    async def sample_keyed(self, ids: Ids, keys: list[bytes], signal: Signal) -> list[Answer]: ...
+
+
+@runtime_checkable
+class ChatEngine(Protocol):
+    """An engine that asks in words, and can be given them."""
+
+    async def sample_chats(self, ids: Ids, chats: list[str], signal: Signal) -> list[Answer]: ...
 
 
 @dataclass(frozen=True)
@@ -131,11 +136,13 @@ class Teacher:
     async def sample(self, prompts: pa.Table, signal: Signal) -> pa.Table:
         """Answer each row of ``prompts``: an ``answer_schema`` table.
 
-        prompts: ``prompt_ids`` and ``key``, the key of each answer; only some engines need it.
+        prompts: ``prompt_ids``; ``key`` of each answer and ``messages``, which few engines need.
         """
         groups = ids_of(prompts, "prompt_ids")
         engine = self._engine
-        if isinstance(engine, KeyedEngine):
+        if "messages" in prompts.column_names and isinstance(engine, ChatEngine):
+            asked = engine.sample_chats(groups, prompts["messages"].to_pylist(), signal)
+        elif isinstance(engine, KeyedEngine):
             asked = engine.sample_keyed(groups, prompts["key"].to_pylist(), signal)
         else:
             asked = engine.sample(groups, signal)

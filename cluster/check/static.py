@@ -34,6 +34,7 @@ from raystill.cluster.check.output import (
 from raystill.cluster.check.prepared import Prepared as Prepared
 from raystill.cluster.check.teachers import (
     check_alike,
+    check_judges,
     check_rows_ahead,
     context_tokens,
     notices_of,
@@ -256,6 +257,7 @@ class StaticCheck:
         if len(self.teachers) < len(self.config.by_teacher):
             return None
         self.problems += check_alike(self.config, self.teachers)
+        self.problems += check_judges(self.config, self.teachers)
         return next(iter(self.teachers.values()))
 
     def find(self, where: str, name: str, revision: str | None) -> ModelFolder | None:
@@ -294,7 +296,9 @@ class StaticCheck:
         self.problems += check_ids(tokeniser.num_ids, config, teacher, fit)
         views = config.by_teacher
         contexts = [
-            context_tokens(one, self.teachers.get(name, teacher)) for name, one in views.items()
+            context_tokens(one, self.teachers.get(name, teacher))
+            for name, one in views.items()
+            if name not in config.only_judges
         ]
         context = min(contexts)
         # A prompt must leave room for one token of answer.

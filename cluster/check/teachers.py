@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from raystill.base.errors import Problem
+from raystill.base.errors import ConfigError, Problem
 from raystill.cluster.check.models import check_tokenizers
 from raystill.config.run import RunConfig
 from raystill.config.teacher import section_of
+from raystill.datasets.judging.question import Judging
 from raystill.datasets.prompts.select import UNBOUNDED
 from raystill.datasets.prompts.tables import PromptTables
 from raystill.model.files import ModelFolder
@@ -36,14 +37,15 @@ def check_alike(config: RunConfig, teachers: Mapping[str, ModelFolder]) -> list[
     """Several teachers must have one tokenizer and one chat template: prompts are tokenised once,
     and an id must be the same token for all. So are given responses, which end with a stop token.
     """
-    (first, one), *others = teachers.items()
+    answering = {n: one for n, one in teachers.items() if n not in config.only_judges}
+    (first, one), *others = answering.items()
     problems = []
     fields = [one.response_field for one in config.prompts.sources or ()]
     given = any([config.prompts.response_field, *fields])
     stops = {
         name: sorted(resolve_sampling(view.teacher, teachers[name].path).stop_token_ids)
         for name, view in config.by_teacher.items()
-        if given
+        if given and name in answering
     }
     for name, other in others:
         where = f"teachers.{name}.model"
@@ -65,6 +67,26 @@ def check_alike(config: RunConfig, teachers: Mapping[str, ModelFolder]) -> list[
             )
             problems.append(Problem(f"teachers.{name}.sampling.stop_token_ids", message))
     return problems + _check_batches(config)
+
+
+def check_judges(config: RunConfig, teachers: Mapping[str, ModelFolder]) -> Iterator[Problem]:
+    """Can each judge of the filters be asked, and its reply be read?"""
+    views = config.by_teacher
+    for number, rule in enumerate(config.filters.rules):
+        if (judge := rule.judge) is None or judge.teacher not in teachers:
+            continue
+        view, where = views[judge.teacher], f"filters.rules.{number}.judge"
+        try:
+            judging = Judging(judge, view, teachers[judge.teacher].path)
+        except ConfigError as error:
+            yield from (Problem(f"{where}.{one.where}", one.message) for one in error.problems)
+            continue
+        most = view.teacher.sampling.max_tokens
+        if judging.signal.kind != "text" and judge.teacher in config.only_judges and most > 1:
+            yield Problem(
+                f"teachers.{judge.teacher}.sampling.max_tokens",
+                f"is {most}, but of a judge's reply the first token is read; set it to 1",
+            )
 
 
 def _check_batches(config: RunConfig) -> list[Problem]:

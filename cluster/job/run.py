@@ -98,6 +98,8 @@ def serve(run: Run, prepared: Prepared, probe: bool = True) -> Background:
     runs = run.by_teacher()
     needed = {name for name in runs if not needs_no_teacher(run, prepared, name)}
     probed = {name for name in needed if probe and is_due(runs[name])}
+    if needed:  # Answers that are new are judged, so the judges start side by side with teachers.
+        needed |= run.config.filters.judges
     for _ in probed:
         run.coordinator.hold_training.remote()
     return Background("teacher", lambda: serve_teachers(run, prepared, needed, probed))
@@ -105,7 +107,9 @@ def serve(run: Run, prepared: Prepared, probe: bool = True) -> Background:
 
 def stream(run: Run, prepared: Prepared) -> StreamSpec:
     """The stream of the run's training rows."""
-    return StreamSpec.of(run, prepared.signal)
+    runs, several = run.by_teacher(), prepared.by_teacher
+    judges = {name: (runs[name], several[name].asked) for name in run.config.filters.judges}
+    return replace(StreamSpec.of(run, prepared.signal), judges=judges)
 
 
 def fit(run: Run, spec: StreamSpec) -> Background:

@@ -94,6 +94,8 @@ TOTALS = _counters(
     rows_answered="Rows the stream passed on.",
     rows_truncated="Answers among them that max_tokens cut.",
     rows_filtered="Rows whose answers filters have rejected.",
+    verdicts="Answers that a judge has looked at.",
+    verdicts_asked="Questions that a judge was asked; other verdicts were in the store.",
 )
 
 ROWS_AHEAD = Figure("gauge", "rows_ahead", "Rows in flight: asked for, not yet with a worker.")

@@ -75,6 +75,10 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
         "evaluation_rows_reused": max(0, held_out - evaluation.asked - evaluation.scored),
         "dropped": dict(dropped),
         "filtered": dict(snapshot.filtered),
+        "judged": {
+            name: int(counters[name] + earlier.get("judged", {}).get(name, 0))
+            for name in ("verdicts", "verdicts_asked")
+        },
         "personal_data": _personal(earlier, counters),
         "accepted_fraction": None if result.stopped_by else _accepted(snapshot, prepared),
         "duplicates": prepared.duplicates,
@@ -156,6 +160,21 @@ def student_written_line(written: object) -> str:
     return formatting.plural(written["rows"], "row") + age
 
 
+def judged_line(judged: object) -> str:
+    """``32 answers; 20 questions asked, the others answered before``; '' without a judge."""
+    told = judged if isinstance(judged, dict) else {}
+    verdicts, asked = (told.get(name) for name in ("verdicts", "verdicts_asked"))
+    if not (isinstance(verdicts, int) and isinstance(asked, int) and verdicts):
+        return ""
+    answers, questions = (
+        formatting.plural(verdicts, "answer"),
+        formatting.plural(asked, "question"),
+    )
+    return f"{answers}; {questions} asked" + (
+        ", the others were answered before" if asked < verdicts else ""
+    )
+
+
 def api_line(api: object) -> str:
     """Requests, tokens, cost and failures of an API teacher; '' where there is none."""
     if not isinstance(api, dict) or not api:
@@ -195,6 +214,7 @@ def _earlier(folder: Folder) -> Figures:
 ALL = "teachers/"  # How `of_one` begins a counter.
 SUMS = frozenset(
     {"teacher", "teachers", "student", "api", "phases", "personal_data", "filtered_by_epoch"}
+    | {"judged"}
 )
 """Entries of a summary that are several sums."""
 

@@ -25,6 +25,7 @@ from raystill.cluster.report.summary import (
     Figures,
     api_line,
     before_and_after,
+    judged_line,
     size_line,
     student_written_line,
     write_summary,
@@ -353,6 +354,8 @@ def _totals_table(summary: Figures) -> Table:
             f"dropped {formatting.reasons(summary['dropped'])}, "
             f"duplicate prompts {formatting.count(summary['duplicates'])}",
         )
+    if said := judged_line(summary.get("judged")):
+        table.add_row("judged", said)
     if filtered := summary.get("filtered"):
         table.add_row("filtered", _filtered_line(filtered, summary.get("accepted_fraction")))
     table.add_row(

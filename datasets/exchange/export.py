@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 
 from raystill.base.errors import RunError
 from raystill.datasets.exchange.chats import ChatReader
+from raystill.datasets.rows.schema import JUDGING
 from raystill.datasets.store.catalogue import Catalogue
 from raystill.datasets.store.reading import GoneSegment, UnusableSegment
 from raystill.datasets.store.segment import Origin, SegmentFile
@@ -186,6 +187,9 @@ def _groups(
         entry = catalogue.entries[catalogue.segment[rows[0]]]
         group = int(catalogue.group[rows[0]])
         origin, about = entry.footer.origin, entry.footer.groups[group]
+        if about.purpose == JUDGING:
+            done.left_out["verdict of a judge"] += len(rows)
+            continue
         if entry.name not in opened:
             opened.clear()  # One file is open at a time.
         names = ["key", "prompt_ids", "response_ids", "finish_reason"]

@@ -9,8 +9,7 @@ Legend: N rows, T response tokens.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.config.stream import (
+    FIGURES,
     AnswerConfig,
     BestConfig,
     FilterConfig,
     FiltersConfig,
-    FunctionConfig,
     LengthConfig,
     RefusalConfig,
     RegexConfig,
-    RepetitionConfig,
     SimilarConfig,
 )
 from raystill.datasets.filters.answers import Answers, Decode, Int32Array
@@ -39,8 +37,8 @@ from raystill.datasets.rows.schema import FILTERED
 from raystill.model.on_node import ModelSource
 
 Mask = NDArray[np.bool_]
-Filter = Callable[[Answers], Sequence[str | None]]
-"""For each answer [N]: None where it passes, else why not; empty where the name says it all."""
+Deciding = Generator[tuple[FilterConfig, Answers], Sequence[float | str], pa.Array]
+"""Filters at work: `AnswerFilters.deciding`."""
 APOSTROPHES = str.maketrans("\u2019\u2018\u02bc", "'''")
 
 
@@ -50,29 +48,43 @@ class AnswerFilters:
     def __init__(self, config: FiltersConfig, texts: Mapping[str, str] | None = None) -> None:
         """texts: those of the files with functions (`read_functions`)."""
         configs = [function for rule in config.rules for _, function in rule.functions]
-        self._functions = [Function(one, code_of(one, texts or {})) for one in configs]
-        functions = {function.config: function for function in self._functions}
-        self._filters = [(rule, make_filter(rule, functions)) for rule in config.rules]
+        self._functions = {one: Function(one, code_of(one, texts or {})) for one in configs}
+        self._rules = config.rules
 
     def close(self) -> None:
         """End the processes of functions."""
-        for function in self._functions:
+        for function in self._functions.values():
             function.close()
 
     def rejected(self, answers: Answers, kept: Mask) -> pa.Array:
-        """``filtered: NAME`` for each row that a filter rejects, string [N]; null for the others.
+        """`deciding` where no filter asks a judge."""
+        return next_of(self.deciding(answers, kept))
+
+    def deciding(self, answers: Answers, kept: Mask) -> Deciding:
+        """Gives ``filtered: NAME`` for each row that a filter rejects, string [N]; null for others.
 
         kept: the rows to look at, bool [N]. A filter sees the rows of its sources that those before
-        it have passed. Where a function did not give a score, why not is in brackets after NAME.
+        it have passed. Where there is no score, why not is in brackets after NAME. Yields a judge's
+        rule with the answers that it is to look at, and is sent a score or why there is none each.
         """
         reasons = np.full(len(answers), None, object)
         left = np.flatnonzero(kept)
-        for rule, rejects in self._filters:
+        figures: dict[str, dict[int, float | str]] = {}  # by filter and row
+        for rule in self._rules:
             left_answers = answers.take(left)
             looked_at = np.flatnonzero(left_answers.of_sources(rule.sources))
             if not len(looked_at):
                 continue
-            told = rejects(left_answers.take(looked_at))
+            seen = left_answers.take(looked_at)
+            if rule.kind in FIGURES:
+                scores = (yield rule, seen) if rule.judge else self._figures(rule, seen)
+                figures[rule.label] = dict(zip(seen.rows.tolist(), scores, strict=True))
+                told = by_figure(rule, scores)
+            elif rule.best is not None:
+                told = by_rank(rule.best, self._ranked(rule.best, seen, figures), seen)
+            else:
+                mask = FILTERS[rule.kind](getattr(rule, rule.kind), seen)
+                told = ["" if bad else None for bad in mask]
             bad = []
             for place, why in zip(looked_at, told, strict=True):
                 if why is not None:
@@ -81,16 +93,38 @@ class AnswerFilters:
             left = np.delete(left, bad)
         return pa.array(reasons, pa.string())
 
+    def _figures(self, rule: FilterConfig, answers: Answers) -> Sequence[float | str]:
+        """A function's score, or the share of repeated n-grams below 0: higher is better."""
+        if rule.function is not None:
+            return scores_of(self._functions[rule.function], answers)
+        assert rule.repetition is not None, f"{rule.kind} has no figure"
+        return [-repeated_share(ids, rule.repetition.ngram) for ids in answers.tokens]
 
-def make_filter(rule: FilterConfig, functions: Mapping[FunctionConfig, Function]) -> Filter:
-    """The filter that an entry of ``filters`` describes."""
-    if rule.function is not None:
-        return partial(by_function, functions[rule.function])
-    if rule.best is not None:
-        score = rule.best.score
-        return partial(by_rank, rule.best, None if score is None else functions[score])
-    mask = partial(FILTERS[rule.kind], getattr(rule, rule.kind))
-    return lambda answers: ["" if bad else None for bad in mask(answers)]
+    def _ranked(
+        self, best: BestConfig, answers: Answers, figures: Mapping[str, Mapping[int, float | str]]
+    ) -> Sequence[float | str]:
+        """What ``best`` goes by; figures: of earlier filters, by row."""
+        if best.score is not None:
+            return scores_of(self._functions[best.score], answers)
+        if best.by is None:
+            return [0.0] * len(answers)
+        return [figures[best.by][row] for row in answers.rows.tolist()]
+
+
+def next_of(deciding: Deciding) -> pa.Array:
+    """The reasons of filters that ask no judge."""
+    try:
+        next(deciding)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("a judge is asked, and nobody is here to ask it")
+
+
+def by_figure(rule: FilterConfig, figures: Sequence[float | str]) -> list[str | None]:
+    """Rejects what has too low a figure, or none and a reason instead."""
+    one = rule.judge or rule.function
+    least = -rule.repetition.max_share if rule.repetition else one.min_score if one else 0.0
+    return [f if isinstance(f, str) else None if f >= least else "" for f in figures]
 
 
 def text_of(teacher: ModelSource) -> Decode:
@@ -137,12 +171,6 @@ def by_length(config: LengthConfig, answers: Answers) -> Mask:
     lengths = np.array([len(ids) for ids in answers.tokens], np.int64)
     most = np.inf if config.max_tokens is None else config.max_tokens
     return (lengths < config.min_tokens) | (lengths > most)
-
-
-def by_repetition(config: RepetitionConfig, answers: Answers) -> Mask:
-    """Rejects where more than ``max_share`` of the n-grams occurred earlier in the answer."""
-    shares = [repeated_share(ids, config.ngram) for ids in answers.tokens]
-    return np.array(shares, np.float64) > config.max_share
 
 
 def repeated_share(ids: Int32Array, ngram: int) -> float:
@@ -220,27 +248,17 @@ def scores_of(function: Function, answers: Answers) -> list[float | str]:
     ]
 
 
-def by_function(function: Function, answers: Answers) -> list[str | None]:
-    """Rejects what a user's function scores below ``min_score``."""
-    least = function.config.min_score
-    return [
-        score if isinstance(score, str) else None if score >= least else ""
-        for score in scores_of(function, answers)
-    ]
-
-
-def by_rank(config: BestConfig, function: Function | None, answers: Answers) -> list[str | None]:
+def by_rank(
+    config: BestConfig, scores: Sequence[float | str], answers: Answers
+) -> list[str | None]:
     """Rejects all but the ``keep`` answers to each prompt with the highest score.
 
-    The earlier sample goes first among equals. The answers to a prompt must all be here, but for
-    those that were decided on before: a row that passed then passes again, since it is alone.
+    scores: of the answers, [N]; a text where there is none. The earlier sample goes first among
+    equals. The answers to a prompt must all be here, but for those that were decided on before: a
+    row that passed then passes again, since it is alone.
     """
-    told: list[str | None] = [""] * len(answers)
-    scores: list[float | str] = [0.0] * len(answers)
-    if function is not None:
-        scores = scores_of(function, answers)
-        told = [score if isinstance(score, str) else "" for score in scores]
-    least = -np.inf if function is None else function.config.min_score
+    told: list[str | None] = [score if isinstance(score, str) else "" for score in scores]
+    least = -np.inf if config.score is None else config.score.min_score
     usable = [(row, s) for row, s in enumerate(scores) if not isinstance(s, str) and s >= least]
     passed: Counter[int] = Counter()
     for row, _ in sorted(usable, key=lambda pair: (-pair[1], answers.rows[pair[0]])):
@@ -278,7 +296,6 @@ def by_end(_: bool, answers: Answers) -> Mask:
 
 FILTERS: dict[str, Callable[..., Mask]] = {
     "length": by_length,
-    "repetition": by_repetition,
     "regex": by_regex,
     "refusal": by_refusal,
     "finished": by_end,

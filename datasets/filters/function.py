@@ -16,7 +16,8 @@ from typing import Any
 from raystill.base.errors import ConfigError, Problem, RunError
 from raystill.base.run_folder import resolve_input
 from raystill.base.user_function import Code, UserFunction
-from raystill.config.stream import FiltersConfig, FunctionConfig
+from raystill.config.prompts import FunctionConfig
+from raystill.config.stream import FiltersConfig
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ neither Ray nor torch.
 Legend: N rows of the prompt table, n rows of a group, T response tokens.
 """
 
+import copy
 import logging
 import math
 import threading
@@ -79,6 +80,12 @@ class StoreView:
         self._merged: Merged = (None, b"")
         self._lock = threading.Lock()
         self._reload()
+
+    def over(self, keys: pa.Array) -> "StoreView":
+        """The same look at the store, over other keys [N]."""
+        other = copy.copy(self)
+        other._keys = keys.cast(pa.binary(KEY_BYTES))
+        return other
 
     def keys_of(self, rows: NDArray[np.int64]) -> pa.Array:
         """Keys of rows, given as row numbers of the prompt table."""

@@ -14,6 +14,8 @@ SCHEMA_VERSION = 1
 """Version of a stored segment; a reader refuses every other one. Raise it when columns change."""
 KEY_BYTES = 16
 
+JUDGING = "judging"
+"""Purpose of what is asked of a judge: a stored reply with it is no answer to a prompt."""
 FATAL = "stop: "
 """How the ``error`` of a row begins that is to end the run, with the rest of it as the reason, once
 the other answers of its group are stored."""

@@ -44,7 +44,7 @@ from raystill.datasets.store.segment import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.values import impossible_rows
 from raystill.datasets.stream.spec import Requester
-from raystill.datasets.stream.teacher_calls import TeacherCalls
+from raystill.datasets.stream.teacher_calls import InWords, TeacherCalls
 from raystill.run import Run
 
 NOT_FINITE = "not_finite"
@@ -64,7 +64,7 @@ class StoredAnswers:
         keys: pa.ChunkedArray,
         wanted: Signal,
         requester: Requester,
-        teacher: "TeacherCalls | StudentAnswers",
+        teacher: "TeacherCalls | StudentAnswers | InWords",
     ) -> None:
         self._store = store
         self._view = StoreView(store, keys, wanted)
@@ -77,6 +77,12 @@ class StoredAnswers:
         """Answers of the same table by another teacher; both look at the store through one view."""
         other = copy.copy(self)
         other._requester, other._teacher = requester, teacher
+        return other
+
+    def over(self, keys: pa.Array, teacher: "InWords") -> "StoredAnswers":
+        """Answers of other rows, by their keys [N], and through other calls of the teacher."""
+        other = copy.copy(self)
+        other._view, other._teacher = self._view.over(keys), teacher
         return other
 
     async def get(

@@ -1,14 +1,19 @@
 """Filters in the answer stage: what they need of a group's rows, beside the loop that answers them.
 
 *Consumes* a group's prompts and published answers. Filters run in threads of their own, since they
-may take long, and the store's look-ups must not wait behind them.
+may take long, and the store's look-ups must not wait behind them. *Waits for* judges, which are
+teachers: their verdicts are published and looked up like all answers, so that each is paid once.
 """
 
 import asyncio
+import json
 import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +21,22 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.base.errors import ConfigError, RunError
+from raystill.base.run_folder import MESSAGES, RunFolder
+from raystill.config.stream import FilterConfig
+from raystill.config.teacher import JudgeConfig
 from raystill.datasets.filters.answers import Answers
-from raystill.datasets.filters.filters import AnswerFilters, ids_of, text_of
+from raystill.datasets.filters.filters import AnswerFilters, Deciding, ids_of, text_of
 from raystill.datasets.filters.personal import counts_of, masked_ids
+from raystill.datasets.judging.question import Judging
 from raystill.datasets.prompts.columns import PREFIX
 from raystill.datasets.prompts.reader import PromptReader
-from raystill.datasets.rows.schema import POLICY_VERSION
+from raystill.datasets.rows.answers import require_none_fatal
+from raystill.datasets.rows.keys import answer_keys, prompt_digest
+from raystill.datasets.rows.schema import JUDGING, KEY_BYTES, POLICY_VERSION, TOKEN_IDS
+from raystill.datasets.store.store import TeacherStore
+from raystill.datasets.stream.answers import StoredAnswers
+from raystill.datasets.stream.spec import Requester
+from raystill.datasets.stream.teacher_calls import InWords, TeacherCalls
 
 if TYPE_CHECKING:
     from raystill.datasets.stream.spec import StreamSpec
@@ -50,15 +65,35 @@ class GroupFilters:
         self._counts_personal = spec.counts_personal
         self._masks = any(r.personal_data and r.personal_data.action == "mask" for r in rules)
         self._fields = spec.prompt_columns and PromptReader(spec.prompt_columns, None)
+        self._judges = {rule.label: Judge(rule.judge, spec) for rule in rules if rule.judge}
+        self._chats: dict[bytes, str] = {}
+        if self._judges:
+            run_folder = RunFolder(spec.prompt_table.rpartition("/prompts/")[0])
+            table = run_folder.read_table(MESSAGES)
+            chats = (table[name].to_pylist() for name in ("digest", "messages"))
+            self._chats = dict(zip(*chats, strict=True))
         self._reading = Lock()
         self._threads = ThreadPoolExecutor(spec.filters.function_processes, "filters")
 
     async def applied(self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array) -> Filtered:
         """The answers, and ``reasons`` with those of filters where there was none."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._applied, prompts, answers, reasons)
+        seen, kept, deciding, counters = await self._thread(self._begun, prompts, answers, reasons)
+        decided, asked = await self._decided(deciding, prompts)
+        reasons = pc.coalesce(reasons, decided)
+        kept &= pc.is_null(reasons).to_numpy(zero_copy_only=False).astype(np.bool_)
+        if self._masks and kept.any():
+            answers = await self._thread(self._masked, seen, kept, answers)
+        return Filtered(answers, reasons, counters | asked)
 
-    def _applied(self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array) -> Filtered:
+    async def _thread(self, work: Any, *arguments: Any) -> Any:
+        """Call in a thread of the filters."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, work, *arguments)
+
+    def _begun(
+        self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array
+    ) -> tuple[Answers, NDArray[np.bool_], Deciding, dict[str, float]]:
+        """A group's answers as filters see them, those to look at, filters at work, counters."""
         ids, ends = (answers[n].combine_chunks() for n in ("response_ids", "finish_reason"))
         fields = {}
         if self._fields:
@@ -82,14 +117,37 @@ class GroupFilters:
         if POLICY_VERSION in answers.column_names:  # They judge what the teacher wrote.
             kept &= pc.is_null(answers[POLICY_VERSION]).to_numpy()
         counters = self._counted(seen.take(np.flatnonzero(kept)))
-        reasons = pc.coalesce(reasons, self._filters.rejected(seen, kept))
-        kept &= pc.is_null(reasons).to_numpy(zero_copy_only=False).astype(np.bool_)
-        if self._masks and kept.any():
-            masked = masked_ids(self._config, seen, self._encode, kept)
-            place = answers.schema.get_field_index("response_ids")
-            masked = masked.cast(answers.schema.field(place).type)
-            answers = answers.set_column(place, answers.schema.field(place), masked)
-        return Filtered(answers, reasons, counters)
+        return seen, kept, self._filters.deciding(seen, kept), counters
+
+    async def _decided(
+        self, deciding: Deciding, prompts: pa.Table
+    ) -> tuple[pa.Array, dict[str, float]]:
+        """Why filters reject rows, string [N], and counters of verdicts."""
+        counters: Counter[str] = Counter()
+        scores: list[float | str] | None = None
+        while True:
+            step = await self._thread(_next, deciding, scores)
+            if not isinstance(step, tuple):
+                return step, dict(counters)
+            rule, looked_at = step
+            judge = self._judges[rule.label]
+            requests = self._requests(prompts, looked_at.rows)
+            questions = await self._thread(judge.questions, requests, looked_at)
+            replies, counted = await judge.replies(*questions)
+            counters.update(counted)
+            scores = await self._thread(judge.judging.scores, replies)
+
+    def _requests(self, prompts: pa.Table, rows: NDArray[np.int64]) -> list[str]:
+        """The chats of these rows, as JSON."""
+        ids = dict(zip(prompts["row"].to_pylist(), prompts["prompt_ids"], strict=True))
+        return [self._chats[prompt_digest(ids[row].values.to_numpy())] for row in rows.tolist()]
+
+    def _masked(self, seen: Answers, kept: NDArray[np.bool_], answers: pa.Table) -> pa.Table:
+        """The answers with personal data masked where a filter asks for it."""
+        masked = masked_ids(self._config, seen, self._encode, kept)
+        place = answers.schema.get_field_index("response_ids")
+        masked = masked.cast(answers.schema.field(place).type)
+        return answers.set_column(place, answers.schema.field(place), masked)
 
     def _counted(self, answers: Answers) -> dict[str, float]:
         """Counters of personal data. A node that has no tokenizer to read answers counts none."""
@@ -101,6 +159,71 @@ class GroupFilters:
             self._counts_personal = False
             logger.warning("answers are not searched for personal data here: %s", error)
             return {}
+
+
+class Judge:
+    """A teacher that is asked about answers, each question once: its replies are in the store."""
+
+    def __init__(self, config: JudgeConfig, spec: "StreamSpec") -> None:
+        run, self._asked = spec.judges[config.teacher]
+        self.judging = Judging(config, run.config, Path(run.teacher.on_this_node("none")))
+        wanted, attempts = self.judging.signal, spec.stream.max_attempts
+        self._calls = TeacherCalls(run.app, wanted, attempts, spec.coordinator, run.teacher_name)
+        nobody = pa.chunked_array([], pa.binary(KEY_BYTES))
+        store, requester = TeacherStore(spec.store_path), Requester.of(run, JUDGING)
+        self._answers = StoredAnswers(store, nobody, wanted, requester, self._calls)
+
+    def questions(
+        self, requests: Sequence[str], answers: Answers
+    ) -> tuple[list[bytes], dict[bytes, NDArray[np.int32]], dict[bytes, str]]:
+        """The key of each answer's question; by key its token ids, and its chat as JSON.
+
+        requests: what was answered, chats as JSON. Equal questions have one key.
+        """
+        fields = {name: answers.values(name) for name in self.judging.config.columns}
+        keys, ids, chats = [], {}, {}
+        for number, (request, text) in enumerate(zip(requests, answers.texts, strict=True)):
+            of_row = {name: values[number] for name, values in fields.items()}
+            chat = self.judging.chat(json.loads(request), text, of_row)
+            encoded = self.judging.encode(chat)
+            asked = self._asked
+            (key,) = answer_keys(
+                asked.teacher_identity,
+                asked.dtype,
+                asked.quantization,
+                asked.sampling,
+                [encoded],
+                engine=asked.engine,
+            )
+            keys.append(key)
+            ids[key], chats[key] = encoded, json.dumps([chat])
+        return keys, ids, chats
+
+    async def replies(
+        self,
+        keys: Sequence[bytes],
+        ids: Mapping[bytes, NDArray[np.int32]],
+        chats: Mapping[bytes, str],
+    ) -> tuple[pa.Table, dict[str, float]]:
+        """A reply (answer_schema) for each of ``keys``, and counters. RunError as for a teacher."""
+        different = sorted(ids)
+        answers = self._answers.over(pa.array(different), InWords(self._calls, chats))
+        asked = pa.array([ids[key] for key in different], TOKEN_IDS)
+        replies, counted = await answers.get(np.arange(len(different)), asked)
+        require_none_fatal(replies)
+        place = {key: number for number, key in enumerate(different)}
+        counters = {"verdicts": len(keys), "verdicts_asked": counted["rows_asked"]}
+        return replies.take(pa.array([place[key] for key in keys])), counters
+
+
+def _next(
+    deciding: Deciding, scores: list[float | str] | None
+) -> tuple[FilterConfig, Answers] | pa.Array:
+    """What filters wait for next, or their reasons at the end."""
+    try:
+        return next(deciding) if scores is None else deciding.send(scores)
+    except StopIteration as done:
+        return done.value
 
 
 def numbered(prompt_ids: pa.ListArray) -> NDArray[np.int64]:

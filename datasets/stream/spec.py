@@ -8,6 +8,7 @@ from raystill.base.run_folder import PROMPT_COLUMNS, TRAIN_PROMPTS
 from raystill.config.stream import FiltersConfig, StreamConfig
 from raystill.datasets.filters.function import read_functions
 from raystill.datasets.policy.plan import PolicyPlan
+from raystill.datasets.rows.keys import Asked
 from raystill.datasets.rows.signal import Signal
 from raystill.model.on_node import ModelSource
 from raystill.run import Run
@@ -69,6 +70,7 @@ class StreamSpec:
         sampler_name: The Serve application of the student's sampler.
         teachers: Application and requester of each of several teachers, by name; empty where there
             is one.
+        judges: The teachers that judge answers, as the run has them, and what their keys share.
     """
 
     prompt_table: str
@@ -92,6 +94,7 @@ class StreamSpec:
     sampler_name: str = ""
     function_texts: Mapping[str, str] = field(default_factory=dict)
     teachers: Mapping[str, tuple[str, Requester]] = field(default_factory=dict)
+    judges: Mapping[str, tuple[Run, Asked]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run: Run, signal: Signal) -> "StreamSpec":

@@ -14,8 +14,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,14 +62,21 @@ class TeacherCalls:
         self._suspect = asyncio.Lock()
         self._turns = _Turns()
 
-    async def sample(self, prompt_ids: pa.Array, keys: pa.Array | None = None) -> pa.Table:
+    async def sample(
+        self,
+        prompt_ids: pa.Array,
+        keys: pa.Array | None = None,
+        messages: pa.Array | None = None,
+    ) -> pa.Table:
         """Answers in the order of the prompts (answer_schema); poison rows are unusable.
 
-        keys: of the answers, where they have one. RunError where the teacher cannot be reached; its
-        own errors are passed on.
+        keys: of the answers, where they have one. messages: the chats as JSON, where they are not
+        among the run's prompts. RunError where the teacher cannot be reached; its own errors are
+        passed on.
         """
-        columns = {"prompt_ids": prompt_ids, **({} if keys is None else {"key": keys})}
-        return await self._ask("sample", pa.table(columns))
+        columns = {"prompt_ids": prompt_ids, "key": keys, "messages": messages}
+        there = {name: values for name, values in columns.items() if values is not None}
+        return await self._ask("sample", pa.table(there))
 
     async def score(self, prompt_ids: pa.Array, response_ids: pa.Array) -> pa.Table:
         """The signal for responses that are there already; as :meth:`sample`."""
@@ -161,6 +169,23 @@ class TeacherCalls:
                 self._handle = await asyncio.to_thread(teacher_handle, self._app_name)
                 self._life = life
         return self._handle
+
+
+@dataclass(frozen=True)
+class InWords:
+    """A teacher that is asked what is not among the run's prompts. chats: JSON, by answer key."""
+
+    calls: TeacherCalls
+    chats: Mapping[bytes, str]
+
+    async def sample(self, prompt_ids: pa.Array, keys: pa.Array) -> pa.Table:
+        """As `TeacherCalls.sample`."""
+        chats = pa.array([self.chats[key] for key in keys.to_pylist()], pa.string())
+        return await self.calls.sample(prompt_ids, keys, chats)
+
+    async def score(self, prompt_ids: pa.Array, response_ids: pa.Array) -> pa.Table:
+        """As `TeacherCalls.score`."""
+        return await self.calls.score(prompt_ids, response_ids)
 
 
 class _Turns:

@@ -4,13 +4,15 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from raystill.base.personal import KINDS
+from raystill.base.user_function import parse
 from raystill.config.base import ConfigModel, PositiveInt, day_of, identity, operational
 
 MOST_SAMPLES = 100_000
 """Answers to one prompt that a run may want; above, the rows would not be listed in any time."""
+Phrase = Annotated[str, Field(min_length=1)]
 FileFormat = Literal["auto", "jsonl", "json", "csv", "text", "parquet"]
 PersonalDataAction = Literal["count", "mask", "drop"]
 
@@ -52,6 +54,50 @@ class OverlapConfig(ConfigModel):
         description="Largest share of the held-out prompts, and of each file of benchmarks, that "
         "may be contained in training prompts; with more the run is refused. Default: no limit.",
     )
+
+
+class FunctionConfig(ConfigModel):
+    """A Python function of your own that scores an answer."""
+
+    path: str = identity(
+        description="file.py:function, whose text travels with the run, or "
+        "package.module:function, which every node can import. It is called with a dict (response, "
+        "finish_reason, source, columns) and returns true or false, or a score.",
+    )
+    columns: tuple[Phrase, ...] = identity(
+        (), description="Fields of the prompt files that it is given, null where a row has none."
+    )
+    min_score: float = identity(
+        0.5, description="Least score of an answer that passes; true is 1 and false is 0."
+    )
+    timeout_s: float = identity(
+        10.0,
+        gt=0,
+        le=3600,
+        description="Seconds that one call may take. Then its process is ended and the row is "
+        "rejected.",
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _names_a_function(cls, path: str) -> str:
+        parse(path)
+        return path
+
+    @property
+    def name(self) -> str:
+        """Name of the function."""
+        return parse(self.path)[1]
+
+    @property
+    def place(self) -> str:
+        """Path of its file, or name of its module."""
+        return parse(self.path)[0]
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is in a file, whose text travels with the run."""
+        return self.place.endswith(".py")
 
 
 class PersonalFilterConfig(ConfigModel):
@@ -288,6 +334,12 @@ class PromptsConfig(ConfigModel):
         """Whether the teacher reads another prompt than the student."""
         fields = [source.teacher_messages_field for source in self.sources or ()]
         return self.teacher_system is not None or any([self.teacher_messages_field, *fields])
+
+    def named_teachers(self, teachers: Collection[str] | None) -> frozenset[str | None]:
+        """Teachers that may answer a row: with a field of the prompt files any of them."""
+        if self.teacher_field is not None:
+            return frozenset(teachers or ())
+        return frozenset(source.teacher for source in self.sources or ())
 
     def wrong_teachers(self, teachers: Collection[str] | None) -> Iterator[str]:
         """Why the teachers that these prompts name are not those of the run."""

@@ -16,7 +16,7 @@ from raystill.config.objective import ObjectiveConfig, PolicyConfig
 from raystill.config.prompts import PromptsConfig
 from raystill.config.stream import FiltersConfig, SignalConfig, StreamConfig
 from raystill.config.student import EvaluationConfig, StudentConfig, TermsConfig
-from raystill.config.teacher import TeacherConfig, require_names
+from raystill.config.teacher import TeacherConfig, Teachers, require_names, wrong_judges
 from raystill.config.training import OutputConfig, StoreConfig, TrainingConfig
 
 ROWS_PER_SLOT = 6
@@ -123,9 +123,7 @@ class RunConfig(ConfigModel):
 
     @field_validator("teachers")
     @classmethod
-    def _have_names(
-        cls, teachers: dict[str, TeacherConfig] | None
-    ) -> dict[str, TeacherConfig] | None:
+    def _have_names(cls, teachers: Teachers) -> Teachers:
         require_names(teachers)
         return teachers
 
@@ -134,6 +132,7 @@ class RunConfig(ConfigModel):
         reasons = [*self._missing_from_signal(), *self._missing_for_policy()]
         reasons += [*self._wrong_with_several(), *self.prompts.wrong_teachers(self.teachers)]
         reasons += self.terms.wrong_teachers(self.teachers)
+        reasons += wrong_judges(self.teachers, self.filters.judges, self.only_judges)
         if reasons:
             raise ValueError("; ".join(reasons))
         return self
@@ -187,6 +186,11 @@ class RunConfig(ConfigModel):
                 "evaluation.free_running.teacher_scores is true, which needs one teacher, but "
                 f"there are several ({', '.join(self.teachers)}); set it to false"
             )
+
+    @property
+    def only_judges(self) -> frozenset[str]:
+        """Judges that answer no row."""
+        return self.filters.judges - self.prompts.named_teachers(self.teachers)
 
     def _missing_for_policy(self) -> Iterator[str]:
         """What rows that the student writes need and the run file does not give."""
@@ -300,10 +304,14 @@ class RunConfig(ConfigModel):
             part = max(0, stream.max_rows_ahead - kept) // len(self.teachers)
             stream = stream.model_copy(update={"max_rows_ahead": kept + part})
         own = {"teachers": None, "stream": stream}
-        return {
+        views = {
             name: self.model_copy(update={**own, "teacher": one, "terms": terms.of_teacher(name)})
             for name, one in self.teachers.items()
         }
+        for name in self.only_judges & views.keys():
+            if views[name].teacher.gives_text_only:
+                views[name] = views[name].model_copy(update={"signal": SignalConfig(kind="text")})
+        return views
 
     @property
     def max_response_tokens(self) -> int:
@@ -312,8 +320,9 @@ class RunConfig(ConfigModel):
 
     @property
     def asks_in_words(self) -> bool:
-        """Whether a teacher is a service, which is asked in words."""
-        return any(one.teacher.engine == "api" for one in self.by_teacher.values())
+        """Whether a teacher is a service, which is asked in words, or judges words."""
+        engines = [one.teacher.engine for one in self.by_teacher.values()]
+        return "api" in engines or bool(self.filters.judges)
 
     @property
     def groups_in_flight(self) -> int:

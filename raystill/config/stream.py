@@ -1,13 +1,13 @@
 """Configuration of the signal, the stream of rows and the filters."""
 
 from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
-from raystill.base.user_function import parse
 from raystill.config.base import ConfigModel, PositiveInt, identity, operational, why_no_pattern
-from raystill.config.prompts import PersonalFilterConfig
+from raystill.config.prompts import FunctionConfig, PersonalFilterConfig, Phrase
+from raystill.config.teacher import JudgeConfig
 
 
 class SignalConfig(ConfigModel):
@@ -62,7 +62,6 @@ class StreamConfig(ConfigModel):
     )
 
 
-Phrase = Annotated[str, Field(min_length=1)]
 REFUSALS = (
     *("i can't help with", "i cannot help with", "i can't assist", "i cannot assist"),
     *("i'm unable to", "i am unable to", "i can't provide", "i cannot provide"),
@@ -183,50 +182,6 @@ class AnswerConfig(ConfigModel):
     )
 
 
-class FunctionConfig(ConfigModel):
-    """A Python function of your own that scores an answer."""
-
-    path: str = identity(
-        description="file.py:function, whose text travels with the run, or "
-        "package.module:function, which every node can import. It is called with a dict (response, "
-        "finish_reason, source, columns) and returns true or false, or a score.",
-    )
-    columns: tuple[Phrase, ...] = identity(
-        (), description="Fields of the prompt files that it is given, null where a row has none."
-    )
-    min_score: float = identity(
-        0.5, description="Least score of an answer that passes; true is 1 and false is 0."
-    )
-    timeout_s: float = identity(
-        10.0,
-        gt=0,
-        le=3600,
-        description="Seconds that one call may take. Then its process is ended and the row is "
-        "rejected.",
-    )
-
-    @field_validator("path")
-    @classmethod
-    def _names_a_function(cls, path: str) -> str:
-        parse(path)
-        return path
-
-    @property
-    def name(self) -> str:
-        """Name of the function."""
-        return parse(self.path)[1]
-
-    @property
-    def place(self) -> str:
-        """Path of its file, or name of its module."""
-        return parse(self.path)[0]
-
-    @property
-    def is_file(self) -> bool:
-        """Whether it is in a file, whose text travels with the run."""
-        return self.place.endswith(".py")
-
-
 class SimilarConfig(ConfigModel):
     """Rejects an answer that says nearly the same as an earlier sample for the same prompt.
 
@@ -253,6 +208,17 @@ class BestConfig(ConfigModel):
         description="Function whose score decides; the earlier sample of equal ones passes, and "
         "none below min_score. Default: the first samples pass.",
     )
+    by: str | None = identity(
+        None,
+        description="Name of an earlier filter whose figure decides, in place of score: the "
+        "highest score of a judge or a function, the smallest share of repetition. Default: none.",
+    )
+
+    @model_validator(mode="after")
+    def _goes_by_one(self) -> "BestConfig":
+        if self.score is not None and self.by is not None:
+            raise ValueError(f"has score and by ({self.by!r}), but one decides; remove the other")
+        return self
 
 
 class FilterConfig(ConfigModel):
@@ -285,6 +251,9 @@ class FilterConfig(ConfigModel):
     )
     function: FunctionConfig | None = identity(
         None, description="Rejects answers to which a function of your own gives a low score."
+    )
+    judge: JudgeConfig | None = identity(
+        None, description="Rejects answers to which another teacher gives a low score."
     )
     personal_data: PersonalFilterConfig | None = identity(
         None, description="Rejects or masks answers that hold personal data or keys."
@@ -328,6 +297,7 @@ class FilterConfig(ConfigModel):
     def columns(self) -> tuple[str, ...]:
         """Fields of the prompt files that it reads."""
         own = () if self.answer is None else (self.answer.column,)
+        own += () if self.judge is None else self.judge.columns
         return own + tuple(name for _, f in self.functions for name in f.columns)
 
     @property
@@ -376,7 +346,15 @@ class FiltersConfig(ConfigModel):
             )
         if sum(rule.best is not None for rule in rules) > 1:
             raise ValueError("has best more than once; give one of them, with the score to go by")
+        for number, rule in enumerate(rules):
+            if rule.best is not None and rule.best.by is not None:
+                require_figure(rule, rule.best.by, rules[:number])
         return rules
+
+    @property
+    def judges(self) -> frozenset[str]:
+        """Names of the teachers that judge."""
+        return frozenset(rule.judge.teacher for rule in self.rules if rule.judge is not None)
 
     @property
     def best(self) -> BestConfig | None:
@@ -392,6 +370,26 @@ class FiltersConfig(ConfigModel):
     def columns(self) -> list[str]:
         """Fields of the prompt files that any filter reads, each once."""
         return list(dict.fromkeys(name for rule in self.rules for name in rule.columns))
+
+
+FIGURES = ("judge", "function", "repetition")
+"""Filters that have a figure for each answer."""
+
+
+def require_figure(best: FilterConfig, by: str, earlier: tuple[FilterConfig, ...]) -> None:
+    """ValueError where ``best`` is to go by a filter that has no figure for its answers."""
+    found = next((rule for rule in earlier if rule.label == by), None)
+    able = [rule.label for rule in earlier if rule.kind in FIGURES]
+    if found is None or found.kind not in FIGURES:
+        raise ValueError(
+            f"best.by is {by!r}, which is no earlier filter with a figure (has {able or 'none'}); "
+            f"name one of the kinds {', '.join(FIGURES)} that stands before it"
+        )
+    if found.sources is not None and not set(best.sources or [""]) <= set(found.sources):
+        raise ValueError(
+            f"best.by is {by!r}, which looks at the sources {', '.join(found.sources)} alone; "
+            "give best the same sources"
+        )
 
 
 def spell_out_filters(section: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -283,6 +283,53 @@ class TeacherConfig(ConfigModel):
         return self.api.max_concurrency if batch is None else math.ceil(batch.max_rows / 6)
 
 
+Teachers = dict[str, TeacherConfig] | None
+"""Several teachers by name; None where there is one."""
+
+
+class JudgeConfig(ConfigModel):
+    """Rejects answers to which another teacher gives a low score, by a rubric in words.
+
+    The score is the expected value of its verdict, by the probabilities of the first token of its
+    reply; of a service that has no probabilities, the value of the word it replies with. A reply is
+    stored like every answer, so that the same question is asked once.
+    """
+
+    teacher: str = identity(description="Name of the judge, one of teachers.")
+    rubric: str = identity(
+        min_length=1, description="What the judge is told to look at, before request and answer."
+    )
+    verdicts: dict[str, float] = identity(
+        {"yes": 1.0, "no": 0.0},
+        min_length=2,
+        description="Words that the judge may reply with, and the score of each, for example "
+        "{'1': 0, '2': 0.25, '3': 0.5, '4': 0.75, '5': 1}.",
+    )
+    columns: tuple[str, ...] = identity(
+        (),
+        description="Fields of the prompt files that the judge reads too, a reference for instance "
+        "(null where a row has none).",
+    )
+    min_score: float = identity(0.5, description="Least score of an answer that passes.")
+    min_verdict_share: float = identity(
+        0.1,
+        gt=0,
+        le=1,
+        description="Least probability of all verdict words together; with less the judge has "
+        "said something else, and the answer is rejected. Not for a service without probabilities.",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_told_apart(self) -> "JudgeConfig":
+        words = [word.casefold() for word in self.verdicts]
+        if len(set(words)) < len(words) or not all(re.fullmatch(r"\w+", word) for word in words):
+            raise ValueError(
+                f"verdicts are {', '.join(map(repr, self.verdicts))}; expected single words that "
+                "differ in more than upper and lower case"
+            )
+        return self
+
+
 def section_of(name: str) -> str:
     """The section of the run file that sets a teacher; name: among several, else ""."""
     return f"teachers.{name}" if name else "teacher"
@@ -302,4 +349,28 @@ def require_names(teachers: Mapping[str, TeacherConfig] | None) -> None:
         raise ValueError(
             f"names a teacher {wrong[0]!r}; expected small letters, digits and _, 31 at most, with "
             "a letter first"
+        )
+
+
+def wrong_judges(
+    teachers: Mapping[str, TeacherConfig] | None, judges: Set[str], only_judges: Set[str]
+) -> Iterator[str]:
+    """Judges that cannot judge, each with its remedy; only_judges: those that answer no row."""
+    known = teachers or {}
+    for name in sorted(judges):
+        if name not in known:
+            yield (
+                f"filters: the judge {name!r} is none of teachers "
+                f"({', '.join(known) or 'which is unset'}); name it there"
+            )
+        elif known[name].engine == "api" and known[name].api.batch is not None:
+            yield (
+                f"filters: the judge {name!r} works in batches, but its verdicts are waited for; "
+                f"remove teachers.{name}.api.batch"
+            )
+    first = next(iter(known), None)
+    if first in only_judges:
+        yield (
+            f"teachers: the first one ({first}) answers no row, but its tokenizer is to be the "
+            "student's; list one that answers rows first"
         )

@@ -70,9 +70,16 @@ class ApiEngine:
 
     async def sample(self, prompt_ids: Sequence[Int32Array], signal: Signal) -> list[Answer]:
         """Answer a group of prompts, in order. Prompts that cannot be answered have an error."""
+        chats = [self._messages.get(prompt_digest(ids)) for ids in prompt_ids]
+        return await self.sample_chats(prompt_ids, chats, signal)
+
+    async def sample_chats(
+        self, prompt_ids: Sequence[Int32Array], chats: Sequence[str | None], signal: Signal
+    ) -> list[Answer]:
+        """As `sample`, with each prompt's chat as JSON; None: it is not known."""
         if signal.kind != "text":
             raise ValueError(f"an API teacher gives text only, not {signal.kind}")
-        return list(await asyncio.gather(*map(self._answer, prompt_ids)))
+        return list(await asyncio.gather(*map(self._answer, prompt_ids, chats)))
 
     async def score(
         self,
@@ -92,8 +99,7 @@ class ApiEngine:
     def close(self) -> None:
         """Does nothing: the client ends with the process."""
 
-    async def _answer(self, prompt_ids: Int32Array) -> Answer:
-        text = self._messages.get(prompt_digest(prompt_ids))
+    async def _answer(self, prompt_ids: Int32Array, text: str | None) -> Answer:
         if text is None:
             return Answer(error=f"{FATAL}a prompt has no messages in prompts/messages.parquet")
         body = self.body(json.loads(text))

@@ -37,10 +37,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "datasets/lookup": GROUND | ROWS | {"datasets/store"},
     "datasets/exchange": GROUND | ROWS | {"datasets/prompts", "datasets/store"},
     "datasets/filters": GROUND | ROWS,
+    "datasets/judging": GROUND | ROWS | {"datasets/prompts"},
     "datasets/stream": GROUND
     | ROWS
     | {"datasets/filters", "datasets/policy", "datasets/prompts", "datasets/store"}
-    | {"datasets/lookup"},
+    | {"datasets/judging", "datasets/lookup"},
     "serve/engine": GROUND | ROWS,
     "serve/api": GROUND | ROWS,
     "serve/batch": GROUND | ROWS | {"serve/api"},
@@ -65,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cluster/harness",
         "cluster/lineage",
         "datasets/filters",
+        "datasets/judging",
         "datasets/prompts",
         "datasets/store",
     }

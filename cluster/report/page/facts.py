@@ -9,7 +9,12 @@ from raystill.base.records import number
 from raystill.cluster.report.page.charts import bar_chart
 from raystill.cluster.report.page.html import Child, Html, element, join, shortened, table
 from raystill.cluster.report.page.read import Lengths, Record, RunData
-from raystill.cluster.report.summary import api_line, size_line, student_written_line
+from raystill.cluster.report.summary import (
+    api_line,
+    judged_line,
+    size_line,
+    student_written_line,
+)
 from raystill.config.describe import fields
 
 NUM_BARS = 24
@@ -34,6 +39,7 @@ def data(runs: Sequence[RunData]) -> Html:
         ("read from the store", lambda r: _count(r.summary, "rows_reused")),
         ("held-out rows", lambda r: formatting.count(r.responses.rows or None)),
         ("dropped", lambda r: _counts(r.summary, "dropped")),
+        ("looked at by judges", lambda r: judged_line(r.summary.get("judged"))),
         ("rejected by filters", lambda r: _counts(r.summary, "filtered")),
         ("answers that filters accepted", lambda r: _share(r.summary, "accepted_fraction")),
         ("personal data and keys in prompts", _personal),
