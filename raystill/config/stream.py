@@ -296,7 +296,7 @@ class FilterConfig(ConfigModel):
     @property
     def columns(self) -> tuple[str, ...]:
         """Fields of the prompt files that it reads."""
-        own = () if self.answer is None else (self.answer.column,)
+        own: tuple[str, ...] = () if self.answer is None else (self.answer.column,)
         own += () if self.judge is None else self.judge.columns
         return own + tuple(name for _, f in self.functions for name in f.columns)
 
