@@ -37,6 +37,7 @@ from raystill.cluster.check.teachers import (
     check_judges,
     check_rows_ahead,
     context_tokens,
+    judge_notice,
     notices_of,
     of_teacher,
     slots_notices,
@@ -313,7 +314,10 @@ class StaticCheck:
         self.problems += check_written_fit(config, tables, context)
         for name, one in views.items():
             mine, folder = tables.of_teacher(name), self.teachers.get(name, teacher)
-            notices = [*truncation_notices(one, mine, folder), *api_notices(one, mine)]
+            if name in config.only_judges:
+                notices = [judge_notice(tables)]
+            else:
+                notices = [*truncation_notices(one, mine, folder), *api_notices(one, mine)]
             self.notices += notices_of(name, notices)
         self.notices += tokeniser.notices()
         return tables

@@ -89,6 +89,14 @@ def check_judges(config: RunConfig, teachers: Mapping[str, ModelFolder]) -> Iter
             )
 
 
+def judge_notice(tables: PromptTables) -> str:
+    """How often a judge may be asked, for a person."""
+    return (
+        f"as a judge it is asked about up to {tables.train.num_rows:,} answers an epoch; "
+        "estimates of costs are without its replies"
+    )
+
+
 def _check_batches(config: RunConfig) -> list[Problem]:
     """The journal of batches beside a store belongs to one service."""
     views = config.by_teacher.items()

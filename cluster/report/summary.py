@@ -75,10 +75,7 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
         "evaluation_rows_reused": max(0, held_out - evaluation.asked - evaluation.scored),
         "dropped": dict(dropped),
         "filtered": dict(snapshot.filtered),
-        "judged": {
-            name: int(counters[name] + earlier.get("judged", {}).get(name, 0))
-            for name in ("verdicts", "verdicts_asked")
-        },
+        "judged": _judged(earlier, counters),
         "personal_data": _personal(earlier, counters),
         "accepted_fraction": None if result.stopped_by else _accepted(snapshot, prepared),
         "duplicates": prepared.duplicates,
@@ -138,6 +135,12 @@ def _personal(earlier: Figures, counters: Mapping[str, float]) -> Figures:
     start = "personal_data/"
     now = {n.removeprefix(start): v for n, v in counters.items() if n.startswith(start)}
     return {n: int(v) for n, v in sorted(_added(earlier.get("personal_data", {}), now).items())}
+
+
+def _judged(earlier: Figures, counters: Counter[str]) -> Figures:
+    """Answers that judges looked at, and the questions that they were asked for it."""
+    names, before = ("verdicts", "verdicts_asked"), earlier.get("judged", {})
+    return {name: int(counters[name] + before.get(name, 0)) for name in names}
 
 
 def _student_written(metrics: Sequence[Figures]) -> Figures:

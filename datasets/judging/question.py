@@ -162,5 +162,6 @@ def as_text(value: Any) -> str:
 
 def _part(name: str, text: str) -> str:
     """A part of the question between its marks, which hold a hash of the text."""
-    mark = f"{name}-{blake2b(text.encode('utf-8', 'replace'), digest_size=4).hexdigest()}"
-    return f"<{mark}>\n{text}\n</{mark}>"
+    said = text.encode("utf-8", "replace")  # A field may hold half a surrogate pair.
+    mark = f"{name}-{blake2b(said, digest_size=4).hexdigest()}"
+    return f"<{mark}>\n{said.decode()}\n</{mark}>"

@@ -81,7 +81,8 @@ def judged_run(folder: Path, store: Path, service: Service, filters: list[Any]) 
     file = write_run_file(folder)
     config = yaml.safe_load(file.read_text())
     config.pop("teacher")
-    api = {"base_url": f"http://127.0.0.1:{service.server_address[1]}/v1", "model": "m"}
+    url = f"http://127.0.0.1:{service.server_address[1]}/v1"
+    api = {"base_url": url, "model": "m", "api_key_env": None}
     one = {"model": str(TEACHER), "engine": "api", "api": api, "max_model_len": 1024}
     config["teachers"] = {
         "writer": one | {"sampling": {"max_tokens": 64}},
@@ -98,7 +99,7 @@ def judged_run(folder: Path, store: Path, service: Service, filters: list[Any]) 
     config["filters"] = {"rules": filters, "max_rejected_fraction": 1.0}
     config["evaluation"] = {"held_out_rows": HELD_OUT, "free_running": {"rows": 2}}
     config["store"] = {"path": str(store)}
-    file.write_text(yaml.safe_dump(config))
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
     return file
 
 
