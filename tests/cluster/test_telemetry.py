@@ -94,7 +94,7 @@ def test_every_figure_of_a_metrics_line_is_exported(tmp_path: Path) -> None:
         {"teacher": {"model": "x"}, "student": {"layers": [0]}, "prompts": {"path": "x"}}
     )
     folder = RunFolder(str(tmp_path)).ensure()
-    progress = Progress(run_of(config, folder, coordinator=coordinator), Ranks(), student_vocab=8)
+    progress = Progress(run_of(config, folder, coordinator=coordinator), Ranks())
     result = StepResult(
         step=0,
         trained=True,

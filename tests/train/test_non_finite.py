@@ -91,7 +91,7 @@ def progress_of(folder, most):
     )
     config = RunConfig.model_validate({**SMALL, "training": {"skip_non_finite": most}})
     run = run_of(config, RunFolder(str(folder)).ensure(), coordinator=actor, num_rows=64)
-    return Progress(run, Ranks(), student_vocab=8)
+    return Progress(run, Ranks())
 
 
 def test_skipped_steps_are_recorded_and_bounded_over_restarts(tmp_path):
