@@ -134,7 +134,7 @@ def test_total_variation_is_what_acceptance_leaves():
     torch.testing.assert_close(on("total_variation", random_logits(1), partition), 1 - acceptance)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.data())
 def test_what_k_ids_leave_unknown_of_the_acceptance_is_the_smaller_tail(data):
     vocab = data.draw(st.integers(2, 40), "vocabulary")
@@ -210,7 +210,7 @@ def test_no_class_in_common_is_an_infinite_acceptance_loss_and_no_nan_gradient()
     assert value.item() == math.inf and (grad == 0).all()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_over_random_shapes_all_is_finite_right_and_not_negative(data):
     vocab = data.draw(st.integers(2, 24), "vocabulary")
