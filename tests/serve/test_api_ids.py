@@ -5,6 +5,7 @@ the engine in process is in tests/system/test_api_run.py.
 """
 
 import asyncio
+import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ RESPONSE = np.array([100, 4000, 31, 49151], np.int32)
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures, "pause_s", lambda attempt: 0.01)
+    context = ssl.create_default_context()  # Each client would read all certificates anew.
+    monkeypatch.setattr(ssl, "create_default_context", lambda **_: context)
 
 
 def config_of(url: str, kind: str = "topk", **teacher: Any) -> RunConfig:

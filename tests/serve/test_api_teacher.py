@@ -3,6 +3,7 @@
 import asyncio
 import email.utils
 import json
+import ssl
 import threading
 import time
 from collections import Counter
@@ -125,6 +126,8 @@ class Handler(BaseHTTPRequestHandler):
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     monkeypatch.setenv("SERVICE_API_KEY", KEY)
     monkeypatch.setattr(failures, "pause_s", lambda attempt: 0.01)
+    context = ssl.create_default_context()  # Each client would read all certificates anew.
+    monkeypatch.setattr(ssl, "create_default_context", lambda **_: context)
     server = Service()
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
