@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 from numpy.typing import NDArray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from raystill.base.errors import ConfigError, Problem, RunError
 from raystill.base.records import plain
@@ -21,14 +19,11 @@ from raystill.base.redact import redacted
 from raystill.base.run_folder import CONFIG, HELD_OUT_PROMPTS, STUDENT, RunFolder
 from raystill.cluster.job.driver_process import hold_run_folder
 from raystill.cluster.job.manifest import check_teacher_of
-from raystill.cluster.job.run import connected
 from raystill.config.load import load_config
 from raystill.config.run import RunConfig, absolute_paths
 from raystill.model.files import ModelFolder, fetch_model, find_model
 from raystill.model.on_node import ModelSource
 from raystill.placement.requests import describe
-from raystill.serve.bench.engine import BenchSettings
-from raystill.serve.deploy import gpus_of, placement
 
 EXIT_INTERRUPTED = 130
 Figures = dict[str, Any]
@@ -102,6 +97,11 @@ class Bench:
     """
 
     def __init__(self, subject: Subject, folder: RunFolder, name: str, concurrency: int) -> None:
+        import ray  # Late, as torch: what is wrong with a run folder is told without.
+
+        from raystill.serve.bench.engine import BenchSettings
+        from raystill.serve.deploy import gpus_of, placement
+
         config = absolute_paths(subject.config)
         teacher = config.teacher.model_copy(update={"max_num_seqs": concurrency})
         config = config.model_copy(update={"teacher": teacher})
@@ -124,6 +124,8 @@ class Bench:
         and its arguments; ``num_returns`` 2 for "answer", whose second result stays a reference.
         The first result is what ``start`` says.
         """
+        import ray
+
         bench = ray.remote(actor).options(**self._options).remote(self.settings, *arguments)
         try:
             results: list[Any] = [self._result(bench.start.remote(), self._timeout_s)]
@@ -141,6 +143,9 @@ class Bench:
 
     def _result(self, reference: Any, timeout_s: float | None = None) -> Any:
         """What the actor returns; its failure as a RunError that names the log."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
         try:
             return ray.get(reference, timeout=timeout_s)
         except RayTaskError as error:
@@ -180,6 +185,8 @@ def measure_into(
     Returns the last ones; None where a person stopped it. Raises ConfigError where the teacher's
     files are no longer those of the run.
     """
+    from raystill.cluster.job.run import connected
+
     fetch_model(subject.config.teacher.model, subject.config.teacher.revision)
     if problems := check_teacher_of(folder, subject.config.teacher, subject.teacher.path):
         raise ConfigError(problems)

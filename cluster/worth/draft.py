@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from raystill.base import formatting
 from raystill.base.console import open_named
 from raystill.base.errors import ConfigError, Problem, RunError
@@ -29,7 +27,6 @@ from raystill.cluster.worth.bench import (
 )
 from raystill.config.run import RunConfig
 from raystill.serve.bench.acceptance import COST_RATIOS, best_k, speed_up
-from raystill.serve.bench.draft import DraftBench
 
 FORMULA = "mean acceptance length / (1 + k * cost ratio)"
 
@@ -92,6 +89,10 @@ def measure(
     An engine with a draft that fails is told in ``failed``, so that the others go on. Raises
     RunError where teacher or student cannot be measured.
     """
+    import ray  # Late, as the engine's torch: most mistakes are told without.
+
+    from raystill.serve.bench.draft import DraftBench
+
     ks = sorted(set(options.k))
     prompts = ray.put(chosen_prompts(folder, options.rows))
     bench = Bench(subject, folder, "draft", options.concurrency)

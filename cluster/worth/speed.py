@@ -30,7 +30,6 @@ from raystill.cluster.worth.bench import (
 )
 from raystill.config.run import RunConfig
 from raystill.model.weights import size_of
-from raystill.serve.bench.speed import SpeedBench
 
 RATES = ("tokens_per_s", "stream_tokens_per_s", "first_token_s")
 WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -120,6 +119,8 @@ def measure(
     prompts = fitting_prompts(folder, subject, options.tokens, max(at_once, options.streams))
     full = list(islice(cycle(prompts), at_once))
     streams = prompts[: options.streams]
+    from raystill.serve.bench.speed import SpeedBench  # Late, as the engine's torch.
+
     bench = Bench(subject, folder, "speed", at_once)
     measured: dict[str, list[Figures]] = {model: [] for model in MODELS}
     sizes = {"teacher": subject.teacher.path, "student": subject.student.path}

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
@@ -22,6 +22,8 @@ from raystill.base.personal import FORMS, SERVICE_KEYS
 HIDDEN = "***"
 SHORTEST_SECRET = 8
 """Characters. A shorter value of an environment variable would match inside ordinary words."""
+LONGEST_NAME = 100
+"""Characters. Of names up to so many the answer is kept: they are those of settings."""
 DEEPEST = 50
 """Levels of nested values that are searched for secrets; deeper ones are hidden whole."""
 
@@ -97,17 +99,27 @@ class Secrets:
 
     def hide(self, text: str, environment: Mapping[str, str]) -> str:
         """``text`` without the learnt values and those of the environment's secret variables."""
+        return _without(text, self.spelt(environment))
+
+    def spelt(self, environment: Mapping[str, str]) -> list[tuple[str, str]]:
+        """Every spelling of these values, with what is shown in its place, for many texts.
+
+        The longest come first: one secret may be part of another.
+        """
         values = dict(self._names)
         for name, value in environment.items():
             if len(value) < SHORTEST_SECRET or not is_secret_name(name) or name in _FOLDER_NAMES:
                 continue
             if not (os.sep in value and _names_a_file(value)):  # SSL_KEY=/etc/... names where.
                 values[value] = f"${name}"
-        found = {s: shown for v, shown in values.items() for s in spellings(v) if s in text}
-        # The longest first: one secret may be part of another.
-        for spelling in sorted(found, key=len, reverse=True):
-            text = text.replace(spelling, found[spelling])
-        return text
+        found = {s: shown for value, shown in values.items() for s in spellings(value)}
+        return sorted(found.items(), key=lambda pair: len(pair[0]), reverse=True)
+
+
+def _without(text: str, spelt: Sequence[tuple[str, str]]) -> str:
+    for spelling, shown in spelt:
+        text = text.replace(spelling, shown)
+    return text
 
 
 @lru_cache(maxsize=512)
@@ -143,33 +155,42 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
     Credentials in a URI become ``***``; the value of a secret variable becomes ``$NAME``. Redacting
     a redacted text changes nothing.
     """
-    text = SECRETS.hide(text, environment)
+    return _redact(text, SECRETS.spelt(environment))
+
+
+def _redact(text: str, spelt: Sequence[tuple[str, str]]) -> str:
+    text = _without(text, spelt)
     if "://" in text:
         text = _QUERY.sub(rf"\g<1>{HIDDEN}", _RAW_SECRET.sub(HIDDEN, _USER.sub(HIDDEN, text)))
     text = _SERVICE_KEYS.sub(HIDDEN, _KNOWN_FORMS.sub(HIDDEN, text))
     return _ASSIGNED.sub(rf"\g<1>{HIDDEN}", text)
 
 
-def redacted(value: Any, depth: int = 0) -> Any:
+def redacted(value: Any) -> Any:
     """Redact every text in nested mappings and lists, keys too; hide texts below a secret's name.
 
     Of a value this makes another value, so that no text of it (``repr``, JSON, a shortened one) can
     hold a part of a secret.
     """
+    # The environment is read once: of some 50 variables it takes as long as a hundred texts.
+    return _redacted(value, SECRETS.spelt(os.environ), 0)
+
+
+def _redacted(value: Any, spelt: Sequence[tuple[str, str]], depth: int) -> Any:
     if isinstance(value, str):
-        return redact(value)
+        return _redact(value, spelt)
     if depth > DEEPEST:
         return HIDDEN
     if isinstance(value, dict):
         return {
-            redact(key) if isinstance(key, str) else key: _hidden(item)
+            _redact(key, spelt) if isinstance(key, str) else key: _hidden(item)
             if _holds_secrets(key)
             or (isinstance(item, str) and isinstance(key, str) and is_secret_name(key))
-            else redacted(item, depth + 1)
+            else _redacted(item, spelt, depth + 1)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        return type(value)(redacted(item, depth + 1) for item in value)
+        return type(value)(_redacted(item, spelt, depth + 1) for item in value)
     return value
 
 
@@ -190,6 +211,13 @@ def shown_value(value: Any, longest: int = 200) -> str:
 
 def is_secret_name(name: str) -> bool:
     """Whether a variable or setting with this name is a secret: ``HF_TOKEN``, ``hf_token``."""
+    if len(name) <= LONGEST_NAME:
+        return _is_secret_name(name)
+    return _is_secret_name.__wrapped__(name)  # A key of a megabyte, which is not to be kept.
+
+
+@lru_cache(maxsize=4096)
+def _is_secret_name(name: str) -> bool:
     return _SECRET_NAME.match(name.upper().replace("-", "_")) is not None
 
 

@@ -4,7 +4,9 @@ The keys of answers, the manifest, the engine and the finished student's generat
 the one `ResolvedSampling` made here. Imports neither Ray, vLLM nor torch.
 """
 
+import hashlib
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -98,10 +100,23 @@ def _tokenizer_eos(folder: Path) -> list[int]:
     token = token_text(read_object(folder / "tokenizer_config.json", strict=True).get("eos_token"))
     if token is None:
         return []
-    tokenizer = read_object(folder / "tokenizer.json", strict=True)
+    path = folder / "tokenizer.json"
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+    except OSError:
+        content = b""  # read_object says what is wrong.
+    index = _index_of(path, hashlib.sha256(content).digest(), token)
+    return [] if index is None else [index]
+
+
+@lru_cache(maxsize=4)
+def _index_of(path: Path, digest: bytes, token: str) -> int | None:
+    """A token's id by a ``tokenizer.json`` of this content: a check asks a few times, of 4 MB."""
+    tokenizer = read_object(path, strict=True)
     added = {t["content"]: t["id"] for t in tokenizer.get("added_tokens", [])}
     if token in added:
-        return [added[token]]
+        index: int = added[token]
+        return index
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
     # A unigram tokenizer's vocabulary is a list of pairs; its end token is an added one.
-    return [vocabulary[token]] if isinstance(vocabulary, dict) and token in vocabulary else []
+    return vocabulary.get(token) if isinstance(vocabulary, dict) else None

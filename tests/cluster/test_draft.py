@@ -8,14 +8,16 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 import yaml
 from tokenizers import Tokenizer, models
 
 import driver
 from raystill.base.errors import RunError
 from raystill.base.run_folder import DRAFT, HELD_OUT_PROMPTS, RunFolder
+from raystill.cluster.job import run as job
 from raystill.cluster.report.drafts import print_draft
-from raystill.cluster.worth import bench, draft
+from raystill.cluster.worth import draft
 from raystill.cluster.worth.bench import chosen_prompts
 from raystill.cluster.worth.draft import predicted
 from raystill.model.identity import teacher_identity
@@ -252,10 +254,10 @@ def engines(fails: int | None, stops: int | None = None) -> Any:
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster of one core that holds what is put into it."""
-    monkeypatch.setattr(bench, "connected", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(draft.ray, "put", lambda value: value)
-    monkeypatch.setattr(draft.ray, "get", lambda value: value)
-    monkeypatch.setattr(draft.ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(job, "connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
 
 
 @pytest.mark.usefixtures("without_ray")

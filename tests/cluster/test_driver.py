@@ -250,6 +250,7 @@ def test_what_needs_no_cluster_imports_nothing_heavy(run_file: str) -> None:
         f"    assert driver.main(['check', '--static', {run_file!r}]) == 0\n"
         f"    assert driver.main(['run', {run_file!r}, '--set', 'seed=x']) == 2\n"
         "    assert driver.main(['fields']) == 0\n"
+        "    assert driver.main(['draft', '.']) == driver.main(['speed', '.']) == 1\n"
         "    assert driver.main(['run', '--help']) == 0\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
     )

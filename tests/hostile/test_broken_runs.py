@@ -4,6 +4,7 @@ What an earlier start has left is checked before a run is paid for, and never en
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -17,6 +18,7 @@ import driver
 from raystill.base.errors import RunError
 from raystill.base.records import BrokenFile, MetricsLog, read_lines, read_object
 from raystill.base.run_folder import RunFolder
+from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.check.static import check_run_file
 from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.cluster.report import summary, tables
@@ -30,27 +32,38 @@ EVALUATION = {"step": 0, "kl_nats_per_token": 1.5, "top1_agreement": 0.5, "num_t
 ANSWER = {"step": 0, "row": 0, "prompt": "[/red][bold]user\n", "teacher": "[/b]", "student": "[x]"}
 
 
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Prepared]:
+    """The folder in which a run has ended, as the driver writes it; and what was prepared of it."""
+    place = tmp_path_factory.mktemp("ended")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.delenv("RAYSTILL_HOME", raising=False)
+        rows = [{"prompt": f"Count to {i}."} for i in range(8)]
+        (place / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+        (place / "sound.yaml").write_text(yaml.safe_dump(SOUND))
+        folder = RunFolder("run").ensure()
+        folder.write_text("config.yaml", config_text(load_config("sound.yaml")))
+        folder.write_text("manifest.json", json.dumps({"run_id": "a"}))
+        folder.write_text("evaluation.jsonl", json.dumps(EVALUATION) + "\n")
+        folder.write_text("answers.jsonl", json.dumps(ANSWER) + "\n")
+        folder.write_text("metrics.jsonl", json.dumps({"step": 1, "rows": 4, "loss": 1.0}) + "\n")
+        prepared = check_run_file("sound.yaml", ["output.path=elsewhere"]).prepared
+        assert prepared is not None
+        write_summary(folder, prepared)
+    return place, prepared
+
+
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a run that has ended, as the driver writes it."""
+def run(ended: tuple[Path, Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the run's folder, beside its run file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAYSTILL_HOME", raising=False)
-    rows = [{"prompt": f"Count to {i}."} for i in range(8)]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    (tmp_path / "sound.yaml").write_text(yaml.safe_dump(SOUND))
-    folder = RunFolder("run").ensure()
-    folder.write_text("config.yaml", config_text(load_config("sound.yaml")))
-    folder.write_text("manifest.json", json.dumps({"run_id": "a"}))
-    folder.write_text("evaluation.jsonl", json.dumps(EVALUATION) + "\n")
-    folder.write_text("answers.jsonl", json.dumps(ANSWER) + "\n")
-    folder.write_text("metrics.jsonl", json.dumps({"step": 1, "rows": 4, "loss": 1.0}) + "\n")
-    write_summary(folder)
+    shutil.copytree(ended[0], tmp_path, dirs_exist_ok=True)
     return tmp_path / "run"
 
 
-def write_summary(folder: RunFolder) -> dict[str, Any]:
-    prepared = check_run_file("sound.yaml", ["output.path=elsewhere"]).prepared
-    assert prepared is not None
+def write_summary(folder: RunFolder, prepared: Prepared) -> dict[str, Any]:
     nothing = {"training": RowCounts(), "evaluation": RowCounts()}
     return summary.write_summary(folder, summary.RunResult(Snapshot(), prepared, nothing))
 
@@ -168,17 +181,21 @@ def test_what_an_earlier_start_has_left(
 
 
 @pytest.mark.parametrize("kind", [kind for kind in BROKEN if kind != "a folder"])
-def test_a_run_that_is_paid_writes_its_summary(run: Path, kind: str) -> None:
+def test_a_run_that_is_paid_writes_its_summary(
+    ended: tuple[Path, Prepared], run: Path, kind: str
+) -> None:
     """Whatever stands in the way: what cannot be read of it counts as nothing."""
     spoil(run / "summary.json", BROKEN[kind])
-    assert write_summary(RunFolder("run"))["status"] == "completed"
+    assert write_summary(RunFolder("run"), ended[1])["status"] == "completed"
 
 
 @pytest.mark.parametrize("value", WRONG, ids=repr)
-def test_nor_do_earlier_totals_of_other_types_end_it(run: Path, value: Any) -> None:
+def test_nor_do_earlier_totals_of_other_types_end_it(
+    ended: tuple[Path, Prepared], run: Path, value: Any
+) -> None:
     whole = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps(dict.fromkeys(whole, value)))
-    assert write_summary(RunFolder("run"))["status"] == "completed"
+    assert write_summary(RunFolder("run"), ended[1])["status"] == "completed"
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,20 @@ def test_a_variable_is_hidden_however_a_text_spells_it(variable: str, kind: str)
         assert redact(shown, environment) == shown
 
 
+def test_of_a_value_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration has four hundred texts, and a check compares two of them."""
+    read, secrets = [], Secrets()
+    of_all = secrets.spelt
+    monkeypatch.setattr(secrets, "spelt", lambda found: (read.append(1), of_all(found))[1])
+    monkeypatch.setattr("raystill.base.redact.SECRETS", secrets)
+    monkeypatch.setenv("DB_PASSWORD", VALUES["at"])
+    value = {f"key {i}": [f"text {i}", {"inner": VALUES["at"]}] for i in range(50)}
+    assert redacted(value) == {
+        f"key {i}": [f"text {i}", {"inner": "$DB_PASSWORD"}] for i in range(50)
+    }
+    assert len(read) == 1
+
+
 def test_ordinary_variables_are_no_secrets() -> None:
     text = "disabled at /root/work"
     assert redact(text, HARMLESS) == text
