@@ -2,28 +2,35 @@
 
 Where it sits: vLLM adds `Capture` to the class of its workers (``worker_extension_cls``, set in
 ``arguments.py``). A request with a `CaptureRequest` in its ``extra_args`` has the hidden states or
-the scores of its response positions kept in the worker, step by step, until ``vllm.py`` takes them
-as bytes with one call for a group. A hidden state is therefore the very one from which the token
-was sampled, and no Python object is made for each token.
+the scores of its response positions kept, step by step, in memory shared with the replica
+(``blocks.py``), until ``takes.py`` asks where they are. A hidden state is therefore the very one
+from which the token was sampled. Hidden states are stored for all requests of a step at once:
+the work in Python does not grow with the tokens.
 
 *Consumes* the hidden states of all tokens of a step, after the model's final norm, as the output
-head receives them. *Unblocks* ``VllmEngine``, which takes the bytes when its requests have ended.
+head receives them. *Unblocks* ``VllmEngine``, which takes a row when its request has ended, before
+another request gets its place. So no more than ``max_num_seqs`` rows are held, each of at most the
+tokens that its request may have.
 
 It relies on the first model runner of vLLM 0.32 (``vllm/v1/worker/gpu_model_runner.py``, which the
 CPU build's runner extends). `Capture.raystill_capture` fails if the parts it uses are missing.
 
-Legend: T response positions of a request, n tokens of a step, D hidden size, V vocabulary,
-K ids named for each token. Logprobs are nats of the full vocabulary, at temperature 1.
+Legend: T response positions of a request, m requests and n tokens of a step, D hidden size,
+V vocabulary, K ids named for each token. Logprobs are nats of the full vocabulary, at
+temperature 1.
 """
 
 import functools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from raystill.serve.engine.blocks import BlockTable, BlockWriter, Indices, consecutive
 from raystill.serve.engine.lifetime import end_with
 from raystill.serve.engine.outputs import gather_logprobs
 
@@ -40,6 +47,7 @@ class CaptureRequest:
 
     tag: unique name, by which `Capture.raystill_take` asks for the result.
     first: the input position whose hidden state predicts the first response token: P - 1.
+    length: the most response positions that are wanted; those after it are not kept.
     kind: ``hidden`` (states), ``sampled`` (logprobs of the targets), ``topk`` (also the K best
     ids; K = width) or ``at`` (also logprobs at ``ids``; K = width).
     targets: int32 [T] as bytes, the given response. ids: int32 [T, K] as bytes.
@@ -47,6 +55,7 @@ class CaptureRequest:
 
     tag: str
     first: int
+    length: int
     kind: str
     width: int = 0
     targets: bytes = b""
@@ -57,27 +66,15 @@ class CaptureRequest:
         return {EXTRA_ARGS: asdict(self)}
 
 
-@dataclass
-class _Captured:
-    """The arrays captured for one request so far, in host memory.
-
-    parts: (first response position, arrays by name). covered: the number of response positions
-    from the first on that have been captured without a gap.
-    """
-
-    wanted: CaptureRequest
-    parts: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)
-    covered: int = 0
-
-
 @dataclass(frozen=True)
 class _CapturedSpan:
-    """Consecutive tokens of one request in a step.
+    """Consecutive tokens of one scored request in a step.
 
     Rows [begin, end) of the step's hidden states are its response positions from ``position`` on.
     """
 
-    captured: _Captured
+    wanted: CaptureRequest
+    slot: int
     begin: int
     end: int
     position: int
@@ -91,16 +88,48 @@ class _CapturedSpan:
         return slice(self.position, self.position + self.num_rows)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """The requests of a step that ask for a capture. Steps with the same requests share it.
+
+    request_ids: of all requests of the step. wanted [m], and of each: its ``slots`` in the
+    `BlockTable`, ``rows`` its number in vLLM's batch, ``first`` and ``length`` as it asks,
+    ``states`` whether it asks for hidden states.
+    """
+
+    request_ids: list[str]
+    wanted: list[CaptureRequest]
+    slots: Indices
+    rows: Indices
+    first: Indices
+    length: Indices
+    states: NDArray[np.bool_]
+
+    def spans(self, computed: Indices, starts: Indices) -> tuple[Indices, Indices, Indices]:
+        """For each request [m]: its first row in the step's hidden states, position, and rows.
+
+        computed: int [batch], tokens of each request computed before this step. starts: int
+        [batch + 1], where its tokens begin in the step.
+        """
+        done = computed[self.rows].astype(np.int64)
+        # Prompt positions before the first response token's are not needed.
+        begin = starts[self.rows] + np.maximum(0, self.first - done)
+        position = np.maximum(0, done - self.first)
+        count = np.minimum(starts[self.rows + 1] - begin, self.length - position)
+        return begin, position, np.maximum(0, count)
+
+
 class Capture:
     """Methods added to vLLM's worker; ``collective_rpc`` calls each on all ranks."""
 
     model_runner: Any
     _raystill: "_Recorder"
 
-    def raystill_capture(self, replica: int, host: str) -> None:
+    def raystill_capture(self, replica: int, host: str) -> dict[str, str] | None:
         """Start capturing: wrap the model runner's forward pass.
 
-        replica: the process on ``host`` with which this one is to end.
+        replica: the process on ``host`` with which this one is to end. Returns the fields of the
+        `blocks.BlocksHandle`; None from all ranks but one.
 
         Raises:
             RuntimeError: the model runner lacks one of ``RUNNER_PARTS``.
@@ -126,6 +155,7 @@ class Capture:
 
         runner._model_forward = recorded_forward
         self.raystill_count_ranks(False)
+        return recorder.blocks.handle.plain() if recorder.answers else None
 
     def raystill_count_ranks(self, wanted: bool) -> None:
         """Turn vLLM's counting of the sampled tokens' ranks on or off. It is off while capturing.
@@ -135,15 +165,20 @@ class Capture:
         sampler = self.model_runner.sampler
         sampler.gather_logprobs = type(sampler).gather_logprobs if wanted else gather_logprobs
 
-    def raystill_take(self, tags: list[str], lengths: list[int]) -> list[bytes] | None:
-        """Return and forget what was captured for each tag, of response length T in ``lengths``.
+    def raystill_take(
+        self, tags: list[str], lengths: list[int], as_bytes: bool
+    ) -> list[list[Any]] | None:
+        """Hand over what was captured for each tag, of response length T in ``lengths``.
 
-        The bytes are the arrays of a request one after another: ``hidden`` uint16 [T, D]; else
-        float32 logprobs of the targets [T], then for ``topk`` int32 ids [T, K] and float32 logprobs
-        [T, K], for ``at`` float32 logprobs [T, K] and the log of the mass outside the ids [T].
-        Empty where the length is 0. None from all ranks but one.
+        For each tag a list of job, blocks and width, as in `blocks.TakenBlocks`: the caller reads
+        the array and gives the blocks back. ``as_bytes``: a list of the array's bytes instead. A
+        list of one text says why there is no array. None from all ranks but one.
+
+        The rows of an array: ``hidden`` uint16 [D]; else the float32 logprob of the target, then
+        for ``topk`` int32 ids [K] and float32 logprobs [K], for ``at`` float32 logprobs [K] and
+        the log of the mass outside the ids.
         """
-        return self._raystill.take(tags, lengths)
+        return self._raystill.take(tags, lengths, as_bytes)
 
     def raystill_drop(self, tags: list[str]) -> None:
         """Forget requests that will not be taken, and ignore what they still produce."""
@@ -155,96 +190,135 @@ class _Recorder:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
-        self._captured: dict[str, _Captured] = {}
+        self._slots: dict[str, int] = {}
         self._dropped: set[str] = set()
+        self._batch: _Batch | None = None
+        self._is_last_stage = _is_last_stage()
+        self.answers = self._is_last_stage and _is_first_rank()
+        self.blocks = BlockWriter()
+        self._table = BlockTable(self.blocks)
 
     def record(self, output: Any) -> None:
         """Capture what the requests of this step ask for. ``output``: the model's, [n.., D]."""
-        spans = list(self._spans())
-        if not spans or not _is_last_stage():
+        batch, runner = self._current_batch(), self._runner
+        if not batch.wanted or not self._is_last_stage:
+            return
+        begin, position, count = batch.spans(
+            runner.input_batch.num_computed_tokens_cpu, runner.query_start_loc.np
+        )
+        if not count.any():
             return
         if not isinstance(output, Tensor):
             raise RuntimeError(
                 f"the model gave {type(output).__name__}, expected a tensor of hidden states; "
                 "leave speculative_config out of teacher.engine_args"
             )
-        for_states = [span for span in spans if span.captured.wanted.kind == "hidden"]
-        if for_states:
-            rows = output.index_select(0, _row_numbers(for_states, output.device))
-            self._store(for_states, {"hidden": rows.to(torch.bfloat16)})
-        for_scores = [span for span in spans if span.captured.wanted.kind != "hidden"]
-        for chunk in _score_chunks(for_scores, output, self._runner.input_batch.vocab_size):
+        states = batch.states & (count > 0)
+        if states.any() and self.answers:  # All ranks of the last stage have the same.
+            rows = _row_numbers(begin[states], count[states], output.device)
+            values = output.index_select(0, rows).to(torch.bfloat16)
+            self._table.put(values, batch.slots[states], position[states], count[states])
+        spans = [
+            _CapturedSpan(
+                batch.wanted[i],
+                int(batch.slots[i]),
+                int(begin[i]),
+                int(begin[i] + count[i]),
+                int(position[i]),
+            )
+            for i in np.flatnonzero(~batch.states & (count > 0))
+        ]
+        for chunk in _score_chunks(spans, output, runner.input_batch.vocab_size):
             self._score(chunk, output)
 
-    def take(self, tags: list[str], lengths: list[int]) -> list[bytes] | None:
+    def take(self, tags: list[str], lengths: list[int], as_bytes: bool) -> list[list[Any]] | None:
         """See `Capture.raystill_take`."""
-        taken = [self._captured.pop(tag, None) for tag in tags]
-        if not _answers():
+        self._batch = None
+        slots = [self._slots.pop(tag, None) for tag in tags]
+        if not self.answers:
+            for slot in slots:
+                if slot is not None:
+                    self._table.drop(slot)
             return None
-        if torch.cuda.is_available():
-            # Copies to the host do not block: the last ones may not have ended.
-            torch.cuda.current_stream().synchronize()
         return [
-            b"" if length == 0 else _joined(captured, length, tag)
-            for captured, length, tag in zip(taken, lengths, tags, strict=True)
+            self._taken(tag, slot, length, as_bytes)
+            for tag, slot, length in zip(tags, slots, lengths, strict=True)
         ]
+
+    def _taken(self, tag: str, slot: int | None, length: int, as_bytes: bool) -> list[Any]:
+        covered = 0 if slot is None else self._table.covered(slot)
+        if slot is None or covered < length:
+            if slot is not None:
+                self._table.drop(slot)
+            return [
+                f"request {tag} has hidden states of {covered} positions, expected {length}; was "
+                "it given skip_reading_prefix_cache?"
+            ]
+        taken = self._table.take(slot, length)
+        if not as_bytes:
+            return [taken.job, taken.blocks, taken.width]
+        data = self.blocks.read(taken)
+        self.blocks.free(taken.blocks)
+        return [data]
 
     def drop(self, tags: list[str]) -> None:
         """See `Capture.raystill_drop`."""
+        self._batch = None
         for tag in tags:
-            self._captured.pop(tag, None)
+            if (slot := self._slots.pop(tag, None)) is not None:
+                self._table.drop(slot)
         # An aborted request may still be in a step; its tag is kept until the runner forgets it.
         requests = map(_capture_request, self._runner.requests.values())
         alive = {wanted.tag for wanted in requests if wanted}
         self._dropped = (self._dropped | set(tags)) & alive
 
-    def _spans(self) -> Iterator[_CapturedSpan]:
-        """The response positions in this step of every request that asks for a capture."""
-        batch, starts = self._runner.input_batch, self._runner.query_start_loc.np
-        for i, request_id in enumerate(batch.req_ids):
-            wanted = _capture_request(self._runner.requests[request_id])
-            if wanted is None or wanted.tag in self._dropped:
-                continue
-            computed = int(batch.num_computed_tokens_cpu[i])
-            begin, end = int(starts[i]), int(starts[i + 1])
-            begin += max(0, wanted.first - computed)  # Prompt positions before it are not needed.
-            if begin < end:
-                captured = self._captured.setdefault(wanted.tag, _Captured(wanted))
-                yield _CapturedSpan(captured, begin, end, max(0, computed - wanted.first))
+    def _current_batch(self) -> _Batch:
+        """The requests of this step; made anew only when others have joined or left."""
+        request_ids = self._runner.input_batch.req_ids
+        if self._batch is not None and self._batch.request_ids == request_ids:
+            return self._batch
+        rows, wanted = list[int](), list[CaptureRequest]()
+        for i, request_id in enumerate(request_ids):
+            request = _capture_request(self._runner.requests[request_id])
+            if request is not None and request.tag not in self._dropped:
+                rows.append(i)
+                wanted.append(request)
+                if request.tag not in self._slots:
+                    self._slots[request.tag] = self._table.add()
+        self._batch = _Batch(
+            list(request_ids),
+            wanted,
+            np.array([self._slots[request.tag] for request in wanted], np.int64),
+            np.array(rows, np.int64),
+            np.array([request.first for request in wanted], np.int64),
+            np.array([request.length for request in wanted], np.int64),
+            np.array([request.kind == "hidden" for request in wanted], np.bool_),
+        )
+        return self._batch
 
     def _score(self, spans: list[_CapturedSpan], output: Tensor) -> None:
         """Compute and store logprobs of the targets, and of the best or the named ids."""
-        states = output.index_select(0, _row_numbers(spans, output.device))
+        begin, position, count, slots = (
+            np.array([getattr(span, name) for span in spans], np.int64)
+            for name in ("begin", "position", "num_rows", "slot")
+        )
+        states = output.index_select(0, _row_numbers(begin, count, output.device))
         logits = self._runner.model.compute_logits(states)  # Collective: every rank is here.
-        if logits is None:
+        if logits is None or not self.answers:
             return
         logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
         targets = _request_values(spans, "targets", logits.device)
-        arrays = {"sampled": logprobs.gather(1, targets).squeeze(1)}
-        wanted = spans[0].captured.wanted
+        columns = [logprobs.gather(1, targets)]
+        wanted = spans[0].wanted
         if wanted.kind == "topk":
             best, ids = logprobs.topk(wanted.width, dim=1)
-            arrays |= {"ids": ids.to(torch.int32), "logprobs": best}
+            columns += [ids.to(torch.int32).view(torch.float32), best]
         elif wanted.kind == "at":
             ids = _request_values(spans, "ids", logits.device)
-            arrays["logprobs"] = logprobs.gather(1, ids)
+            columns.append(logprobs.gather(1, ids))
             # In place: nothing reads these logprobs afterwards.
-            arrays["tail"] = logprobs.scatter_(1, ids, -torch.inf).logsumexp(dim=1)
-        self._store(spans, arrays)
-
-    def _store(self, spans: list[_CapturedSpan], arrays: dict[str, Tensor]) -> None:
-        """Copy arrays [n, ..] to the host and give each span its rows of them."""
-        host = {name: _to_host(values) for name, values in arrays.items()}
-        start = 0
-        for span in spans:
-            rows = slice(start, start + span.num_rows)
-            start = rows.stop
-            captured = span.captured
-            part = {name: values[rows] for name, values in host.items()}
-            captured.parts.append((span.position, part))
-            # A preempted request starts again from its first token: positions may come twice.
-            if span.position <= captured.covered:
-                captured.covered = max(captured.covered, span.positions.stop)
+            columns.append(logprobs.scatter_(1, ids, -torch.inf).logsumexp(dim=1, keepdim=True))
+        self._table.put(torch.cat(columns, dim=1), slots, position, count)
 
 
 def _capture_request(request: Any) -> CaptureRequest | None:
@@ -254,10 +328,9 @@ def _capture_request(request: Any) -> CaptureRequest | None:
     return CaptureRequest(**extra[EXTRA_ARGS]) if extra and EXTRA_ARGS in extra else None
 
 
-def _row_numbers(spans: list[_CapturedSpan], device: torch.device) -> Tensor:
-    """The rows of all spans in the step's hidden states."""
-    rows = torch.cat([torch.arange(span.begin, span.end) for span in spans])
-    return rows.to(device, non_blocking=True)
+def _row_numbers(begin: Indices, count: Indices, device: torch.device) -> Tensor:
+    """The rows of all requests in the step's hidden states: ``count`` [m] from ``begin`` [m] on."""
+    return torch.from_numpy(consecutive(begin, count)).to(device, non_blocking=True)
 
 
 def _score_chunks(
@@ -270,9 +343,8 @@ def _score_chunks(
     for span in spans:
         for begin in range(span.begin, span.end, max_rows):
             end = min(begin + max_rows, span.end)
-            wanted = span.captured.wanted
-            part = _CapturedSpan(span.captured, begin, end, span.position + begin - span.begin)
-            groups.setdefault((wanted.kind, wanted.width), []).append(part)
+            part = replace(span, begin=begin, end=end, position=span.position + begin - span.begin)
+            groups.setdefault((span.wanted.kind, span.wanted.width), []).append(part)
     for group in groups.values():
         chunk: list[_CapturedSpan] = []
         rows = 0
@@ -289,39 +361,12 @@ def _request_values(spans: list[_CapturedSpan], name: str, device: torch.device)
     """What the requests give for each position of the spans: int64 [n, 1] or, of ids, [n, K]."""
     parts = []
     for span in spans:
-        wanted = span.captured.wanted
+        wanted = span.wanted
         # A copy as bytearray, since torch.frombuffer warns of a read-only buffer.
         values = torch.frombuffer(bytearray(getattr(wanted, name)), dtype=torch.int32)
         width = wanted.width if name == "ids" else 1
         parts.append(values.view(-1, width)[span.positions])
     return torch.cat(parts).long().to(device, non_blocking=True)
-
-
-def _to_host(values: Tensor) -> Tensor:
-    """The values in host memory. From a GPU the copy goes on after the call has returned."""
-    if values.device.type == "cpu":
-        return values
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return host.copy_(values, non_blocking=True)
-
-
-def _joined(captured: _Captured | None, length: int, tag: str) -> bytes:
-    """All parts of a request as bytes: each array [T, ...], in the order they were computed."""
-    covered = 0 if captured is None else captured.covered
-    if captured is None or covered < length:
-        raise ValueError(
-            f"request {tag} has hidden states of {covered} positions, expected {length}; was it "
-            "given skip_reading_prefix_cache?"
-        )
-    joined = []
-    for name, first in captured.parts[0][1].items():
-        whole = torch.empty(length, *first.shape[1:], dtype=first.dtype)
-        for position, arrays in captured.parts:
-            values = arrays[name][: max(0, length - position)]
-            whole[position : position + len(values)] = values
-        # Through uint8, since numpy has no bfloat16.
-        joined.append(whole.view(torch.uint8).numpy().tobytes())
-    return b"".join(joined)
 
 
 def _is_last_stage() -> bool:
@@ -331,8 +376,8 @@ def _is_last_stage() -> bool:
     return bool(get_pp_group().is_last_rank)
 
 
-def _answers() -> bool:
-    """Whether this rank returns the result. All ranks of the last stage have captured the same."""
+def _is_first_rank() -> bool:
+    """Whether this rank is the first of its stage: the one that answers for all of them."""
     from vllm.distributed.parallel_state import get_tp_group
 
-    return _is_last_stage() and get_tp_group().rank_in_group == 0
+    return bool(get_tp_group().rank_in_group == 0)

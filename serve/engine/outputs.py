@@ -4,8 +4,8 @@ vLLM's front end turns every logprob into a Python number, K + 1 a token. `keep_
 for requests that need no text: they keep the arrays that the engine core sent. This replaces parts
 of vLLM 0.32 (``vllm/v1/engine/logprobs.py``) and fails if another version has other parts.
 
-What ``capture.py`` kept in the workers arrives as bytes; `hidden_states` and `scored_answer` read
-them.
+What ``capture.py`` kept in the workers arrives as an array of bytes for each row (``takes.py``);
+`hidden_states` and `scored_answer` read it.
 
 Legend: T response tokens, K ids named for each token, D hidden size, V vocabulary.
 """
@@ -130,18 +130,18 @@ def _stacked(parts: list[NDArray[Any]], width: int) -> NDArray[Any]:
     return np.concatenate([part[:, :width] for part in parts])
 
 
-def hidden_states(answer: Answer, blob: bytes, hidden_size: int) -> Answer:
-    """The answer with its hidden states. ``blob``: uint16 [T, D], bfloat16 bits."""
+def hidden_states(answer: Answer, captured: NDArray[np.uint8], hidden_size: int) -> Answer:
+    """The answer with its hidden states. ``captured``: uint8 [T, 2 D], bfloat16 bits."""
     if answer.error is not None:
         return answer
-    states = np.frombuffer(blob, "<u2").reshape(-1, hidden_size)
+    states = captured.reshape(-1).view("<u2").reshape(-1, hidden_size)
     assert len(states) == len(answer.response_ids)
     return replace(answer, hidden=states)
 
 
 def scored_answer(
     response_ids: NDArray[np.int32],
-    blob: bytes,
+    captured: NDArray[np.uint8],
     signal: Signal,
     at: NDArray[np.int32] | None,
     *,
@@ -150,8 +150,8 @@ def scored_answer(
 ) -> Answer:
     """The signal of a given response; its ``finish_reason`` is not set.
 
-    blob: what `Capture.raystill_take` returned for it. at: int32 [T, K], the ids at which
-    logprobs were requested; None: the K best.
+    captured: uint8 [T, bytes of a row], see `Capture.raystill_take`. at: int32 [T, K], the ids at
+    which logprobs were requested; None: the K best.
     """
     num_tokens = len(response_ids)
     answer = Answer(np.asarray(response_ids, np.int32))
@@ -159,19 +159,19 @@ def scored_answer(
         return answer
     if signal.kind == "hidden":
         unknown = np.full(num_tokens, np.nan, np.float32)
-        return hidden_states(replace(answer, sampled_logprobs=unknown), blob, hidden_size)
-    values = np.frombuffer(blob, "<f4")
-    sampled, rest = values[:num_tokens], values[num_tokens:]
+        return hidden_states(replace(answer, sampled_logprobs=unknown), captured, hidden_size)
+    values = captured.view("<f4")
+    assert len(values) == num_tokens, f"scores of {len(values)} positions, expected {num_tokens}"
+    sampled = values[:, 0].copy()
     if signal.kind == "sampled":
         return replace(answer, sampled_logprobs=sampled)
-    shape = (num_tokens, signal.width)
-    size = num_tokens * signal.width
+    width = signal.width
     if at is None:
-        ids = rest[:size].view("<i4").reshape(shape)
-        logprobs = rest[size:].reshape(shape)
+        ids = values[:, 1 : 1 + width].view("<i4").copy()
+        logprobs = values[:, 1 + width :].copy()
         tail = tail_logprob(logprobs, vocab_size)
     else:
-        ids, logprobs, tail = at, rest[:size].reshape(shape), rest[size:]
+        ids, logprobs, tail = at, values[:, 1 : 1 + width].copy(), values[:, -1].copy()
     return replace(
         answer,
         sampled_logprobs=sampled,

@@ -10,11 +10,8 @@ Legend: P prompt tokens, T response tokens, K teacher ids kept for each token, D
 
 import asyncio
 import itertools
-import os
-import socket
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +23,7 @@ from raystill.datasets.rows.signal import Signal
 from raystill.serve.engine.arguments import PROBE_TIMEOUT_S, EngineSettings, engine_arguments
 from raystill.serve.engine.capture import CaptureRequest
 from raystill.serve.engine.outputs import hidden_states, keep_arrays, sampled_answer, scored_answer
+from raystill.serve.engine.takes import Bytes, Takes
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
@@ -35,6 +33,8 @@ if TYPE_CHECKING:
 Ids = NDArray[np.int32]
 
 SHUTDOWN_TIMEOUT_S = 5.0
+NOTHING: Bytes = np.empty((0, 0), np.uint8)
+"""What is captured for a row that asks for nothing, or has no answer."""
 
 
 class VllmEngine:
@@ -62,9 +62,8 @@ class VllmEngine:
         keep_arrays()
         arguments = AsyncEngineArgs(**engine_arguments(self._settings))
         self._engine = AsyncLLM.from_engine_args(arguments)
-        await self._engine.collective_rpc(
-            "raystill_capture", args=(os.getpid(), socket.gethostname())
-        )
+        self._takes = Takes(self._engine.collective_rpc, self._raise_if_dead)
+        await self._takes.start()
         model = self._engine.model_config
         self.version = vllm.__version__
         self.vocab_size = int(model.get_vocab_size())
@@ -73,25 +72,23 @@ class VllmEngine:
         self.dtype = str(model.dtype).removeprefix("torch.")
 
     async def sample(self, prompt_ids: Sequence[Ids], signal: Signal) -> list[Answer]:
-        """Answer a group of prompts, in order. Prompts that cannot be answered have an error.
-
-        Raises:
-            EngineDeadError: the engine's process has ended with the hidden states it had captured.
-        """
+        """Answer a group of prompts, in order. Prompts that cannot be answered have an error."""
         parameters = self._parameters(_num_logprobs(signal))
         captures: list[CaptureRequest | None] = [None] * len(prompt_ids)
         if signal.kind == "hidden":
-            captures = [CaptureRequest(self._tag(), len(ids) - 1, "hidden") for ids in prompt_ids]
+            most = self._settings.sampling.max_tokens
+            captures = [
+                CaptureRequest(self._tag(), len(ids) - 1, most, "hidden") for ids in prompt_ids
+            ]
         reasons = [why_unanswerable(ids, self.max_model_len, self.vocab_size) for ids in prompt_ids]
-        with self._capturing(captures) as take:
-            outputs = await self._run(prompt_ids, reasons, captures, parameters)
-            # Off the event loop, which all rows' tokens pass.
-            answers = await asyncio.to_thread(self._sampled, outputs, signal)
-            if signal.kind != "hidden":
-                return answers
-            blobs = await take([len(answer.response_ids) for answer in answers])
+        outputs, arrays = await self._run(prompt_ids, reasons, captures, parameters)
+        # Off the event loop, which all rows' tokens pass.
+        answers = await asyncio.to_thread(self._sampled, outputs, signal)
+        if signal.kind != "hidden":
+            return answers
         return [
-            hidden_states(a, blob, self.hidden_size) for a, blob in zip(answers, blobs, strict=True)
+            hidden_states(answer, array, self.hidden_size)
+            for answer, array in zip(answers, arrays, strict=True)
         ]
 
     def _sampled(self, outputs: "list[CompletionOutput | str]", signal: Signal) -> list[Answer]:
@@ -114,13 +111,13 @@ class VllmEngine:
 
         at: for ``topk``, int32 [T, K] of each row: the ids whose logprobs are returned in place of
         the K best, in this order; distinct within a token. For ``hidden`` the output head is not
-        applied, so ``sampled_logprobs`` are NaN. Raises EngineDeadError as ``sample`` does.
+        applied, so ``sampled_logprobs`` are NaN.
         """
         named: Sequence[Ids | None] = [None] * len(prompt_ids) if at is None else at
         pairs = list(zip(prompt_ids, response_ids, named, strict=True))
         reasons = [why_unscorable(p, r, self.max_model_len, self.vocab_size) for p, r, _ in pairs]
         outputs: list[Any] = reasons
-        blobs = [b""] * len(pairs)
+        arrays: Sequence[Bytes] = [NOTHING] * len(pairs)
         if signal.kind != "text":
             captures = [self._score_request(*pair, signal) for pair in pairs]
             # The last response token is not put in: its distribution is read one position before.
@@ -128,17 +125,13 @@ class VllmEngine:
             parameters = self._parameters(None, max_tokens=1, temperature=0.0, min_p=0.0)
             # Tokens from the prefix cache are not computed, so nothing could be captured of them.
             parameters.skip_reading_prefix_cache = True
-            with self._capturing(captures) as take:
-                outputs = await self._run(inputs, reasons, captures, parameters)
-                usable = [not isinstance(output, str) for output in outputs]
-                lengths = [len(r) * ok for (_, r, _), ok in zip(pairs, usable, strict=True)]
-                blobs = await take(lengths)
+            outputs, arrays = await self._run(inputs, reasons, captures, parameters)
         sizes = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size}
         return [
             Answer(error=output)
             if isinstance(output, str)
-            else scored_answer(response, blob, signal, ids, **sizes)
-            for (_, response, ids), output, blob in zip(pairs, outputs, blobs, strict=True)
+            else scored_answer(response, array, signal, ids, **sizes)
+            for (_, response, ids), output, array in zip(pairs, outputs, arrays, strict=True)
         ]
 
     async def token_times(self, prompt_ids: Ids, num_tokens: int) -> list[float]:
@@ -201,8 +194,15 @@ class VllmEngine:
     def close(self) -> None:
         """End the engine's processes. Calling it twice does no harm."""
         if self._engine is not None:
+            self._takes.close()
             self._engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
             self._engine = None
+
+    def _raise_if_dead(self) -> None:
+        if self._engine is None:
+            raise RuntimeError("the engine was closed")
+        if self._engine.errored:
+            raise self._engine.dead_error
 
     def _tag(self) -> str:
         return f"capture-{next(self._numbers)}"
@@ -214,9 +214,9 @@ class VllmEngine:
         first = len(prompt) - 1
         if at is None:
             width = signal.width if signal.kind == "topk" else 0
-            return CaptureRequest(self._tag(), first, signal.kind, width, targets)
+            return CaptureRequest(self._tag(), first, len(response), signal.kind, width, targets)
         ids = np.ascontiguousarray(at, "<i4").tobytes()
-        return CaptureRequest(self._tag(), first, "at", signal.width, targets, ids)
+        return CaptureRequest(self._tag(), first, len(response), "at", signal.width, targets, ids)
 
     def _parameters(self, num_logprobs: int | None, **changes: Any) -> "SamplingParams":
         """vLLM's parameters from ``teacher.sampling``, with these logprobs and changes."""
@@ -246,63 +246,63 @@ class VllmEngine:
         reasons: Sequence[str | None],
         captures: Sequence[CaptureRequest | None],
         parameters: "SamplingParams",
-    ) -> "list[CompletionOutput | str]":
+    ) -> "tuple[list[CompletionOutput | str], list[Bytes]]":
         """The finished output of each row, or the reason why it has none (a row's ``error``).
 
-        ``reasons``: known beforehand; such rows are not sent to the engine. Where the engine dies,
-        what it had finished is kept: the rows in it are LOST, and those that waited NOT_STARTED.
+        The second list has the array captured for each. ``reasons``: known beforehand; such rows
+        are not sent to the engine. Where the engine dies, what it had finished is kept: the rows in
+        it are LOST, and those that waited NOT_STARTED.
         """
-        limit = self._settings.teacher.request_timeout_s
 
-        async def run_row(ids: Ids, reason: str | None, capture: CaptureRequest | None) -> Any:
+        async def run_row(
+            ids: Ids, reason: str | None, capture: CaptureRequest | None
+        ) -> "tuple[CompletionOutput | str, Bytes]":
             if reason is not None:
-                return reason
+                return reason, NOTHING
             row_parameters = parameters
             if capture is not None:
                 row_parameters = parameters.clone()
                 row_parameters.extra_args = capture.extra_args()
             async with self._slots:
                 if self.died:
-                    return NOT_STARTED
+                    return NOT_STARTED, NOTHING
                 try:  # A row's time begins here, and not where it waited for a place.
-                    answered = self._generate(ids.tolist(), row_parameters)
-                    output = await asyncio.wait_for(answered, limit)
+                    output, array = await self._answered(ids, row_parameters, capture)
                 except TimeoutError:
-                    return TIMED_OUT
+                    return TIMED_OUT, NOTHING
                 except Exception as error:
                     if not engine_is_dead(error):
                         raise
                     self.died = True
-                    return LOST
+                    return LOST, NOTHING
                 self._rows_finished += 1
             ended = output.finish_reason in ("stop", "length")
-            return output if ended else f"engine_{output.finish_reason}"
+            return output if ended else f"engine_{output.finish_reason}", array
 
-        return list(await asyncio.gather(*map(run_row, inputs, reasons, captures)))
+        rows = await asyncio.gather(*map(run_row, inputs, reasons, captures))
+        return [output for output, _ in rows], [array for _, array in rows]
 
-    @contextmanager
-    def _capturing(self, captures: Sequence[CaptureRequest | None]) -> Iterator[Any]:
-        """Gives a coroutine function that takes the captured bytes; its argument: each row's T.
+    async def _answered(
+        self, ids: Ids, parameters: "SamplingParams", capture: CaptureRequest | None
+    ) -> "tuple[CompletionOutput, Bytes]":
+        """The finished output of one row within its time, and the array captured for it.
 
-        If it was not called when the block ends (a cancelled call, an error), the workers are told
-        to drop what they have captured.
+        The array is taken before the row's place is free, which bounds what the workers hold; they
+        are told to forget it where there is no answer.
         """
-        tags = [capture.tag for capture in captures if capture is not None]
         taken = False
-
-        async def take(lengths: list[int]) -> list[bytes]:
-            nonlocal taken
-            results = await self._engine.collective_rpc("raystill_take", args=(tags, lengths))
-            taken = True
-            return next(blobs for blobs in results if blobs is not None)
-
         try:
-            yield take
+            answer = self._generate(ids.tolist(), parameters)
+            output = await asyncio.wait_for(answer, self._settings.teacher.request_timeout_s)
+            if capture is None or output.finish_reason not in ("stop", "length"):
+                return output, NOTHING
+            length = capture.length if capture.targets else len(output.token_ids)
+            array = await self._takes.take(capture.tag, length)
+            taken = True
+            return output, array
         finally:
-            if tags and not taken:
-                drop = self._engine.collective_rpc("raystill_drop", args=(tags,))
-                # Not awaited: the caller may be cancelled. The reference keeps the task alive.
-                self._dropping = asyncio.ensure_future(drop)
+            if capture is not None and not taken:
+                self._takes.drop(capture.tag)
 
     async def _one_token(self) -> None:
         parameters = self._parameters(None, max_tokens=1, temperature=0.0, min_p=0.0)
