@@ -165,7 +165,7 @@ def test_a_second_call_waits_for_the_lock_of_the_first(tmp_path):
     path = tmp_path / "lock"
     text = (
         f"import fcntl, time; f = open({str(path)!r}, 'a'); fcntl.flock(f, fcntl.LOCK_EX)\n"
-        "print('held', flush=True); time.sleep(2)"
+        "print('held', flush=True); time.sleep(0.5)"
     )
     with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
