@@ -282,7 +282,7 @@ class WithoutLease(Interleavings):
     with_lease = False
 
 
-@pytest.mark.parametrize("rows", [([0], [1]), ([0, 1], [1, 2]), ([3], [4], [3, 4])], ids=str)
+@pytest.mark.parametrize("rows", [([0, 1], [1, 2]), ([3], [4], [3, 4])], ids=str)
 def test_two_compactions_lose_nothing_wherever_the_second_is_stopped(
     rows: tuple[list[int], ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
