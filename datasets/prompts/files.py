@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raystill.base.errors import Problem
+from raystill.base.object_store import in_time
 from raystill.base.run_folder import resolve_input, split_query
 from raystill.config.prompts import PromptsConfig, SourceConfig
 
@@ -133,6 +134,10 @@ def find_files(source: PromptSource) -> tuple[list[PromptFile], list[Problem]]:
     for pattern in source.paths:
         try:
             filesystem, paths, globbed = _expand(pattern)
+        except TimeoutError as error:
+            told = "see to the address, the connection and the credentials"
+            problems.append(source.problem(f"{pattern!r} cannot be opened: {error}; {told}"))
+            break  # Each of the others would be waited for as long.
         except (OSError, pa.ArrowException, ImportError, ValueError) as error:
             problems.append(source.problem(f"{pattern!r} cannot be opened: {error}"))
             continue
@@ -234,18 +239,22 @@ def _expand_uri(uri: str) -> tuple[pafs.FileSystem, list[str], bool]:
     if is_hub:
         from huggingface_hub import HfFileSystem  # Late: half a second, seldom needed.
 
-        filesystem, path = pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem())), base
-    else:
-        filesystem, path = pafs.FileSystem.from_uri(
-            f"{scheme}://{quote(base, safe=URI_SIGNS)}{query}"
-        )
+    def look() -> tuple[pafs.FileSystem, str, pafs.FileInfo]:
+        if is_hub:
+            filesystem, path = pafs.PyFileSystem(pafs.FSSpecHandler(HfFileSystem())), base
+        else:
+            name = f"{scheme}://{quote(base, safe=URI_SIGNS)}{query}"
+            filesystem, path = pafs.FileSystem.from_uri(name)
+        return filesystem, path, filesystem.get_file_info(path.rstrip("/") or "/")
+
+    # One thing is asked first: a list of many files may take longer than a store has to answer.
+    filesystem, path, info = in_time(look)
     if signs:
         base = path.rstrip("/")
         rest = parts[signs[0] :] if is_hub else map(_unquoted, parts[signs[0] :])
         pattern = "/".join([glob.escape(base), *rest])
         paths = _files_below(filesystem, base or "/")
         return filesystem, [p for p in paths if fnmatch.fnmatchcase(p, pattern)], True
-    info = filesystem.get_file_info(path)
     if info.type == pafs.FileType.Directory:
         return filesystem, [p for p in _files_below(filesystem, path) if format_of(p)], True
     return filesystem, [path] if info.type == pafs.FileType.File else [], False

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from raystill.base import object_store
 from raystill.base.errors import LONGEST_PROBLEM, MOST_CHARACTERS, RunError, shown
 from raystill.base.redact import redact
 
@@ -28,10 +29,6 @@ LONGEST_USAGE = 3000
 COLOURS = re.compile(r"(\x1b\[[0-9;]*m)")
 MOST_OF_TABLES = 3800
 """Characters of tables that are printed together, without their colours."""
-
-
-ANSWER_WAIT_S = 10.0
-"""Seconds that an object store has for its first answer: some retry for minutes by themselves."""
 
 
 def unexpected(error: Exception) -> str:
@@ -110,34 +107,26 @@ def open_named(path: str) -> "RunFolder":
     folder = RunFolder(require_path(path))
     if folder.is_local:
         return folder
-    answers: list[Exception | None] = []
 
     def ask() -> None:
-        try:
-            if not folder.root:
-                raise ValueError("it names no bucket")
-            folder.exists()
-        except Exception as error:  # Of every file system its own kind.
-            answers.append(error)
-        else:
-            answers.append(None)
+        if not folder.root:
+            raise ValueError("it names no bucket")
+        folder.exists()
 
-    # A daemon thread, since a call into a file system cannot be interrupted.
-    thread = threading.Thread(target=ask, name="the first answer", daemon=True)
-    thread.start()
-    thread.join(ANSWER_WAIT_S)
     name = shown(path, 200)
-    if not answers:
+    try:
+        object_store.in_time(ask)
+    except TimeoutError:
         raise RunError(
-            f"{name} did not answer in {ANSWER_WAIT_S:.0f} s; see to the address, the connection "
-            "and the credentials, and run this again"
-        )
-    if answers[0] is not None:
-        reason = str(answers[0]).strip().partition("\n")[0] or type(answers[0]).__name__
+            f"{name} did not answer in {object_store.ANSWER_WAIT_S:.0f} s; see to the address, the "
+            "connection and the credentials, and run this again"
+        ) from None
+    except Exception as error:  # Of every file system its own kind.
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise RunError(
             f"{name} cannot be opened ({shown(reason, 300)}); name a folder, or a URI such as "
             "s3://bucket/folder that can be reached"
-        )
+        ) from error
     return folder
 
 
@@ -151,10 +140,11 @@ def told_usage(error: Any) -> int:
 
 def leave(code: int) -> NoReturn:
     """End this process; at once where a thread of a failed run is still inside a call to Ray, whose
-    clean-up at exit would crash under it.
+    clean-up at exit would crash under it, or inside one to an object store that does not answer.
     """
     job = sys.modules.get("raystill.cluster.job.run")
-    if job is not None and job.threads_left():
+    waiting = any(thread.name == object_store.WAITING for thread in threading.enumerate())
+    if waiting or (job is not None and job.threads_left()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -13,8 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 if TYPE_CHECKING:
@@ -30,7 +30,41 @@ BUSY_RETRIES = 6
 REQUEST_TIMEOUT_S = 600
 """Longest time of one request, in which up to 256 MB are sent."""
 
+ANSWER_WAIT_S = 10.0
+"""Seconds that a store has for its first answer: some retry for minutes by themselves, and one that
+takes a connection and says nothing has no end."""
+WAITING = "raystill: the first answer"
+"""Name of the threads that wait for it."""
+
 T = TypeVar("T")
+
+
+def in_time(ask: Callable[[], T]) -> T:
+    """What ``ask`` returns or raises; TimeoutError where it takes longer than `ANSWER_WAIT_S`.
+
+    In a daemon thread, since a call into a file system cannot be interrupted: it goes on, and the
+    process has to end without it (`console.leave`).
+    """
+    answers: list[Callable[[], T]] = []
+
+    def call() -> None:
+        try:
+            answer = ask()
+        except Exception as error:  # Of every file system its own kind.
+            answers.append(partial(_raise, error))
+        else:
+            answers.append(lambda: answer)
+
+    thread = threading.Thread(target=call, name=WAITING, daemon=True)
+    thread.start()
+    thread.join(ANSWER_WAIT_S)
+    if not answers:
+        raise TimeoutError(f"no answer in {ANSWER_WAIT_S:.0f} s")
+    return answers[0]()
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 @dataclass(frozen=True)

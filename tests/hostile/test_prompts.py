@@ -7,6 +7,9 @@ import gzip
 import json
 import os
 import shutil
+import socket
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
 import driver
+from raystill.base import console, object_store
 from raystill.cluster.check.static import check_run_file
 from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.files import find_files, prompt_sources, would_read
@@ -190,6 +194,42 @@ def test_the_run_would_read_what_it_writes(
 def test_the_same_with_uris(pattern: str, written: str, read: bool) -> None:
     (source,) = prompt_sources(PromptsConfig(path=pattern))
     assert would_read(source, written) is read
+
+
+@pytest.mark.parametrize("pattern", ["a.jsonl", "*.jsonl", "deep/*/[ab].jsonl"])
+def test_a_store_that_takes_a_connection_and_never_answers(
+    monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    """Refused within the time for a first answer, once for all paths of a source."""
+    monkeypatch.setattr(object_store, "ANSWER_WAIT_S", 0.3)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"127.0.0.1:{silent.getsockname()[1]}"
+        uri = f"s3://bucket/{pattern}?endpoint_override={endpoint}&scheme=http&region=x"
+        (source,) = prompt_sources(PromptsConfig(path=[uri, f"{uri}&a=b"]))
+        start = time.monotonic()
+        files, (problem,) = find_files(source)
+        assert time.monotonic() - start < 10  # Without a bound it took two minutes and more.
+    assert files == [] and "no answer in 0 s; see to the address" in str(problem)
+
+
+def test_the_process_ends_while_one_is_still_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(object_store, "ANSWER_WAIT_S", 0.01)
+    over = threading.Event()
+    with pytest.raises(TimeoutError):
+        object_store.in_time(over.wait)
+    with pytest.raises(SystemExit):
+        console.leave(2)
+    over.set()
+    assert ended == [2]
+
+
+def test_what_is_asked_in_time_returns_and_raises() -> None:
+    assert object_store.in_time(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        object_store.in_time(lambda: 1 // 0)
 
 
 LOOP = "{% for m in messages %}"
