@@ -35,6 +35,11 @@ class Folder(Protocol):
     def write_text(self, name: str, text: str) -> None: ...
 
 
+LARGEST_OBJECT, LARGEST_RECORDS = 64 << 20, 4 << 30
+"""Bytes of a local file that is one JSON object, and of one with a record in each line. The second
+is far beyond what a run writes (600 bytes a step): its end must not fail by a bound."""
+
+
 class BrokenFile(RunError, ValueError):
     """A file of a run folder that is there and is not what this version writes."""
 
@@ -103,9 +108,21 @@ class MetricsLog:
             self.folder.write_text(self.name, self._file.read_text())
 
 
+def require_size(folder: Folder, name: str, most: int = LARGEST_OBJECT) -> None:
+    """Raise BrokenFile for a local file that is larger than any run writes it: it is read whole."""
+    try:
+        size = 0 if folder.local is None else (folder.local / name).stat().st_size
+    except (OSError, ValueError):
+        return  # Reading it says why.
+    if size > most:
+        where = f"{folder.path}/{name}"
+        raise BrokenFile(f"{where} has {size:,} bytes, expected at most {most:,}; {RESTORE}")
+
+
 def read_object(folder: Folder, name: str) -> dict[str, Any]:
     """Read a file that is one JSON object. Raises BrokenFile, also where there is no such file."""
     where = f"{folder.path}/{name}"
+    require_size(folder, name)
     try:
         value = json.loads(folder.read_text(name))
     except (OSError, ValueError, RecursionError) as error:
@@ -126,6 +143,7 @@ def read_lines(folder: Folder, name: str) -> list[dict[str, Any]]:
     """
     if not folder.exists(name):
         return []
+    require_size(folder, name, LARGEST_RECORDS)
     try:
         lines = folder.read_text(name).splitlines()
     except (OSError, ValueError) as error:

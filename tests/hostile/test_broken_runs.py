@@ -4,9 +4,11 @@ What an earlier start has left is checked before a run is paid for, and never en
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,28 @@ def test_a_summary_that_is_broken(run: Path, capsys: pytest.CaptureFixture[str],
         assert "summary.json" in text and "restore it" in text
     status, text = told(capsys, "check", "--static", "sound.yaml")
     assert status == driver.EXIT_REFUSED and "output.path" in text and "summary.json" in text
+
+
+@pytest.mark.parametrize("name", ["summary.json", "answers.jsonl"])
+def test_a_file_that_is_too_large_is_not_read(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """It is of zeros that take no room on the disk; reading it would take all memory."""
+    os.truncate(run / name, 900 << 30)
+    status, text = told(capsys, "report", "run")
+    assert status == driver.EXIT_FAILED
+    assert name in text and "966,367,641,600 bytes, expected at most" in text
+
+
+def test_a_copy_of_settings_with_aliases_of_aliases_is_left_out(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Written out, it has 9 ** 9 values."""
+    tens = [f"c{i}: &c{i} [{', '.join([f'*c{i - 1}' if i else 'x'] * 9)}]" for i in range(9)]
+    (run / "config.yaml").write_text("\n".join(tens))
+    start = time.process_time()
+    assert told(capsys, "report", "run")[0] == 0
+    assert time.process_time() - start < 5
 
 
 WRONG = ["x", [], {}, [1], None, True, -1, 1e308, {"a": "b"}, "[/red]"]

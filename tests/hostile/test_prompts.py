@@ -77,6 +77,13 @@ LINES: dict[str, tuple[str, str]] = {
     "half in a key": ('{"messages": [{"role": "user", "content": [{"\\ud834": 1}]}]}', "half of"),
     "5,000 digits": ('{"prompt": "a", "n": ' + "9" * 5000 + "}", "more digits than are read"),
     "no end of depth": ('{"prompt": ' + "[" * 100_000, "nested too deeply"),
+    **{
+        f"a list {depth} deep": (
+            '{"messages": [{"role": "user", "content": ' + "[" * depth + "]" * depth + "}]}",
+            "prompts.jsonl, line 7",
+        )
+        for depth in (60, 200, 400, 900, 5000)
+    },
     "messages too deep": (json.dumps({"messages": "[" * 100_000}), "expected a list"),
     "a number": ('{"prompt": 3}', "expected text"),
     "no object": ("3", "expected an object"),

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from raystill.base.logs import run_name
-from raystill.base.records import mapping, number
+from raystill.base.records import LARGEST_RECORDS, BrokenFile, mapping, number, require_size
 from raystill.base.run_folder import (
     ANSWERS,
     CONFIG,
@@ -38,6 +38,7 @@ from raystill.base.run_folder import (
 )
 from raystill.cluster.report.page.curves import Curve
 from raystill.cluster.report.timeline import COUNTERS
+from raystill.config.load import LARGEST_FILE, parse_yaml
 
 Record = dict[str, Any]
 
@@ -171,6 +172,11 @@ class RunReader:
     def _lines(self, name: str) -> Iterator[Record]:
         if not self.folder.exists(name):
             return
+        try:
+            require_size(self.folder, name, LARGEST_RECORDS)
+        except BrokenFile:
+            self._broken += 1
+            return
         with self.folder.open_input(name) as stream:
             for line in io.BufferedReader(stream):
                 try:
@@ -186,6 +192,7 @@ class RunReader:
         if not self.folder.exists(name):
             return {}
         try:
+            require_size(self.folder, name)
             return mapping(json.loads(self.folder.read_text(name)))
         except (ValueError, RecursionError):
             self._broken += 1
@@ -195,7 +202,8 @@ class RunReader:
         if not self.folder.exists(name):
             return {}
         try:
-            return mapping(yaml.safe_load(self.folder.read_text(name)))
+            require_size(self.folder, name, LARGEST_FILE)
+            return mapping(parse_yaml(self.folder.read_text(name)))
         except (yaml.YAMLError, ValueError, RecursionError):
             self._broken += 1
             return {}
