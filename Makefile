@@ -14,7 +14,7 @@ TINY := models/tiny-teacher
 QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
 CODE := driver.py raystill cluster serve train datasets tests benchmarks examples requirements
 
-.PHONY: help demo demo-second test test-faults chaos fuzz check bench setup models lint types fast browser trackers tasks rivals clean hashes
+.PHONY: help demo demo-second test test-faults chaos fuzz check bench setup models lint types fast browser trackers tasks rivals clean hashes audit
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 14
@@ -46,6 +46,9 @@ endif
 
 hashes: setup    ## write requirements/hashed/ anew, after a change of the lists
 	$(BIN)/python requirements/hash.py cpu dev
+
+audit:           ## which pins have known faults; asks osv.dev (OSV_URL: a mirror)
+	$(PYTHON) requirements/audit.py
 
 # The command `raystill`, which runs the code of this folder: nothing is copied.
 $(COMMAND): $(STAMP) pyproject.toml
