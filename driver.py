@@ -248,6 +248,7 @@ def draft(
     k: options.DraftTokens,
     rows: options.DraftRows = 32,
     concurrency: options.Concurrency = 1,
+    teacher: options.NamedTeacher = None,
     as_json: options.AsJson = False,
 ) -> int:
     """Measure the student as its teacher's draft model.
@@ -256,7 +257,7 @@ def draft(
     """
     from raystill.cluster.worth.draft import DraftOptions, draft_command
 
-    wanted = DraftOptions(k, rows, concurrency)
+    wanted = DraftOptions(k, rows, concurrency, teacher)
     return draft_command(run_folder, overrides, wanted, as_json, say)
 
 

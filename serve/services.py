@@ -6,6 +6,7 @@ from typing import Any
 from raystill.base.run_folder import MESSAGES, RunFolder
 from raystill.config.run import RunConfig
 from raystill.config.teacher import TeacherConfig
+from raystill.datasets.rows.schema import of_one
 from raystill.datasets.rows.signal import held_out_signal, signal_of
 from raystill.model.files import ModelFolder
 from raystill.model.sampling import ResolvedSampling
@@ -45,7 +46,8 @@ def api_engine(
     def report(counters: dict[str, float], batch: str | None = None) -> None:
         spending.add(counters, batch)
         if coordinator is not None:
-            coordinator.add.remote(counters)
+            own = {of_one(name, one): count for one, count in counters.items()} if name else {}
+            coordinator.add.remote(counters | own)
 
     place = Path(folder)
     settings = read_settings(place)

@@ -186,6 +186,15 @@ TokenizerFolder = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")]
 
+NamedTeacher = Annotated[
+    str | None,
+    typer.Option("--teacher", metavar="NAME", help="Which of the run's several teachers."),
+]
+NamedOfRun = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="Which of the run file's several teachers."),
+]
+
 # lineage
 StudentFolder = Annotated[
     str, typer.Argument(metavar="FOLDER", help="A student's folder, or that of a finished run.")

@@ -88,18 +88,19 @@ def _check_same_teachers(
 
 
 def check_teacher_of(
-    folder: RunFolder, teacher: TeacherConfig, model_folder: str | PathLike[str]
+    folder: RunFolder, teacher: TeacherConfig, model_folder: str | PathLike[str], name: str = ""
 ) -> list[Problem]:
     """Problems of a finished run whose teacher's files, in ``model_folder``, are no longer its own.
 
-    A manifest of an earlier version may not say.
+    name: of the teacher among several. A manifest of an earlier version may not say.
     """
     try:
         written = json.loads(folder.read_text("manifest.json"))
-        before = written.get("teacher_identity")
+        several = written.get("teachers") or {}
+        before = several[name]["identity"] if name else written.get("teacher_identity")
     except FileNotFoundError:
         return []
-    except (AttributeError, ValueError):
+    except (AttributeError, ValueError, LookupError, TypeError):
         message = "is not the JSON object that a run writes; put back the one that it wrote"
         return [Problem(folder.join("manifest.json"), message)]
     if before is None:

@@ -98,6 +98,19 @@ TOTALS = _counters(
     verdicts_asked="Questions that a judge was asked; other verdicts were in the store.",
 )
 
+BY_TEACHER = {
+    name: Figure("gauge", f"of_teacher_{name}", sentence, "teacher")
+    for name, sentence in {
+        "rows": "Rows one of several teachers answered.",
+        "rows_accepted": "Its answers that the stream passed on.",
+        "rows_rejected": "Its answers that filters rejected.",
+        "rows_dropped": "Its rows without a usable answer.",
+        "response_tokens": "Response tokens it gave.",
+        "busy_s": "Seconds of its replicas with a group in flight.",
+        "api_cost": "What its service was paid.",
+    }.items()
+}
+"""By the names of its counters; since the driver's start."""
 ROWS_AHEAD = Figure("gauge", "rows_ahead", "Rows in flight: asked for, not yet with a worker.")
 REPLICAS = Figure("gauge", "teacher_replicas", "Teacher replicas that answer.")
 LIVES = Figure("gauge", "worker_lives", "Lives of the worker group so far.")
@@ -110,6 +123,7 @@ CATALOGUE = (
     OBJECTIVE,
     *EVALUATION.values(),
     *TOTALS.values(),
+    *BY_TEACHER.values(),
     *(ROWS_AHEAD, REPLICAS, LIVES, HIT_RATE, DROPPED, REJECTED),
 )
 
@@ -140,6 +154,10 @@ class Telemetry:
         counters = snapshot.counters
         for key, figure in TOTALS.items():
             self._count(figure, counters.get(key, 0.0))
+        for key, value in counters.items():
+            of, _, name = key.rpartition("/")
+            if of.startswith("teachers/") and name in BY_TEACHER:
+                self._set(BY_TEACHER[name], value, of.removeprefix("teachers/"))
         self._set(ROWS_AHEAD, snapshot.rows_ahead)
         self._set(LIVES, snapshot.lives)
         self._set(REPLICAS, replicas)

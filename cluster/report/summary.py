@@ -83,7 +83,7 @@ def write_summary(folder: Folder, result: RunResult) -> Figures:
         "teacher": _role(
             earlier, counters, "teacher", ("rows", "prompt_tokens", "response_tokens", "busy_s")
         ),
-        "teachers": _by_teacher(earlier.get("teachers") or {}, counters),
+        "teachers": _by_teacher(folder, earlier.get("teachers") or {}, counters),
         "student": _role(earlier, counters, "student", ("tokens", "busy_s", "wait_s")),
         "student_written": _student_written(metrics),
         "api": _of_api(folder, earlier.get("api", {}), counters),
@@ -282,15 +282,26 @@ def _of_api(folder: Folder, earlier: Figures, counters: Mapping[str, float]) -> 
     What was paid is in a file of the run, which counts starts that ended with an error too.
     """
     paid: Counter[str] = Counter()
-    manifest = read_object(folder, MANIFEST) if folder.exists(MANIFEST) else {}
-    several: Mapping[str, Any] = manifest.get("teachers") or {}
-    for name in ("", *several):
-        for line in read_lines(folder, named_file(SPENDING, name)):
-            paid.update({n: v for n, v in line.items() if n.startswith("api_") and v})
+    for name in ("", *_several(folder)):
+        paid.update(_paid(folder, name))
     failures = {n: v for n, v in counters.items() if n.startswith("api_") and n not in paid}
     now = {n.removeprefix("api_"): v for n, v in failures.items()}
     kept = {n.removeprefix("api_"): v for n, v in paid.items()}
     return _added({n: v for n, v in earlier.items() if n not in kept}, now) | kept
+
+
+def _several(folder: Folder) -> list[str]:
+    """Names of a run's teachers; none where there is one without a name."""
+    manifest = read_object(folder, MANIFEST) if folder.exists(MANIFEST) else {}
+    return list(manifest.get("teachers") or {})
+
+
+def _paid(folder: Folder, name: str) -> Counter[str]:
+    """What a teacher was paid over all starts, by counter; name: among several, else ""."""
+    paid: Counter[str] = Counter()
+    for line in read_lines(folder, named_file(SPENDING, name)):
+        paid.update({n: v for n, v in line.items() if n.startswith("api_") and v})
+    return paid
 
 
 def _role(
@@ -300,10 +311,44 @@ def _role(
     return {name: counters[f"{role}_{name}"] + past.get(name, 0) for name in names}
 
 
-def _by_teacher(earlier: Mapping[str, float], counters: Counter[str]) -> Figures:
-    """Figures of several teachers, ``NAME/rows`` and so on, over all starts; {} where one is."""
+def _by_teacher(folder: Folder, earlier: Mapping[str, float], counters: Counter[str]) -> Figures:
+    """Figures of several teachers, ``NAME/rows`` and so on, over all starts; {} where one is.
+
+    What was paid (``NAME/api_cost``) is in files of the run, as for `_of_api`.
+    """
     now = {name.removeprefix(ALL): n for name, n in counters.items() if name.startswith(ALL)}
-    return _added(earlier, now)
+    found = _added(earlier, now)
+    for name in _several(folder):
+        found |= {f"{name}/{one}": count for one, count in _paid(folder, name).items()}
+    return found
+
+
+def teacher_lines(teachers: object) -> dict[str, str]:
+    """What became of each teacher's rows, its tokens, time and cost, by name; {} where one is."""
+    told = teachers if isinstance(teachers, dict) else {}
+    by_name: dict[str, dict[str, float]] = {}
+    for key, value in told.items():
+        name, _, figure = str(key).partition("/")
+        if isinstance(value, int | float):
+            by_name.setdefault(name, {})[figure] = value
+    return {name: _teacher_line(figures) for name, figures in sorted(by_name.items())}
+
+
+def _teacher_line(figures: Mapping[str, float]) -> str:
+    parts = [f"{formatting.count(int(figures.get('rows', 0)))} answers"]
+    for name, said in (
+        ("rows_accepted", "accepted"),
+        ("rows_rejected", "rejected"),
+        ("rows_dropped", "dropped"),
+        ("rows_reused", "from the store"),
+    ):
+        if name in figures and (figures[name] or name == "rows_accepted"):
+            parts.append(f"{formatting.count(int(figures[name]))} {said}")
+    parts.append(f"{formatting.count(int(figures.get('response_tokens', 0)))} tokens written")
+    parts.append(f"busy {formatting.duration(figures.get('busy_s', 0.0))}")
+    if figures.get("api_cost"):
+        parts.append(f"cost {figures['api_cost']:,.4g}")
+    return ", ".join(parts)
 
 
 def _restarts(earlier: Mapping[str, Any], snapshot: Snapshot) -> int:

@@ -28,6 +28,7 @@ from raystill.cluster.report.summary import (
     judged_line,
     size_line,
     student_written_line,
+    teacher_lines,
     write_summary,
 )
 from raystill.cluster.report.worth import sections
@@ -371,6 +372,8 @@ def _totals_table(summary: Figures) -> Table:
     ):
         if said:
             table.add_row(name, said)
+    for name, said in teacher_lines(summary.get("teachers")).items():
+        table.add_row(f"teacher {name}", said)
     if summary.get("bottleneck"):
         table.add_row("bottleneck", summary["bottleneck"])
     if said := size_line(summary.get("size")):

@@ -73,6 +73,7 @@ def import_store(
     files: options.ImportFiles,
     teacher: options.TeacherRun,
     overrides: options.Overrides,
+    name: options.NamedOfRun = None,
     as_json: options.AsJson = False,
 ) -> int:
     """Take answers from files into the store.
@@ -81,7 +82,7 @@ def import_store(
     """
     from raystill.cluster.store.exchange import import_command
 
-    return import_command(path, files, teacher, overrides, as_json)
+    return import_command(path, files, (teacher, name), overrides, as_json)
 
 
 def on_store(

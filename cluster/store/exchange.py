@@ -13,7 +13,7 @@ from raystill.cluster.check.prepared import keyed_engine
 from raystill.cluster.check.teachers import context_tokens
 from raystill.cluster.commands.as_json import print_json
 from raystill.cluster.commands.store import opened_store, refused_json, status, tell
-from raystill.config.load import load_config
+from raystill.config.load import load_config, named_teacher
 from raystill.config.prompts import PromptsConfig
 from raystill.config.run import RunConfig
 from raystill.datasets.exchange.chats import ChatReader
@@ -74,13 +74,20 @@ def export_command(wanted: Export, as_json: bool) -> int:
 
 
 def import_command(
-    path: str, files: Sequence[str], run_file: str, overrides: Sequence[str], as_json: bool
+    path: str,
+    files: Sequence[str],
+    who: tuple[str, str | None],
+    overrides: Sequence[str],
+    as_json: bool,
 ) -> int:
     """Import answers under the teacher of a run file; exit status 1 where no row could be used.
 
+    who: the run file, and which of its teachers is meant where there are several.
     Raises ConfigError and RunError.
     """
-    teacher = _stated_teacher(load_config(run_file, overrides))
+    run_file, name = who
+    config = load_config(run_file, overrides)
+    teacher = _stated_teacher(config.by_teacher[named_teacher(config, name)])
     store = TeacherStore(open_named(path).path)
     new = not store.folder.names()
     with nullcontext(store) if new else opened_store(path) as store:

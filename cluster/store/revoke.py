@@ -11,17 +11,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from raystill.base import formatting
 from raystill.base.console import open_named, print_lines
-from raystill.base.errors import RunError
+from raystill.base.errors import ConfigError, RunError
 from raystill.base.redact import redact
-from raystill.base.run_folder import MANIFEST, STUDENT, SUMMARY, RunFolder, split_query
+from raystill.base.run_folder import CONFIG, MANIFEST, STUDENT, SUMMARY, RunFolder, split_query
 from raystill.cluster.commands.as_json import print_json
 from raystill.cluster.commands.store import opened_store, refused_json, status, tell
 from raystill.cluster.lineage.graph import BrokenLineage, read_lineage
+from raystill.config.load import parse_yaml
 from raystill.datasets.store.catalogue import Catalogue
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.upkeep import prune
+from raystill.serve.batch.journal import BatchJournal, Plan
 
 SHORTEST_PREFIX = 4
 DIRECTLY, BY_ANOTHER = "taught by it", "taught by a student of it"
@@ -40,8 +45,9 @@ class Learned:
 class Found:
     """What the store and the runs beside it have of a teacher.
 
-    runs: rows of the store by the run that asked for them. learned: runs of its students. unread:
-    run folders that could not be looked at, with the reason.
+    runs: rows of the store by the run that asked for them. learned: runs of its students. batches:
+    those in the journal beside the store. unread: run folders that could not be looked at, with the
+    reason.
     """
 
     identity: str
@@ -50,6 +56,7 @@ class Found:
     all_rows: int
     runs: dict[str, int] = field(default_factory=dict)
     learned: list[Learned] = field(default_factory=list)
+    batches: int = 0
     unread: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,8 +69,13 @@ def revoke_command(
     folders with run folders; those beside the store where none is named. Raises RunError.
     """
     with opened_store(path) as store:
-        found = find(store, store.catalogue(), teacher)
+        catalogue = store.catalogue()
+        found = find(store, catalogue, teacher)
         look_at_runs(found, runs or [beside(store)])
+        batches = batches_of(store, catalogue, found)
+        found.batches = len(batches)
+        for plan in batches if not dry_run else ():
+            BatchJournal(store.path).forget(plan)
         pruned = prune(store, {}, found.identity, dry_run)
     if as_json:
         files = {"dry_run": dry_run, "removed": pruned.files}
@@ -96,6 +108,43 @@ def find(store: TeacherStore, catalogue: Catalogue, teacher: str) -> Found:
     (identity,) = meant
     rows = runs[identity]
     return Found(identity, names[identity], sum(rows.values()), catalogue.rows, dict(rows))
+
+
+def batches_of(store: TeacherStore, catalogue: Catalogue, found: Found) -> list[Plan]:
+    """The teacher's batches in the journal beside the store.
+
+    A batch is his if an answer to one of its keys is stored as his, or if the run that submitted it
+    has no other teacher that works in batches.
+    """
+    journal = BatchJournal(store.path)
+    if not journal.folder.exists():
+        return []
+    his = np.array([e.footer.origin.teacher_identity == found.identity for e in catalogue.entries])
+    rows = np.flatnonzero(his[catalogue.segment])
+    keys = {key.hex() for key in catalogue.keys.take(pa.array(rows)).to_pylist()}
+    plans, submitters = journal.plans(), dict[str, str | None]()
+    for run in {plan.run for plan in plans}:
+        submitters[run] = _submitter(RunFolder(run), found)
+    return [
+        plan
+        for plan in plans
+        if not keys.isdisjoint(plan.keys) or submitters[plan.run] == found.identity
+    ]
+
+
+def _submitter(run: RunFolder, found: Found) -> str | None:
+    """Identity of the teacher that works in batches in a run; None where it is not known."""
+    try:
+        manifest = json.loads(run.read_bytes(MANIFEST))
+        several = _entries(manifest, "teachers")
+        if not several:
+            return str(manifest["teacher_identity"])
+        teachers = parse_yaml(run.read_text(CONFIG))["teachers"]
+        (name,) = (n for n, one in teachers.items() if (one.get("api") or {}).get("batch"))
+        return str(several[name]["identity"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
+        found.unread.setdefault(run.path, str(error).partition("\n")[0])
+        return None
 
 
 def beside(store: TeacherStore) -> str:
@@ -167,6 +216,8 @@ def describe(found: Found, dry_run: bool) -> Iterator[str]:
     verb = "would be removed" if dry_run else "removed"
     rows = formatting.plural(found.rows, "row")
     yield f"{rows} of {found.name} (identity {found.identity[:12]}) {verb}: {share}"
+    if found.batches:
+        yield f"batches of it in the journal beside the store, {verb}: {found.batches}"
     for one in found.learned:
         state = "its student" if one.has_student else "no finished student yet"
         yield f"  {one.folder}: {one.how}; {state}"

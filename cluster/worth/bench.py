@@ -19,7 +19,7 @@ from raystill.base.redact import redacted
 from raystill.base.run_folder import CONFIG, HELD_OUT_PROMPTS, STUDENT, RunFolder
 from raystill.cluster.job.driver_process import hold_run_folder
 from raystill.cluster.job.manifest import check_teacher_of
-from raystill.config.load import load_config
+from raystill.config.load import load_config, named_teacher
 from raystill.config.run import RunConfig, absolute_paths
 from raystill.model.files import ModelFolder, fetch_model, find_model
 from raystill.model.on_node import ModelSource
@@ -32,19 +32,26 @@ Ids = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Subject:
-    """A finished run: its configuration, its teacher and its student on this machine."""
+    """A finished run: its configuration, its teacher and its student on this machine.
+
+    config: as the teacher has it. name: that of the teacher among several, else "".
+    """
 
     config: RunConfig
     teacher: ModelFolder
     student: ModelFolder
+    name: str = ""
 
 
 def find_subject(
     folder: RunFolder,
     overrides: Sequence[str],
     unfit: Callable[[RunConfig], list[Problem]],
+    teacher: str | None = None,
 ) -> Subject:
     """The run in the folder. ``unfit``: problems of its settings for what is to be measured.
+
+    teacher: which of several is meant.
 
     Raises RunError and ConfigError where it has nothing to measure.
     """
@@ -65,12 +72,14 @@ def find_subject(
             "or weights); finish the run first: raystill run RUN.yaml"
         )
     config = load_config(folder.local / CONFIG, overrides)
+    name = named_teacher(config, teacher)
+    config = config.by_teacher[name]
     if problems := unfit(config):
         raise ConfigError(problems)
     found = find_model(config.teacher.model, config.teacher.revision)
     if found.model is None:
         raise ConfigError([Problem("teacher.model", str(found.problem or found.notice))])
-    return Subject(config, found.model, student)
+    return Subject(config, found.model, student, name)
 
 
 def chosen_prompts(folder: RunFolder, rows: int) -> list[Ids]:
@@ -188,7 +197,8 @@ def measure_into(
     from raystill.cluster.job.run import connected
 
     fetch_model(subject.config.teacher.model, subject.config.teacher.revision)
-    if problems := check_teacher_of(folder, subject.config.teacher, subject.teacher.path):
+    teacher, path = subject.config.teacher, subject.teacher.path
+    if problems := check_teacher_of(folder, teacher, path, subject.name):
         raise ConfigError(problems)
     found: Figures = {}
     with hold_run_folder(folder), connected(subject.config, folder):

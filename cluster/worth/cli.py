@@ -62,6 +62,7 @@ def tasks(
     batch: Batch = 8,
     chat: Chat = False,
     before: Before = True,
+    teacher: options.NamedTeacher = None,
     as_json: options.AsJson = False,
 ) -> int:
     """Score teacher and student at tasks of lm-evaluation-harness.
@@ -75,7 +76,7 @@ def tasks(
     if backend not in ("hf", "vllm"):
         raise RunError(f"--backend is {backend!r}; expected hf or vllm")
     wanted = TaskOptions(task, include, limit, backend, batch, chat)
-    return tasks_command(run_folder, wanted, as_json, _say, before)
+    return tasks_command(run_folder, wanted, as_json, _say, before, teacher)
 
 
 def speed(
@@ -86,6 +87,7 @@ def speed(
     concurrency: AtOnce = None,
     starts: Starts = 2,
     passes: Passes = 3,
+    teacher: options.NamedTeacher = None,
     as_json: options.AsJson = False,
 ) -> int:
     """Measure how much faster and smaller the student is.
@@ -94,7 +96,7 @@ def speed(
     """
     from raystill.cluster.worth.speed import SpeedOptions, speed_command
 
-    wanted = SpeedOptions(tokens, streams, concurrency, starts, passes)
+    wanted = SpeedOptions(tokens, streams, concurrency, starts, passes, teacher)
     return speed_command(run_folder, overrides, wanted, as_json, _say)
 
 

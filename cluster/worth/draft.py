@@ -33,11 +33,15 @@ FORMULA = "mean acceptance length / (1 + k * cost ratio)"
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """What is asked for: k of each engine with a draft, prompts, and answers written at once."""
+    """What is asked for: k of each engine with a draft, prompts, and answers written at once.
+
+    teacher: which of several is meant.
+    """
 
     k: Sequence[int]
     rows: int
     concurrency: int
+    teacher: str | None = None
 
 
 def unfit(config: RunConfig) -> list[Problem]:
@@ -162,7 +166,7 @@ def draft_command(
     if as_json:  # Standard output is for a program.
         say = say_beside
     folder = open_named(path)
-    subject = find_subject(folder, overrides, unfit)
+    subject = find_subject(folder, overrides, unfit, options.teacher)
     if problems := mismatches(subject):
         raise ConfigError(problems)
     chosen_prompts(folder, options.rows)

@@ -46,6 +46,7 @@ class SpeedOptions:
         concurrency: Answers that are written at once; None: ``teacher.max_num_seqs``.
         starts: Starts of each model.
         passes: Passes of each start.
+        teacher: Which of several teachers is meant.
     """
 
     tokens: int = 64
@@ -53,6 +54,7 @@ class SpeedOptions:
     concurrency: int | None = None
     starts: int = 2
     passes: int = 3
+    teacher: str | None = None
 
 
 def unfit(config: RunConfig) -> list[Problem]:
@@ -209,7 +211,7 @@ def speed_command(
     if as_json:  # Standard output is for a program.
         say = say_beside
     folder = RunFolder(path)
-    subject = without_prefix_cache(find_subject(folder, overrides, unfit))
+    subject = without_prefix_cache(find_subject(folder, overrides, unfit, options.teacher))
     fitting_prompts(folder, subject, options.tokens, options.streams)
     found: Any = measure_into(
         SPEED, subject, folder, lambda: measure(subject, folder, options, say), say

@@ -41,7 +41,7 @@ from raystill.cluster.job.driver_process import hold_run_folder
 from raystill.cluster.report.page.page import page_anew
 from raystill.cluster.report.tasks import print_tasks
 from raystill.cluster.worth.start import Start
-from raystill.config.load import load_config
+from raystill.config.load import load_config, named_teacher
 from raystill.config.run import RunConfig, absolute_paths
 from raystill.model.files import ModelFolder, find_model
 from raystill.model.identity import teacher_identity
@@ -100,8 +100,12 @@ class Asked:
         }
 
 
-def models_of(folder: RunFolder, before: bool = True) -> tuple[RunConfig, dict[str, Model]]:
+def models_of(
+    folder: RunFolder, before: bool = True, teacher_name: str = ""
+) -> tuple[RunConfig, dict[str, Model]]:
     """The run's configuration, and its models: teacher, before (the student's start), student.
+
+    teacher_name: of one among several; "": the first.
 
     Raises RunError and ConfigError where there is nothing to measure.
     """
@@ -116,7 +120,8 @@ def models_of(folder: RunFolder, before: bool = True) -> tuple[RunConfig, dict[s
             f"{folder.path} has no finished student ({STUDENT}/ is missing, or without config.json "
             "or weights); finish the run first: raystill run RUN.yaml"
         )
-    config = absolute_paths(load_config(folder.local / CONFIG, []))
+    whole = absolute_paths(load_config(folder.local / CONFIG, []))
+    config = whole.by_teacher[teacher_name] if teacher_name else whole
     if config.teacher.engine != "vllm":
         message = f"is {config.teacher.engine!r}: its weights are not there to be asked"
         raise ConfigError([Problem("teacher.engine", message)])
@@ -126,7 +131,8 @@ def models_of(folder: RunFolder, before: bool = True) -> tuple[RunConfig, dict[s
         models["before"] = _found("student.model", config.student.model, config.student.revision)
     elif before:
         shape = folder.read_text(LAYERS) if folder.exists(LAYERS) else None
-        models["before"] = Start(config, teacher, shape)
+        first = _found("teacher.model", whole.teacher.model, whole.teacher.revision)
+        models["before"] = Start(whole, first, shape)
     models["student"] = ModelSource.of(STUDENT, folder.local / STUDENT)
     return config, models
 
@@ -253,17 +259,24 @@ def tasks_command(
     as_json: bool,
     say: Callable[[str], None],
     before: bool = True,
+    teacher: str | None = None,
 ) -> int:
     """Measure, write tasks.json after each model, print; the exit status.
 
-    Raises ConfigError and RunError before any model is loaded, where nothing can be measured;
+    teacher: which of several is meant. Raises ConfigError and RunError before any model is loaded,
+    where nothing can be measured;
     RunError also where a model could not be asked, after the others' figures are written.
     """
     if as_json:  # Standard output is for a program.
         say = say_beside
     harness_version()
     folder = open_named(path)
-    config, models = models_of(folder, before)
+    named = (
+        named_teacher(load_config(folder.local / CONFIG, []), teacher)
+        if (folder.local is not None and folder.exists(CONFIG))
+        else ""
+    )
+    config, models = models_of(folder, before, named)
     asked = Asked.of(options, config, folder)
     found: Figures = {}
     with hold_run_folder(folder):

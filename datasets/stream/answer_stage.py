@@ -100,6 +100,8 @@ class AnswerGroup:
         counters |= {"rows_answered": len(rows), "rows_truncated": truncated}
         if self._filters is not None:
             counters["rows_filtered"] = pc.sum(pc.starts_with(reasons, FILTERED)).as_py() or 0
+        if isinstance(self._answers, RoutedAnswers):
+            counters |= self._answers.decided(prompts["row"].to_numpy(), reasons)
         group = (prompts["position"][0].as_py(), len(prompts))
         self._coordinator.answered.remote(attempt, *group, counters)
         return rows

@@ -33,9 +33,11 @@ from raystill.datasets.rows.answers import (
 )
 from raystill.datasets.rows.schema import (
     ENGINE,
+    FILTERED,
     TEACHER,
     TOKEN_IDS,
     answer_schema,
+    of_one,
     row_schema,
     student_prompts,
 )
@@ -216,6 +218,7 @@ class RoutedAnswers:
         values = pa.array(list(teachers), pa.string())
         self._teacher_of = pc.index_in(names, value_set=values).combine_chunks().to_numpy()
         self._teachers = list(teachers.values())
+        self._names = list(teachers)
 
     async def get(
         self,
@@ -241,10 +244,27 @@ class RoutedAnswers:
             for mine, (answers, _) in zip(places, answered, strict=True)
         ]
         counters: dict[str, float] = {}
-        for _, counted in answered:
+        for mine, (_, counted) in zip(places, answered, strict=True):
             for name, count in counted.items():
                 counters[name] = counters.get(name, 0) + count
+                counters[of_one(self._names[who[mine[0]]], name)] = count
         return in_order(parts, parts[0][1].schema)[1], counters
+
+    def decided(self, rows: NDArray[np.int64], reasons: pa.Array) -> dict[str, float]:
+        """Counters of each teacher's rows: accepted, rejected by filters, and dropped.
+
+        reasons: why rows are not trained on, string [n]; null where they are.
+        """
+        kept = pc.is_null(reasons).to_numpy(zero_copy_only=False)
+        rejected = pc.starts_with(reasons, FILTERED).fill_null(False)
+        of_filters = rejected.to_numpy(zero_copy_only=False)
+        who, counters = self._teacher_of[rows], dict[str, float]()
+        for number in np.unique(who):
+            mine, name = who == number, self._names[number]
+            counters[of_one(name, "rows_accepted")] = int((mine & kept).sum())
+            counters[of_one(name, "rows_rejected")] = int((mine & of_filters).sum())
+            counters[of_one(name, "rows_dropped")] = int((mine & ~kept & ~of_filters).sum())
+        return counters
 
 
 def answers_of(

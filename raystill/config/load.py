@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raystill.base.errors import ConfigError, Problem, shown
+from raystill.base.errors import ConfigError, Problem, RunError, shown
 from raystill.base.redact import redacted
 from raystill.config.base import maps_sections
 from raystill.config.describe import dotted, problems_of, section_model, value_at
@@ -34,6 +34,25 @@ STAND_INS: dict[str, dict[str, Any]] = {
     "student": {"init": "from_teacher", "layers": [0]},
     "prompts": {"path": "-"},
 }
+
+
+def named_teacher(config: RunConfig, name: str | None) -> str:
+    """Which of a run's teachers is meant: its name among several, else "".
+
+    name: as it was given, None where it was not. Raises RunError where it is none of them, or where
+    there are several that answer rows and it was not given.
+    """
+    if config.teachers is None:
+        if name is not None:
+            raise RunError(f"the teacher {name!r} is named, but the run has one; leave it out")
+        return ""
+    answering = [one for one in config.teachers if one not in config.only_judges]
+    if name is None and len(answering) == 1:
+        return answering[0]
+    if name not in config.teachers:
+        what = "no teacher is named" if name is None else f"{name!r} is none of the teachers"
+        raise RunError(f"{what}, and the run has {', '.join(config.teachers)}; name one of them")
+    return name
 
 
 LARGEST_FILE = 4 << 20

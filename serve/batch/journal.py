@@ -88,6 +88,14 @@ class BatchJournal:
         self._write(plan.name + END, {"status": status})
         return replace(plan, status=status)
 
+    def forget(self, plan: Plan) -> None:
+        """Remove a batch and what came back; a kill on the way leaves one that says nothing."""
+        self._write(plan.name + END, {"status": NEVER})
+        there = set(self.folder.names())
+        for name in (LINES, BATCH, PLAN, END):
+            if plan.name + name in there:
+                self.folder.delete(plan.name + name)
+
     def lines(self, plan: Plan) -> "Lines":
         """What came back of a plan that has ended."""
         if plan.status in (None, NEVER):

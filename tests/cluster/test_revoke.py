@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from driver import main
@@ -13,6 +14,7 @@ from raystill.datasets.store.lease import Lease
 from raystill.datasets.store.segment import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.upkeep import compact, verify
+from raystill.serve.batch.journal import BatchJournal, Plan
 from tests.datasets.test_store import TOPK, V, segment
 
 BAD, GOOD = "ab" * 32, "abcd" + "ef" * 30
@@ -184,3 +186,45 @@ def test_beside_another_upkeep_it_waits_for_nobody_and_removes_nothing(
     with Lease(store.folder, "compact").held():
         assert main(["revoke", store.path, "--teacher", "big"]) == 1
     assert "in use by 'store compact'" in capsys.readouterr().err and store.names() == before
+
+
+def test_batches_of_the_teacher_leave_the_journal_and_no_others(
+    store: TeacherStore, tmp_path: Path, capsys: Any
+) -> None:
+    """By an answer that is stored, or by the run that submitted them; an open one too."""
+    journal = BatchJournal(store.path)
+    keys = {origin: [] for origin in (BAD, GOOD)}  # type: dict[str, list[str]]
+    for entry in store.catalogue().entries:
+        rows = store.rows_of(entry.name, pa.chunked_array(store.keys_of(entry.name)[1]), ["key"])[1]
+        keys[entry.footer.origin.teacher_identity] += [k.hex() for k in rows["key"].to_pylist()]
+    runs = {
+        name: str(run_folder(tmp_path, name, **manifest))
+        for name, manifest in {
+            "his": {"teacher_identity": BAD},
+            "other": {"teacher_identity": GOOD},
+            "both": {"teachers": {"a": {"identity": GOOD}, "b": {"identity": BAD}}},
+        }.items()
+    }
+    Path(runs["both"], "config.yaml").write_text(
+        json.dumps({"teachers": {"a": {"api": {}}, "b": {"api": {"batch": {"max_rows": 4}}}}})
+    )
+    gone, stay = [], []
+    for run, of, ended in (
+        ("other", [keys[BAD][0], "00" * 16], True),  # An answer of it is stored as his.
+        ("his", ["01" * 16], True),
+        ("both", ["02" * 16], False),
+        ("other", [keys[GOOD][0]], True),
+        ("nowhere", ["03" * 16], True),
+    ):
+        plan = Plan(runs.get(run, "/nowhere"), "http://service", "m", tuple(of), 0.0)
+        journal.planned(plan)
+        plan = journal.submitted(plan, "batch")
+        if ended:
+            journal.ended(plan, "completed", b"{}")
+        (stay if len(gone) == 3 else gone).append(plan.name)
+    words = (store.path, "--teacher", BAD[:8])
+    assert told(capsys, *words, "--dry-run")["batches"] == 3 and len(journal.plans()) == 5
+    assert main(["revoke", *words]) == 0
+    assert "batches of it in the journal beside the store, removed: 3" in capsys.readouterr().out
+    assert {plan.name for plan in journal.plans()} == set(stay)
+    assert not [name for name in journal.folder.names() if name.partition(".")[0] in gone]

@@ -18,13 +18,21 @@ from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.check.static import Checked, check_run_file
 from raystill.cluster.coordinator.actor import Coordinator
 from raystill.cluster.job import run as job
-from raystill.config.load import config_text, identity_fields, load_config, parse_yaml
+from raystill.cluster.job.manifest import check_teacher_of
+from raystill.cluster.report.summary import teacher_lines
+from raystill.config.load import (
+    config_text,
+    identity_fields,
+    load_config,
+    named_teacher,
+    parse_yaml,
+)
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.answers import Answer, answers_table
 from raystill.datasets.rows.schema import ENGINE
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.store import TeacherStore
-from raystill.datasets.stream.answers import answers_of
+from raystill.datasets.stream.answers import RoutedAnswers, answers_of
 from raystill.datasets.stream.spec import Requester
 from raystill.datasets.stream.teacher_calls import TeacherCalls
 from raystill.model.on_node import ModelSource
@@ -283,7 +291,8 @@ def test_each_row_is_published_as_its_own_teachers_and_one_that_is_gone_holds_no
         calls["one"].there.set()
         answered, counters = await waiting
         assert [ids[0] for ids in answered["response_ids"].to_pylist()] == [2, 1, 2]
-        assert counters == {"rows_asked": 3, "rows_scored": 0, "rows_reused": 0}
+        own = {"teachers/one/rows_asked": 1, "teachers/two/rows_asked": 2}
+        assert {name: n for name, n in counters.items() if n} == {"rows_asked": 3, **own}
         again, counters = await answers.get(mixed, group["prompt_ids"].combine_chunks())
         assert again["response_ids"].equals(answered["response_ids"])
         assert counters["rows_reused"] == 3 and calls["one"].asked == 1
@@ -388,3 +397,69 @@ def test_only_teachers_that_compute_on_the_same_cores_share_them() -> None:
         "three": (2, 2),
         "four": (0, 0),
     }
+
+
+def test_the_rows_of_each_teacher_are_counted_by_what_became_of_them() -> None:
+    run = prepared()
+    who = run.train["teacher"].to_pylist()
+    asked = {name: (Requester("run", "training", name, name), Answering(1)) for name in set(who)}
+    answers = answers_of(TeacherStore("store"), run.train, Signal("text"), asked)  # type: ignore[arg-type]
+    assert isinstance(answers, RoutedAnswers)
+    two = who.index("two")
+    reasons = pa.array([None, None, "filtered: length", "poison", None], pa.string())
+    rows = np.array([0, two, two + 1, two + 2, two + 3])
+    if len(who) <= two + 3:
+        rows, reasons = rows[:4], reasons[:4]
+    counters = answers.decided(rows, reasons)
+    accepted = len(rows) - 3
+    assert counters == {
+        "teachers/one/rows_accepted": 1,
+        "teachers/one/rows_rejected": 0,
+        "teachers/one/rows_dropped": 0,
+        "teachers/two/rows_accepted": accepted,
+        "teachers/two/rows_rejected": 1,
+        "teachers/two/rows_dropped": 1,
+    }
+
+
+def test_which_teacher_is_meant_is_asked_where_several_answer_rows() -> None:
+    several = RunConfig.model_validate(run_file())
+    single = {k: v for k, v in run_file().items() if k not in ("teachers", "prompts")}
+    teacher = run_file()["teachers"]["one"]
+    alone = RunConfig.model_validate(single | {"teacher": teacher, "prompts": {"path": "a.jsonl"}})
+    assert named_teacher(alone, None) == "" and named_teacher(several, "two") == "two"
+    for config, name, message in (
+        (several, None, "no teacher is named, and the run has one, two"),
+        (several, "three", "'three' is none of the teachers, and the run has one, two"),
+        (alone, "one", "the run has one; leave it out"),
+    ):
+        with pytest.raises(RunError, match=message):
+            named_teacher(config, name)
+    rule = {"judge": {"teacher": "two", "rubric": "?"}}
+    judged = run_file(prompts={"sources": SOURCES[:1]}, filters=[rule])
+    assert named_teacher(RunConfig.model_validate(judged), None) == "one"
+
+
+def test_a_finished_runs_teacher_is_compared_with_its_own_identity() -> None:
+    run, folder = prepared(), RunFolder("run").ensure()
+    two = run.by_teacher["two"]
+    content = {"teacher_identity": "first", "teachers": {"two": {"identity": two.teacher_identity}}}
+    folder.write_text("manifest.json", json.dumps(content))
+    teacher = two.config.teacher
+    assert check_teacher_of(folder, teacher, two.teacher_folder, "two") == []
+    assert "are not those that" in str(check_teacher_of(folder, teacher, two.teacher_folder))
+    assert "is not the JSON object" in str(check_teacher_of(folder, teacher, "-", "three"))
+
+
+def test_a_teachers_line_says_what_became_of_its_rows_and_what_it_cost() -> None:
+    figures = {
+        **{"code/rows": 30, "code/rows_accepted": 20, "code/rows_rejected": 8},
+        **{"code/rows_dropped": 0, "code/response_tokens": 1234, "code/busy_s": 61.0},
+        **{"code/api_cost": 0.25, "prose/rows": 1, "prose/busy_s": 0.5},
+    }
+    lines = teacher_lines(figures)
+    assert list(lines) == ["code", "prose"]
+    assert lines["code"].startswith("30 answers, 20 accepted, 8 rejected, 1,234 tokens written")
+    assert lines["code"].endswith("cost 0.25") and "dropped" not in lines["code"]
+    assert lines["prose"].startswith("1 answers, 0 tokens") or "accepted" not in lines["prose"]
+    assert teacher_lines({}) == teacher_lines(None) == {}

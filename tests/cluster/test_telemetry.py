@@ -25,7 +25,10 @@ PROGRESS = {"step": 7, "loss": 2.5, "grad_norm": None, "objective/forward_kl": 2
 SNAPSHOT = Snapshot(
     progress=PROGRESS,
     evaluation={"kl_nats_per_token": 1.5, "bound": "lower"},
-    counters={"rows_asked": 6, "rows_reused": 3, "rows_scored": 3, "teacher_rows": 6},
+    counters={
+        **{"rows_asked": 6, "rows_reused": 3, "rows_scored": 3, "teacher_rows": 6},
+        **{"teachers/code/rows_accepted": 5, "teachers/code/unheard_of": 1},
+    },
     dropped={"too_long": 2},
     rows_ahead=12,
     lives=1,
@@ -62,6 +65,8 @@ def test_a_snapshot_is_recorded_with_the_run_and_what_it_is_of() -> None:
     assert kept["objective"].calls == [("set", 2.25, run | {"term": "forward_kl"})]
     assert kept["held_out_kl_nats_per_token"].calls == [("set", 1.5, run)]
     assert kept["rows_dropped"].calls == [("set", 2.0, run | {"reason": "too_long"})]
+    assert kept["of_teacher_rows_accepted"].calls == [("set", 5.0, run | {"teacher": "code"})]
+    assert not any("unheard_of" in name for name in kept)
     assert kept["store_hit_rate"].calls == [("set", 0.25, run)]
     assert kept["teacher_replicas"].calls == [("set", 3.0, run)]
     assert kept["teacher_rows"].calls == [("inc", 6, run)]

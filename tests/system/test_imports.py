@@ -97,7 +97,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | STUDENT,
     "cluster/store": GROUND
     | {"cluster/check", "cluster/commands", "cluster/lineage", "datasets/exchange"}
-    | {"datasets/prompts", "datasets/rows", "datasets/store"},
+    | {"datasets/prompts", "datasets/rows", "datasets/store", "serve/batch"},
 }
 """What each folder may import of ours. A folder stands above all that it imports: no circles, and
 no arrow up (cluster -> train, serve -> datasets -> raystill)."""

@@ -14,6 +14,7 @@ from raystill.cluster.report.summary import (
     judged_line,
     size_line,
     student_written_line,
+    teacher_lines,
 )
 from raystill.config.describe import fields
 
@@ -23,6 +24,11 @@ MOST_OPEN_SOURCES = 8
 LONGEST_VALUE = 300
 
 Fact = tuple[str, Callable[[RunData], Child]]
+
+
+def _of_teacher(name: str) -> Fact:
+    """The figures of one of several teachers."""
+    return f"teacher {name}", lambda r: teacher_lines(r.summary.get("teachers")).get(name, "")
 
 
 def data(runs: Sequence[RunData]) -> Html:
@@ -52,6 +58,8 @@ def data(runs: Sequence[RunData]) -> Html:
         ("response tokens a trained row", _tokens_a_row),
         ("steps without a token to learn", lambda r: _count(r.summary, "skipped_steps")),
     ]
+    names = {name for run in runs for name in teacher_lines(run.summary.get("teachers"))}
+    rows += [_of_teacher(name) for name in sorted(names)]
     parts: list[Child] = [_facts("Rows", runs, rows)]
     if len(runs) == 1:
         charts = [
