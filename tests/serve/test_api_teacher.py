@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,14 @@ from raystill.config.run import RunConfig
 from raystill.config.teacher import TeacherConfig
 from raystill.datasets.rows.answers import Answer
 from raystill.datasets.rows.keys import prompt_digest
+from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
 from raystill.model.identity import identity_of_teacher
 from raystill.model.sampling import ResolvedSampling
 from raystill.serve.api import failures
 from raystill.serve.api import service as service_module
 from raystill.serve.api.limits import BudgetReached, Limits, Usage
+from raystill.serve.replica import BusyClock, Teacher
 from raystill.serve.services import api_engine
 from tests.support.end_to_end import TEACHER
 
@@ -221,6 +224,38 @@ def test_an_answer_comes_back_as_the_students_ids(tmp_path: Path, service: Servi
         "reasoning_effort": "low",
     }
     assert service.keys == {f"Bearer {KEY}"}
+
+
+def test_a_replica_asks_what_is_not_among_the_prompts_and_counts_it_by_teacher(
+    tmp_path: Path, service: Service
+) -> None:
+    asked = Asked(tmp_path, service, ["among them"])
+    asked.engine = api_engine(
+        run_of(teacher_of(service.url, prices={"input": 1.0, "output": 1.0})),
+        str(TEACHER),
+        SAMPLING,
+        asked.folder,
+        asked,
+        str(tmp_path / "store"),
+        "judge",
+    )
+    replica = object.__new__(Teacher)
+    replica._engine, replica._busy = asked.engine, BusyClock()
+    replica._settings = SimpleNamespace(coordinator=None)  # type: ignore[assignment]
+    ids = pa.array([[7, 1], [9, 9, 9]], TOKEN_IDS)
+    chats = [json.dumps([{"role": "user", "content": q}]) for q in ("one", "two")]
+
+    async def ask() -> pa.Table:
+        await asked.engine.start()
+        table = pa.table({"prompt_ids": ids, "key": [b"0" * 16, b"1" * 16], "messages": chats})
+        return await replica.sample(table, TEXT)
+
+    said = asyncio.run(ask())["response_ids"].to_pylist()
+    texts = [tokenizer().decode(row[:-1]) for row in said]
+    assert texts == ["An answer to one", "An answer to two"]
+    assert asked.counters["teachers/judge/api_cost"] == asked.counters["api_cost"] > 0
+    (unknown,) = asyncio.run(asked.engine.sample([np.array([9, 9, 9], np.int32)], TEXT))
+    assert unknown.error is not None and "has no messages" in unknown.error
 
 
 @pytest.mark.parametrize(
