@@ -14,7 +14,7 @@ TINY := models/tiny-teacher
 QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
 CODE := driver.py raystill cluster serve train datasets tests benchmarks examples requirements
 
-.PHONY: help demo demo-second test test-faults chaos fuzz check bench setup models lint types fast browser trackers tasks rivals clean hashes audit
+.PHONY: help demo demo-second test test-faults chaos chaos-store fuzz check bench setup models lint types fast browser trackers tasks rivals clean hashes audit
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/ \t/' | expand -t 14
@@ -86,8 +86,12 @@ check: lint types fast   ## lint, types, fast
 test-faults: setup   ## what takes nodes away, or minutes: the rest of every test (about half an hour)
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=12 -m faults tests
 
-chaos: setup     ## long runs of faults, fixed seeds and a fresh one (about 20 minutes)
-	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -s -m chaos tests/system/test_faults.py
+chaos: setup     ## long runs of faults, fixed seeds and a fresh one (about 25 minutes)
+	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -s -m chaos \
+		tests/system/test_faults.py tests/datasets/test_store_chaos.py
+
+chaos-store: setup  ## 1,000 faults of the store and its upkeep (CHAOS_FAULTS=20000 for a night, CHAOS_SEED)
+	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m chaos tests/datasets/test_store_chaos.py
 
 fuzz: setup      ## hostile input for ten minutes (FUZZ_MINUTES), a seed of its own (FUZZ_SEED)
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile.fuzz
