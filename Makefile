@@ -72,7 +72,7 @@ test: fast       ## the tests, real vLLM included; the rest is in test-faults
 
 fast: setup      ## the tests that need neither Ray nor vLLM, a process for each core
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder \
-		-m "not ray and not vllm and not faults" tests
+		-m "not ray and not vllm and not chaos and not faults" tests
 
 lint: setup      ## ruff: rules and format
 	$(BIN)/ruff check $(CODE)
