@@ -156,7 +156,7 @@ def test_a_long_row_is_given_up_alone_by_its_engine() -> None:
 
     engine._generate = generate  # type: ignore[method-assign]
     rows = [np.array([i], np.int32) for i in (1, 9, 2)]
-    found = asyncio.run(engine._run(rows, [None] * 3, [None] * 3, None))  # type: ignore[arg-type]
+    found, _ = asyncio.run(engine._run(rows, [None] * 3, [None] * 3, None))  # type: ignore[arg-type]
     assert found == [done, "timed_out", done]
 
 
@@ -180,6 +180,6 @@ def test_an_engine_that_dies_hands_over_what_it_had_finished() -> None:
 
     engine._generate = generate  # type: ignore[method-assign]
     rows = [np.array([i], np.int32) for i in (1, 5, 1, 5, 1)]
-    found = asyncio.run(engine._run(rows, [None] * 5, [None] * 5, None))  # type: ignore[arg-type]
+    found, _ = asyncio.run(engine._run(rows, [None] * 5, [None] * 5, None))  # type: ignore[arg-type]
     assert found == [done, LOST, done, LOST, NOT_STARTED] or found.count(LOST) >= 1
     assert found[0] is done and found[1] == LOST and found[4] in (NOT_STARTED, done)
