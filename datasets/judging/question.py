@@ -124,7 +124,7 @@ def verdict_ids(verdicts: Mapping[str, float], tokenizer: Tokenizer) -> dict[int
     """Token ids that say a word at the beginning of a reply, with its value.
 
     A word may be written with a space before it and with large letters; each form that is one token
-    counts. Raises ConfigError for a word that has none, and for two that share one.
+    counts. Raises ConfigError for a word that has none.
     """
     found: dict[int, float] = {}
     for word, value in verdicts.items():

@@ -146,13 +146,13 @@ class Worker:
         """Figures of the untrained student, while the teacher starts, is probed and answers."""
         if not self.config.evaluation.enabled:
             return
-        rows.start()
         due = self.progress.step == 0 and not self.measurer.is_measured(0)
         if due:
             self.measurer.write_ahead()
         if self.ranks.first:
             self.coordinator.phase.remote(WAITING, after=LOADING)
         ray.get(self.coordinator.wait_held_out.remote())
+        rows.start()  # Not before: the rows that this rank waits for are answered first.
         if due:
             self._measure("before", TRAINING_PRECISION)
         ray.get(self.coordinator.wait_may_train.remote())
