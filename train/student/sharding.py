@@ -69,10 +69,12 @@ def place_student(
     student = StudentModule(placed, dtype, training.activation_checkpointing).train()
     attention = use_attention(training.attention, model, device, student.compute_dtype)
     if sharded:
-        whole = {name: one.detach() for name, one in student.named_parameters()}
+        whole = {}  # Kept by nobody else: sharding frees a layer's weights as it goes.
+        if from_first and dist.get_rank() == 0:
+            whole = {name: one.detach() for name, one in student.named_parameters()}
         shard_student(student, device, world_size, training)
         if from_first:
-            scatter_weights(student, whole if dist.get_rank() == 0 else {}, device)
+            scatter_weights(student, whole, device)
     if wants_packing(training.packing, attention):
         with whole_weights(student):
             student.packed = use_packing(training.packing, student, attention, device)
