@@ -38,22 +38,25 @@ from raystill.train.batch.rows import Row, rows_from_table
 from raystill.train.evaluation.free_running import FreeRunning, run_free
 from raystill.train.evaluation.measure import text_of
 from raystill.train.evaluation.teacher_forced import evaluate
+from raystill.train.start.importance import Texts
+from raystill.train.start.shape import NUM_JUDGED, Shape, choose_shape
 from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import build_optimizer
 from raystill.train.step.ranks import Ranks
 from raystill.train.step.step import GlobalStep
-from raystill.train.student.build import Shape, build_student, choose_shape, num_classes
-from raystill.train.student.importance import Texts
+from raystill.train.student.build import build_student, num_classes
 from raystill.train.student.module import StudentModule
-from raystill.train.worker.shape import float32_on_cpu
+from raystill.train.worker.shape import NUM_REFIT_PROMPTS, float32_on_cpu
 
 STARTS: dict[str, dict[str, Any]] = {
     "even": {"layers": {"keep": 22, "by": "even"}},
     "influence": {"layers": {"keep": 22, "by": "influence"}},
     "importance": {"layers": {"keep": 22, "by": "importance"}},
     "width": {"ffn_size": 990},
+    "refitted": {"layers": {"keep": 22, "by": "influence"}, "refit": True},
+    "refitted width": {"ffn_size": 990, "refit": True},
 }
-JUDGED_ROWS, JUDGED_TOKENS = 6, 32
+JUDGED_TOKENS = 32
 CPU = torch.device("cpu")
 
 
@@ -103,17 +106,18 @@ class Training:
     def choose(self, model: nn.Module) -> Shape:
         """What a run would keep, judged on a few of the stored answers."""
         rows = self.given.rows
-        some = np.random.default_rng(self.judge_seed).permutation(len(rows))[:JUDGED_ROWS]
+        count = NUM_REFIT_PROMPTS if self.config.student.refit else NUM_JUDGED
+        some = np.random.default_rng(self.judge_seed).permutation(len(rows))[:count]
         texts = Texts.of(
             [rows[i].prompt_ids for i in some],
             [rows[i].response_ids[:JUDGED_TOKENS] for i in some],
         )
         with float32_on_cpu(model, CPU):
-            shape, chosen = choose_shape(self.config.student, model, texts)
-        self.chosen = {"layers": shape.layers}
-        if chosen is not None:
-            self.chosen["kl_on_judged"] = chosen.kl
-        return shape
+            chosen = choose_shape(self.config.student, model, texts)
+        self.chosen = {"layers": chosen.shape.layers}
+        if chosen.layers is not None:
+            self.chosen["kl_on_judged"] = chosen.layers.kl
+        return chosen.shape
 
     def measure(self) -> dict[str, Any]:
         """Teacher-forced figures on the held-out rows."""

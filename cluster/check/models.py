@@ -19,7 +19,7 @@ from raystill.datasets.rows.signal import hidden_size
 from raystill.model.adapters import adapter_problems
 from raystill.model.files import ModelFolder, read_object
 from raystill.model.head import find_head, logit_transform, read_header, stored_tensors
-from raystill.model.sizes import Sizes
+from raystill.model.sizes import FFN_OUTPUT, Sizes, is_ffn_output
 from raystill.model.tokenizer import read_settings, shared_tokenizer
 from raystill.placement import memory
 
@@ -72,6 +72,7 @@ def check_student(config: RunConfig, teacher: ModelFolder, student: ModelFolder)
     """
     if config.student.init == "from_teacher":
         problems = [*_check_layers(config, teacher), *_check_widths(config, teacher)]
+        problems += _check_refit(config, teacher)
         where = "student.init"
     else:
         problems = check_tokenizers(teacher, student)
@@ -191,6 +192,20 @@ def _check_widths(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
         yield Problem("student", f"{teacher.name}: {error}")
         return
     yield from sizes.problems(student.hidden_size, student.ffn_size, student.num_heads)
+
+
+def _check_refit(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
+    """Has each layer the one feed-forward projection that can be fitted?"""
+    names, layers = stored_tensors(teacher.path), teacher.num_layers
+    if not config.student.refit or layers is None or not names:  # To be downloaded.
+        return
+    count = sum(is_ffn_output(name) for name in names)
+    if count != layers:
+        yield Problem(
+            "student.refit",
+            f"is true, but {teacher.name} has {count} feed-forward projections named {FFN_OUTPUT} "
+            f"in {layers} layers; expected one in each, as dense decoders have: set it to false",
+        )
 
 
 def check_tokenizers(teacher: ModelFolder, student: ModelFolder) -> list[Problem]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from raystill.base.run_folder import LAYERS, RunFolder
 from raystill.config.run import RunConfig
 from raystill.model.on_node import ModelSource
 from raystill.model.sampling import resolve_sampling
@@ -24,12 +25,12 @@ class Start:
     Attributes:
         config: The run's configuration, with its seeds.
         teacher: The teacher's files.
-        shape: What layers.json of the run folder says was kept; None: the run file says it.
+        folder: The run's, which records what was kept; None: the run file says it.
     """
 
     config: RunConfig
     teacher: ModelSource
-    shape: str | None
+    folder: RunFolder | None
 
     def identity(self, teacher: str | None) -> str | None:
         """What decides its weights; ``teacher``: the teacher's own identity."""
@@ -37,8 +38,9 @@ class Start:
             return None
         seed = self.config.section_seeds()["student"]
         student = self.config.student.model_dump(mode="json")
+        record = None if self.folder is None else self.folder.read_text(LAYERS)
         dtypes = [self.config.training.weights_dtype, self.config.training.export_dtype]
-        parts = json.dumps([teacher, student, self.shape, seed, dtypes], sort_keys=True)
+        parts = json.dumps([teacher, student, record, seed, dtypes], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()
 
     @contextmanager
@@ -46,16 +48,17 @@ class Start:
         """Make it in a temporary folder on this node. Raises RunError where the teacher is not
         here.
         """
-        from raystill.train.student.build import build_student, recorded_shape
+        from raystill.train.start.shape import recorded_shape
+        from raystill.train.student.build import build_student
         from raystill.train.student.export import ExportSettings, save_student
 
         teacher = self.teacher.on_this_node("all")
-        seed, shape = self.config.section_seeds()["student"], self.shape
-        choose = None if shape is None else (lambda _: recorded_shape(shape))
+        seed, folder = self.config.section_seeds()["student"], self.folder
+        choose = None if folder is None else (lambda _: recorded_shape(folder))
         model = build_student(self.config, teacher, seed, choose)
         sampling = resolve_sampling(self.config.teacher, teacher)
         settings = ExportSettings(self.config.training.export_dtype, teacher, sampling)
-        with tempfile.TemporaryDirectory(prefix="raystill-start-") as folder:
-            save_student(model, Path(folder) / "start", settings)
+        with tempfile.TemporaryDirectory(prefix="raystill-start-") as place:
+            save_student(model, Path(place) / "start", settings)
             del model
-            yield Path(folder) / "start"
+            yield Path(place) / "start"

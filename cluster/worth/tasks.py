@@ -130,9 +130,8 @@ def models_of(
     if before and config.student.model is not None:
         models["before"] = _found("student.model", config.student.model, config.student.revision)
     elif before:
-        shape = folder.read_text(LAYERS) if folder.exists(LAYERS) else None
         first = _found("teacher.model", whole.teacher.model, whole.teacher.revision)
-        models["before"] = Start(whole, first, shape)
+        models["before"] = Start(whole, first, folder if folder.exists(LAYERS) else None)
     models["student"] = ModelSource.of(STUDENT, folder.local / STUDENT)
     return config, models
 

@@ -47,6 +47,7 @@ LOGS = "logs"
 STORE = "teacher_store"
 CALIBRATION = "calibration"
 LAYERS = "layers.json"
+REFIT = "refit.safetensors"
 REPORT = "report.html"
 COMPARISON = "comparison.html"
 STATUS = "status.json"
@@ -68,6 +69,7 @@ TOP_LEVEL_NAMES = frozenset(
         LOGS,
         CALIBRATION,
         LAYERS,
+        REFIT,
         REPORT,
         COMPARISON,
         STATUS,

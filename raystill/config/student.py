@@ -113,13 +113,17 @@ class StudentConfig(ConfigModel):
     )
     ffn_size: PositiveInt | None = identity(
         None,
-        description="Feed-forward neurons of each layer to keep, chosen in the same way. With "
-        "init: from_teacher.",
+        description="Feed-forward neurons of each layer to keep, chosen so too (from_teacher).",
     )
     num_heads: PositiveInt | None = identity(
         None,
-        description="Attention heads of each layer to keep, chosen in the same way: a multiple of "
-        "the number of key-value heads, or whole groups that share one. With init: from_teacher.",
+        description="Attention heads of each layer to keep, chosen so too (from_teacher): a "
+        "multiple of the number of key-value heads, or whole groups that share one.",
+    )
+    refit: bool = identity(
+        False,
+        description="Fit the feed-forward output weights before left-out layers, and of narrower "
+        "ones, by least squares to the teacher's residual stream on a few prompts.",
     )
     lora: LoraConfig | None = identity(
         None,
@@ -132,17 +136,14 @@ class StudentConfig(ConfigModel):
         if self.init == "model":
             if self.model is None:
                 raise ValueError("init is 'model' but model is unset; name the student's model")
-            if self.layers is not None or self.layer_stride is not None or self.narrowed:
-                raise ValueError(
-                    "layers, layer_stride, hidden_size, ffn_size and num_heads belong to init: "
-                    "from_teacher; remove them"
-                )
+            parts = self.layers is not None or self.layer_stride is not None or self.narrowed
+            if parts or self.refit:
+                names = "layers, layer_stride, hidden_size, ffn_size, num_heads and refit"
+                raise ValueError(f"{names} belong to init: from_teacher; remove them")
         else:
             if self.model is not None:
-                raise ValueError(
-                    f"model ({self.model!r}) is set but init is 'from_teacher'; "
-                    "set init: model to train that model, or remove it"
-                )
+                told = f"model ({self.model!r}) is set but init is 'from_teacher'"
+                raise ValueError(f"{told}; set init: model to train that model, or remove it")
             both = self.layers is not None and self.layer_stride is not None
             neither = self.layers is None and self.layer_stride is None
             if both or (neither and not self.narrowed):
@@ -163,7 +164,7 @@ class StudentConfig(ConfigModel):
     def chosen_by_run(self) -> bool:
         """Whether what is kept of the teacher is chosen with its weights, at the run's start."""
         by_layers = isinstance(self.layers, LayerChoice) and self.layers.needs_model
-        return by_layers or self.narrowed
+        return by_layers or self.narrowed or self.refit
 
     def kept_layers(self, num_layers: int) -> list[int]:
         """Teacher layers that the student keeps, in order, of ``num_layers`` (from_teacher).

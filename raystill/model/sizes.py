@@ -1,5 +1,6 @@
 """The widths of a decoder as ``config.json`` names them, and which narrower ones it can have."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,14 @@ PARTS: dict[str, tuple[str, str]] = {
     "down_proj": ("hidden", "ffn"),
 }
 """What the rows and the columns of a weight are, by the name of its module. A bias has the rows."""
+FFN_OUTPUT = "down_proj"
+"""The projection that adds a feed-forward network's output to the residual stream."""
+_FFN_OUTPUT_WEIGHT = re.compile(rf"(^|\.)\d+\.\w+\.{FFN_OUTPUT}\.weight$")
+
+
+def is_ffn_output(name: str) -> bool:
+    """Whether a weight of this name is a layer's only such projection, not one of an expert."""
+    return _FFN_OUTPUT_WEIGHT.search(name) is not None
 
 
 @dataclass(frozen=True)

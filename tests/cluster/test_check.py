@@ -110,6 +110,7 @@ def test_the_check_is_fast_and_imports_nothing_heavy(run_file: Path) -> None:
         ("student.layers=[0, 0]", ["student.layers: names [0] more than once"]),
         ("student.ffn_size=100000", ["student.ffn_size: is 100000", "name at most"]),
         ("student.num_heads=7", ["student.num_heads: is 7", "possible are"]),
+        ("student.refit=2", ["student.refit: is 2"]),
         ("stream.max_rows_ahead=6", ["rows_per_step + 2 * num_workers * group_rows (8)", "24"]),
         ("stream.max_rows_ahead=23", ["target_ongoing_requests * group_rows", "24 or more"]),
         ("evaluation.held_out_sources=[c]", ["'c' is no source", "a, b"]),

@@ -20,7 +20,7 @@ PACKAGE = "raystill"
 GROUND = {PACKAGE, *(f"raystill/{name}" for name in ("base", "config", "model", "placement"))}
 ROWS = {"datasets/rows"}
 LOSS = {"train/batch", "train/loss"}
-STUDENT = LOSS | {"train/student"}
+STUDENT = LOSS | {"train/start", "train/student"}
 STEP = STUDENT | {"train/step"}
 WORKER = STEP | {"train/checkpoint", "train/evaluation", "train/worker"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -49,7 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve/bench": GROUND | ROWS | {"serve/engine"},
     "train/batch": GROUND | ROWS,
     "train/loss": GROUND | LOSS,
-    "train/student": GROUND | LOSS,
+    "train/start": GROUND,
+    "train/student": GROUND | LOSS | {"train/start"},
     "train/step": GROUND | STUDENT,
     "train/checkpoint": GROUND | STEP,
     "train/evaluation": GROUND

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from raystill.model.known import words_of_code
 from raystill.model.sampling import ResolvedSampling
-from raystill.train.student.cut import keep_layers
+from raystill.train.start.cut import keep_layers
 from raystill.train.student.export import ExportSettings, save_student
 
 COMMON = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6}

@@ -17,9 +17,9 @@ from raystill.train.checkpoint.checkpoint import (
     load_tensors,
     read_snapshot,
 )
+from raystill.train.start.cut import keep_layers
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.build import Outline, freeze_unreached
-from raystill.train.student.cut import keep_layers
 from raystill.train.student.export import ExportSettings, save_student
 from raystill.train.student.module import StudentModule
 from raystill.train.student.sharding import place_student

@@ -9,19 +9,21 @@ import torch
 from pydantic import ValidationError
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from raystill.base.errors import RunError
 from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
 from raystill.config.student import LayerChoice
-from raystill.train.step.ranks import Ranks
-from raystill.train.student import build as building
-from raystill.train.student.build import Shape, build_student
-from raystill.train.student.importance import (
+from raystill.train.start import shape as shapes
+from raystill.train.start.importance import (
     Texts,
     block_influence,
     choose_layers,
     judged_log_probs,
     only_layers,
 )
+from raystill.train.start.shape import Shape
+from raystill.train.step.ranks import Ranks
+from raystill.train.student.build import build_student
 from raystill.train.worker.shape import float32_on_cpu, run_shape
 from tests.support.runs import run_of
 
@@ -112,24 +114,26 @@ def test_the_teacher_is_whole_again_afterwards(texts: Texts) -> None:
     assert torch.equal(judged_log_probs(model, texts), before)
 
 
-def run_config(folder: Path, **layers: object) -> RunConfig:
+def run_config(folder: Path, refit: bool, **layers: object) -> RunConfig:
     return RunConfig.model_validate(
         {
             "teacher": {"model": str(folder), "sampling": {"max_tokens": 6, "temperature": 1.0}},
-            "student": {"layers": layers},
+            "student": {"layers": layers, "refit": refit},
             "prompts": {"path": "unused"},
         }
     )
 
 
+@pytest.mark.parametrize("refit", [False, True])
 def test_a_run_chooses_once_and_keeps_the_same_layers_at_every_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refit: bool
 ) -> None:
     import pyarrow as pa
 
     place = tmp_path / "teacher"
     teacher().save_pretrained(place)
-    config, folder = run_config(place, keep=4), RunFolder(str(tmp_path / "run")).ensure()
+    keep = 3 if refit else 4  # Without the idle ones there is nothing to fit.
+    config, folder = run_config(place, refit, keep=keep), RunFolder(str(tmp_path / "run")).ensure()
     prompts = pa.table({"prompt_ids": pa.array([[3, 4, 5], [6, 7], []], pa.list_(pa.int32()))})
     folder.write_table("prompts/train.parquet", prompts)
     run, cpu = run_of(config, folder, str(place)), torch.device("cpu")
@@ -141,13 +145,18 @@ def test_a_run_chooses_once_and_keeps_the_same_layers_at_every_start(
         return build_student(config, str(place), 0, choose)
 
     student = build()
-    assert json.loads(folder.read_text("layers.json"))["layers"] == [0, 2, 3, 5]
-    assert student.config.num_hidden_layers == 4
+    layers = json.loads(folder.read_text("layers.json"))["layers"]
+    assert len(layers) == keep and set(layers) <= {0, 2, 3, 5}
+    assert student.config.num_hidden_layers == keep
     assert not student.config.use_cache
-    monkeypatch.setattr(building, "choose_layers", None)  # Another choice would fail.
+    monkeypatch.setattr(shapes, "choose_layers", None)  # Another choice would fail.
     again = build()
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+    if refit:
+        folder.delete("refit.safetensors")
+        with pytest.raises(RunError, match=r"refit.safetensors is not the file that layers.json"):
+            build()
 
 
 def test_a_cpu_judges_in_float32_and_gives_the_weights_back_as_they_were() -> None:

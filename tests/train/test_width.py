@@ -27,10 +27,11 @@ from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
 from raystill.config.student import StudentConfig
 from raystill.model.sizes import Sizes
+from raystill.train.start.importance import Texts
+from raystill.train.start.shape import choose_shape
+from raystill.train.start.width import Widths, choose_widths, narrow
 from raystill.train.step.ranks import Ranks
-from raystill.train.student.build import build_student, choose_shape
-from raystill.train.student.importance import Texts
-from raystill.train.student.width import Widths, choose_widths, narrow
+from raystill.train.student.build import build_student
 from raystill.train.worker.shape import run_shape
 from tests.support.runs import run_of
 
@@ -202,8 +203,8 @@ def test_a_run_cuts_layers_and_widths_and_keeps_them_at_every_start(tmp_path: Pa
 
 def test_all_layers_are_kept_where_only_a_width_is_named() -> None:
     student = StudentConfig(ffn_size=16)
-    shape, chosen = choose_shape(student, model_of("llama"), TEXTS)
-    assert (shape.layers, chosen) == ([0, 1, 2], None)
+    chosen = choose_shape(student, model_of("llama"), TEXTS)
+    assert (chosen.shape.layers, chosen.layers) == ([0, 1, 2], None)
     with pytest.raises(ValidationError, match="belong to init: from_teacher"):
         StudentConfig(init="model", model="x", ffn_size=16)
     with pytest.raises(ValidationError, match="or a width"):

@@ -25,8 +25,9 @@ from raystill.train.calibration import compare
 from raystill.train.calibration.cost import bytes_per_token
 from raystill.train.calibration.positions import Positions, read_positions, sample_positions
 from raystill.train.loss.teacher_head import TeacherHead, read_teacher_head
-from raystill.train.student.build import Shape, build_student, choose_shape, num_classes
-from raystill.train.student.importance import Texts
+from raystill.train.start.importance import Texts
+from raystill.train.start.shape import Shape, choose_shape
+from raystill.train.student.build import build_student, num_classes
 from raystill.train.student.module import StudentModule
 
 POSITIONS_PER_ROW = 16
@@ -35,8 +36,8 @@ POSITIONS_PER_ROW = 16
 Tokens of one answer are alike, so few of each say more. Fewer would need more rows, and each row is
 a forward pass of the whole student.
 """
-CHOICE_ROWS = 8
-"""Answers on which the student's layers are chosen, where the run file leaves them to the run."""
+CHOICE_ROWS = 48
+"""Answers on which a student is cut out of the teacher, where the run file leaves that open."""
 
 
 class Calibrator:
@@ -100,7 +101,7 @@ class Calibrator:
         """What to keep where the run file leaves it to the run, by the teacher's answers."""
         rows = list({id(one.row): one.row for one in self._sampled}.values())[:CHOICE_ROWS]
         texts = Texts.of([r.prompt_ids for r in rows], [r.response_ids for r in rows])
-        return choose_shape(self._config.student, model.float().eval(), texts)[0]
+        return choose_shape(self._config.student, model.float().eval(), texts).shape
 
     def describe(self) -> dict[str, Any]:
         """Return the numbers of positions and rows, and figures of each signal.

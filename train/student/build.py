@@ -4,7 +4,6 @@ The worker calls ``build_student`` on every rank before `sharding.place_student`
 its device. ``num_classes`` says which ids the student and the teacher are compared on.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from raystill.config.run import RunConfig
-from raystill.config.student import LayerChoice, StudentConfig
-from raystill.train.student.cut import keep_layers
-from raystill.train.student.importance import ChosenLayers, Texts, choose_layers, only_layers
-from raystill.train.student.width import Widths, choose_widths, narrow
+from raystill.train.start.shape import Shape
 
 DTYPES = {
     "float16": torch.float16,
@@ -29,49 +25,6 @@ DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a student keeps of its teacher: layers, in this order, and widths of theirs."""
-
-    layers: list[int]
-    widths: Widths | None = None
-
-
-def recorded_shape(text: str) -> Shape:
-    """What layers.json of a run says that its student keeps."""
-    record = json.loads(text)
-    widths = record.get("widths")
-    return Shape(record["layers"], Widths(**widths) if widths else None)
-
-
-def choose_shape(
-    student: StudentConfig, model: nn.Module, texts: Texts
-) -> tuple[Shape, ChosenLayers | None]:
-    """What the student is to keep of ``model``, the whole teacher, judged on ``texts``.
-
-    Also why those layers, where the choice of layers is part of it.
-    """
-    chosen = None
-    if isinstance(student.layers, LayerChoice) and student.layers.needs_model:
-        search = student.layers.by == "importance"
-        chosen = choose_layers(model, texts, student.layers.keep, search)
-        layers = chosen.layers
-    else:
-        config: Any = model.config
-        layers = student.kept_layers(config.get_text_config().num_hidden_layers)
-    if not student.narrowed:
-        return Shape(layers), chosen
-    with only_layers(model, layers):
-        widths = choose_widths(
-            model,
-            texts,
-            hidden=student.hidden_size,
-            ffn=student.ffn_size,
-            heads=student.num_heads,
-        )
-    return Shape(layers, widths), chosen
 
 
 def build_student(
@@ -107,9 +60,7 @@ def build_student(
             shape = choose(model)
         else:
             shape = Shape(student.kept_layers(num_layers))
-        keep_layers(model, shape.layers)
-        if shape.widths is not None:
-            model = narrow(model, shape.widths)
+        model = shape.cut(model)
     if student.lora is None:
         model.to(DTYPES[config.training.weights_dtype])
     model.config.use_cache = False  # Training reads each sequence once.

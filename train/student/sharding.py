@@ -43,8 +43,8 @@ from raystill.config.objective import ObjectiveConfig
 from raystill.config.training import TrainingConfig
 from raystill.train.batch.batch import dummy_micro_batch
 from raystill.train.loss.log_probs import sum_dtype
+from raystill.train.start.cut import layer_list
 from raystill.train.student.attention import use_attention, use_packing, wants_packing
-from raystill.train.student.cut import layer_list
 from raystill.train.student.module import StudentModule, resolve_compute_dtype
 
 logger = logging.getLogger(__name__)

@@ -4,33 +4,38 @@ Rank 0 chooses layers and widths once, on a few training prompts that the plain 
 writes ``layers.json``. Later starts and the other ranks keep the same.
 """
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from raystill.base.run_folder import LAYERS, TRAIN_PROMPTS
-from raystill.config.student import LayerChoice, StudentConfig
+from raystill.config.student import StudentConfig
 from raystill.model.files import ModelFolder
 from raystill.model.on_node import ModelSource
 from raystill.model.sampling import resolve_sampling
 from raystill.run import Run
 from raystill.train.evaluation.free_running import FreeRunning, generate
+from raystill.train.start.importance import Texts
+from raystill.train.start.shape import (
+    NUM_JUDGED,
+    Chosen,
+    Shape,
+    choose_shape,
+    record_shape,
+    recorded_shape,
+)
 from raystill.train.step.ranks import Ranks
-from raystill.train.student.build import Shape, choose_shape, recorded_shape
 from raystill.train.student.export import Base
-from raystill.train.student.importance import ChosenLayers, Texts
 
 logger = logging.getLogger(__name__)
 
-NUM_PROMPTS = 6
+NUM_REFIT_PROMPTS = 48
+"""Prompts that the teacher answers where weights are fitted to what it does on them."""
 PROMPT_TOKENS, ANSWER_TOKENS = 256, 32
 """Longest prompt that is used, and tokens that the teacher writes to each."""
 
@@ -39,14 +44,10 @@ def run_shape(
     run: Run, teacher_folder: str, ranks: Ranks, device: torch.device, model: nn.Module
 ) -> Shape:
     """What to keep of ``model``, the whole teacher; the same at every start. Collective."""
-    shape: Shape | None = None
-    if ranks.first:
-        if run.folder.exists(LAYERS):
-            shape = recorded_shape(run.folder.read_text(LAYERS))
-        else:
-            shape = _choose(run, teacher_folder, device, model)
-    found: Shape = ranks.from_first(shape)
-    return found
+    if ranks.first and not run.folder.exists(LAYERS):
+        _choose(run, teacher_folder, device, model)
+    ranks.from_first(None)  # The others read what the first one has recorded.
+    return recorded_shape(run.folder)
 
 
 def base_of(student: StudentConfig, teacher: ModelSource, teacher_folder: str) -> Base:
@@ -63,20 +64,22 @@ def base_of(student: StudentConfig, teacher: ModelSource, teacher_folder: str) -
     return Base(teacher.name if downloaded else teacher.folder, teacher.commit)
 
 
-def _choose(run: Run, teacher_folder: str, device: torch.device, model: nn.Module) -> Shape:
+def _choose(run: Run, teacher_folder: str, device: torch.device, model: nn.Module) -> None:
     was_training = model.training
     model.to(device).eval()
     with float32_on_cpu(model, device):
-        shape, chosen = _judge(run, teacher_folder, device, model)
+        chosen = _judge(run, teacher_folder, device, model)
     model.to("cpu").train(was_training)
-    _record(run, shape, chosen)
-    return shape
+    record_shape(run.folder, chosen, run.config.student.layers)
+    logger.info("keeps the teacher's layers %s", chosen.shape.layers)
+    for number, fit in chosen.fits.items():
+        before, after = fit.error_before, fit.error_after
+        logger.info("layer %d fitted: error of its stream %.3f to %.3f", number, before, after)
 
 
-def _judge(
-    run: Run, teacher_folder: str, device: torch.device, model: nn.Module
-) -> tuple[Shape, ChosenLayers | None]:
-    prompts = _some_prompts(run)
+def _judge(run: Run, teacher_folder: str, device: torch.device, model: nn.Module) -> Chosen:
+    student = run.config.student
+    prompts = _some_prompts(run, NUM_REFIT_PROMPTS if student.refit else NUM_JUDGED)
     settings = FreeRunning(
         rows=len(prompts),
         max_tokens=ANSWER_TOKENS,
@@ -85,7 +88,7 @@ def _judge(
         compute_dtype=torch.float32,
     )
     answers = [np.array(ids, np.int64) for ids in generate(model, prompts, settings, device)]
-    return choose_shape(run.config.student, model, Texts.of(prompts, answers).to(device))
+    return choose_shape(student, model, Texts.of(prompts, answers).to(device))
 
 
 @contextmanager
@@ -110,8 +113,8 @@ def float32_on_cpu(model: nn.Module, device: torch.device) -> Iterator[None]:
             setattr(model.get_submodule(owner), leaf, buffer)
 
 
-def _some_prompts(run: Run) -> list[np.ndarray]:
-    """A few of the training prompts, int32 [P] each, drawn by the run's seed."""
+def _some_prompts(run: Run, count: int) -> list[np.ndarray]:
+    """So many of the training prompts, int32 [P] each, drawn by the run's seed."""
     table = run.folder.read_table(TRAIN_PROMPTS, columns=["prompt_ids"])
     order = np.random.default_rng(run.config.section_seeds()["student"]).permutation(len(table))
     column, prompts = table["prompt_ids"], []
@@ -119,22 +122,8 @@ def _some_prompts(run: Run) -> list[np.ndarray]:
         ids = column[int(row)].values.to_numpy()
         if 0 < len(ids) <= PROMPT_TOKENS:
             prompts.append(ids)
-        if len(prompts) == NUM_PROMPTS:
+        if len(prompts) == count:
             break
     if not prompts:
-        return [column[int(row)].values.to_numpy()[:PROMPT_TOKENS] for row in order[:NUM_PROMPTS]]
+        return [column[int(row)].values.to_numpy()[:PROMPT_TOKENS] for row in order[:count]]
     return prompts
-
-
-def _record(run: Run, shape: Shape, chosen: ChosenLayers | None) -> None:
-    record: dict[str, Any] = {"layers": shape.layers}
-    if chosen is not None:
-        choice = run.config.student.layers
-        assert isinstance(choice, LayerChoice)
-        record["by"] = choice.by
-        record["kl_nats_per_token"] = chosen.kl
-        record["influence"] = chosen.influence
-    if shape.widths is not None:
-        record["widths"] = asdict(shape.widths)
-    run.folder.write_text(LAYERS, json.dumps(record, indent=None if shape.widths else 2) + "\n")
-    logger.info("keeps the teacher's layers %s", shape.layers)

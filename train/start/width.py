@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from raystill.model.sizes import PARTS, Sizes
-from raystill.train.student.cut import layer_list
-from raystill.train.student.importance import Texts
+from raystill.train.start.cut import layer_list
+from raystill.train.start.importance import Texts
 
 
 @dataclass(frozen=True)

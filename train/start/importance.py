@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raystill.train.student.cut import (
+from raystill.train.start.cut import (
     LAYER_NUMBER_FIELDS,
     PER_LAYER_FIELDS,
     keep_layers,
@@ -54,6 +54,11 @@ class Texts:
             mask[i, :end] = 1
             judged[i, max(0, start - 1) : end - 1] = True
         return cls(input_ids, mask, judged)
+
+    def first(self, count: int) -> "Texts":
+        """The first so many of them, as long as the longest of those."""
+        length = int(self.mask[:count].sum(1).max())
+        return Texts(*(p[:count, :length] for p in (self.input_ids, self.mask, self.judged)))
 
     def to(self, device: torch.device) -> "Texts":
         """The same on a device."""
