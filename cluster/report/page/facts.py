@@ -320,7 +320,11 @@ def _layers(layers: Record) -> Child:
     chosen = layers.get("layers")
     if not isinstance(chosen, list):
         return None
-    said = f"{len(chosen)}: {', '.join(map(str, chosen))} (by {layers.get('by')})"
+    said = f"{len(chosen)}: {', '.join(map(str, chosen))}"
+    if layers.get("by"):
+        said += f" (by {layers['by']})"
+    if isinstance(layers.get("refit"), dict):
+        said += f"; {len(layers['refit'])} of them fitted"
     return shortened(said, LONGEST_VALUE)
 
 
