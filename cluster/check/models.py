@@ -6,6 +6,7 @@ transformers.
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from raystill.config.run import RunConfig
 from raystill.config.student import LayerChoice, StudentConfig
 from raystill.datasets.prompts.tables import PromptTables
 from raystill.datasets.rows.signal import hidden_size
-from raystill.model.adapters import adapter_problems
+from raystill.model.adapters import adapter_problems, trained_numbers
 from raystill.model.files import ModelFolder, read_object
 from raystill.model.head import find_head, logit_transform, read_header, stored_tensors
 from raystill.model.sizes import FFN_OUTPUT, Sizes, is_ffn_output
@@ -107,7 +108,7 @@ def check_memory(
 ) -> tuple[list[Problem], list[str]]:
     """What a student worker needs on a GPU and has there, where it is to have one."""
     training = config.training
-    if training.gpus_per_worker == 0 or config.student.lora is not None:
+    if training.gpus_per_worker == 0:
         return [], []
     if not training.gpus_per_worker and training.accelerator_type is None:
         return [], []
@@ -126,6 +127,13 @@ def check_memory(
     if decoder is None or not shapes or student.vocab_size is None:
         return [], []
     parts = memory.Parts.of(shapes, student.vocab_size * decoder.hidden, kept)
+    if (lora := config.student.lora) is not None:
+        trained = trained_numbers(student, lora, kept)
+        stored = {str(entry["dtype"]) for header in headers for entry in header.values()}
+        base = 2 if stored <= {"BF16", "F16"} else 4
+        if lora.base_dtype != "auto":
+            base = memory.WIDTHS[lora.base_dtype]
+        parts = replace(parts, adapters=memory.Adapters(trained or 0, base))
     workers = training.min_workers
     row = tables.longest_prompt_tokens + config.max_response_tokens
     tokens = max(training.tokens_per_micro_batch, row)

@@ -31,12 +31,28 @@ GPU_BYTES: dict[str, float] = {
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """What is trained where the model's own parameters are frozen (LoRA).
+
+    trained: number of parameters, modules that are trained whole included. base: bytes of a frozen
+    one.
+    """
+
+    trained: int
+    base: int
+
+
+@dataclass(frozen=True)
 class Parts:
-    """Numbers of parameters: of each layer, outside of layers, and of the output head alone."""
+    """Numbers of parameters: of each layer, outside of layers, and of the output head alone.
+
+    adapters: None: all parameters are trained.
+    """
 
     layers: tuple[int, ...]
     outside: int
     head: int
+    adapters: "Adapters | None" = None
 
     @property
     def total(self) -> int:
@@ -139,24 +155,25 @@ def need(
     c = _product_bytes(training, on_gpu)
     sharded = training.strategy == "fsdp" and workers > 1
     share = (training.shard_group_size or workers) if sharded else 1
-    total, layer = parts.total, max(parts.layers, default=0)
+    adapters = parts.adapters
+    trained, b = (adapters.trained, adapters.base) if adapters else (parts.total, w)
     state = STATE_BYTES[training.optimizer] * (2 if w == 8 else 1)
-    weights, gradients, optimizer = (total * n / share for n in (w, w, state))
+    weights, gradients, optimizer = (trained * n / share for n in (w, w, state))
     gathered = host = 0.0
+    if adapters:
+        weights += parts.total * b / share
     if sharded:
-        # The root stays for a whole pass; the running layer and the one fetched ahead, which is
-        # also in the buffer that it came in; their gradients, in the buffer that they leave by.
-        gathered = parts.outside * w + 3 * layer * c + layer * (c + max(w, 4))
+        gathered = _gathered_bytes(parts, b, c)
         if training.reduce_gradients == "once":
-            gathered += total * max(w, 4)
+            gathered += trained * max(w, 4)
         if training.cpu_offload:
             host, weights, gradients, optimizer = weights + gradients + optimizer, 0.0, 0.0, 0.0
-    each = decoder.activation_bytes(w, c)
-    kept = max(w, c) * decoder.hidden if training.activation_checkpointing else each
-    activations = tokens * (kept * len(parts.layers) + 2 * max(w, c) * decoder.hidden)
+    each = decoder.activation_bytes(b, c)
+    kept = max(b, c) * decoder.hidden if training.activation_checkpointing else each
+    activations = tokens * (kept * len(parts.layers) + 2 * max(b, c) * decoder.hidden)
     if training.activation_checkpointing:
         activations += tokens * each  # Of the layer that is computed again.
-    loss = _loss_bytes(parts, decoder, w, c, tokens, on_gpu)
+    loss = _loss_bytes(parts, decoder, b, c, tokens, on_gpu)
     reserve = 0.0
     if on_gpu:
         used = weights + gradients + optimizer + gathered + activations + loss
@@ -243,6 +260,17 @@ def describe(needed: Need) -> str:
     return f"{needed.device / 1e9:.1f} GB on its GPU ({listed}){host}"
 
 
+def _gathered_bytes(parts: Parts, b: int, c: int) -> float:
+    """Of layers that are whole for a while. b, c: bytes of a weight, of one that is gathered.
+
+    The root stays for a whole pass; the running layer and the one fetched ahead, which is also in
+    the buffer that it came in; their gradients, in the buffer that they leave by.
+    """
+    layer = max(parts.layers, default=0)
+    gradients = 0 if parts.adapters else layer * (c + max(b, 4))
+    return float(parts.outside * b + 3 * layer * c + gradients)
+
+
 def _product_bytes(training: TrainingConfig, on_gpu: bool) -> int:
     """Bytes of a number that matrix products read."""
     if training.weights_dtype != "float32":
@@ -259,5 +287,7 @@ def _loss_bytes(parts: Parts, decoder: Decoder, w: int, c: int, tokens: int, on_
         WIDE_BLOCKS[on_gpu], 4 * tokens * vocab * 4
     )
     # The head in the precision of products, its gradient in it, and in float32 over the chunks.
-    head = parts.head * ((c if w > c else 0) + (c if c < 4 else 0) + max(4, w))
+    head = parts.head * (c if w > c else 0)
+    if not parts.adapters:
+        head += parts.head * ((c if c < 4 else 0) + max(4, w))
     return chunk + head + 2.0 * tokens * decoder.hidden * c

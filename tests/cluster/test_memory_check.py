@@ -98,6 +98,20 @@ def test_a_student_with_fewer_layers_and_narrower_ones_needs_less(folder: ModelF
     assert "weights 5.7, gradients 5.7, optimizer state 11.5" in told
 
 
+def test_adapters_need_gradients_and_moments_of_their_own_alone(folder: ModelFolder) -> None:
+    lora: dict[str, Any] = {"init": "model", "model": "m", "lora": {"rank": 16}}
+    problems, (told,) = said(folder, student=lora, accelerator_type="H100")
+    # 8.03B in bfloat16, and 32 layers of 1.31M adapters with 4, 4 and 8 bytes.
+    assert not problems
+    assert "weights 16.2, gradients 0.2, optimizer state 0.3" in told
+    wide = lora | {"lora": {"rank": 16, "base_dtype": "float32"}}
+    _, (told,) = said(folder, student=wide, accelerator_type="H100")
+    assert "weights 32.3" in told
+    sharded = {"strategy": "fsdp", "num_workers": 8, "accelerator_type": "L4"}
+    problems, (told,) = said(folder, student=lora, activation_checkpointing=True, **sharded)
+    assert not problems and "weights 2.0" in told
+
+
 def test_an_unknown_gpu_is_told_of_and_no_gpu_is_not(folder: ModelFolder) -> None:
     problems, (notice,) = said(folder, gpus_per_worker=1)
     assert not problems and "set training.accelerator_type to have it compared" in notice

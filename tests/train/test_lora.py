@@ -12,9 +12,11 @@ from raystill.base.errors import RunError
 from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
 from raystill.config.student import LoraConfig, StudentConfig
+from raystill.config.training import TrainingConfig
 from raystill.model.adapters import adapter_problems, trained_numbers
 from raystill.model.files import ModelFolder
 from raystill.model.on_node import ModelSource
+from raystill.placement.memory import Adapters, Decoder, Parts, need
 from raystill.train.checkpoint.checkpoint import (
     load_tensors,
     random_state,
@@ -265,6 +267,20 @@ def test_the_number_of_trained_parameters_is_known_before(tmp_path, case):
     one = sum(count for name, count in numbers.items() if "layers.0." not in name)
     assert trained_numbers(folder, settings, [1]) == one
     assert trained_numbers(ModelFolder("none", tmp_path / "none"), settings) is None
+
+
+def test_the_table_of_memory_counts_frozen_and_trained_numbers_as_they_are():
+    model = start(NORM_IN_32).model
+    every = dict(model.named_parameters())
+    trained = [tensor for tensor in every.values() if tensor.requires_grad]
+    frozen = [tensor for tensor in every.values() if not tensor.requires_grad]
+    adapters = Adapters(sum(tensor.numel() for tensor in trained), 2)
+    layers = (sum(tensor.numel() for tensor in frozen),)
+    parts, decoder = Parts(layers, 0, 0, adapters), Decoder(16, 32, 16, 16)
+    needed = need(TrainingConfig(), parts, decoder, workers=1, tokens=0, on_gpu=False)
+    assert needed.weights == sum(tensor.nbytes for tensor in every.values())
+    assert needed.gradients == sum(tensor.nbytes for tensor in trained)
+    assert needed.optimizer == 2 * needed.gradients
 
 
 def test_16_bit_weights_are_multiplied_in_16_bits_and_no_run_file_asks_for_more():
