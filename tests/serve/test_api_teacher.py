@@ -3,13 +3,9 @@
 import asyncio
 import email.utils
 import json
-import ssl
-import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,181 +18,34 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
-from raystill.base.run_folder import MESSAGES, RunFolder
 from raystill.config.base import ApiConfig, PricesConfig
-from raystill.config.run import RunConfig
 from raystill.config.teacher import TeacherConfig
-from raystill.datasets.rows.answers import Answer
-from raystill.datasets.rows.keys import prompt_digest
 from raystill.datasets.rows.schema import TOKEN_IDS
-from raystill.datasets.rows.signal import Signal
 from raystill.model.identity import identity_of_teacher
-from raystill.model.sampling import ResolvedSampling
 from raystill.serve.api import failures
 from raystill.serve.api import service as service_module
 from raystill.serve.api.limits import BudgetReached, Limits, Usage
 from raystill.serve.replica import BusyClock, Teacher
 from raystill.serve.services import api_engine
 from tests.support.end_to_end import TEACHER
-
-STOP = 2
-KEY = "planted-service-key-8c1f0a77"
-TEXT = Signal("text")
-USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-
-
-class Service(ThreadingHTTPServer):
-    """Answers each question by its script: a list of replies, the last of which stays."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.scripts: dict[str, list[dict[str, Any]]] = {}
-        self.asked: Counter[str] = Counter()
-        self.bodies: list[dict[str, Any]] = []
-        self.keys: set[str | None] = set()
-        self.at_once = self.most_at_once = 0
-        self.lock = threading.Lock()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Service
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        question = body["messages"][-1]["content"]
-        with self.server.lock:
-            self.server.bodies.append(body)
-            self.server.keys.add(self.headers.get("Authorization"))
-            script = self.server.scripts.get(question, [{}])
-            reply = script[min(self.server.asked[question], len(script) - 1)]
-            self.server.asked[question] += 1
-            self.server.at_once += 1
-            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
-        try:
-            self.reply(reply, question)
-        finally:
-            with self.server.lock:
-                self.server.at_once -= 1
-
-    def reply(self, reply: dict[str, Any], question: str) -> None:
-        time.sleep(reply.get("slow", 0.0))
-        if reply.get("cut"):
-            self.close_connection = True
-            self.connection.close()
-            return
-        status = reply.get("status", 200)
-        if status == 200:
-            choice = {
-                "index": 0,
-                "finish_reason": reply.get("finish", "stop"),
-                "message": {
-                    "role": "assistant",
-                    "content": reply.get("text", f"An answer to {question}"),
-                    **({"refusal": reply["refusal"]} if "refusal" in reply else {}),
-                },
-            }
-            content: dict[str, Any] = {
-                "id": "x",
-                "object": "chat.completion",
-                "created": 1,
-                "model": "m",
-                "choices": reply.get("choices", [choice]),
-                "usage": reply.get("usage", USAGE),
-            }
-        else:
-            content = {"error": {"message": f"refused for {KEY}", "code": reply.get("code")}}
-        data = json.dumps(content).encode()
-        data = reply.get("raw", data)
-        if reply.get("torn"):
-            data = data[: len(data) // 2]
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        for name, value in reply.get("headers", {}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+from tests.support.scripted_service import (
+    KEY,
+    SAMPLING,
+    STOP,
+    TEXT,
+    USAGE,
+    Asked,
+    Service,
+    run_of,
+    scripted_service,
+    teacher_of,
+)
 
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    monkeypatch.setenv("SERVICE_API_KEY", KEY)
-    monkeypatch.setattr(failures, "pause_s", lambda attempt: 0.01)
-    context = ssl.create_default_context()  # Each client would read all certificates anew.
-    monkeypatch.setattr(ssl, "create_default_context", lambda **_: context)
-    server = Service()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def teacher_of(url: str, **api: Any) -> TeacherConfig:
-    section = {"base_url": url, "model": "large", "api_key_env": "SERVICE_API_KEY", **api}
-    return TeacherConfig.model_validate(
-        {"model": str(TEACHER), "engine": "api", "api": section, "request_timeout_s": 2.0}
-    )
-
-
-def run_of(teacher: TeacherConfig) -> RunConfig:
-    return RunConfig.model_validate(
-        {
-            "teacher": teacher,
-            "student": {"init": "from_teacher", "layer_stride": 1},
-            "prompts": {"path": "prompts.jsonl"},
-            "signal": {"kind": "text"},
-            "objective": {"cross_entropy": 1.0},
-        }
-    )
-
-
-SAMPLING = ResolvedSampling(0.7, 0.9, 0, 0.0, max_tokens=32, stop_token_ids=(STOP,))
-
-
-class Asked:
-    """An engine over some questions, its counters, and its run folder."""
-
-    def __init__(self, folder: Path, service: Service, questions: list[str], **api: Any) -> None:
-        self.folder = RunFolder(str(folder)).ensure()
-        self.prompts = [np.array([7, i + 1], np.int32) for i in range(len(questions))]
-        chats = [json.dumps([{"role": "user", "content": q}]) for q in questions]
-        table = pa.table({"digest": [prompt_digest(p) for p in self.prompts], "messages": chats})
-        self.folder.write_table(MESSAGES, table)
-        self.counters: Counter[str] = Counter()
-        self.engine = api_engine(
-            run_of(teacher_of(service.url, **api)),
-            str(TEACHER),
-            SAMPLING,
-            self.folder,
-            self,
-            str(folder / "store"),
-        )
-
-    @property
-    def add(self) -> Any:
-        asked = self
-
-        class Remote:
-            def remote(self, counters: dict[str, float]) -> None:
-                asked.counters.update(counters)
-
-        return Remote()
-
-    def sample(self) -> list[Answer]:
-        async def run() -> list[Answer]:
-            await self.engine.start()
-            return await self.engine.sample(self.prompts, TEXT)
-
-        return asyncio.run(run())
+    with scripted_service(monkeypatch) as server:
+        yield server
 
 
 @cache

@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.parser import BytesParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
+
+from tests.support.json_service import JsonHandler, completion_of, serving
 
 
 @dataclass
@@ -99,10 +101,8 @@ class BatchService(ThreadingHTTPServer):
                 errors.append(json.dumps(told).encode())
             else:
                 self.paid[question] += 1
-                told = {
-                    **head,
-                    "response": {"status_code": 200, "body": completion(question, reply)},
-                }
+                said = completion_of(reply.get("text", f"An answer to {question}"))
+                told = {**head, "response": {"status_code": 200, "body": said}}
                 written = json.dumps(told).encode()
                 answers.append(written[: len(written) // 2] if reply.get("torn") else written)
         if self.script.repeats:
@@ -119,26 +119,7 @@ class BatchService(ThreadingHTTPServer):
         return {**shown, "status": "in_progress", "output_file_id": None, "error_file_id": None}
 
 
-def completion(question: str, reply: dict[str, Any]) -> dict[str, Any]:
-    """A chat completion of 10 and 5 tokens."""
-    text = reply.get("text", f"An answer to {question}")
-    return {
-        "id": "x",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "m",
-        "choices": [
-            {
-                "index": 0,
-                "finish_reason": "stop",
-                "message": {"role": "assistant", "content": text},
-            }
-        ],
-        "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
-    }
-
-
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: BatchService
 
     def do_GET(self) -> None:
@@ -149,7 +130,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, method: str) -> None:
         path = self.path.removeprefix("/v1")
-        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        raw = self.body()
         name = f"{method} /{path.split('?')[0].split('/')[1]}"
         server = self.server
         with server.lock:
@@ -163,8 +144,7 @@ class Handler(BaseHTTPRequestHandler):
             if lost:
                 server.script.cuts[name] -= 1
         if lost:
-            self.close_connection = True
-            self.connection.close()
+            self.hang_up()
         else:
             self.send(status, content)
 
@@ -206,26 +186,9 @@ class Handler(BaseHTTPRequestHandler):
                 return content
         raise AssertionError("no file was uploaded")
 
-    def send(self, status: int, data: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
 
 @contextmanager
 def batch_service() -> Iterator[BatchService]:
     """A running service."""
-    server = BatchService()
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
+    with serving(BatchService()) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -4,19 +4,19 @@ Its model is a made-up one: logits are drawn from the context. For faults that n
 """
 
 import json
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from tests.support.end_to_end import TEACHER
+from tests.support.json_service import JsonHandler, serving
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Refused(Exception):
     pass
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Server
 
     def do_GET(self) -> None:
@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {"data": [model]})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.body())
         self.server.asked["completions"] += 1
         try:
             self.send(200, self.complete(body))
@@ -131,17 +131,6 @@ class Handler(BaseHTTPRequestHandler):
         used = {"prompt_tokens": len(prompt), "completion_tokens": len(ids)}
         return {"choices": [choice], "usage": used}
 
-    def send(self, status: int, content: dict[str, Any]) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
 
 def named(logprobs: np.ndarray, drawn: int, width: int) -> dict[int, float]:
     """The drawn id first, then the best ones, in float32 and without infinities, as vLLM tells."""
@@ -153,12 +142,5 @@ def named(logprobs: np.ndarray, drawn: int, width: int) -> dict[int, float]:
 @contextmanager
 def vllm_like(kind: Kind) -> Iterator[Server]:
     """A running server of one kind."""
-    server = Server(kind)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
+    with serving(Server(kind)) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -13,7 +13,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from raystill.datasets.store.store import TeacherStore
 from raystill.model.sampling import resolve_sampling
 from raystill.serve.services import api_engine
 from tests.support.end_to_end import ROOT, TEACHER, RunFiles, drive
+from tests.support.json_service import JsonHandler, serving
 from tests.support.vllm_server import MAX_LOGPROBS, MAX_MODEL_LEN, vllm_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults]
@@ -54,11 +55,11 @@ class Proxy(ThreadingHTTPServer):
         self.cost = 0.0
 
 
-class Passing(BaseHTTPRequestHandler):
+class Passing(JsonHandler):
     server: Proxy
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.body()
         assert self.headers["Authorization"] == f"Bearer {KEY}"
         with self.server.lock:
             fault = self.server.faults[self.server.number % len(self.server.faults)]
@@ -70,8 +71,7 @@ class Passing(BaseHTTPRequestHandler):
             self.send(500, b'{"error": {"message": "oh"}}')
             return
         if fault == "cut before":
-            self.close_connection = True
-            self.connection.close()
+            self.hang_up()
             return
         request = urllib.request.Request(
             self.server.upstream + self.path, body, {"Content-Type": "application/json"}
@@ -94,18 +94,6 @@ class Passing(BaseHTTPRequestHandler):
             self.server.cost += spent / 1e6
         self.send(200, data)
 
-    def send(self, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
 
 @pytest.fixture(scope="module")
 def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -115,12 +103,8 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def proxy(server_url: str) -> Iterator[Proxy]:
-    server = Proxy(server_url)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Proxy(server_url)) as server:
+        yield server
 
 
 def test_a_run_pays_each_answer_once_stops_at_its_budget_and_goes_on(

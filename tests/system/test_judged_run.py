@@ -5,7 +5,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from hashlib import blake2b
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.support.end_to_end import TEACHER, RunFiles, drive
+from tests.support.json_service import JsonHandler, completion_of, serving
 from tests.support.synthetic_run import write_run_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
@@ -41,25 +42,12 @@ class Service(ThreadingHTTPServer):
             return answers[-1]
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Service
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = self.server.reply(body["messages"][-1]["content"])
-        usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
-        message = {"role": "assistant", "content": text}
-        choice = {"index": 0, "finish_reason": "stop", "message": message}
-        told = {"id": "x", "object": "chat.completion", "created": 1, "model": "m"}
-        data = json.dumps({**told, "choices": [choice], "usage": usage}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        question = json.loads(self.body())["messages"][-1]["content"]
+        self.send(200, completion_of(self.server.reply(question)))
 
 
 def is_good(answer: str) -> bool:
@@ -69,11 +57,8 @@ def is_good(answer: str) -> bool:
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    server = Service()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(Service()) as server:
+        yield server
 
 
 def judged_run(folder: Path, store: Path, service: Service, filters: list[Any]) -> Path:

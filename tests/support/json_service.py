@@ -1,0 +1,67 @@
+"""What the tests' HTTP servers share: a handler that reads and writes JSON, and serving it."""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, TypeVar
+
+S = TypeVar("S", bound=ThreadingHTTPServer)
+
+
+class JsonHandler(BaseHTTPRequestHandler):
+    """Tells nothing on the console."""
+
+    def body(self) -> bytes:
+        """What came with the request."""
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def send(self, status: int, content: Any, headers: Mapping[str, str] | None = None) -> None:
+        """Answers with JSON, or with bytes as they are."""
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def hang_up(self) -> None:
+        """Ends the connection without an answer."""
+        self.close_connection = True
+        self.connection.close()
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def serving(server: S) -> Iterator[S]:
+    """The server at work, in a thread of its own."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def completion_of(
+    text: str | None, usage: tuple[int, int] = (10, 5), **choice: Any
+) -> dict[str, Any]:
+    """A chat completion as JSON. usage: tokens read and written; choice: further fields of it."""
+    read, written = usage
+    told = {"index": 0, "finish_reason": "stop", **choice}
+    told.setdefault("message", {"role": "assistant", "content": text})
+    return {
+        **{"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [told]},
+        "usage": {
+            "prompt_tokens": read,
+            "completion_tokens": written,
+            "total_tokens": read + written,
+        },
+    }
