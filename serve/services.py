@@ -16,7 +16,7 @@ from raystill.model.tokenizer import (
     read_settings,
     shared_tokenizer,
 )
-from raystill.serve.api.engine import ApiEngine
+from raystill.serve.api.engine import ApiEngine, TextReader
 from raystill.serve.api.ids import IdsEngine
 from raystill.serve.api.limits import Limits, Spending
 from raystill.serve.api.probe import Expected
@@ -59,7 +59,7 @@ def api_engine(
         return IdsEngine(teacher, sampling, tokenizer, service, expected)
     messages = run_folder.read_table(MESSAGES)
     control = control_tokens(tokenizer, settings, place, chat_template(place, settings)).always
-    reader = (tokenizer, shared.plain_text(control))
+    reader = TextReader(tokenizer, shared.plain_text(control), control)
     if teacher.api.batch is None:
         return ApiEngine(teacher, sampling, reader, messages, service)
     engine = BatchEngine(teacher, sampling, reader, messages, service)

@@ -136,14 +136,16 @@ def check_api(config: RunConfig) -> Iterator[Problem]:
             "signal.kind",
             f"is {config.signal.kind!r}, but an API teacher gives its text alone; set signal: "
             "{kind: text} and objective: {cross_entropy: 1}, or teacher.api.ids: true where the "
-            "service is a vLLM server",
+            "service is a vLLM server, or teacher.api.top_logprobs: 20 where it tells the log "
+            "probabilities of its tokens",
         )
+    yield from _check_top_logprobs(config)
     if not text_only and config.signal.kind == "hidden":
         yield Problem(
             "signal.kind",
             "is 'hidden', but a server gives no hidden states; set signal.kind: topk",
         )
-    if text_only and config.evaluation.free_running.teacher_scores:
+    if not config.teacher.scores and config.evaluation.free_running.teacher_scores:
         yield Problem(
             "evaluation.free_running.teacher_scores",
             "is true, but an API teacher cannot score the student's answers; set it to false",
@@ -155,6 +157,29 @@ def check_api(config: RunConfig) -> Iterator[Problem]:
             f"names ${name}, which is not set here; export it (and give it to a job with raystill "
             f"submit --env {name}), or set api_key_env: null where the service wants no key",
         )
+
+
+def _check_top_logprobs(config: RunConfig) -> Iterator[Problem]:
+    """What a service that names its tokens in words cannot give."""
+    named, signal = config.teacher.api.top_logprobs, config.signal
+    if named is None:
+        return
+    if signal.kind == "text":
+        yield Problem(
+            "teacher.api.top_logprobs",
+            f"is {named}, but signal.kind is 'text', which needs none; set signal.kind: topk, or "
+            "leave it out",
+        )
+    wanted = {"signal.top_k": signal.top_k if signal.kind == "topk" else 0}
+    if config.evaluation.enabled:
+        wanted["evaluation.top_k"] = config.evaluation.top_k
+    for name, top_k in wanted.items():
+        if top_k > named:
+            yield Problem(
+                name,
+                f"is {top_k}, but the service names {named} tokens (teacher.api.top_logprobs); "
+                f"set it to {named} or less",
+            )
 
 
 def api_notices(config: RunConfig, tables: PromptTables) -> Iterator[str]:

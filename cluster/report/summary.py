@@ -182,7 +182,8 @@ def api_line(api: object) -> str:
     """Requests, tokens, cost and failures of an API teacher; '' where there is none."""
     if not isinstance(api, dict) or not api:
         return ""
-    known = ("requests", "input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
+    known = {"requests", "input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens"}
+    known |= {"told_tokens", "unmapped_mass"}
     numbers = {name: value for name, value in api.items() if isinstance(value, int | float)}
     counts = {name: int(value) for name, value in numbers.items() if name != "cost"}
     line = (
@@ -192,6 +193,9 @@ def api_line(api: object) -> str:
     )
     if numbers.get("cost"):
         line += f", cost {numbers['cost']:,.4g}"
+    if numbers.get("told_tokens"):
+        lost = numbers.get("unmapped_mass", 0.0) / numbers["told_tokens"]
+        line += f", {lost:.2%} of the probability in tokens that are no ids"
     failures = {name: n for name, n in counts.items() if name not in known and n}
     return line + (f"; {formatting.reasons(failures)}" if failures else "")
 

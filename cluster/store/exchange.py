@@ -148,7 +148,7 @@ def _stated_teacher(config: RunConfig) -> StatedTeacher:
         tokeniser=tokeniser,
         longest_prompt=context_tokens(config, found.model) - 1,
         vocab_size=max(size for size in sizes if size is not None),
-        has_signal=not settings.gives_text_only,
+        has_signal=settings.scores,
     )
 
 

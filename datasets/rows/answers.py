@@ -84,13 +84,16 @@ def why_unscorable(
     return why_unanswerable(response_ids, max_model_len + 1, vocab_size)
 
 
-def tail_logprob(topk_logprobs: Float32Array, vocab_size: int) -> Float32Array:
+def tail_logprob(
+    topk_logprobs: Float32Array, vocab_size: int, most: NDArray[np.float64] | None = None
+) -> Float32Array:
     """Log of the probability outside the K best ids: log(1 - sum_i p_i), [T, K] -> [T] float32.
 
     The mass is computed in float64 as ``-expm1(log p_1) - sum_{i>1} p_i``: where p_1 is nearly 1,
     ``log p_1`` still has the digits that ``1 - p_1`` has lost. The result is at most
-    log((V - K) p_K), since none of the V - K other ids is more probable than the K-th. It is -inf
-    where K = V, and where rounding leaves no mass.
+    log((V - K) p_K), since none of the V - K other ids is more probable than the K-th; or at most
+    ``most`` [T], where the K are not the best ones. It is -inf where K = V, and where rounding
+    leaves no mass.
 
     Raises:
         ValueError: K is more than V.
@@ -105,7 +108,7 @@ def tail_logprob(topk_logprobs: Float32Array, vocab_size: int) -> Float32Array:
         return np.full(num_tokens, -np.inf, np.float32)
     logprobs = np.minimum(topk_logprobs.astype(np.float64), 0.0)
     mass_left = -np.expm1(logprobs[:, 0]) - np.exp(logprobs[:, 1:]).sum(axis=1)
-    bound = np.log(vocab_size - top_k) + logprobs[:, -1]
+    bound = np.log(vocab_size - top_k) + logprobs[:, -1] if most is None else most
     with np.errstate(divide="ignore"):
         tail = np.log(np.maximum(mass_left, 0.0))
     return np.minimum(tail, bound).astype(np.float32)
@@ -201,14 +204,31 @@ def derive_answers(rows: pa.Table, stored: Signal, wanted: Signal, vocab_size: i
             offsets = _offsets_from_zero(ids.offsets)
             ids, _ = _first_of_each_token(ids, stored.width, wanted.width)
             logprobs, values = _first_of_each_token(logprobs, stored.width, wanted.width)
-            tail = pa.ListArray.from_arrays(
-                offsets, pa.array(tail_logprob(values, vocab_size)), type=TOKEN_FLOATS
-            )
+            tails = _wider_tail(values, rows["tail_logprob"], vocab_size)
+            tail = pa.ListArray.from_arrays(offsets, pa.array(tails), type=TOKEN_FLOATS)
         columns |= {"topk_ids": ids, "topk_logprobs": logprobs, "tail_logprob": tail}
     if wanted.kind == "hidden":
         columns["hidden"] = rows["hidden"]
     schema = answer_schema(wanted)
     return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+TAIL_ROUNDING_NATS = 1e-3
+
+
+def _wider_tail(logprobs: Float32Array, stored: pa.ChunkedArray, vocab_size: int) -> Float32Array:
+    """Log of the probability outside the first K of more ids: logprobs [T, K], stored [T] lists.
+
+    A tail that is less than the stored one, of fewer tokens, was bounded by the K-th id. That is
+    wrong where the ids are not the teacher's best, as of a service that names tokens in words.
+    """
+    tail = tail_logprob(logprobs, vocab_size)
+    before = stored.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    wrong = before > tail + TAIL_ROUNDING_NATS
+    if wrong.any():
+        all_of_it = np.zeros(int(wrong.sum()))
+        tail[wrong] = tail_logprob(logprobs[wrong], vocab_size, all_of_it)
+    return tail
 
 
 def _has_any(

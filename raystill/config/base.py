@@ -249,6 +249,23 @@ class ApiConfig(ConfigModel):
         "with ids and logprobs, so that signal.kind sampled and topk, and scoring, can be had. It "
         "must have the tokenizer of teacher.model, which is compared when the teacher starts.",
     )
+    top_logprobs: int | None = identity(
+        None,
+        ge=1,
+        le=20,
+        description="Asks a service for the log probabilities of so many tokens beside each token "
+        "of its answers, so that signal.kind sampled and topk can be had. They are used as far as "
+        "the service names tokens that are ids of the tokenizer of teacher.model. Default: the "
+        "text alone.",
+    )
+    max_unmapped_mass: float = operational(
+        0.05,
+        ge=0,
+        le=1,
+        description="Most probability, in the mean over an answer's tokens, of tokens that the "
+        "service names under top_logprobs and that are no ids of the tokenizer. It is in the "
+        "tail; an answer with more is dropped.",
+    )
     batch: BatchConfig | None = operational(
         None,
         description="Asks for answers in batches of many rows, which most services do at half the "
@@ -308,6 +325,15 @@ class ApiConfig(ConfigModel):
             raise ValueError(
                 f"extra_body sets {', '.join(wrong)}, which would change what comes back by ids; "
                 "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _logprobs_come_in_one_way(self) -> "ApiConfig":
+        if self.ids and self.top_logprobs is not None:
+            raise ValueError(
+                "has both ids and top_logprobs, but by ids the signal comes without tokens in "
+                "words; leave top_logprobs out"
             )
         return self
 

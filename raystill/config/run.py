@@ -197,7 +197,7 @@ class RunConfig(ConfigModel):
         policy = self.policy
         if not policy.enabled:
             return
-        if self.teacher.engine == "synthetic" or self.teacher.gives_text_only:
+        if self.teacher.engine == "synthetic" or not self.teacher.scores:
             yield (
                 "policy.student_share needs a teacher that scores the student's answers, but "
                 f"teacher.engine is {self.teacher.engine!r}; set teacher.engine: vllm, or "

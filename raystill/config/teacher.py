@@ -271,7 +271,12 @@ class TeacherConfig(ConfigModel):
     @property
     def gives_text_only(self) -> bool:
         """Whether there is no more to be had than the answers' text."""
-        return self.engine == "api" and not self.api.ids
+        return not self.scores and self.api.top_logprobs is None
+
+    @property
+    def scores(self) -> bool:
+        """Whether it tells the probabilities of a response that it did not write."""
+        return self.engine != "api" or self.api.ids
 
     @property
     def slots(self) -> int:

@@ -62,6 +62,8 @@ def identity_of_teacher(teacher: TeacherConfig, folder: str | PathLike[str]) -> 
         # The same text has other ids with another tokenizer.
         if api.ids:  # Asked by ids, no chat template of the service is between.
             asked.append("ids")
+        if api.top_logprobs is not None:  # Answers without a signal cannot be given one later.
+            asked.append("top_logprobs")
         vocabulary = (Path(folder) / "tokenizer.json").read_bytes()
         asked.append(hashlib.sha256(vocabulary).hexdigest())
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

@@ -7,7 +7,8 @@ of each prompt is looked up by its ids in ``prompts/messages.parquet``, which th
 
 An answer's text becomes ids with the student's tokenizer, never by rendering the chat again, and
 special tokens in it are plain text. The stop token is added only where the service says that it is
-complete. An answer whose ids do not give back its text is dropped.
+complete. An answer whose ids do not give back its text is dropped. With ``top_logprobs`` the ids
+are those of the tokens that the service names, with what it says of them (``told.py``).
 
 A failure that more patience does not mend (no credit, no such model, the budget) ends the run after
 what is paid has been stored: the row's error begins with ``FATAL``.
@@ -15,13 +16,15 @@ what is paid has been stored: the row's error begins with ``FATAL``.
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from raystill.base.errors import RunError
 from raystill.config.base import ApiConfig
 from raystill.config.teacher import TeacherConfig
 from raystill.datasets.rows.answers import Answer, Int32Array
@@ -31,8 +34,25 @@ from raystill.datasets.rows.signal import Signal
 from raystill.model.sampling import ResolvedSampling
 from raystill.model.tokenizer import PlainText
 from raystill.serve.api.service import Request, Service
+from raystill.serve.api.told import NO_LOGPROBS, UNMAPPED, Named, Reader
+from raystill.serve.api.vocabulary import NoBytes, Vocabulary
 
 UNBOUNDED = 2**31 - 1
+TEXT = Signal("text")
+APART_NATS = 0.05
+"""Between what a service tells of a token at two temperatures, at most; it rounds otherwise."""
+A_QUESTION = [{"role": "user", "content": "Say a word."}]
+QUESTION_TOKENS = 64
+"""At most, by any template."""
+
+
+@dataclass(frozen=True)
+class TextReader:
+    """What text becomes ids with: the tokenizer, and that for which its control tokens are text."""
+
+    tokenizer: Tokenizer
+    plain: PlainText
+    control: frozenset[int]
 
 
 class ApiEngine:
@@ -45,28 +65,37 @@ class ApiEngine:
         self,
         teacher: TeacherConfig,
         sampling: ResolvedSampling,
-        reader: tuple[Tokenizer, PlainText],
+        reader: TextReader,
         messages: pa.Table,
         service: Service,
     ) -> None:
-        """reader: the tokenizer, and that for which control tokens are text. messages: columns
-        ``digest`` and ``messages`` (JSON).
+        """messages: columns ``digest`` and ``messages`` (JSON). Raises RunError where a signal is
+        wanted that the tokenizer cannot have.
         """
         self.version = service.version
         self._api: ApiConfig = teacher.api
         self._sampling = sampling
         # Text that looks like a control token stays text: nobody but the template ends a turn.
-        self._tokenizer, self._plain = reader
+        self._tokenizer, self._plain = reader.tokenizer, reader.plain
         self._messages: dict[bytes, str] = dict(
             zip(messages["digest"].to_pylist(), messages["messages"].to_pylist(), strict=True)
         )
         self.service = service
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.max_model_len = teacher.max_model_len or UNBOUNDED
+        self._told: Reader | None = None
+        if self._api.top_logprobs is not None:
+            self._told = _told_reader(teacher, reader, sampling.stop_token_ids)
 
     async def start(self) -> None:
-        """Makes the client; the service is asked nothing yet."""
+        """Makes the client. Raises RunError where a service does not tell the log probabilities
+        that are wanted, for which it is asked two words; else it is asked nothing yet.
+        """
         self.service.start()
+        if self._told is not None:
+            problem = await self._not_raw()
+            if problem is not None:
+                raise RunError(problem.removeprefix(FATAL))
 
     async def sample(self, prompt_ids: Sequence[Int32Array], signal: Signal) -> list[Answer]:
         """Answer a group of prompts, in order. Prompts that cannot be answered have an error."""
@@ -77,9 +106,9 @@ class ApiEngine:
         self, prompt_ids: Sequence[Int32Array], chats: Sequence[str | None], signal: Signal
     ) -> list[Answer]:
         """As `sample`, with each prompt's chat as JSON; None: it is not known."""
-        if signal.kind != "text":
-            raise ValueError(f"an API teacher gives text only, not {signal.kind}")
-        return list(await asyncio.gather(*map(self._answer, prompt_ids, chats)))
+        self._require(signal)
+        pairs = zip(prompt_ids, chats, strict=True)
+        return list(await asyncio.gather(*(self._answer(ids, chat, signal) for ids, chat in pairs)))
 
     async def score(
         self,
@@ -88,10 +117,15 @@ class ApiEngine:
         signal: Signal,
         at: Sequence[Int32Array] | None = None,
     ) -> list[Answer]:
-        """A given response is its own text; other signals cannot be had: ValueError."""
-        if signal.kind != "text" or at is not None:
-            raise ValueError("an API teacher cannot score responses; set signal.kind: text")
-        return [Answer(ids, "length") for ids in response_ids]
+        """A given response is its own text; other signals of it cannot be had, which ends a run."""
+        if signal.kind == "text" and at is None:
+            return [Answer(ids, "length") for ids in response_ids]
+        why = (
+            f"{FATAL}{self._api.base_url} cannot say {signal} of an answer that it has given "
+            "before, or that came with its prompt; set a signal that is stored (raystill store "
+            "list), another store.path, or signal.kind: text"
+        )
+        return [Answer(error=why) for _ in response_ids]
 
     async def probe(self) -> None:
         """Does nothing: the replica is healthy, whatever the service is."""
@@ -99,14 +133,21 @@ class ApiEngine:
     def close(self) -> None:
         """Does nothing: the client ends with the process."""
 
-    async def _answer(self, prompt_ids: Int32Array, text: str | None) -> Answer:
+    def _require(self, signal: Signal) -> None:
+        named = self._api.top_logprobs
+        if signal.kind == "hidden" or (signal.kind != "text" and named is None):
+            raise ValueError(f"an API teacher gives text only, not {signal.kind}")
+        if named is not None and signal.width > named:
+            raise ValueError(f"{signal} is wanted, but teacher.api.top_logprobs is {named}")
+
+    async def _answer(self, prompt_ids: Int32Array, text: str | None, signal: Signal) -> Answer:
         if text is None:
             return Answer(error=f"{FATAL}a prompt has no messages in prompts/messages.parquet")
-        body = self.body(json.loads(text))
+        body = self.body(json.loads(text), signal)
         answer = await self.service.ask(
             Request(
                 send=lambda client: client.chat.completions.create(**body),
-                read=self._read,
+                read=lambda completion: self._read(completion, signal),
                 written=self._written,
                 prompt_tokens=len(prompt_ids),
                 max_tokens=self._sampling.max_tokens,
@@ -114,7 +155,7 @@ class ApiEngine:
         )
         return Answer(error=answer) if isinstance(answer, str) else answer
 
-    def body(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    def body(self, messages: list[dict[str, Any]], signal: Signal = TEXT) -> dict[str, Any]:
         """The client's arguments of one request."""
         sampling = self._sampling
         more: dict[str, Any] = dict(self._api.extra_body)
@@ -129,14 +170,19 @@ class ApiEngine:
             "top_p": sampling.top_p,
             self._api.max_tokens_field: sampling.max_tokens,
             "extra_body": more or None,
+            **({} if signal.kind == "text" else self._wide),
         }
+
+    @property
+    def _wide(self) -> dict[str, Any]:
+        return {"logprobs": True, "top_logprobs": self._api.top_logprobs}
 
     def _written(self, completion: Any) -> int:
         """Tokens of the text, by this tokenizer."""
         text = completion.choices[0].message.content or ""
         return len(self._plain.encode(text)) + 1
 
-    def _read(self, completion: Any) -> Answer | str:
+    def _read(self, completion: Any, signal: Signal) -> Answer | str:
         """The answer, or why it cannot be used; raises one of UNREADABLE."""
         choices = getattr(completion, "choices", None)
         if not choices:
@@ -150,7 +196,66 @@ class ApiEngine:
         text = message.content
         if not isinstance(text, str) or not text.strip():
             return "empty_answer"
-        return self._in_ids(text, complete=choice.finish_reason == "stop")
+        complete = choice.finish_reason == "stop"
+        if signal.kind == "text":
+            return self._in_ids(text, complete)
+        content = _content(choice)
+        return NO_LOGPROBS if not content else self._as_told(content, text, complete, signal)
+
+    def _as_told(
+        self, content: list[Mapping[str, Any]], text: str, complete: bool, signal: Signal
+    ) -> Answer | str:
+        assert self._told is not None, "logprobs were asked for without top_logprobs"
+        told = self._told.read(content, text, complete, signal)
+        if isinstance(told, str):
+            return told
+        tokens = len(told.answer.response_ids)
+        self.service.limits.count("told_tokens", tokens)
+        self.service.limits.count("unmapped_mass", told.unmapped * tokens)
+        if told.unmapped > self._api.max_unmapped_mass:
+            return UNMAPPED
+        return _cut(told.answer, self._sampling.max_tokens)
+
+    async def _not_raw(self) -> str | None:
+        """Why the service's log probabilities are not the model's own; None where they are.
+
+        They must be there, and must not depend on how tokens are sampled.
+        """
+        api = self._api
+        own = {**self.body(A_QUESTION, Signal("sampled")), api.max_tokens_field: 1}
+        plain = {"temperature": 1.0, "top_p": 1.0, "extra_body": api.extra_body or None}
+        bodies = [own | plain]
+        if any(own[name] != value for name, value in plain.items()):
+            bodies.append(own)
+        told = [await self._first_token(body) for body in bodies]
+        for each in told:
+            if isinstance(each, str) and each.startswith(FATAL):
+                return each
+            if isinstance(each, str):
+                return (
+                    f"{api.base_url} tells no log probabilities of {api.model} ({each}), which "
+                    "teacher.api.top_logprobs asks for; leave that out and set signal.kind: text"
+                )
+        apart = _most_apart([each for each in told if isinstance(each, dict)])
+        if apart <= APART_NATS:
+            return None
+        return (
+            f"{api.base_url} tells log probabilities that change with teacher.sampling, by "
+            f"{apart:.2f} nats, and so are not the model's own; set temperature: 1 and top_p: 1 "
+            "there, with which they are, or signal.kind: text"
+        )
+
+    async def _first_token(self, body: dict[str, Any]) -> dict[bytes, float] | str:
+        """Log probabilities of the tokens that an answer may begin with; else a row's error."""
+        return await self.service.ask(
+            Request(
+                send=lambda client: client.chat.completions.create(**body),
+                read=_first_of,
+                written=lambda completion: 1,
+                prompt_tokens=QUESTION_TOKENS,
+                max_tokens=1,
+            )
+        )
 
     def _in_ids(self, text: str, complete: bool) -> Answer | str:
         ids = self._plain.encode(text)
@@ -163,3 +268,48 @@ class ApiEngine:
         if len(ids) > most:  # The service's own tokens are longer.
             ids, complete = ids[:most], False
         return Answer(np.array(ids, np.int32), "stop" if complete else "length")
+
+
+def _told_reader(teacher: TeacherConfig, reader: TextReader, stops: Sequence[int]) -> Reader:
+    try:
+        vocabulary = Vocabulary(reader.tokenizer, reader.control)
+    except NoBytes as error:
+        raise RunError(
+            f"teacher.api.top_logprobs needs a tokenizer whose ids stand for bytes, but that of "
+            f"{teacher.model} has {error}; leave it out and set signal.kind: text"
+        ) from None
+    return Reader(vocabulary, reader.plain, stops)
+
+
+def _content(choice: Any) -> list[Mapping[str, Any]]:
+    """What is told of each token, as plain JSON; raises one of UNREADABLE."""
+    told = getattr(choice, "logprobs", None)
+    content = getattr(told, "content", None) or []
+    return [one if isinstance(one, Mapping) else one.model_dump() for one in content]
+
+
+def _first_of(completion: Any) -> dict[bytes, float] | str:
+    """Log probabilities of what the first token may be, by bytes; NO_LOGPROBS where not told."""
+    content = _content(completion.choices[0])
+    named = content[0].get("top_logprobs") if content else None
+    if not named:
+        return NO_LOGPROBS
+    return {one.meant: one.logprob for one in map(Named.of, named) if one.logprob > -np.inf}
+
+
+def _most_apart(told: Sequence[Mapping[bytes, float]]) -> float:
+    """Largest difference between the first and the last of a token's log probabilities, in nats."""
+    first, last = told[0], told[-1]
+    return max((abs(first[one] - last[one]) for one in first.keys() & last.keys()), default=0.0)
+
+
+def _cut(answer: Answer, most: int) -> Answer:
+    """The answer's first tokens; one that is cut has no end."""
+    if len(answer.response_ids) <= most:
+        return answer
+    arrays: dict[str, Any] = {
+        name: values[:most]
+        for name, values in vars(answer).items()
+        if isinstance(values, np.ndarray)
+    }
+    return replace(answer, finish_reason="length", **arrays)

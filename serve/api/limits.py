@@ -119,9 +119,9 @@ class Limits:
             seconds = DEFAULT_WAIT_S if retry_after_s is None else retry_after_s
             self._wait_until = max(self._wait_until, self._clock() + seconds)
 
-    def count(self, name: str) -> None:
-        """One more of a kind, for the report."""
-        self._report({f"api_{name}": 1})
+    def count(self, name: str, number: float = 1) -> None:
+        """One more of a kind, or so many, for the report."""
+        self._report({f"api_{name}": number})
 
     def hold(self, cost: float) -> bool:
         """Sets so much of the budget aside, until ``release``; False if that is not left."""

@@ -14,7 +14,7 @@ from raystill.datasets.rows.answers import Answer, Int32Array
 from raystill.datasets.rows.keys import prompt_digest
 from raystill.datasets.rows.schema import FATAL
 from raystill.datasets.rows.signal import Signal
-from raystill.serve.api.engine import ApiEngine
+from raystill.serve.api.engine import TEXT, ApiEngine
 from raystill.serve.api.failures import CREDIT_CODES, FILTER_CODES, LENGTH_CODES
 from raystill.serve.api.limits import Usage
 from raystill.serve.api.service import UNUSABLE, Request, Unanswered, understood
@@ -50,16 +50,16 @@ class BatchEngine(ApiEngine):
         self, prompt_ids: Sequence[Int32Array], keys: Sequence[bytes], signal: Signal
     ) -> list[Answer]:
         """As ``sample``. keys: of the answers in the teacher store."""
-        if signal.kind != "text":
-            raise ValueError(f"an API teacher gives text only, not {signal.kind}")
+        self._require(signal)
         pairs = zip(prompt_ids, keys, strict=True)
-        return list(await asyncio.gather(*(self._row(ids, key.hex()) for ids, key in pairs)))
+        rows = (self._row(ids, key.hex(), signal) for ids, key in pairs)
+        return list(await asyncio.gather(*rows))
 
-    async def _row(self, prompt_ids: Int32Array, key: str) -> Answer:
+    async def _row(self, prompt_ids: Int32Array, key: str, signal: Signal) -> Answer:
         text = self._messages.get(prompt_digest(prompt_ids))
         if text is None:
             return Answer(error=f"{FATAL}a prompt has no messages in prompts/messages.parquet")
-        body = self.body(json.loads(text))
+        body = self.body(json.loads(text), signal)
         more = body.pop("extra_body") or {}
         most = Usage(input=len(prompt_ids), output=self._sampling.max_tokens)
         question = Question({**body, **more}, most.cost(self._api.prices))
@@ -67,7 +67,7 @@ class BatchEngine(ApiEngine):
             line = await self.batches.line(key, question)
             if isinstance(line, str):
                 return Answer(error=line)
-            answer = NOT_ANSWERED if line is None else self._of_line(line)
+            answer = NOT_ANSWERED if line is None else self._of_line(line, signal)
             if isinstance(answer, Answer):
                 return answer
             if not answer.startswith(FATAL):
@@ -82,10 +82,10 @@ class BatchEngine(ApiEngine):
             "start the run again later: what is answered is kept"
         )
 
-    def _of_line(self, line: Line) -> Answer | str:
+    def _of_line(self, line: Line, signal: Signal) -> Answer | str:
         """The answer in a line, or why it has none that can be used."""
         if line.status == 200:
-            return understood(self._request(), _completion(line.body))
+            return understood(self._request(signal), _completion(line.body))
         if line.code in LENGTH_CODES:
             return "too_long"
         if line.code in FILTER_CODES:
@@ -99,13 +99,16 @@ class BatchEngine(ApiEngine):
         return f"{FATAL}the service refuses a request of a batch: {told[:300]}; see teacher.api"
 
     def _usage(self, line: Line) -> Usage:
-        return self.service.charged(self._request(), _completion(line.body))
+        return self.service.charged(self._request(TEXT), _completion(line.body))
 
-    def _request(self) -> Request[Answer]:
+    def _request(self, signal: Signal) -> Request[Answer]:
         async def nothing(client: Any) -> None:
             return None
 
-        return Request(nothing, self._read, self._written, 0, self._sampling.max_tokens)
+        def read(completion: Any) -> Answer | str:
+            return self._read(completion, signal)
+
+        return Request(nothing, read, self._written, 0, self._sampling.max_tokens)
 
 
 def _completion(body: Any) -> Any:

@@ -528,6 +528,14 @@ def test_an_api_teacher_is_asked_for_no_more_than_text_and_needs_its_key(
     monkeypatch.setenv("OPENAI_API_KEY", "a-planted-key-0f3c")
     text = [*API, "signal.kind=text", "objective={cross_entropy: 1}"]
     assert problems(run_file, *text) == []
+    unused, _ = problems(run_file, *text, "teacher.api.top_logprobs=20")
+    assert "teacher.api.top_logprobs: is 20, but signal.kind is 'text'" in unused
+    told = [*API, "teacher.api.top_logprobs=10", "signal.top_k=10"]
+    assert problems(run_file, *told, "evaluation.top_k=10") == []
+    (wide,) = problems(run_file, *told, "evaluation.top_k=11")
+    assert "evaluation.top_k: is 11, but the service names 10 tokens" in wide
+    ids = problems(run_file, *told, "evaluation.top_k=10", "teacher.api.ids=true")
+    assert "has both ids and top_logprobs" in "\n".join(ids)
 
 
 def test_what_an_api_teacher_may_cost_is_told_before_it_is_asked(
