@@ -46,7 +46,7 @@ from raystill.train.step.ranks import Ranks
 from raystill.train.step.step import GlobalStep
 from raystill.train.student.build import build_student, num_classes
 from raystill.train.student.module import StudentModule
-from raystill.train.worker.shape import NUM_REFIT_PROMPTS, float32_on_cpu
+from raystill.train.worker.shape import ANSWER_TOKENS, REFIT_PROMPTS, REFIT_TOKENS, float32_on_cpu
 
 STARTS: dict[str, dict[str, Any]] = {
     "even": {"layers": {"keep": 22, "by": "even"}},
@@ -56,7 +56,6 @@ STARTS: dict[str, dict[str, Any]] = {
     "refitted": {"layers": {"keep": 22, "by": "influence"}, "refit": True},
     "refitted width": {"ffn_size": 990, "refit": True},
 }
-JUDGED_TOKENS = 32
 CPU = torch.device("cpu")
 
 
@@ -106,11 +105,13 @@ class Training:
     def choose(self, model: nn.Module) -> Shape:
         """What a run would keep, judged on a few of the stored answers."""
         rows = self.given.rows
-        count = NUM_REFIT_PROMPTS if self.config.student.refit else NUM_JUDGED
+        count, tokens = NUM_JUDGED, ANSWER_TOKENS
+        if self.config.student.refit:
+            count, tokens = REFIT_PROMPTS, REFIT_TOKENS
         some = np.random.default_rng(self.judge_seed).permutation(len(rows))[:count]
         texts = Texts.of(
             [rows[i].prompt_ids for i in some],
-            [rows[i].response_ids[:JUDGED_TOKENS] for i in some],
+            [rows[i].response_ids[:tokens] for i in some],
         )
         with float32_on_cpu(model, CPU):
             chosen = choose_shape(self.config.student, model, texts)

@@ -36,7 +36,7 @@ POSITIONS_PER_ROW = 16
 Tokens of one answer are alike, so few of each say more. Fewer would need more rows, and each row is
 a forward pass of the whole student.
 """
-CHOICE_ROWS = 48
+CHOICE_ROWS = 16
 """Answers on which a student is cut out of the teacher, where the run file leaves that open."""
 
 

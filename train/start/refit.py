@@ -27,7 +27,7 @@ from raystill.model.sizes import FFN_OUTPUT, is_ffn_output
 from raystill.train.start.cut import layer_list
 from raystill.train.start.importance import Texts
 
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Values of lambda that are tried, as multiples of the mean of the inputs' second moments."""
 USUAL_STRENGTH = 1.0
 """Where there are too few texts to try."""

@@ -34,10 +34,10 @@ from raystill.train.student.export import Base
 
 logger = logging.getLogger(__name__)
 
-NUM_REFIT_PROMPTS = 48
-"""Prompts that the teacher answers where weights are fitted to what it does on them."""
 PROMPT_TOKENS, ANSWER_TOKENS = 256, 32
 """Longest prompt that is used, and tokens that the teacher writes to each."""
+REFIT_PROMPTS, REFIT_TOKENS = 16, 64
+"""Prompts, and tokens of each answer, where weights are fitted to what the teacher does on them."""
 
 
 def run_shape(
@@ -79,10 +79,13 @@ def _choose(run: Run, teacher_folder: str, device: torch.device, model: nn.Modul
 
 def _judge(run: Run, teacher_folder: str, device: torch.device, model: nn.Module) -> Chosen:
     student = run.config.student
-    prompts = _some_prompts(run, NUM_REFIT_PROMPTS if student.refit else NUM_JUDGED)
+    count, tokens = NUM_JUDGED, ANSWER_TOKENS
+    if student.refit:
+        count, tokens = REFIT_PROMPTS, REFIT_TOKENS
+    prompts = _some_prompts(run, count)
     settings = FreeRunning(
         rows=len(prompts),
-        max_tokens=ANSWER_TOKENS,
+        max_tokens=tokens,
         sampling=resolve_sampling(run.config.teacher, teacher_folder),
         seed=run.config.section_seeds()["student"],
         compute_dtype=torch.float32,
