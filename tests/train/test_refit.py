@@ -78,7 +78,7 @@ def test_what_a_projection_can_do_is_found_and_noise_is_not_followed() -> None:
     assert strength == min(refitting.STRENGTHS)
     assert float((found - change).norm() / change.norm()) < 0.12
     _, strength = refitting._ridge(x, torch.randn(400, 6, generator=draw), weights, aside)
-    assert strength == max(refitting.STRENGTHS)
+    assert strength >= 3
     _, strength = refitting._ridge(x, x @ change, weights, torch.zeros(400, dtype=torch.bool))
     assert strength == USUAL_STRENGTH
 
