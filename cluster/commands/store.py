@@ -68,7 +68,8 @@ KINDS = (
         EXIT_NEWER,
         "of a newer version",
         "they are not used here, and are never removed: use the version that wrote them, or a "
-        "later one",
+        "later one; where no later one has been used, their bytes are altered, and their files "
+        "can be deleted by hand",
     ),
     (
         ForeignFile,

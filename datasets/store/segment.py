@@ -174,8 +174,7 @@ def encode(origin: Origin, groups: Sequence[tuple[Group | Provenance, pa.Table]]
         "origin": asdict(origin),
         "groups": [asdict(group) for group in described],
     }
-    text = json.dumps(footer, sort_keys=True)
-    footer["footer_checksum"] = blake2b(text.encode(), digest_size=CHECKSUM_BYTES).hexdigest()
+    footer["footer_checksum"] = _footer_checksum(footer)
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink,
@@ -271,12 +270,16 @@ def _footer(metadata: dict[bytes, bytes], name: str) -> Footer:
     # Checked before the checksum, which another version may compute in another way.
     version = footer.get("schema_version")
     if version != SCHEMA_VERSION:
+        ours = {key: footer[key] for key in ("origin", "groups") if key in footer}
+        ours["schema_version"] = SCHEMA_VERSION
+        if footer.get("footer_checksum") == _footer_checksum(ours):
+            raise ValueError(
+                f"its schema version was altered: all else of its footer is of {SCHEMA_VERSION}"
+            )
         raise NewerSegment(
-            name, f"it has schema version {version}; this version reads {SCHEMA_VERSION}"
+            name, f"it has schema version {version!r}; this version reads {SCHEMA_VERSION}"
         )
-    stored_checksum = footer.pop("footer_checksum")
-    text = json.dumps(footer, sort_keys=True)
-    if stored_checksum != blake2b(text.encode(), digest_size=CHECKSUM_BYTES).hexdigest():
+    if footer.pop("footer_checksum") != _footer_checksum(footer):
         raise ValueError("its footer is not what was written (checksum)")
     try:  # The checksum holds: an unknown field or value was written by a newer version.
         return _parse_footer(footer)
@@ -286,6 +289,12 @@ def _footer(metadata: dict[bytes, bytes], name: str) -> Footer:
             f"its footer, of schema version {version}, says what this version does not know: "
             f"{_reason(error)}",
         ) from error
+
+
+def _footer_checksum(footer: dict[str, Any]) -> str:
+    """Checksum (blake2b-64, hexadecimal) of a footer, which it does not contain yet."""
+    text = json.dumps(footer, sort_keys=True)
+    return blake2b(text.encode(), digest_size=CHECKSUM_BYTES).hexdigest()
 
 
 def _parse_footer(footer: dict[str, Any]) -> Footer:

@@ -307,6 +307,20 @@ class TestDamage:
         assert refused[UnreadableSegment] == 0  # Every byte came.
         assert refused[NewerSegment] < 10  # Types that Arrow does not have.
 
+    def test_a_byte_changed_in_the_name_of_its_version_is_damage(
+        self, store: TeacherStore, name: str
+    ) -> None:
+        """Else it would be taken for a newer one, which is never removed."""
+        whole, named = path_of(store, name).read_bytes(), b'"schema_version": 1'
+        start = whole.index(named)
+        for bit in range(8 * len(named)):
+            altered = bytearray(whole)
+            altered[start + bit // 8] ^= 1 << bit % 8
+            path_of(store, name).write_bytes(altered)
+            with pytest.raises(DamagedSegment, match=name):
+                store.open(name)
+        assert prune(store, verify(store), None, dry_run=False).files == [name]
+
     def test_a_truncated_one_is_refused(self, store: TeacherStore, name: str) -> None:
         whole = path_of(store, name).read_bytes()
         for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
