@@ -47,14 +47,17 @@ _QUERY = re.compile(
 )
 # What stands after a name that holds a secret, in a text that is no mapping: "hf_token: x".
 _ASSIGNED = re.compile(
-    r"((?<![\w.-])[\w-]{0,100}?(?:hf_token|auth_token|access_token|secret|passw(?:or)?d|passphrase|"
-    r"(?:access|account|api|private)[_-]?key)['\"]?(?:\s*[=:]\s*|\s+(?=['\"]))['\"]?)"
-    r"(?![\s'\"$*]|is |are )[^\s'\",;}\]]+",
+    r"((?<![\w.-])[\w-]{0,100}?(?:(?:hf|auth|access|refresh)[_-]?token|secret|passw(?:or)?d|"
+    r"passphrase|(?:access|account|api|private)[_-]?key)['\"]?(?:\s*[=:]\s*|\s+(?=['\"]))['\"]?)"
+    r"(?![\s'\"]|\*\*\*|\$[A-Z_]|is |are )[^\s'\",;}\]]+",
     re.IGNORECASE,
 )
 _KNOWN_FORMS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
-    r"|\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}",
+    r"|\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}"
+    r"|\b(?:npm|gsk|r8|dckr_pat|lin_api|do[opr]_v1|shp(?:at|ca|pa|ss))_[\w-]{30,}"
+    r"|\b(?:pypi|xai|nvapi|tskey)-[\w-]{30,}|\b(?:SG|hvs|ya29)\.[\w-]{20,}(?:\.[\w-]{20,})?"
+    r"|\bAGE-SECRET-KEY-1[0-9A-Z]{40,}|(?<=\b[Bb]earer )[\w.~+/=-]{16,}",
     re.DOTALL,
 )
 """Private keys, and tokens that are known by how they begin."""
@@ -64,9 +67,14 @@ _SERVICE_KEYS = re.compile(
 )
 _SECRET_NAME = re.compile(
     r"(?!.*_(?:PATH|FILE|DIR|ENV)$)(?:.*_)?(?:(?:TOKEN|KEY|\w*(?:SECRET|PASSWORD|PASSWD|PASSPHRASE)|"
-    r"APIKEY)(?:$|_)|(?:AUTH|PASS|PWD|SAS|CREDENTIALS?)$)"
+    r"APIKEY)(?:$|_)|(?:AUTH|AUTHORIZATION|BEARER|COOKIE|PASS|PWD|PAT|SAS|DSN|CREDENTIALS?|"
+    r"CONNECTION_STRING|(?:WEBHOOK|SAS)(?:_URL)?)$)"
 )
-_SECRET_END = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|AUTH|CREDENTIALS?)$")
+_SECRET_END = re.compile(
+    r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|AUTH|AUTHORIZATION|BEARER|COOKIE|"
+    r"CREDENTIALS?|CONNECTION_STRING)$"
+)
+_BREAKS = re.compile(r"[- .]|(?<=[a-z0-9])(?=[A-Z])")
 _FOLDER_NAMES = frozenset({"PWD", "OLDPWD"})
 
 
@@ -94,8 +102,10 @@ class Secrets:
                     waiting.append((inner, secret or named, depth + 1))
             elif isinstance(one, list | tuple):
                 waiting += [(inner, secret, depth + 1) for inner in one]
-            elif secret and isinstance(one, str) and len(one) >= SHORTEST_SECRET:
-                self._names[one] = HIDDEN
+            elif secret and (
+                _is_long_number(one) or (isinstance(one, str) and len(one) >= SHORTEST_SECRET)
+            ):
+                self._names[str(one)] = HIDDEN
 
     def hide(self, text: str, environment: Mapping[str, str]) -> str:
         """``text`` without the learnt values and those of the environment's secret variables."""
@@ -195,10 +205,16 @@ def _redacted(value: Any, spelt: Sequence[tuple[str, str]], depth: int) -> Any:
 
 
 def _hidden(value: Any) -> Any:
-    """A value under a secret's name: texts are hidden, and numbers stay (``stop_token_ids``)."""
-    if isinstance(value, list | tuple) and not any(isinstance(v, str | dict | list) for v in value):
-        return value
-    return HIDDEN if isinstance(value, str | dict | list | tuple) else value
+    """A value under a secret's name: texts and long numbers are hidden, others stay (an id)."""
+    if isinstance(value, list | tuple):
+        telling = any(isinstance(v, str | dict | list) or _is_long_number(v) for v in value)
+        return HIDDEN if telling else value
+    return HIDDEN if isinstance(value, str | dict) or _is_long_number(value) else value
+
+
+def _is_long_number(value: Any) -> bool:
+    """Whether it is an integer with as many digits as a secret has characters: a password."""
+    return isinstance(value, int) and 10 ** (SHORTEST_SECRET - 1) <= value < 10**100
 
 
 def shown_value(value: Any, longest: int = 200) -> str:
@@ -218,14 +234,19 @@ def is_secret_name(name: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _is_secret_name(name: str) -> bool:
-    return _SECRET_NAME.match(name.upper().replace("-", "_")) is not None
+    return _SECRET_NAME.match(_in_capitals(name)) is not None
 
 
 def _holds_secrets(name: Any) -> bool:
     """Whether all texts below this name are secrets: ``hf_token``, but not ``token_weights``."""
     if not isinstance(name, str) or not is_secret_name(name):
         return False
-    return _SECRET_END.search(name.upper().replace("-", "_")) is not None
+    return _SECRET_END.search(_in_capitals(name)) is not None
+
+
+def _in_capitals(name: str) -> str:
+    """``accessKey``, ``access-key`` and ``access key`` as ``ACCESS_KEY``."""
+    return _BREAKS.sub("_", name).upper()
 
 
 def redact_log_records() -> Callable[[], None]:

@@ -158,7 +158,8 @@ def apply_override(data: dict[str, Any], override: str) -> list[Problem]:
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
-        return [Problem(f"--set {override}", f"the value is not valid YAML: {_reason(error)}")]
+        # Without the value: what stands in it under a secret's name only YAML could tell.
+        return [Problem(f"--set {key}", f"the value is not valid YAML: {_reason(error)}")]
     names = key.split(".")
     section: Any = data
     for depth, name in enumerate(names):
@@ -278,7 +279,12 @@ def _with_line(where: str, error: yaml.YAMLError) -> str:
 
 
 def _reason(error: yaml.YAMLError) -> str:
-    return str(getattr(error, "problem", None) or error).replace("\n", " ")
+    """What is wrong, without what PyYAML took for a name: it may be a password with a ! or *."""
+    reason = str(getattr(error, "problem", None) or error).replace("\n", " ")
+    named = re.match(r"found undefined (?:alias|tag handle)|could not .* for the tag", reason)
+    if named is None:
+        return reason
+    return f"{named[0]}; put quotes around a text that begins with *, & or !"
 
 
 class StrictLoader(yaml.SafeLoader):
@@ -298,6 +304,22 @@ class StrictLoader(yaml.SafeLoader):
                     )
                 seen.add(key)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Build the value of ``node``. Raises ConstructorError for a text that is none of its kind.
+
+        The text is not quoted: under this name may be a secret.
+        """
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, AttributeError, KeyError, TypeError, OverflowError):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                "a value begins like a number or a date, or has a tag (!!), and cannot be read as "
+                "such; write another one, or put quotes around a text",
+                node.start_mark,
+            ) from None
 
 
 # PyYAML follows YAML 1.1, where 1e-4 is text: a number needs a dot, and a sign in its exponent.
@@ -319,8 +341,8 @@ def parse_yaml(text: str) -> Any:
         return loader.construct_document(node)
     except RecursionError:
         raise yaml.YAMLError(f"nested too deeply; expected at most {DEEPEST} levels") from None
-    except ValueError as error:  # A date that does not exist, such as 2030-02-30.
-        raise yaml.YAMLError(str(error)) from None
+    except (ValueError, OverflowError):
+        raise yaml.YAMLError("an escape (\\U) names a character that there is not") from None
     finally:
         loader.dispose()
 

@@ -122,7 +122,7 @@ def test_the_check_is_fast_and_imports_nothing_heavy(run_file: Path) -> None:
         ("prompts.chat_template=3", ["prompts.chat_template: is 3"]),
         ("prompts.template_date=today", ["prompts.template_date: is 'today'; expected a day as"]),
         ("prompts.template_date=31.12.2031", ["is '31.12.2031'", "YYYY-MM-DD, or null"]),
-        ("prompts.template_date=2031-02-30", ["day is out of range for month"]),
+        ("prompts.template_date=2031-02-30", ["begins like a number or a date"]),
         ("prompts.template_date='2031-12-31 10:00'", ["prompts.template_date: is '2031-12-31 10"]),
     ],
 )

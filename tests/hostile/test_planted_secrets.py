@@ -185,6 +185,85 @@ def test_a_process_that_is_given_the_configuration_knows_its_secrets(
     assert_untold(there.hide(f"an engine says {VALUES['at']!r}", {}), VALUES["at"])
 
 
+TEXT = "Zq7xPlanted9ValueOfNobody"
+LINES = (
+    *("hf_token: {}: x", "hf_token: [{}", "hf_token: '{}", "hf_token: !!int {}", "hf_token: *{}"),
+    *("hf_token: !{} x", "hf_token: !a!{}", "hf_token: @{}", 'hf_token: "\\{}"', "x: !!float {}"),
+    *("x: !!timestamp {}", "x: !!bool {}", "x: !!binary {}~", "x: !!python/{} 1", "x: &{} [*{}x]"),
+    *("%{}", "hf_token: 2020-99-99T{}", "hf_token: `{}", "x: !!null {}", "x: !!omap {}"),
+    *("apiKey: '{}", "db_password: ${}x: [", "db_password: *{}"),
+)
+
+
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("by", ["file", "--set"])
+def test_yaml_that_cannot_be_read_is_not_quoted(
+    place: Path, capsys: pytest.CaptureFixture[str], line: str, by: str
+) -> None:
+    """A password may begin with a sign that YAML has a use for."""
+    text = line.replace("{}", TEXT)
+    (place / "bad.yaml").write_text(f"teacher:\n  engine_args:\n    {text}\n")
+    words = ["bad.yaml"] if by == "file" else ["sound.yaml", "--set", f"teacher={{{text}}}"]
+    assert driver.main(["check", "--static", *words]) == driver.EXIT_REFUSED
+    told = capsys.readouterr()
+    assert "unexpected:" not in told.err
+    assert_untold(told.out + told.err, TEXT)
+
+
+NAMES = (
+    "apiKey",
+    "accessKey",
+    "hfToken",
+    "refreshToken",
+    "clientSecret",
+    "X-Api-Key",
+    "access key",
+)
+NAMES += ("Authorization", "cookie", "connectionString", "bearer", "api.key", "github_pat")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [TEXT, 90125551234567])
+def test_a_name_in_any_spelling_is_one_of_a_secret(place: Path, name: str, value: Any) -> None:
+    """Also of a password of digits alone, which YAML reads as a number."""
+    config = SOUND | {"teacher": SOUND["teacher"] | {"engine_args": {"deep": {name: value}}}}
+    (place / "run.yaml").write_text(yaml.safe_dump(config))
+    kept = config_text(load_config(place / "run.yaml"))
+    assert str(value) not in kept or (name == "github_pat" and value != TEXT)
+    assert str(value) not in redact(f"an engine says {value}", {}) or value != TEXT
+
+
+def test_ids_and_sizes_are_no_secrets() -> None:
+    value = {"stop_token_ids": [151645, 151643], "pad_token": 3, "num_tokens": 10**9, "key": 12}
+    assert redacted(value) == value
+
+
+FORMS = (
+    *("npm_" + "aB3d" * 9, "pypi-AgEIcHlwaS5vcmc" + "aB3d" * 10, "dop_v1_" + "ab12" * 16),
+    *("SG." + "aB3dE6gH9jK2mN5pQ8sT22" + "." + "aB3d" * 10 + "abc", "ya29." + "aB3dE6g" * 8),
+    *("glpat-" + "aB3dE6gH9jK2mN5pQ8sT", "hvs." + "aB3dE6g" * 6, "gsk_" + "aB3dE6gH" * 6),
+    *("xai-" + "aB3dE6gH" * 8, "nvapi-" + "aB3dE6gH" * 6, "tskey-auth-" + "aB3dE6gH" * 4),
+    *("shpat_" + "0a1b" * 8, "dckr_pat_" + "aB3dE6gH" * 4, "r8_" + "aB3dE6gH" * 4 + "abcde"),
+    *(
+        "AGE-SECRET-KEY-1" + "QPZRY9X8" * 7,
+        "AKIA" + "ABCD1234" * 2,
+        "AIzaSy" + "aB3dE6gH" * 4 + "a",
+    ),
+    *(
+        "github_pat_11" + "A1b2C3d4E5" * 8,
+        "xoxb-123456789012-" + "aB3d" * 6,
+        "hf_" + "AbCd1234" * 5,
+    ),
+)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form[:8])
+def test_a_key_that_is_known_by_its_form(form: str) -> None:
+    for text in (form, f"is {form!r}; expected", json.dumps({"x": [form]}), f"?a={form}&b=1"):
+        assert form[8:] not in redact(text, {})
+    assert redact(f"Authorization: Bearer {TEXT}", {}) == "Authorization: Bearer ***"
+
+
 @pytest.mark.parametrize("words", [["report", "{}"], ["store", "list", "{}"], ["check", "{}.yaml"]])
 def test_a_file_name_that_is_a_secret_is_not_told(
     place: Path,
