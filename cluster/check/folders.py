@@ -6,6 +6,7 @@ transformers.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -15,10 +16,24 @@ from raystill.base.errors import ConfigError, Problem
 from raystill.base.redact import shown_value
 from raystill.model.files import CONTEXT_KEYS, ModelFolder, read_object
 from raystill.model.head import EMBEDDINGS, read_header
-from raystill.model.known import decoder_types, is_known_type, vllm_knows, words_of_code
+from raystill.model.known import (
+    decoder_types,
+    is_known_type,
+    knows_activation,
+    knows_rope,
+    vllm_knows,
+    words_of_code,
+)
+from raystill.model.sizes import wrong_tensors
 from raystill.model.weights import weight_problems
 
 COUNTS = ("vocab_size", "num_hidden_layers", "n_layer", "hidden_size")
+LAYER_COUNTS = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+"""Whole numbers that some models have by layer, in a list."""
+DTYPES = re.compile(
+    r"(?:torch\.)?(?:float(?:16|32|64|8_\w+|4_\w+)?|bfloat16|half|double|u?int\d{1,2}|auto)"
+)
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 MAPPINGS = ("text_config", "rope_scaling", "rope_parameters", "auto_map")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 NO_DECODERS = (
@@ -26,6 +41,7 @@ NO_DECODERS = (
     *("ForQuestionAnswering", "ForMultipleChoice", "ForPreTraining"),
 )
 """How the names of models end that do not predict the next token."""
+NO_WEIGHTS = ("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 AGAIN = "fetch or save the model again"
 
 
@@ -55,7 +71,7 @@ def check_weights(where: str, model: ModelFolder, *, fetched: bool) -> list[Prob
     """
     found = weight_problems(model.path, fetched=fetched)
     broken = [Problem(where, f"{file} {why}") for file, why in found]
-    return broken or [Problem(where, text) for text in _misfits(model)]
+    return broken or [Problem(where, text) for text in _misfits(model, whole=fetched)]
 
 
 def check_architecture(where: str, model: ModelFolder, *, trusted: bool, served: bool) -> list[str]:
@@ -112,6 +128,15 @@ def _wrong_settings(config: dict[str, Any]) -> Iterator[str]:
         value = config.get(name)
         if value is not None and not _is_number(value, least=1):
             yield f"{name} is {shown_value(value, 80)}, expected a whole number from 1 up"
+    for name in LAYER_COUNTS:
+        value = config.get(name)
+        each = value if isinstance(value, list) and value else [value]
+        if value is not None and not all(_is_number(one, least=1) for one in each):
+            yield f"{name} is {shown_value(value, 80)}, expected a whole number from 1 up"
+    for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta"):
+        value = config.get(name)
+        if value is not None and not (_is_number(value, least=0) and value > 0):
+            yield f"{name} is {shown_value(value, 80)}, expected a number above 0"
     for name in MAPPINGS:
         if not isinstance(config.get(name), dict | None):
             yield f"{name} is {shown_value(config[name], 80)}, expected an object"
@@ -123,7 +148,37 @@ def _wrong_settings(config: dict[str, Any]) -> Iterator[str]:
         isinstance(names, list) and all(isinstance(name, str) for name in names)
     ):
         yield f"architectures is {shown_value(names, 80)}, expected a list of texts"
+    yield from _wrong_kinds(config)
     yield from _wrong_ids(config)
+
+
+def _wrong_kinds(config: dict[str, Any]) -> Iterator[str]:
+    """Names of what the installed libraries do not have, and entries of the wrong type."""
+    for name in ("torch_dtype", "dtype"):
+        value = config.get(name)
+        if not isinstance(value, dict | None) and not DTYPES.fullmatch(str(value)):
+            yield f"{name} is {shown_value(value, 80)}, expected a type of torch such as bfloat16"
+    if not isinstance(tied := config.get("tie_word_embeddings"), bool | None):
+        yield f"tie_word_embeddings is {shown_value(tied, 80)}, expected true or false"
+    for name in ACTIVATIONS:
+        value = config.get(name)
+        if value is not None and not config.get("auto_map") and knows_activation(value) is False:
+            yield f"{name} is {shown_value(value, 80)}, which the installed transformers lacks"
+    for name in ("rope_scaling", "rope_parameters"):
+        value = config.get(name)
+        kind = value.get("rope_type", value.get("type")) if isinstance(value, dict) else None
+        if kind is not None and not (isinstance(kind, str) and knows_rope(kind) is not False):
+            yield f"{name} has the rope_type {shown_value(kind, 80)}, which nobody here knows"
+    kinds, layers = config.get("layer_types"), config.get("num_hidden_layers")
+    if kinds is not None and not (isinstance(kinds, list) and all(type(k) is str for k in kinds)):
+        yield f"layer_types is {shown_value(kinds, 80)}, expected a list of texts"
+    elif kinds is not None and type(layers) is int and len(kinds) < layers:
+        yield f"layer_types has {len(kinds)} entries, expected one for each of {layers} layers"
+    for name in ("bos_token_id", "pad_token_id"):
+        value = config.get(name)
+        ids = value if isinstance(value, list) else [value]
+        if value is not None and not all(type(one) is int and abs(one) < 2**31 for one in ids):
+            yield f"{name} is {shown_value(value, 80)}, expected an id"
 
 
 def _wrong_ids(config: dict[str, Any]) -> Iterator[str]:
@@ -134,6 +189,10 @@ def _wrong_ids(config: dict[str, Any]) -> Iterator[str]:
         if type(one) is not int or not 0 <= one < 2**31:
             yield f"eos_token_id is {shown_value(value, 80)}, expected an id or a list of ids"
             return
+    rows = config.get("vocab_size")
+    ends = value if isinstance(value, list) else [value]
+    if type(rows) is int and ends and not any(one < rows for one in ends):
+        yield f"eos_token_id is {shown_value(value, 80)}, but vocab_size is {rows}: no answer ends"
 
 
 def _wrong_sampling(config: dict[str, Any]) -> Iterator[str]:
@@ -155,14 +214,30 @@ def _architectures(config: dict[str, Any]) -> list[str]:
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def _misfits(model: ModelFolder) -> Iterator[str]:
-    """Where the tensors' names and shapes are not those of ``config.json``."""
-    entries = {
-        name: tuple(entry["shape"])
+def _misfits(model: ModelFolder, *, whole: bool) -> list[str]:
+    """Where the tensors' names, shapes and types are not those of ``config.json``.
+
+    ``whole``: the folder has all tensors.
+    """
+    found = {
+        name: entry
         for file in sorted(model.path.glob("*.safetensors"))
         for name, entry in read_header(file).items()
     }
-    yield from _foreign_names(model, list(entries))
+    shapes = {name: tuple(entry["shape"]) for name, entry in found.items()}
+    kind = read_object(model.path / "config.json").get("model_type")
+    config = {**model.config, "model_type": kind}  # And not that of a part of it.
+    wrong = [*_foreign_names(model, list(shapes)), *_other_sizes(model, shapes)]
+    if not wrong:
+        wrong = [
+            f"{model.name} {text}; name a folder whose config.json is that of its weights"
+            for text in (*wrong_tensors(config, shapes, whole=whole), *_wrong_types(config, found))
+        ]
+    return wrong
+
+
+def _other_sizes(model: ModelFolder, entries: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """Where the numbers of ids, hidden units and layers are not those of ``config.json``."""
     config, path = model.config, model.path / "config.json"
     rows, width = config.get("vocab_size"), config.get("hidden_size")
     embeddings = [
@@ -193,6 +268,17 @@ def _misfits(model: ModelFolder) -> Iterator[str]:
             f"{path} has {wanted} layers, but the weights have {len(layers)}; fetch the missing "
             "files, or name a folder whose config.json is that of its weights"
         )
+
+
+def _wrong_types(config: dict[str, Any], entries: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Weights of whole numbers, which only a quantised model has."""
+    if config.get("quantization_config"):
+        return
+    for name, entry in entries.items():
+        whole = entry["dtype"] in NO_WEIGHTS and len(entry["shape"]) > 1
+        if whole and name.endswith(".weight"):
+            yield f"has {name} of the type {entry['dtype']}, and no quantization_config"
+            return
 
 
 def _factored(config: dict[str, Any]) -> bool:

@@ -32,6 +32,24 @@ def is_known_type(model_type: str) -> bool | None:
     return f'"{model_type}"' in names if names else None
 
 
+def knows_activation(name: object) -> bool | None:
+    """Whether transformers has an activation function of this name; None: not known."""
+    text = _text("transformers", "activations.py")
+    return isinstance(name, str) and f'"{name}"' in text if text else None
+
+
+def knows_rope(kind: str) -> bool | None:
+    """Whether transformers or vLLM scales rotary embeddings in a way of this name; None: not known.
+
+    Names of a single model are taken for known.
+    """
+    served = _text("vllm", "model_executor/layers/rotary_embedding/__init__.py")
+    trained = _text("transformers", "modeling_rope_utils.py")
+    if not trained:
+        return None
+    return kind in ("mrope", "su", "none") or f'"{kind}"' in served + trained
+
+
 def vllm_knows(model_type: str) -> bool:
     """Whether vLLM reads the settings of such a model by code of its own."""
     types = _text("vllm", "transformers_utils/config.py")

@@ -1,7 +1,7 @@
 """The widths of a decoder as ``config.json`` names them, and which narrower ones it can have."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,17 @@ _FFN_OUTPUT_WEIGHT = re.compile(rf"(^|\.)\d+\.\w+\.{FFN_OUTPUT}\.weight$")
 def is_ffn_output(name: str) -> bool:
     """Whether a weight of this name is a layer's only such projection, not one of an expert."""
     return _FFN_OUTPUT_WEIGHT.search(name) is not None
+
+
+PLAIN_TYPES = frozenset(
+    {
+        *("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"),
+        *("olmo", "olmo2", "olmo3", "smollm3", "granite", "cohere"),
+    }
+)
+"""Values of ``model_type`` whose every layer has each of `PARTS` once, of the sizes in
+``config.json`` (no experts, no joined projections, no layers of another kind)."""
+_IN_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+\.(?:weight|bias))")
 
 
 @dataclass(frozen=True)
@@ -111,3 +122,63 @@ class Sizes:
                 )
             )
         return found
+
+
+def wrong_tensors(
+    config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], *, whole: bool
+) -> Iterator[str]:
+    """What weights of a plain decoder lack, or have in other shapes than its settings say.
+
+    transformers leaves such a weight random, after a warning alone. Of types other than
+    `PLAIN_TYPES`, and of quantised weights, nothing is said. ``whole``: ``shapes`` has all tensors.
+    """
+    names = ("hidden_size", "intermediate_size", "num_attention_heads")
+    counts = [config.get(name) for name in names]
+    counts += [config.get(name) or 1 for name in ("num_key_value_heads", "head_dim")]
+    plain = config.get("model_type") in PLAIN_TYPES and not config.get("quantization_config")
+    if not plain or not all(type(n) is int and n > 0 for n in counts):
+        return
+    sizes = Sizes.of(config)
+    for name, shape in shapes.items():
+        expected = _expected_shape(name, sizes, config.get("vocab_size"))
+        if expected is not None and tuple(shape) != expected:
+            yield f"has {name} of {list(shape)}, but by config.json it would be {list(expected)}"
+            return
+    layers: dict[str, set[str]] = {}
+    for found in filter(None, map(_IN_LAYER.fullmatch, shapes)):
+        layers.setdefault(found[1], set()).add(found[2])
+    every = set().union(*layers.values())
+    if not whole:
+        return
+    if not layers:
+        yield f"has no tensor of a layer, but for instance {min(shapes, default='none')!r}"
+        return
+    for number, there in layers.items():
+        if missing := sorted(every - there):
+            yield f"has no {missing[0]} in layer {number}, which other layers have"
+            return
+    outside = {name.removeprefix("model.") for name in shapes if not _IN_LAYER.fullmatch(name)}
+    for needed in ("embed_tokens.weight", "norm.weight"):
+        if needed not in outside and config["model_type"] != "olmo":  # Its norms have no weights.
+            yield f"has no {needed}"
+    if config.get("tie_word_embeddings") is False and "lm_head.weight" not in outside:
+        yield "has no lm_head.weight, and by tie_word_embeddings the embeddings are not the head"
+
+
+def _expected_shape(name: str, sizes: Sizes, rows: int | None) -> tuple[int, ...] | None:
+    """The shape of a weight of a plain decoder of these sizes; None where they do not say it.
+
+    rows: ids of its vocabulary; None: not known.
+    """
+    found = _IN_LAYER.fullmatch(name)
+    module, _, kind = (found[2] if found else name.removeprefix("model.")).rpartition(".")
+    module = module.rpartition(".")[2]
+    if kind != "weight":
+        return None
+    if module.endswith("layernorm") or (module == "norm" and not found):
+        return (sizes.hidden,)
+    if not found and module in ("embed_tokens", "lm_head"):
+        return None if rows is None else (rows, sizes.hidden)
+    if not found or module not in PARTS:
+        return None
+    return sizes.reshaped(f"{module}.weight", (0, 0), sizes)

@@ -5,6 +5,7 @@ sizes; no weights are loaded, and neither torch nor transformers.
 """
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -12,12 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
 
 import driver
 from raystill.cluster.check.static import check_run_file
@@ -67,10 +66,6 @@ def change(file: Path, **values: Any) -> None:
     file.write_text(json.dumps({k: v for k, v in whole.items() if v is not None}))
 
 
-def rewritten(folder: Path, tensors: dict[str, np.ndarray]) -> None:
-    save_file(tensors, str(folder / "model.safetensors"))
-
-
 @pytest.mark.parametrize("run_file", ["teacher.yaml", "student.yaml"])
 def test_the_folder_is_sound_as_it_is(model: Path, run_file: str) -> None:
     assert check_run_file(run_file).problems == []
@@ -101,6 +96,16 @@ WRONG: list[tuple[str, Any]] = [
     *(("architectures", value) for value in ("LlamaForCausalLM", 3, [3], {})),
     *(("eos_token_id", value) for value in ("</s>", [[2]], -1, 2.5, True, 2**70)),
     *(("text_config", value) for value in ("x", [1], 3)),
+    *((name, 0) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")),
+    *(("intermediate_size", value) for value in ("128", [128, "x"], -1)),
+    *((name, value) for name in ("rms_norm_eps", "rope_theta") for value in ("x", 0, -1, 1e300)),
+    *(("dtype", value) for value in ("float99", 16, ["bfloat16"])),
+    *(("tie_word_embeddings", value) for value in ("no", 1, [])),
+    *(("hidden_act", value) for value in ("nosuch", 3, ["silu"])),
+    *(("rope_scaling", {"rope_type": value}) for value in ("nosuch", 3)),
+    *(("layer_types", value) for value in ("full_attention", [1, 2], ["full_attention"])),
+    *((name, value) for name in ("bos_token_id", "pad_token_id") for value in ("x", 0.5, True)),
+    *(("eos_token_id", value) for value in (10**6, [49152, 49153])),
 ]
 
 
@@ -246,6 +251,84 @@ def test_a_student_of_another_kind(
     refused(capsys, "student.yaml", "student.model", word)
 
 
+SIZES: dict[str, tuple[dict[str, Any], str]] = {
+    "heads": ({"num_attention_heads": 7}, "o_proj.weight of [64, 64], but by config.json it would"),
+    "key-value heads": ({"num_key_value_heads": 7}, "k_proj.weight of [32, 64]"),
+    "neurons": ({"intermediate_size": 100}, "down_proj.weight of [64, 128]"),
+    "size of a head": ({"head_dim": 3}, "k_proj.weight of [32, 64]"),
+    "a head of its own": ({"tie_word_embeddings": False}, "has no lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("run_file", ["teacher.yaml", "student.yaml"])
+@pytest.mark.parametrize("kind", SIZES)
+def test_settings_that_the_weights_do_not_have(
+    model: Path, capsys: pytest.CaptureFixture[str], kind: str, run_file: str
+) -> None:
+    values, word = SIZES[kind]
+    change(model / "config.json", **values)
+    refused(capsys, run_file, word)
+
+
+Tensors = dict[str, dict[str, Any]]
+
+
+def without(part: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: entry for name, entry in tensors.items() if part not in name}
+
+
+def shaped(part: str, *shape: int) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: tensors | {n: {"shape": shape} for n in tensors if n.endswith(part)}
+
+
+def change_weights(folder: Path, change_tensors: Callable[[Tensors], Tensors]) -> None:
+    """Write the folder's weights anew: all zero, with the names, shapes and types that are left."""
+    file, end, entries = folder / "model.safetensors", 0, {}
+    for name, entry in change_tensors(header_of(file)).items():
+        kept = {"dtype": "BF16"} | {key: entry[key] for key in ("dtype", "shape") if key in entry}
+        size = math.prod(kept["shape"]) * (2 if kept["dtype"] == "BF16" else 1)
+        entries[name] = kept | {"data_offsets": [end, end + size]}
+        end += size
+    file.unlink()
+    file.write_bytes(header(entries))
+    os.truncate(file, file.stat().st_size + end)
+
+
+TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
+    "a projection": (without("layers.1.self_attn.q_proj"), "self_attn.q_proj.weight in layer 1"),
+    "a norm in a layer": (without("layers.0.input_layernorm"), "input_layernorm.weight in layer 0"),
+    "the last norm": (without("model.norm"), "has no norm.weight"),
+    "the embeddings": (without("embed_tokens"), "has no embed_tokens.weight"),
+    "every layer": (lambda _: {"a": {"shape": (1,)}}, "no tensor of a layer, but for instance 'a'"),
+    "another name": (
+        lambda tensors: {f"transformer.{name}": entry for name, entry in tensors.items()},
+        "no tensor of a layer, but for instance 'transformer.model.",
+    ),
+    "a row": (shaped("layers.0.self_attn.q_proj.weight", 63, 64), "q_proj.weight of [63, 64]"),
+    "half a norm": (shaped("model.norm.weight", 32), "norm.weight of [32]"),
+    "flat embeddings": (shaped("embed_tokens.weight", 64), "embed_tokens.weight of [64]"),
+    "whole numbers": (
+        lambda tensors: {name: entry | {"dtype": "I8"} for name, entry in tensors.items()},
+        "of the type I8, and no quantization_config",
+    ),
+    "yes and no": (
+        lambda tensors: {name: entry | {"dtype": "BOOL"} for name, entry in tensors.items()},
+        "of the type BOOL, and no quantization_config",
+    ),
+}
+
+
+@pytest.mark.parametrize("run_file", ["teacher.yaml", "student.yaml"])
+@pytest.mark.parametrize("kind", TENSORS)
+def test_weights_that_lack(
+    model: Path, capsys: pytest.CaptureFixture[str], kind: str, run_file: str
+) -> None:
+    """transformers would begin with random ones in their place, after a warning alone."""
+    change_tensors, word = TENSORS[kind]
+    change_weights(model, change_tensors)
+    refused(capsys, run_file, word)
+
+
 @pytest.mark.parametrize("kind", ["T5", "BERT", "unknown", "own code", "GPT-2", "more layers"])
 def test_a_teacher_of_another_kind(
     model: Path, capsys: pytest.CaptureFixture[str], kind: str
@@ -260,9 +343,7 @@ def test_fewer_ids_than_the_tokenizer_names(
 ) -> None:
     """Weights and config.json agree, and the tokenizer is the teacher's own."""
     change(model / "config.json", vocab_size=1000)
-    table = np.zeros((1000, HIDDEN), np.float32)
-    layer = {f"model.layers.{i}.mlp.up_proj.weight": np.zeros((4, HIDDEN)) for i in range(2)}
-    rewritten(model, {"model.embed_tokens.weight": table} | layer)
+    change_weights(model, shaped("embed_tokens.weight", 1000, HIDDEN))
     for run_file in ("teacher.yaml", "student.yaml"):
         refused(capsys, run_file, "has 1000 ids, but the teacher's tokenizer names 49152")
 
