@@ -8,7 +8,8 @@ Legend: P training prompts, N training rows.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from raystill.base.errors import ConfigError, Problem
 from raystill.config.stream import FilterConfig
 from raystill.datasets.prompts.read import RawPrompt
+from raystill.datasets.spool.spool import CHUNK_ROWS
 
 if TYPE_CHECKING:
     from raystill.config.run import RunConfig
@@ -42,10 +44,19 @@ def filter_columns(
     table = {"row": pa.array(np.arange(len(rows)), pa.int64())}
     of_prompt = pa.array(rows, pa.int32())
     for place, name in enumerate(names):
-        values = pa.array([prompt.columns[place] for prompt in prompts], pa.string())
+        values = strings(prompt.columns[place] for prompt in prompts)
         column = pa.DictionaryArray.from_arrays(of_prompt, values)
         table[PREFIX + name] = column
     return pa.table(table)
+
+
+def strings(values: Iterable[str | None]) -> pa.StringArray:
+    """An Arrow array of them, without all being Python objects at once."""
+    rest = iter(values)
+    parts = [pa.array([], pa.string())]
+    while batch := list(islice(rest, CHUNK_ROWS)):
+        parts.append(pa.array(batch, pa.string()))
+    return pa.concat_arrays(parts)
 
 
 def held_out_fields(prompts: Sequence[RawPrompt]) -> pa.Table:
@@ -67,7 +78,7 @@ def _words(prompt: RawPrompt) -> str:
 
 def _require_usable(config: "RunConfig", prompts: Sequence[RawPrompt]) -> None:
     """ConfigError for filters that these training prompts leave nothing to decide by."""
-    sources = {prompt.source for prompt in prompts}
+    sources = {prompt.source for prompt in prompts} if config.filters.rules else set()
     problems = [*_why_not_compared(config), *_why_not_masked(config)]
     for number, rule in enumerate(config.filters.rules):
         for source in sorted(set(rule.sources or ()) - sources):
@@ -76,14 +87,14 @@ def _require_usable(config: "RunConfig", prompts: Sequence[RawPrompt]) -> None:
                 f"{source!r} is no source of the training prompts ({listed}); name one of them"
             )
             problems.append(Problem(f"filters.rules.{number}.sources", message))
-        lacking = _without_reference(config, rule, prompts)
+        lacking, first = _without_reference(config, rule, prompts)
         if lacking:
             assert rule.answer is not None
             problems.append(
                 Problem(
                     f"filters.rules.{number}.answer.column",
-                    f"is {rule.answer.column!r}, which {len(lacking)} of {len(prompts)} training "
-                    f"prompts do not have (the first is {lacking[0].where}); name the field with "
+                    f"is {rule.answer.column!r}, which {lacking} of {len(prompts)} training "
+                    f"prompts do not have (the first is {first}); name the field with "
                     "the reference, or limit the filter to sources that have it (sources: [...])",
                 )
             )
@@ -93,15 +104,16 @@ def _require_usable(config: "RunConfig", prompts: Sequence[RawPrompt]) -> None:
 
 def _without_reference(
     config: "RunConfig", rule: FilterConfig, prompts: Sequence[RawPrompt]
-) -> list[RawPrompt]:
+) -> tuple[int, str]:
+    """How many prompts lack the reference of a filter, and where the first of them is."""
+    lacking, first = 0, ""
     if rule.answer is None:
-        return []
+        return lacking, first
     place = config.filters.columns.index(rule.answer.column)
-    return [
-        prompt
-        for prompt in prompts
-        if (rule.sources is None or prompt.source in rule.sources) and not prompt.columns[place]
-    ]
+    for prompt in prompts:
+        if (rule.sources is None or prompt.source in rule.sources) and not prompt.columns[place]:
+            lacking, first = lacking + 1, first or prompt.where
+    return lacking, first
 
 
 def _why_not_masked(config: "RunConfig") -> Iterator[Problem]:

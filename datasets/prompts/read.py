@@ -21,6 +21,7 @@ from raystill.base.redact import shown_value
 from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.files import PromptFile, PromptSource, find_files, prompt_sources
 from raystill.datasets.prompts.progress import Meter, Progress
+from raystill.datasets.spool.spool import Spool
 
 MAX_PROBLEMS_PER_FILE = 5
 DEFAULT_SOURCE = "prompts"
@@ -59,7 +60,7 @@ def read_prompts(
     progress: Progress | None = None,
     columns: Sequence[str] = (),
     keep_fields: bool = False,
-) -> list[RawPrompt]:
+) -> Spool[RawPrompt]:
     """All prompts, in the order of the sources and of their files.
 
     ``columns``: further fields to keep; ``keep_fields``: keep all. Raises ConfigError with the
@@ -72,17 +73,16 @@ def read_prompts(
         problems += missing
         sources.append((source, files, not missing))
     meter = Meter(progress, "reading prompts")
-    read: list[RawPrompt] = []
+    read: Spool[RawPrompt] = Spool()
     for source, files, complete in sources:
         limits = [] if prompts.limit is None else [prompts.limit - len(read)]
         limits += [] if source.limit is None else [source.limit]
         if 0 in limits:
             break
-        before = len(problems)
-        of_source = _read_files(files, min(limits, default=None), problems, meter, keep_fields)
-        if complete and not of_source and len(problems) == before:
+        before = len(problems), len(read)
+        read.extend(_read_files(files, min(limits, default=None), problems, meter, keep_fields))
+        if complete and (len(problems), len(read)) == before:
             problems.append(source.problem(f"{', '.join(source.paths)}: no prompts in there"))
-        read += of_source
     if problems:
         raise ConfigError(problems)
     return read
@@ -94,21 +94,21 @@ def _read_files(
     problems: list[Problem],
     meter: Meter,
     keep_fields: bool,
-) -> list[RawPrompt]:
+) -> Iterator[RawPrompt]:
     """The first ``limit`` prompts of these files; adds what is wrong with them to ``problems``."""
-    read: list[RawPrompt] = []
+    read = 0
     for file in files:
-        before = len(read)
-        room = None if limit is None else limit - len(read)
+        before = read
+        room = None if limit is None else limit - read
         if room == 0:
             break
         for batch in meter.batches(itertools.islice(_read_file(file, problems, keep_fields), room)):
-            read += batch
+            read += len(batch)
+            yield from batch
         # One of several files of a glob or folder may be empty; one that is named may not.
         told = any(problem.where.startswith(file.name) for problem in problems)
-        if len(read) == before and not file.globbed and not told:
+        if read == before and not file.globbed and not told:
             problems.append(Problem(file.name, "holds no prompts; expected one or more rows"))
-    return read
 
 
 def _read_file(file: PromptFile, problems: list[Problem], keep_fields: bool) -> Iterator[RawPrompt]:

@@ -20,6 +20,7 @@ from raystill.datasets.overlap.ngrams import Items
 from raystill.datasets.prompts.control import texts_of, with_texts
 from raystill.datasets.prompts.files import PromptFile, PromptSource, find_files
 from raystill.datasets.prompts.read import READERS, UNREADABLE, BrokenRow, RawPrompt
+from raystill.datasets.spool.spool import Spool
 
 
 @dataclass(frozen=True)
@@ -56,35 +57,33 @@ class PersonalData:
 
 
 def screen_personal(
-    raws: list[RawPrompt], action: PersonalDataAction | None
-) -> tuple[list[RawPrompt], PersonalData | None]:
+    raws: Spool[RawPrompt], action: PersonalDataAction | None
+) -> tuple[Spool[RawPrompt], PersonalData | None]:
     """The prompts as ``prompts.personal_data`` wants them, and what they held; None: not looked at.
 
     Raises ConfigError where every prompt would be left out.
     """
     if action is None:
         return raws, None
-    held = personal.kinds_in(["\n".join(_read_texts(raw)) for raw in raws])
-    kinds = Counter(kind for each in held for kind in each)
-    found = PersonalData(action, len(raws), sum(map(bool, held)), dict(kinds))
-    if action == "mask":
-        return _all_masked(raws, held), found
-    if action == "drop" and found.num_prompts:
-        left = [raw for raw, each in _pairs(raws, held) if not each]
-        if not left:
-            raise config_error(
-                "prompts.personal_data",
-                f"is 'drop', and each of the {len(raws)} prompts holds personal data or keys "
-                f"({personal.told(kinds)}); set it to mask or count, or name other files",
-            )
-        return left, found
-    return raws, found
-
-
-def _pairs(
-    raws: Sequence[RawPrompt], held: Sequence[frozenset[str]]
-) -> "zip[tuple[RawPrompt, frozenset[str]]]":
-    return zip(raws, held, strict=True)
+    kinds: Counter[str] = Counter()
+    num_prompts = 0
+    left: Spool[RawPrompt] = Spool()
+    for chunk in raws.chunks():
+        held = personal.kinds_in(["\n".join(_read_texts(raw)) for raw in chunk])
+        kinds.update(kind for each in held for kind in each)
+        num_prompts += sum(map(bool, held))
+        if action == "mask":
+            left.extend(_all_masked(chunk, held))
+        elif action == "drop":
+            left.extend(raw for raw, each in zip(chunk, held, strict=True) if not each)
+    found = PersonalData(action, len(raws), num_prompts, dict(kinds))
+    if action == "drop" and num_prompts and not left:
+        raise config_error(
+            "prompts.personal_data",
+            f"is 'drop', and each of the {len(raws)} prompts holds personal data or keys "
+            f"({personal.told(kinds)}); set it to mask or count, or name other files",
+        )
+    return raws if action == "count" else left, found
 
 
 def _read_texts(raw: RawPrompt) -> list[str]:
@@ -96,7 +95,7 @@ def _read_texts(raw: RawPrompt) -> list[str]:
 def _all_masked(raws: Sequence[RawPrompt], held: Sequence[frozenset[str]]) -> list[RawPrompt]:
     """The prompts with marks in place of what was found. ConfigError for what cannot be read."""
     masked = []
-    for raw, each in _pairs(raws, held):
+    for raw, each in zip(raws, held, strict=True):
         try:
             masked.append(_kept_masked(_masked(raw) if each else raw))
         except RecursionError:

@@ -21,9 +21,10 @@ Legend: P prompts or prompt tokens, T response tokens, N training rows.
 import difflib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +32,10 @@ from numpy.typing import NDArray
 
 from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.config.prompts import PromptsConfig
+from raystill.datasets.prompts.progress import Meter
 from raystill.datasets.prompts.read import MAX_PROBLEMS_PER_FILE, RawPrompt
+from raystill.datasets.spool.equal import Digests, Named, digest_of, group_numbers
+from raystill.datasets.spool.spool import NoTokens, Spool, TokenLists
 from raystill.model.sampling import resolve_sampling
 
 if TYPE_CHECKING:
@@ -40,28 +44,66 @@ if TYPE_CHECKING:
 
 SYSTEM_ROLES = ("system", "developer")
 UNBOUNDED = 2**31 - 1
+REASONS = ("", "empty", "too_long", "empty_response", "response_too_long")
+"""Why prompts are left out, by number."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of all prompts [n] without their ids. ``given``: whether a response came."""
+
+    source: Named
+    teacher: Named
+    blank: NDArray[np.bool_]
+    given: NDArray[np.bool_]
+
+
+def facts_of(raws: Spool[RawPrompt]) -> Facts:
+    """Look at all prompts once."""
+    sources: dict[str | None, int] = {}
+    teachers: dict[str | None, int] = {}
+    found = [
+        (
+            np.array([sources.setdefault(raw.source, len(sources)) for raw in raws], np.int32),
+            np.array([teachers.setdefault(raw.teacher, len(teachers)) for raw in raws], np.int32),
+            np.array([_is_blank(raw) for raw in raws], np.bool_),
+            np.array([raw.response is not None for raw in raws], np.bool_),
+        )
+        for raws in raws.chunks()
+    ]
+    source, teacher, blank, given = (
+        np.concatenate([part[i] for part in found] or [np.zeros(0, np.int32)]) for i in range(4)
+    )
+    named = Named(source, list(sources)), Named(teacher, list(teachers))
+    return Facts(*named, blank.astype(np.bool_), given.astype(np.bool_))
 
 
 @dataclass
 class UsablePrompts:
-    """The prompts that were read, tokenised; lists have an item for each, in the order read.
+    """The prompts that were read, tokenised; sequences have an item for each, in the order read.
 
-    ``ids``: the teacher's prompt tokens, int32 [P]. ``student_ids``: the student's; the same list
-    where the teacher sees no more. ``views``: the prompts as the teacher reads them.
-    ``responses``: int32 [T] where one is given, else None.
-    ``kept``: indices of the prompts that are usable and no duplicates. ``dropped`` counts the
-    unusable ones by reason, and ``first_dropped`` says where the first of each is.
+    ``ids``: the teacher's prompt tokens, int32 [P]. ``student_ids``: the student's; the same
+    sequence where the teacher sees no more. ``responses``: int32 [T] where one is given, else None.
+    ``digests``: hashes of the student's prompts, equal where these are equal.
+    ``kept``: numbers of the prompts that are usable and no duplicates, ascending. ``dropped``
+    counts the unusable ones by reason, and ``first_dropped`` says where the first of each is.
     """
 
-    raws: list[RawPrompt]
-    views: list[RawPrompt]
-    ids: list[np.ndarray]
-    student_ids: list[np.ndarray]
-    responses: Sequence[np.ndarray | None]
-    kept: list[int] = field(default_factory=list)
+    raws: Spool[RawPrompt]
+    facts: Facts
+    ids: TokenLists
+    student_ids: TokenLists
+    responses: TokenLists | NoTokens
+    digests: Digests
+    kept: NDArray[np.int64]
     dropped: Counter[str] = field(default_factory=Counter)
     first_dropped: dict[str, str] = field(default_factory=dict)
     duplicates: int = 0
+
+    def longest(self) -> int:
+        """Tokens of the longest kept prompt, of either."""
+        both = (lists.lengths()[self.kept] for lists in (self.ids, self.student_ids))
+        return max(int(lengths.max(initial=0)) for lengths in both)
 
     def why_none(self, max_prompt_tokens: int) -> str:
         """That no prompt is usable, why each was left out, and where the first of each kind is."""
@@ -76,51 +118,100 @@ class UsablePrompts:
 
 
 def sort_prompts(
-    raws: list[RawPrompt],
+    raws: Spool[RawPrompt],
+    facts: Facts,
     config: "RunConfig",
     tokeniser: "PromptTokeniser",
-    max_prompt_tokens: int,
-    context_tokens: int = UNBOUNDED,
+    limits: tuple[int, int],
 ) -> UsablePrompts:
     """Tokenise the prompts and leave out unusable ones and duplicates. Raises ConfigError.
 
-    Dropped are: as ``too_long`` a prompt of more than ``max_prompt_tokens``, as ``empty`` one of no
+    limits: tokens of a prompt, and of a prompt with its given response. Dropped are: as
+    ``too_long`` a prompt of more than the first, as ``empty`` one of no
     tokens, or of blank text, as ``empty_response`` a given response without text, and as
-    ``response_too_long`` one that has more than ``context_tokens`` together with its prompt.
+    ``response_too_long`` one that has more than the second together with its prompt.
 
     A duplicate has the prompt, the given response and the teacher of an earlier row, or its prompt
     is in a held-out source too: that must not be trained on, whichever is read first and whatever
     response is given. Where the teacher sees more, rows with the same prompt of the teacher's are
     duplicates, held out are prompts of the student's, and both must be within the limits.
     """
-    own = tokeniser.encode_many(raws)
-    views, ids = raws, own
+    own = _encode(raws, tokeniser, lambda raw: raw)
+    ids = own
     if config.prompts.teacher_sees_more:
-        views = [teacher_view(raw, config.prompts) for raw in raws]
-        ids = tokeniser.encode_many(views)
-    usable = UsablePrompts(raws, views, ids, own, _encode_responses(raws, config, tokeniser))
+        ids = _encode(raws, tokeniser, lambda raw: teacher_view(raw, config.prompts))
+    responses = _encode_responses(raws, facts, config, tokeniser)
+    digests = _digests(own)
+    usable = UsablePrompts(raws, facts, ids, own, responses, digests, np.zeros(0, np.int64))
+    may_be_kept = _leave_out(usable, limits)
     sources = set(config.evaluation.held_out_sources)
-    held_out = {digest_of(own[i]) for i, raw in enumerate(raws) if raw.source in sources}
-    seen: set[tuple[bytes, str | None]] = set()
-    for index, (prompt, response) in enumerate(zip(ids, usable.responses, strict=True)):
-        limits = (max_prompt_tokens, context_tokens)
-        reason = _why_unusable(prompt, response, *limits)
-        reason = reason or _why_unusable(own[index], response, *limits)
-        reason = "empty" if _is_blank(raws[index]) else reason
-        if reason is not None:
-            usable.dropped[reason] += 1
-            tokens = max(len(prompt), len(own[index])) + (0 if response is None else len(response))
-            usable.first_dropped.setdefault(reason, f"{raws[index].where}: {tokens} tokens")
-            continue
-        digest = digest_of(prompt, response)
-        trained = raws[index].source not in sources
-        asked = (digest, raws[index].teacher)
-        if asked in seen or (held_out and trained and digest_of(own[index]) in held_out):
-            usable.duplicates += 1
-            continue
-        seen.add(asked)
-        usable.kept.append(index)
+    of_source = np.array([name in sources for name in facts.source.names], np.bool_)
+    trained = ~of_source[facts.source.number]
+    usable_rows = np.flatnonzero(may_be_kept)
+    if not trained.all():
+        # Held out are the prompts of these sources, whether they are usable or not.
+        group = group_numbers(digests)
+        held_out = np.zeros(len(group), np.bool_)
+        held_out[group[~trained]] = True
+        may_be_kept &= ~(trained & held_out[group])
+    asked = digests if ids is own and not facts.given.any() else _digests(ids, responses)
+    candidates = np.flatnonzero(may_be_kept)
+    group = group_numbers(asked[candidates], facts.teacher.number[candidates])
+    usable.kept = candidates[np.unique(group, return_index=True)[1]]
+    usable.kept.sort()
+    usable.duplicates = len(usable_rows) - len(usable.kept)
     return usable
+
+
+def _leave_out(usable: UsablePrompts, limits: tuple[int, int]) -> NDArray[np.bool_]:
+    """Which prompts are usable, [n]; notes the others."""
+    facts, responses = usable.facts, usable.responses.lengths()
+    reason = np.zeros(len(responses), np.int8)
+    different = {id(lists): lists for lists in (usable.ids, usable.student_ids)}
+    lengths = [lists.lengths() for lists in different.values()]
+    for prompts in lengths:
+        together = prompts.astype(np.int64) + responses
+        of_prompt = np.select(
+            [
+                prompts == 0,
+                prompts > limits[0],
+                facts.given & (responses == 0),
+                facts.given & (together > limits[1]),
+            ],
+            [1, 2, 3, 4],
+        )
+        reason = np.where(reason, reason, of_prompt).astype(np.int8)
+    reason[facts.blank] = REASONS.index("empty")
+    numbers, firsts, counts = np.unique(reason, return_index=True, return_counts=True)
+    for place in np.argsort(firsts):
+        if name := REASONS[numbers[place]]:
+            first = int(firsts[place])
+            tokens = max(int(prompts[first]) for prompts in lengths) + int(responses[first])
+            usable.dropped[name] = int(counts[place])
+            usable.first_dropped[name] = f"{usable.raws[first].where}: {tokens} tokens"
+    return reason == 0
+
+
+def _encode(
+    raws: Spool[RawPrompt], tokeniser: "PromptTokeniser", view: Callable[[RawPrompt], RawPrompt]
+) -> TokenLists:
+    """Token ids of all prompts, as ``view`` shows them."""
+    lists, encoder = TokenLists(), tokeniser.encoder(len(raws))
+    for chunk in raws.chunks():
+        if encoded := encoder.encode([view(raw) for raw in chunk]):
+            lists.append(encoded)
+    encoder.finish()
+    return lists
+
+
+def _digests(prompts: TokenLists, responses: TokenLists | NoTokens | None = None) -> Digests:
+    """`digest_of` of all prompts, and of their responses where given."""
+    every = zip(prompts, responses if responses is not None else repeat(None), strict=False)
+    made = bytearray()
+    for prompt, response in every:
+        assert prompt is not None
+        made += digest_of(prompt, response)
+    return np.frombuffer(bytes(made), np.uint64).reshape(-1, 2)
 
 
 def teacher_view(raw: RawPrompt, prompts: PromptsConfig) -> RawPrompt:
@@ -143,12 +234,11 @@ def teacher_view(raw: RawPrompt, prompts: PromptsConfig) -> RawPrompt:
 
 
 def _encode_responses(
-    raws: list[RawPrompt], config: "RunConfig", tokeniser: "PromptTokeniser"
-) -> Sequence[np.ndarray | None]:
-    responses: list[np.ndarray | None] = [None] * len(raws)
-    given = [index for index, raw in enumerate(raws) if raw.response is not None]
-    if not given:
-        return responses
+    raws: Spool[RawPrompt], facts: Facts, config: "RunConfig", tokeniser: "PromptTokeniser"
+) -> TokenLists | NoTokens:
+    num_given = int(facts.given.sum())
+    if not num_given:
+        return NoTokens(len(raws))
     stop_ids = resolve_sampling(config.teacher, tokeniser.folder).stop_token_ids
     if not stop_ids:
         raise config_error(
@@ -156,10 +246,12 @@ def _encode_responses(
             "is empty, and prompts.response_field is set: a response ends with a stop token; set "
             "it to the ids that end an answer of the teacher",
         )
-    texts = [raws[index].response or "" for index in given]
-    for index, ids in zip(given, tokeniser.encode_responses(texts, stop_ids), strict=True):
-        responses[index] = ids
-    return responses
+    lists, meter = TokenLists(), Meter(tokeniser.progress, "tokenising responses", num_given)
+    for chunk in raws.chunks():
+        texts = [raw.response for raw in chunk if raw.response is not None]
+        encoded = iter(tokeniser.encode_responses(texts, stop_ids, meter))
+        lists.append([None if raw.response is None else next(encoded) for raw in chunk])
+    return lists
 
 
 def _is_blank(raw: RawPrompt) -> bool:
@@ -170,33 +262,11 @@ def _is_blank(raw: RawPrompt) -> bool:
     return bool(asked) and all(isinstance(text, str) and not text.strip() for text in asked)
 
 
-def _why_unusable(
-    prompt: np.ndarray, response: np.ndarray | None, max_prompt_tokens: int, context_tokens: int
-) -> str | None:
-    if len(prompt) == 0:
-        return "empty"
-    if len(prompt) > max_prompt_tokens:
-        return "too_long"
-    if response is None:
-        return None
-    if len(response) == 0:
-        return "empty_response"
-    return "response_too_long" if len(prompt) + len(response) > context_tokens else None
-
-
-def digest_of(prompt: np.ndarray, response: np.ndarray | None = None) -> bytes:
-    """A hash that is equal for equal prompts (and responses, where given).
-
-    The prompt's length is in it too: else the same ids, cut elsewhere, would have the same hash.
-    """
-    digest = blake2b(prompt.tobytes(), digest_size=16)
-    if response is not None:
-        digest.update(b"\0" + len(prompt).to_bytes(8, "little") + response.tobytes())
-    return digest.digest()
-
-
 def samples_asked(
-    prompts: PromptsConfig, seed: int, ids: Sequence[np.ndarray], sources: Sequence[str]
+    prompts: PromptsConfig,
+    seed: int,
+    ids: Sequence[np.ndarray | None],
+    sources: Sequence[str] | NDArray[np.object_],
 ) -> NDArray[np.int64]:
     """Samples to ask of each training prompt, int64 [P].
 
@@ -222,8 +292,9 @@ def samples_asked(
             )
         samples[of_source], rest = divmod(num_rows, len(of_source))
         if rest:
-            ranks = [_rank(seed, source.name, ids[index]) for index in of_source]
-            first = sorted(range(len(of_source)), key=ranks.__getitem__)[:rest]
+            hashes = b"".join(_rank(seed, source.name, ids[int(index)]) for index in of_source)
+            ranks = np.frombuffer(hashes, ">u8").reshape(-1, 2)
+            first = np.lexsort((ranks[:, 1], ranks[:, 0]))[:rest]
             samples[of_source[first]] += 1
     if problems:
         raise ConfigError(problems)
@@ -247,27 +318,25 @@ def list_rows(
     return np.concatenate([none, *passes]), np.concatenate([none, *numbers])
 
 
-def _rank(seed: int, name: str, prompt: np.ndarray) -> bytes:
+def _rank(seed: int, name: str, prompt: np.ndarray | None) -> bytes:
     """A hash by which the prompts of a source are ordered; the lowest are chosen first."""
+    assert prompt is not None
     digest = blake2b(f"{seed} {name}".encode() + b"\0", digest_size=16)
     digest.update(np.ascontiguousarray(prompt, dtype="<i4").tobytes())
     return digest.digest()
 
 
-def teachers_of(
-    raws: Sequence[RawPrompt], names: Sequence[str] | None, setting: str
-) -> list[str] | None:
-    """The name of each prompt's teacher; None where the run has one, without a name.
+def require_teachers(
+    raws: Spool[RawPrompt], teachers: Named, names: Sequence[str], setting: str
+) -> None:
+    """Raise ConfigError for rows whose teacher is none of ``names``.
 
-    setting: that lists the files. Raises ConfigError for rows whose teacher is none of ``names``.
+    setting: that lists the files.
     """
-    if names is None:
-        return None
     problems = []
-    known = set(names)
-    for raw in raws:
-        if raw.teacher in known:
-            continue
+    unknown = np.array([name not in names for name in teachers.names], np.bool_)
+    for number in np.flatnonzero(unknown[teachers.number])[:MAX_PROBLEMS_PER_FILE]:
+        raw = raws[int(number)]
         if raw.teacher is None:
             said = "names no teacher, and its source has none"
         else:
@@ -275,18 +344,19 @@ def teachers_of(
             hint = f"; did you mean {near[0]!r}?" if near else ""
             said = f"names the teacher {raw.teacher[:60]!r}, which the run does not have{hint}"
         problems.append(Problem(raw.where, f"{said}; expected one of {', '.join(names)}"))
-        if len(problems) == MAX_PROBLEMS_PER_FILE:
-            problems.append(Problem(setting, "further rows without a teacher are not listed"))
-            break
+    if len(problems) == MAX_PROBLEMS_PER_FILE:
+        problems.append(Problem(setting, "further rows without a teacher are not listed"))
     if problems:
         raise ConfigError(problems)
-    return [raw.teacher or "" for raw in raws]
 
 
-def in_order_of(teachers: Sequence[str], names: Sequence[str]) -> NDArray[np.int64]:
-    """A stable order, int64 [N], in which the rows of each teacher stand together.
+def in_order_of(
+    teachers: Named, prompts: NDArray[np.int64], names: Sequence[str]
+) -> NDArray[np.int64]:
+    """A stable order, int64 [N], of the prompts in which those of each teacher stand together.
 
     So a group of the stream has rows of one teacher, but for those at the seams.
     """
     place = {name: number for number, name in enumerate(names)}
-    return np.argsort([place[name] for name in teachers], kind="stable")
+    of_name = np.array([place.get(name or "", -1) for name in teachers.names], np.int64)
+    return np.argsort(of_name[teachers.number[prompts]], kind="stable")

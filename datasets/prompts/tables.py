@@ -25,8 +25,8 @@ from raystill.base.run_folder import (
     TRAIN_PROMPTS,
     RunFolder,
 )
-from raystill.datasets.prompts.columns import filter_columns, held_out_fields
-from raystill.datasets.prompts.read import RawPrompt, read_prompts
+from raystill.datasets.prompts.columns import filter_columns, held_out_fields, strings
+from raystill.datasets.prompts.read import read_prompts
 from raystill.datasets.prompts.screen import (
     Overlap,
     PersonalData,
@@ -36,12 +36,13 @@ from raystill.datasets.prompts.screen import (
 from raystill.datasets.prompts.select import (
     UNBOUNDED,
     UsablePrompts,
-    digest_of,
+    facts_of,
     in_order_of,
     list_rows,
+    require_teachers,
     samples_asked,
     sort_prompts,
-    teachers_of,
+    teacher_view,
 )
 from raystill.datasets.rows.keys import (
     DEFAULT_ENGINE,
@@ -59,6 +60,8 @@ from raystill.datasets.rows.schema import (
     prompt_schema,
     student_prompts,
 )
+from raystill.datasets.spool.equal import Digests, group_numbers
+from raystill.datasets.spool.spool import NoTokens, Picked, Spool, TokenLists
 
 if TYPE_CHECKING:
     from raystill.config.run import RunConfig
@@ -207,39 +210,39 @@ def build_prompt_tables(
     raws = read_prompts(config.prompts, tokeniser.progress, config.filters.columns, checks)
     raws, personal = screen_personal(raws, config.prompts.personal_data)
     names = None if config.teachers is None else list(config.teachers)
-    teachers = teachers_of(raws, names, config.prompts.files_setting)
-    usable = sort_prompts(raws, config, tokeniser, max_prompt_tokens, context_tokens)
+    facts = facts_of(raws)
+    if names is not None:
+        require_teachers(raws, facts.teacher, names, config.prompts.files_setting)
+    limits = max_prompt_tokens, context_tokens
+    usable = sort_prompts(raws, facts, config, tokeniser, limits)
     kept = usable.kept
-    if not kept:
+    if not len(kept):
         raise config_error(config.prompts.files_setting, usable.why_none(max_prompt_tokens))
-    prompts = [digest_of(usable.student_ids[index]) for index in kept]
-    train, held_out = split_rows(config, [raws[index].source for index in kept], prompts, raws)
+    train, held_out = split_rows(config, usable)
     asked = samples_asked(
         config.prompts,
         config.section_seeds()["weights"],
-        [usable.ids[kept[i]] for i in train],
-        [raws[kept[i]].source for i in train],
+        Picked(usable.ids, kept[train]),
+        facts.source.of(kept[train]),
     )
-    if teachers is not None and names is not None:
-        held_out = held_out[in_order_of([teachers[kept[i]] for i in held_out], names)]
-    sides = ([raws[kept[i]] for i in train], [raws[kept[i]] for i in held_out])
+    if names is not None:
+        held_out = held_out[in_order_of(facts.teacher, kept[held_out], names)]
+    sides = Picked(raws, kept[train]), Picked(raws, kept[held_out])
     overlap = count_overlap(config.prompts, *sides)
     rows, samples = list_rows(asked, by_prompt=config.filters.compares_samples)
-    if teachers is not None and names is not None:
-        order = in_order_of([teachers[kept[i]] for i in train[rows]], names)
+    if names is not None:
+        order = in_order_of(facts.teacher, kept[train[rows]], names)
         rows, samples = rows[order], samples[order]
     return PromptTables(
-        train=_table([kept[i] for i in train[rows]], usable, teachers),
-        held_out=_table([kept[i] for i in held_out], usable, teachers),
+        train=_table(kept[train[rows]], usable, names is not None),
+        held_out=_table(kept[held_out], usable, names is not None),
         dropped=usable.dropped,
         duplicates=usable.duplicates,
         first_dropped=usable.first_dropped,
         num_read=len(raws),
-        longest_prompt_tokens=max(
-            (len(ids[i]) for i in kept for ids in (usable.ids, usable.student_ids)), default=0
-        ),
+        longest_prompt_tokens=usable.longest(),
         samples=samples,
-        messages=_messages(tokeniser, usable) if config.asks_in_words else None,
+        messages=_messages(config, tokeniser, usable) if config.asks_in_words else None,
         columns=filter_columns(config, sides[0], rows),
         held_out_fields=held_out_fields(sides[1]) if checks else None,
         personal=personal,
@@ -247,39 +250,49 @@ def build_prompt_tables(
     )
 
 
-def _messages(tokeniser: "PromptTokeniser", usable: UsablePrompts) -> pa.Table:
+def _messages(config: "RunConfig", tokeniser: "PromptTokeniser", usable: UsablePrompts) -> pa.Table:
     """The chats of the usable prompts, one for each different list of ids."""
-    chats = {
-        prompt_digest(usable.ids[i]): json.dumps(tokeniser.messages(usable.views[i]))
-        for i in usable.kept
-    }
-    columns = [pa.array(list(chats), pa.binary(KEY_BYTES)), pa.array(list(chats.values()))]
-    return pa.table(columns, names=["digest", "messages"])
+    chats: Spool[str] = Spool()
+    digests = bytearray()
+    for raw, ids in zip(
+        Picked(usable.raws, usable.kept), Picked(usable.ids, usable.kept), strict=True
+    ):
+        assert ids is not None
+        view = teacher_view(raw, config.prompts) if config.prompts.teacher_sees_more else raw
+        chats.extend([json.dumps(tokeniser.messages(view))])
+        digests += prompt_digest(ids)
+    group = group_numbers(np.frombuffer(bytes(digests), np.uint64).reshape(-1, 2))
+    # The last chat of each, in the order of the first ones.
+    last = len(group) - 1 - np.unique(group[::-1], return_index=True)[1]
+    keys = np.frombuffer(bytes(digests), np.uint8).reshape(-1, KEY_BYTES)[last]
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(keys))]
+    names = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(last), buffers)
+    return pa.table([names, strings(Picked(chats, last))], names=["digest", "messages"])
 
 
 def split_rows(
-    config: "RunConfig",
-    sources: Sequence[str],
-    prompts: Sequence[bytes],
-    raws: Sequence[RawPrompt],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Indices into ``sources`` of the training and of the held-out rows, each ascending.
+    config: "RunConfig", usable: UsablePrompts
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers among the kept prompts of the training and of the held-out ones, each ascending.
 
     Held out are whole sources by name, then ``held_out_rows`` more, drawn by seed. Of a drawn
-    prompt all rows are held out, since it may have several with different responses; ``prompts``
-    are equal where the rows' prompts are. Of all held-out rows at most ``max_rows`` are measured;
-    the others are not used at all. Raises ConfigError.
+    prompt all rows are held out, since it may have several with different responses. Of all
+    held-out rows at most ``max_rows`` are measured; the others are not used at all. Raises
+    ConfigError.
     """
-    evaluation, problems = config.evaluation, []
-    names = {raw.source for raw in raws}
-    for source in evaluation.held_out_sources:
-        if source not in names:
-            problems.append(Problem("evaluation.held_out_sources", _no_source(source, names)))
-    is_held_out = np.isin(np.array(sources, dtype=object), list(evaluation.held_out_sources))
+    evaluation, problems, kept = config.evaluation, [], usable.kept
+    source = usable.facts.source
+    names = {str(name) for name in source.names}
+    for one in evaluation.held_out_sources:
+        if one not in names:
+            problems.append(Problem("evaluation.held_out_sources", _no_source(one, names)))
+    of_source = np.array([name in evaluation.held_out_sources for name in source.names], np.bool_)
+    is_held_out = of_source[source.number[kept]]
     random = np.random.default_rng(config.section_seeds()["held_out"])
     if evaluation.held_out_rows:
-        drawn = _draw_prompts(prompts, ~is_held_out, evaluation.held_out_rows, random)
-        is_held_out[drawn] = True
+        among = np.flatnonzero(~is_held_out)
+        drawn = _draw_prompts(usable.digests[kept[among]], evaluation.held_out_rows, random)
+        is_held_out[among[drawn]] = True
     train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     problems = problems or _empty_side(config, len(train), len(held_out))
     if problems:
@@ -288,18 +301,14 @@ def split_rows(
 
 
 def _draw_prompts(
-    prompts: Sequence[bytes], among: NDArray[np.bool_], num_rows: int, random: np.random.Generator
-) -> list[int]:
+    digests: Digests, num_rows: int, random: np.random.Generator
+) -> NDArray[np.int64]:
     """Rows of whole prompts, drawn at random until there are ``num_rows`` or more."""
-    rows: dict[bytes, list[int]] = {}
-    for row in np.flatnonzero(among):
-        rows.setdefault(prompts[row], []).append(int(row))
-    drawn: list[int] = []
-    for first in random.permutation([of_prompt[0] for of_prompt in rows.values()]):
-        if len(drawn) >= num_rows:
-            break
-        drawn += rows[prompts[first]]
-    return drawn
+    group = group_numbers(digests)
+    order = random.permutation(int(group.max(initial=-1)) + 1)
+    sizes = np.bincount(group)[order]
+    enough = int(np.searchsorted(np.cumsum(sizes), num_rows)) + 1
+    return np.flatnonzero(np.isin(group, order[:enough]))
 
 
 def _empty_side(config: "RunConfig", num_train: int, num_held_out: int) -> list[Problem]:
@@ -334,36 +343,22 @@ def _lengths(table: pa.Table, max_tokens: int) -> tuple[pa.ChunkedArray, pa.Chun
     return prompts.cast(pa.int64()), responses.fill_null(max_tokens).cast(pa.int64())
 
 
-def _table(
-    indices: Sequence[int], usable: UsablePrompts, teachers: Sequence[str] | None
-) -> pa.Table:
-    chunks = [indices[i : i + ROWS_PER_CHUNK] for i in range(0, len(indices), ROWS_PER_CHUNK)]
+def _table(rows: NDArray[np.int64], usable: UsablePrompts, of_teachers: bool) -> pa.Table:
+    """The table of these prompts, by their numbers. of_teachers: with the column `TEACHER`."""
+    chunks = [rows[i : i + ROWS_PER_CHUNK] for i in range(0, len(rows), ROWS_PER_CHUNK)]
 
-    def lists(ids: Sequence[np.ndarray | None]) -> pa.ChunkedArray:
-        return pa.chunked_array(
-            [_token_lists([ids[i] for i in chunk]) for chunk in chunks], TOKEN_IDS
-        )
+    def lists(ids: TokenLists | NoTokens) -> pa.ChunkedArray:
+        return pa.chunked_array([ids.take(chunk) for chunk in chunks], TOKEN_IDS)
 
     columns = {
-        "row": pa.array(np.arange(len(indices)), pa.int64()),
+        "row": pa.array(np.arange(len(rows)), pa.int64()),
         "prompt_ids": lists(usable.ids),
-        "source": pa.array([usable.raws[i].source for i in indices], pa.string()),
+        "source": usable.facts.source.strings(rows),
         "response_ids": lists(usable.responses),
     }
     if usable.student_ids is not usable.ids:
         columns[STUDENT_PROMPT] = lists(usable.student_ids)
-    if teachers is not None:
-        columns[TEACHER] = pa.array([teachers[i] for i in indices], pa.string())
+    if of_teachers:
+        columns[TEACHER] = usable.facts.teacher.strings(rows)
     schema = prompt_schema(columns)
     return pa.table(columns, schema=pa.schema([f for f in schema if f.name != "key"]))
-
-
-def _token_lists(rows: list[np.ndarray | None]) -> pa.ListArray:
-    """An Arrow array of token id lists, with null for None, without a copy through Python ints."""
-    lengths = [0 if ids is None else len(ids) for ids in rows]
-    offsets = np.zeros(len(rows) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    valid = [ids for ids in rows if ids is not None]
-    values = np.concatenate(valid) if valid else np.empty(0, np.int32)
-    mask = pa.array([ids is None for ids in rows], pa.bool_()) if len(valid) < len(rows) else None
-    return pa.ListArray.from_arrays(offsets, values, type=TOKEN_IDS, mask=mask)

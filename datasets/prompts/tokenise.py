@@ -84,35 +84,14 @@ class PromptTokeniser:
 
     def encode_many(self, raws: Sequence[RawPrompt]) -> list[np.ndarray]:
         """:meth:`encode` of many prompts. Raises ConfigError with those that cannot be rendered."""
-        texts: list[str | None] = []
-        problems: list[Problem] = []
-        marked: dict[int, Marked] = {}
-        for batch in Meter(self.progress, "rendering prompts", len(raws)).batches(raws):
-            for raw in batch:
-                try:
-                    text, with_marks = self._rendered(raw)
-                except TemplateRefusal as error:
-                    problems.append(Problem(raw.where, str(error)))
-                    continue
-                if with_marks is not None:
-                    marked[len(texts)] = with_marks
-                texts.append(text)
-        if not problems:
-            # A chat template writes the special tokens itself.
-            special = self._template is None
-            plain = [text or "" for text in texts]
-            encoded = self._encode(plain, "tokenising prompts", special=special)
-            for number, of_one in marked.items():
-                try:
-                    ids = None if texts[number] is None else encoded[number].tolist()
-                    settled = self._guard.settle(texts[number], ids, of_one)
-                    encoded[number] = np.array(settled, dtype=np.int32)
-                except ValueError as error:
-                    problems.append(Problem(raws[number].where, str(error)))
-        if problems:
-            more = [Problem("prompts", f"{len(problems) - 5} more")] if len(problems) > 5 else []
-            raise ConfigError(problems[:5] + more)
+        encoder = self.encoder(len(raws))
+        encoded = encoder.encode(raws)
+        encoder.finish()
         return encoded
+
+    def encoder(self, total: int) -> "PromptEncoder":
+        """Tokenises so many prompts, some at a time."""
+        return PromptEncoder(self, total)
 
     def _rendered(self, raw: RawPrompt) -> tuple[str | None, Marked | None]:
         """The text of a prompt, and the same with marks if it may hold control tokens.
@@ -135,10 +114,11 @@ class PromptTokeniser:
             return None, marked
 
     def encode_responses(
-        self, texts: Sequence[str], stop_token_ids: Sequence[int]
+        self, texts: Sequence[str], stop_token_ids: Sequence[int], meter: Meter | None = None
     ) -> list[np.ndarray]:
         """Token ids ``int32[T]`` of given responses, each with a stop token at its end.
 
+        ``meter``: of the responses of which these are some; None: they are all.
         One is appended where the text ends with none: the tokenizer's own end token, if it is one
         of ``stop_token_ids``, since that ends a turn of chat; else the first of them. An empty text
         has no ids. A control token anywhere else in a text is text.
@@ -155,7 +135,8 @@ class PromptTokeniser:
             body = text if token is None else text[: len(text) - len(token.content)]
             bodies.append(body.rstrip() if token is not None and token.lstrip else body)
             stops.append(found)
-        encoded = self._encode(bodies, "tokenising responses", special=False)
+        meter = meter or Meter(self.progress, "tokenising responses", len(texts))
+        encoded = self._encode(bodies, meter, special=False)
         responses = []
         for body, ids, ended in zip(bodies, encoded, stops, strict=True):
             said = self._guard.response(ids.tolist(), body)
@@ -170,9 +151,9 @@ class PromptTokeniser:
         """Reads answers in words, which must not begin or end a turn of the chat."""
         return self._guard.plain(self._control.always)
 
-    def _encode(self, texts: Sequence[str], phase: str, special: bool) -> list[np.ndarray]:
+    def _encode(self, texts: Sequence[str], meter: Meter, special: bool) -> list[np.ndarray]:
         ids: list[np.ndarray] = []
-        for batch in Meter(self.progress, phase, len(texts)).batches(texts):
+        for batch in meter.batches(texts):
             encoded = self.tokenizer.encode_batch_fast(batch, add_special_tokens=special)
             ids += [np.array(encoding.ids, dtype=np.int32) for encoding in encoded]
         # The library has used threads now, and would print a warning at every later fork.
@@ -269,6 +250,58 @@ class PromptTokeniser:
                 f"its chat template is broken ({error}); repair it, or set "
                 "prompts.chat_template: false",
             ) from None
+
+
+class PromptEncoder:
+    """Tokenises many prompts, some at a time, and keeps what is wrong with any of them."""
+
+    def __init__(self, tokeniser: PromptTokeniser, total: int) -> None:
+        self._tokeniser = tokeniser
+        self._total = total
+        self._rendering = Meter(tokeniser.progress, "rendering prompts", total)
+        self._tokenising: Meter | None = None
+        self._refused: list[Problem] = []
+        self._unsettled: list[Problem] = []
+
+    def encode(self, raws: Sequence[RawPrompt]) -> list[np.ndarray]:
+        """Token ids ``int32[P]`` of each; of none once a prompt could not be rendered."""
+        made = self._tokeniser
+        texts: list[str | None] = []
+        marked: dict[int, Marked] = {}
+        for batch in self._rendering.batches(raws):
+            for raw in batch:
+                try:
+                    text, with_marks = made._rendered(raw)
+                except TemplateRefusal as error:
+                    self._refused.append(Problem(raw.where, str(error)))
+                    continue
+                if with_marks is not None:
+                    marked[len(texts)] = with_marks
+                texts.append(text)
+        if self._refused:
+            return []
+        # A chat template writes the special tokens itself.
+        self._tokenising = self._tokenising or Meter(
+            made.progress, "tokenising prompts", self._total
+        )
+        plain = [text or "" for text in texts]
+        encoded = made._encode(plain, self._tokenising, special=made._template is None)
+        for number, of_one in marked.items():
+            try:
+                ids = None if texts[number] is None else encoded[number].tolist()
+                settled = made._guard.settle(texts[number], ids, of_one)
+                encoded[number] = np.array(settled, dtype=np.int32)
+            except ValueError as error:
+                self._unsettled.append(Problem(raws[number].where, str(error)))
+        return encoded
+
+    def finish(self) -> None:
+        """Raise ConfigError with the prompts that could not be rendered; else, with those whose
+        control tokens could not be told from text.
+        """
+        if problems := self._refused or self._unsettled:
+            more = [Problem("prompts", f"{len(problems) - 5} more")] if len(problems) > 5 else []
+            raise ConfigError(problems[:5] + more)
 
 
 def template_environment(strftime_now: Callable[[str], str]) -> jinja2.Environment:

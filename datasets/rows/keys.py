@@ -26,6 +26,7 @@ from raystill.datasets.rows.schema import KEY_BYTES, PROMPT_SCHEMA, TEACHER, pro
 KEY_VERSION = 1
 """Part of every key: raising it makes all stored answers unreachable."""
 
+ROWS_PER_BATCH = 10_000
 ROWS_PER_CHUNK = 100_000  # a chunk's list offsets have 32 bits, so its tokens must be fewer
 
 
@@ -146,11 +147,15 @@ def with_keys(table: pa.Table, asked: Mapping[str, Asked], samples: NDArray[np.i
     asked: by the name of the teacher; a table without the column `TEACHER` has one, named "".
     samples: the sample number of each row, int64 [N].
     """
-    # Of Python objects: numpy's own bytes lose zero bytes at their end.
-    keys = np.empty(len(table), object)
+    keys = np.zeros((len(table), KEY_BYTES), np.uint8)
+    done = np.zeros(len(table), np.bool_)
     for name, one in asked.items():
-        _add_keys(keys, table, one, samples, _rows_of(table, name))
-    column = pa.array(keys, PROMPT_SCHEMA.field("key").type)
+        mine = _rows_of(table, name)
+        _add_keys(keys, table, one, samples, mine)
+        done |= mine
+    assert done.all(), "rows of a teacher that is not asked have no keys"
+    buffers = [None, pa.py_buffer(keys)]
+    column = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(table), buffers)
     schema = prompt_schema(table.column_names)
     return table.append_column(PROMPT_SCHEMA.field("key"), column).select(schema.names)
 
@@ -164,29 +169,38 @@ def _rows_of(table: pa.Table, teacher: str) -> NDArray[np.bool_]:
 
 
 def _add_keys(
-    keys: NDArray[np.object_],
+    keys: NDArray[np.uint8],
     table: pa.Table,
     asked: Asked,
     samples: NDArray[np.int64],
     mine: NDArray[np.bool_],
 ) -> None:
-    """Put the keys of the rows that are ``mine``, bool [N], into ``keys`` [N]."""
+    """Put the keys of the rows that are ``mine``, bool [N], into ``keys`` [N, KEY_BYTES]."""
     request = (asked.teacher_identity, asked.dtype, asked.quantization)
     given = table["response_ids"].is_valid().to_numpy()
     for sample in np.unique(samples[mine & ~given]):
-        rows = np.flatnonzero(mine & ~given & (samples == sample))
-        prompts = _ids(table["prompt_ids"], rows)
-        keys[rows] = answer_keys(*request, asked.sampling, prompts, int(sample), asked.engine)
-    rows = np.flatnonzero(mine & given)
-    prompts, responses = (_ids(table[name], rows) for name in ("prompt_ids", "response_ids"))
-    keys[rows] = given_keys(*request, prompts, responses, asked.engine)
+        of_sample = np.flatnonzero(mine & ~given & (samples == sample))
+        for rows in _batches(of_sample):
+            prompts = _ids(table["prompt_ids"], rows)
+            made = answer_keys(*request, asked.sampling, prompts, int(sample), asked.engine)
+            keys[rows] = _as_bytes(made)
+    for rows in _batches(np.flatnonzero(mine & given)):
+        prompts, responses = (_ids(table[name], rows) for name in ("prompt_ids", "response_ids"))
+        keys[rows] = _as_bytes(given_keys(*request, prompts, responses, asked.engine))
+
+
+def _batches(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, len(rows), ROWS_PER_BATCH):
+        yield rows[start : start + ROWS_PER_BATCH]
+
+
+def _as_bytes(keys: list[bytes]) -> NDArray[np.uint8]:
+    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
 
 
 def _ids(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> Iterator[np.ndarray]:
     """The token ids of these rows, one row after the other; ``rows`` ascend."""
-    for start in range(0, len(rows), ROWS_PER_CHUNK):
-        part = column.take(pa.array(rows[start : start + ROWS_PER_CHUNK]))
-        yield from (row.values.to_numpy() for row in part)
+    return (row.values.to_numpy() for row in column.take(pa.array(rows)))
 
 
 def prompt_digest(prompt_ids: np.ndarray) -> bytes:

@@ -483,7 +483,7 @@ def test_progress_is_reported_of_every_phase(
 
     settings = prompts(paths, response_field="answer", limit=7)
     read = read_prompts(settings, note)
-    assert read == read_prompts(settings)
+    assert list(read) == list(read_prompts(settings))
     assert reports == [("reading prompts", done, None) for done in (0, 4, 5, 7)]
     reports.clear()
     tokeniser = PromptTokeniser(MODEL, settings, note)

@@ -1,0 +1,132 @@
+"""Prompts that do not fit into memory: the same tables, few bytes a row, and a full disk."""
+
+import errno
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from raystill.base.errors import ConfigError
+from raystill.config.run import RunConfig
+from raystill.datasets.prompts.tables import PromptTables, build_prompt_tables
+from raystill.datasets.prompts.tokenise import PromptTokeniser
+from raystill.datasets.spool import spool
+from raystill.datasets.spool.equal import group_numbers
+from raystill.datasets.spool.spool import Picked, Spool, TokenLists
+
+TINY = Path(__file__).resolve().parents[2] / "models" / "tiny-teacher"
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 7 rows."""
+    monkeypatch.setattr(spool, "CHUNK_ROWS", 7)
+
+
+def tables(path: Path, **sections: Any) -> PromptTables:
+    prompts = {"path": str(path), **sections.pop("prompts", {})}
+    model = {"teacher": {"model": str(TINY)}, "student": {"layers": [0]}}
+    config = RunConfig.model_validate({**model, "prompts": prompts, **sections})
+    tokeniser = PromptTokeniser(TINY, config.prompts)
+    if tracemalloc.is_tracing():
+        tracemalloc.reset_peak()
+    return build_prompt_tables(config, tokeniser, 500)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_spool_is_read_like_a_list(short: None) -> None:
+    items = Spool([str(n) for n in range(30)])
+    items.extend(["30", "31"])
+    assert (len(items), items[0], items[29], items[-1]) == (32, "0", "29", "31")
+    assert list(items) == [str(n) for n in range(32)]
+    assert list(items[5:9]) == ["5", "6", "7", "8"]
+    assert list(Picked(items, np.array([31, 0, 15]))) == ["31", "0", "15"]
+    with pytest.raises(IndexError):
+        items[32]
+    assert list(Spool[str]()) == []
+
+
+def test_token_lists_are_taken_in_any_order(short: None) -> None:
+    rows = [None if n % 5 == 3 else np.arange(n, dtype=np.int32) for n in range(20)]
+    lists = TokenLists()
+    for start in range(0, 20, 7):
+        lists.append(rows[start : start + 7])
+    assert len(lists) == 20
+    assert lists.lengths().tolist() == [0 if row is None else len(row) for row in rows]
+    shown = [None if row is None else row.tolist() for row in rows]
+    assert [None if row is None else row.tolist() for row in lists] == shown
+    assert [None if (row := lists[n]) is None else row.tolist() for n in range(20)] == shown
+    order = np.array([0, 0, 19, 6, 7, 13, 3, 18, 18])
+    assert lists.take(order).to_pylist() == [shown[n] for n in order]
+    assert lists.take(order[:0]).to_pylist() == []
+
+
+def test_equal_rows_have_one_number_that_ascends_with_the_first() -> None:
+    digests = np.array([[5, 1], [2, 2], [5, 1], [5, 2], [2, 2]], np.uint64)
+    assert group_numbers(digests).tolist() == [0, 1, 0, 2, 1]
+    assert group_numbers(digests, np.array([0, 1, 1, 0, 1], np.int32)).tolist() == [0, 1, 2, 3, 1]
+
+
+def test_tables_are_the_same_from_a_file_as_from_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {
+            "prompt": f"question {n % 31}" if n % 9 else " ",
+            "source": "abt"[n % 3],
+            "answer": ["yes", None, "", "no"][n % 4],
+        }
+        for n in range(60)
+    ]
+    path = write(tmp_path / "p.jsonl", rows)
+
+    def made() -> list[Any]:
+        found = tables(
+            path,
+            prompts={"response_field": "answer"},
+            evaluation={"held_out_sources": ["t"], "held_out_rows": 3},
+        )
+        return [found.train, found.held_out, found.dropped, found.first_dropped, found.duplicates]
+
+    whole = made()
+    assert (len(whole[0]), len(whole[1]), whole[4]) == (6, 13, 8), whole
+    monkeypatch.setattr(spool, "CHUNK_ROWS", 7)
+    assert made() == whole
+
+
+def test_a_row_takes_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Python and numpy hold at the most. A list of prompts and of arrays is 2 KB a row."""
+    monkeypatch.setattr(spool, "CHUNK_ROWS", 250)
+    num = 8_000
+    path = write(tmp_path / "p.jsonl", [{"prompt": f"what is {n} and {n}?"} for n in range(num)])
+    few = write(tmp_path / "few.jsonl", [{"prompt": f"what is {n}?"} for n in range(9)])
+    tables(few, evaluation={"held_out_rows": 1})  # What is loaded once.
+    tracemalloc.start()
+    try:
+        found = tables(path, evaluation={"held_out_rows": 64})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.train.num_rows == num - 64
+    assert peak / num < 240, f"{peak / num:.0f} bytes a row"
+    # The table itself, in Arrow's memory: 4 bytes a token, and 40 for all else.
+    assert found.train.nbytes / num < 4 * found.longest_prompt_tokens + 40
+
+
+def test_a_full_temporary_folder_is_named(
+    short: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(spool.tempfile, "TemporaryFile", full)
+    path = write(tmp_path / "p.jsonl", [{"prompt": f"what is {n}?"} for n in range(20)])
+    with pytest.raises(ConfigError, match=r"TMPDIR: .* \(No space left on device\); set the"):
+        tables(path, evaluation={"held_out_rows": 2})
