@@ -22,6 +22,7 @@ from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.segment import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
+from raystill.model.identity import identity_of_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models" / "tiny-teacher"
@@ -89,6 +90,36 @@ def rows_in(tmp_path: Path) -> list[dict[str, Any]]:
         for group in range(len(file.footer.groups)):
             found += file.read(group, names).to_pylist()
     return found
+
+
+def test_of_several_teachers_the_named_one_has_given_the_answers(
+    tmp_path: Path, capsys: Any
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    sources = [{"name": n, "path": str(prompts), "teacher": n} for n in ("big", "own")]
+    teachers, words = {"big": API, "own": LOCAL}, {"sources": sources, "system": "Be brief."}
+    write_run(tmp_path, {}, teachers=teachers, prompts=words)
+    text = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    text.pop("teacher")
+    text["terms"] = {"teacher_licences": {"big": "apache-2.0", "own": "apache-2.0"}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(text))
+    rows = [{"prompt": question, "completion": "So."} for question in QUESTIONS]
+    (tmp_path / "given.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = ["store", "import", str(tmp_path / "store"), str(tmp_path / "given.jsonl")]
+    command = [*files, "--teacher", str(tmp_path / "run.yaml")]
+    assert main(command) == 1
+    assert "the run has big, own" in capsys.readouterr().err
+    assert main([*command, "--name", "neither"]) == 1
+    assert "neither" in capsys.readouterr().err and not (tmp_path / "store").exists()
+    for done, name in enumerate(("own", "big")):
+        assert main([*command, "--name", name, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["imported"], told["there"]) == ({"text": len(QUESTIONS)}, 0)
+        prepared = check_run_file(str(tmp_path / "run.yaml"), ()).prepared
+        assert prepared is not None
+        assert prepared.stored.asked == ({"big"} if done == 0 else set())
+        identity = prepared.config.by_teacher[name].teacher
+        assert told["teacher_identity"] == identity_of_teacher(identity, MODEL)
 
 
 @pytest.mark.parametrize("teacher", [API, LOCAL], ids=["a service", "a local model"])
