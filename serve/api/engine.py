@@ -42,6 +42,7 @@ TEXT = Signal("text")
 APART_NATS = 0.05
 """Between what a service tells of a token at two temperatures, at most; it rounds otherwise."""
 A_QUESTION = [{"role": "user", "content": "Say a word."}]
+CHATS = "/chat/completions"
 QUESTION_TOKENS = 64
 """At most, by any template."""
 
@@ -146,7 +147,7 @@ class ApiEngine:
         body = self.body(json.loads(text), signal)
         answer = await self.service.ask(
             Request(
-                send=lambda client: client.chat.completions.create(**body),
+                send=lambda client: client.post(CHATS, cast_to=object, body=body),
                 read=lambda completion: self._read(completion, signal),
                 written=self._written,
                 prompt_tokens=len(prompt_ids),
@@ -156,21 +157,18 @@ class ApiEngine:
         return Answer(error=answer) if isinstance(answer, str) else answer
 
     def body(self, messages: list[dict[str, Any]], signal: Signal = TEXT) -> dict[str, Any]:
-        """The client's arguments of one request."""
+        """The JSON of one request."""
         sampling = self._sampling
-        more: dict[str, Any] = dict(self._api.extra_body)
-        if sampling.top_k:
-            more["top_k"] = sampling.top_k
-        if sampling.min_p:
-            more["min_p"] = sampling.min_p
+        few = {"top_k": sampling.top_k, "min_p": sampling.min_p}
         return {
             "model": self._api.model,
             "messages": messages,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             self._api.max_tokens_field: sampling.max_tokens,
-            "extra_body": more or None,
             **({} if signal.kind == "text" else self._wide),
+            **self._api.extra_body,
+            **{name: value for name, value in few.items() if value},
         }
 
     @property
@@ -179,24 +177,24 @@ class ApiEngine:
 
     def _written(self, completion: Any) -> int:
         """Tokens of the text, by this tokenizer."""
-        text = completion.choices[0].message.content or ""
+        text = completion["choices"][0]["message"]["content"] or ""
         return len(self._plain.encode(text)) + 1
 
     def _read(self, completion: Any, signal: Signal) -> Answer | str:
         """The answer, or why it cannot be used; raises one of UNREADABLE."""
-        choices = getattr(completion, "choices", None)
+        choices = completion.get("choices")
         if not choices:
             return "broken_answer" if choices is None else "empty_answer"
         choice = choices[0]
-        message = choice.message
-        if choice.finish_reason == "content_filter":
+        finish, message = choice.get("finish_reason"), choice["message"]
+        if finish == "content_filter":
             return "content_filter"
-        if getattr(message, "refusal", None):
+        if message.get("refusal"):
             return "refusal"
-        text = message.content
+        text = message.get("content")
         if not isinstance(text, str) or not text.strip():
             return "empty_answer"
-        complete = choice.finish_reason == "stop"
+        complete = finish == "stop"
         if signal.kind == "text":
             return self._in_ids(text, complete)
         content = _content(choice)
@@ -223,10 +221,9 @@ class ApiEngine:
         """
         api = self._api
         own = {**self.body(A_QUESTION, Signal("sampled")), api.max_tokens_field: 1}
-        plain = {"temperature": 1.0, "top_p": 1.0, "extra_body": api.extra_body or None}
-        bodies = [own | plain]
-        if any(own[name] != value for name, value in plain.items()):
-            bodies.append(own)
+        few = {"top_k", "min_p"} - api.extra_body.keys()
+        plain = {n: v for n, v in own.items() if n not in few} | {"temperature": 1.0, "top_p": 1.0}
+        bodies = [plain] if plain == own else [plain, own]
         told = [await self._first_token(body) for body in bodies]
         for each in told:
             if isinstance(each, str) and each.startswith(FATAL):
@@ -249,7 +246,7 @@ class ApiEngine:
         """Log probabilities of the tokens that an answer may begin with; else a row's error."""
         return await self.service.ask(
             Request(
-                send=lambda client: client.chat.completions.create(**body),
+                send=lambda client: client.post(CHATS, cast_to=object, body=body),
                 read=_first_of,
                 written=lambda completion: 1,
                 prompt_tokens=QUESTION_TOKENS,
@@ -281,16 +278,15 @@ def _told_reader(teacher: TeacherConfig, reader: TextReader, stops: Sequence[int
     return Reader(vocabulary, reader.plain, stops)
 
 
-def _content(choice: Any) -> list[Mapping[str, Any]]:
-    """What is told of each token, as plain JSON; raises one of UNREADABLE."""
-    told = getattr(choice, "logprobs", None)
-    content = getattr(told, "content", None) or []
-    return [one if isinstance(one, Mapping) else one.model_dump() for one in content]
+def _content(choice: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What is told of each token; raises one of UNREADABLE."""
+    content: list[Mapping[str, Any]] = (choice.get("logprobs") or {}).get("content") or []
+    return content
 
 
 def _first_of(completion: Any) -> dict[bytes, float] | str:
     """Log probabilities of what the first token may be, by bytes; NO_LOGPROBS where not told."""
-    content = _content(completion.choices[0])
+    content = _content(completion["choices"][0])
     named = content[0].get("top_logprobs") if content else None
     if not named:
         return NO_LOGPROBS

@@ -60,9 +60,8 @@ class BatchEngine(ApiEngine):
         if text is None:
             return Answer(error=f"{FATAL}a prompt has no messages in prompts/messages.parquet")
         body = self.body(json.loads(text), signal)
-        more = body.pop("extra_body") or {}
         most = Usage(input=len(prompt_ids), output=self._sampling.max_tokens)
-        question = Question({**body, **more}, most.cost(self._api.prices))
+        question = Question(body, most.cost(self._api.prices))
         for _ in range(MAX_BATCHES):
             line = await self.batches.line(key, question)
             if isinstance(line, str):
@@ -85,7 +84,7 @@ class BatchEngine(ApiEngine):
     def _of_line(self, line: Line, signal: Signal) -> Answer | str:
         """The answer in a line, or why it has none that can be used."""
         if line.status == 200:
-            return understood(self._request(signal), _completion(line.body))
+            return understood(self._request(signal), line.body)
         if line.code in LENGTH_CODES:
             return "too_long"
         if line.code in FILTER_CODES:
@@ -99,7 +98,7 @@ class BatchEngine(ApiEngine):
         return f"{FATAL}the service refuses a request of a batch: {told[:300]}; see teacher.api"
 
     def _usage(self, line: Line) -> Usage:
-        return self.service.charged(self._request(TEXT), _completion(line.body))
+        return self.service.charged(self._request(TEXT), line.body)
 
     def _request(self, signal: Signal) -> Request[Answer]:
         async def nothing(client: Any) -> None:
@@ -109,15 +108,3 @@ class BatchEngine(ApiEngine):
             return self._read(completion, signal)
 
         return Request(nothing, read, self._written, 0, self._sampling.max_tokens)
-
-
-def _completion(body: Any) -> Any:
-    """A response's body as the client would give it; as it is where that cannot be."""
-    from openai.types.chat import ChatCompletion
-
-    if not isinstance(body, dict):
-        return body
-    try:
-        return ChatCompletion.construct(**body)
-    except (TypeError, ValueError):
-        return body

@@ -376,7 +376,7 @@ DROPPED = {
     "too much that is no id": (logprobs(one(RED, 0.5, **{"\ufffd": 0.3})), "unmapped_tokens"),
     "no distribution": (logprobs(one(RED, 0.9, Blue=0.9)), "broken_answer"),
     "no content": ({"logprobs": {"content": None}}, "no_logprobs"),
-    "of another shape": ({"logprobs": [1, 2]}, "no_logprobs"),
+    "of another shape": ({"logprobs": [1, 2]}, "broken_answer"),
     "null entries": ({"logprobs": {"content": [None]}}, "broken_answer"),
 }
 
