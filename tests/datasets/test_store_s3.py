@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import count
 from typing import Any
 
@@ -151,28 +152,36 @@ def test_a_damaged_segment_is_replaced_by_one_of_two_runs(store: TeacherStore, s
     assert store.open(name).read(0, kept.column_names).to_pylist() == kept.to_pylist()
 
 
-def test_the_lease_has_one_holder(store: TeacherStore, monkeypatch: pytest.MonkeyPatch, s3) -> None:
-    s3.proxy.latency_s = 0.02
+@pytest.mark.parametrize("left_behind", [False, True])
+def test_of_two_that_saw_no_holder_one_has_the_lease(
+    store: TeacherStore, monkeypatch: pytest.MonkeyPatch, s3: S3, left_behind: bool
+) -> None:
+    """The first takes it when the second has looked and is about to write: a condition decides.
 
-    def hold(work: str) -> str | None:
-        try:
-            with Lease(store.folder, work).held():
-                inside.wait(2)
-                return work
-        except RunError as error:
-            assert "is in use by 'store" in str(error)
-            inside.set()
-            return None
+    left_behind: a lease that has ended is there.
+    """
+    if left_behind:
+        with monkeypatch.context() as patch:
+            patch.setattr(lease_module, "LEASE_S", -1.0)
+            assert Lease(store.folder, "compact")._write(None)
+    first = Lease(store.folder, "compact")
+    with ExitStack() as inside:
+        begun: list[Request] = []
 
-    for left_behind in (False, True):  # With a lease that has ended, too.
-        inside = threading.Event()
-        if left_behind:
-            with monkeypatch.context() as patch:
-                patch.setattr(lease_module, "LEASE_S", -1.0)
-                assert Lease(store.folder, "compact")._write(None)
-        held = at_once(lambda: hold("compact"), lambda: hold("prune"))
-        assert sorted(map(bool, held)) == [False, True]
-        assert not store.folder.exists(LEASE)
+        def trouble(request: Request) -> None:
+            if request[0] == "PUT" and LEASE in request[1] and not begun:
+                begun.append(request)
+                inside.enter_context(first.held())
+
+        s3.proxy.trouble = trouble
+        with (
+            pytest.raises(RunError, match="is in use by 'store compact'"),
+            Lease(store.folder, "prune").held(),
+        ):
+            pass
+        assert begun
+        first.confirm()
+    assert not store.folder.exists(LEASE)
 
 
 def test_a_lease_is_renewed_and_its_loss_is_noticed(
