@@ -102,7 +102,7 @@ def test_tables_are_the_same_from_a_file_as_from_memory(
 
 
 def test_a_row_takes_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Python and numpy hold at the most. A list of prompts and of arrays is 2 KB a row."""
+    """What Python and numpy hold at the most; Arrow's and the tokenizer's memory is not in it."""
     monkeypatch.setattr(spool, "CHUNK_ROWS", 250)
     num = 8_000
     path = write(tmp_path / "p.jsonl", [{"prompt": f"what is {n} and {n}?"} for n in range(num)])
