@@ -1,8 +1,5 @@
 """Faults of the data plane by the hundred: no row lost, none wrong, none paid twice but in flight.
 
-The store is in a local folder, or on an S3-compatible server (moto's) behind a proxy that delays,
-answers 503 and breaks connections.
-
 A run without Ray: the real store and the real `StoredAnswers`, a teacher that makes its answers up
 and never gives the same twice, and beside it two compactors and a pruner that come and go. Faults
 are drawn by seed; which thread comes first is not. ``make chaos`` takes 1,000 of them with a fixed
@@ -16,7 +13,7 @@ import os
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +21,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raystill.base import object_store
 from raystill.base.errors import RunError
 from raystill.datasets.rows.answers import Answer, answers_table
 from raystill.datasets.rows.schema import ENGINE
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store import reading
 from raystill.datasets.store.reading import DamagedSegment
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
 from raystill.datasets.store.upkeep import compact, prune, verify
 from raystill.datasets.stream.answers import StoredAnswers
 from raystill.datasets.stream.spec import Requester
 from tests.datasets.test_store import keys_of
-from tests.support.s3 import KEYS, S3, Request, s3_server
 
 SIGNAL = Signal("sampled")
 ROWS, GROUP = 96, 4
@@ -54,10 +48,7 @@ class Killed(BaseException):
 class Life:
     """One store from its first row to its last fault."""
 
-    rows = ROWS
-    may_damage = True
-
-    def __init__(self, path: str, seed: int) -> None:
+    def __init__(self, path: Path, seed: int) -> None:
         self.path, self.dice = path, random.Random(seed)
         self.left = FAULTS_A_LIFE
         self.kinds: Counter[str] = Counter()
@@ -82,14 +73,14 @@ class Life:
 
     def store(self, who: str) -> TeacherStore:
         """The store, on a disk that gets full, for a process that may be killed as it writes."""
-        store = TeacherStore(self.path)
+        store = TeacherStore(str(self.path))
         put = store.put
 
         def faulty(name: str, data: bytes) -> bool:
             if self.strikes(f"{who}: disk full", 0.03):
                 raise OSError(errno.ENOSPC, "No space left on device", name)
             if self.strikes(f"{who}: killed before a file", 0.03):
-                self.leave_half(name, data)
+                (self.path / SEGMENTS / f".{name}.part").write_bytes(data[: len(data) // 2])
                 raise Killed
             done = put(name, data)
             if self.strikes(f"{who}: killed after a file", 0.03):
@@ -100,10 +91,6 @@ class Life:
 
         store.put = faulty  # type: ignore[method-assign]
         return store
-
-    def leave_half(self, name: str, data: bytes) -> None:
-        """What a process leaves that is killed as it writes."""
-        (Path(self.path) / SEGMENTS / f".{name}.part").write_bytes(data[: len(data) // 2])
 
     def upkeep(self, name: str, work: Callable[[TeacherStore], Any]) -> None:
         """Let another process keep the store, beside the run."""
@@ -128,14 +115,13 @@ class Life:
 
     def damage(self) -> None:
         """Change a byte of a segment. Its rows have to be paid again, and are not served."""
-        segments = Path(self.path) / SEGMENTS
-        names = sorted(p.name for p in segments.glob("*.parquet"))
+        names = sorted(p.name for p in (self.path / SEGMENTS).glob("*.parquet"))
         if not names:
             return
         name = self.dice.choice(names)
         try:
-            found = TeacherStore(self.path).keys_of(name)
-            data = bytearray((segments / name).read_bytes())
+            found = TeacherStore(str(self.path)).keys_of(name)
+            data = bytearray((self.path / SEGMENTS / name).read_bytes())
         except (OSError, RunError):
             return
         data[self.dice.randrange(len(data))] ^= 1 << self.dice.randrange(8)
@@ -144,11 +130,11 @@ class Life:
                 row = int.from_bytes(key[8:], "big")
                 self.excused[row] += 1
                 self.damaged.add(row)
-        temporary = Path(self.path) / "damaged"
+        temporary = self.path / "damaged"
         temporary.write_bytes(data)
         # In place, as a disk does it; not if it was removed meanwhile.
-        if (segments / name).exists():
-            os.replace(temporary, segments / name)
+        if (self.path / SEGMENTS / name).exists():
+            os.replace(temporary, self.path / SEGMENTS / name)
 
     async def sample(self, prompts: pa.Array, keys: pa.Array) -> pa.Table:
         """The teacher. It may die with what it was asked."""
@@ -168,7 +154,7 @@ class Life:
     async def attempt(self, done: set[int], answers: StoredAnswers) -> None:
         """Answer what the epoch lacks, until all of it is there or the driver ends."""
         in_flight: dict[asyncio.Task[pa.Table], int] = {}
-        groups = [start for start in range(0, self.rows, GROUP) if start not in done]
+        groups = [start for start in range(0, ROWS, GROUP) if start not in done]
         random.Random(len(done)).shuffle(groups)
         while groups or in_flight:
             while groups and len(in_flight) < 3:
@@ -216,24 +202,24 @@ class Life:
     def epoch(self) -> None:
         """Every row once, by as many drivers as it takes."""
         done: set[int] = set()
-        while len(done) < self.rows // GROUP:
+        while len(done) < ROWS // GROUP:
             if self.dice.random() < 0.5:
                 self.upkeep("first compactor", compact)
                 self.upkeep("second compactor", compact)
             if self.dice.random() < 0.3:
                 self.upkeep("pruner", lambda s: prune(s, verify(s), None, dry_run=False))
-            if self.may_damage and not self.damaged and self.strikes("segment damaged", 0.05):
+            if not self.damaged and self.strikes("segment damaged", 0.05):
                 self.damage()
             if self.strikes("another run", 0.1):
-                mine = set(range(self.rows)) - (self.first.keys() - self.damaged)
+                mine = set(range(ROWS)) - (self.first.keys() - self.damaged)
                 self.excuse({row // GROUP * GROUP for row in mine})  # Both may ask for them.
                 self.beside(self.other_run)
             asyncio.run(self.attempt(done, self.answers(self)))
             self.end_upkeep()
-        assert done == set(range(0, self.rows, GROUP))
+        assert done == set(range(0, ROWS, GROUP))
 
     def answers(self, teacher: Any) -> StoredAnswers:
-        keys = pa.chunked_array([keys_of(list(range(self.rows)))])
+        keys = pa.chunked_array([keys_of(list(range(ROWS)))])
         return StoredAnswers(self.store("run"), keys, SIGNAL, REQUESTER, teacher)
 
     def end_upkeep(self) -> None:
@@ -249,7 +235,7 @@ class Life:
         store = self.store("run")
         prune(store, verify(store), None, dry_run=False)  # What is sound of a damaged one goes too.
         self.epoch()
-        for row in range(self.rows):
+        for row in range(ROWS):
             paid_again = self.asked[row] - 1
             assert paid_again <= self.excused[row], f"row {row}: asked {self.asked[row]} times"
         before = self.asked.copy()
@@ -268,45 +254,11 @@ async def whole(answering: Any) -> pa.Table | BaseException:
         return error
 
 
-class S3Life(Life):
-    """The same on an object store in trouble.
-
-    No segment is damaged here: that of two deletions one may lose a copy is said in docs/store.md.
-    """
-
-    rows = 24
-    may_damage = False
-
-    def __init__(self, server: S3, seed: int) -> None:
-        super().__init__(server.uri(f"bucket/{seed}/store"), seed)
-        server.proxy.trouble, server.proxy.latency_s = self.trouble, 0.001
-
-    def leave_half(self, name: str, data: bytes) -> None:
-        """Nothing: an object appears whole or not at all."""
-
-    def trouble(self, request: Request) -> str | None:
-        """What becomes of a request."""
-        with self.lock:
-            kind = self.dice.choice(["busy", "late", "cut", "lost"])
-        return kind if self.strikes(f"object store: {request[0]} {kind}", 0.03) else None
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
-    for name, value in KEYS.items():
-        monkeypatch.setenv(name, value)
-    for module in (reading, object_store):
-        monkeypatch.setattr(module, "RETRY_PAUSES_S", (0.01,) * 8)
-    with s3_server() as server:
-        server.make_bucket("bucket")
-        yield server
-
-
-def live(begin: Callable[[int], Life], seed: int, faults: int) -> Counter[str]:
+def live(place: Path, seed: int, faults: int) -> Counter[str]:
     """Lives until there were so many faults; how many of each kind."""
     kinds: Counter[str] = Counter()
     while kinds.total() < faults:
-        life = begin(seed)
+        life = Life(place / f"store-{seed}", seed)
         try:
             life.run()
         except BaseException as error:
@@ -317,44 +269,18 @@ def live(begin: Callable[[int], Life], seed: int, faults: int) -> Counter[str]:
     return kinds
 
 
-def locally(place: Path) -> Callable[[int], Life]:
-    return lambda seed: Life(str(place / f"store-{seed}"), seed)
-
-
-def wanted() -> tuple[int, int]:
-    """Seed and number of faults."""
-    seed, faults = (os.environ.get(f"CHAOS_{n}", d) for n, d in (("SEED", "1"), ("FAULTS", "1000")))
-    return int(seed), int(faults)
-
-
-def tell(kinds: Counter[str]) -> None:
-    told = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
-    print(f"{kinds.total()} faults: {told}")
-
-
 def test_a_dozen_faults_cost_nothing_but_what_was_in_flight(tmp_path: Path) -> None:
-    assert live(locally(tmp_path), 1, FAULTS_A_LIFE).total() == FAULTS_A_LIFE
-
-
-def test_a_dozen_faults_on_an_object_store_cost_no_more(s3: S3) -> None:
-    kinds = live(lambda seed: S3Life(s3, seed), 1, FAULTS_A_LIFE)
-    assert sum(n for kind, n in kinds.items() if kind.startswith("object store")) >= 6, kinds
+    assert live(tmp_path, 1, FAULTS_A_LIFE).total() == FAULTS_A_LIFE
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(36_000)
 def test_a_thousand_faults_cost_nothing_but_what_was_in_flight(tmp_path: Path) -> None:
-    seed, faults = wanted()
-    kinds = live(locally(tmp_path), seed, faults)
-    tell(kinds)
+    seed, faults = (
+        int(os.environ.get(f"CHAOS_{n}", d)) for n, d in (("SEED", 1), ("FAULTS", 1000))
+    )
+    kinds = live(tmp_path, seed, faults)
+    print(
+        f"{kinds.total()} faults: " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+    )
     assert len(kinds) >= 9 or faults < 500, kinds
-
-
-@pytest.mark.chaos
-@pytest.mark.timeout(36_000)
-def test_faults_of_an_object_store_by_the_hundred_cost_no_more(s3: S3) -> None:
-    """A fifth of the faults: each takes a server's time."""
-    seed, faults = wanted()
-    kinds = live(lambda seed: S3Life(s3, seed), seed, faults // 5)
-    tell(kinds)
-    assert len(kinds) >= 12 or faults < 500, kinds
