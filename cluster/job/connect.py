@@ -10,6 +10,7 @@ import filecmp
 import json
 import logging
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,17 @@ QUIET_UNWATCHED = {
     "RAY_task_events_report_interval_ms": "0",  # Not at all.
     "RAY_metrics_report_interval_ms": "30000",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
+# Where a cluster of this machine alone lets its processes listen: gloo, NCCL and vLLM choose an
+# address of their own, mostly one that other machines reach.
+LOCAL_ADDRESS = "127.0.0.1"
+LOOPBACK = "lo"
+LISTEN_LOCALLY = {
+    "GLOO_SOCKET_IFNAME": LOOPBACK,
+    "TP_SOCKET_IFNAME": LOOPBACK,
+    "NCCL_SOCKET_IFNAME": LOOPBACK,
+    "VLLM_HOST_IP": LOCAL_ADDRESS,
+    "VLLM_LOOPBACK_IP": LOCAL_ADDRESS,
 }
 # What a job does not need. A leading slash: beside driver.py only, no deeper folder of that name.
 NOT_SHIPPED = [
@@ -156,9 +168,27 @@ def quiet_locally(dashboard: bool) -> dict[str, str]:
     return QUIET_LOCALLY if dashboard else QUIET_LOCALLY | QUIET_UNWATCHED
 
 
+def listen_locally() -> dict[str, str]:
+    """Where processes of such a cluster listen, as environment variables.
+
+    An interface is named only where there is one of that name.
+    """
+    interfaces = {name for _, name in socket.if_nameindex()}
+    return {
+        name: value
+        for name, value in LISTEN_LOCALLY.items()
+        if value != LOOPBACK or LOOPBACK in interfaces
+    }
+
+
 def _start_local(ray: Any, cluster: ClusterConfig) -> None:
+    # Ray takes the address 127.0.0.1 for one that others reach, and all its processes then listen to
+    # everybody; not so where it is told that a node is a cluster of its own.
+    constants = ray._private.ray_constants
+    os.environ[constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # The nodes' processes read it.
+    constants.ENABLE_RAY_CLUSTER = False
     # The workers inherit the environment of the node they are started by.
-    for name, value in quiet_locally(cluster.dashboard).items():
+    for name, value in (quiet_locally(cluster.dashboard) | listen_locally()).items():
         os.environ.setdefault(name, value)
     known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     if str(project_root()) not in known:
@@ -169,8 +199,8 @@ def _start_local(ray: Any, cluster: ClusterConfig) -> None:
         num_cpus=cluster.num_cpus or local_cpus(),
         object_store_memory=None if memory is None else int(memory * 2**30),
         include_dashboard=cluster.dashboard,
-        dashboard_host="127.0.0.1",
-        _node_ip_address="127.0.0.1",
+        dashboard_host=LOCAL_ADDRESS,
+        _node_ip_address=LOCAL_ADDRESS,
         log_to_driver=False,
     )
     # It only carries workers' output to the driver, which does not want it.

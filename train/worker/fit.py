@@ -17,6 +17,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -28,11 +29,30 @@ from raystill.datasets.stream.stream import UnevenShares, build_stream
 from raystill.placement.requests import CPU_STUDENT_ENVIRONMENT, student_resources
 from raystill.run import Run
 from raystill.train.checkpoint.ray_register import repair_register
+from raystill.train.worker.rendezvous import meet_at_node_address
 
 logger = logging.getLogger(__name__)
 
 # Ranks wait for each other while the teacher answers; a slow teacher is not a dead rank.
 COLLECTIVE_TIMEOUT_S = 6 * 3600
+
+
+class Meeting(_TorchBackend):
+    """Ray Train's process group, whose store only the node's own address reaches."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """Sets up the process group."""
+        worker_group.execute(meet_at_node_address)
+        super().on_start(worker_group, backend_config)
+
+
+class MeetingConfig(TorchConfig):
+    """Settings of the process group."""
+
+    @property
+    def backend_cls(self) -> type[Meeting]:
+        """What sets it up."""
+        return Meeting
 
 
 def student_worker(settings: dict[str, Run]) -> None:
@@ -65,7 +85,7 @@ def fit(
     trainer = Trainer(
         loop,
         train_loop_config={"run": run},
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=MeetingConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=config.training.num_workers,
             elastic_resize_monitor_interval_s=config.training.resize_every_s,

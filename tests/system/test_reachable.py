@@ -1,0 +1,187 @@
+"""What a run opens, and to whom: found by connecting to every port that its processes listen on."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raystill.cluster.job import connect
+from tests.support.end_to_end import ROOT, RunFiles, children_of
+from tests.support.synthetic_run import started, wait_for_step, write_run_file
+
+LOOPBACK = "127.0.0.1"
+TOKEN = "a-token-of-this-test-alone-4b1d7"
+PATHS = (
+    "/",
+    "/api/jobs/",
+    "/api/job_agent/jobs/",
+    "/nodes?view=summary",
+    "/api/v0/tasks",
+    "/api/serve/applications/",
+    "/logs/",
+    "/-/routes",
+    "/v1/models",
+)
+CALL = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
+
+
+def own_address() -> str:
+    """An address of this machine at which others reach it."""
+    for address in subprocess.run(
+        ["hostname", "-I"], capture_output=True, text=True
+    ).stdout.split():
+        if not address.startswith("127.") and ":" not in address:
+            return address
+    pytest.skip("this machine has no other address than loopback")
+
+
+def listening(pids: set[int]) -> dict[int, set[str]]:
+    """Ports on which processes listen, and the addresses, in hexadecimal as the kernel has them."""
+    sockets: set[str] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            sockets |= {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    found: dict[int, set[str]] = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                address, port = fields[1].split(":")
+                found.setdefault(int(port, 16), set()).add(address)
+    return found
+
+
+def connects(address: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((address, port), 3):
+        return True
+    return False
+
+
+def get(port: int, path: str, token: str | None = None) -> tuple[int, bytes] | None:
+    """Status and body of an HTTP request on loopback; None where no HTTP is spoken."""
+    more = "" if token is None else f"Authorization: Bearer {token}\r\n"
+    asked = f"GET {path} HTTP/1.1\r\nHost: {LOOPBACK}:{port}\r\n{more}Connection: close\r\n\r\n"
+    answer = b""
+    with contextlib.suppress(OSError), socket.create_connection((LOOPBACK, port), 3) as there:
+        there.settimeout(5)
+        there.sendall(asked.encode())
+        while len(answer) < 100_000 and (part := there.recv(65536)):
+            answer += part
+    if not answer.startswith(b"HTTP/"):
+        return None
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+def refuses_call(port: int) -> bool | None:
+    """Whether a gRPC call without a token is refused as such; None where no gRPC is spoken."""
+    import grpc
+
+    with grpc.insecure_channel(f"{LOOPBACK}:{port}") as channel:
+        try:
+            channel.unary_unary(CALL)(b"", timeout=5)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                return True
+            return None if error.code() in UNSPOKEN else False
+    return False
+
+
+def unspoken() -> tuple[object, ...]:
+    import grpc
+
+    codes = grpc.StatusCode
+    return (codes.UNAVAILABLE, codes.DEADLINE_EXCEEDED, codes.INTERNAL, codes.UNKNOWN)
+
+
+UNSPOKEN = unspoken()
+
+
+@pytest.fixture(scope="module")
+def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, set[str]]]:
+    """What the processes of a run with two workers, tokens and a dashboard listen on."""
+    folder = tmp_path_factory.mktemp("reachable")
+    run_file = write_run_file(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", TOKEN)
+        overrides = ("cluster.dashboard=true", "training.num_workers=2")
+        with started(run_file, *overrides) as process:
+            wait_for_step(process, RunFiles(folder / "run"), 2)
+            yield listening({process.pid, *children_of(process.pid)})
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+def test_nothing_of_a_run_answers_a_stranger(ports: dict[int, set[str]]) -> None:
+    """At this machine's own address; on loopback only figures, unless the token is shown."""
+    outside = own_address()
+    assert len(ports) > 8, ports
+    assert {port: at for port, at in ports.items() if connects(outside, port)} == {}
+    assert all(connects(LOOPBACK, port) for port in ports)
+    opened, with_token, calls = set(), set(), []
+    for port in ports:
+        calls.append(refuses_call(port))
+        for path in PATHS:
+            if (answer := get(port, path)) is None:
+                break
+            status, body = answer
+            figures = body.lstrip().startswith(b"# HELP")
+            if status == 200 and not figures:
+                opened.add(path)
+            shown = get(port, path, TOKEN)
+            if shown is not None and shown[0] == 200 and not figures:
+                with_token.add(path)
+    assert opened <= {"/"}  # The frame of the dashboard, which has no data in it.
+    assert {"/api/jobs/", "/nodes?view=summary"} <= with_token
+    assert calls.count(True) >= 3 and False not in calls
+
+
+MEET = """
+import os, socket, sys
+from raystill.train.worker.rendezvous import meet_at_node_address
+if sys.argv[1] == "ours":
+    meet_at_node_address()
+import torch.distributed as dist
+with socket.create_server(("127.0.0.1", 0)) as free:
+    port = free.getsockname()[1]
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+dist.init_process_group("gloo", init_method="env://", rank=0, world_size=1)
+print("meeting", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(("whose", "open_to_others"), [("torch", True), ("ours", False)])
+def test_student_workers_meet_where_only_they_look(whose: str, open_to_others: bool) -> None:
+    """The store of rank 0, and gloo's sockets; as torch opens it, anybody connects to it."""
+    outside = own_address()
+    environment = os.environ | connect.listen_locally() | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", MEET, whose],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            assert process.stdout.readline() == "meeting\n"
+            ports = listening({process.pid})
+            assert len(ports) == 2 and all(connects(LOOPBACK, port) for port in ports)
+            assert any(connects(outside, port) for port in ports) is open_to_others
+        finally:
+            process.stdin.close()
+
+
+def test_an_address_of_another_machine_is_left_to_torch() -> None:
+    from raystill.train.worker import rendezvous
+
+    assert rendezvous._listening_socket("203.0.113.7", 0) is None
+    with rendezvous._listening_socket(LOOPBACK, 0) as found:  # type: ignore[union-attr]
+        assert found.getsockname()[0] == LOOPBACK
