@@ -182,7 +182,7 @@ def listen_locally() -> dict[str, str]:
 
 
 def _start_local(ray: Any, cluster: ClusterConfig) -> None:
-    # Ray takes the address 127.0.0.1 for one that others reach, and all its processes then listen to
+    # Ray replaces 127.0.0.1 by an address that others reach, and its processes then listen to
     # everybody; not so where it is told that a node is a cluster of its own.
     constants = ray._private.ray_constants
     os.environ[constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # The nodes' processes read it.
