@@ -16,6 +16,7 @@ from tests.support.synthetic_run import started, wait_for_step, write_run_file
 
 LOOPBACK = "127.0.0.1"
 TOKEN = "a-token-of-this-test-alone-4b1d7"
+STEP_WAIT_S = 300.0
 PATHS = (
     "/",
     "/api/jobs/",
@@ -118,7 +119,7 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, set[st
         patch.setenv("RAY_AUTH_TOKEN", TOKEN)
         overrides = ("cluster.dashboard=true", "training.num_workers=2")
         with started(run_file, *overrides) as process:
-            wait_for_step(process, RunFiles(folder / "run"), 2)
+            wait_for_step(process, RunFiles(folder / "run"), 2, STEP_WAIT_S)
             yield listening({process.pid, *children_of(process.pid)})
 
 
