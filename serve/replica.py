@@ -33,6 +33,7 @@ from raystill.model.sampling import ResolvedSampling, resolve_sampling
 from raystill.placement.requests import share_of_cores, teacher_cores
 from raystill.serve.engine.arguments import EngineSettings, label_replica, prepare_process
 from raystill.serve.engine.synthetic import SyntheticEngine
+from raystill.serve.listening import rank_at_serve
 
 EXIT_ENGINE_DEAD = 70
 HAND_OVER_S = 1.0
@@ -109,7 +110,7 @@ class Teacher:
     ) -> None:
         """``rank``: (replica number, replica number on this node); default: asked of Serve."""
         self._settings = settings
-        number, number_on_node = rank if rank is not None else _serve_rank()
+        number, number_on_node = rank if rank is not None else rank_at_serve()
         self._log: str | None = None
         if settings.logs is not None:
             self._log = str(Path(settings.logs) / f"{settings.role}-{number}.log")
@@ -359,14 +360,6 @@ def cpu_has_bfloat16() -> bool:
     except OSError:
         return True
     return "avx2" not in flags or "bf16" in flags
-
-
-def _serve_rank() -> tuple[int, int]:
-    """This replica's number in the deployment, and on its node."""
-    from ray import serve
-
-    rank = serve.get_replica_context().rank
-    return rank.rank, rank.local_rank
 
 
 class BusyClock:

@@ -32,6 +32,7 @@ from raystill.model.sampling import ResolvedSampling
 from raystill.placement.requests import teacher_cores
 from raystill.serve.engine.arguments import EngineSettings, label_replica, prepare_process
 from raystill.serve.engine.weights import EXTENSION
+from raystill.serve.listening import listen_at_loopback
 from raystill.serve.replica import EXIT_ENGINE_DEAD, ids_of
 
 WEIGHTS_FILE = "model.safetensors"
@@ -58,6 +59,7 @@ class Sampler:
     async def __init__(self, settings: SamplerSettings) -> None:  # type: ignore[misc]
         self._settings = settings
         self._coordinator = settings.coordinator
+        listen_at_loopback()
         redirect_output(str(Path(settings.logs) / "sampler-0.log"))
         label_replica(run_name(str(Path(settings.logs).parent)), 0, role="sampler")
         newest = await self._coordinator.newer_policy.remote(0)

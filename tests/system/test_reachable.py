@@ -151,26 +151,27 @@ def test_nothing_of_a_run_answers_a_stranger(ports: dict[int, set[str]]) -> None
 
 MEET = """
 import os, socket, sys
-from raystill.train.worker.rendezvous import meet_at_node_address
-if sys.argv[1] == "ours":
-    meet_at_node_address()
 import torch.distributed as dist
-with socket.create_server(("127.0.0.1", 0)) as free:
-    port = free.getsockname()[1]
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-dist.init_process_group("gloo", init_method="env://", rank=0, world_size=1)
-print("meeting", flush=True)
-sys.stdin.read()
+from raystill.train.worker.rendezvous import meet_at_node_address
+for whose in ("torch", "ours"):
+    if whose == "ours":
+        meet_at_node_address()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", init_method="env://", rank=0, world_size=1)
+    print(port, flush=True)
+    sys.stdin.readline()
+    dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize(("whose", "open_to_others"), [("torch", True), ("ours", False)])
-def test_student_workers_meet_where_only_they_look(whose: str, open_to_others: bool) -> None:
+def test_student_workers_meet_where_only_they_look() -> None:
     """The store of rank 0, and gloo's sockets; as torch opens it, anybody connects to it."""
     outside = own_address()
     environment = os.environ | connect.listen_locally() | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        [sys.executable, "-c", MEET, whose],
+        [sys.executable, "-c", MEET],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -178,10 +179,15 @@ def test_student_workers_meet_where_only_they_look(whose: str, open_to_others: b
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
-            assert process.stdout.readline() == "meeting\n"
-            ports = listening({process.pid})
-            assert len(ports) == 2 and all(connects(LOOPBACK, port) for port in ports)
-            assert any(connects(outside, port) for port in ports) is open_to_others
+            of_torch = int(process.stdout.readline())
+            assert connects(outside, of_torch), "torch listens at its address alone by itself"
+            before = set(listening({process.pid}))
+            print(file=process.stdin, flush=True)
+            of_ours = int(process.stdout.readline())
+            opened = set(listening({process.pid})) - before
+            assert of_ours in opened and len(opened) == 2  # The store's, and gloo's.
+            assert all(connects(LOOPBACK, port) for port in opened)
+            assert not any(connects(outside, port) for port in opened)
         finally:
             process.stdin.close()
 
