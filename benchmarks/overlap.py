@@ -80,6 +80,7 @@ def settings(arguments: argparse.Namespace, layers: list[int]) -> list[str]:
         "training.checkpoint_every_steps=0",
         f"teacher.sampling.max_tokens={arguments.max_tokens}",
         f"student.layers={json.dumps(layers)}",
+        "student.refit=false",
         *arguments.set,
     ]
 

@@ -31,6 +31,7 @@ def settings(rows: int, depth: int) -> list[str]:
         "teacher.synthetic.vocab_size=49152",
         "teacher.synthetic.response_tokens=32",
         f"student.layers={layers_of(depth, TEACHER_LAYERS)}",
+        "student.refit=false",
     ]
 
 

@@ -53,6 +53,8 @@ from raystill.train.student.build import build_student, num_classes
 from raystill.train.student.module import StudentModule
 
 RUN_FILE = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+LAYERS = [*range(3), *range(4, 12), *range(18, 25), *range(26, 30)]
+"""Those that the quickstart keeps."""
 SMALL, LARGE = 8, 64
 RENORMALISED = f"topk {SMALL}, renormalised"
 SIGNALS = {f"topk {SMALL}": SMALL, f"topk {LARGE}": LARGE, RENORMALISED: SMALL, "hidden": None}
@@ -218,7 +220,12 @@ def train(
 
 def prepare(arguments: argparse.Namespace) -> Experiment:
     """Answer the prompts, and read the teacher's head."""
-    overrides = [f"teacher.sampling.max_tokens={arguments.tokens}", "output.path=/tmp/none"]
+    overrides = [
+        f"teacher.sampling.max_tokens={arguments.tokens}",
+        "output.path=/tmp/none",
+        f"student.layers={LAYERS}",  # Which a run would choose; no signal should have a say in it.
+        "student.refit=false",
+    ]
     checked = check_run_file(str(RUN_FILE), overrides)
     config, prepared = checked.config, checked.prepared
     assert config is not None and prepared is not None, checked.problems
