@@ -74,7 +74,7 @@ def test_overrides_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     assert set(problems) == {
         "--set training",
         "--set teacher.model.size=1",
-        "--set seed=[1",
+        "--set seed",
         "--set =3",
     }
 

@@ -283,7 +283,7 @@ def test_the_shipped_run_files_are_sound(name: str, tmp_path: Path) -> None:
         ("seed", ["--set seed: expected a dotted key and a value: --set a.b=value"]),
         ("=3", ["--set =3: expected a dotted key"]),
         ("training..rows_per_step=3", ["--set training..rows_per_step=3: expected a dotted key"]),
-        ("student.layers=[0", ["--set student.layers=[0: the value is not valid YAML"]),
+        ("student.layers=[0", ["--set student.layers: the value is not valid YAML"]),
         ("seed.root=3", ["seed is 0, which has no keys; set it whole"]),
     ],
 )

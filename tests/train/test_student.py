@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from raystill.config.run import RunConfig
 from raystill.model.sampling import ResolvedSampling
-from raystill.train.student.build import Outline, build_student, keep_layers, num_classes
+from raystill.train.start.cut import keep_layers
+from raystill.train.student.build import Outline, build_student, num_classes
 from raystill.train.student.export import (
     ExportSettings,
     export_student,
