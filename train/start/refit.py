@@ -131,6 +131,7 @@ class _Fitter:
         self._weights = 1 / target.pow(2).mean(-1)
         self._inputs: Tensor | None = None
         self._output: Tensor | None = None
+        self._fitting = False
 
     def see(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         """Hook of the projection: its input and output."""
@@ -138,7 +139,7 @@ class _Fitter:
 
     def fit(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Hook of the layer: the output that it has with the best weight."""
-        if self._number in self._fits:
+        if self._fitting:
             return None  # The pass below, which this very hook asks for.
         before = self._error(output)
         assert self._inputs is not None and self._output is not None
@@ -149,16 +150,15 @@ class _Fitter:
         change, strength = _ridge(inputs, missing, self._weights, self._aside)
         own = self.projection.weight.data
         weight = own.float() + change.T
-        self._fits[self._number] = Refit(weight.cpu(), before, before, strength)
         self.projection.weight.data = weight.to(own.dtype)
+        self._fitting = True
         try:
             fitted = layer(*args, **kwargs)
         finally:
-            self.projection.weight.data = own
+            self.projection.weight.data, self._fitting = own, False
         after = self._error(fitted)
         self._inputs = self._output = None
         if not after < before:  # Its output is not added to the stream as it is, or is not finite.
-            del self._fits[self._number]
             return None
         self._fits[self._number] = Refit(weight.cpu(), before, after, strength)
         return fitted
