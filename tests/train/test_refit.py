@@ -66,7 +66,20 @@ def test_the_fit_is_that_of_ridge_regression(tokens: int, size: int) -> None:
     penalty = 0.3 * float(x.pow(2).sum(0).mean())
     rows = torch.cat([x, penalty**0.5 * torch.eye(size, dtype=torch.float64)])
     wanted = torch.linalg.lstsq(rows, torch.cat([y, y.new_zeros(size, 7)])).solution
-    torch.testing.assert_close(refitting._solver(x, y)(0.3), wanted, rtol=1e-9, atol=1e-9)
+    for few in (True, False):
+        found = refitting._solver(x, y, few)(0.3)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [40, 400])
+def test_the_last_fit_is_that_of_all_tokens(tokens: int) -> None:
+    draw = torch.Generator().manual_seed(3)
+    x, y = torch.randn(tokens, 60, generator=draw), torch.randn(tokens, 6, generator=draw)
+    weights = torch.rand(tokens, generator=draw) + 0.5
+    found, strength = refitting._ridge(x, y, weights, torch.arange(tokens) % 4 == 3)
+    root = weights.double().sqrt()[:, None]
+    wanted = refitting._solver(x.double() * root, y.double() * root, few=True)(strength)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_what_a_projection_can_do_is_found_and_noise_is_not_followed() -> None:

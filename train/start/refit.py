@@ -176,25 +176,38 @@ def _ridge(inputs: Tensor, missing: Tensor, weights: Tensor, aside: Tensor) -> t
     """
     root = weights.double().sqrt()[:, None]
     scaled, wanted = inputs.double() * root, missing.double() * root
-    best = USUAL_STRENGTH
-    if bool(aside.any()) and not bool(aside.all()):
-        solve, errors = _solver(scaled[~aside], wanted[~aside]), {}
-        for strength in STRENGTHS:
-            errors[strength] = float((wanted[aside] - scaled[aside] @ solve(strength)).norm())
-        best = min(errors, key=lambda strength: errors[strength])
-    return _solver(scaled, wanted)(best).float(), best
+    few = len(scaled) < scaled.shape[1]
+    if not bool(aside.any()) or bool(aside.all()):
+        return _solver(scaled, wanted, few)(USUAL_STRENGTH).float(), USUAL_STRENGTH
+    rest, judges = (scaled[~aside], wanted[~aside]), (scaled[aside], wanted[aside])
+    moments = None if few else _moments(*rest)
+    solve, errors = _solver(*rest, few, moments), {}
+    for strength in STRENGTHS:
+        errors[strength] = float((judges[1] - judges[0] @ solve(strength)).norm())
+    best = min(errors, key=lambda strength: errors[strength])
+    if moments is not None:  # Those of all tokens, without multiplying the rest's again.
+        moments = tuple(a + b for a, b in zip(moments, _moments(*judges), strict=True))
+    return _solver(scaled, wanted, few, moments)(best).float(), best
 
 
-def _solver(inputs: Tensor, wanted: Tensor) -> Callable[[float], Tensor]:
+def _moments(inputs: Tensor, wanted: Tensor) -> tuple[Tensor, ...]:
+    """inputs' inputs [F, F] and inputs' wanted [F, D]."""
+    return inputs.T @ inputs, inputs.T @ wanted
+
+
+def _solver(
+    inputs: Tensor, wanted: Tensor, few: bool, moments: tuple[Tensor, ...] | None = None
+) -> Callable[[float], Tensor]:
     """By lambda: argmin |inputs C - wanted|^2 + lambda |C|^2, [F, D].
 
-    Solved with the smaller one of both Gram matrices, [F, F] or [N, N], which all lambdas share.
+    Solved with one Gram matrix, which all lambdas share: of the tokens [N, N] where they are
+    ``few``, else of the inputs [F, F], which ``moments`` may give.
     """
-    tokens, size = inputs.shape
     unit = float(inputs.pow(2).sum(0).mean()) + torch.finfo(torch.float64).tiny
-    few = tokens < size
-    gram = inputs @ inputs.T if few else inputs.T @ inputs
-    right = wanted if few else inputs.T @ wanted
+    if few:
+        gram, right = inputs @ inputs.T, wanted
+    else:
+        gram, right = moments or _moments(inputs, wanted)
 
     def solve(strength: float) -> Tensor:
         penalty = torch.full_like(gram.diagonal(), strength * unit).diag()

@@ -82,7 +82,8 @@ def choose_shape(student: StudentConfig, model: nn.Module, texts: Texts) -> Chos
 def _fits(model: nn.Module, texts: Texts, shape: Shape) -> dict[int, Refit]:
     """New weights of the layers whose stream would be another one than the teacher's.
 
-    Those are the layers before a gap; all of them where they are narrower than the teacher's.
+    Those are the layers before a gap; all of them where they are narrower than the teacher's. No
+    layer after the last of them is run.
     """
     num_layers = len(layer_list(model)[2])
     after = [*(layer - 1 for layer in shape.layers[1:]), num_layers - 1]
@@ -91,9 +92,13 @@ def _fits(model: nn.Module, texts: Texts, shape: Shape) -> dict[int, Refit]:
         for number, (layer, end) in enumerate(zip(shape.layers, after, strict=True))
         if end > layer or shape.widths is not None
     }
-    streams = stream_after(model, texts, list(targets.values()))
+    if not targets:
+        return {}
+    with only_layers(model, list(range(max(targets.values()) + 1))):
+        streams = stream_after(model, texts, list(targets.values()))
     wanted = {number: streams[end] for number, end in targets.items()}
-    with only_layers(model, shape.layers):
+    needed = shape.layers if shape.widths else shape.layers[: max(targets) + 1]
+    with only_layers(model, needed):
         if shape.widths is None:
             return refit(model, texts, wanted)
         if (units := shape.widths.hidden) is not None:

@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 PROMPT_TOKENS, ANSWER_TOKENS = 256, 32
 """Longest prompt that is used, and tokens that the teacher writes to each."""
-REFIT_PROMPTS, REFIT_TOKENS = 16, 64
-"""Prompts, and tokens of each answer, where weights are fitted to what the teacher does on them."""
+REFIT_PROMPTS, REFIT_TOKENS = 128, 16
+"""Prompts, and tokens of each answer, where weights are fitted to what the teacher does on them.
+Many prompts with short answers fit better than few with long ones (docs/decisions.md)."""
 
 
 def run_shape(
