@@ -8,6 +8,7 @@ less, and how much less is told and bounded (``teacher.api.max_unmapped_mass``).
 Legend: T response tokens, K ids kept for each, V vocabulary.
 """
 
+import codecs
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ MOST_OTHER_CUTS = 0.1
 
 A model samples such a token now and then. With another tokenizer it is most answers.
 """
+FIRST_OF_MANY = b"\xc0"
+"""Bytes from here on begin a character of several bytes."""
 NO_LOGPROBS = "no_logprobs"
 OTHER_TOKENS = "other_tokens"
 UNMAPPED = "unmapped_tokens"
@@ -89,9 +92,10 @@ class Reader:
         best = np.full((len(ids), width), -np.inf, np.float32)
         best_ids = np.empty((len(ids), width), np.int32)
         outside, unmapped = np.full(len(ids), -np.inf), np.zeros(len(ids))
+        inside = self._inside_characters(ids)
         for t, one in enumerate(drawn):
             named = [Named.of(other) for other in content[t].get("top_logprobs") or ()]
-            found, lost = self._distribution(ids[t], one, named)
+            found, lost = self._distribution(ids[t], one, named, inside[t])
             unmapped[t] = sum(np.exp(lost))
             order = sorted(found, key=lambda index: -found[index])
             best_ids[t], best[t] = self._filled(order, found, width)
@@ -138,13 +142,23 @@ class Reader:
         lengths = [len(self._vocabulary.bytes_of(index)) for index in reversed(ids)]
         return set(np.cumsum(lengths).tolist())
 
+    def _inside_characters(self, ids: Sequence[int]) -> list[bool]:
+        """Of each token, whether those before it have begun a character and not ended it."""
+        decoder, inside = codecs.getincrementaldecoder("utf-8")("replace"), []
+        for index in ids:
+            inside.append(bool(decoder.getstate()[0]))
+            decoder.decode(self._vocabulary.bytes_of(index))
+        return inside
+
     def _distribution(
-        self, drawn_id: int, drawn: Named, named: Sequence[Named]
+        self, drawn_id: int, drawn: Named, named: Sequence[Named], inside: bool
     ) -> tuple[dict[int, float], list[float]]:
         """Log probabilities by id, and those of named tokens that are no id.
 
         The drawn token is named once more among the best, or is not among them. Of two tokens that
-        have the same bytes nobody can tell which is the id.
+        have the same bytes nobody can tell which is the id. inside: the token before has begun a
+        character. One that ends it is named as the whole character by some services (vLLM), which
+        may be another id.
         """
         others = list(named)
         if drawn in others:
@@ -152,7 +166,8 @@ class Reader:
         times = Counter(one.meant for one in others)
         found, lost = {drawn_id: drawn.logprob}, []
         for one in others:
-            index = self._vocabulary.id_of(one.meant) if times[one.meant] == 1 else None
+            unclear = times[one.meant] > 1 or (inside and one.meant >= FIRST_OF_MANY)
+            index = None if unclear else self._vocabulary.id_of(one.meant)
             if index is None or index in found:
                 lost.append(one.logprob)
             else:

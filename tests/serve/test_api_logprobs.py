@@ -203,6 +203,28 @@ def test_parts_of_characters_are_the_tokenizers_own(text: str, raw: bool) -> Non
     assert tokenizer().decode(told.answer.response_ids.tolist(), skip_special_tokens=False) == text
 
 
+def as_vllm_says(texts: list[str], tops: dict[str, float]) -> list[dict[str, Any]]:
+    """Entries with ``tops`` beside the last: no text for a part of a character, and the whole
+    character for the token that ends it.
+    """
+    found = [one(text, 0.5) for text in texts]
+    return [*found[:-1], one(texts[-1], 0.5, **tops)]
+
+
+def test_the_end_of_a_character_is_not_the_token_of_the_whole_character() -> None:
+    """Of U+2030 two tokens: the first is that of U+2019 too, which is also one token by itself."""
+    first, last = ids_of("\u2030")
+    other = single("\u2019")
+    told = read(as_vllm_says(["", "\u2030"], {"\u2019": 0.3, "Red": 0.1}), "\u2030")
+    assert told.answer.response_ids.tolist() == [first, last]
+    found = probabilities(told, 1)
+    assert other not in found
+    assert found == pytest.approx({last: 0.5, single(RED): 0.1, -1: 0.4}, abs=1e-6)
+    assert told.unmapped == pytest.approx(0.3 / 2)
+    at_a_beginning = read(as_vllm_says(["Red"], {"\u2019": 0.3}), RED)
+    assert probabilities(at_a_beginning, 0)[other] == pytest.approx(0.3)
+
+
 LONG = "The quick brown fox jumps over the lazy dog, and the dog does not mind it in the least."
 
 
