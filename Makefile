@@ -107,6 +107,7 @@ bench: setup     ## measure overlap, memory, store, replay, restart, loss; resul
 	$(QUIET) $(BIN)/python -m benchmarks.signals
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.scale
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.startup
+	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.api_rate
 
 browser:         ## a headless browser for the tests of the page of a run (Debian, as root)
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium-headless-shell

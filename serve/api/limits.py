@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,12 @@ class Limits:
         self._at_once = float(config.max_concurrency)
         self._running = 0
         self._wait_until = 0.0
+        self._has_rates = bool(config.requests_per_minute or config.tokens_per_minute)
         self._recent: deque[tuple[float, int]] = deque()
+        self._in_minute = 0
+        """Tokens of `_recent`."""
+        self._queue = asyncio.Lock()
+        self._freed = asyncio.Event()
 
     @property
     def at_once(self) -> int:
@@ -105,6 +110,7 @@ class Limits:
         finally:
             self._running -= 1
             self._reserved -= cost
+            self._freed.set()
             if turn.usage is not None:
                 most = float(self._config.max_concurrency)
                 self._at_once = min(most, self._at_once + 1 / self._at_once)
@@ -165,27 +171,37 @@ class Limits:
         return budget is None or self.spent + self._reserved + cost <= budget
 
     async def _wait(self, tokens: int, cost: float) -> None:
-        budget = self._config.max_cost
-        while True:
-            if budget is not None and self.spent + cost > budget:
-                raise self.reached(cost)
-            covered = self._covers(cost)
-            now = self._clock()
-            free = self._running < self.at_once and now >= self._wait_until
-            if covered and free and self._within_rates(now, tokens):
-                self._recent.append((now, tokens))
-                return
-            await asyncio.sleep(POLL_S)
+        """Rows go in the order they came: only the first looks whether it may, the others wait for
+        it. Hundreds that each look many times a second take time that answers need.
+        """
+        async with self._queue:
+            while not self._may_go(tokens, cost):
+                self._freed.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(POLL_S):  # Time alone may let it go too.
+                        await self._freed.wait()
+
+    def _may_go(self, tokens: int, cost: float) -> bool:
+        """Whether a request may go now; it is then among the recent ones. Raises BudgetReached."""
+        budget, now = self._config.max_cost, self._clock()
+        if budget is not None and self.spent + cost > budget:
+            raise self.reached(cost)
+        free = self._running < self.at_once and now >= self._wait_until
+        if not (free and self._covers(cost) and self._within_rates(now, tokens)):
+            return False
+        if self._has_rates:
+            self._recent.append((now, tokens))
+            self._in_minute += tokens
+        return True
 
     def _within_rates(self, now: float, tokens: int) -> bool:
         while self._recent and self._recent[0][0] <= now - MINUTE_S:
-            self._recent.popleft()
+            self._in_minute -= self._recent.popleft()[1]
         requests, most = self._config.requests_per_minute, self._config.tokens_per_minute
         if requests is not None and len(self._recent) >= requests:
             return False
         # One that is larger than the rate itself goes alone.
-        in_minute = sum(each for _, each in self._recent)
-        return most is None or not self._recent or in_minute + tokens <= most
+        return most is None or not self._recent or self._in_minute + tokens <= most
 
 
 class Spending:

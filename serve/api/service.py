@@ -6,8 +6,10 @@ service, as `limits.Limits` lets it.
 """
 
 import asyncio
+import itertools
+import math
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +23,8 @@ MAX_TRANSIENT = 8
 """Attempts of one row at a service that fails by itself (5xx, cut connections, broken answers)."""
 MAX_UNUSABLE = 3
 """Attempts of one row whose answer comes, and is paid for, without anything that can be used."""
+CONNECTIONS_EACH = 16
+"""Of one client, which looks at all its idle connections before each request."""
 UNREADABLE = (AttributeError, TypeError, ValueError, IndexError, KeyError)
 """What an answer of an unexpected shape raises where it is read."""
 UNUSABLE = ("empty_answer", "broken_answer")
@@ -62,19 +66,25 @@ class Service:
         self._api = teacher.api
         self._timeout_s = teacher.request_timeout_s
         self.client: Any = None
+        self._clients: Iterator[Any] = iter(())
+        """For requests, in turns: the one above among others where many go at once."""
         self._refused: str | None = None
         """Why the service answers nobody; rows that wait then do not ask it."""
 
     def start(self) -> None:
-        """Makes the client; the service is asked nothing yet."""
+        """Makes the clients; the service is asked nothing yet."""
         import openai
 
-        self.client = openai.AsyncOpenAI(
-            base_url=self._api.base_url,
-            api_key=os.environ.get(self._api.api_key_env or "", "") or "none",
-            max_retries=0,  # A repeated request may be paid twice: each is counted here.
-            timeout=self._timeout_s,
-        )
+        clients = [
+            openai.AsyncOpenAI(
+                base_url=self._api.base_url,
+                api_key=os.environ.get(self._api.api_key_env or "", "") or "none",
+                max_retries=0,  # A repeated request may be paid twice: each is counted here.
+                timeout=self._timeout_s,
+            )
+            for _ in range(math.ceil(self._api.max_concurrency / CONNECTIONS_EACH))
+        ]
+        self.client, self._clients = clients[0], itertools.cycle(clients)
 
     async def call(self, send: Callable[[Any], Awaitable[R]], attempts: int = MAX_TRANSIENT) -> R:
         """What comes of a call that costs nothing. Raises Unanswered; waiting is no attempt."""
@@ -109,7 +119,7 @@ class Service:
                 async with turn_of as turn:
                     if self._refused is not None:
                         return self._refused
-                    completion = await request.send(self.client)
+                    completion = await request.send(next(self._clients))
                     if not request.free:
                         turn.paid(self.charged(request, completion))
             except BudgetReached as error:

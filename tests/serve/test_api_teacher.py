@@ -338,6 +338,47 @@ def test_rates_a_minute_are_kept() -> None:
     asyncio.run(run())
 
 
+def test_rows_go_in_the_order_they_came_and_each_end_lets_the_next_one_go() -> None:
+    async def run() -> list[int]:
+        limit, went = limits(Clock(), max_concurrency=2), list[int]()
+
+        async def one(number: int) -> None:
+            async with limit.turn(1, 1) as turn:
+                went.append(number)
+                await asyncio.sleep(0)
+                turn.paid(Usage(1))
+
+        rows = [asyncio.create_task(one(number)) for number in range(20)]
+        await asyncio.sleep(0)
+        rows[5].cancel()  # While it waits.
+        await asyncio.gather(*rows, return_exceptions=True)
+        return went
+
+    assert asyncio.run(run()) == [number for number in range(20) if number != 5]
+
+
+def test_of_the_rows_that_wait_only_one_looks_whether_it_may_go() -> None:
+    class Counted(Clock):
+        looks = 0
+
+        def __call__(self) -> float:
+            self.looks += 1
+            return super().__call__()
+
+    async def run() -> int:
+        clock = Counted()
+        limit = limits(clock, max_concurrency=1)
+        async with limit.turn(1, 1):
+            rows = [asyncio.create_task(limit._wait(1, 0.0)) for _ in range(200)]
+            await asyncio.sleep(0.2)
+            looks = clock.looks
+            for row in rows:
+                row.cancel()
+        return looks
+
+    assert asyncio.run(run()) < 50
+
+
 def test_half_as_many_go_after_too_many_and_more_again_with_each_answer() -> None:
     async def run() -> None:
         clock = Clock()
