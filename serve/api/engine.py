@@ -35,7 +35,7 @@ from raystill.model.sampling import ResolvedSampling
 from raystill.model.tokenizer import PlainText
 from raystill.serve.api.service import Request, Service
 from raystill.serve.api.told import NO_LOGPROBS, UNMAPPED, Named, Reader
-from raystill.serve.api.vocabulary import NoBytes, Vocabulary
+from raystill.serve.api.vocabulary import REPLACEMENT, NoBytes, Vocabulary
 
 UNBOUNDED = 2**31 - 1
 TEXT = Signal("text")
@@ -285,12 +285,16 @@ def _content(choice: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _first_of(completion: Any) -> dict[bytes, float] | str:
-    """Log probabilities of what the first token may be, by bytes; NO_LOGPROBS where not told."""
+    """Log probabilities of what the first token may be, by bytes; NO_LOGPROBS where not told.
+
+    Parts of characters may have one name for many tokens, of which each answer names others.
+    """
     content = _content(completion["choices"][0])
     named = content[0].get("top_logprobs") if content else None
     if not named:
         return NO_LOGPROBS
-    return {one.meant: one.logprob for one in map(Named.of, named) if one.logprob > -np.inf}
+    likely = [one for one in map(Named.of, named) if one.logprob > -np.inf]
+    return {one.meant: one.logprob for one in likely if one.meant and REPLACEMENT not in one.meant}
 
 
 def _most_apart(told: Sequence[Mapping[bytes, float]]) -> float:

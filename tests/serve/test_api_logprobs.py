@@ -444,6 +444,18 @@ def test_logprobs_that_change_with_the_sampling_are_refused(
     assert service.asked["Say a word."] == 2
 
 
+@pytest.mark.parametrize("name", ["", "\ufffd"])
+def test_parts_of_characters_are_not_compared_between_two_answers(
+    tmp_path: Path, service: Service, name: str
+) -> None:
+    found = asked(tmp_path, service)
+    plain, warm = (logprobs(one(RED, 0.6, **{name: p})) for p in (0.3, 0.1))
+    service.scripts["Say a word."] = [{"text": RED, **plain}, {"text": RED, **warm}]
+    service.scripts["q"] = [{"text": RED, **logprobs(one(RED, 0.6))}]
+    found.engine._sampling = SAMPLING  # type: ignore[union-attr]
+    assert sample(found).error is None
+
+
 def test_an_answer_of_before_cannot_be_given_another_signal(
     tmp_path: Path, service: Service
 ) -> None:
