@@ -178,6 +178,9 @@ def judged_line(judged: object) -> str:
     )
 
 
+COSTS = ("cost", "lost_cost")
+
+
 def api_line(api: object) -> str:
     """Requests, tokens, cost and failures of an API teacher; '' where there is none."""
     if not isinstance(api, dict) or not api:
@@ -185,7 +188,7 @@ def api_line(api: object) -> str:
     known = {"requests", "input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens"}
     known |= {"told_tokens", "unmapped_mass"}
     numbers = {name: value for name, value in api.items() if isinstance(value, int | float)}
-    counts = {name: int(value) for name, value in numbers.items() if name != "cost"}
+    counts = {name: int(value) for name, value in numbers.items() if name not in COSTS}
     line = (
         f"{formatting.count(counts.get('requests', 0))} answers, "
         f"{formatting.count(counts.get('input_tokens', 0))} tokens read, "
@@ -193,6 +196,8 @@ def api_line(api: object) -> str:
     )
     if numbers.get("cost"):
         line += f", cost {numbers['cost']:,.4g}"
+    if numbers.get("lost_cost"):
+        line += f" (at most {numbers['lost_cost']:,.4g} more for answers that did not arrive)"
     if numbers.get("told_tokens"):
         lost = numbers.get("unmapped_mass", 0.0) / numbers["told_tokens"]
         line += f", {lost:.2%} of the probability in tokens that are no ids"

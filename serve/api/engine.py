@@ -176,9 +176,11 @@ class ApiEngine:
         return {"logprobs": True, "top_logprobs": self._api.top_logprobs}
 
     def _written(self, completion: Any) -> int:
-        """Tokens of the text, by this tokenizer."""
-        text = completion["choices"][0]["message"]["content"] or ""
-        return len(self._plain.encode(text)) + 1
+        """Tokens of the text, by this tokenizer, and its end."""
+        choice = completion["choices"][0]
+        text = choice["message"]["content"] or ""
+        ended = bool(text) and choice.get("finish_reason") == "stop"
+        return len(self._plain.encode(text)) + ended
 
     def _read(self, completion: Any, signal: Signal) -> Answer | str:
         """The answer, or why it cannot be used; raises one of UNREADABLE."""

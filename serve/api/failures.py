@@ -14,6 +14,8 @@ from raystill.datasets.rows.schema import FATAL
 LONGEST_PAUSE_S = 60.0
 LENGTH_CODES = {"context_length_exceeded", "string_above_max_length"}
 FILTER_CODES = {"content_filter", "content_policy_violation", "moderation_blocked"}
+NOT_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
+"""Failures of the HTTP client before it had a connection."""
 CREDIT_CODES = {"insufficient_quota", "billing_hard_limit_reached"}
 
 
@@ -21,11 +23,19 @@ class Verdict:
     """What to do about a failure that may pass.
 
     name: under which it is counted. retry_after_s: what the service asks for. too_fast: whether
-    waiting is all it takes; then it is no attempt (``counts`` 0).
+    waiting is all it takes; then it is no attempt (``counts`` 0). lost: whether the service may
+    have answered, and charges for it.
     """
 
-    def __init__(self, name: str, retry_after_s: float | None = None, too_fast: bool = False):
+    def __init__(
+        self,
+        name: str,
+        retry_after_s: float | None = None,
+        too_fast: bool = False,
+        lost: bool = False,
+    ) -> None:
         self.name = name
+        self.lost = lost
         self.retry_after_s = retry_after_s
         self.too_fast = too_fast
         self.counts = 0 if too_fast else 1
@@ -38,13 +48,15 @@ def judge(error: BaseException) -> Verdict | str:
     """
     import openai
 
-    if isinstance(error, openai.APITimeoutError):
-        return Verdict("timeout")
-    if isinstance(error, openai.APIConnectionError):
-        return Verdict("connection")
+    if isinstance(error, TimeoutError):
+        return Verdict("timeout", lost=True)
+    if isinstance(error, openai.APIConnectionError):  # Timeouts are a kind of these.
+        sent = type(error.__cause__).__name__ not in NOT_SENT
+        name = "timeout" if isinstance(error, openai.APITimeoutError) else "connection"
+        return Verdict(name, lost=sent)
     # Not JSON, not UTF-8, or nested without end.
     if isinstance(error, openai.APIResponseValidationError | ValueError | RecursionError):
-        return Verdict("broken_answer")
+        return Verdict("broken_answer", lost=True)
     if not isinstance(error, openai.APIStatusError):
         raise error
     status, code = error.status_code, str(error.code or "")

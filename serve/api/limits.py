@@ -125,6 +125,15 @@ class Limits:
             seconds = DEFAULT_WAIT_S if retry_after_s is None else retry_after_s
             self._wait_until = max(self._wait_until, self._clock() + seconds)
 
+    def lost(self, prompt_tokens: int, max_tokens: int) -> None:
+        """A request was sent whose answer did not arrive whole: it may be charged for, at most so.
+
+        That is told beside ``api_cost`` and not in it, nor in what ``max_cost`` bounds.
+        """
+        cost = Usage(input=prompt_tokens, output=max_tokens).cost(self._config.prices)
+        if cost:
+            self._report({"api_lost_cost": cost})
+
     def count(self, name: str, number: float = 1) -> None:
         """One more of a kind, or so many, for the report."""
         self._report({f"api_{name}": number})
@@ -219,7 +228,7 @@ class Spending:
 
     def add(self, counters: dict[str, float], batch: str | None = None) -> None:
         """Note what was paid, once a batch; failures without a price are counted elsewhere."""
-        if "api_cost" not in counters:
+        if not counters.keys() & {"api_cost", "api_lost_cost"}:
             return
         line: dict[str, Any] = {"step": 0, "time": time.time(), **counters}
         if batch is not None:

@@ -27,6 +27,8 @@ CONNECTIONS_EACH = 16
 """Of one client, which looks at all its idle connections before each request."""
 UNREADABLE = (AttributeError, TypeError, ValueError, IndexError, KeyError)
 """What an answer of an unexpected shape raises where it is read."""
+MOST_TOKENS = 20_000_000
+"""Of one request; above, ``usage`` is a mistake. The largest contexts have 10 million."""
 UNUSABLE = ("empty_answer", "broken_answer")
 """Errors of an answer that another attempt may mend."""
 
@@ -119,7 +121,9 @@ class Service:
                 async with turn_of as turn:
                     if self._refused is not None:
                         return self._refused
-                    completion = await request.send(next(self._clients))
+                    # The client's own limit is of each part of an answer that comes in parts.
+                    async with asyncio.timeout(self._timeout_s):
+                        completion = await request.send(next(self._clients))
                     if not request.free:
                         turn.paid(self.charged(request, completion))
             except BudgetReached as error:
@@ -132,6 +136,8 @@ class Service:
                     return verdict
                 transient, last = transient + verdict.counts, error
                 self.limits.failed(verdict.name, verdict.retry_after_s, verdict.too_fast)
+                if verdict.lost and not request.free:
+                    self.limits.lost(request.prompt_tokens, request.max_tokens)
                 if not verdict.too_fast:
                     await asyncio.sleep(failures.pause_s(transient))
                 continue
@@ -153,13 +159,15 @@ class Service:
         Without it a service that leaves ``usage`` out would be free, and ``max_cost`` no limit.
         """
         usage = usage_of(completion)
-        if usage is not None:
+        if usage is not None and usage.output:
             return usage
-        self.limits.count("usage_estimated")
         try:
             written = request.written(completion)
         except UNREADABLE:
-            written = request.max_tokens
+            written = request.max_tokens if usage is None else 0
+        if usage is not None and not written:
+            return usage
+        self.limits.count("usage_estimated")
         return Usage(input=request.prompt_tokens, output=written)
 
 
@@ -174,15 +182,18 @@ def understood(request: Request[R], completion: Any) -> R | str:
 def usage_of(completion: Any) -> Usage | None:
     """Tokens that a completion is charged for; None where the service does not say.
 
-    completion: the client's object, or plain JSON. A prompt of no tokens, a negative number or a
-    sum that does not add up says nothing.
+    completion: the client's object, or plain JSON. A prompt of no tokens, a negative number, more
+    tokens than any model has room for, or a sum above the total says nothing. A total above the sum
+    is what is charged: some services count reasoning there alone.
     """
     usage = _of(completion, "usage")
     told = (_of(usage, n) for n in ("prompt_tokens", "completion_tokens"))
     asked, answered = (n if type(n) is int and n >= 0 else None for n in told)
     if not asked or answered is None:
         return None
-    if _of(usage, "total_tokens") not in (None, asked + answered):
+    total = _of(usage, "total_tokens")
+    total = asked + answered if total is None else total
+    if type(total) is not int or not asked + answered <= total <= MOST_TOKENS:
         return None
 
     def number(owner: Any, name: str) -> int:
@@ -192,7 +203,7 @@ def usage_of(completion: Any) -> Usage | None:
     return Usage(
         input=asked,
         cached=number(_of(usage, "prompt_tokens_details"), "cached_tokens"),
-        output=answered,
+        output=total - asked,
         reasoning=number(_of(usage, "completion_tokens_details"), "reasoning_tokens"),
     )
 

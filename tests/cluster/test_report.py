@@ -139,6 +139,12 @@ def test_a_line_about_a_broken_summary_has_no_traceback(broken: object) -> None:
     assert "answers" in api_line(broken) or not broken or not isinstance(broken, dict)
 
 
+def test_what_answers_that_did_not_arrive_may_cost_is_told_beside_the_cost() -> None:
+    told = api_line({"requests": 3, "cost": 0.25, "lost_cost": 1.5, "timeout": 2})
+    assert "cost 0.25 (at most 1.5 more for answers that did not arrive)" in told
+    assert told.endswith("; 2 (timeout 2)") and "lost" not in told
+
+
 def test_rows_that_filters_rejected_are_told_by_filter_and_as_a_share(folder: RunFolder) -> None:
     result = outcome(rows_asked=330, rows_answered=320, rows_filtered=80)
     filtered = {"length": 50, "says-answer": 30}

@@ -271,7 +271,17 @@ def test_spending_counts_cached_and_reasoning_tokens(tmp_path: Path, service: Se
 
 @pytest.mark.parametrize(
     "usage",
-    [None, {}, "lots", {"prompt_tokens": "ten", "completion_tokens": -4, "total_tokens": True}],
+    [
+        None,
+        {},
+        "lots",
+        {"prompt_tokens": "ten", "completion_tokens": -4, "total_tokens": True},
+        {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
+        {"prompt_tokens": 10, "completion_tokens": 0, "total_tokens": 10},
+        {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 12},
+        {"prompt_tokens": 10, "completion_tokens": 10**9, "total_tokens": 10**9 + 10},
+        {"prompt_tokens": 10**30, "completion_tokens": 5},
+    ],
 )
 def test_where_usage_cannot_be_true_our_own_count_is_charged(
     tmp_path: Path, service: Service, usage: Any
@@ -283,6 +293,59 @@ def test_where_usage_cannot_be_true_our_own_count_is_charged(
     written = len(tokenizer().encode("An answer to q", add_special_tokens=False).ids) + 1
     assert asked.counters["api_cost"] == 2 + 2 * written
     assert asked.counters["api_usage_estimated"] == 1
+
+
+USAGES = {
+    "reasoning that only the total has": (USAGE | {"total_tokens": 25}, 10 + 2 * 15),
+    "nothing written": (USAGE | {"completion_tokens": 0, "total_tokens": 10}, 10),
+}
+
+
+@pytest.mark.parametrize("name", USAGES)
+def test_usage_that_can_be_true_is_charged(tmp_path: Path, service: Service, name: str) -> None:
+    usage, cost = USAGES[name]
+    text = "An answer" if name.startswith("reasoning") else None
+    service.scripts["q"] = [{"usage": usage, "text": text, "finish": "content_filter"}]
+    asked = Asked(tmp_path, service, ["q"], prices=PRICES)
+    asked.sample()
+    assert asked.counters["api_cost"] == cost and not asked.counters["api_usage_estimated"]
+
+
+LOST = {
+    "answered late": ({"slow": 3.0}, "timeout"),
+    "an answer without an end": ({"drips": True}, "timeout"),
+    "cut": ({"cut": True}, "connection"),
+    "torn": ({"torn": True}, "broken_answer"),
+    "refused": ({"status": 500}, None),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_an_answer_that_did_not_arrive_may_cost_is_told(
+    tmp_path: Path, service: Service, name: str
+) -> None:
+    """Beside what was paid: two prompt tokens at 1 and 32 written at 2, at most."""
+    reply, counted = LOST[name]
+    service.scripts["q"] = [reply, {}]
+    asked = Asked(tmp_path, service, ["q"], prices=PRICES)
+    assert asked.sample()[0].error is None
+    assert service.asked["q"] == 2
+    assert counted is None or asked.counters[f"api_{counted}"] == 1
+    assert asked.counters["api_cost"] == 20
+    assert asked.counters["api_lost_cost"] == (66 if counted else 0)
+    lines = [json.loads(line) for line in asked.folder.read_text("spending.jsonl").splitlines()]
+    assert sum(line.get("api_lost_cost", 0) for line in lines) == asked.counters["api_lost_cost"]
+    again = Asked(tmp_path, service, ["q"], prices=PRICES)
+    assert again.engine.service.limits.spent == 20
+
+
+def test_a_request_that_was_never_sent_costs_nothing(tmp_path: Path, service: Service) -> None:
+    service.shutdown()
+    service.server_close()
+    asked = Asked(tmp_path, service, ["q"], prices=PRICES)
+    assert (asked.sample()[0].error or "").startswith("stop: ")
+    assert asked.counters["api_connection"] == service_module.MAX_TRANSIENT
+    assert not asked.counters["api_lost_cost"]
 
 
 def test_a_service_that_tells_no_usage_cannot_pass_the_budget(

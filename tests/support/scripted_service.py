@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,9 @@ class Handler(JsonHandler):
 
     def reply(self, reply: dict[str, Any], question: str) -> None:
         time.sleep(reply.get("slow", 0.0))
+        if reply.get("drips"):
+            self.drip()
+            return
         if reply.get("cut"):
             self.hang_up()
             return
@@ -90,6 +93,16 @@ class Handler(JsonHandler):
         if reply.get("torn"):
             data = data[: len(data) // 2]
         self.send(status, data, reply.get("headers"))
+
+    def drip(self) -> None:
+        """Begins an answer and never ends it, until nobody waits any more."""
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        with suppress(OSError):
+            while True:
+                self.wfile.write(b" ")
+                time.sleep(0.1)
 
 
 @contextmanager
