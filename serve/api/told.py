@@ -12,7 +12,7 @@ import codecs
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,8 +37,7 @@ OTHER_TOKENS = "other_tokens"
 UNMAPPED = "unmapped_tokens"
 
 
-@dataclass(frozen=True)
-class Named:
+class Named(NamedTuple):
     """A token that a service names, by its bytes, with its log probability in nats."""
 
     meant: bytes

@@ -5,6 +5,7 @@ where one id alone stands for these bytes. *Unblocks* `told`, which reads a serv
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -82,14 +83,17 @@ class Vocabulary:
         """Raises NoBytes."""
         self.control = frozenset(control)
         self._bytes = token_bytes(tokenizer)
-        self._ids: dict[bytes, int | None] = {}
-        for index, meant in self._bytes.items():
-            self._ids[meant] = None if meant in self._ids else index
+        times = Counter(self._bytes.values())
+        self._ids = {
+            meant: index
+            for index, meant in self._bytes.items()
+            if meant and times[meant] == 1 and REPLACEMENT not in meant
+        }
         self.size = tokenizer.get_vocab_size(with_added_tokens=True)
 
     def id_of(self, meant: bytes) -> int | None:
         """The one id that stands for these bytes; None where there is none, or are several."""
-        return self._ids.get(meant) if meant and REPLACEMENT not in meant else None
+        return self._ids.get(meant)
 
     def bytes_of(self, index: int) -> bytes:
         """What an id stands for; nothing where it has no bytes."""
