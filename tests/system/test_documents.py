@@ -4,6 +4,7 @@ import ast
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -197,6 +198,32 @@ def test_the_run_file_that_is_printed_is_one(tmp_path: Path) -> None:
     [sources_of_prompts] = [b for b in blocks(DOCS / "run-file.md") if b.startswith("prompts:")]
     file.write_text(yaml.safe_dump(yaml.safe_load(text) | yaml.safe_load(sources_of_prompts)))
     assert load_config(str(file), []).evaluation.held_out_rows == 200
+
+
+def laid_over(base: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run file with those of a block in their places."""
+    merged = dict(base)
+    for name, value in block.items():
+        inner = name not in ("signal", "objective") and isinstance(base.get(name), dict)
+        merged[name] = laid_over(base[name], value) if inner else value
+    return merged
+
+
+def test_the_blocks_about_api_teachers_change_the_run_file_that_they_name(tmp_path: Path) -> None:
+    base = yaml.safe_load((ROOT / "configs" / "api.yaml").read_text())
+    file, kinds = tmp_path / "api.yaml", []
+    for block in blocks(DOCS / "api-teachers.md"):
+        if not block.startswith("teacher:"):
+            continue
+        file.write_text(yaml.safe_dump(laid_over(base, yaml.safe_load(block))))
+        config = load_config(str(file), [])
+        told = config.teacher.api
+        kinds.append((config.signal.kind, told.top_logprobs, told.ids, told.batch is not None))
+    assert kinds == [
+        ("topk", 20, False, False),
+        ("topk", None, True, False),
+        ("text", None, False, True),
+    ]
 
 
 def test_the_objectives_for_a_draft_are_objectives() -> None:
