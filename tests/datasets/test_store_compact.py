@@ -377,6 +377,22 @@ def test_merged_segments_are_small_enough_to_read_a_group_of_them(
     assert compact(store).merged == 0, "a second one finds nothing to do"
 
 
+def test_a_segment_that_was_merged_when_they_had_more_rows_is_left_as_it_is(
+    store: TeacherStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "COMPACT_ROWS", 8)
+    for row in range(16):
+        publish(store, [row])
+    assert compact(store).into == 2
+    before = {name: path_of(store, name).stat() for name in store.names()}
+    monkeypatch.setattr(upkeep, "COMPACT_ROWS", 2)
+    new = [publish(store, [row]) for row in (20, 21)]
+    assert compact(store).merged == 2 and not set(new) & set(store.names())
+    for name, stat in before.items():
+        assert path_of(store, name).stat() == stat
+    assert missing(store, [*range(16), 20, 21]) == 0
+
+
 def test_the_rows_of_a_segment_are_those_of_the_catalogue_as_it_was_built(
     store: TeacherStore,
 ) -> None:
