@@ -179,10 +179,14 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, default=2, help="response tokens of each, with --rows"
     )
+    parser.add_argument(
+        "--folder", help="with --rows, where the store is written and stays, or is already"
+    )
     arguments = parser.parse_args()
     if arguments.rows:
         with tempfile.TemporaryDirectory(prefix="raystill-bench-") as scratch:
-            found = measure_scale(f"{scratch}/store", arguments.rows, arguments.tokens)
+            folder = arguments.folder or f"{scratch}/store"
+            found = measure_scale(folder, arguments.rows, arguments.tokens)
         write_result(
             arguments.output.with_name("store_scale.json"), {"machine": machine(), **found}
         )

@@ -1,8 +1,10 @@
 """The store with many rows: one look through it, a group read from it, and its compaction.
 
-    python -m benchmarks.store --rows 1000000 [--tokens 2]
+    python -m benchmarks.store --rows 1000000 [--tokens 2] [--folder FOLDER]
 
-Segments of 8 rows of a few tokens (K = 64) as runs publish them, before and after a compaction.
+Segments of 8 rows of a few tokens (K = 64) as runs publish them, which note them for the index,
+before and after a compaction. Some of them are looked through without any index too ("bare"). With
+a folder the store is written there and stays; one that is there already is not written again.
 Each part runs in a process of its own: its seconds, those of the processor, and its peak memory
 above what the imports take. Groups are read at random places, each opened anew; the median counts.
 """
@@ -10,6 +12,7 @@ above what the imports take. Groups are read at random places, each opened anew;
 import multiprocessing
 import os
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -29,12 +32,15 @@ from raystill.datasets.store.upkeep import compact
 GROUP_ROWS, TOP_K, VOCAB = 8, 64, 49_152
 TOPK = Signal("topk", TOP_K)
 ORIGIN = Origin("identity", "teacher", "benchmark", "1", "float32", VOCAB, TOPK)
+ASKED = Provenance("run", "training")
 GROUPS_READ = 100
+BARE_ROWS = 32_000
 
 
 def publish_rows(folder: str, rows: int, tokens: int) -> dict[str, Any]:
-    """Segments as `TeacherStore.publish` writes them, without waiting for the disk."""
+    """Segments as a run publishes and notes them, without waiting for the disk."""
     os.makedirs(f"{folder}/{SEGMENTS}")
+    notes = Notes(TeacherStore(folder))
     generator = np.random.default_rng(rows)
     logprobs = np.sort(-generator.exponential(6, (tokens, TOP_K)) - 5)[:, ::-1].astype(np.float32)
     ids = generator.integers(0, VOCAB, (tokens, TOP_K), dtype=np.int32)
@@ -48,9 +54,11 @@ def publish_rows(folder: str, rows: int, tokens: int) -> dict[str, Any]:
         table = pa.table(
             {"key": pa.array(keys, pa.binary(KEY_BYTES)), "prompt_ids": prompts, **columns}
         )
-        data = encode(ORIGIN, [(Provenance("run", "training"), table)])
-        with open(f"{folder}/{SEGMENTS}/{segment_name(keys, TOPK)}", "wb") as file:
+        data, name = encode(ORIGIN, [(ASKED, table)]), segment_name(keys, TOPK)
+        with open(f"{folder}/{SEGMENTS}/{name}", "wb") as file:
             file.write(data)
+        notes.add(name, ORIGIN, [(ASKED, table["key"].combine_chunks())])
+    notes.write()
     return {"segments": rows // GROUP_ROWS}
 
 
@@ -60,12 +68,25 @@ def look_through(folder: str) -> dict[str, Any]:
     return {"rows": index.rows, "segments": index.num_segments, "parts": len(index.parts)}
 
 
+def look_through_bare(folder: str) -> dict[str, Any]:
+    """As `look_through`, of the first BARE_ROWS of a store, without its index."""
+    names = sorted(os.listdir(f"{folder}/{SEGMENTS}"))[: BARE_ROWS // GROUP_ROWS]
+    with tempfile.TemporaryDirectory(dir=folder) as bare:
+        os.makedirs(f"{bare}/{SEGMENTS}")
+        for name in names:
+            os.link(f"{folder}/{SEGMENTS}/{name}", f"{bare}/{SEGMENTS}/{name}")
+        start = time.process_time()
+        told = look_through(bare)
+        return {**told, "segment_ms": 1e3 * (time.process_time() - start) / len(names)}
+
+
 def find_all(folder: str) -> dict[str, Any]:
     """All keys of a store, a million at a time, as the driver looks for those of its prompts."""
     index = StoreIndex(TeacherStore(folder)).look_through()
     found = 0
-    for part in index.parts:
-        words = np.stack([part.high, part.low], axis=1).astype(">u8")
+    for part, live in zip(index.parts, index.live, strict=True):
+        there = live[part.segment[part.group]]
+        words = np.stack([part.high[there], part.low[there]], axis=1).astype(">u8")
         buffers = [None, pa.py_buffer(words)]
         keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(words), buffers)
         found += int(index.find_many(pa.chunked_array([keys]), TOPK)[1].sum())
@@ -118,6 +139,7 @@ def measure_scale(folder: str, rows: int, tokens: int) -> dict[str, Any]:
     found: dict[str, Any] = {"rows": rows, "tokens": tokens}
     parts: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
         "publish": (publish_rows, (rows, tokens)),
+        "look through, bare": (look_through_bare, ()),
         "look through": (look_through, ()),
         "look through, again": (look_through, ()),
         "read groups": (read_groups, ()),
@@ -126,6 +148,8 @@ def measure_scale(folder: str, rows: int, tokens: int) -> dict[str, Any]:
         "find all, compacted": (find_all, ()),
         "read groups, compacted": (read_groups, ()),
     }
+    if os.path.exists(f"{folder}/{SEGMENTS}"):
+        del parts["publish"]
     for name, (work, arguments) in parts.items():
         found[name] = measured(work, folder, *arguments)
         print(f"{name:24} {found[name]}", flush=True)

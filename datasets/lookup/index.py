@@ -207,14 +207,19 @@ def live_in(
     that no part is believed about.
     """
     covered = np.zeros(len(listing.names), bool)
+    if not parts:
+        return [], ~covered
+    # One look for the names of all parts: it is made over all that are listed.
+    names = pa.concat_arrays([part.names for part in parts])
+    places = pc.index_in(names, value_set=listing.names).fill_null(-1)
+    places = places.to_numpy(zero_copy_only=False).astype(np.int64)
+    distrusted = pc.is_in(names, value_set=pa.array(list(without), pa.string()))
+    places[distrusted.to_numpy(zero_copy_only=False)] = -1
     live = []
-    for part in parts:
-        at = pc.index_in(part.names, value_set=listing.names).fill_null(-1)
-        place = at.to_numpy(zero_copy_only=False).astype(np.int64)
+    for part, place in zip(
+        parts, np.split(places, np.cumsum([len(part.names) for part in parts])[:-1]), strict=True
+    ):
         same = place >= 0
-        if without:
-            distrusted = pc.is_in(part.names, value_set=pa.array(list(without), pa.string()))
-            same &= ~distrusted.to_numpy(zero_copy_only=False)
         same[same] &= listing.sizes[place[same]] == part.sizes[same]
         unknown = part.changed[same] == UNKNOWN
         same[same] &= unknown | (listing.changed[place[same]] == part.changed[same])

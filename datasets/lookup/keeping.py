@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from raystill.datasets.lookup.index import Index, Listing, Mask, live_in
-from raystill.datasets.lookup.part import Part, decoded, encoded, merged, part_of
+from raystill.datasets.lookup.part import Described, Part, decoded, encoded, merged, part_of
 from raystill.datasets.store.reading import (
     GoneSegment,
     UnreadableSegment,
@@ -70,19 +70,26 @@ class StoreIndex:
         ``progress`` is called with (segments opened, segments to open).
         """
         self._read_parts()
-        _, missing = self._live(self._listing(without))
-        if missing.sum() < WORTH_A_PART and not self._untidy():
-            return self._look_through(without, progress)
+        listing = self._listing(without)
+        live, missing = self._live(listing)
+        # Of a part whose segments are passed over nobody knows whether they are still there.
+        untidy = self._untidy([] if without else live[len(self._own) :])
+        if missing.sum() < WORTH_A_PART and not untidy:
+            return self._look_through(listing, without, progress)
         with self._alone() as may_write:
             self._read_parts()
-            return self._look_through(without, progress, may_write)
+            return self._look_through(self._listing(without), without, progress, may_write)
 
     def _look_through(
-        self, without: Collection[str], progress: Progress | None, may_write: bool = False
+        self,
+        listing: Listing,
+        without: Collection[str],
+        progress: Progress | None,
+        may_write: bool = False,
     ) -> Index:
         refused: dict[str, UnusableSegment] = {}
         for again in range(LISTINGS):
-            listing = self._listing(without)
+            listing = self._listing(without) if again else listing
             missing = self._live(listing)[1] & ~_is_in(listing.names, refused)
             unread = listing.names.filter(pa.array(missing)).to_pylist()
             # A segment that is gone was merged into one that this listing may be the first to show.
@@ -134,7 +141,7 @@ class StoreIndex:
             names: list[str], shown: Progress | None, pauses: tuple[float, ...] | None
         ) -> None:
             results = read_each(self._store.keys_of, names, shown, READERS, pauses)
-            opened = []
+            opened: list[Described] = []
             for name, result in results.items():
                 if isinstance(result, UnusableSegment):
                     errors[name] = result
@@ -142,8 +149,8 @@ class StoreIndex:
                     footer = result[0].footer
                     groups = [g.provenance for g in footer.groups]
                     described = list(zip(groups, result[1], strict=True))
-                    opened.append(part_of(name, stamps[name], footer.origin, described))
-            parts.extend(_packed(opened))
+                    opened.append((name, stamps[name], footer.origin, described))
+            parts.extend(_parts_of(opened))
 
         names = list(stamps)
         for start in range(0, len(names), BATCH):
@@ -176,11 +183,17 @@ class StoreIndex:
             if not gone:
                 return
 
-    def _untidy(self) -> bool:
-        """Whether parts are to be merged, or to be written without segments they were wrong on."""
-        small = sum(_is_small(part) for part in self._parts.values())
-        wrong = any(_is_in(p.names, self._distrusted).any() for p in self._parts.values())
-        return small > MANY_PARTS or wrong
+    def _untidy(self, live: Sequence[Mask]) -> bool:
+        """Whether parts are to be merged, or to be written without what is of no use or wrong.
+
+        live: of each part, as `live_in` has it; none where that is not known.
+        """
+        parts = self._parts.values()
+        if sum(_is_small(part) for part in parts) > MANY_PARTS:
+            return True
+        if any(_is_in(part.names, self._distrusted).any() for part in parts):
+            return True
+        return any(self._is_worn(part, keep) for part, keep in zip(parts, live, strict=False))
 
     def _tidy(self, listing: Listing) -> None:
         """Write what was opened, and merge small, worn and wrong parts."""
@@ -254,7 +267,7 @@ class Notes:
         stamp = self._store.stamp(name)
         if stamp is None:
             return
-        part = part_of(name, stamp, origin, groups)
+        part = part_of([(name, stamp, origin, groups)])
         with self._lock:
             self._parts.append(part)
             if len(self._parts) < self._enough:
@@ -313,6 +326,21 @@ def _packed(parts: Sequence[Part], without: Collection[str] = ()) -> list[Part]:
     if len(parts) < 2 and not without:
         return list(parts)
     return list(_joined([(part, ~_is_in(part.names, without)) for part in parts]))
+
+
+def _parts_of(segments: Sequence[Described]) -> Iterator[Part]:
+    """Parts of segments, each of about PART_ROWS rows at most."""
+    batch: list[Described] = []
+    rows = 0
+    for segment in segments:
+        more = sum(len(keys) for _, keys in segment[3])
+        if batch and rows + more > PART_ROWS:
+            yield part_of(batch)
+            batch, rows = [], 0
+        batch.append(segment)
+        rows += more
+    if batch:
+        yield part_of(batch)
 
 
 def _joined(chosen: Sequence[tuple[Part, Mask]]) -> Iterator[Part]:

@@ -30,6 +30,9 @@ UNKNOWN = 0
 Halves = tuple[NDArray[np.uint64], NDArray[np.uint64]]
 """Keys [n] as the two big-endian numbers that their bytes are; in the order of the bytes."""
 
+Described = tuple[str, tuple[int, int], Origin, Sequence[tuple[Provenance, pa.Array]]]
+"""A segment: name, size and time of change, origin; provenance and keys of each of its groups."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -71,36 +74,39 @@ def halves(keys: pa.Array) -> Halves:
     return words[:, 0].astype(np.uint64), words[:, 1].astype(np.uint64)
 
 
-def part_of(
-    name: str,
-    stamp: tuple[int, int],
-    origin: Origin,
-    groups: Sequence[tuple[Provenance, pa.Array]],
-) -> Part:
-    """The part of one segment. groups: provenance and keys of each, in the segment's order."""
-    lengths = [len(keys) for _, keys in groups]
-    numbers = [halves(keys) for _, keys in groups]
-    high, low = (np.concatenate([np.empty(0, np.uint64), *(n[i] for n in numbers)]) for i in (0, 1))
-    provenances = list(dict.fromkeys(provenance for provenance, _ in groups))
-    code = {provenance: number for number, provenance in enumerate(provenances)}
+def part_of(segments: Sequence[Described]) -> Part:
+    """The part of some segments."""
+    groups = [group for segment in segments for group in segment[3]]
+    lengths = np.array([len(keys) for _, keys in groups], np.int64)
+    counts = np.array([len(segment[3]) for segment in segments], np.int64)
+    kind = pa.binary(KEY_BYTES)
+    all_keys = [keys if keys.type == kind else keys.cast(kind) for _, keys in groups]
+    high, low = halves(pa.concat_arrays([*all_keys, pa.array([], kind)]))
     order = np.lexsort((low, high))
-    ranges = [np.empty(0, np.int32), *(np.arange(n, dtype=np.int32) for n in lengths)]
+    origins: dict[Origin, int] = {}
+    provenances: dict[Provenance, int] = {}
     return Part(
         high[order],
         low[order],
         np.repeat(np.arange(len(groups), dtype=np.int32), lengths)[order],
-        np.concatenate(ranges)[order],
-        np.zeros(len(groups), np.int32),
-        np.arange(len(groups), dtype=np.int32),
-        np.array(lengths, np.int32),
-        np.array([code[provenance] for provenance, _ in groups], np.int32),
-        provenances,
-        pa.array([name], pa.string()),
-        np.array([stamp[0]], np.int64),
-        np.array([stamp[1]], np.int64),
-        np.zeros(1, np.int32),
-        [origin],
+        _within(lengths)[order],
+        np.repeat(np.arange(len(segments), dtype=np.int32), counts),
+        _within(counts),
+        lengths.astype(np.int32),
+        np.array([provenances.setdefault(p, len(provenances)) for p, _ in groups], np.int32),
+        list(provenances),
+        pa.array([name for name, _, _, _ in segments], pa.string()),
+        np.array([stamp[0] for _, stamp, _, _ in segments], np.int64),
+        np.array([stamp[1] for _, stamp, _, _ in segments], np.int64),
+        np.array([origins.setdefault(o, len(origins)) for _, _, o, _ in segments], np.int32),
+        list(origins),
     )
+
+
+def _within(lengths: NDArray[np.int64]) -> NDArray[np.int32]:
+    """0, 1, ... for each of the lengths, one after the other."""
+    starts = np.cumsum(lengths) - lengths
+    return (np.arange(lengths.sum()) - np.repeat(starts, lengths)).astype(np.int32)
 
 
 def merged(parts: Sequence[Part], live: Sequence[NDArray[np.bool_]]) -> Part:

@@ -180,6 +180,26 @@ class TestKeeping:
         look_up(store, rows)
         assert opened == [] and len(part_files(store)) <= 3
 
+    def test_a_part_whose_segments_are_gone_goes_too(
+        self, store: TeacherStore, opened: list[str]
+    ) -> None:
+        """Else each process would read and search what was there before a compaction as well."""
+        rows = fill(store)
+        look_up(store, rows)
+        assert store_command("compact", store.path) == 0
+        opened.clear()
+        index = StoreIndex(store).look_through()
+        assert index.rows == sum(len(part.high) for part in index.parts) == len(rows)
+        assert opened == [] and all(keep.all() for keep in index.live)
+
+    def test_a_part_whose_segments_are_passed_over_stays(self, store: TeacherStore) -> None:
+        """They may be out of reach for a while."""
+        fill(store)
+        StoreIndex(store).look_through()
+        before = part_files(store)
+        assert StoreIndex(store).look_through(without=store.names()).rows == 0
+        assert before and part_files(store) == before
+
     def test_several_that_look_at_once_share_the_work(
         self, store: TeacherStore, opened: list[str]
     ) -> None:
@@ -284,7 +304,7 @@ class TestTrust:
             told = [(Provenance("run", "training", scored=number == 1), keys)]
             if number == 2:
                 told = [(Provenance("run", "training"), keys[:2]), (told[0][0], keys[2:])]
-            part = part_of(name, store.stamp(name) or (0, 0), origin(), told)
+            part = part_of([(name, store.stamp(name) or (0, 0), origin(), told)])
             file, data = encoded(part)
             store.folder.write_bytes(f"{FOLDER}/{file}", data)
         look_up(store, rows)
