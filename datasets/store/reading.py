@@ -70,7 +70,7 @@ class WatchedSource:
 
     def __init__(self, source: pa.NativeFile) -> None:
         self._source = source
-        self._size = source.size()
+        self.size = source.size()
         self.failure: Exception | None = None
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -83,7 +83,7 @@ class WatchedSource:
 
     def read_buffer(self, nbytes: int = -1) -> pa.Buffer:
         """The next ``nbytes`` bytes, or all up to the end. Raises OSError if not all arrive."""
-        left = max(0, self._size - self.tell())
+        left = max(0, self.size - self.tell())
         wanted = left if nbytes < 0 else min(nbytes, left)
         try:
             data = self._source.read_buffer(wanted)

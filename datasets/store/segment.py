@@ -41,6 +41,8 @@ OWN_NAME = re.compile(r"(\.removed-[0-9a-f]{16}-)?[0-9a-f]{32}\.parquet(\.aside)
 COMPRESSION = "zstd"
 COMPRESSION_LEVEL = 1
 CHECKSUM_BYTES = 8
+READ_WHOLE_BYTES = 64 << 10
+"""Size up to which a file is read in one piece. Arrow reads so much to find its metadata."""
 
 READ_ERRORS = (
     pa.ArrowException,
@@ -205,8 +207,10 @@ class SegmentFile:
             self._source = WatchedSource(source)
         except OSError as error:
             raise UnreadableSegment(name, _reason(error)) from error
+        self._small = self._source.size <= READ_WHOLE_BYTES
         try:
-            self._file = pq.ParquetFile(self._source, page_checksum_verification=True)
+            data = pa.BufferReader(self._source.read_buffer()) if self._small else self._source
+            self._file = pq.ParquetFile(data, page_checksum_verification=True)
             metadata = self._file.metadata
             described = metadata.metadata or {}
             self._is_segment |= FOOTER in described
@@ -221,7 +225,8 @@ class SegmentFile:
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         """These columns of one group, whose checksums are verified."""
         try:
-            rows = self._file.read_row_group(group, list(columns)).combine_chunks()
+            rows = self._file.read_row_group(group, list(columns), use_threads=not self._small)
+            rows = rows.combine_chunks()
             written = self.footer.groups[group]
             wrong = [n for n in columns if checksum(rows[n]) != written.checksums[n]]
             if wrong or len(rows) != written.rows:
@@ -229,6 +234,21 @@ class SegmentFile:
         except READ_ERRORS as error:
             raise self._as_unusable(error, f"group {group}: ") from error
         return rows.select(list(columns))
+
+    def keys(self) -> list[pa.Array]:
+        """The keys of each group, whose checksums are verified."""
+        groups = self.footer.groups
+        starts = np.cumsum([0, *(group.rows for group in groups)])
+        try:
+            column = self._file.read_row_groups(range(len(groups)), ["key"], use_threads=False)
+            whole = column["key"].combine_chunks()
+            keys = [whole.slice(s, g.rows) for s, g in zip(starts[:-1], groups, strict=True)]
+            sums = [checksum(of_group) for of_group in keys]
+            if len(whole) == starts[-1] and sums == [g.checksums["key"] for g in groups]:
+                return keys
+        except READ_ERRORS:
+            pass  # Read one by one, the group at fault is named.
+        return [self.read(i, ["key"])["key"].combine_chunks() for i in range(len(groups))]
 
     def _as_unusable(self, error: BaseException, where: str = "") -> UnusableSegment:
         """The UnusableSegment that an error of reading stands for."""

@@ -21,6 +21,7 @@ from raystill.datasets.lookup import view as store_view
 from raystill.datasets.lookup.view import Lookup, StoreView
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.store import reading
+from raystill.datasets.store import segment as segments
 from raystill.datasets.store.reading import (
     DamagedSegment,
     GoneSegment,
@@ -52,16 +53,16 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Stuttering(io.FileIO):
-    """A file whose reads fail, or come short, once its first has come: the footer."""
+    """A file whose reads fail, or come short, once ``sound`` have come: the first is the footer."""
 
-    def __init__(self, path: Path, how: str) -> None:
+    def __init__(self, path: Path, how: str, sound: int) -> None:
         super().__init__(path)
-        self.how, self.reads = how, 0
+        self.how, self.sound, self.reads = how, sound, 0
 
     def read(self, size: int = -1) -> bytes:
         self.reads += 1
         data = super().read(size)
-        if self.reads == 1:
+        if self.reads <= self.sound:
             return data
         if self.how == "short":
             return data[:-1]
@@ -74,6 +75,7 @@ class Network:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.failing: dict[str, int] = {}
         self.how = "read"
+        self.sound = 1
         self.tried: list[str] = []
         self._lock = threading.Lock()
         opened = RunFolder.open_input
@@ -88,9 +90,13 @@ class Network:
                 return opened(folder, name)
             if self.how == "open":
                 raise OSError(5, "SlowDown: please reduce your request rate")
-            return pa.PythonFile(Stuttering(Path(folder.path) / name, self.how), mode="r")
+            return pa.PythonFile(
+                Stuttering(Path(folder.path) / name, self.how, self.sound), mode="r"
+            )
 
         monkeypatch.setattr(RunFolder, "open_input", open_input)
+        # As of large ones, footer and rows come apart.
+        monkeypatch.setattr(segments, "READ_WHOLE_BYTES", 0)
 
 
 @pytest.fixture
@@ -120,10 +126,15 @@ def test_what_cannot_be_used_says_so_in_another_process_too(kind: type[UnusableS
 
 
 class TestUnreadable:
-    @pytest.fixture(params=["open", "read", "short"])
-    def how(self, request: pytest.FixtureRequest, network: Network) -> Iterator[str]:
-        network.how = request.param
-        yield request.param
+    @pytest.fixture(params=["open", "read", "short", "read whole", "short whole"])
+    def how(
+        self, request: pytest.FixtureRequest, network: Network, monkeypatch: pytest.MonkeyPatch
+    ) -> Iterator[str]:
+        network.how, _, whole = request.param.partition(" ")
+        if whole:
+            monkeypatch.setattr(segments, "READ_WHOLE_BYTES", 1 << 20)
+            network.sound = 0
+        yield network.how
 
     def test_it_is_no_damage_and_is_never_deleted(
         self, store: TeacherStore, network: Network, how: str, capsys
