@@ -186,10 +186,9 @@ def main() -> None:
     if arguments.rows:
         with tempfile.TemporaryDirectory(prefix="raystill-bench-") as scratch:
             folder = arguments.folder or f"{scratch}/store"
-            found = measure_scale(folder, arguments.rows, arguments.tokens)
-        write_result(
-            arguments.output.with_name("store_scale.json"), {"machine": machine(), **found}
-        )
+            output = arguments.output.with_name("store_scale.json")
+            for found in measure_scale(folder, arguments.rows, arguments.tokens):
+                write_result(output, {"machine": machine(), **found})
         return
     with tempfile.TemporaryDirectory(prefix="raystill-bench-") as scratch:
         result = {

@@ -14,7 +14,7 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -125,6 +125,7 @@ def measured(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, 
 
 
 def _measured(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    pa.array([""])  # pyarrow imports pandas with the first one.
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start, cpu = time.perf_counter(), time.process_time()
     told = work(*arguments)
@@ -134,8 +135,8 @@ def _measured(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str,
     return {**told, **times, "extra_peak_mb": round(peak / 1024, 1)}
 
 
-def measure_scale(folder: str, rows: int, tokens: int) -> dict[str, Any]:
-    """All parts, in order; prints each."""
+def measure_scale(folder: str, rows: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """What was measured so far, after each part; prints each."""
     found: dict[str, Any] = {"rows": rows, "tokens": tokens}
     parts: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
         "publish": (publish_rows, (rows, tokens)),
@@ -153,4 +154,4 @@ def measure_scale(folder: str, rows: int, tokens: int) -> dict[str, Any]:
     for name, (work, arguments) in parts.items():
         found[name] = measured(work, folder, *arguments)
         print(f"{name:24} {found[name]}", flush=True)
-    return found
+        yield found

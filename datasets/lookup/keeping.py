@@ -72,8 +72,10 @@ class StoreIndex:
         self._read_parts()
         listing = self._listing(without)
         live, missing = self._live(listing)
-        # Of a part whose segments are passed over nobody knows whether they are still there.
-        untidy = self._untidy([] if without else live[len(self._own) :])
+        # Of segments that are passed over, or in a folder that is away, nobody knows whether they
+        # are still there: no part goes for their sake.
+        known = len(listing.names) > 0 and not without
+        untidy = self._untidy(live[len(self._own) :] if known else [])
         if missing.sum() < WORTH_A_PART and not untidy:
             return self._look_through(listing, without, progress)
         with self._alone() as may_write:

@@ -200,6 +200,18 @@ class TestKeeping:
         assert StoreIndex(store).look_through(without=store.names()).rows == 0
         assert before and part_files(store) == before
 
+    def test_an_index_outlives_a_folder_of_segments_that_is_away(
+        self, store: TeacherStore, opened: list[str]
+    ) -> None:
+        rows, folder = fill(store), Path(store.path) / SEGMENTS
+        look_up(store, rows)
+        folder.rename(folder.with_name("away"))
+        assert StoreIndex(store).look_through().rows == 0
+        folder.with_name("away").rename(folder)
+        opened.clear()
+        look_up(store, rows)
+        assert opened == []
+
     def test_several_that_look_at_once_share_the_work(
         self, store: TeacherStore, opened: list[str]
     ) -> None:
