@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from itertools import repeat
+from itertools import islice, repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,7 @@ from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.progress import Meter
 from raystill.datasets.prompts.read import MAX_PROBLEMS_PER_FILE, RawPrompt
-from raystill.datasets.spool.equal import Digests, Named, digest_of, group_numbers
+from raystill.datasets.spool.equal import Digests, Named, digest_of, group_numbers, is_first
 from raystill.datasets.spool.spool import NoTokens, Spool, TokenLists
 from raystill.model.sampling import resolve_sampling
 
@@ -46,6 +46,8 @@ SYSTEM_ROLES = ("system", "developer")
 UNBOUNDED = 2**31 - 1
 REASONS = ("", "empty", "too_long", "empty_response", "response_too_long")
 """Why prompts are left out, by number."""
+ROWS_AT_ONCE = 10_000
+"""Rows of which more than a few bytes are in memory."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ class UsablePrompts:
 
     ``ids``: the teacher's prompt tokens, int32 [P]. ``student_ids``: the student's; the same
     sequence where the teacher sees no more. ``responses``: int32 [T] where one is given, else None.
-    ``digests``: hashes of the student's prompts, equal where these are equal.
-    ``kept``: numbers of the prompts that are usable and no duplicates, ascending. ``dropped``
+    ``kept``: numbers of the prompts that are usable and no duplicates, ascending. ``digests``: of
+    each of these, a hash of the student's prompt, equal where these are equal. ``dropped``
     counts the unusable ones by reason, and ``first_dropped`` says where the first of each is.
     """
 
@@ -94,8 +96,8 @@ class UsablePrompts:
     ids: TokenLists
     student_ids: TokenLists
     responses: TokenLists | NoTokens
-    digests: Digests
-    kept: NDArray[np.int64]
+    digests: Digests = field(default_factory=lambda: np.empty((0, 2), np.uint64))
+    kept: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
     dropped: Counter[str] = field(default_factory=Counter)
     first_dropped: dict[str, str] = field(default_factory=dict)
     duplicates: int = 0
@@ -142,12 +144,12 @@ def sort_prompts(
         ids = _encode(raws, tokeniser, lambda raw: teacher_view(raw, config.prompts))
     responses = _encode_responses(raws, facts, config, tokeniser)
     digests = _digests(own)
-    usable = UsablePrompts(raws, facts, ids, own, responses, digests, np.zeros(0, np.int64))
+    usable = UsablePrompts(raws, facts, ids, own, responses)
     may_be_kept = _leave_out(usable, limits)
+    num_usable = int(may_be_kept.sum())
     sources = set(config.evaluation.held_out_sources)
     of_source = np.array([name in sources for name in facts.source.names], np.bool_)
     trained = ~of_source[facts.source.number]
-    usable_rows = np.flatnonzero(may_be_kept)
     if not trained.all():
         # Held out are the prompts of these sources, whether they are usable or not.
         group = group_numbers(digests)
@@ -155,41 +157,45 @@ def sort_prompts(
         held_out[group[~trained]] = True
         may_be_kept &= ~(trained & held_out[group])
     asked = digests if ids is own and not facts.given.any() else _digests(ids, responses)
+    teacher = facts.teacher.number if len(facts.teacher.names) > 1 else None
     candidates = np.flatnonzero(may_be_kept)
-    group = group_numbers(asked[candidates], facts.teacher.number[candidates])
-    usable.kept = candidates[np.unique(group, return_index=True)[1]]
-    usable.kept.sort()
-    usable.duplicates = len(usable_rows) - len(usable.kept)
+    if len(candidates) < len(asked):
+        asked = asked[candidates]
+        teacher = None if teacher is None else teacher[candidates]
+    usable.kept = candidates[is_first(asked, teacher)]
+    usable.digests = digests if len(usable.kept) == len(digests) else digests[usable.kept]
+    usable.duplicates = num_usable - len(usable.kept)
     return usable
 
 
 def _leave_out(usable: UsablePrompts, limits: tuple[int, int]) -> NDArray[np.bool_]:
     """Which prompts are usable, [n]; notes the others."""
     facts, responses = usable.facts, usable.responses.lengths()
-    reason = np.zeros(len(responses), np.int8)
     different = {id(lists): lists for lists in (usable.ids, usable.student_ids)}
     lengths = [lists.lengths() for lists in different.values()]
-    for prompts in lengths:
-        together = prompts.astype(np.int64) + responses
-        of_prompt = np.select(
-            [
-                prompts == 0,
-                prompts > limits[0],
-                facts.given & (responses == 0),
-                facts.given & (together > limits[1]),
-            ],
-            [1, 2, 3, 4],
-        )
-        reason = np.where(reason, reason, of_prompt).astype(np.int8)
+    reason = np.zeros(len(responses), np.int8)
+    for start in range(0, len(responses), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        for prompts in lengths:
+            together = prompts[rows].astype(np.int64) + responses[rows]
+            of_prompt = np.select(
+                [
+                    prompts[rows] == 0,
+                    prompts[rows] > limits[0],
+                    facts.given[rows] & (responses[rows] == 0),
+                    facts.given[rows] & (together > limits[1]),
+                ],
+                [1, 2, 3, 4],
+            )
+            reason[rows] = np.where(reason[rows], reason[rows], of_prompt)
     reason[facts.blank] = REASONS.index("empty")
-    numbers, firsts, counts = np.unique(reason, return_index=True, return_counts=True)
-    for place in np.argsort(firsts):
-        if name := REASONS[numbers[place]]:
-            first = int(firsts[place])
-            tokens = max(int(prompts[first]) for prompts in lengths) + int(responses[first])
-            usable.dropped[name] = int(counts[place])
-            usable.first_dropped[name] = f"{usable.raws[first].where}: {tokens} tokens"
-    return reason == 0
+    masks = ((name, reason == number) for number, name in enumerate(REASONS) if name)
+    found = [(int(mask.argmax()), name, int(mask.sum())) for name, mask in masks if mask.any()]
+    for first, name, count in sorted(found):
+        tokens = max(int(prompts[first]) for prompts in lengths) + int(responses[first])
+        usable.dropped[name] = count
+        usable.first_dropped[name] = f"{usable.raws[first].where}: {tokens} tokens"
+    return np.asarray(reason == 0, np.bool_)
 
 
 def _encode(
@@ -207,11 +213,16 @@ def _encode(
 def _digests(prompts: TokenLists, responses: TokenLists | NoTokens | None = None) -> Digests:
     """`digest_of` of all prompts, and of their responses where given."""
     every = zip(prompts, responses if responses is not None else repeat(None), strict=False)
-    made = bytearray()
-    for prompt, response in every:
-        assert prompt is not None
-        made += digest_of(prompt, response)
-    return np.frombuffer(bytes(made), np.uint64).reshape(-1, 2)
+    made = np.empty((len(prompts), 2), np.uint64)
+    for start in range(0, len(made), ROWS_AT_ONCE):
+        some = b"".join(_digest(*both) for both in islice(every, ROWS_AT_ONCE))
+        made[start : start + ROWS_AT_ONCE] = np.frombuffer(some, np.uint64).reshape(-1, 2)
+    return made
+
+
+def _digest(prompt: np.ndarray | None, response: np.ndarray | None) -> bytes:
+    assert prompt is not None
+    return digest_of(prompt, response)
 
 
 def teacher_view(raw: RawPrompt, prompts: PromptsConfig) -> RawPrompt:
@@ -312,10 +323,15 @@ def list_rows(
     if by_prompt:
         firsts = np.repeat(np.cumsum(samples) - samples, samples)
         return np.repeat(np.arange(len(samples)), samples), np.arange(samples.sum()) - firsts
-    passes = [np.flatnonzero(samples > number) for number in range(samples.max(initial=0))]
-    numbers = [np.full(len(rows), number) for number, rows in enumerate(passes)]
-    none = np.zeros(0, dtype=np.int64)
-    return np.concatenate([none, *passes]), np.concatenate([none, *numbers])
+    rows = np.empty(int(samples.sum()), np.int64)
+    numbers = np.empty(len(rows), np.int64)
+    start = 0
+    for number in range(samples.max(initial=0)):
+        of_pass = np.flatnonzero(samples > number)
+        stop = start + len(of_pass)
+        rows[start:stop], numbers[start:stop] = of_pass, number
+        start = stop
+    return rows, numbers
 
 
 def _rank(seed: int, name: str, prompt: np.ndarray | None) -> bytes:

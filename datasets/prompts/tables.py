@@ -7,7 +7,7 @@ writes the tables as Parquet files into the run folder; the stream reads them th
 import difflib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from raystill.config.run import RunConfig
     from raystill.datasets.prompts.tokenise import PromptTokeniser
 
+ROWS_PER_BLOCK = 100_000
 MIN_ROW_GROUP = 1024  # rows; with smaller groups the footer of the Parquet file gets long
 
 
@@ -116,14 +117,15 @@ class PromptTables:
 
         A row has those of its given response, else at most ``max_tokens``.
         """
-        return int(pc.sum(_lengths(getattr(self, name), max_tokens)[1]).as_py() or 0)
+        blocks = _blocks(getattr(self, name))
+        return sum(pc.sum(_lengths(table, max_tokens)[1]).as_py() or 0 for table in blocks)
 
     def longest_row(self, max_tokens: int, context_tokens: int = UNBOUNDED) -> int:
         """Tokens of the student's longest prompt with its given response, or with one of at most
         ``max_tokens``, which the teacher's prompt may leave less room in ``context_tokens``.
         """
         longest = 0
-        for table in (self.train, self.held_out):
+        for table in (*_blocks(self.train), *_blocks(self.held_out)):
             prompts, responses = _lengths(table, max_tokens)
             room = pc.subtract(pa.scalar(context_tokens, pa.int64()), prompts)
             own = pc.list_value_length(student_prompts(table)).cast(pa.int64())
@@ -134,11 +136,11 @@ class PromptTables:
     @property
     def longest_asked_prompt(self) -> int | None:
         """Tokens of the longest prompt that the teacher has to answer; None if it has none."""
-        asked = (
-            table["prompt_ids"].filter(table["response_ids"].is_null())
-            for table in (self.train, self.held_out)
+        longest = (
+            pc.max(_prompt_lengths(table).filter(table["response_ids"].is_null())).as_py()
+            for whole in (self.train, self.held_out)
+            for table in _blocks(whole)
         )
-        longest = (pc.max(pc.list_value_length(prompts)).as_py() for prompts in asked)
         return max((tokens for tokens in longest if tokens is not None), default=None)
 
     @property
@@ -218,24 +220,23 @@ def build_prompt_tables(
     kept = usable.kept
     if not len(kept):
         raise config_error(config.prompts.files_setting, usable.why_none(max_prompt_tokens))
-    train, held_out = split_rows(config, usable)
-    asked = samples_asked(
-        config.prompts,
-        config.section_seeds()["weights"],
-        Picked(usable.ids, kept[train]),
-        facts.source.of(kept[train]),
-    )
+    train, held_out = (kept[side] for side in split_rows(config, usable))
+    usable.digests = np.empty((0, 2), np.uint64)  # They were for the split; tables need the room.
+    sources = facts.source.of(train) if config.prompts.sources else ()
+    ids = Picked(usable.ids, train)
+    asked = samples_asked(config.prompts, config.section_seeds()["weights"], ids, sources)
     if names is not None:
-        held_out = held_out[in_order_of(facts.teacher, kept[held_out], names)]
-    sides = Picked(raws, kept[train]), Picked(raws, kept[held_out])
+        held_out = held_out[in_order_of(facts.teacher, held_out, names)]
+    sides = Picked(raws, train), Picked(raws, held_out)
     overlap = count_overlap(config.prompts, *sides)
     rows, samples = list_rows(asked, by_prompt=config.filters.compares_samples)
+    del asked, sources
     if names is not None:
-        order = in_order_of(facts.teacher, kept[train[rows]], names)
+        order = in_order_of(facts.teacher, train[rows], names)
         rows, samples = rows[order], samples[order]
     return PromptTables(
-        train=_table(kept[train[rows]], usable, names is not None),
-        held_out=_table(kept[held_out], usable, names is not None),
+        train=_table(train[rows], usable, names is not None),
+        held_out=_table(held_out, usable, names is not None),
         dropped=usable.dropped,
         duplicates=usable.duplicates,
         first_dropped=usable.first_dropped,
@@ -291,7 +292,8 @@ def split_rows(
     random = np.random.default_rng(config.section_seeds()["held_out"])
     if evaluation.held_out_rows:
         among = np.flatnonzero(~is_held_out)
-        drawn = _draw_prompts(usable.digests[kept[among]], evaluation.held_out_rows, random)
+        digests = usable.digests if len(among) == len(kept) else usable.digests[among]
+        drawn = _draw_prompts(digests, evaluation.held_out_rows, random)
         is_held_out[among[drawn]] = True
     train, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
     problems = problems or _empty_side(config, len(train), len(held_out))
@@ -306,7 +308,7 @@ def _draw_prompts(
     """Rows of whole prompts, drawn at random until there are ``num_rows`` or more."""
     group = group_numbers(digests)
     order = random.permutation(int(group.max(initial=-1)) + 1)
-    sizes = np.bincount(group)[order]
+    sizes = np.bincount(group)[order[:num_rows]]  # One row or more of each.
     enough = int(np.searchsorted(np.cumsum(sizes), num_rows)) + 1
     return np.flatnonzero(np.isin(group, order[:enough]))
 
@@ -337,6 +339,15 @@ def _no_source(source: str, names: set[str]) -> str:
     return f"{source!r} is no source of these prompts ({listed}); {hint}"
 
 
+def _blocks(table: pa.Table) -> Iterator[pa.Table]:
+    """The rows of a table, ROWS_PER_BLOCK at a time, without a copy."""
+    return (table.slice(i, ROWS_PER_BLOCK) for i in range(0, len(table), ROWS_PER_BLOCK))
+
+
+def _prompt_lengths(table: pa.Table) -> pa.ChunkedArray:
+    return pc.list_value_length(table["prompt_ids"])
+
+
 def _lengths(table: pa.Table, max_tokens: int) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
     """Tokens of each row's prompt, and the most that its response can have."""
     prompts, responses = (pc.list_value_length(table[n]) for n in ("prompt_ids", "response_ids"))
@@ -348,17 +359,20 @@ def _table(rows: NDArray[np.int64], usable: UsablePrompts, of_teachers: bool) ->
     chunks = [rows[i : i + ROWS_PER_CHUNK] for i in range(0, len(rows), ROWS_PER_CHUNK)]
 
     def lists(ids: TokenLists | NoTokens) -> pa.ChunkedArray:
+        if isinstance(ids, NoTokens):  # Chunks without any share their memory.
+            of_length = {len(chunk): ids.take(chunk) for chunk in (*chunks[:1], *chunks[-1:])}
+            return pa.chunked_array([of_length[len(chunk)] for chunk in chunks], TOKEN_IDS)
         return pa.chunked_array([ids.take(chunk) for chunk in chunks], TOKEN_IDS)
 
     columns = {
         "row": pa.array(np.arange(len(rows)), pa.int64()),
         "prompt_ids": lists(usable.ids),
-        "source": usable.facts.source.strings(rows),
+        "source": usable.facts.source.strings(chunks),
         "response_ids": lists(usable.responses),
     }
     if usable.student_ids is not usable.ids:
         columns[STUDENT_PROMPT] = lists(usable.student_ids)
     if of_teachers:
-        columns[TEACHER] = usable.facts.teacher.strings(rows)
+        columns[TEACHER] = usable.facts.teacher.strings(chunks)
     schema = prompt_schema(columns)
     return pa.table(columns, schema=pa.schema([f for f in schema if f.name != "key"]))

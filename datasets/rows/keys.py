@@ -27,7 +27,9 @@ KEY_VERSION = 1
 """Part of every key: raising it makes all stored answers unreachable."""
 
 ROWS_PER_BATCH = 10_000
-ROWS_PER_CHUNK = 100_000  # a chunk's list offsets have 32 bits, so its tokens must be fewer
+ROWS_PER_CHUNK = 10_000
+"""Rows of a table's columns that lie together. While they are made they are in memory twice, and a
+list's offsets have 32 bits, so their tokens must be fewer."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +180,11 @@ def _add_keys(
     """Put the keys of the rows that are ``mine``, bool [N], into ``keys`` [N, KEY_BYTES]."""
     request = (asked.teacher_identity, asked.dtype, asked.quantization)
     given = table["response_ids"].is_valid().to_numpy()
-    for sample in np.unique(samples[mine & ~given]):
+    for sample in range(int(samples.max(initial=-1)) + 1):
         of_sample = np.flatnonzero(mine & ~given & (samples == sample))
         for rows in _batches(of_sample):
             prompts = _ids(table["prompt_ids"], rows)
-            made = answer_keys(*request, asked.sampling, prompts, int(sample), asked.engine)
+            made = answer_keys(*request, asked.sampling, prompts, sample, asked.engine)
             keys[rows] = _as_bytes(made)
     for rows in _batches(np.flatnonzero(mine & given)):
         prompts, responses = (_ids(table[name], rows) for name in ("prompt_ids", "response_ids"))
@@ -200,7 +202,14 @@ def _as_bytes(keys: list[bytes]) -> NDArray[np.uint8]:
 
 def _ids(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> Iterator[np.ndarray]:
     """The token ids of these rows, one row after the other; ``rows`` ascend."""
-    return (row.values.to_numpy() for row in column.take(pa.array(rows)))
+    first = 0
+    for chunk in column.chunks:  # Arrow's `take` would copy the whole column.
+        start, stop = np.searchsorted(rows, (first, first + len(chunk)))
+        if start < stop:
+            values, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+            for row in rows[start:stop] - first:
+                yield values[offsets[row] : offsets[row + 1]]
+        first += len(chunk)
 
 
 def prompt_digest(prompt_ids: np.ndarray) -> bytes:

@@ -3,8 +3,10 @@
 Imports neither Ray nor torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,8 @@ from numpy.typing import NDArray
 
 Digests = NDArray[np.uint64]
 """Hashes of many rows, [n, 2]."""
+SORTED_ROWS = 1 << 16
+"""Rows that are sorted at once, about."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,20 @@ class Named:
         found: NDArray[np.object_] = names[self.number[prompts]]
         return found
 
-    def strings(self, prompts: NDArray[np.int64]) -> pa.StringArray:
-        """The names of some prompts, for a table."""
-        return pa.array(self.names, pa.string()).take(pa.array(self.number[prompts]))
+    def strings(self, chunks: Sequence[NDArray[np.int64]]) -> pa.ChunkedArray:
+        """The names of some prompts, for a table. Chunks of one name share their memory."""
+        names = pa.array(self.names, pa.string())
+        alone: dict[tuple[int, int], pa.StringArray] = {}
+        found = []
+        for prompts in chunks:
+            numbers = self.number[prompts]
+            taken = alone.get((int(numbers[0]), len(numbers))) if len(numbers) else None
+            if taken is None or (numbers != numbers[0]).any():
+                taken = names.take(pa.array(numbers))
+                if len(numbers) and (numbers == numbers[0]).all():
+                    alone[int(numbers[0]), len(numbers)] = taken
+            found.append(taken)
+        return pa.chunked_array(found, pa.string())
 
 
 def digest_of(prompt: np.ndarray, response: np.ndarray | None = None) -> bytes:
@@ -44,20 +59,43 @@ def digest_of(prompt: np.ndarray, response: np.ndarray | None = None) -> bytes:
     return digest.digest()
 
 
-def group_numbers(digests: Digests, teacher: NDArray[np.int32] | None = None) -> NDArray[np.int64]:
+def group_numbers(digests: Digests, teacher: NDArray[np.int32] | None = None) -> NDArray[np.int32]:
     """A number for each row [n], the same for equal digests (of the same teacher).
 
     The numbers ascend with the first row of each group.
     """
-    keys = [np.arange(len(digests)), digests[:, 0], digests[:, 1]]
-    if teacher is not None:
-        keys.append(teacher)
-    order = np.lexsort(keys)
-    new = np.ones(len(order), np.bool_)
-    new[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys[1:]], axis=0)
-    firsts = order[new]
-    rank = np.empty(len(firsts), np.int64)
-    rank[np.argsort(firsts)] = np.arange(len(firsts))
-    group = np.empty(len(order), np.int64)
-    group[order] = rank[np.cumsum(new) - 1]
+    first = _first_rows(digests, teacher)
+    rank = np.cumsum(first == np.arange(len(first), dtype=np.int32), dtype=np.int32)
+    rank -= 1
+    group: NDArray[np.int32] = rank[first]
     return group
+
+
+def is_first(digests: Digests, teacher: NDArray[np.int32] | None = None) -> NDArray[np.bool_]:
+    """Which rows [n] have a digest (and a teacher) that no row before them has."""
+    first = _first_rows(digests, teacher)
+    return np.asarray(first == np.arange(len(first), dtype=np.int32), np.bool_)
+
+
+def _first_rows(digests: Digests, teacher: NDArray[np.int32] | None) -> NDArray[np.int32]:
+    """The number of the first row, [n], that has the same digest as each one.
+
+    Sorting takes some fifty bytes a row. So the rows are sorted some at a time, by the first byte
+    of their digests, which are hashes.
+    """
+    first = np.empty(len(digests), np.int32)
+    byte = digests.view(np.uint8)[:, 0]
+    parts = min(256, len(digests) // SORTED_ROWS + 1)
+    edges = [256 * part // parts for part in range(parts + 1)]
+    for low, high in pairwise(edges):
+        rows = np.flatnonzero((byte >= low) & (byte < high))
+        keys = [digests[rows, 0], digests[rows, 1]]
+        if teacher is not None:
+            keys.append(teacher[rows])
+        order = np.lexsort(keys)  # Stable: of equal ones the first row comes first.
+        new = np.ones(len(order), np.bool_)
+        new[1:] = np.any([key[order][1:] != key[order][:-1] for key in keys], axis=0)
+        starts = np.flatnonzero(new)
+        sizes = np.diff(starts, append=len(order))
+        first[rows[order]] = np.repeat(rows[order[starts]], sizes)
+    return first

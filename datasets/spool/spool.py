@@ -188,8 +188,8 @@ class NoTokens(Sequence[None]):
         return NoTokens(len(range(self._rows)[index])) if isinstance(index, slice) else None
 
     def lengths(self) -> NDArray[np.int32]:
-        """Zeros."""
-        return np.zeros(self._rows, np.int32)
+        """Zeros, all of them the same one."""
+        return np.broadcast_to(np.zeros(1, np.int32), (self._rows,))
 
     def take(self, rows: NDArray[np.int64]) -> pa.ListArray:
         """Nulls."""

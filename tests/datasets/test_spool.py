@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from raystill.base.errors import ConfigError
 from raystill.config.run import RunConfig
+from raystill.datasets.prompts import progress, select
+from raystill.datasets.prompts import tables as prompt_tables
 from raystill.datasets.prompts.tables import PromptTables, build_prompt_tables
 from raystill.datasets.prompts.tokenise import PromptTokeniser
-from raystill.datasets.spool import spool
-from raystill.datasets.spool.equal import group_numbers
+from raystill.datasets.spool import equal, spool
+from raystill.datasets.spool.equal import group_numbers, is_first
 from raystill.datasets.spool.spool import Picked, Spool, TokenLists
 
+COUNTING = pa.proxy_memory_pool(pa.default_memory_pool())
+"""Counts what one test has in Arrow's memory. It has to outlive whatever was made in it."""
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny-teacher"
 
 
@@ -74,6 +79,25 @@ def test_equal_rows_have_one_number_that_ascends_with_the_first() -> None:
     assert group_numbers(digests, np.array([0, 1, 1, 0, 1], np.int32)).tolist() == [0, 1, 2, 3, 1]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_rows_are_found_some_at_a_time(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    monkeypatch.setattr(equal, "SORTED_ROWS", 3)
+    for size in (0, 1, 2, 50, 2000):
+        words = random.integers(0, 2**63, (max(1, size // 3), 2)).astype(np.uint64)
+        words[::2, seed % 2] = words[0, seed % 2]  # One half of the hash is the same.
+        words[1::5] = words[0]
+        digests = words[random.integers(0, len(words), size)]
+        teacher = random.integers(0, 3, size).astype(np.int32)
+        for of in (None, teacher):
+            seen: dict[tuple[int, ...], int] = {}
+            rows = zip(*digests.T.tolist(), [0] * size if of is None else of.tolist(), strict=True)
+            numbers = [seen.setdefault(row, len(seen)) for row in rows]
+            assert group_numbers(digests, of).tolist() == numbers
+            firsts = [number not in numbers[:place] for place, number in enumerate(numbers)]
+            assert is_first(digests, of).tolist() == firsts
+
+
 def test_tables_are_the_same_from_a_file_as_from_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,17 +117,33 @@ def test_tables_are_the_same_from_a_file_as_from_memory(
             prompts={"response_field": "answer"},
             evaluation={"held_out_sources": ["t"], "held_out_rows": 3},
         )
-        return [found.train, found.held_out, found.dropped, found.first_dropped, found.duplicates]
+        found = found.with_keys("identity", "float32", None, {"temperature": 1.0})
+        lengths = (
+            found.longest_asked_prompt,
+            found.longest_row(9),
+            found.response_tokens("train", 9),
+        )
+        told = [found.dropped, found.first_dropped, found.duplicates, lengths]
+        return [found.train, found.held_out, *told, found.samples.tolist()]
 
     whole = made()
     assert (len(whole[0]), len(whole[1]), whole[4]) == (6, 13, 8), whole
     monkeypatch.setattr(spool, "CHUNK_ROWS", 7)
     assert made() == whole
+    monkeypatch.setattr(select, "ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(equal, "SORTED_ROWS", 3)
+    monkeypatch.setattr(prompt_tables, "ROWS_PER_CHUNK", 4)
+    monkeypatch.setattr(prompt_tables, "ROWS_PER_BLOCK", 3)
+    again = made()
+    assert again == whole and again[0]["prompt_ids"].num_chunks == 2
 
 
 def test_a_row_takes_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Python and numpy hold at the most; Arrow's and the tokenizer's memory is not in it."""
     monkeypatch.setattr(spool, "CHUNK_ROWS", 250)
+    monkeypatch.setattr(progress, "BATCH_PROMPTS", 250)
+    monkeypatch.setattr(select, "ROWS_AT_ONCE", 250)
+    monkeypatch.setattr(equal, "SORTED_ROWS", 250)
     num = 8_000
     path = write(tmp_path / "p.jsonl", [{"prompt": f"what is {n} and {n}?"} for n in range(num)])
     few = write(tmp_path / "few.jsonl", [{"prompt": f"what is {n}?"} for n in range(9)])
@@ -115,9 +155,28 @@ def test_a_row_takes_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     finally:
         tracemalloc.stop()
     assert found.train.num_rows == num - 64
-    assert peak / num < 240, f"{peak / num:.0f} bytes a row"
+    assert peak / num < 140, f"{peak / num:.0f} bytes a row"
     # The table itself, in Arrow's memory: 4 bytes a token, and 40 for all else.
     assert found.train.nbytes / num < 4 * found.longest_prompt_tokens + 40
+
+
+def test_the_tables_are_in_arrows_memory_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither building them nor making their keys copies a whole column."""
+    monkeypatch.setattr(spool, "CHUNK_ROWS", 100)
+    monkeypatch.setattr(prompt_tables, "ROWS_PER_CHUNK", 200)
+    rows = [{"prompt": f"what is {n} and {n}?"} for n in range(4_000)]
+    path = write(tmp_path / "p.jsonl", rows)
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(COUNTING)
+    try:
+        found = tables(path, evaluation={"held_out_rows": 64})
+        found = found.with_keys("identity", "float32", None, {"temperature": 1.0})
+        assert found.longest_asked_prompt == found.longest_prompt_tokens
+    finally:
+        pa.set_memory_pool(before)
+    assert COUNTING.max_memory() < 1.2 * found.train.nbytes
 
 
 def test_a_full_temporary_folder_is_named(
