@@ -12,6 +12,7 @@ COMMAND := $(BIN)/raystill
 TEACHER := models/SmolLM2-135M-Instruct
 TINY := models/tiny-teacher
 QUIET := HF_HUB_OFFLINE=1 RAY_USAGE_STATS_ENABLED=0 TOKENIZERS_PARALLELISM=false
+FROM := $(if $(HASHED),--require-hashes -r requirements/hashed,-r requirements)
 CODE := driver.py raystill cluster serve train datasets tests benchmarks examples requirements
 
 .PHONY: help demo demo-second test test-faults chaos chaos-store fuzz check bench setup models lint types fast browser trackers tasks rivals clean hashes audit
@@ -31,7 +32,8 @@ $(VENV)/bin/python:
 $(STAMP): $(VENV)/bin/python requirements/$(VARIANT).txt requirements/dev.txt
 	@echo "installing requirements/$(VARIANT).txt (a minute or two, once)"
 ifdef HASHED
-	@grep -h '^torch==' requirements/$(VARIANT).txt | xargs $(PIP) install -qq --no-compile --no-deps
+	@if [ $(VARIANT) = cpu ]; then grep -h '^torch==' requirements/cpu.txt | \
+		xargs $(PIP) install -qq --no-compile --no-deps; fi
 	@rm -rf $(VENV)/pins && mkdir $(VENV)/pins
 	@grep -hv '^#' requirements/hashed/$(VARIANT).txt requirements/hashed/dev.txt | sort -r | \
 		split -l 16 - $(VENV)/pins/
@@ -45,7 +47,7 @@ endif
 	@rm -f $(VENV)/.installed-* && touch $@
 
 hashes: setup    ## write requirements/hashed/ anew, after a change of the lists
-	$(BIN)/python requirements/hash.py cpu dev
+	$(BIN)/python requirements/hash.py
 
 audit:           ## which pins have known faults; asks osv.dev (OSV_URL: a mirror)
 	$(PYTHON) requirements/audit.py
@@ -113,10 +115,10 @@ browser:         ## a headless browser for the tests of the page of a run (Debia
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium-headless-shell
 
 trackers: setup  ## W&B, MLflow and Trackio, for the tests that read a run back from them
-	$(PIP) install -qq --no-deps -r requirements/trackers.txt
+	$(PIP) install -qq --no-deps $(FROM)/trackers.txt
 
 tasks: setup     ## lm-evaluation-harness, for `raystill tasks` and its test
-	$(PIP) install -qq --no-deps -r requirements/tasks.txt
+	$(PIP) install -qq --no-deps $(FROM)/tasks.txt
 
 # TRL in an environment of its own, above this project's: the same torch, transformers and vLLM.
 RIVALS := .venv-rivals/.installed
@@ -124,7 +126,7 @@ $(RIVALS): requirements/rivals.txt $(STAMP)
 	@$(BIN)/python -m venv --without-pip .venv-rivals
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		$$(.venv-rivals/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
-	@$(PIP) --python .venv-rivals/bin/python install -qq --no-deps -r requirements/rivals.txt
+	@$(PIP) --python .venv-rivals/bin/python install -qq --no-deps $(FROM)/rivals.txt
 	@touch $@
 
 rivals: setup $(RIVALS)   ## the same job by TRL and by Raystill, side by side (about an hour)

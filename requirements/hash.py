@@ -1,9 +1,13 @@
 """Writes ``requirements/hashed/NAME.txt`` anew: the pins of a list, each with its file's SHA-256.
 
-``python requirements/hash.py cpu dev``, on a machine of the kind that the lists are for. pip names
-the files that it would install, and their hashes; nothing is installed. What it cannot name in
-general is left out, and installed by version alone: the CPU build of torch, which is another file
-under the same version at PyPI than at PyTorch's own index.
+``python requirements/hash.py [cpu dev gpu ...]``, on Linux x86-64 with Python 3.11. pip names the
+files that it would install, and their hashes; nothing is installed, but what no index describes is
+downloaded (of gpu.txt some gigabytes). Where an index of one's own has other builds of a version,
+pip is to ask PyPI alone: ``PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= python requirements/hash.py``.
+
+What it cannot name in general is left out, and installed by version alone: the CPU build of torch,
+which is another file under the same version at PyPI than at PyTorch's own index. That of gpu.txt is
+PyPI's.
 """
 
 import json
@@ -15,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-BY_VERSION = ("torch",)
+LISTS = ("cpu", "dev", "gpu", "tasks", "trackers", "rivals")
+BY_VERSION = {"cpu": ("torch",)}
 
 
 def pins(name: str) -> list[str]:
     """The lines ``name==version`` of a list that are hashed."""
     lines = (FOLDER / f"{name}.txt").read_text(encoding="utf-8").split("\n")
     found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    return [pin for pin in found if pin.partition("==")[0] not in BY_VERSION]
+    return [pin for pin in found if pin.partition("==")[0] not in BY_VERSION.get(name, ())]
 
 
 def chosen_files(wanted: list[str]) -> list[dict[str, Any]]:
@@ -43,8 +48,14 @@ def hashed_lines(wanted: list[str], items: list[dict[str, Any]]) -> list[str]:
     hashes = {}
     for item in items:
         archive = item["download_info"].get("archive_info", {})
+        name, version = item["metadata"]["name"], item["metadata"]["version"]
+        if "+" in version:
+            raise SystemExit(
+                f"{name} {version} would be taken, a build of another index; ask PyPI alone: "
+                "PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= python requirements/hash.py NAME"
+            )
         if digest := archive.get("hashes", {}).get("sha256"):
-            hashes[normalised(item["metadata"]["name"])] = digest
+            hashes[normalised(name)] = digest
     lacking = [pin for pin in wanted if normalised(pin.partition("==")[0]) not in hashes]
     if lacking:
         raise SystemExit(f"no hash is known of {', '.join(lacking)}; ask an index that has them")
@@ -68,4 +79,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["cpu", "dev"])
+    main(sys.argv[1:] or list(LISTS))

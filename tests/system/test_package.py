@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -172,14 +173,31 @@ def test_the_pinned_versions_satisfy_what_the_package_asks_for(
                 assert one.specifier.contains(versions[canonicalize_name(one.name)]), (name, one)
 
 
-@pytest.mark.parametrize("name", ["cpu.txt", "dev.txt"])
+LISTS = sorted(path.name for path in (ROOT / "requirements").glob("*.txt"))
+
+
+@pytest.mark.parametrize("name", LISTS)
 def test_every_pin_but_the_cpu_torch_has_a_hash(name: str) -> None:
     lines = (ROOT / "requirements" / "hashed" / name).read_text().splitlines()
     hashed = [line for line in lines if not line.startswith("#")]
     assert all(re.fullmatch(r"\S+==\S+ --hash=sha256:[0-9a-f]{64}", line) for line in hashed)
     versions = dict(line.split(" ")[0].split("==") for line in hashed)
-    expected = {package: version for package, version in pinned(name).items() if package != "torch"}
+    expected = pinned(name)
+    if name == "cpu.txt":
+        del expected["torch"]
     assert {canonicalize_name(package): v for package, v in versions.items()} == expected
+
+
+def test_a_build_of_another_index_gets_no_hash() -> None:
+    """A machine with a CPU torch at hand would write that one's hash into the list of GPUs."""
+    hash_py = runpy.run_path(str(ROOT / "requirements" / "hash.py"))
+    archive = {"archive_info": {"hashes": {"sha256": "a" * 64}}}
+    item = {"metadata": {"name": "torch", "version": "2.13.0"}, "download_info": archive}
+    lines = hash_py["hashed_lines"](["torch==2.13.0"], [item])
+    assert lines == [f"torch==2.13.0 --hash=sha256:{'a' * 64}"]
+    item["metadata"]["version"] = "2.13.0+cpu"
+    with pytest.raises(SystemExit, match="a build of another index"):
+        hash_py["hashed_lines"](["torch==2.13.0"], [item])
 
 
 def test_the_package_asks_for_what_its_code_imports_and_for_nothing_else() -> None:
