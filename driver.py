@@ -174,7 +174,7 @@ def check(
 
     if as_json:
         return check_for_program(run_file, overrides, static)
-    return check_command(run_file, overrides, static, say)
+    return check_command(run_file, overrides, static)
 
 
 @app.command()

@@ -6,13 +6,14 @@ an exit) stays out of this one.
 
 import difflib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from raystill.base import formatting
 from raystill.base.errors import Problem, RunError
+from raystill.base.records import read_bounded
 from raystill.base.run_folder import CHECKS, RunFolder, resolve_input
 from raystill.base.user_function import Code, UserFunction, parse
 from raystill.cluster.check.trackers import is_installed
@@ -40,7 +41,7 @@ def check_evaluation(config: EvaluationConfig) -> Iterator[Problem]:
         except ValueError as error:
             yield Problem(where, f"({check.function}) {error}; name a Python file")
             continue
-        with UserFunction(code, check.timeout_s) as function:
+        with UserFunction(code, check.timeout_s, quiet=True) as function:
             if problem := function.load():
                 yield Problem(
                     where, f"({check.function}) cannot be imported: {problem}; correct its code"
@@ -52,11 +53,7 @@ def read_code(check: CheckConfig) -> Code:
     place, name = parse(check.function)
     if not place.endswith(".py"):
         return Code(name, module=place)
-    path = resolve_input(place)
-    if (size := os.path.getsize(path)) > LARGEST_BYTES:
-        raise ValueError(f"has {size:,} bytes; expected at most {LARGEST_BYTES:,}")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
+    text = read_bounded(Path(resolve_input(place)), LARGEST_BYTES).decode("utf-8")
     if not text.strip():
         raise ValueError("is empty")
     return Code(name, file=place, text=text)

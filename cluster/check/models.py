@@ -5,6 +5,7 @@ transformers.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -352,7 +353,7 @@ def _check_layers(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
             "student.layers",
             f"has {outside}, but {teacher.name} has layers 0 to {number - 1}; name those only",
         )
-    twice = sorted({layer for layer in layers if layers.count(layer) > 1})
+    twice = sorted(layer for layer, count in Counter(layers).items() if count > 1)
     if twice:
         yield Problem("student.layers", f"names {twice} more than once; name each layer once")
 

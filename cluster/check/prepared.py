@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raystill.base import formatting
 from raystill.config.run import RunConfig
 from raystill.datasets.lookup.keeping import StoreIndex
 from raystill.datasets.prompts.tables import PromptTables
@@ -234,7 +235,7 @@ class Prepared:
         lines += [one.line() for one in self.tables.overlap if one.contained or asked]
         if rules := self.config.filters.rules:
             most = self.config.max_rejected_fraction
-            named = ", ".join(rule.label for rule in rules)
+            named = formatting.some([rule.label for rule in rules])
             lines.append(f"filters: {named}; at most {most:.1%} of the rows may be rejected")
         if self.space_needed_bytes is not None:
             lines.append(f"space needed: about {self.space_needed_bytes / 2**30:.2f} GiB")

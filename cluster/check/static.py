@@ -54,7 +54,7 @@ from raystill.datasets.prompts.progress import Progress
 from raystill.datasets.prompts.read import read_prompts
 from raystill.datasets.prompts.select import UNBOUNDED
 from raystill.datasets.prompts.tables import PromptTables, build_prompt_tables
-from raystill.datasets.prompts.tokenise import PromptTokeniser
+from raystill.datasets.prompts.tokenise import PromptTokeniser, check_template
 from raystill.model.files import ModelFolder, find_model
 
 
@@ -224,7 +224,7 @@ class StaticCheck:
         config, teacher, student = self.config, None, None
         if config.teachers is not None:
             teacher = self.find_teachers()
-        elif self.known("teacher.model"):
+        elif self.known("teachers", "teacher.model"):
             teacher = self.find("teacher.model", config.teacher.model, config.teacher.revision)
         if self.known("student.init", "student.model"):
             student = teacher
@@ -286,6 +286,7 @@ class StaticCheck:
             if teacher is None:
                 read_prompts(config.prompts, self.progress)
                 return None
+            check_template(teacher.path, config.prompts)
             tokeniser = PromptTokeniser(teacher.path, config.prompts, self.progress)
         except ConfigError as error:
             self.problems += error.problems

@@ -5,7 +5,7 @@ verdict is a join over the sources of a run (the teacher's licence, the service 
 the student's own first weights): the worst verdict counts, duties add up. So the order of the
 sources does not matter, and naming one twice changes nothing.
 
-Readings are not advice. Imports the standard library only.
+Readings are not advice.
 """
 
 import hashlib
@@ -19,9 +19,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import yaml
+
 from raystill.base.errors import Problem
+from raystill.base.records import read_bounded
 from raystill.cluster.lineage.graph import BrokenLineage, read_lineage
 from raystill.cluster.lineage.sources import sources
+from raystill.config.load import parse_yaml
 from raystill.config.run import RunConfig
 from raystill.config.student import TermsConfig
 from raystill.model.files import ModelFolder
@@ -30,6 +34,8 @@ VERDICTS = ("allowed", "conditional", "unclear", "forbidden")
 TABLE = Path(__file__).with_name("terms.toml")
 OWN_ENDINGS = (".local", ".internal", ".svc")
 """Of names that only a private network knows, as one without any dot is."""
+LARGEST_TEXT = 4 << 20
+"""Bytes of a model's card or licence; a larger one counts as none."""
 Duty = tuple[str, str]
 
 
@@ -218,7 +224,8 @@ def check_terms(
     problems = []
     permission = terms.permission
     stated = "terms.teacher_licence" if config.teachers is None else "terms.teacher_licences"
-    for reason in refusals(found, terms):
+    reasons = list(refusals(found, terms))
+    for reason in reasons:
         if permission is not None and reason.startswith(f"{permission.rule} "):
             notices.append(
                 f"terms: {reason}; permitted by {permission.file} "
@@ -234,9 +241,13 @@ def check_terms(
                 f"{str(terms.distributed).lower()})",
             )
         )
-    if permission is not None and not Path(permission.file).is_file():
-        message = f"{permission.file!r} is no file; name the letter that gives the permission"
-        problems.append(Problem("terms.permission.file", message))
+    if permission is not None:
+        if not any(reason.startswith(f"{permission.rule} ") for reason in reasons):
+            notices.append(f"terms.permission changes nothing: no {permission.rule!r} forbids this")
+        if not hash_of(permission.file):
+            message = f"{permission.file!r} is no file that can be read and has something in it; "
+            message += "name the letter that gives the permission"
+            problems.append(Problem("terms.permission.file", message))
     return problems, notices
 
 
@@ -307,7 +318,7 @@ def licence_of(model: ModelFolder | None) -> str | None:
         return str(licence)
     for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
         if (model.path / name).is_file():
-            begin = (model.path / name).read_text(encoding="utf-8", errors="replace")[:400]
+            begin = _text(model.path / name)[:400]
             if "Apache License" in begin and "Version 2.0" in begin:
                 return "apache-2.0"
             return "mit" if begin.lstrip().startswith("MIT License") else None
@@ -316,18 +327,22 @@ def licence_of(model: ModelFolder | None) -> str | None:
 
 def _front_matter(path: Path) -> dict[str, Any]:
     """The YAML block at the head of a model card; {} without one, or where it is broken."""
-    import yaml
-
-    if not path.is_file():
-        return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = _text(path)
     if not text.startswith("---"):
         return {}
     try:
-        card = yaml.safe_load(text[3:].partition("\n---")[0])
+        card = parse_yaml(text[3:].partition("\n---")[0])
     except yaml.YAMLError:
         return {}
     return card if isinstance(card, dict) else {}
+
+
+def _text(path: Path) -> str:
+    """A text that comes with a model; empty where there is none, or one of any length."""
+    try:
+        return read_bounded(path, LARGEST_TEXT).decode("utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _sources(
@@ -342,9 +357,12 @@ def _sources(
 
 
 def hash_of(file: str) -> str:
-    """sha256 of a file's content; empty where there is none."""
-    path = Path(file)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    """sha256 of a letter; empty where there is none, nothing in it, or no end of it."""
+    try:
+        content = read_bounded(Path(file))
+    except OSError:
+        return ""
+    return hashlib.sha256(content).hexdigest() if content else ""
 
 
 def record(

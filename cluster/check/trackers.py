@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import pyarrow.compute as pc
 
 from raystill.base.errors import Problem
+from raystill.base.records import read_bounded
 from raystill.base.redact import redact
 from raystill.base.run_folder import inside_job_package
 from raystill.config.run import RunConfig
@@ -85,7 +86,7 @@ def check_wandb(config: WandbConfig, environment: Mapping[str, str]) -> Iterator
 def mentions(file: Path, word: str) -> bool:
     """Whether a text file can be read and has the word."""
     try:
-        return word in file.read_text(errors="replace")
+        return word in read_bounded(file).decode(errors="replace")
     except OSError:
         return False
 
@@ -150,12 +151,23 @@ def check_api(config: RunConfig) -> Iterator[Problem]:
             "evaluation.free_running.teacher_scores",
             "is true, but an API teacher cannot score the student's answers; set it to false",
         )
-    name = config.teacher.api.api_key_env
-    if name is not None and not os.environ.get(name):
+    yield from _check_key(config.teacher.api.api_key_env)
+
+
+def _check_key(name: str | None) -> Iterator[Problem]:
+    """Is the key here, and can a header of HTTP hold it?"""
+    key = "none" if name is None else os.environ.get(name, "")
+    if not key:
         yield Problem(
             "teacher.api.api_key_env",
             f"names ${name}, which is not set here; export it (and give it to a job with raystill "
             f"submit --env {name}), or set api_key_env: null where the service wants no key",
+        )
+    elif not (key.isascii() and key.isprintable()) or key != key.strip():
+        yield Problem(
+            "teacher.api.api_key_env",
+            f"names ${name}, whose value has spaces or a line's end around it, or characters that "
+            "no key has; export it again, without them",
         )
 
 
@@ -185,6 +197,11 @@ def _check_top_logprobs(config: RunConfig) -> Iterator[Problem]:
 def api_notices(config: RunConfig, tables: PromptTables) -> Iterator[str]:
     """What a run with an API teacher may cost, and whether its key travels in the open."""
     api = config.teacher.api
+    if config.teacher.engine != "api" and api.base_url is not None:
+        yield (
+            f"teacher.api.base_url is set, but teacher.engine is {config.teacher.engine!r}, so the "
+            "service is not asked; set teacher.engine: api to ask it"
+        )
     if config.teacher.engine != "api" or api.base_url is None:
         return
     host = urlsplit(api.base_url).hostname or ""

@@ -6,12 +6,14 @@ wrong: what does not fit then may be another thing once it is right.
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import typer
 
+from raystill.base.console import print_lines
 from raystill.base.errors import (
+    MOST_CHARACTERS,
     MOST_PROBLEMS,
     ConfigError,
     Problem,
@@ -25,17 +27,20 @@ from raystill.cluster.commands.as_json import counted, print_json
 from raystill.datasets.stream.plan import num_steps
 
 EXIT_FAILED, EXIT_REFUSED = 1, 2
+LEAST_OF_PLAN = 250
+"""Characters of what the run would do, beside problems of any length."""
 LONGEST_PLACE = 200
 """Characters of what to edit, beside a message to a program."""
 
 
-def check_command(
-    run_file: str, overrides: Sequence[str], static: bool, say: Callable[[str], None]
-) -> int:
+def check_command(run_file: str, overrides: Sequence[str], static: bool) -> int:
     """Check and tell; the exit status. Raises RunError where the cluster does not answer."""
     checked = check_run_file(run_file, overrides)
     if checked.prepared is not None:
-        say(checked.prepared.describe())
+        told_after = sum(len(str(problem)) for problem in checked.problems[:MOST_PROBLEMS])
+        most = MOST_CHARACTERS - min(told_after, MOST_CHARACTERS - LEAST_OF_PLAN)
+        print_lines(checked.prepared.describe().split("\n"), most)
+        sys.stdout.flush()
     if checked.problems:
         print_problems(checked.problems)
     if more := [] if static else ask_cluster(checked):

@@ -5,6 +5,7 @@ counted as such. A function that cannot be loaded ends the run.
 """
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from queue import Empty, LifoQueue
 from typing import Any
 
 from raystill.base.errors import ConfigError, Problem, RunError
+from raystill.base.records import read_bounded
 from raystill.base.run_folder import resolve_input
 from raystill.base.user_function import Code, UserFunction
 from raystill.config.prompts import FunctionConfig
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 TIMED_OUT, FAILED = "timed out", "failed"
 MOST_WARNINGS = 20
+LARGEST_CODE = 1 << 20
+"""Bytes of a Python file that a filter names."""
 
 
 def read_functions(filters: FiltersConfig) -> dict[str, str]:
@@ -35,9 +39,12 @@ def read_functions(filters: FiltersConfig) -> dict[str, str]:
         if not function.is_file:
             continue
         try:
-            texts[function.path] = Path(resolve_input(function.place)).read_text("utf-8")
-            compile(texts[function.path], function.place, "exec")
-        except (OSError, ValueError, SyntaxError) as error:
+            code = read_bounded(Path(resolve_input(function.place)), LARGEST_CODE)
+            texts[function.path] = code.decode("utf-8")
+            with warnings.catch_warnings():  # Of the user's code, which nobody asked about here.
+                warnings.simplefilter("ignore")
+                compile(texts[function.path], function.place, "exec")
+        except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
             message = f"is {function.path!r}, which cannot be read ({error}); name a Python file"
             problems.append(Problem(where, message))
     if problems:
@@ -48,7 +55,8 @@ def read_functions(filters: FiltersConfig) -> dict[str, str]:
 def check_functions(filters: FiltersConfig, texts: Mapping[str, str]) -> Iterator[Problem]:
     """A problem for each function that cannot be imported, tried in a process of its own."""
     for where, function in _functions(filters):
-        with UserFunction(code_of(function, texts), function.timeout_s) as process:
+        code = code_of(function, texts)
+        with UserFunction(code, function.timeout_s, quiet=True) as process:
             if reason := process.load():
                 message = f"is {function.path!r}, which cannot be imported ({reason}); correct it"
                 yield Problem(where, message)

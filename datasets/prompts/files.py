@@ -33,6 +33,8 @@ FORMATS = {
     ".text": "text",
     ".parquet": "parquet",
 }
+LONGEST_LINE, LONGEST_TEXT = 32 << 20, 512 << 20
+"""Characters of one line, and of a file that is one JSON list."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 GLOB_SIGNS = frozenset("*?[")
 URI_SIGNS = "/%:@!$&'()*+,;=~[]"
@@ -100,6 +102,44 @@ def prompt_sources(prompts: PromptsConfig, columns: Sequence[str] = ()) -> list[
     ]
 
 
+class BoundedLines(io.TextIOWrapper):
+    """A text by lines, or whole, neither of which may be without end: they are held in memory.
+
+    Raises OSError for such a one, and for a file that stands in the place of the one that is meant.
+    """
+
+    _number = 0
+
+    def __next__(self) -> str:
+        line = self.readline(LONGEST_LINE + 1)
+        if not line:
+            raise StopIteration
+        self._number += 1
+        if len(line) > LONGEST_LINE:
+            raise OSError(f"line {self._number} has more than {LONGEST_LINE:,} characters")
+        if self._number == 1:
+            _require_itself(line)
+        return line
+
+    def read(self, size: int | None = -1, /) -> str:
+        """The whole text, or so many characters of it."""
+        if size is not None and size >= 0:
+            return super().read(size)
+        text = super().read(LONGEST_TEXT + 1)
+        if len(text) > LONGEST_TEXT:
+            raise OSError(f"it has more than {LONGEST_TEXT:,} characters; write it as JSONL")
+        _require_itself(text[:100])
+        return text
+
+
+def _require_itself(begin: str) -> None:
+    """OSError for the beginning of what is left where the file itself was not fetched."""
+    if begin.startswith("version https://git-lfs.github.com/spec/"):
+        raise OSError("it is a Git LFS pointer and not the file; run `git lfs pull` in its folder")
+    if begin.lstrip().lower().startswith("<!doctype html"):
+        raise OSError("it is a web page, an error or a log-in; fetch the file again")
+
+
 @dataclass(frozen=True)
 class PromptFile:
     """One file of prompts: its name for messages, its source, its format, and where it is.
@@ -122,7 +162,7 @@ class PromptFile:
         """Open it as UTF-8 text, decompressed if its name ends in .gz, .zst or .bz2."""
         compression = COMPRESSIONS.get(os.path.splitext(self.path)[1])
         stream = self.filesystem.open_input_stream(self.path, compression=compression)
-        return io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline)
+        return BoundedLines(stream, encoding="utf-8-sig", newline=newline)
 
 
 def find_files(source: PromptSource) -> tuple[list[PromptFile], list[Problem]]:

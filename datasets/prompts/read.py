@@ -322,10 +322,7 @@ def _json(file: PromptFile) -> Iterator[tuple[str, Any]]:
         return
     try:
         rows = json.loads(text)
-    except RecursionError as error:
-        yield file.name, BrokenRow(f"is not JSON ({_why_no_json(error)}); repair the file")
-        return
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if not isinstance(error, json.JSONDecodeError):
             yield file.name, BrokenRow(f"is not JSON ({_why_no_json(error)}); repair the file")
             return
@@ -357,6 +354,10 @@ def _csv(file: PromptFile) -> Iterator[tuple[str, Any]]:
                 yield f"{file.name}, line {begun}", BrokenRow(_why_no_csv(error))
                 return
             where = f"{file.name}, line {reader.line_num}"
+            named = [name for name in reader.fieldnames or () if name]
+            if begun == 1 and len(set(named)) < len(named):
+                yield file.name, BrokenRow("has two columns of one name; rename one of them")
+                return
             if None in row:
                 columns = len(reader.fieldnames or ())
                 yield (
@@ -394,7 +395,6 @@ def _parquet(file: PromptFile) -> Iterator[tuple[str, Any]]:
 
 
 READERS = {"jsonl": _jsonl, "json": _json, "csv": _csv, "text": _text, "parquet": _parquet}
-
 
 # The csv module's own limit, 128 KiB a field, is less than a long prompt may have.
 csv.field_size_limit(io.DEFAULT_BUFFER_SIZE * 4096)

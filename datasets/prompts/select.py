@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 SYSTEM_ROLES = ("system", "developer")
 UNBOUNDED = 2**31 - 1
+LONGEST_PROMPT = 4_000_000
+"""Characters of a prompt that is read at all: about a million tokens."""
 REASONS = ("", "empty", "too_long", "empty_response", "response_too_long")
 """Why prompts are left out, by number."""
 ROWS_AT_ONCE = 10_000
@@ -201,13 +203,30 @@ def _leave_out(usable: UsablePrompts, limits: tuple[int, int]) -> NDArray[np.boo
 def _encode(
     raws: Spool[RawPrompt], tokeniser: "PromptTokeniser", view: Callable[[RawPrompt], RawPrompt]
 ) -> TokenLists:
-    """Token ids of all prompts, as ``view`` shows them."""
-    lists, encoder = TokenLists(), tokeniser.encoder(len(raws))
+    """Token ids of all prompts, as ``view`` shows them. Raises ConfigError."""
+    lists, encoder, endless = TokenLists(), tokeniser.encoder(len(raws)), list[Problem]()
     for chunk in raws.chunks():
-        if encoded := encoder.encode([view(raw) for raw in chunk]):
+        viewed = [view(raw) for raw in chunk]
+        endless += [problem for raw in viewed if (problem := _why_endless(raw)) is not None]
+        if not endless and (encoded := encoder.encode(viewed)):
             lists.append(encoded)
+    if endless:
+        raise ConfigError(endless)
     encoder.finish()
     return lists
+
+
+def _why_endless(raw: RawPrompt) -> Problem | None:
+    """Why a prompt is not even tokenised, which would take from seconds to minutes."""
+    contents = [raw.text] if raw.messages is None else [m.get("content") for m in raw.messages]
+    length = sum(len(text) for text in contents if isinstance(text, str))
+    if length <= LONGEST_PROMPT:
+        return None
+    return Problem(
+        raw.where,
+        f"has {length:,} characters, and no context is so long; expected at most "
+        f"{LONGEST_PROMPT:,}: shorten or remove it",
+    )
 
 
 def _digests(prompts: TokenLists, responses: TokenLists | NoTokens | None = None) -> Digests:

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.base.personal import mask
 from raystill.base.redact import shown_value
+from raystill.base.user_function import tried, within
 from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.control import ControlGuard, Marked
 from raystill.datasets.prompts.progress import Meter, Progress
@@ -35,7 +36,17 @@ from raystill.model.tokenizer import (
     token_text,
 )
 
+RENDER_S, RENDER_BYTES = 5, 1 << 30
+"""Processor time and memory in which a chat template renders a prompt."""
+LONGEST_FRAME = 1_000_000
+"""Characters that a chat template may write beside ten times its messages'."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+REFUSALS = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    *(RecursionError, MemoryError),
+)
+"""What a chat template raises."""
 
 
 class TemplateRefusal(ValueError):
@@ -182,10 +193,14 @@ class PromptTokeniser:
             **self.prompts.chat_template_kwargs,
         }
         try:
-            return self._template.render(messages=messages, **variables)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, RecursionError) as error:
+            with within(RENDER_S):
+                text = self._template.render(messages=messages, **variables)
+        except REFUSALS as error:
             reason = mask(str(error)[:2000])  # A template may quote the messages.
             raise TemplateRefusal(f"the teacher's chat template refuses it: {reason}") from None
+        if len(text) > LONGEST_FRAME and len(text) > LONGEST_FRAME + 10 * len(str(messages)):
+            raise TemplateRefusal(f"the teacher's chat template makes {len(text):,} characters")
+        return text
 
     def _require_roles(self, messages: list[dict[str, Any]]) -> None:
         """Raise TemplateRefusal for a role that is neither usual nor named by the template.
@@ -244,7 +259,7 @@ class PromptTokeniser:
         self._template_text = source
         try:
             return template_environment(self._strftime_now).from_string(source)
-        except jinja2.TemplateError as error:
+        except (*REFUSALS, SyntaxError) as error:
             raise config_error(
                 str(self.folder),
                 f"its chat template is broken ({error}); repair it, or set "
@@ -302,6 +317,34 @@ class PromptEncoder:
         if problems := self._refused or self._unsettled:
             more = [Problem("prompts", f"{len(problems) - 5} more")] if len(problems) > 5 else []
             raise ConfigError(problems[:5] + more)
+
+
+def check_template(folder: Path, prompts: PromptsConfig) -> None:
+    """Raise ConfigError for a chat template that does not end, or needs memory without end.
+
+    Tried on a short prompt, before anything else is done with it.
+    """
+    settings = read_settings(folder)
+    source = chat_template(folder, settings) if prompts.chat_template else None
+    reason = "" if source is None else _why_endless(source)
+    if reason:
+        raise config_error(
+            str(folder),
+            f"its chat template {reason} for a prompt of few words; repair it, or set "
+            "prompts.chat_template: false",
+        )
+
+
+@lru_cache(maxsize=64)
+def _why_endless(source: str) -> str:
+    messages = [{"role": "user", "content": "2 + 2?"}]
+
+    def render() -> None:
+        template_environment(lambda form: form).from_string(source).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=True
+        )
+
+    return tried(render, RENDER_S, RENDER_BYTES)
 
 
 def template_environment(strftime_now: Callable[[str], str]) -> jinja2.Environment:

@@ -4,7 +4,7 @@ Shared by the live view, the report and `check`. ``None`` is shown as ``-``.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raystill.base.redact import redact
@@ -47,6 +47,12 @@ def size(num_bytes: float) -> str:
 def share(fraction: float | None) -> str:
     """Format a fraction as percent: ``43 %``."""
     return NOTHING if fraction is None else f"{100 * fraction:.0f} %"
+
+
+def some(names: Sequence[str], most: int = 10) -> str:
+    """Join names by commas; of many the first ones, and the number of the others."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def figure(number: float | None, digits: int = 3) -> str:

@@ -7,11 +7,17 @@ and ``upload`` writes that copy whole at each checkpoint.
 ``step`` is the number of finished optimizer steps: 1 in the first step's line, 0 in the evaluation
 of the untrained student. The file holds only steps that led to the current weights: after a
 restart ``discard_beyond`` moves the lines of later steps to ``<name>.discarded.jsonl``.
+
+Also here: what a value may be that is to be written so (`require_plain`), and files of others, read
+within bounds.
 """
 
+import contextlib
 import json
 import math
 import os
+import stat
+from datetime import date
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,6 +125,25 @@ def require_size(folder: Folder, name: str, most: int = LARGEST_OBJECT) -> None:
         raise BrokenFile(f"{where} has {size:,} bytes, expected at most {most:,}; {RESTORE}")
 
 
+def read_bounded(path: Path, most: int = LARGEST_OBJECT) -> bytes:
+    """Read a file of somebody's that is to be read whole.
+
+    Raises OSError for what is no file, which may never end (a pipe, ``/dev/zero``), and for a file
+    of more than ``most`` bytes.
+    """
+    with contextlib.ExitStack() as opened:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        opened.callback(os.close, descriptor)
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            kind = "folder" if stat.S_ISDIR(info.st_mode) else "device or pipe"
+            raise OSError(f"{path} is a {kind}, and no file")
+        if info.st_size > most:
+            raise OSError(f"{path} has {info.st_size:,} bytes, expected at most {most:,}")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(most + 1)
+
+
 def read_object(folder: Folder, name: str) -> dict[str, Any]:
     """Read a file that is one JSON object. Raises BrokenFile, also where there is no such file."""
     where = f"{folder.path}/{name}"
@@ -187,6 +212,46 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+LARGEST_INTEGER, LARGEST_NUMBER = 2**63 - 1, 1e18
+LARGEST_SETTING, SMALLEST_SETTING = 1e9, 1e-30
+"""Of a setting that is a number: beyond them float32 has no such number, or nobody means it."""
+
+
+def require_sized(value: float) -> None:
+    """ValueError for a finite number that is larger or smaller than any setting is meant to be."""
+    if math.isfinite(value) and value and not SMALLEST_SETTING <= abs(value) <= LARGEST_SETTING:
+        raise ValueError(
+            f"is {value:g}; expected 0 or a size from {SMALLEST_SETTING:g} to {LARGEST_SETTING:g}"
+        )
+
+
+def require_plain(value: Any) -> None:
+    """ValueError for a value that no setting has, however deep it lies in lists and mappings.
+
+    Numbers are finite and of a size that 64 bits and a person can tell; text has no NUL and no half
+    of a surrogate pair, which neither a file name nor UTF-8 can hold. Inside lists and mappings
+    there are only values that JSON has, as they go to services, engines and files.
+    """
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, set | frozenset) and one is not value:
+            raise ValueError("has a set, which is no value of JSON; expected a list")
+        elif isinstance(one, list | tuple | set | frozenset):
+            waiting += one
+        elif isinstance(one, float) and not abs(one) <= LARGEST_NUMBER:  # NaN is in no order.
+            raise ValueError(f"is {one:g}; expected a finite number up to {LARGEST_NUMBER:g}")
+        elif isinstance(one, int) and abs(one) > LARGEST_INTEGER:
+            raise ValueError("is an integer of more than 64 bits; expected a smaller one")
+        elif isinstance(one, str) and ("\0" in one or any("\ud800" <= c <= "\udfff" for c in one)):
+            raise ValueError("has a character that no text may have (NUL or half a surrogate pair)")
+        elif isinstance(one, date | bytes) and one is not value:
+            kind = "bytes" if isinstance(one, bytes) else f"the date {one}"
+            raise ValueError(f"has {kind}, which is no value of JSON; put it in quotes")
 
 
 def _step_of(line: str) -> float:

@@ -3,6 +3,9 @@
 An endless loop, an exit or a crash in it ends that process alone; the next call begins another.
 Nothing that it prints gets into the answers, which come back on a pipe of their own. Imports the
 standard library only, and so does the other process, which is this module run as a program.
+
+Code of others that is called here has its limits too: `within` so many seconds, and `tried` once in
+a copy of this process, where it may also need memory without end.
 """
 
 import contextlib
@@ -11,13 +14,15 @@ import importlib
 import json
 import math
 import os
+import resource
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
@@ -72,11 +77,60 @@ class Result:
     timed_out: bool = False
 
 
+class TookTooLong(ValueError):
+    """Code of others was still at work when its time was over."""
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise TookTooLong in what needs more processor time; in the main thread only, as signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TookTooLong(f"takes more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before or signal.SIG_DFL)
+
+
+def tried(work: Callable[[], object], seconds: int, num_bytes: int) -> str:
+    """Run ``work`` in a copy of this process; '' where it ends, whatever it raises, else why not.
+
+    For what one thread does with plain Python: the copy has no other threads of this process.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+            with open("/proc/self/statm") as file:
+                now = int(file.read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (now + num_bytes, now + num_bytes))
+            work()
+        except MemoryError:
+            os._exit(3)
+        except BaseException:  # This process meets it too, and says so.
+            os._exit(0)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status == 3:
+        return f"needs more than {num_bytes >> 20:,} MiB of memory"
+    return "" if status == 0 else f"takes more than {seconds} s"
+
+
 class UserFunction:
     """A function of the user, called elsewhere. A context, at whose end its process is gone."""
 
-    def __init__(self, code: Code, timeout_s: float) -> None:
+    def __init__(self, code: Code, timeout_s: float, quiet: bool = False) -> None:
+        """quiet: what it prints is not shown."""
         self._code = code
+        self._stderr = subprocess.DEVNULL if quiet else None
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = b""
@@ -94,6 +148,7 @@ class UserFunction:
             [sys.executable, "-m", "raystill.base.user_function"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._stderr,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
             start_new_session=True,  # Whatever it starts ends with it.
         )
@@ -185,7 +240,11 @@ def attempt(work: Callable[[], Any]) -> Any:
     try:
         return work()
     except BaseException as error:
-        said = " ".join(f"{type(error).__name__}: {error}"[:LONGEST_READ].split())
+        try:
+            text = str(error)
+        except Exception:
+            text = "an error that has no text"
+        said = " ".join(f"{type(error).__name__}: {text}"[:LONGEST_READ].split())
         return Result(error=mask(said)[:LONGEST_ERROR])  # It may quote the row.
 
 

@@ -8,6 +8,7 @@ import math
 import re
 from datetime import date
 from typing import Annotated, Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from raystill.base.records import require_plain, require_sized
 from raystill.base.redact import SECRETS, is_secret_name
 
 Kind = Literal["identity", "operational"]
@@ -37,6 +39,12 @@ class ConfigModel(BaseModel):
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and not _takes_bool(annotation):
             raise ValueError(f"is {str(value).lower()}; expected no yes or no here")
+        if isinstance(value, list | tuple) and not _takes_bool(annotation, inside=True):
+            for one in value:
+                if isinstance(one, bool):
+                    raise ValueError(f"has {str(one).lower()}; expected no yes or no in it")
+        if isinstance(value, int | float) and _takes(float, annotation):
+            require_sized(value)
         # A section looks at its own values, and names them; of a number that is not finite pydantic
         # says what was expected.
         section = isinstance(value, dict | list | tuple) and inner_model(annotation) is not None
@@ -59,30 +67,6 @@ def operational(default: Any = ..., **kwargs: Any) -> Any:
     return Field(default, json_schema_extra={"kind": "operational"}, **kwargs)
 
 
-LARGEST_INTEGER, LARGEST_NUMBER = 2**63 - 1, 1e18
-
-
-def require_plain(value: Any) -> None:
-    """ValueError for a value that no setting has, however deep it lies in lists and mappings.
-
-    Numbers are finite and of a size that 64 bits and a person can tell; text has no NUL and no half
-    of a surrogate pair, which neither a file name nor UTF-8 can hold.
-    """
-    waiting = [value]
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, dict):
-            waiting += [*one, *one.values()]
-        elif isinstance(one, list | tuple | set | frozenset):
-            waiting += one
-        elif isinstance(one, float) and not abs(one) <= LARGEST_NUMBER:  # NaN is in no order.
-            raise ValueError(f"is {one:g}; expected a finite number up to {LARGEST_NUMBER:g}")
-        elif isinstance(one, int) and abs(one) > LARGEST_INTEGER:
-            raise ValueError("is an integer of more than 64 bits; expected a smaller one")
-        elif isinstance(one, str) and ("\0" in one or any("\ud800" <= c <= "\udfff" for c in one)):
-            raise ValueError("has a character that no text may have (NUL or half a surrogate pair)")
-
-
 def inner_model(annotation: Any) -> type[BaseModel] | None:
     """The section that a value of this type may be, or be a list of; None where it is neither."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -97,12 +81,19 @@ def maps_sections(annotation: Any) -> bool:
     return any(maps_sections(part) for part in get_args(annotation))
 
 
-def _takes_bool(annotation: Any) -> bool:
-    """Whether true and false are values of a type."""
-    if annotation in (bool, Any):
+def _takes_bool(annotation: Any, inside: bool = False) -> bool:
+    """Whether true and false are values of a type; or ``inside`` of its lists and mappings."""
+    if _takes(bool, annotation) or _takes(Any, annotation):
+        return True
+    return inside and any(_takes_bool(part, inside) for part in get_args(annotation))
+
+
+def _takes(kind: Any, annotation: Any) -> bool:
+    """Whether values of a kind are values of a type, itself and not in its lists and mappings."""
+    if annotation is kind:
         return True
     parts = () if get_origin(annotation) in (dict, list, tuple) else get_args(annotation)
-    return any(_takes_bool(part) for part in parts)
+    return any(_takes(kind, part) for part in parts)
 
 
 def day_of(value: Any) -> str | None:
@@ -201,17 +192,31 @@ class BatchConfig(ConfigModel):
     gather_s: float = operational(
         30.0,
         gt=0,
+        le=86_400,
         description="Seconds without a new row after which a batch is submitted that is not full.",
     )
     poll_s: float = operational(
-        60.0, gt=0, description="Seconds between two looks at a batch that is not done."
+        60.0,
+        ge=0.01,
+        le=86_400,
+        description="Seconds between two looks at a batch that is not done.",
     )
     window: str = operational(
-        "24h", description="Time that the service is given for a batch, by its own name."
+        "24h",
+        pattern="^[0-9A-Za-z]{1,20}$",
+        description="Time that the service is given for a batch, by its own name.",
     )
 
 
-SET_BY_IDS = frozenset(
+SET_FOR_IT = frozenset(
+    {
+        *("model", "messages", "n", "stream", "temperature", "top_p", "max_tokens"),
+        *("max_completion_tokens", "logprobs", "top_logprobs"),
+    }
+)
+"""Fields of a request in words that the run file sets elsewhere, or that would make its answer
+another: several of them, or a stream."""
+SET_BY_IDS = SET_FOR_IT | frozenset(
     {
         *("best_of", "echo", "logprob_token_ids", "logit_bias", "max_tokens", "min_tokens", "n"),
         *("prompt", "prompt_logprobs", "stop", "stream", "suffix", "truncate_prompt_tokens"),
@@ -220,6 +225,23 @@ SET_BY_IDS = frozenset(
     }
 )
 """Fields of a request by ids that are set for it, or would make its answer another."""
+
+
+LONGEST_URL = 2000
+_HOST = re.compile(r"[\w.-]*\w[\w.-]*|[0-9a-fA-F:.]*:[0-9a-fA-F:.]*")
+"""A name (in any alphabet) or an address."""
+
+
+def is_service(url: str) -> bool:
+    """Whether it is http(s)://host[:port]/path with a host and a port that there may be."""
+    if not (re.fullmatch(r"https?://[^\s@?#\\]+", url) and url.isprintable()):
+        return False
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:  # Brackets that hold no address, a port that is no number or too high.
+        return False
+    return len(url) <= LONGEST_URL and port != 0 and _HOST.fullmatch(host) is not None
 
 
 class ApiConfig(ConfigModel):
@@ -300,10 +322,20 @@ class ApiConfig(ConfigModel):
     @field_validator("base_url")
     @classmethod
     def _is_a_url(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"https?://[^\s@?#]+", value):
+        if value is not None and not is_service(value):
             raise ValueError(
                 "is not the plain URL of a service; expected http(s)://host[:port]/path without "
                 "name, password or query; keys belong into the variable that api_key_env names"
+            )
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _is_a_name(cls, value: str | None) -> str | None:
+        if value is not None and not (value.strip() and value.isprintable()):
+            raise ValueError(
+                f"is {value!r}, which is blank or has characters that cannot be printed; set it to "
+                "the name that the service gives its model"
             )
         return value
 
@@ -319,12 +351,14 @@ class ApiConfig(ConfigModel):
         return value
 
     @model_validator(mode="after")
-    def _ids_are_asked_plainly(self) -> "ApiConfig":
-        wrong = sorted(set(self.extra_body) & SET_BY_IDS) if self.ids else []
+    def _is_asked_plainly(self) -> "ApiConfig":
+        wrong = sorted(set(self.extra_body) & (SET_BY_IDS if self.ids else SET_FOR_IT))
         if wrong:
+            by_ids = "would change what comes back by ids"
             raise ValueError(
-                f"extra_body sets {', '.join(wrong)}, which would change what comes back by ids; "
-                "leave it out"
+                f"extra_body sets {', '.join(wrong)}, which "
+                f"{by_ids if self.ids else 'the run sets itself, or would change the answer'}; "
+                "leave it out, and set teacher.api.model or teacher.sampling instead"
             )
         return self
 

@@ -185,7 +185,7 @@ class PolicySamplingConfig(ConfigModel):
     """How the student samples its answers. The stop ids are the teacher's."""
 
     temperature: float = identity(
-        1.0, ge=0, description="Softmax temperature of sampling; 0 is greedy decoding."
+        1.0, ge=0, le=100, description="Softmax temperature of sampling; 0 is greedy decoding."
     )
     top_p: float = identity(
         1.0,

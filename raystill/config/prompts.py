@@ -264,6 +264,13 @@ class PromptsConfig(ConfigModel):
     def _from_list(cls, section: Any) -> Any:
         return spell_out_prompts(section)
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _leaves_the_prompt(cls, variables: dict[str, Any]) -> dict[str, Any]:
+        if wrong := sorted({"messages", "add_generation_prompt"} & variables.keys()):
+            raise ValueError(f"sets {', '.join(wrong)}, which are the prompt's; leave them out")
+        return variables
+
     @field_validator("template_date", mode="before")
     @classmethod
     def _is_a_day(cls, value: Any) -> Any:

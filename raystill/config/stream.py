@@ -1,9 +1,9 @@
 """Configuration of the signal, the stream of rows and the filters."""
 
 from collections import Counter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raystill.config.base import ConfigModel, PositiveInt, identity, operational, why_no_pattern
 from raystill.config.prompts import FunctionConfig, PersonalFilterConfig, Phrase
@@ -82,6 +82,8 @@ class LengthConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _leaves_some(self) -> "LengthConfig":
+        if self.max_tokens is None and self.min_tokens == 0:
+            raise ValueError("rejects no answer; set min_tokens or max_tokens")
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise ValueError(
                 f"has max_tokens ({self.max_tokens}) below min_tokens ({self.min_tokens}), which "
@@ -137,7 +139,7 @@ class RegexConfig(ConfigModel):
 class RefusalConfig(ConfigModel):
     """Rejects answers that refuse, by phrases near their beginning."""
 
-    phrases: tuple[Phrase, ...] = identity(
+    phrases: tuple[Annotated[str, Field(pattern=r"\S")], ...] = identity(
         REFUSALS,
         min_length=1,
         description="Phrases that mark a refusal. Upper and lower case and the form of the "

@@ -347,7 +347,7 @@ class PermissionConfig(ConfigModel):
         description="Id of the reading that the letter answers, as check prints it."
     )
     reason: str = operational(
-        min_length=1, description="What it allows, in a sentence; kept in the manifest."
+        pattern=r"\S", description="What it allows, in a sentence; kept in the manifest."
     )
 
 

@@ -29,6 +29,7 @@ class SamplingConfig(ConfigModel):
     temperature: float | None = identity(
         None,
         ge=0,
+        le=100,
         description="Softmax temperature of sampling; 0 is greedy decoding. Default: the model's "
         "generation_config.json, else 1.",
     )
