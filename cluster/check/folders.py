@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from raystill.base.errors import ConfigError, Problem
+from raystill.base.records import number
 from raystill.base.redact import shown_value
 from raystill.model.files import CONTEXT_KEYS, ModelFolder, read_object
 from raystill.model.head import EMBEDDINGS, read_header
@@ -34,6 +35,8 @@ DTYPES = re.compile(
     r"(?:torch\.)?(?:float(?:16|32|64|8_\w+|4_\w+)?|bfloat16|half|double|u?int\d{1,2}|auto)"
 )
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+MOST_LONGER = 10_000
+"""Times a model's context is made longer by its rotary embeddings."""
 MAPPINGS = ("text_config", "rope_scaling", "rope_parameters", "auto_map")
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 NO_DECODERS = (
@@ -169,6 +172,9 @@ def _wrong_kinds(config: dict[str, Any]) -> Iterator[str]:
         kind = value.get("rope_type", value.get("type")) if isinstance(value, dict) else None
         if kind is not None and not (isinstance(kind, str) and knows_rope(kind) is not False):
             yield f"{name} has the rope_type {shown_value(kind, 80)}, which nobody here knows"
+        factor = value.get("factor") if isinstance(value, dict) else None
+        if factor is not None and not 0 < (number(factor) or 0) <= MOST_LONGER:
+            yield f"{name} has the factor {shown_value(factor, 80)}, expected 0 to {MOST_LONGER:,}"
     kinds, layers = config.get("layer_types"), config.get("num_hidden_layers")
     if kinds is not None and not (isinstance(kinds, list) and all(type(k) is str for k in kinds)):
         yield f"layer_types is {shown_value(kinds, 80)}, expected a list of texts"

@@ -21,7 +21,7 @@ import numpy as np
 from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.base.personal import mask
 from raystill.base.redact import shown_value
-from raystill.base.user_function import tried, within
+from raystill.base.user_function import TookTooLong, tried, within
 from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.control import ControlGuard, Marked
 from raystill.datasets.prompts.progress import Meter, Progress
@@ -36,7 +36,7 @@ from raystill.model.tokenizer import (
     token_text,
 )
 
-RENDER_S, RENDER_BYTES = 5, 1 << 30
+RENDER_S, RENDER_BYTES = 2, 256 << 20
 """Processor time and memory in which a chat template renders a prompt."""
 LONGEST_FRAME = 1_000_000
 """Characters that a chat template may write beside ten times its messages'."""
@@ -46,7 +46,6 @@ REFUSALS = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
     *(RecursionError, MemoryError),
 )
-"""What a chat template raises."""
 
 
 class TemplateRefusal(ValueError):
@@ -195,6 +194,8 @@ class PromptTokeniser:
         try:
             with within(RENDER_S):
                 text = self._template.render(messages=messages, **variables)
+        except TookTooLong as error:
+            raise TemplateRefusal(f"the teacher's chat template {error} for it") from error
         except REFUSALS as error:
             reason = mask(str(error)[:2000])  # A template may quote the messages.
             raise TemplateRefusal(f"the teacher's chat template refuses it: {reason}") from None
@@ -289,6 +290,8 @@ class PromptEncoder:
                     text, with_marks = made._rendered(raw)
                 except TemplateRefusal as error:
                     self._refused.append(Problem(raw.where, str(error)))
+                    if isinstance(error.__cause__, TookTooLong):
+                        self.finish()  # Each of the others would take as long.
                     continue
                 if with_marks is not None:
                     marked[len(texts)] = with_marks
@@ -338,11 +341,12 @@ def check_template(folder: Path, prompts: PromptsConfig) -> None:
 @lru_cache(maxsize=64)
 def _why_endless(source: str) -> str:
     messages = [{"role": "user", "content": "2 + 2?"}]
+    asked = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
 
     def render() -> None:
-        template_environment(lambda form: form).from_string(source).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=True
-        )
+        template = template_environment(lambda form: form).from_string(source)
+        if len(template.render(asked)) > 2 * LONGEST_FRAME:
+            raise MemoryError
 
     return tried(render, RENDER_S, RENDER_BYTES)
 

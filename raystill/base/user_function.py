@@ -103,6 +103,8 @@ def within(seconds: float) -> Iterator[None]:
 def tried(work: Callable[[], object], seconds: int, num_bytes: int) -> str:
     """Run ``work`` in a copy of this process; '' where it ends, whatever it raises, else why not.
 
+    A MemoryError that it raises itself, for what it would not hold, counts as one of too little.
+
     For what one thread does with plain Python: the copy has no other threads of this process.
     """
     pid = os.fork()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raystill.base.errors import RunError, config_error
+from raystill.base.records import number, read_bounded
 from raystill.base.run_folder import resolve_input
 
 SMALL_FILES = (
@@ -25,6 +26,8 @@ SMALL_FILES = (
     "chat_template.json",
     "model.safetensors.index.json",  # `check` counts parameters by it, without the weights.
 )
+LARGEST_FILE = 256 << 20
+"""Bytes of a file of settings or of a tokenizer: five times as many as known ones have."""
 ALL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.py")
 HUB_WAIT_S = 20.0
 """Longest time that ``check`` waits for the Hub; a run waits as long as a download takes."""
@@ -79,8 +82,9 @@ class ModelFolder:
         longest = int(min(limits))
         scaling = self.config.get("rope_scaling") or self.config.get("rope_parameters") or {}
         if scaling.get("rope_type", scaling.get("type")) == "yarn":
-            original = scaling.get("original_max_position_embeddings", longest)
-            longest = max(longest, int(original * scaling.get("factor", 1)))
+            original = number(scaling.get("original_max_position_embeddings")) or longest
+            factor = number(scaling.get("factor")) or 1
+            longest = max(longest, int(original * factor))
         return longest
 
     @property
@@ -166,9 +170,7 @@ def read_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
     model's settings leniently, because the tokenizer, which reads strictly, reports the folder.
     """
     try:
-        if path.exists() and not path.is_file():  # A pipe would wait for ever.
-            raise ValueError("it is no file")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bounded(path, LARGEST_FILE).decode("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:

@@ -17,8 +17,9 @@ from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 
+from raystill.base.records import read_bounded
 from raystill.config.teacher import TeacherConfig
-from raystill.model.files import read_object
+from raystill.model.files import LARGEST_FILE, read_object
 
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 OTHER_FILES = (
@@ -64,7 +65,7 @@ def identity_of_teacher(teacher: TeacherConfig, folder: str | PathLike[str]) -> 
             asked.append("ids")
         if api.top_logprobs is not None:  # Answers without a signal cannot be given one later.
             asked.append("top_logprobs")
-        vocabulary = (Path(folder) / "tokenizer.json").read_bytes()
+        vocabulary = read_bounded(Path(folder) / "tokenizer.json", LARGEST_FILE)
         asked.append(hashlib.sha256(vocabulary).hexdigest())
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
     return teacher_identity(folder, own_code=teacher.trust_remote_code)

@@ -11,8 +11,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from raystill.base.records import read_bounded
 from raystill.config.teacher import TeacherConfig
-from raystill.model.files import read_object
+from raystill.model.files import LARGEST_FILE, read_object
 from raystill.model.tokenizer import token_text
 
 
@@ -102,7 +103,7 @@ def _tokenizer_eos(folder: Path) -> list[int]:
         return []
     path = folder / "tokenizer.json"
     try:
-        content = path.read_bytes() if path.is_file() else b""
+        content = read_bounded(path, LARGEST_FILE)
     except OSError:
         content = b""  # read_object says what is wrong.
     index = _index_of(path, hashlib.sha256(content).digest(), token)

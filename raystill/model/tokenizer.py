@@ -21,7 +21,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from raystill.base.errors import config_error
-from raystill.model.files import read_object
+from raystill.base.records import read_bounded
+from raystill.model.files import LARGEST_FILE, read_object
 
 SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 TOKEN_FLAGS = ("lstrip", "rstrip", "normalized", "single_word")
@@ -34,6 +35,8 @@ PRIVATE = (0xF0000, 0x100000)
 """Where the two planes begin whose characters Unicode leaves to private agreement."""
 PLANE = 0xFFFE
 NAME_CHARACTERS = 8
+LARGEST_TEMPLATE = 1 << 20
+"""Bytes of a chat template; the longest known has 20 KB."""
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -87,7 +90,10 @@ def shared_tokenizer(folder: Path, settings: dict[str, Any]) -> SharedTokenizer:
     teacher's.
     """
     path = folder / "tokenizer.json"
-    content = path.read_bytes() if path.is_file() else b""  # load_tokenizer says what is wrong.
+    try:
+        content = read_bounded(path, LARGEST_FILE)
+    except OSError:
+        content = b""  # load_tokenizer says what is wrong.
     key = (hashlib.sha256(content).hexdigest(), json.dumps(settings, sort_keys=True, default=repr))
     if key not in _shared:
         found = SharedTokenizer(load_tokenizer(folder, settings))
@@ -111,6 +117,7 @@ def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
             "(AutoTokenizer.from_pretrained(...).save_pretrained(folder))",
         )
     try:
+        read_bounded(path, LARGEST_FILE)
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # The tokenizers library raises plain Exception.
         raise config_error(str(path), f"is not a tokenizer ({error}); save it again") from None
@@ -154,8 +161,12 @@ def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     Looked for as ``transformers`` does: ``chat_template.jinja``, ``tokenizer_config.json``, then
     ``chat_template.json``. Of several named templates the one called ``default`` is taken.
     """
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "chat_template.jinja"
+    if path.exists() and not path.is_dir():
+        try:
+            return read_bounded(path, LARGEST_TEMPLATE).decode("utf-8")
+        except (OSError, ValueError) as error:
+            raise config_error(str(path), f"cannot be read ({error}); save it again") from None
     template = settings.get("chat_template")
     if template is None:
         template = read_object(folder / "chat_template.json", strict=True).get("chat_template")
@@ -167,6 +178,9 @@ def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     if template is not None and not isinstance(template, str):
         kind = type(template).__name__
         raise config_error(str(folder), f"has a chat template that is a {kind}, expected a text")
+    if template is not None and len(template) > LARGEST_TEMPLATE:
+        message = f"has a chat template of {len(template):,} characters, expected at most "
+        raise config_error(str(folder), f"{message}{LARGEST_TEMPLATE:,}; save it again")
     return template
 
 

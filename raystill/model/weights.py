@@ -7,9 +7,12 @@ that it does not know (new quantisations), and does not say what the file is ins
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
+
+from raystill.base.records import read_bounded
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
@@ -82,12 +85,15 @@ def weight_problems(folder: Path, *, fetched: bool = True) -> Iterator[tuple[Pat
     if not index.is_file() or (folder / "model.safetensors").exists():
         return
     try:
-        value = json.loads(index.read_bytes())
+        value = json.loads(read_bounded(index))
     except (OSError, ValueError, RecursionError):
         value = None
     weight_map = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
         yield index, f"has no weight_map from tensors to files; {FETCH}"
+        return
+    if outside := sorted(name for name in set(weight_map.values()) if not _is_shard(name)):
+        yield index, f"names {outside[0][:80]!r}, which is no *.safetensors beside it; {FETCH}"
         return
     for name in sorted(set(weight_map.values())):
         if fetched and not (folder / name).exists():
@@ -117,14 +123,19 @@ def size_of(folder: Path) -> dict[str, int | None]:
     return {"parameters": numbers if plain else None, "bytes": held}
 
 
+def _is_shard(name: str) -> bool:
+    """Whether it names a file beside the index, and none elsewhere."""
+    return len(name) <= 255 and re.fullmatch(r"[^/\0]+\.safetensors", name) is not None
+
+
 def _files_of(folder: Path) -> list[Path]:
     """The weight files that are loaded: those of the index, one whole file, or all."""
     whole, index = folder / "model.safetensors", folder / INDEX
     if whole.exists():
         return [whole]
     try:
-        names = json.loads(index.read_bytes())["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
+        names = json.loads(read_bounded(index))["weight_map"].values()
+        return [folder / name for name in sorted(set(names)) if _is_shard(name)]
     except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
         return sorted(folder.glob("*.safetensors"))
 
