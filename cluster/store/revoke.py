@@ -5,7 +5,6 @@ A licence that changes, or a letter that is withdrawn, is answered by this. What
 not undone; it is named, by the manifests and lineage files of the runs beside the store.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,22 +12,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import yaml
 
 from raystill.base import formatting
 from raystill.base.console import open_named, print_lines
 from raystill.base.errors import ConfigError, RunError
+from raystill.base.records import read_object, require_size
 from raystill.base.redact import redact
 from raystill.base.run_folder import CONFIG, MANIFEST, STUDENT, SUMMARY, RunFolder, split_query
 from raystill.cluster.commands.as_json import print_json
 from raystill.cluster.commands.store import opened_store, refused_json, status, tell
 from raystill.cluster.lineage.graph import BrokenLineage, read_lineage
-from raystill.config.load import parse_yaml
+from raystill.config.load import LARGEST_FILE, parse_yaml
 from raystill.datasets.store.catalogue import Catalogue
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.upkeep import prune
 from raystill.serve.batch.journal import BatchJournal, Plan
 
 SHORTEST_PREFIX = 4
+WRONG = (OSError, ValueError, RecursionError, yaml.YAMLError)
 DIRECTLY, BY_ANOTHER = "taught by it", "taught by a student of it"
 
 
@@ -135,14 +137,15 @@ def batches_of(store: TeacherStore, catalogue: Catalogue, found: Found) -> list[
 def _submitter(run: RunFolder, found: Found) -> str | None:
     """Identity of the teacher that works in batches in a run; None where it is not known."""
     try:
-        manifest = json.loads(run.read_bytes(MANIFEST))
+        manifest = read_object(run, MANIFEST)
         several = _entries(manifest, "teachers")
         if not several:
             return str(manifest["teacher_identity"])
+        require_size(run, CONFIG, LARGEST_FILE)
         teachers = parse_yaml(run.read_text(CONFIG))["teachers"]
         (name,) = (n for n, one in teachers.items() if (one.get("api") or {}).get("batch"))
         return str(several[name]["identity"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ConfigError) as error:
+    except (*WRONG, LookupError, TypeError, AttributeError, ConfigError) as error:
         found.unread.setdefault(run.path, str(error).partition("\n")[0])
         return None
 
@@ -181,9 +184,7 @@ def _run_folders(folder: RunFolder, found: Found) -> Iterator[RunFolder]:
 
 def _how(run: RunFolder, found: Found) -> str | None:
     """How a run's student learned from the teacher; None if it did not. Raises ValueError."""
-    manifest = json.loads(run.read_bytes(MANIFEST))
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{MANIFEST} is no object")
+    manifest = read_object(run, MANIFEST)
     several = _entries(manifest, "teachers")
     taught = [manifest.get("teacher_identity"), *(one.get("identity") for one in several.values())]
     if str(manifest.get("run_id")) in found.runs or found.identity in taught:

@@ -110,7 +110,7 @@ class BoundedLines(io.TextIOWrapper):
 
     _number = 0
 
-    def __next__(self) -> str:
+    def __next__(self) -> str:  # type: ignore[override]
         line = self.readline(LONGEST_LINE + 1)
         if not line:
             raise StopIteration

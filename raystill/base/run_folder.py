@@ -88,6 +88,7 @@ def named_file(file: str, teacher: str) -> str:
     return f"{stem}-{teacher}{dot}{ending}" if teacher else file
 
 
+LARGEST_TEXT = 4 << 30
 NO_FILES = (stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFSOCK)
 URI_QUERY = re.compile(r"\?\w+=[^?*]*$")  # A "?" of a glob is not followed by name=value.
 
@@ -193,6 +194,8 @@ class RunFolder:
 
     def read_text(self, name: str) -> str:
         """The file's text."""
+        if self.local is not None and (self.local / name).stat().st_size > LARGEST_TEXT:
+            raise OSError(f"{self.join(name)} has more than {LARGEST_TEXT:,} bytes")
         return self.read_bytes(name).decode("utf-8")
 
     def open_input(self, name: str) -> pa.NativeFile:

@@ -43,13 +43,18 @@ class ConfigModel(BaseModel):
             for one in value:
                 if isinstance(one, bool):
                     raise ValueError(f"has {str(one).lower()}; expected no yes or no in it")
-        if isinstance(value, int | float) and _takes(float, annotation):
-            require_sized(value)
         # A section looks at its own values, and names them; of a number that is not finite pydantic
         # says what was expected.
         section = isinstance(value, dict | list | tuple) and inner_model(annotation) is not None
         if not section and not (isinstance(value, float) and not math.isfinite(value)):
             require_plain(value)
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _is_sized(cls, value: Any) -> Any:
+        if isinstance(value, float):  # After the bounds of its own, which say more.
+            require_sized(value)
         return value
 
     def __setstate__(self, state: dict[Any, Any]) -> None:

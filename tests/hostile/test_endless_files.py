@@ -214,3 +214,29 @@ def test_prompts_without_end(bases: Bases, monkeypatch: pytest.MonkeyPatch, form
 
 def test_the_longest_prompt_is_longer_than_any_context() -> None:
     assert select.LONGEST_PROMPT >= 4_000_000 < files.LONGEST_LINE
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json", "status.json", "summary.json"])
+@pytest.mark.parametrize("words", [("report", "run"), ("check", "--static", "sound.yaml")])
+def test_a_file_of_a_run_that_has_no_end(bases: Bases, name: str, words: tuple[str, ...]) -> None:
+    def change(place: Path) -> None:
+        (place / "run" / name).unlink(missing_ok=True)
+        (place / "run" / name).touch()
+        os.truncate(place / "run" / name, 300 << 30)
+
+    told(bases, Case(words, {}, "run"), change)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"\xff", "pipe", 300 << 30], ids=str)
+def test_revoke_names_a_run_that_it_cannot_read(bases: Bases, content: bytes | str | int) -> None:
+    def change(place: Path) -> None:
+        (place / "runs/a").mkdir(parents=True)
+        if isinstance(content, int):
+            (place / "runs/a/manifest.json").touch()
+            os.truncate(place / "runs/a/manifest.json", content)
+        else:
+            write(place, {"runs/a/manifest.json": content})
+
+    words = ("revoke", "store", "--teacher", "abab", "--runs", "runs", "--dry-run")
+    status, text = told(bases, Case(words, {}, "store"), change)
+    assert status in (0, 1) and "runs/a" in text
