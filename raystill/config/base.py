@@ -39,13 +39,15 @@ class ConfigModel(BaseModel):
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and not _takes_bool(annotation):
             raise ValueError(f"is {str(value).lower()}; expected no yes or no here")
-        if isinstance(value, list | tuple) and not _takes_bool(annotation, inside=True):
-            for one in value:
-                if isinstance(one, bool):
-                    raise ValueError(f"has {str(one).lower()}; expected no yes or no in it")
         # A section looks at its own values, and names them; of a number that is not finite pydantic
         # says what was expected.
         section = isinstance(value, dict | list | tuple) and inner_model(annotation) is not None
+        inside = value if isinstance(value, list | tuple) else ()
+        inside = value.values() if isinstance(value, dict) and not section else inside
+        if any(isinstance(one, bool) for one in inside) and not _takes_bool(
+            annotation, inside=True
+        ):
+            raise ValueError("has true or false in it; expected no yes or no there")
         if not section and not (isinstance(value, float) and not math.isfinite(value)):
             require_plain(value)
         return value

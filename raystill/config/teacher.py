@@ -333,6 +333,14 @@ class JudgeConfig(ConfigModel):
                 f"verdicts are {', '.join(map(repr, self.verdicts))}; expected single words that "
                 "differ in more than upper and lower case"
             )
+        least, most = min(self.verdicts.values()), max(self.verdicts.values())
+        if least == most:
+            raise ValueError(f"verdicts all have the score {most:g}, which tells nothing apart")
+        if self.min_score > most:
+            raise ValueError(
+                f"min_score ({self.min_score:g}) is above every verdict (at most {most:g}), which "
+                "rejects every answer; lower it"
+            )
         return self
 
 

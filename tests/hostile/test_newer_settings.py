@@ -114,6 +114,8 @@ def on_numbers() -> Iterator[Row]:
     for name in ("messages", "add_generation_prompt"):
         kwargs = {"chat_template_kwargs": {name: "x"}}
         yield of_section("prompts", f"kwargs {name}", f"sets {name}", **kwargs)
+    resources = {"gpu": True}
+    yield of_section("teacher", "yes", "expected no yes", resources_per_replica=resources)
     teacher = {"model": str(TEACHER)}
     yield "teachers: empty name", 2, "names a teacher ''", {"teachers": {"": teacher}}, {}
     yield "teachers: none", 2, "teachers: is empty", {"teachers": {}}, {}
@@ -127,6 +129,22 @@ def on_filters() -> Iterator[Row]:
     yield of_rules("a blank phrase", 2, "phrases", {"refusal": {"phrases": [" "]}})
     many = [{"name": f"rule{i}", "finished": True} for i in range(500)]
     yield of_rules("500", 0, "and 490 more", *many)
+
+
+def on_judges() -> Iterator[Row]:
+    judges: dict[str, tuple[str, dict[str, Any]]] = {
+        "equal scores": ("tells nothing apart", {"verdicts": {"a": 1, "b": 1}}),
+        "yes for a score": ("expected no yes or no", {"verdicts": {"a": True, "b": 0}}),
+        "a bound above all": ("rejects every answer", {"min_score": 7}),
+    }
+    for name, (word, settings) in judges.items():
+        judge = {"teacher": "b", "rubric": "Is it good?", **settings}
+        source = {"name": "s", "path": "prompts.jsonl", "teacher": "a"}
+        teachers = {one: {"model": str(TEACHER)} for one in "ab"}
+        prompts = {"path": None, "sources": [source]}
+        rules = {"rules": [{"judge": judge}]}
+        changed = {"teachers": teachers, "prompts": prompts, "filters": rules}
+        yield f"judge: {name}", 2, word, changed, {}
 
 
 CODE: dict[str, tuple[bytes | str, str]] = {
@@ -172,7 +190,7 @@ def on_letters() -> Iterator[Row]:
     yield "letter: of no rule", 0, "changes nothing", changed, {"letter": b"yes"}
 
 
-ROWS = [*on_services(), *on_numbers(), *on_filters(), *on_functions(), *on_letters()]
+ROWS = [*on_services(), *on_numbers(), *on_filters(), *on_judges(), *on_functions(), *on_letters()]
 
 
 def judged(bases: Bases, case: Case, environment: dict[str, str] | None = None) -> str:
