@@ -82,8 +82,6 @@ class LengthConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _leaves_some(self) -> "LengthConfig":
-        if self.max_tokens is None and self.min_tokens == 0:
-            raise ValueError("rejects no answer; set min_tokens or max_tokens")
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise ValueError(
                 f"has max_tokens ({self.max_tokens}) below min_tokens ({self.min_tokens}), which "

@@ -125,7 +125,6 @@ def on_filters() -> Iterator[Row]:
     def of_rules(name: str, status: int, word: str, *rules: dict[str, Any]) -> Row:
         return f"filter: {name}", status, word, {"filters": {"rules": list(rules)}}, {}
 
-    yield of_rules("no bounds", 2, "rejects no answer", {"length": {}})
     yield of_rules("a blank phrase", 2, "phrases", {"refusal": {"phrases": [" "]}})
     many = [{"name": f"rule{i}", "finished": True} for i in range(500)]
     yield of_rules("500", 0, "and 490 more", *many)
