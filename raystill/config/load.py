@@ -161,13 +161,16 @@ def apply_override(data: dict[str, Any], override: str) -> list[Problem]:
         # Without the value: what stands in it under a secret's name only YAML could tell.
         return [Problem(f"--set {key}", f"the value is not valid YAML: {_reason(error)}")]
     names = key.split(".")
+    if len(names) > DEEPEST:
+        return [Problem("--set", f"has a key of {len(names):,} levels; expected at most {DEEPEST}")]
     section: Any = data
     for depth, name in enumerate(names):
         above = ".".join(names[:depth])
-        if isinstance(section, list) and not (name.isdecimal() and int(name) < len(section)):
+        number = int(name) if name.isdecimal() and len(name) < 10 else LARGEST_FILE
+        if isinstance(section, list) and number >= len(section):
             message = f"{above} has {len(section)} entries, numbered from 0, and no {name!r}"
             return [Problem(f"--set {override}", f"{message}; set one of these, or {above} whole")]
-        place = int(name) if isinstance(section, list) else name
+        place = number if isinstance(section, list) else name
         if depth == len(names) - 1:
             section[place] = value
             break

@@ -173,6 +173,8 @@ def test_a_value_is_shown_and_never_sent(
         ('store.path="a\\0b"', "NUL"),
         ("training.epochs.deeper=1", "expected an integer"),
         ("=1", "expected a dotted key"),
+        (".".join("a" * 50_000) + "=1", "50,000 levels"),
+        (f"student.layers.{'9' * 5000}=1", "student.layers has 1 entries"),
         ("a..b=1", "expected a dotted key"),
         ("training.epochs=[", "not valid YAML"),
         ("training.epochs", "expected a dotted key and a value"),
