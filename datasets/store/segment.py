@@ -41,8 +41,10 @@ OWN_NAME = re.compile(r"(\.removed-[0-9a-f]{16}-)?[0-9a-f]{32}\.parquet(\.aside)
 COMPRESSION = "zstd"
 COMPRESSION_LEVEL = 1
 CHECKSUM_BYTES = 8
-READ_WHOLE_BYTES = 64 << 10
-"""Size up to which a file is read in one piece. Arrow reads so much to find its metadata."""
+READ_WHOLE_BYTES = 128 << 10
+"""Size up to which a file is read in one piece. Arrow reads half of it to find its metadata."""
+THREADS_BYTES = 1 << 20
+"""Size from which the columns of a group are decoded by several threads. Those cost time to start."""
 
 READ_ERRORS = (
     pa.ArrowException,
@@ -207,9 +209,9 @@ class SegmentFile:
             self._source = WatchedSource(source)
         except OSError as error:
             raise UnreadableSegment(name, _reason(error)) from error
-        self._small = self._source.size <= READ_WHOLE_BYTES
         try:
-            data = pa.BufferReader(self._source.read_buffer()) if self._small else self._source
+            small = self._source.size <= READ_WHOLE_BYTES
+            data = pa.BufferReader(self._source.read_buffer()) if small else self._source
             self._file = pq.ParquetFile(data, page_checksum_verification=True)
             metadata = self._file.metadata
             described = metadata.metadata or {}
@@ -225,8 +227,10 @@ class SegmentFile:
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         """These columns of one group, whose checksums are verified."""
         try:
-            rows = self._file.read_row_group(group, list(columns), use_threads=not self._small)
-            rows = rows.combine_chunks()
+            size = self._file.metadata.row_group(group).total_byte_size
+            rows = self._file.read_row_group(
+                group, list(columns), use_threads=size > THREADS_BYTES
+            ).combine_chunks()
             written = self.footer.groups[group]
             wrong = [n for n in columns if checksum(rows[n]) != written.checksums[n]]
             if wrong or len(rows) != written.rows:

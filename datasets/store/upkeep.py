@@ -48,7 +48,7 @@ from raystill.datasets.store.segment import (
 from raystill.datasets.store.store import SEGMENTS, Progress, TeacherStore
 from raystill.datasets.store.values import impossible_rows
 
-COMPACT_ROWS = 256
+COMPACT_ROWS = 192
 """Largest number of rows of a merged segment. A segment that is larger already is left as it is.
 A reader of one group opens the segment, which takes as long as there are groups in it."""
 
