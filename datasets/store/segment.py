@@ -44,7 +44,7 @@ CHECKSUM_BYTES = 8
 READ_WHOLE_BYTES = 128 << 10
 """Size up to which a file is read in one piece. Arrow reads half of it to find its metadata."""
 THREADS_BYTES = 1 << 20
-"""Size from which the columns of a group are decoded by several threads. Those cost time to start."""
+"""Size from which several threads decode the columns of a group. Those cost time to start."""
 
 READ_ERRORS = (
     pa.ArrowException,
@@ -227,10 +227,9 @@ class SegmentFile:
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         """These columns of one group, whose checksums are verified."""
         try:
-            size = self._file.metadata.row_group(group).total_byte_size
-            rows = self._file.read_row_group(
-                group, list(columns), use_threads=size > THREADS_BYTES
-            ).combine_chunks()
+            large = self._file.metadata.row_group(group).total_byte_size > THREADS_BYTES
+            rows = self._file.read_row_group(group, list(columns), use_threads=large)
+            rows = rows.combine_chunks()
             written = self.footer.groups[group]
             wrong = [n for n in columns if checksum(rows[n]) != written.checksums[n]]
             if wrong or len(rows) != written.rows:
@@ -316,11 +315,8 @@ def _footer(metadata: dict[bytes, bytes], name: str) -> Footer:
 
 
 def _is_as_written(text: bytes, written: Any, footer: dict[str, Any]) -> bool:
-    """Whether a footer has the checksum that its text says; ``footer``: the text without it.
-
-    ``encode`` writes the text that it has hashed, and the checksum into it. So mostly it need not
-    be made again, which takes longer than parsing it.
-    """
+    """Whether a footer has the checksum that its text says; ``footer``: the text without it."""
+    # `encode` has hashed this very text. Making it again takes longer than parsing it.
     hashed = text.replace(f'"footer_checksum": {json.dumps(written)}, '.encode(), b"", 1)
     return written == _hash(hashed) or written == _footer_checksum(footer)
 
