@@ -54,8 +54,8 @@ class Start:
 
         teacher = self.teacher.on_this_node("all")
         seed, folder = self.config.section_seeds()["student"], self.folder
-        choose = None if folder is None else (lambda _: recorded_shape(folder))
-        model = build_student(self.config, teacher, seed, choose)
+        known = None if folder is None else recorded_shape(folder)
+        model = build_student(self.config, teacher, seed, known=known)
         sampling = resolve_sampling(self.config.teacher, teacher)
         settings = ExportSettings(self.config.training.export_dtype, teacher, sampling)
         with tempfile.TemporaryDirectory(prefix="raystill-start-") as place:

@@ -107,6 +107,14 @@ def student_of(family: str) -> StudentModule:
 
 def model_of(family: str) -> Any:
     """Three of the family's four layers, untrained."""
+    model = teacher_of(family)
+    keep_layers(model, LAYERS)
+    freeze_unreached(model)
+    return model
+
+
+def teacher_of(family: str) -> Any:
+    """All four layers of a family."""
     torch.manual_seed(0)
     name, _, more = family.partition(", ")
     if more == "with a vision tower":
@@ -119,8 +127,6 @@ def model_of(family: str) -> Any:
     else:
         config = getattr(transformers, f"{name}Config")(**(COMMON | FAMILIES[family]))
         model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
-    keep_layers(model, LAYERS)
-    freeze_unreached(model)
     return model
 
 

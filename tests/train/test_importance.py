@@ -24,7 +24,7 @@ from raystill.train.start.importance import (
 from raystill.train.start.shape import Shape
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.build import build_student
-from raystill.train.worker.shape import float32_on_cpu, run_shape
+from raystill.train.worker.shape import float32_on_cpu, known_shape, run_shape
 from tests.support.runs import run_of
 
 NUM_LAYERS, IDLE = 6, (1, 4)
@@ -153,6 +153,10 @@ def test_a_run_chooses_once_and_keeps_the_same_layers_at_every_start(
     again = build()
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name])
+    known = known_shape(run, Ranks())
+    later = build_student(config, str(place), 0, known=known)  # Of the kept layers alone.
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, later.state_dict()[name])
     if refit:
         folder.delete("refit.safetensors")
         with pytest.raises(RunError, match=r"refit.safetensors is not the file that layers.json"):

@@ -32,7 +32,7 @@ from raystill.train.start.shape import choose_shape
 from raystill.train.start.width import Widths, choose_widths, narrow
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.build import build_student
-from raystill.train.worker.shape import run_shape
+from raystill.train.worker.shape import known_shape, run_shape
 from tests.support.runs import run_of
 
 SIZES: dict[str, Any] = {
@@ -195,10 +195,11 @@ def test_a_run_cuts_layers_and_widths_and_keeps_them_at_every_start(tmp_path: Pa
         build_student(config, str(place), 0, lambda m: run_shape(run, str(place), Ranks(), cpu, m))
         for _ in range(2)
     ]
+    students.append(build_student(config, str(place), 0, known=known_shape(run, Ranks())))
     found: Any = students[0].config
     assert (found.num_hidden_layers, found.hidden_size, found.intermediate_size) == (2, 24, 16)
     for name, tensor in students[0].state_dict().items():
-        assert torch.equal(tensor, students[1].state_dict()[name])
+        assert all(torch.equal(tensor, one.state_dict()[name]) for one in students[1:])
 
 
 def test_all_layers_are_kept_where_only_a_width_is_named() -> None:

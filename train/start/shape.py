@@ -39,7 +39,12 @@ class Shape:
     def cut(self, teacher: nn.Module) -> nn.Module:
         """The student of this shape. ``teacher``, whole, is changed, and must not be used again."""
         keep_layers(teacher, self.layers)
-        model = teacher if self.widths is None else narrow(teacher, self.widths)
+        return self.finish(teacher)
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """The student, from a model that has these layers alone, which must not be used again."""
+        if self.widths is not None:
+            model = narrow(model, self.widths)
         for number, weight in self.fitted.items():
             projection_of(model, number).weight.data.copy_(weight)
         return model

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from raystill.config.run import RunConfig
+from raystill.train.start.read import read_layers
 from raystill.train.start.shape import Shape
 
 DTYPES = {
@@ -32,40 +33,61 @@ def build_student(
     teacher_folder: str,
     seed: int,
     choose: Callable[[nn.Module], Shape] | None = None,
+    known: Shape | None = None,
 ) -> nn.Module:
     """The untrained student on the CPU, in the dtype it is trained in; the same on every rank.
 
     With ``student.lora`` it is in the dtype of its files, and has no adapters yet (`lora.attach`).
 
     teacher_folder: on this node. seed: for weights that the source model does not have. choose:
-    what to keep of the whole teacher, where the run file leaves it to the run. Raises ValueError
-    where a layer that the teacher does not have is to be kept, or a width that it cannot have.
+    what to keep of the whole teacher, where the run file leaves it to the run; known: what it has
+    chosen before. Raises ValueError where a layer that the teacher does not have is to be kept, or
+    a width that it cannot have.
     """
     student = config.student
+    own_code = student.trust_remote_code
     torch.manual_seed(seed)
-    from_teacher = student.init == "from_teacher"
-    source = teacher_folder if from_teacher else student.model
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        revision=None if from_teacher else student.revision,
-        dtype="auto",
-        use_safetensors=True,  # Nothing is unpickled.
-        trust_remote_code=student.trust_remote_code
-        or (from_teacher and config.teacher.trust_remote_code),
-    )
-    if from_teacher:
-        num_layers = model.config.get_text_config().num_hidden_layers
-        if student.chosen_by_run:
-            assert choose is not None, "the run file leaves the choice to whoever builds"
-            shape = choose(model)
-        else:
-            shape = Shape(student.kept_layers(num_layers))
-        model = shape.cut(model)
+    if student.init == "from_teacher":
+        own_code = own_code or config.teacher.trust_remote_code
+        model = _from_teacher(config, teacher_folder, own_code, choose, known)
+    else:
+        model = _read_whole(student.model, own_code, student.revision)
     if student.lora is None:
         model.to(DTYPES[config.training.weights_dtype])
     model.config.use_cache = False  # Training reads each sequence once.
     freeze_unreached(model)
     return model
+
+
+def _from_teacher(
+    config: RunConfig,
+    folder: str,
+    own_code: bool,
+    choose: Callable[[nn.Module], Shape] | None,
+    known: Shape | None,
+) -> Any:
+    """What the student keeps of the teacher: read alone where it is known before."""
+    student = config.student
+    if known is None and student.chosen_by_run:
+        assert choose is not None, "the run file leaves the choice to whoever builds"
+        teacher = _read_whole(folder, own_code)
+        return choose(teacher).cut(teacher)
+    if known is None:
+        told: Any = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
+        known = Shape(student.kept_layers(told.get_text_config().num_hidden_layers))
+    if not own_code and (model := read_layers(folder, known.layers)) is not None:
+        return known.finish(model)
+    return known.cut(_read_whole(folder, own_code))
+
+
+def _read_whole(source: str | None, own_code: bool, revision: str | None = None) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        source,
+        revision=revision,
+        dtype="auto",
+        use_safetensors=True,  # Nothing is unpickled.
+        trust_remote_code=own_code,
+    )
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,14 @@ def run_shape(
     return recorded_shape(run.folder)
 
 
+def known_shape(run: Run, ranks: Ranks) -> Shape | None:
+    """What an earlier start has chosen; None where there is none, or no choice. Collective."""
+    if not run.config.student.chosen_by_run:
+        return None
+    recorded = ranks.from_first(run.folder.exists(LAYERS) if ranks.first else None)
+    return recorded_shape(run.folder) if recorded else None
+
+
 def base_of(student: StudentConfig, teacher: ModelSource, teacher_folder: str) -> Base:
     """The model that the student's adapters belong to, by a name that others can load it by.
 

@@ -41,7 +41,7 @@ from raystill.train.student.module import StudentModule, parallel_module
 from raystill.train.student.sharding import place_student
 from raystill.train.worker.process import report_final_errors, settle_process
 from raystill.train.worker.progress import Progress
-from raystill.train.worker.shape import base_of, run_shape
+from raystill.train.worker.shape import base_of, known_shape, run_shape
 
 if TYPE_CHECKING:
     from raystill.train.worker.policy import PolicyPublisher
@@ -283,7 +283,8 @@ class Worker:
         """The untrained student on the host; ranks: those that read it."""
         choose = partial(run_shape, self.run, self.teacher_folder, ranks, self.device)
         seed = self.config.section_seeds()["student"]
-        return build.build_student(self.config, self.teacher_folder, seed, choose)
+        known = known_shape(self.run, ranks)
+        return build.build_student(self.config, self.teacher_folder, seed, choose, known)
 
     def _policy_publisher(self, student: LocalStudent) -> "PolicyPublisher | None":
         """Where the student writes rows: what gives its sampler new weights."""
