@@ -113,31 +113,11 @@ def check_memory(
         return [], []
     if not training.gpus_per_worker and training.accelerator_type is None:
         return [], []
-    kept = None
-    if config.student.init == "from_teacher":
-        kept = config.student.kept_layers(student.num_layers or 0)
-    sizes = student.config
-    files = sorted({file for file in stored_tensors(student.path).values() if file.exists()})
-    headers = [read_header(file) for file in files]
-    shapes = [(name, entry["shape"]) for header in headers for name, entry in header.items()]
-    if config.student.narrowed and (narrow := _narrowed(config.student, student.config)):
-        whole, few = narrow
-        shapes = [(name, whole.reshaped(name, shape, few)) for name, shape in shapes]
-        sizes = {**sizes, **few.config()}
-    decoder = memory.Decoder.of(sizes)
-    if decoder is None or not shapes or student.vocab_size is None:
+    if (found := student_sizes(config, student)) is None:
         return [], []
-    parts = memory.Parts.of(shapes, student.vocab_size * decoder.hidden, kept)
-    if (lora := config.student.lora) is not None:
-        trained = trained_numbers(student, lora, kept)
-        stored = {str(entry["dtype"]) for header in headers for entry in header.values()}
-        base = 2 if stored <= {"BF16", "F16"} else 4
-        if lora.base_dtype != "auto":
-            base = memory.WIDTHS[lora.base_dtype]
-        parts = replace(parts, adapters=memory.Adapters(trained or 0, base))
+    parts, decoder = found
     workers = training.min_workers
-    row = tables.longest_prompt_tokens + config.max_response_tokens
-    tokens = max(training.tokens_per_micro_batch, row)
+    tokens = pass_tokens(config, tables)
     needed = memory.need(training, parts, decoder, workers=workers, tokens=tokens)
     told = f"a student worker needs about {memory.describe(needed)} for passes of {tokens:,} tokens"
     kind = training.accelerator_type
@@ -153,6 +133,41 @@ def check_memory(
     remedy = "; or ".join([text for text in (*others, fits) if text]) or "a smaller student"
     problem = f"{told}, but {kind} has {has / 1e9:.0f} GB; possible: {remedy}"
     return [Problem("training", problem)], []
+
+
+def pass_tokens(config: RunConfig, tables: PromptTables) -> int:
+    """Tokens of the largest forward pass."""
+    row = tables.longest_prompt_tokens + config.max_response_tokens
+    return max(config.training.tokens_per_micro_batch, row)
+
+
+def student_sizes(
+    config: RunConfig, student: ModelFolder
+) -> tuple[memory.Parts, memory.Decoder] | None:
+    """Of the student, by the headers of its files; None where they are not here or do not say."""
+    kept = None
+    if config.student.init == "from_teacher":
+        kept = config.student.kept_layers(student.num_layers or 0)
+    sizes = student.config
+    files = sorted({file for file in stored_tensors(student.path).values() if file.exists()})
+    headers = [read_header(file) for file in files]
+    shapes = [(name, entry["shape"]) for header in headers for name, entry in header.items()]
+    if config.student.narrowed and (narrow := _narrowed(config.student, student.config)):
+        whole, few = narrow
+        shapes = [(name, whole.reshaped(name, shape, few)) for name, shape in shapes]
+        sizes = {**sizes, **few.config()}
+    decoder = memory.Decoder.of(sizes)
+    if decoder is None or not shapes or student.vocab_size is None:
+        return None
+    parts = memory.Parts.of(shapes, student.vocab_size * decoder.hidden, kept)
+    if (lora := config.student.lora) is not None:
+        trained = trained_numbers(student, lora, kept)
+        stored = {str(entry["dtype"]) for header in headers for entry in header.values()}
+        base = 2 if stored <= {"BF16", "F16"} else 4
+        if lora.base_dtype != "auto":
+            base = memory.WIDTHS[lora.base_dtype]
+        parts = replace(parts, adapters=memory.Adapters(trained or 0, base))
+    return parts, decoder
 
 
 def _narrowed(student: StudentConfig, teacher: Mapping[str, Any]) -> tuple[Sizes, Sizes] | None:

@@ -21,16 +21,23 @@ from ray.exceptions import RayTaskError
 from raystill.base.errors import ConfigError, Problem, RunError
 from raystill.base.formatting import plural
 from raystill.base.run_folder import CALIBRATION, STUDENT, RunFolder, resolve_input
-from raystill.cluster.check.models import check_teacher, check_tokenizers
+from raystill.cluster.check.models import (
+    check_teacher,
+    check_tokenizers,
+    pass_tokens,
+    student_sizes,
+)
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.check.static import Checked
 from raystill.config.run import RunConfig, absolute_paths
 from raystill.datasets.lookup.view import StoreView
+from raystill.datasets.prompts.tables import PromptTables
 from raystill.datasets.rows.signal import Signal, hidden_size
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream.answers import answer_prompts
-from raystill.model.files import find_model
+from raystill.model.files import ModelFolder, find_model
 from raystill.model.on_node import ModelSource
+from raystill.placement import memory
 from raystill.placement.requests import student_resources
 from raystill.run import Run
 from raystill.serve.deploy import TeacherApp
@@ -94,6 +101,32 @@ def unfit(config: RunConfig, prepared: Prepared, student: str | None) -> list[Pr
         mismatches = check_tokenizers(prepared.teacher, found.model)
         problems += [Problem("--student", problem.message) for problem in mismatches]
     return problems
+
+
+def calibration_memory(
+    config: RunConfig, student: ModelFolder, tables: PromptTables
+) -> tuple[list[Problem], str | None]:
+    """What comparing signals needs in its one process, and has there; None: not known."""
+    if (sizes := student_sizes(config, student)) is None:
+        return [], None
+    training, tokens = config.training, pass_tokens(config, tables)
+    kind, share = training.accelerator_type, training.gpus_per_worker
+    on_gpu = share != 0 and (bool(share) or kind is not None)
+    needed = memory.calibration_need(*sizes, tokens, on_gpu)
+    where = memory.describe(needed, "on its GPU" if on_gpu else "of memory")
+    told = f"comparing signals takes about {where} in one process, for passes of {tokens:,} tokens"
+    has = memory.GPU_BYTES.get(kind or "") if on_gpu else None
+    if has is None:
+        return [], told
+    has *= min(1.0, share or 1.0)
+    if needed.device <= has:
+        return [], f"{told}; {kind} has {has / 1e9:.0f} GB"
+    row = tables.longest_prompt_tokens + config.max_response_tokens
+    least = memory.calibration_need(*sizes, row).device
+    remedy = "calibrate a smaller student of the same kind, or name a GPU with more memory"
+    if least <= has:
+        remedy = f"set training.tokens_per_micro_batch={row} ({least / 1e9:.1f} GB)"
+    return [Problem("training", f"{told}, but {kind} has {has / 1e9:.0f} GB; {remedy}")], None
 
 
 def calibrate(
@@ -246,8 +279,14 @@ def calibrate_command(
     from raystill.cluster.job import run
 
     options = replace(options, student=trained_student(folder, options.student))
-    if problems := unfit(config, prepared, options.student):
+    problems, told = unfit(config, prepared, options.student), None
+    if prepared.student is not None:
+        too_large, told = calibration_memory(config, prepared.student, prepared.tables)
+        problems += too_large
+    if problems:
         raise ConfigError(problems)
+    if told is not None:
+        say(told)
     written = RunFolder(output or folder.join(CALIBRATION)).ensure()
     prepared.fetch_models()
     with run.connected(config, written):

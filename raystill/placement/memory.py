@@ -181,6 +181,29 @@ def need(
     return Need(weights, gradients, optimizer, gathered, activations, loss, host, reserve)
 
 
+def calibration_need(parts: Parts, decoder: Decoder, tokens: int, on_gpu: bool = True) -> Need:
+    """What `calibrate` needs for forward passes of ``tokens`` tokens: one process, in float32.
+
+    Two gradients are held at a time. On a GPU the one that all others are compared with waits in
+    host memory. The teacher's head counts as large as the student's.
+    """
+    gradients = parts.total * 4.0
+    layer = decoder.activation_bytes(4, 4)
+    activations = tokens * (layer * len(parts.layers) + 8.0 * decoder.hidden)
+    loss = _loss_bytes(parts, decoder, 4, 4, tokens, on_gpu) + 4.0 * parts.head
+    used = parts.total * 4.0 + gradients * (1 if on_gpu else 2) + activations + loss
+    return Need(
+        weights=parts.total * 4.0,
+        gradients=gradients * (1 if on_gpu else 2),
+        optimizer=0.0,
+        gathered=0.0,
+        activations=activations,
+        loss=loss,
+        host=gradients if on_gpu else 0.0,
+        reserve=RESERVE + used * UNUSED if on_gpu else 0.0,
+    )
+
+
 def longest_pass(
     training: TrainingConfig,
     parts: Parts,
@@ -244,7 +267,7 @@ def remedies(
     return list(found.values())
 
 
-def describe(needed: Need) -> str:
+def describe(needed: Need, where: str = "on its GPU") -> str:
     """The parts of a need in words, in GB."""
     parts = {
         "weights": needed.weights,
@@ -257,7 +280,7 @@ def describe(needed: Need) -> str:
     }
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
     host = f"; {needed.host / 1e9:.1f} GB of host memory" if needed.host else ""
-    return f"{needed.device / 1e9:.1f} GB on its GPU ({listed}){host}"
+    return f"{needed.device / 1e9:.1f} GB {where} ({listed}){host}"
 
 
 def _gathered_bytes(parts: Parts, b: int, c: int) -> float:

@@ -1,4 +1,4 @@
-"""`check` says what a student worker needs on its GPU, and refuses what does not fit."""
+"""`check` and `calibrate` say what they need on a GPU, and refuse what does not fit."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from raystill.cluster.check.models import check_memory
+from raystill.cluster.commands.calibrate import calibration_memory
 from raystill.config.run import RunConfig
 from raystill.model.files import ModelFolder
 
@@ -45,10 +46,8 @@ def folder(tmp_path: Path) -> ModelFolder:
     return ModelFolder("eight", tmp_path)
 
 
-def said(
-    folder: ModelFolder, longest: int = 500, student: dict[str, Any] | None = None, **training: Any
-) -> tuple[list[str], list[str]]:
-    config = RunConfig.model_validate(
+def config_of(student: dict[str, Any] | None, training: dict[str, Any]) -> RunConfig:
+    return RunConfig.model_validate(
         {
             "teacher": {"model": "t", "sampling": {"max_tokens": 512}},
             "student": student or {"init": "model", "model": "m"},
@@ -56,8 +55,13 @@ def said(
             "training": training,
         }
     )
+
+
+def said(
+    folder: ModelFolder, longest: int = 500, student: dict[str, Any] | None = None, **training: Any
+) -> tuple[list[str], list[str]]:
     tables: Any = SimpleNamespace(longest_prompt_tokens=longest)
-    problems, notices = check_memory(config, folder, tables)
+    problems, notices = check_memory(config_of(student, training), folder, tables)
     return [str(problem) for problem in problems], notices
 
 
@@ -122,3 +126,31 @@ def test_an_unknown_gpu_is_told_of_and_no_gpu_is_not(folder: ModelFolder) -> Non
 def test_a_folder_without_its_weights_says_nothing(folder: ModelFolder) -> None:
     (folder.path / "model.safetensors").unlink()
     assert said(folder, accelerator_type="H100") == ([], [])
+
+
+def compared(
+    folder: ModelFolder, longest: int = 500, student: dict[str, Any] | None = None, **training: Any
+) -> tuple[list[str], str | None]:
+    tables: Any = SimpleNamespace(longest_prompt_tokens=longest)
+    config = config_of(student, training)
+    problems, told = calibration_memory(config, folder, tables)
+    return [str(problem) for problem in problems], told
+
+
+def test_a_calibration_says_beforehand_what_it_needs_and_has(folder: ModelFolder) -> None:
+    settings: dict[str, Any] = {"accelerator_type": "H200", "tokens_per_micro_batch": 4096}
+    problems, told = compared(folder, **settings)
+    # 8.03B in float32, a gradient, and another one in host memory.
+    assert not problems and told is not None
+    assert "weights 32.1, gradients 32.1, activations" in told and "32.1 GB of host" in told
+    assert told.endswith("for passes of 4,096 tokens; H200 has 141 GB")
+    (problem,), _ = compared(folder, **settings | {"accelerator_type": "H100"})
+    assert problem.endswith("or name a GPU with more memory")
+    kept: dict[str, Any] = {"init": "from_teacher", "layers": list(range(20))}
+    (problem,), _ = compared(folder, student=kept, **settings | {"accelerator_type": "H100"})
+    assert "but H100 has 80 GB; set training.tokens_per_micro_batch=1012 (" in problem
+    settings = {"accelerator_type": "H100", "tokens_per_micro_batch": 1012}
+    problems, _ = compared(folder, student=kept, **settings)
+    assert not problems, "the remedy helps"
+    _, told = compared(folder)
+    assert told is not None and "gradients 64.2" in told and "GB of memory (" in told

@@ -172,18 +172,20 @@ def compare_parameters(
     """Return the cosine of every signal at the student's parameters, head included.
 
     Runs one forward and backward pass over the positions for each signal. Beside the parameters
-    only the full gradient and that of one signal exist at a time.
+    only the full gradient and that of one signal exist at a time, and on a GPU the full one is in
+    host memory, from where one parameter's part after the other is fetched.
     """
     (full,) = (signal for signal in positions.partitions if signal.kind == HIDDEN)
-    reference = gradient_of(module, positions, full, objective, teacher)
+    reference = [g.to("cpu") for g in gradient_of(module, positions, full, objective, teacher)]
+    module.zero_grad(set_to_none=True)  # Else they would still be on the device.
     cosines: dict[Signal, float | None] = {}
     for signal in positions.partitions:
         sums = CosineSums()
-        gradient = reference
+        gradient: Sequence[Tensor] = reference
         if signal is not full:
             gradient = gradient_of(module, positions, signal, objective, teacher)
         for part, full_part in zip(gradient, reference, strict=True):
-            sums.add(part, full_part)
+            sums.add(part, full_part.to(part.device))
         cosines[signal] = sums.cosine
     module.zero_grad(set_to_none=True)
     return cosines
