@@ -6,6 +6,7 @@ An `identity` field decides what a run computes: an existing run folder refuses 
 
 import math
 import re
+from collections.abc import Iterable
 from datetime import date
 from typing import Annotated, Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
@@ -42,8 +43,9 @@ class ConfigModel(BaseModel):
         # A section looks at its own values, and names them; of a number that is not finite pydantic
         # says what was expected.
         section = isinstance(value, dict | list | tuple) and inner_model(annotation) is not None
-        inside = value if isinstance(value, list | tuple) else ()
-        inside = value.values() if isinstance(value, dict) and not section else inside
+        inside: Iterable[Any] = value if isinstance(value, list | tuple) else ()
+        if isinstance(value, dict) and not section:
+            inside = value.values()
         if any(isinstance(one, bool) for one in inside) and not _takes_bool(
             annotation, inside=True
         ):

@@ -168,8 +168,9 @@ def apply_override(data: dict[str, Any], override: str) -> list[Problem]:
         above = ".".join(names[:depth])
         number = int(name) if name.isdecimal() and len(name) < 10 else LARGEST_FILE
         if isinstance(section, list) and number >= len(section):
-            message = f"{above} has {len(section)} entries, numbered from 0, and no {name!r}"
-            return [Problem(f"--set {override}", f"{message}; set one of these, or {above} whole")]
+            there = f"{len(section)} entries, numbered from 0, and no {shown(name, 40)!r}"
+            message = f"{above} has {there}; set one of these, or {above} whole"
+            return [Problem(f"--set {shown(override, 100)}", message)]
         place = number if isinstance(section, list) else name
         if depth == len(names) - 1:
             section[place] = value
