@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +49,13 @@ class Service(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Served(Protocol):
+    """What has a URL to be asked at."""
+
+    @property
+    def url(self) -> str: ...
 
 
 class Handler(JsonHandler):
@@ -117,9 +124,10 @@ def scripted_service(patch: pytest.MonkeyPatch) -> Iterator[Service]:
 
 
 def teacher_of(url: str, **api: Any) -> TeacherConfig:
+    limit_s = api.pop("request_timeout_s", 2.0)
     section = {"base_url": url, "model": "large", "api_key_env": "SERVICE_API_KEY", **api}
     return TeacherConfig.model_validate(
-        {"model": str(TEACHER), "engine": "api", "api": section, "request_timeout_s": 2.0}
+        {"model": str(TEACHER), "engine": "api", "api": section, "request_timeout_s": limit_s}
     )
 
 
@@ -141,7 +149,7 @@ SAMPLING = ResolvedSampling(0.7, 0.9, 0, 0.0, max_tokens=32, stop_token_ids=(STO
 class Asked:
     """An engine over some questions, its counters, and its run folder."""
 
-    def __init__(self, folder: Path, service: Service, questions: list[str], **api: Any) -> None:
+    def __init__(self, folder: Path, service: Served, questions: list[str], **api: Any) -> None:
         self.folder = RunFolder(str(folder)).ensure()
         self.prompts = [np.array([7, i + 1], np.int32) for i in range(len(questions))]
         chats = [json.dumps([{"role": "user", "content": q}]) for q in questions]
