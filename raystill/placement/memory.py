@@ -2,6 +2,7 @@
 
 `check` prints the table. A student of two layers of an 8B model, sharded over 8 workers and run on
 tensors without data, took 14.2 GB at its worst moment beside its weights; the table says 13.8.
+Shards and activations of all layers are held to it by ``tests/train/test_memory_counted.py``.
 
 Legend: P parameters, N workers that share a copy, D hidden size, F width of a layer's neurons, q
 and k widths of all query and key heads, T tokens of one forward pass, V vocabulary. Sizes in bytes.
