@@ -1,98 +1,55 @@
 """A whole run whose teacher is a real OpenAI-compatible server, behind a proxy that injects faults.
 
-The server is vLLM's own, with the tiny teacher. The proxy counts what was answered and what it
-costs; the run must have paid for each answer once, stop at its budget, and go on from there.
+The server is vLLM's own, with the tiny teacher, and the run file the shipped one. The proxy counts
+what was answered and what it costs; the run must have paid for each answer once, stop at its
+budget, and go on from there. By token ids and in words the server must say what the engine in
+process says.
 """
 
 import asyncio
 import json
 import pickle
+import re
 import subprocess
 import sys
-import threading
-import urllib.error
-import urllib.request
+from collections import Counter
 from collections.abc import Iterator
-from http.server import ThreadingHTTPServer
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from tokenizers import Tokenizer
 
 from raystill.base.errors import RunError
-from raystill.base.run_folder import RunFolder
+from raystill.base.run_folder import MESSAGES, RunFolder
+from raystill.config.prompts import PromptsConfig
 from raystill.config.run import RunConfig
+from raystill.datasets.prompts.read import RawPrompt
+from raystill.datasets.prompts.tokenise import PromptTokeniser
 from raystill.datasets.rows.answers import Answer
+from raystill.datasets.rows.keys import prompt_digest
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.store import TeacherStore
 from raystill.model.sampling import resolve_sampling
 from raystill.serve.services import api_engine
 from tests.support.end_to_end import ROOT, TEACHER, RunFiles, drive
-from tests.support.json_service import JsonHandler, serving
+from tests.support.faulty_proxy import FAULTS, Proxy
+from tests.support.json_service import serving
 from tests.support.vllm_server import MAX_LOGPROBS, MAX_MODEL_LEN, vllm_server
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults]
 
 KEY = "planted-service-key-31d9be02"
-PRICES = {"input": 1.0, "output": 4.0}
-NUM_ROWS, NUM_HELD_OUT = 32, 8
-
-
-class Proxy(ThreadingHTTPServer):
-    """Passes requests on, except that every few of them fail in a way of their own."""
-
-    faults = ("too many", None, "error", None, "cut before", None, "torn", None, None)
-
-    def __init__(self, upstream: str) -> None:
-        super().__init__(("127.0.0.1", 0), Passing)
-        self.upstream = upstream
-        self.lock = threading.Lock()
-        self.number = 0
-        self.answered: dict[str, int] = {}
-        self.cost = 0.0
-
-
-class Passing(JsonHandler):
-    server: Proxy
-
-    def do_POST(self) -> None:
-        body = self.body()
-        assert self.headers["Authorization"] == f"Bearer {KEY}"
-        with self.server.lock:
-            fault = self.server.faults[self.server.number % len(self.server.faults)]
-            self.server.number += 1
-        if fault == "too many":
-            self.send(429, b'{"error": {"message": "slow down"}}', {"Retry-After": "0.5"})
-            return
-        if fault == "error":
-            self.send(500, b'{"error": {"message": "oh"}}')
-            return
-        if fault == "cut before":
-            self.hang_up()
-            return
-        request = urllib.request.Request(
-            self.server.upstream + self.path, body, {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                data = answer.read()
-        except urllib.error.HTTPError as error:
-            self.send(error.code, error.read())
-            return
-        if fault == "torn":
-            self.send(200, data[: len(data) // 3])  # Not charged for: it gives the wrong length.
-            return
-        usage = json.loads(data)["usage"]
-        question = json.dumps(json.loads(body)["messages"])
-        with self.server.lock:
-            self.server.answered[question] = self.server.answered.get(question, 0) + 1
-            spent = usage["prompt_tokens"] * PRICES["input"]
-            spent += usage["completion_tokens"] * PRICES["output"]
-            self.server.cost += spent / 1e6
-        self.send(200, data)
+RUN_FILE = ROOT / "configs" / "api.yaml"
+TIME_LIMIT_S = 20
+SMALL_BUDGET = 0.0015
+NAMES = ("train", "held_out")
 
 
 @pytest.fixture(scope="module")
@@ -103,52 +60,56 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def proxy(server_url: str) -> Iterator[Proxy]:
-    with serving(Proxy(server_url)) as server:
+    prices = yaml.safe_load(RUN_FILE.read_text())["teacher"]["api"]["prices"]
+    with serving(Proxy(server_url, KEY, prices)) as server:
         yield server
+
+
+def overrides(proxy: Proxy, place: Path) -> list[str]:
+    """What the shipped run file is run with: where the service is and what it has, the number of
+    prompts, folders, and a time limit that a late answer is worth waiting for in a test.
+    """
+    settings = {
+        "teacher.api.base_url": proxy.url,
+        "teacher.api.model": "large",
+        "teacher.model": TEACHER,
+        "teacher.request_timeout_s": TIME_LIMIT_S,
+        "prompts.limit": 52,
+        "output.path": place / "run",
+    }
+    return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
 
 def test_a_run_pays_each_answer_once_stops_at_its_budget_and_goes_on(
     proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SERVICE_API_KEY", KEY)
-    config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
-    config["teacher"] = {
-        "engine": "api",
-        "model": str(TEACHER),
-        "sampling": config["teacher"]["sampling"],
-        "api": {
-            "base_url": f"http://127.0.0.1:{proxy.server_address[1]}/v1",
-            "model": "large",
-            "api_key_env": "SERVICE_API_KEY",
-            "max_concurrency": 4,
-            "prices": PRICES,
-            "max_cost": 0.0016,
-        },
-    }
-    config["prompts"]["path"] = str(ROOT / config["prompts"]["path"])
-    config["signal"] = {"kind": "text"}
-    config["objective"] = {"cross_entropy": 1.0}
-    config["output"] = {"path": str(tmp_path / "run")}
-    run_file = tmp_path / "api.yaml"
-    run_file.write_text(yaml.safe_dump(config))
-    first = drive("run", run_file)
-    assert first.returncode == 1, first.stdout
-    assert "teacher.api.max_cost (0.0016) is reached" in first.stderr
-    paid = sum(proxy.answered.values())
-    assert 0 < paid < NUM_ROWS + NUM_HELD_OUT
-    assert proxy.cost <= 0.0016
-    second = drive("run", run_file, "--set", "teacher.api.max_cost=1.0")
-    assert second.returncode == 0, second.stderr
-    assert set(proxy.answered.values()) == {1}, "an answer was paid for twice"
-    assert len(proxy.answered) == NUM_ROWS + NUM_HELD_OUT
+    own = overrides(proxy, tmp_path)
+    first = drive("run", RUN_FILE, *own, "--set", f"teacher.api.max_cost={SMALL_BUDGET}")
+    assert first.returncode == 1, first.stdout + first.stderr
+    assert f"teacher.api.max_cost ({SMALL_BUDGET}) is reached" in first.stderr
     files = RunFiles(tmp_path / "run")
+    prompts = [pq.read_table(files.folder / "prompts" / f"{n}.parquet") for n in NAMES]
+    rows, held_out = map(len, prompts)
+    paid = proxy.answered.total()
+    assert 0 < paid < rows + held_out
+    assert proxy.cost <= 1.02 * SMALL_BUDGET  # Some of it is by the run's own count.
+    second = drive("run", RUN_FILE, *own)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert set(proxy.answered.values()) == {1}, "an answer was paid for twice"
+    assert len(proxy.answered) == rows + held_out
+    assert all(proxy.faults[fault] for fault in FAULTS), "a fault did not come to pass"
     summary = files.json("summary.json")
-    assert summary["rows_trained"] == NUM_ROWS
-    assert summary["api"]["requests"] == NUM_ROWS + NUM_HELD_OUT
-    assert summary["api"]["cost"] == pytest.approx(proxy.cost, rel=0.02)
-    assert summary["api"]["too_many_requests"] > 0 and summary["api"]["broken_answer"] > 0
+    assert (summary["status"], summary["rows_trained"]) == ("completed", rows)
+    assert not any(summary["dropped"].values())
+    told = summary["api"]
+    assert told["requests"] == rows + held_out
+    assert told["cost"] == pytest.approx(proxy.cost, rel=0.02)
+    assert told["lost_cost"] >= proxy.unread_cost > 0
+    counted = ("too_many_requests", "status_500", "connection", "broken_answer", "timeout")
+    assert all(told[name] > 0 for name in (*counted, "usage_estimated"))
     catalogue = TeacherStore(str(tmp_path / "teacher_store")).catalogue()
-    assert (catalogue.rows, catalogue.duplicates) == (NUM_ROWS + NUM_HELD_OUT, 0)
+    assert (catalogue.rows, catalogue.duplicates) == (rows + held_out, 0)
     written = [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_symlink()]
     assert not [p for p in written if KEY.encode() in p.read_bytes()]
     assert KEY not in first.stdout + first.stderr + second.stdout + second.stderr
@@ -156,6 +117,7 @@ def test_a_run_pays_each_answer_once_stops_at_its_budget_and_goes_on(
 
 QUESTIONS = ("Name a colour.", "What is the capital of France?", "Count from one to five.")
 MAX_TOKENS = 24
+STOP, MODEL_IDS = 2, 49152
 SCORED = (5, 17, MAX_TOKENS)
 LOGPROB_TOLERANCE = 1e-3  # nats, float32 on both sides; as in tests/serve/test_vllm_parity.py
 
@@ -254,6 +216,113 @@ def difference(found: Answer, expected: Answer) -> float:
     assert (found.topk_ids[:, 0] == expected.topk_ids[:, 0]).all()
     names = ("sampled_logprobs", "topk_logprobs", "tail_logprob")
     return max(float(np.abs(getattr(found, n) - getattr(expected, n)).max()) for n in names)
+
+
+NAMED, KEPT = 20, 16
+"""Tokens that a service names beside each, and of these the ones that are kept."""
+WORDS = ("Name a river.", "Tell me a story.", "What is rain?", "Why do cats sleep?", "Say hello.")
+
+
+@dataclass
+class Counting:
+    """In the place of a coordinator."""
+
+    counters: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def add(self) -> Any:
+        return SimpleNamespace(remote=self.counters.update)
+
+
+def texts_of_ids() -> list[str]:
+    """What a server writes for each id alone."""
+    tokenizer = Tokenizer.from_file(str(TEACHER / "tokenizer.json"))
+    return [tokenizer.decode([i], skip_special_tokens=False) for i in range(MODEL_IDS)]
+
+
+def in_words(
+    url: str, folder: Path, prompts: list[np.ndarray], chats: list[str], allowed: list[int]
+) -> tuple[list[Answer], Counter[str]]:
+    """Answers of the server as a common service gives them, and the counters."""
+    config = ids_config(url).model_dump(mode="json")
+    config["teacher"]["api"] |= {"ids": False, "top_logprobs": NAMED, "max_unmapped_mass": 1.0}
+    config["teacher"]["api"]["extra_body"] = {"allowed_token_ids": allowed, "seed": 11}
+    config["teacher"]["sampling"] |= {"temperature": 1.0, "top_p": 1.0, "stop_token_ids": [STOP]}
+    config["signal"]["top_k"] = config["evaluation"]["top_k"] = KEPT
+    parsed, counting = RunConfig.model_validate(config), Counting()
+    sampling = resolve_sampling(parsed.teacher, TEACHER)
+    run_folder = RunFolder(str(folder)).ensure()
+    digests = [prompt_digest(prompt) for prompt in prompts]
+    run_folder.write_table(MESSAGES, pa.table({"digest": digests, "messages": chats}))
+
+    async def run() -> list[Answer]:
+        engine = api_engine(parsed, str(TEACHER), sampling, run_folder, counting, str(folder))
+        await engine.start()
+        return await engine.sample(prompts, Signal("topk", KEPT))
+
+    return asyncio.run(run()), counting.counters
+
+
+def test_in_words_a_server_says_what_it_says_by_ids(server_url: str, tmp_path: Path) -> None:
+    """Its tokens are drawn among words, whose text the tokenizer cuts as they were drawn, and the
+    end; what it says of them is compared with the scores by ids.
+    """
+    tokeniser = PromptTokeniser(TEACHER, PromptsConfig(path="-"))
+    asked = [[{"role": "user", "content": text}] for text in (*QUESTIONS, *WORDS)]
+    prompts = [tokeniser.encode(RawPrompt(None, chat, "words", "here")) for chat in asked]
+    texts = texts_of_ids()
+    words = [i for i, text in enumerate(texts) if re.fullmatch(" [a-z]{3,}", text)][:2000]
+    answers, counters = in_words(
+        server_url,
+        tmp_path / "words",
+        prompts,
+        [json.dumps(chat) for chat in asked],
+        [*words, STOP],
+    )
+    told = [(p, a) for p, a in zip(prompts, answers, strict=True) if a.error is None]
+    assert len(told) > len(asked) / 2, [answer.error for answer in answers]
+
+    async def score(engine: Any) -> list[Answer]:
+        given = [answer.response_ids for _, answer in told]
+        scored: list[Answer] = await engine.score(
+            [p for p, _ in told], given, Signal("topk", NAMED)
+        )
+        return scored
+
+    scored = by_ids(ids_config(server_url), tmp_path / "ids", score)
+    lost = tokens = 0.0
+    for (_, answer), by_id in zip(told, scored, strict=True):
+        for t in range(len(answer.response_ids)):
+            lost += compare(answer, by_id, t, texts)
+        tokens += len(answer.response_ids)
+    assert counters["api_told_tokens"] == tokens
+    print("of", tokens, "tokens", lost / tokens, "of the probability is no id")
+    assert lost > 0, "nothing shows what becomes of a token without a text of its own"
+    assert counters["api_unmapped_mass"] == pytest.approx(lost, rel=0.01)
+
+
+def compare(answer: Answer, by_id: Answer, t: int, texts: list[str]) -> float:
+    """What is told of a token in words must be what is told by ids, as far as its tokens have texts
+    of their own; gives the probability of the named ones that have none.
+
+    The server names the drawn token and the best, `NAMED` in all.
+    """
+    drawn = int(answer.response_ids[t])
+    named = dict(zip(by_id.topk_ids[t].tolist(), by_id.topk_logprobs[t].tolist(), strict=True))
+    if drawn not in named:
+        named.pop(min(named, key=lambda i: named[i]))
+    named[drawn] = float(by_id.sampled_logprobs[t])
+    own = {i: p for i, p in named.items() if i == drawn or "\ufffd" not in texts[i]}
+    kept = sorted(own.values(), reverse=True)[:KEPT]
+    found = dict(zip(answer.topk_ids[t].tolist(), answer.topk_logprobs[t].tolist(), strict=True))
+    found = {i: p for i, p in found.items() if p > -np.inf}
+    assert found.keys() <= own.keys()
+    assert sorted(found.values(), reverse=True) == pytest.approx(kept, abs=LOGPROB_TOLERANCE)
+    assert found == pytest.approx({i: own[i] for i in found}, abs=LOGPROB_TOLERANCE)
+    assert answer.sampled_logprobs[t] == pytest.approx(named[drawn], abs=LOGPROB_TOLERANCE)
+    tail = np.log1p(-np.exp(list(found.values())).sum())
+    assert answer.tail_logprob[t] == pytest.approx(tail, abs=LOGPROB_TOLERANCE)
+    return float(np.exp([p for i, p in named.items() if i not in own]).sum())
 
 
 def test_a_server_that_is_not_what_the_run_expects_is_refused(
