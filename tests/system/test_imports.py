@@ -91,7 +91,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | ROWS
     | {"cluster/check", "cluster/job", "cluster/report", "datasets/store", "datasets/stream"}
     | {"cluster/lineage", "cluster/report/page", "serve", "train/calibration"}
-    | {"datasets/lookup"},
+    | {"datasets/lookup", "datasets/prompts"},
     "cluster/worth": GROUND
     | ROWS
     | {"cluster/check", "cluster/commands", "cluster/job", "cluster/report", "cluster/report/page"}
