@@ -69,8 +69,8 @@ demo-second: demo   ## a second student from the same answers, without a teacher
 	$(QUIET) $(BIN)/python driver.py report runs/quickstart runs/quickstart_text
 
 test: fast       ## the tests, real vLLM included; the rest is in test-faults
-	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=16 \
-		-m "(ray or vllm) and not chaos and not faults" tests
+	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest --durations=16 -n 2 --dist loadfile \
+		--no-loadscope-reorder -m "(ray or vllm) and not chaos and not faults" tests
 
 fast: setup      ## the tests that need neither Ray nor vLLM, a process for each core
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder \

@@ -21,7 +21,7 @@ NUM_HELD_OUT = 4
 ROWS_PER_STEP = 4
 NUM_STEPS = NUM_ROWS // ROWS_PER_STEP
 SECONDS_PER_GROUP = 0.8
-DEADLINE_S = 200.0
+DEADLINE_S = 400.0
 
 
 def write_run_file(folder: Path, **changes: dict[str, Any]) -> Path:
