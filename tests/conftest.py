@@ -1,4 +1,4 @@
-"""Shared fixtures: one local Ray for each process of tests, started only where a test asks for it."""
+"""Shared fixtures: a local Ray for each process of tests, started only where a test asks for it."""
 
 import os
 from collections.abc import Iterator
