@@ -38,8 +38,8 @@ from raystill.train.batch.rows import Row, rows_from_table
 from raystill.train.evaluation.free_running import FreeRunning, run_free
 from raystill.train.evaluation.measure import text_of
 from raystill.train.evaluation.teacher_forced import evaluate
-from raystill.train.start.importance import Texts
 from raystill.train.start.shape import NUM_JUDGED, Shape, choose_shape
+from raystill.train.start.texts import Texts
 from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import build_optimizer
 from raystill.train.step.ranks import Ranks

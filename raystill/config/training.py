@@ -126,8 +126,8 @@ class TrainingConfig(ConfigModel):
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = identity(
         "auto",
-        description="Precision of matrix products. auto: bfloat16 on GPUs and on CPUs with AMX, "
-        "else float32.",
+        description="Precision of matrix products. auto: bfloat16 on GPUs and on CPUs "
+        "with AMX or AVX512-BF16, else float32.",
     )
     strategy: Literal["ddp", "fsdp"] = operational(
         "ddp",

@@ -105,6 +105,8 @@ def make_step(module, training=None, world_size=1, total_steps=NUM_STEPS, **kwar
 
 def training_config(**kwargs):
     settings = dict(tokens_per_micro_batch=64, learning_rate=1e-2, weight_decay=0.1)
+    if kwargs.get("optimizer") != "adamw_bf16":
+        settings["compute_dtype"] = "float32"  # On any machine.
     return TrainingConfig(**(settings | kwargs))
 
 

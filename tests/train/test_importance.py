@@ -15,13 +15,13 @@ from raystill.config.run import RunConfig
 from raystill.config.student import LayerChoice
 from raystill.train.start import shape as shapes
 from raystill.train.start.importance import (
-    Texts,
     block_influence,
     choose_layers,
     judged_log_probs,
     only_layers,
 )
 from raystill.train.start.shape import Shape
+from raystill.train.start.texts import Texts
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.build import build_student
 from raystill.train.worker.shape import float32_on_cpu, known_shape, run_shape
@@ -64,16 +64,16 @@ def test_answers_are_judged_from_the_position_before_their_first_token(texts: Te
     assert texts.input_ids.tolist() == [[3, 4, 5, 11, 12, 13, 14], [6, 7, 8, 9, 10, 15, 2]]
     assert texts.judged.nonzero().tolist() == [[0, 2], [0, 3], [0, 4], [0, 5], [1, 4], [1, 5]]
     short = Texts.of(PROMPTS[:1] + PROMPTS, [ANSWERS[1], *ANSWERS])
-    assert short.mask.sum(1).tolist() == [5, 7, 7]
+    assert short.present.sum(1).tolist() == [5, 7, 7]
 
 
 @torch.no_grad()
 def test_influence_is_the_cosine_between_what_goes_in_and_out(texts: Texts) -> None:
     model = teacher()
     influence = block_influence(model, texts)
-    states = model(texts.input_ids, attention_mask=texts.mask, output_hidden_states=True)
+    states = model(**texts.inputs(model), output_hidden_states=True)
     before, after = states.hidden_states[2], states.hidden_states[3]  # In and out of layer 2.
-    cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)[texts.mask.bool()]
+    cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)[texts.present]
     assert influence[2] == pytest.approx(1 - float(cosine.mean()), rel=1e-5)
     assert [i for i, score in enumerate(influence) if score < 1e-6] == list(IDLE)
 
@@ -163,7 +163,10 @@ def test_a_run_chooses_once_and_keeps_the_same_layers_at_every_start(
             build()
 
 
-def test_a_cpu_judges_in_float32_and_gives_the_weights_back_as_they_were() -> None:
+def test_a_cpu_judges_in_float32_and_gives_the_weights_back_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("raystill.train.worker.shape.cpu_has_bfloat16", lambda: False)
     model = teacher().to(torch.bfloat16)
     model.model.norm.float()
     model.register_buffer("scale", torch.tensor(0.1, dtype=torch.bfloat16))
@@ -178,6 +181,9 @@ def test_a_cpu_judges_in_float32_and_gives_the_weights_back_as_they_were() -> No
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert model.lm_head.weight is head
     with float32_on_cpu(model, torch.device("meta")):
+        assert model.lm_head.weight.dtype == torch.bfloat16
+    monkeypatch.setattr("raystill.train.worker.shape.cpu_has_bfloat16", lambda: True)
+    with float32_on_cpu(model, torch.device("cpu")):
         assert model.lm_head.weight.dtype == torch.bfloat16
 
 

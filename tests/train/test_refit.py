@@ -22,9 +22,10 @@ from raystill.config.run import RunConfig
 from raystill.config.student import StudentConfig
 from raystill.model.files import ModelFolder
 from raystill.train.start import refit as refitting
-from raystill.train.start.importance import Texts, judged_log_probs
+from raystill.train.start.importance import judged_log_probs
 from raystill.train.start.refit import USUAL_STRENGTH, refit, stream_after
 from raystill.train.start.shape import choose_shape
+from raystill.train.start.texts import Texts, packed_for
 
 NUM_LAYERS, TEXTS = 5, 12
 SIZES: dict[str, Any] = {
@@ -123,6 +124,7 @@ def test_the_student_computes_the_stream_that_was_told() -> None:
     judged, layers = texts(), [0, 2, 3]
     chosen = choose_shape(StudentConfig(layers=layers, refit=True), teacher(), judged)
     assert sorted(chosen.fits) == [0, 2]  # Before layers 1 and 4, which are left out.
+    judged = packed_for(teacher(), judged)
     wanted = stream_after(teacher(), judged, [1, 4])
     found = stream_after(chosen.shape.cut(teacher()), judged, [0, 2])
     for number, end in ((0, 1), (2, 4)):
@@ -147,9 +149,9 @@ def test_a_layer_whose_output_goes_through_a_norm_keeps_its_weight_unless_a_fit_
 
 def test_a_stream_that_is_not_finite_fits_nothing() -> None:
     whole = teacher()
-    targets = {0: torch.full((int(texts().mask.sum()), 32), float("nan"))}
+    targets = {0: torch.full((int(texts().present.sum()), 32), float("nan"))}
     assert refit(whole, texts(), targets) == {}
-    targets = {0: torch.zeros(int(texts().mask.sum()), 32)}
+    targets = {0: torch.zeros(int(texts().present.sum()), 32)}
     assert refit(whole, texts(), targets) == {}
 
 

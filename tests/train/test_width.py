@@ -27,8 +27,8 @@ from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
 from raystill.config.student import StudentConfig
 from raystill.model.sizes import Sizes
-from raystill.train.start.importance import Texts
 from raystill.train.start.shape import choose_shape
+from raystill.train.start.texts import Texts
 from raystill.train.start.width import Widths, choose_widths, narrow
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.build import build_student
@@ -67,7 +67,7 @@ def model_of(family: str) -> Any:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    return model(input_ids=TEXTS.input_ids, attention_mask=TEXTS.mask).logits[TEXTS.mask.bool()]
+    return model(**TEXTS.inputs(model)).logits[TEXTS.present]
 
 
 @torch.no_grad()

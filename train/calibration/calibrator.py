@@ -25,8 +25,8 @@ from raystill.train.calibration import compare
 from raystill.train.calibration.cost import bytes_per_token
 from raystill.train.calibration.positions import Positions, read_positions, sample_positions
 from raystill.train.loss.teacher_head import TeacherHead, read_teacher_head
-from raystill.train.start.importance import Texts
 from raystill.train.start.shape import Shape, choose_shape
+from raystill.train.start.texts import Texts
 from raystill.train.student.build import build_student, num_classes
 from raystill.train.student.module import StudentModule
 

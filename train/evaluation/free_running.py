@@ -16,6 +16,7 @@ Legend: P prompt tokens, T tokens the student wrote, K teacher ids kept for each
 """
 
 import asyncio
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from raystill.base.run_folder import HELD_OUT_PROMPTS, RunFolder
 from raystill.datasets.rows.schema import TOKEN_IDS, student_prompts
@@ -34,9 +36,12 @@ from raystill.datasets.stream.teacher_calls import TeacherCalls
 from raystill.model.sampling import ResolvedSampling
 from raystill.run import Run
 from raystill.train.batch.rows import Row, rows_from_table
+from raystill.train.start.texts import shared_beginning
 from raystill.train.step.ranks import Ranks
 
 ROWS_PER_BATCH = 16
+LEAST_SAVED = 1024
+"""Tokens of a beginning that all prompts share, over all prompts but one: fewer are computed."""
 Written = Sequence[tuple[Row, list[int]]]
 """Held-out rows with what the student answered, token ids."""
 
@@ -45,13 +50,17 @@ SUMS = ("answers", "stops", "tokens", "repeated", "ngrams")
 
 @dataclass(frozen=True)
 class FreeRunning:
-    """How the student's answers are drawn; ``max_tokens`` counts response tokens."""
+    """How the student's answers are drawn; ``max_tokens`` counts response tokens.
+
+    rows_per_batch: how many are written at a time.
+    """
 
     rows: int
     max_tokens: int
     sampling: ResolvedSampling
     seed: int
     compute_dtype: torch.dtype = torch.float32
+    rows_per_batch: int = ROWS_PER_BATCH
 
 
 class Prompted(Protocol):
@@ -168,10 +177,11 @@ def generate(
 ) -> list[list[int]]:
     """The student's answers to ``prompts`` ([P] each, P > 0), stop id included where it stopped.
 
-    Prompts are padded on the left and masked by length. The process's random state is left as it
-    was: evaluating does not change training.
+    Prompts are padded on the left and masked by length, those of like length together. What all of
+    many prompts begin with is computed once. The process's random state is left as it was:
+    evaluating does not change training.
     """
-    was_training, was_caching = model.training, model.config.use_cache
+    was_training, was_caching = model.training, getattr(model.config, "use_cache", True)
     # transformers fills what is not set from the model's own settings, such as a repetition penalty
     # of its folder. The teacher's answers were drawn without: so are the student's.
     own_generation, model.generation_config = model.generation_config, GenerationConfig()
@@ -180,10 +190,17 @@ def generate(
     try:
         with torch.random.fork_rng(devices), _autocast(settings, device):
             torch.manual_seed(settings.seed)
-            answers: list[list[int]] = []
-            for start in range(0, len(prompts), ROWS_PER_BATCH):
-                batch = prompts[start : start + ROWS_PER_BATCH]
-                answers += _generate_batch(model, batch, settings, device)
+            answers: list[list[int]] = [[] for _ in prompts]
+            rows, order = settings.rows_per_batch, list(range(len(prompts)))
+            if len(order) > rows:
+                order.sort(key=lambda i: len(prompts[i]))
+            beginning = _beginning(model, prompts, device)
+            for start in range(0, len(order), rows):
+                batch = order[start : start + rows]
+                some = [prompts[i] for i in batch]
+                written = _generate_batch(model, some, settings, device, beginning)
+                for i, answer in zip(batch, written, strict=True):
+                    answers[i] = answer
             return answers
     finally:
         model.generation_config = own_generation
@@ -191,19 +208,49 @@ def generate(
         model.train(was_training)
 
 
+def _beginning(
+    model: Any, prompts: Sequence[np.ndarray], device: torch.device
+) -> DynamicCache | None:
+    """Keys and values of what all prompts begin with; None where that saves little.
+
+    None too for a model whose cache is more than keys and values of all tokens.
+    """
+    shared = shared_beginning(prompts) if len(prompts) > 1 else 0
+    if shared * (len(prompts) - 1) < LEAST_SAVED or getattr(model, "_is_stateful", False):
+        return None
+    cache = DynamicCache(config=model.config.get_text_config())
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    ids = torch.from_numpy(np.array(prompts[0][:shared], dtype=np.int64))[None]
+    model.get_decoder()(input_ids=ids.to(device), past_key_values=cache, use_cache=True)
+    return cache if cache.get_seq_length() == shared else None
+
+
 def _generate_batch(
-    model: Any, prompts: Sequence[np.ndarray], settings: FreeRunning, device: torch.device
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    settings: FreeRunning,
+    device: torch.device,
+    beginning: DynamicCache | None,
 ) -> list[list[int]]:
+    """Answers to a batch. beginning: as `_beginning` gives it; it stays as it is."""
     width = max(len(prompt) for prompt in prompts)
+    shared = 0 if beginning is None else beginning.get_seq_length()
     input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(input_ids)
-    for i, prompt in enumerate(prompts):
-        input_ids[i, width - len(prompt) :] = torch.from_numpy(np.array(prompt, dtype=np.int64))
-        mask[i, width - len(prompt) :] = 1
+    for i, prompt in enumerate(prompts):  # The padding stands after what is computed already.
+        ids, start = torch.from_numpy(np.array(prompt, dtype=np.int64)), width - len(prompt)
+        input_ids[i, :shared], input_ids[i, start + shared :] = ids[:shared], ids[shared:]
+        mask[i, :shared], mask[i, start + shared :] = 1, 1
     stops = list(settings.sampling.stop_token_ids)
+    past: dict[str, Any] = {}
+    if beginning is not None:
+        past["past_key_values"] = copy.deepcopy(beginning)
+        past["past_key_values"].batch_repeat_interleave(len(prompts))
     output = model.generate(
         input_ids=input_ids.to(device),
         attention_mask=mask.to(device),
+        **past,
         generation_config=_generation_config(settings, stops),
         synced_gpus=False,  # Every rank has all weights, and as many passes as its own rows need.
     )

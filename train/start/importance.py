@@ -5,7 +5,7 @@ arXiv 2403.03853). A layer that hardly turns the residual stream is hardly misse
 removes one layer at a time: of the layers with the least influence it removes the one without which
 the student is closest to its teacher on a few texts, by KL(teacher || student).
 
-Legend: B texts, S tokens of the longest, L layers, V vocabulary. KL is in nats a token.
+Legend: L layers, V vocabulary. KL is in nats a token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,46 +22,11 @@ from raystill.train.start.cut import (
     keep_layers,
     layer_list,
 )
+from raystill.train.start.texts import Texts
 
 CANDIDATES = 3
 """Layers of least influence that the search tries at each removal."""
 LEAST_NORM = 1e-8
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What the layers are judged on.
-
-    input_ids, mask: int64 [B, S], padded on the right. judged: bool [B, S], the positions whose
-    next token counts for the KL.
-    """
-
-    input_ids: Tensor
-    mask: Tensor
-    judged: Tensor
-
-    @classmethod
-    def of(cls, prompts: Sequence[np.ndarray], answers: Sequence[np.ndarray]) -> "Texts":
-        """Prompts [P] with their answers [T]; the KL is that of the answers' tokens."""
-        lengths = [(len(p), len(p) + len(a)) for p, a in zip(prompts, answers, strict=True)]
-        size = (len(prompts), max(end for _, end in lengths))
-        input_ids, mask = torch.zeros(size, dtype=torch.long), torch.zeros(size, dtype=torch.long)
-        judged = torch.zeros(size, dtype=torch.bool)
-        for i, (start, end) in enumerate(lengths):
-            whole = np.concatenate([prompts[i], answers[i]]).astype(np.int64)
-            input_ids[i, :end] = torch.from_numpy(whole)
-            mask[i, :end] = 1
-            judged[i, max(0, start - 1) : end - 1] = True
-        return cls(input_ids, mask, judged)
-
-    def first(self, count: int) -> "Texts":
-        """The first so many of them, as long as the longest of those."""
-        length = int(self.mask[:count].sum(1).max())
-        return Texts(*(p[:count, :length] for p in (self.input_ids, self.mask, self.judged)))
-
-    def to(self, device: torch.device) -> "Texts":
-        """The same on a device."""
-        return Texts(*(part.to(device) for part in (self.input_ids, self.mask, self.judged)))
 
 
 @dataclass(frozen=True)
@@ -100,15 +64,16 @@ def block_influence(model: nn.Module, texts: Texts) -> list[float]:
     """1 - cos(input, output) of each layer, mean over the tokens of the texts, [L]."""
     _, _, layers = layer_list(model)
     scores = [0.0] * len(layers)
-    present = texts.mask.bool()
+    present, count = texts.present, texts.count[texts.present]
 
     def note(index: int) -> Any:
+        @torch.no_grad()
         def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             before = args[0] if args else kwargs["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
             a, b = before[present].float(), after[present].float()
             cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1, eps=LEAST_NORM)
-            scores[index] = float(1 - cosine.mean())
+            scores[index] = float(1 - (cosine * count).sum() / count.sum())
 
         return hook
 
@@ -116,7 +81,7 @@ def block_influence(model: nn.Module, texts: Texts) -> list[float]:
         layer.register_forward_hook(note(i), with_kwargs=True) for i, layer in enumerate(layers)
     ]
     try:
-        model(input_ids=texts.input_ids, attention_mask=texts.mask, use_cache=False)
+        model(**texts.inputs(model), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -125,7 +90,7 @@ def block_influence(model: nn.Module, texts: Texts) -> list[float]:
 
 def judged_log_probs(model: nn.Module, texts: Texts) -> Tensor:
     """Log probabilities [N, V] of the next token at the judged positions, float32."""
-    output = model(input_ids=texts.input_ids, attention_mask=texts.mask, use_cache=False)
+    output = model(**texts.inputs(model), use_cache=False)
     return torch.log_softmax(output.logits[texts.judged].float(), dim=-1)
 
 

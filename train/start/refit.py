@@ -8,10 +8,11 @@ gap:
     W = argmin sum_n w_n |x_n W' + a_n - t_n|^2 + lambda |W - W_teacher|^2
 
 with x_n the projection's input in the student, a_n the rest of the layer's output, t_n the stream
-of the teacher, w_n = 1 / mean(t_n^2) since norms divide by that size. Layers are fitted from the
-first to the last, each on the stream that the fitted ones before it give. No gradient is taken, and
-the architecture stays what it is. ReplaceMe (arXiv 2505.02819) fits a linear map [D, D] of the
-network's output instead, which is a part of what W can express.
+of the teacher, w_n = 1 / mean(t_n^2) since norms divide by that size, times the tokens that n
+stands for. Layers are fitted from the first to the last, each on the stream that the fitted ones
+before it give. No gradient is taken, and the architecture stays what it is. ReplaceMe (arXiv
+2505.02819) fits a linear map [D, D] of the network's output instead, which is a part of what W can
+express.
 
 Legend: N tokens of the texts, D hidden size, F feed-forward size, L layers of the teacher.
 """
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from raystill.model.sizes import FFN_OUTPUT, is_ffn_output
 from raystill.train.start.cut import layer_list
-from raystill.train.start.importance import Texts
+from raystill.train.start.texts import Texts
 
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Values of lambda that are tried, as multiples of the mean of the inputs' second moments."""
@@ -54,7 +55,7 @@ class Refit:
 def stream_after(model: nn.Module, texts: Texts, layers: Sequence[int]) -> dict[int, Tensor]:
     """The residual stream [N, D] after each of these layers of the whole teacher, float32."""
     _, _, blocks = layer_list(model)
-    present, found = texts.mask.bool(), {}
+    present, found = texts.present, {}
 
     def note(layer: int) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -123,12 +124,12 @@ class _Fitter:
         fits: dict[int, Refit],
     ) -> None:
         self.projection = projection
-        self._present = texts.mask.bool()
-        rows = torch.arange(len(texts.mask), device=texts.mask.device)
-        text_of_token = rows[:, None].expand_as(texts.mask)[self._present]
-        self._aside = text_of_token % ASIDE == ASIDE - 1
+        self._present = texts.present
+        text = texts.text[self._present]
+        self._aside = (text % ASIDE == ASIDE - 1) & (text >= 0)
         self._target, self._number, self._fits = target, number, fits
-        self._weights = 1 / target.pow(2).mean(-1)
+        self._count = texts.count[self._present]
+        self._weights = self._count / target.pow(2).mean(-1)
         self._inputs: Tensor | None = None
         self._output: Tensor | None = None
         self._fitting = False
@@ -165,7 +166,7 @@ class _Fitter:
 
     def _error(self, output: Any) -> float:
         apart = _stream(output)[self._present].float() - self._target
-        return float((apart.pow(2).mean(-1) * self._weights).mean())
+        return float((apart.pow(2).mean(-1) * self._weights).sum() / self._count.sum())
 
 
 def _ridge(inputs: Tensor, missing: Tensor, weights: Tensor, aside: Tensor) -> tuple[Tensor, float]:
@@ -225,4 +226,4 @@ def _stream(output: Any) -> Tensor:
 def _run(model: Any, texts: Texts) -> None:
     """All layers over the texts, without the output head."""
     decoder = model.get_decoder()
-    decoder(input_ids=texts.input_ids, attention_mask=texts.mask, use_cache=False)
+    decoder(**texts.inputs(model), use_cache=False)

@@ -16,8 +16,9 @@ from raystill.base.errors import RunError
 from raystill.base.run_folder import LAYERS, REFIT, RunFolder
 from raystill.config.student import LayerChoice, StudentConfig
 from raystill.train.start.cut import keep_layers, layer_list
-from raystill.train.start.importance import ChosenLayers, Texts, choose_layers, only_layers
+from raystill.train.start.importance import ChosenLayers, choose_layers, only_layers
 from raystill.train.start.refit import Refit, projection_of, refit, stream_after
+from raystill.train.start.texts import Texts, packed_for
 from raystill.train.start.width import Widths, choose_widths, narrow
 
 NUM_JUDGED = 6
@@ -61,6 +62,7 @@ class Chosen:
 
 def choose_shape(student: StudentConfig, model: nn.Module, texts: Texts) -> Chosen:
     """What the student is to keep of ``model``, the whole teacher, judged on ``texts``."""
+    texts = packed_for(model, texts)
     chosen = None
     if isinstance(student.layers, LayerChoice) and student.layers.needs_model:
         search = student.layers.by == "importance"
@@ -108,7 +110,7 @@ def _fits(model: nn.Module, texts: Texts, shape: Shape) -> dict[int, Refit]:
             return refit(model, texts, wanted)
         if (units := shape.widths.hidden) is not None:
             wanted = {number: stream[:, units] for number, stream in wanted.items()}
-        narrower = narrow(model, shape.widths).to(texts.mask.device).eval()
+        narrower = narrow(model, shape.widths).to(texts.text.device).eval()
         return refit(narrower, texts, wanted)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from raystill.model.sizes import PARTS, Sizes
 from raystill.train.start.cut import layer_list
-from raystill.train.start.importance import Texts
+from raystill.train.start.texts import Texts
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def choose_widths(
     for problem in sizes.problems(hidden, ffn, heads):
         raise ValueError(str(problem))
     with torch.no_grad(), _activations(model, texts, sizes) as seen:
-        model(input_ids=texts.input_ids, attention_mask=texts.mask, use_cache=False)
+        model(**texts.inputs(model), use_cache=False)
     return Widths(
         hidden=None if hidden is None else _best(seen.hidden, hidden),
         ffn=None if ffn is None else [_best(score, ffn) for score in seen.ffn],
@@ -176,7 +176,7 @@ class _Seen:
 def _activations(model: nn.Module, texts: Texts, sizes: Sizes) -> Iterator[_Seen]:
     """Collects the activations of what ``model`` is given inside the context."""
     _, _, layers = layer_list(model)
-    present = texts.mask.bool()
+    present, count = texts.present, texts.count[texts.present][:, None]
     zeros = torch.zeros(sizes.hidden, device=present.device)
     seen = _Seen(
         zeros,
@@ -186,19 +186,19 @@ def _activations(model: nn.Module, texts: Texts, sizes: Sizes) -> Iterator[_Seen
 
     def neurons(index: int) -> Any:
         def hook(_: nn.Module, args: Any) -> None:
-            seen.ffn[index] += args[0][present].float().abs().sum(0)
+            seen.ffn[index] += (args[0][present].float().abs() * count).sum(0)
 
         return hook
 
     def heads(index: int) -> Any:
         def hook(_: nn.Module, args: Any) -> None:
             by_head = args[0][present].float().unflatten(-1, (sizes.heads, sizes.head_size))
-            seen.heads[index] += by_head.norm(dim=-1).sum(0)
+            seen.heads[index] += (by_head.norm(dim=-1) * count).sum(0)
 
         return hook
 
     def units(_: nn.Module, __: Any, output: Tensor) -> None:
-        seen.hidden += output[present].float().abs().sum(0)
+        seen.hidden += (output[present].float().abs() * count).sum(0)
 
     hooks = []
     for index, layer in enumerate(layers):

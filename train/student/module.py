@@ -242,18 +242,19 @@ def resolve_compute_dtype(name: str, device: torch.device, param_dtype: str) -> 
     """The dtype of matrix products for ``training.compute_dtype``.
 
     ``auto`` is bfloat16 where the device multiplies it faster than float32: on GPUs, and on CPUs
-    with AMX. A CPU without AMX emulates it at a quarter of the speed. float64 and bfloat16
+    with AMX or AVX512-BF16. Another CPU emulates it at a quarter of the speed. float64 and bfloat16
     parameters are always multiplied in their own dtype.
     """
     if param_dtype in ("float64", "bfloat16"):
         return getattr(torch, param_dtype)
     if name == "auto":
-        fast = device.type == "cuda" or (device.type == "cpu" and _has_amx())
+        fast = device.type == "cuda" or (device.type == "cpu" and cpu_has_bfloat16())
         name = "bfloat16" if fast else "float32"
     return getattr(torch, name)
 
 
-def _has_amx() -> bool:
-    # A private function of torch, which a later version may rename: then there is no AMX.
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return supported is not None and bool(supported())
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has instructions for products in bfloat16."""
+    # Private functions of torch, which a later version may rename: then there are none.
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)

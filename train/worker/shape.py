@@ -20,7 +20,6 @@ from raystill.model.on_node import ModelSource
 from raystill.model.sampling import resolve_sampling
 from raystill.run import Run
 from raystill.train.evaluation.free_running import FreeRunning, generate
-from raystill.train.start.importance import Texts
 from raystill.train.start.shape import (
     NUM_JUDGED,
     Chosen,
@@ -29,8 +28,10 @@ from raystill.train.start.shape import (
     record_shape,
     recorded_shape,
 )
+from raystill.train.start.texts import Texts
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.export import Base
+from raystill.train.student.module import cpu_has_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ PROMPT_TOKENS, ANSWER_TOKENS = 256, 32
 REFIT_PROMPTS, REFIT_TOKENS = 128, 16
 """Prompts, and tokens of each answer, where weights are fitted to what the teacher does on them.
 Many prompts with short answers fit better than few with long ones (docs/decisions.md)."""
+ROWS_PER_BATCH = 64
+"""Prompts that the teacher answers at a time; they are short."""
 
 
 def run_shape(
@@ -98,6 +101,7 @@ def _judge(run: Run, teacher_folder: str, device: torch.device, model: nn.Module
         sampling=resolve_sampling(run.config.teacher, teacher_folder),
         seed=run.config.section_seeds()["student"],
         compute_dtype=torch.float32,
+        rows_per_batch=ROWS_PER_BATCH,
     )
     answers = [np.array(ids, np.int64) for ids in generate(model, prompts, settings, device)]
     return choose_shape(student, model, Texts.of(prompts, answers).to(device))
@@ -107,9 +111,10 @@ def _judge(run: Run, teacher_folder: str, device: torch.device, model: nn.Module
 def float32_on_cpu(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Weights in float32 while a CPU runs the model; afterwards in their own dtypes, unchanged.
 
-    A CPU without bfloat16 instructions takes about six times as long in bfloat16.
+    A CPU without bfloat16 instructions takes about six times as long in bfloat16. One that has them
+    runs the weights as they are.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or cpu_has_bfloat16():
         yield
         return
     own = [(tensor, tensor.dtype) for tensor in model.parameters() if tensor.is_floating_point()]
