@@ -28,6 +28,7 @@ HARNESS = "lm_eval"
 Z95 = 1.959964
 """Standard normal quantile of 0.975."""
 LAST_LINES = 12
+DEFAULT_TIMEOUT_S = 21_600.0
 LARGEST_FOLDER = 64 << 20
 """Bytes of a folder of task files; it is sent to the node that asks."""
 PR_SET_PDEATHSIG = 1
@@ -46,6 +47,7 @@ class TaskOptions:
         backend: The harness's kind of model, ``hf`` or ``vllm``.
         batch: Rows that are asked at once.
         chat: Whether documents go through the model's chat template.
+        timeout_s: Longest time with one model, seconds.
     """
 
     names: Sequence[str]
@@ -54,6 +56,7 @@ class TaskOptions:
     backend: str = "hf"
     batch: int = 8
     chat: bool = False
+    timeout_s: float = DEFAULT_TIMEOUT_S
 
 
 def harness_version() -> str:
@@ -107,7 +110,15 @@ def ask(
             command += ["--include_path", "."]
         if answers is not None:
             command += ["--use_cache", str(answers.absolute())]
-        code = run_harness(command, options.include or place, log)
+        try:
+            code = run_harness(command, options.include or place, log, options.timeout_s)
+        except subprocess.TimeoutExpired:
+            raise RunError(
+                f"lm-evaluation-harness was ended after {options.timeout_s:.0f} s with "
+                f"{formatting.path(str(model))}; what it answered is kept: ask again to go on, or "
+                "give it more time (--timeout, in the run file evaluation.tasks.timeout_s). Its "
+                f"output is in {formatting.path(str(log))}"
+            ) from None
         found = sorted(Path(place).rglob("results_*.json"))
         if code == 0 and found:
             results: Figures = json.loads(found[-1].read_text())
@@ -119,14 +130,20 @@ def ask(
     )
 
 
-def run_harness(command: Sequence[str], folder: str, log: Path) -> int:
+def run_harness(command: Sequence[str], folder: str, log: Path, timeout_s: float) -> int:
     """Run it in ``folder``, never in this one, whose ``datasets/`` is no package; its status.
 
-    It ends with this process, however that ends.
+    It ends with this process, however that ends. Raises subprocess.TimeoutExpired where it was
+    ended for its time.
     """
     with log.open("a") as file:
         return subprocess.run(
-            command, cwd=folder, stdout=file, stderr=file, preexec_fn=_end_with_parent
+            command,
+            cwd=folder,
+            stdout=file,
+            stderr=file,
+            preexec_fn=_end_with_parent,
+            timeout=timeout_s,
         ).returncode
 
 

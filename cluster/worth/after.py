@@ -92,7 +92,8 @@ def options_of(tasks: TasksConfig) -> TaskOptions:
     """As the run file has them, with the folder of task files where it lies here."""
     include = None if tasks.include is None else os.path.abspath(resolve_input(tasks.include))
     limit, backend = tasks.limit, tasks.backend
-    return TaskOptions(tasks.names, include, limit, backend, tasks.batch, tasks.chat)
+    more = (tasks.batch, tasks.chat, tasks.timeout_s)
+    return TaskOptions(tasks.names, include, limit, backend, *more)
 
 
 def due(config: RunConfig, folder: RunFolder) -> bool:

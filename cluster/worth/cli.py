@@ -32,6 +32,9 @@ Backend = Annotated[
 Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Rows that are asked at once.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Ask through the models' chat templates.")]
 
+TimeOut = Annotated[
+    float, typer.Option(min=1, metavar="SECONDS", help="Longest time with one model.")
+]
 Before = Annotated[
     bool, typer.Option("--before/--no-before", help="Ask the student as it began, too.")
 ]
@@ -62,6 +65,7 @@ def tasks(
     batch: Batch = 8,
     chat: Chat = False,
     before: Before = True,
+    timeout: TimeOut = 21_600,
     teacher: options.NamedTeacher = None,
     as_json: options.AsJson = False,
 ) -> int:
@@ -75,7 +79,7 @@ def tasks(
 
     if backend not in ("hf", "vllm"):
         raise RunError(f"--backend is {backend!r}; expected hf or vllm")
-    wanted = TaskOptions(task, include, limit, backend, batch, chat)
+    wanted = TaskOptions(task, include, limit, backend, batch, chat, timeout)
     return tasks_command(run_folder, wanted, as_json, _say, before, teacher)
 
 

@@ -258,6 +258,13 @@ class TasksConfig(ConfigModel):
     before: bool = operational(
         True, description="Whether the student as it was before training is asked too."
     )
+    timeout_s: float = operational(
+        21_600.0,
+        gt=0,
+        le=2_592_000,
+        description="Longest time in seconds that the harness may take with one model. It is ended "
+        "then; what was answered is kept, and the next start goes on from there.",
+    )
 
     @model_validator(mode="after")
     def _names_tasks(self) -> "TasksConfig":

@@ -148,6 +148,21 @@ def test_a_harness_that_fails_is_told_with_the_end_of_its_output(tmp_path, monke
     assert secret not in str(error.value)
 
 
+def test_a_harness_that_takes_too_long_is_ended_and_what_it_answered_is_kept(tmp_path, monkeypatch):
+    package, answers = tmp_path / "lm_eval", tmp_path / "answers"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    code = "import os, sys, time\nopen('pid', 'w').write(str(os.getpid()))\n"
+    code += "open(sys.argv[sys.argv.index('--use_cache') + 1], 'w').write('one')\ntime.sleep(600)"
+    (package / "__main__.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    wanted = TaskOptions(["a"], str(tmp_path), timeout_s=5)
+    with pytest.raises(RunError, match=r"ended after 5 s[\s\S]*evaluation.tasks.timeout_s"):
+        ask(TINY, wanted, FLOAT32, tmp_path / "log", answers)
+    assert answers.read_text() == "one"
+    assert not _lives(int((tmp_path / "pid").read_text()))
+
+
 @pytest.mark.parametrize(
     ("options", "loading", "words", "arguments"),
     [
