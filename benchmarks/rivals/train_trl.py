@@ -5,8 +5,9 @@
 
 Off-policy rows are given as token ids with their mask, so that TRL trains on the very tokens that
 the teacher wrote. Its loss with ``beta=0`` is forward KL over the whole vocabulary; optimizer and
-schedule are those of every side. Precision is float32 and gradient checkpointing off, since both of
-TRL's defaults (bfloat16, on) are slower on a CPU without bfloat16.
+schedule are those of every side. Matrix products are in bfloat16, TRL's default, where the CPU has
+instructions for it, as Raystill's are, else in float32. Gradient checkpointing, on by default, is
+off, since it is slower.
 
 With ``--every`` the trainer stores itself every so many steps, and ``--stop-after`` ends the
 process after a store once so many seconds have passed; the same command goes on from there.
@@ -75,6 +76,12 @@ def rows_of(given: argparse.Namespace, folder: Folder, tokenizer: Any) -> Datase
     )
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16; as ``raystill.train.student.module`` asks."""
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
+
+
 def config_of(given: argparse.Namespace, settings: Settings, out: Path) -> GKDConfig:
     """TRL's settings for the job."""
     return GKDConfig(
@@ -95,7 +102,7 @@ def config_of(given: argparse.Namespace, settings: Settings, out: Path) -> GKDCo
         adam_beta2=0.95,
         max_grad_norm=1.0,
         seed=settings.seed,
-        bf16=False,
+        bf16=cpu_has_bfloat16(),
         use_cpu=True,
         gradient_checkpointing=False,
         dataloader_pin_memory=False,
