@@ -168,13 +168,14 @@ def serve_teacher(
         return
     teacher.deploy()
     teacher.wait()
+    probing = probe_teacher.remote(run) if probe else None
     if held_out and ray.wait(held_out, timeout=0)[1]:  # Else a faster teacher has told of it.
         coordinator.phase.remote(ASKING)
         ray.get(held_out)
         coordinator.phase.remote(LOADING_STUDENT, after=ASKING)  # Unless the worker is up.
     sampler = deploy_sampler(run) if config.policy.enabled else None  # Starts during the probe.
-    if probe:
-        ray.get(probe_teacher.remote(run))
+    if probing is not None:
+        ray.get(probing)
     if config.policy.enabled:
         if sampler is not None:
             sampler.wait()

@@ -4,8 +4,9 @@ Before step 1 some answered held-out rows are given to the teacher as Hugging Fa
 that renormalises, shifts by a token, loads other weights or scales its head differently shows here,
 in half a minute, and not in a student that learns badly.
 
-Where it sits: the driver asks whether it is due and starts the task beside the student's first
-evaluation. *Waits for* the held-out answers. *Unblocks* the first step (``release_training``).
+Where it sits: the driver asks whether it is due and starts the task when the teacher is up, so that
+the plain model is loaded while the held-out prompts are answered. *Waits for* these answers.
+*Unblocks* the first step (``release_training``).
 """
 
 import json
@@ -52,6 +53,13 @@ def probe_teacher(run: Run) -> None:
     from raystill.train.student.build import num_classes
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
+    teacher, teacher_folder = run.config.teacher, run.teacher.on_this_node("all")
+    model = AutoModelForCausalLM.from_pretrained(
+        teacher_folder,
+        dtype="float32",
+        trust_remote_code=teacher.trust_remote_code,
+        use_safetensors=True,
+    )
     ray.get(run.coordinator.wait_held_out.remote())
     table = run.folder.read_table(HELD_OUT)
     if run.teacher_name:
@@ -65,13 +73,6 @@ def probe_teacher(run: Run) -> None:
     prompt_of = teacher_prompts(run)
     for row in rows:
         row.prompt_ids = prompt_of(row)
-    teacher, teacher_folder = run.config.teacher, run.teacher.on_this_node("all")
-    model = AutoModelForCausalLM.from_pretrained(
-        teacher_folder,
-        dtype="float32",
-        trust_remote_code=teacher.trust_remote_code,
-        use_safetensors=True,
-    )
     agreed = agreement(model, rows, num_classes(model, teacher_folder))
     dtype = teacher.dtype if teacher.dtype != "auto" else "bfloat16"
     quantised = bool(teacher.quantization or getattr(model.config, "quantization_config", None))
