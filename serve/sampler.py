@@ -27,7 +27,8 @@ from raystill.config.teacher import TeacherConfig
 from raystill.datasets.rows.answers import answers_table
 from raystill.datasets.rows.schema import ENGINE, POLICY_VERSION
 from raystill.datasets.rows.signal import Signal
-from raystill.model.files import read_object
+from raystill.model.adapters import served_rank
+from raystill.model.files import WEIGHTS_FILE, read_object
 from raystill.model.sampling import ResolvedSampling
 from raystill.placement.requests import teacher_cores
 from raystill.serve.engine.arguments import EngineSettings, label_replica, prepare_process
@@ -35,7 +36,6 @@ from raystill.serve.engine.weights import EXTENSION
 from raystill.serve.listening import listen_at_loopback
 from raystill.serve.replica import EXIT_ENGINE_DEAD, ids_of
 
-WEIGHTS_FILE = "model.safetensors"
 SHARED_MEMORY = "/dev/shm"
 GAPS = {"float32": 1e-3}
 GAP_OF_OTHERS = 0.1
@@ -107,9 +107,10 @@ class Sampler:
     async def _start(self, newest: dict[str, Any]) -> None:
         files = await newest["files"][0]
         for name, content in files.items():
-            (self._folder / name).write_bytes(content)
-        await self._write_weights(newest)
+            await asyncio.to_thread((self._folder / name).write_bytes, memoryview(content))
         settings = self._settings
+        if served_rank(settings.config) is None:
+            await self._write_weights(newest)
         cores = None
         if settings.gpus == 0:
             cores = teacher_cores(settings.config, sorted(os.sched_getaffinity(0)))
@@ -119,6 +120,8 @@ class Sampler:
 
         self._engine = VllmEngine(engine_settings(settings, self._folder, newest, cores))
         await self._engine.start()
+        if served_rank(settings.config) is not None:
+            await self._take_adapter(newest)
         await self._prove(newest)
 
     async def _follow(self) -> None:
@@ -127,15 +130,33 @@ class Sampler:
             newest = await self._coordinator.newer_policy.remote(self._serial)
             if newest is None:
                 return
-            await self._write_weights(newest)
-            await self._engine.reload(str(self._folder / WEIGHTS_FILE))
+            if served_rank(self._settings.config) is not None:
+                await self._take_adapter(newest)
+            else:
+                await self._write_weights(newest)
+                await self._engine.reload(str(self._folder / WEIGHTS_FILE))
             await self._prove(newest)
 
     async def _write_weights(self, newest: dict[str, Any]) -> None:
-        content = await newest["weights"][0]
+        (content,) = (await newest["weights"][0]).values()
         part = self._folder / f"{WEIGHTS_FILE}.part"
         await asyncio.to_thread(part.write_bytes, memoryview(content))
         part.rename(self._folder / WEIGHTS_FILE)
+
+    async def _take_adapter(self, newest: dict[str, Any]) -> None:
+        """Write the adapter to a folder of its own, by which vLLM tells it from those before."""
+        folder = self._folder / f"adapter-{newest['serial']}"
+        folder.mkdir()
+        for name, content in (await newest["weights"][0]).items():
+            await asyncio.to_thread((folder / name).write_bytes, memoryview(content))
+        try:
+            await self._engine.take_adapter(newest["serial"], str(folder))
+        except Exception as error:
+            self._exit_if_engine_died(error)
+            raise RunError(
+                f"the sampler cannot take the student's adapter of step {newest['version']} "
+                f"({error}); set policy.merge_adapters: true, which sends it merged weights"
+            ) from error
 
     async def _prove(self, newest: dict[str, Any]) -> None:
         """Compare the engine's logprobs of the probe with the student's; answer with it if equal.
@@ -220,4 +241,4 @@ def engine_settings(
     # Another seed after each start: what was in flight before must not be drawn again.
     seed = config.section_seeds()["policy"] + newest["serial"]
     plain = EngineSettings(engine, str(folder), sampling, seed, max_top_k=1, cores=cores)
-    return replace(plain, extension=EXTENSION)
+    return replace(plain, extension=EXTENSION, adapter_rank=served_rank(config))

@@ -231,6 +231,12 @@ class PolicyConfig(ConfigModel):
     dtype: Literal["float32", "bfloat16", "float16"] | None = identity(
         None, description="Precision of the sampler's weights. Default: training.export_dtype."
     )
+    merge_adapters: bool = operational(
+        False,
+        description="With student.lora: whether the sampler gets merged weights in place of the "
+        "adapter alone. For models of which vLLM serves no adapters; always so with "
+        "student.lora.modules_to_save.",
+    )
     kv_cache_gib: float | None = operational(
         None, gt=0, description="KV cache of the sampler, in GiB. Default: teacher.kv_cache_gib."
     )

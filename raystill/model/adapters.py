@@ -7,12 +7,29 @@ Imports no torch, so that `cluster.check.models` can check a model before anythi
 import math
 from collections.abc import Collection, Iterator, Mapping
 
+from raystill.config.run import RunConfig
 from raystill.config.student import LoraConfig
 from raystill.model.files import ModelFolder
 from raystill.model.head import EMBEDDINGS, HEADS, read_header, stored_tensors
 
 MOST_NAMES = 40
 """Names that an error lists."""
+ADAPTER_WEIGHTS, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+"""The files of an adapter in PEFT's format."""
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM 0.32 can be told as the largest rank of the adapters that it serves."""
+
+
+def served_rank(config: RunConfig) -> int | None:
+    """The rank of which the student's sampler must take adapters, as vLLM counts it.
+
+    None: it gets whole weights. So it is without adapters, where modules are trained whole beside
+    them, where vLLM knows no such rank, and with ``policy.merge_adapters``.
+    """
+    lora = config.student.lora
+    if lora is None or lora.modules_to_save or config.policy.merge_adapters:
+        return None
+    return next((rank for rank in SERVED_RANKS if rank >= lora.rank), None)
 
 
 def adapter_problems(model: ModelFolder, lora: LoraConfig) -> Iterator[tuple[str, str]]:

@@ -26,6 +26,7 @@ SMALL_FILES = (
     "chat_template.json",
     "model.safetensors.index.json",  # `check` counts parameters by it, without the weights.
 )
+WEIGHTS_FILE = "model.safetensors"
 LARGEST_FILE = 256 << 20
 """Bytes of a file of settings or of a tokenizer: five times as many as known ones have."""
 ALL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "*.py")

@@ -18,6 +18,8 @@ from raystill.model.sampling import ResolvedSampling
 GIB = 2**30
 CPU_KV_CACHE_GIB = 2.0
 """KV cache on a CPU where ``teacher.kv_cache_gib`` is not set."""
+ADAPTERS_AT_A_TIME = 2
+"""Adapters that requests of one step may use: a new one, and the one before it."""
 PROBE_TIMEOUT_S = 60.0
 """Within which a sound engine gives one token."""
 
@@ -144,6 +146,7 @@ class EngineSettings:
     cores: tuple[int, ...] | None = None  # CPU cores of the engine; None: it runs on GPUs.
     revision: str | None = None  # The commit of a Hub id.
     extension: str = "raystill.serve.engine.capture.Capture"  # Class that vLLM's workers extend.
+    adapter_rank: int | None = None  # The most that an adapter may have; None: it takes none.
 
 
 def engine_argument_problems(teacher: TeacherConfig, known: Set[str]) -> dict[str, str]:
@@ -238,6 +241,12 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "disable_log_stats": True,
         "worker_extension_cls": settings.extension,
     }
+    if settings.adapter_rank is not None:
+        arguments |= {
+            "enable_lora": True,
+            "max_lora_rank": settings.adapter_rank,
+            "max_loras": ADAPTERS_AT_A_TIME,
+        }
     if settings.revision is not None:
         arguments |= {"revision": settings.revision, "tokenizer_revision": settings.revision}
     if teacher.pipeline_parallel_size > 1 and not on_cpu:

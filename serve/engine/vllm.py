@@ -24,6 +24,7 @@ from raystill.serve.engine.arguments import PROBE_TIMEOUT_S, EngineSettings, eng
 from raystill.serve.engine.capture import CaptureRequest
 from raystill.serve.engine.outputs import hidden_states, keep_arrays, sampled_answer, scored_answer
 from raystill.serve.engine.takes import Bytes, Takes
+from raystill.serve.engine.weights import Adapters
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
@@ -47,6 +48,7 @@ class VllmEngine:
         self._slots = asyncio.Semaphore(settings.teacher.max_num_seqs)
         self._numbers = itertools.count()
         self._rows_finished = 0
+        self._adapters = Adapters()
         self.died = False
         self._engine: Any = None
 
@@ -183,6 +185,20 @@ class VllmEngine:
         finally:
             await self._engine.resume_generation()
 
+    async def take_adapter(self, number: int, folder: str) -> None:
+        """Answer with the adapter in ``folder``, in PEFT's format, from now on.
+
+        Its settings must allow adapters (``adapter_rank``). number: of this adapter alone, from 1;
+        the folder too must be its own, and is deleted when no request needs it any more. Requests
+        in flight are finished with the adapter that they began with.
+        """
+        from vllm.lora.request import LoRARequest
+
+        adapter = LoRARequest(f"adapter-{number}", number, folder)
+        if not await self._engine.add_lora(adapter):
+            raise RuntimeError(f"vLLM did not load the adapter in {folder}")
+        self._adapters.put(adapter)
+
     def _tokens(self) -> dict[str, int]:
         """Response tokens so far of each row in the engine, by vLLM's name of its request."""
         states = self._engine.output_processor.request_states
@@ -314,8 +330,12 @@ class VllmEngine:
         """The finished output of one request; vLLM aborts it if the caller is cancelled."""
         request = f"row-{next(self._numbers)}"
         prompt = {"prompt_token_ids": token_ids}
-        async for output in self._engine.generate(prompt, parameters, request_id=request):
-            final = output
+        with self._adapters.used() as adapter:
+            given = {} if adapter is None else {"lora_request": adapter}
+            async for output in self._engine.generate(
+                prompt, parameters, request_id=request, **given
+            ):
+                final = output
         return final.outputs[0]
 
 

@@ -1,12 +1,22 @@
-"""New weights for a running engine: the worker's side of `vllm.VllmEngine.reload`.
+"""New weights for a running engine: whole ones, or an adapter beside those that it has.
 
-vLLM adds `Reloadable` to its workers (``worker_extension_cls``), so that its own layer-wise reload
-runs in the process that has the model.
+Whole ones: vLLM adds `Reloadable` to its workers (``worker_extension_cls``), so that its own
+layer-wise reload, which `vllm.VllmEngine.reload` asks for, runs in the process with the model.
+
+Adapters: a request is finished with the adapter that it began with, and vLLM may read the adapter's
+folder again as long as one is left. So `Adapters` deletes a folder when another adapter has taken
+its place and the last of its requests has ended.
 """
 
-from typing import Any
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from raystill.serve.engine.capture import Capture
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 EXTENSION = "raystill.serve.engine.weights.Reloadable"
 
@@ -31,3 +41,41 @@ class Reloadable(Capture):
         for module in runner.get_model().modules():
             if isinstance(module, VocabParallelEmbedding):
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+
+class Adapters:
+    """The newest adapter of an engine, and those with requests that have not ended."""
+
+    def __init__(self) -> None:
+        self._newest: LoRARequest | None = None
+        self._users: dict[int, int] = {}
+        self._given: dict[int, LoRARequest] = {}
+
+    def put(self, adapter: "LoRARequest") -> None:
+        """From now on requests use ``adapter``, which must be of a folder of its own."""
+        self._newest = adapter
+        self._given[adapter.lora_int_id] = adapter
+        self._users.setdefault(adapter.lora_int_id, 0)
+        self._forget()
+
+    @contextmanager
+    def used(self) -> "Iterator[LoRARequest | None]":
+        """The newest adapter, for one request; None where there has been none."""
+        adapter = self._newest
+        if adapter is None:
+            yield None
+            return
+        self._users[adapter.lora_int_id] += 1
+        try:
+            yield adapter
+        finally:
+            self._users[adapter.lora_int_id] -= 1
+            self._forget()
+
+    def _forget(self) -> None:
+        """Delete the folders that no request can need any more."""
+        for number, users in list(self._users.items()):
+            adapter = self._given[number]
+            if users == 0 and adapter is not self._newest:
+                del self._users[number], self._given[number]
+                shutil.rmtree(adapter.lora_path, ignore_errors=True)

@@ -1,7 +1,7 @@
 """The student's sampler on real vLLM: each version of the weights reaches it, and it says so.
 
-It is placed by Serve as in a run and pulls what `PolicyPublisher` publishes; what it then writes is
-compared with what ``transformers`` writes with the same weights.
+It is placed by Serve as in a run and pulls what `PolicyPublisher` publishes, whole weights or the
+adapter alone; what it then writes is compared with what ``transformers`` writes with the same.
 """
 
 import os
@@ -33,6 +33,7 @@ from raystill.run import Run
 from raystill.serve.sampler_app import SamplerApp
 from raystill.train.evaluation.measure import LocalStudent
 from raystill.train.step.ranks import Ranks
+from raystill.train.student import lora
 from raystill.train.student.build import build_student, num_classes
 from raystill.train.student.module import StudentModule
 from raystill.train.worker.policy import PolicyPublisher
@@ -64,16 +65,23 @@ class Followed:
     run: Run
     student: Any
     publisher: PolicyPublisher
+    change: float
 
     def change_weights(self, seed: int) -> None:
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in self.student.parameters():
-                parameter.add_(0.02 * torch.randn_like(parameter))
+                if parameter.requires_grad:
+                    parameter.add_(self.change * torch.randn_like(parameter))
 
     def publish(self, version: int) -> None:
         self.publisher.publish(version)
         wait_until(lambda: version in dict(self.proofs()), f"version {version} arrives")
+
+    def sent(self) -> set[str]:
+        """The names of the files that were sent last."""
+        newest = ray.get(self.run.coordinator.newer_policy.remote(0))
+        return set(ray.get(newest["weights"][0]))
 
     def log(self) -> str:
         return (self.run.folder.logs / "sampler-0.log").read_text()
@@ -103,28 +111,42 @@ class Followed:
         return answers
 
 
-@pytest.fixture(scope="module")
-def followed(ray_serve: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Followed]:
+SENT = {
+    "whole weights": {"model.safetensors"},
+    "adapters": {"adapter_model.safetensors", "adapter_config.json"},
+    "merged adapters": {"model.safetensors"},
+}
+
+
+@pytest.fixture(scope="module", params=SENT)
+def followed(
+    ray_serve: None, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Followed]:
+    kind, adapters = request.param, "adapters" in request.param
     written = yaml.safe_load((ROOT / "configs" / "on_policy.yaml").read_text())
     written["teacher"] |= {"model": str(TEACHER), "max_num_seqs": 4}
     written["policy"] |= {"max_tokens": MAX_TOKENS, "sampling": {"temperature": 0.0}}
+    written["policy"]["merge_adapters"] = kind == "merged adapters"
+    if adapters:
+        written["student"]["lora"] = {"rank": 5, "alpha": 20}
     config = RunConfig.model_validate(written)
     folder = RunFolder(str(tmp_path_factory.mktemp("sampler") / "run")).ensure()
     folder.logs.mkdir(exist_ok=True)
     run = Run(
         config=config,
         folder=folder,
-        id="followed",
+        id=kind.replace(" ", "-"),
         teacher=ModelSource.of(str(TEACHER), TEACHER),
         teacher_identity=teacher_identity(str(TEACHER)),
         store_path=str(folder.logs / "store"),
         num_rows=8,
         coordinator=start_coordinator("followed", 8, 8, 0.0),
     )
-    model = build_student(config, str(TEACHER), seed=0)
+    model = build_student(config, str(TEACHER), seed=0).float()
+    lora.attach(model, config, torch.device("cpu"))
     # No answer ends before its last token, so that all can be compared.
     sampling = replace(resolve_sampling(config.teacher, TEACHER), stop_token_ids=())
-    module = StudentModule(model.float())
+    module = StudentModule(model)
     student = LocalStudent(
         module,
         num_classes(model, str(TEACHER)),
@@ -138,12 +160,14 @@ def followed(ray_serve: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
     app = SamplerApp(run)
     app.deploy()
     app.wait()
-    yield Followed(run, module.model, publisher)
+    yield Followed(run, module.model, publisher, change=0.1 if adapters else 0.02)
     app.end()
     ray.kill(run.coordinator)
 
 
-def test_it_writes_what_the_student_of_each_version_would(followed: Followed) -> None:
+def test_it_writes_what_the_student_of_each_version_would(
+    followed: Followed, request: pytest.FixtureRequest
+) -> None:
     before = followed.write()
     assert before == (0, followed.greedy())
     for version in (1, 2):
@@ -151,6 +175,7 @@ def test_it_writes_what_the_student_of_each_version_would(followed: Followed) ->
         followed.publish(version)
         assert followed.write() == (version, followed.greedy())
     assert followed.greedy() != before[1], "the weights have to matter"
+    assert followed.sent() == SENT[request.node.callspec.params["followed"]]
     assert [version for version, _ in followed.proofs()] == [0, 1, 2]
     assert all(gap <= 1e-3 for _, gap in followed.proofs())
 

@@ -27,7 +27,12 @@ from torch.distributed.tensor import DTensor
 from raystill.base.errors import RunError
 from raystill.config.run import RunConfig
 from raystill.config.student import LoraConfig
-from raystill.model.adapters import lora_problems, names
+from raystill.model.adapters import (
+    ADAPTER_SETTINGS,
+    ADAPTER_WEIGHTS,
+    lora_problems,
+    names,
+)
 from raystill.train.student.build import DTYPES, freeze_unreached
 from raystill.train.student.module import resolve_compute_dtype
 from raystill.train.student.sharding import whole
@@ -282,8 +287,8 @@ def save_adapter(
         "target_modules": sorted(settings.target_modules),
     }
     text = json.dumps(written, indent=2, sort_keys=True, default=str) + "\n"
-    (part / "adapter_config.json").write_text(text)
+    (part / ADAPTER_SETTINGS).write_text(text)
     contiguous = {name: tensor.contiguous() for name, tensor in state.items()}
-    save_file(contiguous, part / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(contiguous, part / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

@@ -4,6 +4,9 @@ Rank 0 has the coordinator put the weights into Ray's object store, and own them
 outlast this worker. The sampler pulls them, computes the logprobs of the same tokens, and reports
 how far they are from those of this student.
 
+Of a student with adapters the frozen weights are sent once in a life of the worker group, and then
+the adapter alone; merged weights each time where the sampler can take no adapter (`served_rank`).
+
 Consumes: the student. Unblocks: the source's credits, once the sampler has loaded the weights.
 """
 
@@ -16,16 +19,21 @@ import ray
 import torch
 from safetensors.torch import save
 
+from raystill.model.adapters import ADAPTER_SETTINGS, ADAPTER_WEIGHTS, served_rank
+from raystill.model.files import WEIGHTS_FILE
 from raystill.model.sampling import ResolvedSampling
 from raystill.run import Run
 from raystill.train.batch.batch import collate
 from raystill.train.batch.rows import Row
 from raystill.train.evaluation.measure import LocalStudent
+from raystill.train.student import lora
 from raystill.train.student.build import DTYPES
 from raystill.train.student.export import ExportSettings, exported_state, save_student
 from raystill.train.student.sharding import whole_weights
 
 PROBE_TOKENS = 48
+
+Tensors = dict[str, torch.Tensor]
 
 
 class PolicyPublisher:
@@ -36,6 +44,7 @@ class PolicyPublisher:
         self._student = student
         dtype = run.config.policy.dtype or run.config.training.export_dtype
         self._settings = ExportSettings(dtype, student.teacher_folder, sampling)
+        self._adapter_alone = served_rank(run.config) is not None
         generator = np.random.default_rng(run.config.section_seeds()["policy"])
         self._probe = generator.integers(0, student.vocab, PROBE_TOKENS).astype(np.int32)
 
@@ -46,19 +55,37 @@ class PolicyPublisher:
         published last.
         """
         first, model = self._student.ranks.first, self._student.module.model
-        state = exported_state(model, DTYPES[self._settings.dtype], first)
+        whole: Tensors = {}
+        if restored or not self._adapter_alone:
+            whole = self._whole_weights(first)
+        adapter = lora.adapter_state(model, first) if self._adapter_alone else {}
         logprobs = self._probe_logprobs()
         if not first:
             return
+        changed = adapter_files(model, adapter) if self._adapter_alone else weights_file(whole)
         weights: dict[str, Any] = {
-            "weights": self._hold(np.frombuffer(save(without_ties(state)), np.uint8)),
+            "weights": self._hold(changed),
             "probe_ids": self._probe,
             "probe_logprobs": logprobs,
             "stop_token_ids": self._settings.sampling.stop_token_ids,
         }
         if restored:
-            weights["files"] = self._hold(small_files(model, self._settings, state))
+            files = small_files(model, self._settings, whole)
+            if self._adapter_alone:
+                files |= weights_file(whole)
+            weights["files"] = self._hold(files)
         ray.get(self._coordinator.publish_policy.remote(version, weights, restored))
+
+    def _whole_weights(self, first: bool) -> Tensors:
+        """All that the sampler's model has on the host, or what its adapters are added to.
+        Collective; on other ranks than the first it is empty.
+        """
+        model, dtype = self._student.module.model, DTYPES[self._settings.dtype]
+        if not self._adapter_alone:
+            return exported_state(model, dtype, first)
+        frozen = lora.base_state(model, first)
+        converted = {id(tensor): tensor.to(dtype) for tensor in frozen.values()}  # Ties stay ties.
+        return {name: converted[id(tensor)] for name, tensor in frozen.items()}
 
     def _hold(self, value: Any) -> list[Any]:
         """A list of one reference: in a list, since a plain one would be read when it is passed."""
@@ -84,7 +111,21 @@ class PolicyPublisher:
         return torch.cat(parts).squeeze(1).cpu().numpy()
 
 
-def without_ties(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def weights_file(state: Tensors) -> dict[str, np.ndarray]:
+    """A file of weights by its name, as uint8 arrays, which Ray passes on without a copy."""
+    return {WEIGHTS_FILE: np.frombuffer(save(without_ties(state)), np.uint8)}
+
+
+def adapter_files(model: Any, state: Tensors) -> dict[str, np.ndarray]:
+    """The two files of an adapter by name, as uint8 arrays. state: `lora.adapter_state`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter"
+        lora.save_adapter(model, state, path, base="")
+        names = (ADAPTER_SETTINGS, ADAPTER_WEIGHTS)
+        return {name: np.fromfile(path / name, np.uint8) for name in names}
+
+
+def without_ties(state: Tensors) -> Tensors:
     """The state without the second name of a tensor that has two, as files on disk have it."""
     seen: set[int] = set()
     kept = {}
@@ -95,12 +136,10 @@ def without_ties(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return kept
 
 
-def small_files(
-    model: Any, settings: ExportSettings, state: dict[str, torch.Tensor]
-) -> dict[str, bytes]:
+def small_files(model: Any, settings: ExportSettings, state: Tensors) -> dict[str, np.ndarray]:
     """The files of an exported student by name, without its weights."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "student"
         save_student(model, path, settings, state)
         files = [f for f in path.iterdir() if f.is_file() and ".safetensors" not in f.name]
-        return {file.name: file.read_bytes() for file in files}
+        return {file.name: np.fromfile(file, np.uint8) for file in files}
