@@ -9,7 +9,6 @@ gives. A sampler that does not follow stops the run.
 """
 
 import asyncio
-import json
 import os
 import shutil
 import tempfile
@@ -24,9 +23,9 @@ from raystill.base.errors import RunError
 from raystill.base.logs import redirect_output, run_name, write_line
 from raystill.config.run import RunConfig
 from raystill.config.teacher import TeacherConfig
-from raystill.datasets.rows.answers import answers_table
-from raystill.datasets.rows.schema import ENGINE, POLICY_VERSION
+from raystill.datasets.rows.answers import Answer, answers_table
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.rows.versions import with_spans
 from raystill.model.adapters import served_rank
 from raystill.model.files import WEIGHTS_FILE, read_object
 from raystill.model.sampling import ResolvedSampling
@@ -77,10 +76,8 @@ class Sampler:
     async def sample(self, prompts: pa.Table, signal: Signal) -> pa.Table:
         """Responses to ``prompt_ids`` as an ``answer_schema`` table of ``text``.
 
-        Its ENGINE metadata has the version of the weights at the beginning of the call: some tokens
-        may be written by newer weights, none by older ones.
+        ``finish_reason`` says which weights wrote which tokens: see `datasets.rows.versions`.
         """
-        version = self._version
         groups = ids_of(prompts, "prompt_ids")
         limit = self._settings.config.teacher.request_timeout_s
         try:
@@ -88,8 +85,7 @@ class Sampler:
         except Exception as error:
             self._exit_if_engine_died(error)
             raise
-        table = await asyncio.to_thread(answers_table, answers, signal)
-        return table.replace_schema_metadata({ENGINE: json.dumps({POLICY_VERSION: version})})
+        return await asyncio.to_thread(answers_table, [named(a) for a in answers], signal)
 
     async def check_health(self) -> None:
         """Called by Serve: the engine gives a token, and new weights are still awaited."""
@@ -122,6 +118,8 @@ class Sampler:
         await self._engine.start()
         if served_rank(settings.config) is not None:
             await self._take_adapter(newest)
+        else:
+            await self._engine.name_weights(newest["version"])
         await self._prove(newest)
 
     async def _follow(self) -> None:
@@ -134,7 +132,8 @@ class Sampler:
                 await self._take_adapter(newest)
             else:
                 await self._write_weights(newest)
-                await self._engine.reload(str(self._folder / WEIGHTS_FILE))
+                path = str(self._folder / WEIGHTS_FILE)
+                await self._engine.reload(path, newest["version"])
             await self._prove(newest)
 
     async def _write_weights(self, newest: dict[str, Any]) -> None:
@@ -150,7 +149,7 @@ class Sampler:
         for name, content in (await newest["weights"][0]).items():
             await asyncio.to_thread((folder / name).write_bytes, memoryview(content))
         try:
-            await self._engine.take_adapter(newest["serial"], str(folder))
+            await self._engine.take_adapter(newest["serial"], str(folder), newest["version"])
         except Exception as error:
             self._exit_if_engine_died(error)
             raise RunError(
@@ -192,6 +191,14 @@ class Sampler:
             engine.close()
         if folder := getattr(self, "_folder", None):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def named(answer: Answer) -> Answer:
+    """The answer with its spans in ``finish_reason``, where a table has room for them."""
+    if answer.finish_reason is None:
+        return answer
+    assert answer.spans, "the engine did not say which weights wrote an answer"
+    return replace(answer, finish_reason=with_spans(answer.finish_reason, answer.spans))
 
 
 def does_not_follow(version: int, gap: float, allowed: float) -> str:

@@ -3,19 +3,16 @@
 `StudentAnswers` stands where the store's front (`stream.answers.StoredAnswers`) expects the
 teacher. So a student-written answer is published, looked up and scored like any other.
 
-The version of the weights is stored in ``finish_reason``, as ``stop/12`` or ``length/12``: stored
-segments have no other column for it, and stay readable to earlier versions.
+The sampler says in ``finish_reason`` which weights wrote which tokens: see `rows.versions`.
 """
 
-import json
 from typing import Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raystill.datasets.rows.schema import ENGINE, POLICY_VERSION
-
-SEPARATOR = "/"
+from raystill.datasets.rows.schema import POLICY_VERSION, TOKEN_VERSIONS
+from raystill.datasets.rows.versions import split_reason, token_versions
 
 
 class Calls(Protocol):
@@ -42,16 +39,11 @@ class StudentAnswers:
         """
         own = prompt_ids if student_prompt_ids is None else student_prompt_ids
         written = await self._student.sample(own)
-        facts = json.loads((written.schema.metadata or {}).get(ENGINE, b"{}"))
-        version = facts.get(POLICY_VERSION, 0)  # Without facts no row is usable.
         scored = await self._teacher.score(prompt_ids, written["response_ids"].combine_chunks())
         errors = pc.coalesce(written["error"], scored["error"])
-        reasons = pc.binary_join_element_wise(
-            written["finish_reason"], pa.scalar(str(version)), SEPARATOR
-        )
-        usable = pc.is_null(errors)
+        none = pa.scalar(None, pa.string())
         columns = {
-            "finish_reason": pc.if_else(usable, reasons, pa.scalar(None, pa.string())),
+            "finish_reason": pc.if_else(pc.is_null(errors), written["finish_reason"], none),
             "error": errors,
         }
         for name, values in columns.items():
@@ -65,15 +57,11 @@ class StudentAnswers:
 
 
 def with_versions(answers: pa.Table) -> pa.Table:
-    """Answers with plain finish reasons and the column ``policy_version``.
-
-    Where the version is not in ``finish_reason`` the teacher wrote the answer.
-    """
-    reasons, versions = [], []
-    for text in answers["finish_reason"].to_pylist():
-        reason, separator, version = (text or "").partition(SEPARATOR)
-        reasons.append(reason or None)
-        versions.append(int(version) if separator else None)
+    """Answers with plain finish reasons, and the columns `POLICY_VERSION` and `TOKEN_VERSIONS`."""
+    parts = [split_reason(text) for text in answers["finish_reason"].to_pylist()]
+    reasons, spans = [reason for reason, _ in parts], [each for _, each in parts]
+    first = pa.array([each[0][1] if each else None for each in spans], pa.int64())
+    versions = token_versions(spans, answers["response_ids"])
     place = answers.schema.get_field_index("finish_reason")
     answers = answers.set_column(place, "finish_reason", pa.array(reasons, pa.string()))
-    return answers.append_column(POLICY_VERSION, pa.array(versions, pa.int64()))
+    return answers.append_column(POLICY_VERSION, first).append_column(TOKEN_VERSIONS, versions)

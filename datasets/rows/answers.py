@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from raystill.base.errors import RunError
 from raystill.datasets.rows.schema import FATAL, TOKEN_FLOATS, answer_schema, signal_fields
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.rows.versions import Spans
 
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
@@ -48,6 +49,8 @@ class Answer:
     tail_logprob: Float32Array | None = None  # [T], log(1 - sum top-K p); topk
     hidden: NDArray[np.uint16] | None = None  # [T, D], bfloat16 bits, after the final norm; hidden
     error: str | None = None  # why an unusable row is dropped; None for a usable one
+    # Of an answer of the student's, the weights that wrote its tokens; in no table.
+    spans: Spans = ()
 
 
 def why_unanswerable(prompt_ids: Int32Array, max_model_len: int, vocab_size: int) -> str | None:

@@ -123,13 +123,16 @@ def answer_schema(signal: Signal) -> pa.Schema:
 
 POLICY_VERSION = "policy_version"
 """Column of rows in runs whose student writes some of them: int64, the optimizer steps that the
-weights had finished which wrote the response; null: the teacher wrote it."""
+weights had finished which began the response; null: the teacher wrote it."""
+TOKEN_VERSIONS = "token_versions"
+"""Column beside it: int32 [T], the same for the weights that wrote each token. They are other than
+the first where newer weights came while the response was written. Empty: the teacher wrote it."""
 
 
 def row_schema(signal: Signal, policy: bool = False) -> pa.Schema:
     """What the stream delivers to a training worker: columns of the plan, prompt and answer.
 
-    policy: with the column `POLICY_VERSION`.
+    policy: with the columns `POLICY_VERSION` and `TOKEN_VERSIONS`.
     """
     schema = pa.schema(
         [
@@ -143,7 +146,11 @@ def row_schema(signal: Signal, policy: bool = False) -> pa.Schema:
             *signal_fields(signal),
         ]
     )
-    return schema.append(pa.field(POLICY_VERSION, pa.int64())) if policy else schema
+    if not policy:
+        return schema
+    return schema.append(pa.field(POLICY_VERSION, pa.int64())).append(
+        pa.field(TOKEN_VERSIONS, TOKEN_IDS)
+    )
 
 
 ENGINE = b"raystill.engine"

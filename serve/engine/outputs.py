@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from raystill.datasets.rows.answers import Answer, tail_logprob
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.rows.versions import Spans
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +105,7 @@ def sampled_answer(output: "CompletionOutput", signal: Signal, vocab_size: int) 
     num_tokens = len(output.token_ids)
     ids = np.fromiter(output.token_ids, np.int32, num_tokens)
     if signal.kind == "text":
-        return Answer(ids, output.finish_reason)
+        return Answer(ids, output.finish_reason, spans=spans_of(output))
     arrays = output.logprobs.arrays
     width = 1 + (signal.width if signal.kind == "topk" else 0)
     logprobs = _stacked([part for _, part in arrays], width)
@@ -121,6 +122,17 @@ def sampled_answer(output: "CompletionOutput", signal: Signal, vocab_size: int) 
         topk_logprobs=best,
         tail_logprob=tail_logprob(best, vocab_size),
     )
+
+
+def spans_of(output: "CompletionOutput") -> Spans:
+    """First token and version of the weights that wrote each part of an answer.
+
+    Empty for an engine whose weights were never named: vLLM calls them "default".
+    """
+    told = [span for span in output.weight_versions or () if span.end > span.start]
+    if not all(span.version.isdigit() for span in told):
+        return ()
+    return tuple((span.start, int(span.version)) for span in told)
 
 
 def _stacked(parts: list[NDArray[Any]], width: int) -> NDArray[Any]:

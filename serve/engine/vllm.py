@@ -24,7 +24,7 @@ from raystill.serve.engine.arguments import PROBE_TIMEOUT_S, EngineSettings, eng
 from raystill.serve.engine.capture import CaptureRequest
 from raystill.serve.engine.outputs import hidden_states, keep_arrays, sampled_answer, scored_answer
 from raystill.serve.engine.takes import Bytes, Takes
-from raystill.serve.engine.weights import Adapters
+from raystill.serve.engine.weights import Adapters, one_span
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
@@ -172,7 +172,11 @@ class VllmEngine:
                     f"the engine gave no token within {PROBE_TIMEOUT_S:.0f} s"
                 ) from None
 
-    async def reload(self, path: str) -> None:
+    async def name_weights(self, version: int) -> None:
+        """Tokens from now on are those of this version of the weights: `Answer.spans`."""
+        await self._engine.update_weight_version(str(version))
+
+    async def reload(self, path: str, version: int) -> None:
         """Take new weights from a safetensors file on this node, with Hugging Face names.
 
         Its settings must name `weights.EXTENSION`. Requests in flight are held back meanwhile;
@@ -182,10 +186,11 @@ class VllmEngine:
         try:
             await self._engine.collective_rpc("raystill_reload", args=(path,))
             await self._engine.reset_prefix_cache()
+            await self.name_weights(version)
         finally:
             await self._engine.resume_generation()
 
-    async def take_adapter(self, number: int, folder: str) -> None:
+    async def take_adapter(self, number: int, folder: str, version: int) -> None:
         """Answer with the adapter in ``folder``, in PEFT's format, from now on.
 
         Its settings must allow adapters (``adapter_rank``). number: of this adapter alone, from 1;
@@ -197,7 +202,7 @@ class VllmEngine:
         adapter = LoRARequest(f"adapter-{number}", number, folder)
         if not await self._engine.add_lora(adapter):
             raise RuntimeError(f"vLLM did not load the adapter in {folder}")
-        self._adapters.put(adapter)
+        self._adapters.put(adapter, version)
 
     def _tokens(self) -> dict[str, int]:
         """Response tokens so far of each row in the engine, by vLLM's name of its request."""
@@ -330,13 +335,16 @@ class VllmEngine:
         """The finished output of one request; vLLM aborts it if the caller is cancelled."""
         request = f"row-{next(self._numbers)}"
         prompt = {"prompt_token_ids": token_ids}
-        with self._adapters.used() as adapter:
+        with self._adapters.used() as (adapter, version):
             given = {} if adapter is None else {"lora_request": adapter}
             async for output in self._engine.generate(
                 prompt, parameters, request_id=request, **given
             ):
                 final = output
-        return final.outputs[0]
+        answer: CompletionOutput = final.outputs[0]
+        if adapter is not None:  # vLLM names the versions of whole weights alone.
+            answer.weight_versions = one_span(version, len(answer.token_ids))
+        return answer
 
 
 def _num_logprobs(signal: Signal) -> int | None:

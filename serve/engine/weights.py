@@ -17,6 +17,7 @@ from raystill.serve.engine.capture import Capture
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
+    from vllm.outputs import WeightVersionSpan
 
 EXTENSION = "raystill.serve.engine.weights.Reloadable"
 
@@ -48,26 +49,27 @@ class Adapters:
 
     def __init__(self) -> None:
         self._newest: LoRARequest | None = None
+        self._version = 0
         self._users: dict[int, int] = {}
         self._given: dict[int, LoRARequest] = {}
 
-    def put(self, adapter: "LoRARequest") -> None:
+    def put(self, adapter: "LoRARequest", version: int) -> None:
         """From now on requests use ``adapter``, which must be of a folder of its own."""
-        self._newest = adapter
+        self._newest, self._version = adapter, version
         self._given[adapter.lora_int_id] = adapter
         self._users.setdefault(adapter.lora_int_id, 0)
         self._forget()
 
     @contextmanager
-    def used(self) -> "Iterator[LoRARequest | None]":
-        """The newest adapter, for one request; None where there has been none."""
+    def used(self) -> "Iterator[tuple[LoRARequest | None, int]]":
+        """The newest adapter and its version, for one request; None where there has been none."""
         adapter = self._newest
         if adapter is None:
-            yield None
+            yield None, 0
             return
         self._users[adapter.lora_int_id] += 1
         try:
-            yield adapter
+            yield adapter, self._version
         finally:
             self._users[adapter.lora_int_id] -= 1
             self._forget()
@@ -79,3 +81,10 @@ class Adapters:
             if users == 0 and adapter is not self._newest:
                 del self._users[number], self._given[number]
                 shutil.rmtree(adapter.lora_path, ignore_errors=True)
+
+
+def one_span(version: int, num_tokens: int) -> "list[WeightVersionSpan]":
+    """What vLLM says of an answer that one version of the weights wrote."""
+    from vllm.outputs import WeightVersionSpan
+
+    return [WeightVersionSpan(str(version), 0, num_tokens)]

@@ -208,12 +208,12 @@ class Both:
     def answers(self, tokens):
         columns = [
             tokens,
-            ["stop"] * len(tokens),
+            ["stop/5"] * len(tokens),
             [None] * len(tokens),
             [[-0.5, -0.5]] * len(tokens),
         ]
         engine = {"engine": "e", "version": "1", "dtype": "float32", "vocab_size": 100}
-        facts = {ENGINE: json.dumps({**engine, POLICY_VERSION: 5})}
+        facts = {ENGINE: json.dumps(engine)}
         return pa.table(columns, schema=answer_schema(Signal("sampled")).with_metadata(facts))
 
 

@@ -1,7 +1,6 @@
 """Rows that the student writes: which they are, their keys, and credits that bound staleness."""
 
 import asyncio
-import json
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +14,17 @@ from raystill.config.objective import PolicyConfig
 from raystill.config.run import RunConfig
 from raystill.datasets.policy.calls import StudentAnswers, with_versions
 from raystill.datasets.policy.plan import PolicyPlan
-from raystill.datasets.rows.schema import ENGINE, POLICY_VERSION, TOKEN_IDS
+from raystill.datasets.rows.schema import (
+    ENGINE,
+    POLICY_VERSION,
+    TOKEN_IDS,
+    TOKEN_VERSIONS,
+    row_schema,
+)
+from raystill.datasets.rows.signal import Signal
+from raystill.datasets.rows.versions import split_reason, versions_of, with_spans
 from raystill.datasets.stream.ledger import Ledger
+from raystill.train.batch.rows import rows_from_table
 
 MINIMAL = {
     "teacher": {"model": "t"},
@@ -127,19 +135,19 @@ def test_a_run_that_is_over_lets_the_sampler_go():
 
 
 class Writer:
-    def __init__(self, responses, version):
-        self.responses, self.version = responses, version
+    def __init__(self, responses, versions):
+        self.responses, self.versions = responses, versions
 
     async def sample(self, prompt_ids, keys=None):
         errors = [None if r else "engine_error" for r in self.responses]
         table = pa.table(
             {
                 "response_ids": pa.array(self.responses, TOKEN_IDS),
-                "finish_reason": ["length" if r else None for r in self.responses],
+                "finish_reason": [f"length/{self.versions}" if r else None for r in self.responses],
                 "error": pa.array(errors, pa.string()),
             }
         )
-        return table.replace_schema_metadata({ENGINE: json.dumps({POLICY_VERSION: self.version})})
+        return table
 
 
 class Scorer:
@@ -156,19 +164,53 @@ class Scorer:
 
 
 def test_the_student_writes_and_the_teacher_scores_and_the_version_is_kept():
-    calls = StudentAnswers(Writer([[4, 5], [], [6]], 12), Scorer())
+    calls = StudentAnswers(Writer([[4, 5], [], [6]], "12+1:13"), Scorer())
     answers = asyncio.run(calls.sample(pa.array([[1], [2], [3]], TOKEN_IDS)))
-    assert answers["finish_reason"].to_pylist() == ["length/12", None, "length/12"]
+    assert answers["finish_reason"].to_pylist() == ["length/12+1:13", None, "length/12+1:13"]
     assert answers["error"].to_pylist() == [None, "engine_error", None]
     assert answers.schema.metadata[ENGINE] == b"{}", "the store names the engine that scored"
     plain = with_versions(answers)
     assert plain["finish_reason"].to_pylist() == ["length", None, "length"]
     assert plain[POLICY_VERSION].to_pylist() == [12, None, 12]
+    assert plain[TOKEN_VERSIONS].to_pylist() == [[12, 13], [], [12]]
 
 
 def test_answers_of_the_teacher_have_no_version():
-    table = pa.table({"finish_reason": ["stop", "length", None]})
+    ids = pa.array([[1], [2, 3], []], TOKEN_IDS)
+    table = pa.table({"finish_reason": ["stop", "length", None], "response_ids": ids})
     assert with_versions(table)[POLICY_VERSION].null_count == 3
+    assert with_versions(table)[TOKEN_VERSIONS].to_pylist() == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    ("spans", "text", "versions"),
+    [
+        (((0, 12),), "stop/12", [12] * 5),  # As earlier releases wrote it.
+        (((0, 12), (4, 13)), "stop/12+4:13", [12, 12, 12, 12, 13]),
+        (((0, 7), (1, 8), (3, 7)), "stop/7+1:8+3:7", [7, 8, 8, 7, 7]),  # A worker was restored.
+    ],
+)
+def test_the_version_of_each_token_is_kept_in_the_finish_reason(spans, text, versions):
+    assert with_spans("stop", spans) == text
+    assert split_reason(text) == ("stop", spans)
+    assert versions_of(spans, 5).tolist() == versions
+
+
+def test_delivered_rows_have_the_version_of_each_token():
+    answers = pa.table(
+        {
+            "finish_reason": ["stop/4+1:5", "stop"],
+            "response_ids": pa.array([[1, 2, 3], [4]], TOKEN_IDS),
+        }
+    )
+    schema = row_schema(Signal("text"), policy=True)
+    given = with_versions(answers)
+    numbers = {"row": [0, 1], "position": [0, 1], "epoch": [0, 0], "source": ["", ""]}
+    prompts = {"prompt_ids": [[9], [9]]}
+    columns = {**numbers, **prompts, **dict(zip(given.column_names, given.columns, strict=True))}
+    rows = rows_from_table(pa.table([columns[n] for n in schema.names], schema=schema))
+    assert [row.token_versions.tolist() for row in rows] == [[4, 5, 5], []]
+    assert [row.policy_version for row in rows] == [4, None]
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from ray.exceptions import RayActorError
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.coordinator.actor import start_coordinator
 from raystill.config.run import RunConfig
-from raystill.datasets.rows.schema import ENGINE
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.rows.versions import split_reason
 from raystill.model.identity import teacher_identity
 from raystill.model.on_node import ModelSource
 from raystill.model.sampling import resolve_sampling
@@ -95,7 +95,8 @@ class Followed:
         handle = serve.get_app_handle(self.run.sampler_app)
         prompts = pa.table({"prompt_ids": pa.array(PROMPTS, pa.list_(pa.int32()))})
         table = handle.sample.remote(prompts, Signal("text")).result(timeout_s=PATIENCE_S)
-        version = int(re.findall(rb"\d+", table.schema.metadata[ENGINE])[0])
+        spans = [split_reason(reason)[1] for reason in table["finish_reason"].to_pylist()]
+        ((version,),) = {tuple(version for _, version in each) for each in spans}
         return version, table["response_ids"].to_pylist()
 
     @torch.no_grad()

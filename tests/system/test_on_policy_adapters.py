@@ -1,11 +1,10 @@
-"""A run of which a student with adapters writes half, on real vLLM: stopped on its way, and resumed.
+"""A student with adapters writes half of a run on real vLLM, which is stopped and resumed.
 
 Its sampler gets the frozen weights once and then the adapter of each step alone. What reaches it is
 compared with ``transformers`` in tests/serve/test_sampler.py.
 """
 
 import signal
-from pathlib import Path
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from raystill.config.objective import ObjectiveConfig
 from raystill.config.training import TrainingConfig
 from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import build_optimizer
-from raystill.train.step.step import GlobalStep, staleness
+from raystill.train.step.step import GlobalStep, staleness, token_staleness
 from tests.support import tiny_student
 
 TEACHER_WRITTEN = ObjectiveConfig(forward_kl=1.0, cross_entropy=0.3)
@@ -104,6 +104,27 @@ def test_staleness_is_counted_at_the_step_that_trains():
     metrics = step_with(module).run(5, rows, has_more=False, stop=False).metrics()
     assert metrics["student_written_rows"] == 3
     assert metrics["staleness/2"] == 3
+
+
+def test_staleness_is_counted_by_the_token_too():
+    versions = [[3, 3, 4], [], [4, 5]]
+    rows = [
+        replace(row, policy_version=v[0] if v else None, token_versions=np.array(v, np.int32))
+        for row, v in zip(rows_of_both(3), versions, strict=True)
+    ]
+    assert token_staleness(5, rows, 4) == [1, 2, 2, 0]
+    assert token_staleness(9, rows, 4) == [0, 0, 0, 5], "the last is: or more"
+    assert token_staleness(3, rows, 4) == [5, 0, 0, 0], "written by weights of lost steps"
+    module = tiny_student.tiny_module(torch.float64)
+    metrics = step_with(module).run(5, rows, has_more=False, stop=False).metrics()
+    told = {n: v for n, v in metrics.items() if "staleness" in n}
+    assert told == {
+        "staleness/1": 1,
+        "staleness/2": 1,
+        "token_staleness/0": 1,
+        "token_staleness/1": 2,
+        "token_staleness/2": 2,
+    }
 
 
 def test_a_tied_head_is_sent_once_and_loads_back():

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 _SIGNAL_COLUMNS = ("sampled_logprobs", "topk_ids", "topk_logprobs", "tail_logprob", "hidden")
-_VERSION = "policy_version"
+_VERSION, _VERSIONS = "policy_version", "token_versions"
 
 
 @dataclass(slots=True)
@@ -37,6 +37,8 @@ class Row:
         hidden: uint16 [T, D], the bits of bfloat16, a type that numpy does not have.
         policy_version: Steps that the student had finished when it wrote the response; None where
             the teacher wrote it.
+        token_versions: int32 [T], the same of the weights that wrote each token; None or empty
+            where the teacher wrote the response.
     """
 
     position: int
@@ -50,6 +52,7 @@ class Row:
     tail_logprob: np.ndarray | None = None
     hidden: np.ndarray | None = None
     policy_version: int | None = None
+    token_versions: np.ndarray | None = None
 
     @property
     def student_written(self) -> bool:
@@ -81,7 +84,7 @@ def rows_from_table(table: pa.Table) -> list[Row]:
         versions = batch.column(_VERSION).to_pylist() if _VERSION in columns else None
         lists = {
             name: _list_views(batch.column(name), name)
-            for name in ("prompt_ids", "response_ids", *_SIGNAL_COLUMNS)
+            for name in ("prompt_ids", "response_ids", *_SIGNAL_COLUMNS, _VERSIONS)
             if name in columns
         }
         for i in range(batch.num_rows):

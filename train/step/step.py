@@ -30,6 +30,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -86,6 +87,7 @@ class StepResult:
         not_finite: What is not finite, for a step that is skipped because of it; else None.
         staleness: Of the rows that the student wrote, how many were written by weights 0, 1, 2, ...
             steps old; the last number counts all older ones. Empty where it writes none.
+        token_staleness: The same of the tokens of these rows, each by the weights that wrote it.
     """
 
     step: int
@@ -105,6 +107,7 @@ class StepResult:
     student_s: float = 0.0
     not_finite: str | None = None
     staleness: tuple[int, ...] = ()
+    token_staleness: tuple[int, ...] = ()
 
     def metrics(self) -> dict[str, Any]:
         """The fields of this step's line of metrics.jsonl; terms are named ``objective/<term>``."""
@@ -113,6 +116,7 @@ class StepResult:
         names += [n for n in ("floored_tokens", "not_finite") if getattr(self, n) is not None]
         terms = {f"objective/{name}": value for name, value in self.objective.items()}
         ages = {f"staleness/{age}": rows for age, rows in enumerate(self.staleness) if rows}
+        ages |= {f"token_staleness/{age}": n for age, n in enumerate(self.token_staleness) if n}
         written = {"student_written_rows": sum(self.staleness)} if self.staleness else {}
         return {name: getattr(self, name) for name in names} | terms | written | ages
 
@@ -129,6 +133,7 @@ class _Totals:
     any_stop: bool
     teacher_gap: float
     staleness: tuple[int, ...] = ()
+    token_staleness: tuple[int, ...] = ()
 
 
 class GlobalStep:
@@ -193,6 +198,7 @@ class GlobalStep:
             "any_more": totals.any_more,
             "any_stop": totals.any_stop,
             "staleness": totals.staleness,
+            "token_staleness": totals.token_staleness,
         }
         if totals.weight == 0:  # Of all ranks, so all of them return here.
             return StepResult(trained=False, **common)
@@ -221,6 +227,7 @@ class GlobalStep:
         tokens = sum(row.num_targets for row in rows)
         weight, gap = self.batches.weight(rows), self.batches.teacher_gap(groups)
         ages = staleness(step, rows, self.num_ages)
+        ages += token_staleness(step, rows, self.num_ages)
         mine = [len(rows), tokens, weight, len(groups), has_more, stop, gap, *ages]
         # float64 holds every count exactly.
         local = torch.tensor(mine, dtype=torch.float64, device=self.device)
@@ -232,6 +239,7 @@ class GlobalStep:
         num_rows, num_tokens, weight = table[:, :3].sum(dim=0).tolist()
         # The maximum of a flag is whether any rank has set it.
         passes, more, stopped, gap = table[:, 3:7].amax(dim=0).tolist()
+        counts = tuple(int(count) for count in table[:, 7:].sum(dim=0).tolist())
         return _Totals(
             int(num_rows),
             int(num_tokens),
@@ -240,7 +248,8 @@ class GlobalStep:
             bool(more),
             bool(stopped),
             gap,
-            tuple(int(count) for count in table[:, 7:].sum(dim=0).tolist()),
+            counts[: self.num_ages],
+            counts[self.num_ages :],
         )
 
     def _accumulate(self, groups: list[list[Row]], num_passes: int) -> Tensor:
@@ -361,6 +370,16 @@ def staleness(step: int, rows: Sequence[Row], num_ages: int) -> list[int]:
         if row.policy_version is not None and num_ages:
             ages[min(max(0, step - row.policy_version), num_ages - 1)] += 1
     return ages
+
+
+def token_staleness(step: int, rows: Sequence[Row], num_ages: int) -> list[int]:
+    """As `staleness`, of the response tokens: each by the weights that wrote it."""
+    ages = np.zeros(num_ages, np.int64)
+    for row in rows:
+        if row.token_versions is not None and num_ages:
+            old = np.clip(step - row.token_versions.astype(np.int64), 0, num_ages - 1)
+            ages += np.bincount(old, minlength=num_ages)
+    return ages.tolist()
 
 
 def _what_is_not_finite(step: int, figures: dict[str, Any], grad_norm: float | None) -> str | None:
