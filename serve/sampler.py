@@ -18,21 +18,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from raystill.base.errors import RunError
 from raystill.base.logs import redirect_output, run_name, write_line
 from raystill.config.run import RunConfig
 from raystill.config.teacher import TeacherConfig
 from raystill.datasets.rows.answers import Answer, answers_table
+from raystill.datasets.rows.schema import AT_LEAST
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.rows.versions import with_spans
 from raystill.model.adapters import served_rank
 from raystill.model.files import WEIGHTS_FILE, read_object
 from raystill.model.sampling import ResolvedSampling
-from raystill.placement.requests import teacher_cores
+from raystill.placement.requests import share_of_cores, teacher_cores
 from raystill.serve.engine.arguments import EngineSettings, label_replica, prepare_process
 from raystill.serve.engine.weights import EXTENSION
-from raystill.serve.listening import listen_at_loopback
+from raystill.serve.listening import rank_at_serve
 from raystill.serve.replica import EXIT_ENGINE_DEAD, ids_of
 
 SHARED_MEMORY = "/dev/shm"
@@ -58,9 +60,10 @@ class Sampler:
     async def __init__(self, settings: SamplerSettings) -> None:  # type: ignore[misc]
         self._settings = settings
         self._coordinator = settings.coordinator
-        listen_at_loopback()
-        redirect_output(str(Path(settings.logs) / "sampler-0.log"))
-        label_replica(run_name(str(Path(settings.logs).parent)), 0, role="sampler")
+        self._number, self._number_on_node = rank_at_serve()
+        redirect_output(str(Path(settings.logs) / f"sampler-{self._number}.log"))
+        label_replica(run_name(str(Path(settings.logs).parent)), self._number, role="sampler")
+        self._changed = asyncio.Condition()
         newest = await self._coordinator.newer_policy.remote(0)
         if newest is None:
             raise RunError("the run ended before the student's weights were published")
@@ -77,9 +80,13 @@ class Sampler:
         """Responses to ``prompt_ids`` as an ``answer_schema`` table of ``text``.
 
         ``finish_reason`` says which weights wrote which tokens: see `datasets.rows.versions`.
+        prompts: with the column `AT_LEAST`, no token is written by older weights than that. They
+        are waited for: another replica may have been the first to get them.
         """
         groups = ids_of(prompts, "prompt_ids")
         limit = self._settings.config.teacher.request_timeout_s
+        if AT_LEAST in prompts.column_names:
+            await self._reach(pc.max(prompts[AT_LEAST]).as_py(), limit)
         try:
             answers = await asyncio.wait_for(self._engine.sample(groups, signal), limit)
         except Exception as error:
@@ -100,6 +107,22 @@ class Sampler:
     def __del__(self) -> None:
         self._clean_up()
 
+    async def _reach(self, version: int, limit_s: float) -> None:
+        """Wait until this replica answers with weights of ``version`` or newer."""
+
+        def reached() -> bool:
+            return self._version >= version
+
+        async with self._changed:
+            try:
+                await asyncio.wait_for(self._changed.wait_for(reached), limit_s)
+            except TimeoutError:
+                raise RunError(
+                    f"sampler {self._number} has the student's weights of step {self._version}, "
+                    f"and those of step {version} have not come within "
+                    f"teacher.request_timeout_s ({limit_s:.0f} s)"
+                ) from None
+
     async def _start(self, newest: dict[str, Any]) -> None:
         files = await newest["files"][0]
         for name, content in files.items():
@@ -110,11 +133,14 @@ class Sampler:
         cores = None
         if settings.gpus == 0:
             cores = teacher_cores(settings.config, sorted(os.sched_getaffinity(0)))
+            replicas = settings.config.policy.num_replicas
+            cores = share_of_cores(cores, self._number_on_node, replicas)
         prepare_process(cores)
         os.environ["HF_HUB_OFFLINE"] = "1"
         from raystill.serve.engine.vllm import VllmEngine  # Here: the driver imports this module.
 
-        self._engine = VllmEngine(engine_settings(settings, self._folder, newest, cores))
+        drawn = settings.config.policy.num_replicas * newest["serial"] + self._number
+        self._engine = VllmEngine(engine_settings(settings, self._folder, newest, cores, drawn))
         await self._engine.start()
         if served_rank(settings.config) is not None:
             await self._take_adapter(newest)
@@ -173,7 +199,9 @@ class Sampler:
             problem = does_not_follow(version, gap, allowed)
             await self._coordinator.failed.remote(problem)
             raise RunError(problem)
-        self._serial, self._version = newest["serial"], version
+        async with self._changed:
+            self._serial, self._version = newest["serial"], version
+            self._changed.notify_all()
         await self._coordinator.policy_loaded.remote(self._serial, version)
 
     def _exit_if_engine_died(self, error: Exception) -> None:
@@ -217,9 +245,16 @@ def allowed_gap(config: RunConfig, dtype: str) -> float:
 
 
 def engine_settings(
-    settings: SamplerSettings, folder: Path, newest: dict[str, Any], cores: tuple[int, ...] | None
+    settings: SamplerSettings,
+    folder: Path,
+    newest: dict[str, Any],
+    cores: tuple[int, ...] | None,
+    start: int,
 ) -> EngineSettings:
-    """The engine of the student in ``folder``: one device, the teacher's limits."""
+    """The engine of the student in ``folder``: one device, the teacher's limits.
+
+    start: a number that no other start of a replica has; it is part of the seed.
+    """
     config = settings.config
     policy, teacher = config.policy, config.teacher
     context = read_object(folder / "config.json").get("max_position_embeddings")
@@ -245,7 +280,8 @@ def engine_settings(
         max_tokens=policy.max_tokens or teacher.sampling.max_tokens,
         stop_token_ids=tuple(newest["stop_token_ids"]),
     )
-    # Another seed after each start: what was in flight before must not be drawn again.
-    seed = config.section_seeds()["policy"] + newest["serial"]
+    # Another seed at each start: what was in flight before must not be drawn again, nor what
+    # another replica draws.
+    seed = config.section_seeds()["policy"] + start
     plain = EngineSettings(engine, str(folder), sampling, seed, max_top_k=1, cores=cores)
     return replace(plain, extension=EXTENSION, adapter_rank=served_rank(config))

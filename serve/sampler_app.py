@@ -37,7 +37,7 @@ class SamplerApp:
         deployment = serve.deployment(
             Sampler,
             name=DEPLOYMENT,
-            num_replicas=1,
+            num_replicas=config.policy.num_replicas,
             max_ongoing_requests=config.groups_in_flight + 2,
             health_check_period_s=10.0,
             health_check_timeout_s=PROBE_TIMEOUT_S + 15.0,
@@ -54,7 +54,7 @@ class SamplerApp:
         """Wait until the sampler answers. RunError where it cannot start, or not in time."""
         timeout_s = self._run.config.teacher.startup_timeout_s
         started = time.monotonic()
-        hint = f"see {self._run.folder.logs}/sampler-0.log"
+        hint = f"see {self._run.folder.logs}/sampler-*.log"
         while time.monotonic() - started < timeout_s:
             status: Any = applications().get(self._run.sampler_app)
             state = "NOT_STARTED" if status is None else str(status.status.value)

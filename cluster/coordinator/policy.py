@@ -1,4 +1,4 @@
-"""The newest weights of the student, for its sampler, and which of them the sampler has loaded.
+"""The newest weights of the student, for its samplers, and which of them one has loaded.
 
 Plain state without locks: the coordinator's event loop is the only one to touch it. A publication
 holds references to Ray's object store, of which the coordinator is the owner: they outlast the
@@ -15,6 +15,7 @@ class PolicyVersions:
         self.newest: dict[str, Any] | None = None
         self._serial = 0
         self._files: list[Any] = []
+        self._valid_from = 0
         self._loaded: int | None = None
 
     def publish(self, version: int, weights: dict[str, Any], restored: bool) -> None:
@@ -30,7 +31,7 @@ class PolicyVersions:
             "version": version,
         }
         if restored:
-            self._loaded = None
+            self._valid_from, self._loaded = self._serial, None
 
     def is_newer(self, serial: int) -> bool:
         """Whether there is a publication after ``serial``."""
@@ -38,12 +39,14 @@ class PolicyVersions:
 
     def loaded(self, serial: int, version: int) -> None:
         """A sampler answers with a publication now. One from before a restart is ignored."""
-        if self.newest is not None and (self._loaded is None) and serial != self._serial:
-            return
-        self._loaded = version
+        if serial >= self._valid_from:
+            self._loaded = max(version, version if self._loaded is None else self._loaded)
 
     def may_write(self, oldest_version: int | None) -> bool:
-        """Whether the sampler has weights of that version or newer; None: no need of any."""
+        """Whether a sampler has weights of that version or newer; None: no need of any.
+
+        One is enough: another waits for its own before it answers (`Sampler.sample`).
+        """
         if oldest_version is None:
             return True
         return self._loaded is not None and self._loaded >= oldest_version

@@ -18,16 +18,18 @@ from raystill.datasets.rows.versions import split_reason, token_versions
 class Calls(Protocol):
     """What is asked of `stream.teacher_calls.TeacherCalls`."""
 
-    async def sample(self, prompt_ids: pa.Array) -> pa.Table: ...
+    async def sample(self, prompt_ids: pa.Array, *, at_least: int | None = None) -> pa.Table: ...
     async def score(self, prompt_ids: pa.Array, response_ids: pa.Array) -> pa.Table: ...
 
 
 class StudentAnswers:
     """The student's sampler and the teacher, as one that answers and scores."""
 
-    def __init__(self, student: Calls, teacher: Calls) -> None:
+    def __init__(self, student: Calls, teacher: Calls, oldest_version: int | None = None) -> None:
+        """oldest_version: the student's weights that may answer, and newer ones; None: any."""
         self._student = student
         self._teacher = teacher
+        self._oldest_version = oldest_version
 
     async def sample(
         self, prompt_ids: pa.Array, student_prompt_ids: pa.Array | None = None
@@ -38,7 +40,7 @@ class StudentAnswers:
         A row that the student could not answer, or the teacher not score, has its error.
         """
         own = prompt_ids if student_prompt_ids is None else student_prompt_ids
-        written = await self._student.sample(own)
+        written = await self._student.sample(own, at_least=self._oldest_version)
         scored = await self._teacher.score(prompt_ids, written["response_ids"].combine_chunks())
         errors = pc.coalesce(written["error"], scored["error"])
         none = pa.scalar(None, pa.string())

@@ -124,6 +124,8 @@ def answer_schema(signal: Signal) -> pa.Schema:
 POLICY_VERSION = "policy_version"
 """Column of rows in runs whose student writes some of them: int64, the optimizer steps that the
 weights had finished which began the response; null: the teacher wrote it."""
+AT_LEAST = "at_least"
+"""Column of what the student's sampler is asked: int64, the oldest weights that may answer."""
 TOKEN_VERSIONS = "token_versions"
 """Column beside it: int32 [T], the same for the weights that wrote each token. They are other than
 the first where newer weights came while the response was written. Empty: the teacher wrote it."""

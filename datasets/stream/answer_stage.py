@@ -169,8 +169,8 @@ class StudentWritten:
         self._store = store
         self._keys = keys
         attempts = spec.stream.max_attempts
-        sampler = TeacherCalls(spec.sampler_name, Signal("text"), attempts, None)
-        self._calls = StudentAnswers(sampler, teacher)
+        self._sampler = TeacherCalls(spec.sampler_name, Signal("text"), attempts, None)
+        self._teacher = teacher
         self._epochs: dict[int, StoredAnswers] = {}
         self._opening = asyncio.Lock()
 
@@ -179,7 +179,8 @@ class StudentWritten:
     ) -> tuple[pa.Table, dict[str, float]]:
         """Answers in the order of ``prompts``, whichever of the two writes them."""
         epoch = prompts["epoch"][0].as_py()
-        mine = self._plan.by_student(epoch, prompts["position"].to_numpy())
+        positions = prompts["position"].to_numpy()
+        mine = self._plan.by_student(epoch, positions)
         if not mine.any():
             return await get_from(teacher, prompts)
         places = [np.flatnonzero(mine), np.flatnonzero(~mine)]
@@ -188,7 +189,9 @@ class StudentWritten:
         nothing = pa.nulls(len(written), prompts.schema.field("response_ids").type)
         place = prompts.schema.get_field_index("response_ids")
         written = written.set_column(place, "response_ids", nothing)
-        asked = [get_from(await self._of(epoch), written)]
+        oldest = self._plan.oldest_version(epoch, positions)
+        calls = StudentAnswers(self._sampler, self._teacher, oldest)
+        asked = [get_from((await self._of(epoch)).through(calls), written)]
         if not mine.all():
             asked.append(get_from(teacher, prompts.take(pa.array(places[1]))))
         parts = await asyncio.gather(*asked)
@@ -205,10 +208,10 @@ class StudentWritten:
         async with self._opening:
             if epoch not in self._epochs:
                 keys = await asyncio.to_thread(self._plan.keys, epoch, self._keys)
-                spec = self._spec
+                spec, calls = self._spec, StudentAnswers(self._sampler, self._teacher)
                 self._epochs = {
                     epoch: await asyncio.to_thread(
-                        StoredAnswers, self._store, keys, spec.signal, spec.requester, self._calls
+                        StoredAnswers, self._store, keys, spec.signal, spec.requester, calls
                     )
                 }
             return self._epochs[epoch]

@@ -81,6 +81,12 @@ class StoredAnswers:
         other._requester, other._teacher = requester, teacher
         return other
 
+    def through(self, calls: StudentAnswers) -> "StoredAnswers":
+        """Answers of the same rows, through other calls of the student and its teacher."""
+        other = copy.copy(self)
+        other._teacher = calls
+        return other
+
     def over(self, keys: pa.Array, teacher: "InWords") -> "StoredAnswers":
         """Answers of other rows, by their keys [N], and through other calls of the teacher."""
         other = copy.copy(self)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from raystill.base.errors import RunError
-from raystill.datasets.rows.schema import LOST, NOT_STARTED, answer_schema
+from raystill.datasets.rows.schema import AT_LEAST, LOST, NOT_STARTED, answer_schema
 from raystill.datasets.rows.signal import Signal
 
 logger = logging.getLogger(__name__)
@@ -67,14 +67,19 @@ class TeacherCalls:
         prompt_ids: pa.Array,
         keys: pa.Array | None = None,
         messages: pa.Array | None = None,
+        *,
+        at_least: int | None = None,
     ) -> pa.Table:
         """Answers in the order of the prompts (answer_schema); poison rows are unusable.
 
         keys: of the answers, where they have one. messages: the chats as JSON, where they are not
-        among the run's prompts. RunError where the teacher cannot be reached; its own errors are
-        passed on.
+        among the run's prompts. at_least: where the student's sampler is asked, the oldest version
+        of its weights that may answer. RunError where the teacher cannot be reached; its own errors
+        are passed on.
         """
         columns = {"prompt_ids": prompt_ids, "key": keys, "messages": messages}
+        if at_least is not None:
+            columns[AT_LEAST] = pa.array([at_least] * len(prompt_ids), pa.int64())
         there = {name: values for name, values in columns.items() if values is not None}
         return await self._ask("sample", pa.table(there))
 

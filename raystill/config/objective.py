@@ -219,6 +219,11 @@ class PolicyConfig(ConfigModel):
         description="Longest answer of the student, in tokens. Default: "
         "teacher.sampling.max_tokens.",
     )
+    num_replicas: PositiveInt = operational(
+        1,
+        description="Replicas of the sampler, each with all of the student's weights. On GPUs each "
+        "has one of its own; without GPUs they share the teacher's cores.",
+    )
     sync_every_steps: PositiveInt = operational(
         1, description="Optimizer steps after which the sampler gets the student's new weights."
     )

@@ -152,7 +152,7 @@ def requests(config: RunConfig, has_gpus: bool) -> list[Request]:
         replicas += _replicas(one, name, has_gpus)
     worker = Request("student worker", "training", (student,), config.training.label_selector)
     sampler = Request("student sampler", "policy", (sampler_resources(config, has_gpus),))
-    samplers = [sampler] * config.policy.enabled
+    samplers = [sampler] * (config.policy.num_replicas if config.policy.enabled else 0)
     return replicas + samplers + [worker] * config.training.min_workers
 
 

@@ -197,7 +197,7 @@ class Both:
     def __init__(self):
         self.sampled, self.scored = [], []
 
-    async def sample(self, prompt_ids, keys=None):
+    async def sample(self, prompt_ids, keys=None, *, at_least=None):
         self.sampled += prompt_ids.to_pylist()
         return self.answers([[ids[0], 2] for ids in prompt_ids.to_pylist()])
 

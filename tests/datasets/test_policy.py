@@ -123,6 +123,19 @@ def test_after_a_restart_what_the_sampler_had_loaded_counts_for_nothing():
     asyncio.run(scenario())
 
 
+def test_news_of_a_slower_replica_take_no_credits_back():
+    async def scenario():
+        coordinator = Coordinator(100, 100, 0.0)
+        await coordinator.publish_policy(4, {"files": ["f"]}, True)
+        await coordinator.publish_policy(5, {}, False)
+        attempt = await coordinator.publish(0, 4, Ledger(100).to_dict())
+        await coordinator.policy_loaded(2, 5)
+        await coordinator.policy_loaded(1, 4)  # The other replica, one version behind.
+        assert await coordinator.acquire(attempt, 4, 0, 5)
+
+    asyncio.run(scenario())
+
+
 def test_a_run_that_is_over_lets_the_sampler_go():
     async def scenario():
         coordinator = Coordinator(100, 100, 0.0)
@@ -138,7 +151,8 @@ class Writer:
     def __init__(self, responses, versions):
         self.responses, self.versions = responses, versions
 
-    async def sample(self, prompt_ids, keys=None):
+    async def sample(self, prompt_ids, *, at_least=None):
+        self.at_least = at_least
         errors = [None if r else "engine_error" for r in self.responses]
         table = pa.table(
             {
@@ -164,9 +178,11 @@ class Scorer:
 
 
 def test_the_student_writes_and_the_teacher_scores_and_the_version_is_kept():
-    calls = StudentAnswers(Writer([[4, 5], [], [6]], "12+1:13"), Scorer())
+    writer = Writer([[4, 5], [], [6]], "12+1:13")
+    calls = StudentAnswers(writer, Scorer(), oldest_version=9)
     answers = asyncio.run(calls.sample(pa.array([[1], [2], [3]], TOKEN_IDS)))
     assert answers["finish_reason"].to_pylist() == ["length/12+1:13", None, "length/12+1:13"]
+    assert writer.at_least == 9, "an older replica is to wait for its weights"
     assert answers["error"].to_pylist() == [None, "engine_error", None]
     assert answers.schema.metadata[ENGINE] == b"{}", "the store names the engine that scored"
     plain = with_versions(answers)

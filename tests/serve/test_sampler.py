@@ -9,6 +9,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ray.exceptions import RayActorError
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.coordinator.actor import start_coordinator
 from raystill.config.run import RunConfig
+from raystill.datasets.rows.schema import AT_LEAST
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.rows.versions import split_reason
 from raystill.model.identity import teacher_identity
@@ -83,18 +85,24 @@ class Followed:
         newest = ray.get(self.run.coordinator.newer_policy.remote(0))
         return set(ray.get(newest["weights"][0]))
 
-    def log(self) -> str:
-        return (self.run.folder.logs / "sampler-0.log").read_text()
+    def log(self, number: int = 0) -> str:
+        return (self.run.folder.logs / f"sampler-{number}.log").read_text()
 
-    def proofs(self) -> list[tuple[int, float]]:
-        """Version and difference (nats) of each proof, in order."""
-        return [(int(version), float(gap)) for version, gap in WEIGHTS.findall(self.log())]
+    def proofs(self, number: int = 0) -> list[tuple[int, float]]:
+        """Version and difference (nats) of each proof of a replica, in order."""
+        return [(int(version), float(gap)) for version, gap in WEIGHTS.findall(self.log(number))]
 
-    def write(self) -> tuple[int, list[list[int]]]:
-        """The version that answers, and its responses."""
+    def ask(self, at_least: int | None = None) -> Any:
+        """Serve's response to come."""
+        columns = {"prompt_ids": pa.array(PROMPTS, pa.list_(pa.int32()))}
+        if at_least is not None:
+            columns[AT_LEAST] = pa.array([at_least] * len(PROMPTS), pa.int64())
         handle = serve.get_app_handle(self.run.sampler_app)
-        prompts = pa.table({"prompt_ids": pa.array(PROMPTS, pa.list_(pa.int32()))})
-        table = handle.sample.remote(prompts, Signal("text")).result(timeout_s=PATIENCE_S)
+        return handle.sample.remote(pa.table(columns), Signal("text"))
+
+    def write(self, asked: Any = None) -> tuple[int, list[list[int]]]:
+        """The version that answers, and its responses."""
+        table = (asked or self.ask()).result(timeout_s=PATIENCE_S)
         spans = [split_reason(reason)[1] for reason in table["finish_reason"].to_pylist()]
         ((version,),) = {tuple(version for _, version in each) for each in spans}
         return version, table["response_ids"].to_pylist()
@@ -123,25 +131,33 @@ SENT = {
 def followed(
     ray_serve: None, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Followed]:
-    kind, adapters = request.param, "adapters" in request.param
+    with following(request.param, tmp_path_factory.mktemp("sampler")) as one:
+        yield one
+
+
+@contextmanager
+def following(kind: str, place: Path, num_replicas: int = 1) -> Iterator[Followed]:
+    """A student of one of the kinds in SENT, and its sampler."""
+    adapters = "adapters" in kind
     written = yaml.safe_load((ROOT / "configs" / "on_policy.yaml").read_text())
     written["teacher"] |= {"model": str(TEACHER), "max_num_seqs": 4}
     written["policy"] |= {"max_tokens": MAX_TOKENS, "sampling": {"temperature": 0.0}}
-    written["policy"]["merge_adapters"] = kind == "merged adapters"
+    written["policy"] |= {"merge_adapters": kind == "merged adapters"}
+    written["policy"] |= {"num_replicas": num_replicas}
     if adapters:
         written["student"]["lora"] = {"rank": 5, "alpha": 20}
     config = RunConfig.model_validate(written)
-    folder = RunFolder(str(tmp_path_factory.mktemp("sampler") / "run")).ensure()
+    folder = RunFolder(str(place / "run")).ensure()
     folder.logs.mkdir(exist_ok=True)
     run = Run(
         config=config,
         folder=folder,
-        id=kind.replace(" ", "-"),
+        id=f"{kind.replace(' ', '-')}-{num_replicas}",
         teacher=ModelSource.of(str(TEACHER), TEACHER),
         teacher_identity=teacher_identity(str(TEACHER)),
         store_path=str(folder.logs / "store"),
         num_rows=8,
-        coordinator=start_coordinator("followed", 8, 8, 0.0),
+        coordinator=start_coordinator(f"{kind}-{num_replicas}", 8, 8, 0.0),
     )
     model = build_student(config, str(TEACHER), seed=0).float()
     lora.attach(model, config, torch.device("cpu"))
@@ -213,3 +229,40 @@ def test_weights_that_are_not_the_students_stop_the_run(
     )
     assert "does not follow the student: with the weights of step 4" in error
     assert "policy.max_logprob_gap" in error
+
+
+@pytest.fixture(scope="module")
+def pair(ray_serve: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Followed]:
+    with following("whole weights", tmp_path_factory.mktemp("pair"), num_replicas=2) as two:
+        yield two
+
+
+def test_two_replicas_follow_and_one_that_dies_in_an_update_begins_with_the_newest(
+    pair: Followed,
+) -> None:
+    pair.change_weights(seed=11)
+    killed = int(ENGINE_PID.findall(pair.log(1))[-1])
+    pair.publisher.publish(1)
+    os.kill(killed, signal.SIGKILL)  # While it loads them, or just before or after.
+    pair.change_weights(seed=12)
+    pair.publisher.publish(2)
+    for number in (0, 1):
+        wait_until(
+            lambda number=number: 2 in dict(pair.proofs(number)), f"replica {number} has version 2"
+        )
+    log = pair.log(1)
+    assert len(set(ENGINE_PID.findall(log))) == 2
+    reborn = WEIGHTS.search(log[log.rindex("EngineCore pid=") :])
+    assert reborn is not None and int(reborn[1]) == 2
+    assert all(gap <= 1e-3 for number in (0, 1) for _, gap in pair.proofs(number))
+    asked = [pair.ask(at_least=2) for _ in range(12)]
+    assert [pair.write(one) for one in asked] == [(2, pair.greedy())] * len(asked)
+
+
+def test_a_replica_waits_for_weights_that_another_was_the_first_to_have(pair: Followed) -> None:
+    asked = [pair.ask(at_least=3) for _ in range(4)]
+    before = pair.write(pair.ask(at_least=0))
+    assert before[0] == 2, "who needs no newer ones is not held up"
+    pair.change_weights(seed=13)
+    pair.publisher.publish(3)
+    assert [pair.write(one) for one in asked] == [(3, pair.greedy())] * len(asked)
