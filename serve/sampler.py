@@ -107,7 +107,7 @@ class Sampler:
     def __del__(self) -> None:
         self._clean_up()
 
-    async def _reach(self, version: int, limit_s: float) -> None:
+    async def _reach(self, version: int, limit_s: float | None) -> None:
         """Wait until this replica answers with weights of ``version`` or newer."""
 
         def reached() -> bool:
@@ -120,7 +120,7 @@ class Sampler:
                 raise RunError(
                     f"sampler {self._number} has the student's weights of step {self._version}, "
                     f"and those of step {version} have not come within "
-                    f"teacher.request_timeout_s ({limit_s:.0f} s)"
+                    f"teacher.request_timeout_s ({limit_s} s)"
                 ) from None
 
     async def _start(self, newest: dict[str, Any]) -> None:
