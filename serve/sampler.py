@@ -178,10 +178,12 @@ class Sampler:
             await self._engine.take_adapter(newest["serial"], str(folder), newest["version"])
         except Exception as error:
             self._exit_if_engine_died(error)
-            raise RunError(
+            problem = (
                 f"the sampler cannot take the student's adapter of step {newest['version']} "
                 f"({error}); set policy.merge_adapters: true, which sends it merged weights"
-            ) from error
+            )
+            await self._coordinator.failed.remote(problem)
+            raise RunError(problem) from error
 
     async def _prove(self, newest: dict[str, Any]) -> None:
         """Compare the engine's logprobs of the probe with the student's; answer with it if equal.

@@ -1,6 +1,6 @@
 """A student with adapters writes half of a run on real vLLM, which is stopped and resumed.
 
-Its sampler gets the frozen weights once and then the adapter of each step alone. What reaches it is
+Two workers share it (FSDP). Its sampler gets the frozen weights once and then the adapter of each step alone. What reaches it is
 compared with ``transformers`` in tests/serve/test_sampler.py.
 """
 
@@ -32,7 +32,13 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
     run_file = write_run_file(
         place,
         student={"lora": lora},
-        training={"learning_rate": 1e-2, "export_dtype": "float32"},
+        training={
+            "learning_rate": 1e-2,
+            "export_dtype": "float32",
+            "num_workers": 2,
+            "cpus_per_worker": 0.5,
+            "strategy": "fsdp",
+        },
     )
     files = RunFiles(place / "run")
     with started(run_file) as process:
