@@ -1,7 +1,7 @@
 """A student with adapters writes half of a run on real vLLM, which is stopped and resumed.
 
-Two workers share it (FSDP). Its sampler gets the frozen weights once and then the adapter of each step alone. What reaches it is
-compared with ``transformers`` in tests/serve/test_sampler.py.
+Two workers share it (FSDP). Its sampler gets the frozen weights once and then the adapter of each
+step alone. What reaches it is compared with ``transformers`` in tests/serve/test_sampler.py.
 """
 
 import signal
