@@ -28,11 +28,16 @@ from raystill.datasets.rows.answers import Answer, answers_table
 from raystill.datasets.rows.schema import AT_LEAST
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.rows.versions import with_spans
-from raystill.model.adapters import served_rank
+from raystill.model.adapters import ADAPTER_SETTINGS, adapted_modules, served_rank
 from raystill.model.files import WEIGHTS_FILE, read_object
 from raystill.model.sampling import ResolvedSampling
 from raystill.placement.requests import share_of_cores, teacher_cores
-from raystill.serve.engine.arguments import EngineSettings, label_replica, prepare_process
+from raystill.serve.engine.arguments import (
+    AdapterLimits,
+    EngineSettings,
+    label_replica,
+    prepare_process,
+)
 from raystill.serve.engine.weights import EXTENSION
 from raystill.serve.listening import rank_at_serve
 from raystill.serve.replica import EXIT_ENGINE_DEAD, ids_of
@@ -140,7 +145,12 @@ class Sampler:
         from raystill.serve.engine.vllm import VllmEngine  # Here: the driver imports this module.
 
         drawn = settings.config.policy.num_replicas * newest["serial"] + self._number
-        self._engine = VllmEngine(engine_settings(settings, self._folder, newest, cores, drawn))
+        engine = engine_settings(settings, self._folder, newest, cores, drawn)
+        if (rank := served_rank(settings.config)) is not None:
+            sent = await newest["weights"][0]
+            limits = AdapterLimits(rank, adapted_modules(bytes(sent[ADAPTER_SETTINGS])))
+            engine = replace(engine, adapters=limits)
+        self._engine = VllmEngine(engine)
         await self._engine.start()
         if served_rank(settings.config) is not None:
             await self._take_adapter(newest)
@@ -286,4 +296,4 @@ def engine_settings(
     # another replica draws.
     seed = config.section_seeds()["policy"] + start
     plain = EngineSettings(engine, str(folder), sampling, seed, max_top_k=1, cores=cores)
-    return replace(plain, extension=EXTENSION, adapter_rank=served_rank(config))
+    return replace(plain, extension=EXTENSION)

@@ -4,6 +4,7 @@ Imports no torch, so that `cluster.check.models` can check a model before anythi
 `train.student.lora` makes the adapters and checks the loaded model by the same rules.
 """
 
+import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 
@@ -30,6 +31,11 @@ def served_rank(config: RunConfig) -> int | None:
     if lora is None or lora.modules_to_save or config.policy.merge_adapters:
         return None
     return next((rank for rank in SERVED_RANKS if rank >= lora.rank), None)
+
+
+def adapted_modules(settings: bytes) -> tuple[str, ...]:
+    """The last names of the modules that an adapter belongs to; settings: `ADAPTER_SETTINGS`."""
+    return tuple(sorted({last(module) for module in json.loads(settings)["target_modules"]}))
 
 
 def adapter_problems(model: ModelFolder, lora: LoraConfig) -> Iterator[tuple[str, str]]:

@@ -146,7 +146,20 @@ class EngineSettings:
     cores: tuple[int, ...] | None = None  # CPU cores of the engine; None: it runs on GPUs.
     revision: str | None = None  # The commit of a Hub id.
     extension: str = "raystill.serve.engine.capture.Capture"  # Class that vLLM's workers extend.
-    adapter_rank: int | None = None  # The most that an adapter may have; None: it takes none.
+    adapters: "AdapterLimits | None" = None  # What its adapters are like; None: it takes none.
+
+
+@dataclass(frozen=True)
+class AdapterLimits:
+    """What vLLM makes room for: the largest rank, and the modules that may have an adapter.
+
+    modules: the last parts of their names. Named, since vLLM would otherwise put the output head
+    among them, whose logits it then computes for the rows of a step's sampling alone; scoring asks
+    for those of other rows.
+    """
+
+    rank: int
+    modules: tuple[str, ...]
 
 
 def engine_argument_problems(teacher: TeacherConfig, known: Set[str]) -> dict[str, str]:
@@ -241,10 +254,11 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "disable_log_stats": True,
         "worker_extension_cls": settings.extension,
     }
-    if settings.adapter_rank is not None:
+    if settings.adapters is not None:
         arguments |= {
             "enable_lora": True,
-            "max_lora_rank": settings.adapter_rank,
+            "max_lora_rank": settings.adapters.rank,
+            "lora_target_modules": list(settings.adapters.modules),
             "max_loras": ADAPTERS_AT_A_TIME,
         }
     if settings.revision is not None:

@@ -193,7 +193,7 @@ class VllmEngine:
     async def take_adapter(self, number: int, folder: str, version: int) -> None:
         """Answer with the adapter in ``folder``, in PEFT's format, from now on.
 
-        Its settings must allow adapters (``adapter_rank``). number: of this adapter alone, from 1;
+        Its settings must allow adapters (``adapters``). number: of this adapter alone, from 1;
         the folder too must be its own, and is deleted when no request needs it any more. Requests
         in flight are finished with the adapter that they began with.
         """
