@@ -48,7 +48,7 @@ PROMPTS = [[5, 17, 240, 9], [1033, 8], [77, 78, 79, 80, 81, 82]]
 MAX_TOKENS = 12
 WEIGHTS = re.compile(r"weights of step (\d+): (\S+) nats from the student's")
 ENGINE_PID = re.compile(r"EngineCore pid=(\d+)")
-PATIENCE_S = 240
+PATIENCE_S = 600
 
 
 def wait_until(holds: Callable[[], Any], what: str) -> Any:

@@ -14,7 +14,7 @@ from tests.support.end_to_end import ROOT, TEACHER, RunFiles
 NUM_ROWS, NUM_HELD_OUT, ROWS_PER_STEP = 64, 8, 8
 NUM_STEPS = NUM_ROWS // ROWS_PER_STEP
 STALENESS = 1
-DEADLINE_S = 400.0
+DEADLINE_S = 800.0
 WEIGHTS = re.compile(r"weights of step (\d+): (\S+) nats from the student's")
 ENGINE = re.compile(r"EngineCore pid=(\d+)")
 
