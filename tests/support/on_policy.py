@@ -10,6 +10,7 @@ import yaml
 
 from raystill.datasets.store.store import TeacherStore
 from tests.support.end_to_end import ROOT, TEACHER, RunFiles
+from tests.support.synthetic_run import started
 
 NUM_ROWS, NUM_HELD_OUT, ROWS_PER_STEP = 64, 8, 8
 NUM_STEPS = NUM_ROWS // ROWS_PER_STEP
@@ -38,6 +39,13 @@ def write_run_file(place: Path, **changes: dict[str, Any]) -> Path:
     run_file = place / "on_policy.yaml"
     run_file.write_text(yaml.safe_dump(config))
     return run_file
+
+
+def finish(run_file: Path) -> None:
+    """Run it to its end, from wherever an earlier start has left it."""
+    with started(run_file) as process:
+        stdout, stderr = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, stdout + stderr
 
 
 def sampler_log(files: RunFiles, number: int = 0) -> Path:

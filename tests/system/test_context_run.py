@@ -28,9 +28,9 @@ from tests.support.end_to_end import (
     log_probabilities,
     partition,
 )
-from tests.support.on_policy import NUM_HELD_OUT, write_run_file
+from tests.support.on_policy import NUM_HELD_OUT, finish, write_run_file
 
-pytestmark = [pytest.mark.vllm, pytest.mark.faults]
+pytestmark = [pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(1800)]
 
 SYSTEM = "Answer in capital letters only, and end each line with the word over."
 NUM_ROWS = 16
@@ -48,8 +48,7 @@ def distilled(place: Path) -> RunFiles:
     prompts = {"limit": NUM_ROWS + NUM_HELD_OUT, "teacher_system": SYSTEM}
     changes = {"policy": {"sampling": {"temperature": 0.0}}, "prompts": prompts}
     run_file = write_run_file(place, training={"export_dtype": "float32"}, **changes)
-    result = drive("run", run_file)
-    assert result.returncode == 0, result.stdout + result.stderr
+    finish(run_file)
     return RunFiles(place / "run")
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.end_to_end import RunFiles, children_of, drive, named
+from tests.support.end_to_end import RunFiles, children_of, named
 from tests.support.on_policy import (
     DEADLINE_S,
     NUM_STEPS,
     STALENESS,
+    finish,
     oldest_age,
     proofs,
     require_trained_once_and_paid_once,
@@ -75,8 +76,7 @@ def test_every_kind_of_process_may_die_and_each_row_is_trained_once(
         wait_for_step(process, files, len(kinds) + 2, PATIENCE_S)
         kill_driver(process)
     assert len(files.steps()) < NUM_STEPS
-    result = drive("run", run_file)
-    assert result.returncode == 0, result.stdout + result.stderr
+    finish(run_file)
     require_trained_once_and_paid_once(files)
     assert oldest_age(files) <= STALENESS
     assert all(gap <= 1e-3 for _, gap in proofs(files))
