@@ -254,6 +254,7 @@ def _remedy(name: str) -> str:
         )
     if name == "GPU":
         return (
-            "lower training.num_workers or the teacher's replicas and parallel sizes, or add GPUs"
+            "lower training.num_workers, policy.num_replicas or the teacher's replicas and "
+            "parallel sizes, or add GPUs"
         )
     return f"start nodes with the resource {name}, or remove it from the run file"

@@ -127,6 +127,17 @@ def test_every_short_resource_is_reported() -> None:
     }  # fmt: skip
 
 
+def test_each_sampler_of_a_student_that_writes_takes_a_gpu() -> None:
+    writes = config(policy={"student_share": 0.5, "num_replicas": 3}, stream={"order": "fixed"})
+    assert requests.require(writes, {"CPU": 8.0, "GPU": 5.0}) == []
+    (problem,) = requests.require(writes, {"CPU": 8.0, "GPU": 4.0})
+    assert "3 student samplers of 1" in problem.message
+    assert "policy.num_replicas" in problem.message
+    assert requests.require(writes, {"CPU": 2.0}) == [], "without GPUs they share the teacher's"
+    never = config(policy={"num_replicas": 3})
+    assert requests.require(never, {"CPU": 2.0, "GPU": 2.0}) == []
+
+
 def test_a_pool_that_may_shrink_to_nothing_still_needs_one_replica() -> None:
     elastic = config(teacher={"num_replicas": {"min": 0, "max": 3}})
     assert requests.require(elastic, {"CPU": 2.0}) == []
