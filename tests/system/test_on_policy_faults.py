@@ -50,12 +50,12 @@ def kill(driver: subprocess.Popen[str], kind: str) -> None:
 
 
 def kill_driver(driver: subprocess.Popen[str]) -> None:
-    """End the driver without a word, and wait for what it has started to end too."""
+    """End the driver without a word, and wait for its run's processes to end too."""
     family = children_of(driver.pid)
     driver.kill()
     driver.wait()
     deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}/fd").exists() for pid in family):
+    while named(family, "ray::") or named(family, "VLLM::"):
         assert time.monotonic() < deadline, "processes outlive their driver"
         time.sleep(0.2)
 
