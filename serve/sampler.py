@@ -43,6 +43,8 @@ from raystill.serve.listening import rank_at_serve
 from raystill.serve.replica import EXIT_ENGINE_DEAD, ids_of
 
 SHARED_MEMORY = "/dev/shm"
+MOST_ADAPTERS = 16
+"""Adapters for which the engine makes room."""
 GAPS = {"float32": 1e-3}
 GAP_OF_OTHERS = 0.1
 """Nats, by precision: what is allowed where ``policy.max_logprob_gap`` is not set."""
@@ -148,7 +150,8 @@ class Sampler:
         engine = engine_settings(settings, self._folder, newest, cores, drawn)
         if (rank := served_rank(settings.config)) is not None:
             sent = await newest["weights"][0]
-            limits = AdapterLimits(rank, adapted_modules(bytes(sent[ADAPTER_SETTINGS])))
+            modules = adapted_modules(bytes(sent[ADAPTER_SETTINGS]))
+            limits = AdapterLimits(rank, modules, versions_in_flight(settings.config))
             engine = replace(engine, adapters=limits)
         self._engine = VllmEngine(engine)
         await self._engine.start()
@@ -249,6 +252,12 @@ def does_not_follow(version: int, gap: float, allowed: float) -> str:
         "would not be the student's own; raise policy.max_logprob_gap if its precision explains "
         "the difference, or set policy.dtype: float32"
     )
+
+
+def versions_in_flight(config: RunConfig) -> int:
+    """Adapters of which answers may be on their way, and the newest, whose proof is not to wait."""
+    policy = config.policy
+    return min(MOST_ADAPTERS, 2 + policy.max_staleness_steps // policy.sync_every_steps)
 
 
 def allowed_gap(config: RunConfig, dtype: str) -> float:

@@ -18,8 +18,6 @@ from raystill.model.sampling import ResolvedSampling
 GIB = 2**30
 CPU_KV_CACHE_GIB = 2.0
 """KV cache on a CPU where ``teacher.kv_cache_gib`` is not set."""
-ADAPTERS_AT_A_TIME = 2
-"""Adapters that requests of one step may use: a new one, and the one before it."""
 PROBE_TIMEOUT_S = 60.0
 """Within which a sound engine gives one token."""
 
@@ -151,7 +149,8 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class AdapterLimits:
-    """What vLLM makes room for: the largest rank, and the modules that may have an adapter.
+    """What vLLM makes room for: the largest rank, the modules that may have an adapter, and the
+    adapters that requests of one step may use; those of another wait.
 
     modules: the last parts of their names. Named, since vLLM would otherwise put the output head
     among them, whose logits it then computes for the rows of a step's sampling alone; scoring asks
@@ -160,6 +159,7 @@ class AdapterLimits:
 
     rank: int
     modules: tuple[str, ...]
+    at_a_time: int
 
 
 def engine_argument_problems(teacher: TeacherConfig, known: Set[str]) -> dict[str, str]:
@@ -259,7 +259,7 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
             "enable_lora": True,
             "max_lora_rank": settings.adapters.rank,
             "lora_target_modules": list(settings.adapters.modules),
-            "max_loras": ADAPTERS_AT_A_TIME,
+            "max_loras": settings.adapters.at_a_time,
         }
     if settings.revision is not None:
         arguments |= {"revision": settings.revision, "tokenizer_revision": settings.revision}
