@@ -41,10 +41,14 @@ CHECK_S = 0.05
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked for one key. body: of the chat completion. cost: the most of it."""
+    """What is asked for one key. body: of the chat completion. cost: the most of it.
+
+    prompt_tokens: of it, by our own count.
+    """
 
     body: Mapping[str, Any]
     cost: float
+    prompt_tokens: int
 
 
 @dataclass
@@ -106,7 +110,7 @@ class Batches:
     async def start(self, usage_of_line: Any) -> None:
         """Takes up what earlier processes have submitted. Raises Unanswered.
 
-        usage_of_line: from a Line to its Usage.
+        usage_of_line: from a Line and the tokens of its prompt to its Usage.
         """
         self._usage_of = usage_of_line
         for plan in await asyncio.to_thread(self._journal.plans):
@@ -195,7 +199,9 @@ class Batches:
             await asyncio.sleep(CHECK_S)
         keys, data, cost = self._take()
         if keys:
-            await self._submit(keys, data, cost)
+            tokens = tuple(self._waiting[key].question.prompt_tokens for key in keys)
+            url, model = str(self._api.base_url), str(self._api.model)
+            await self._submit(Plan(self._run, url, model, tuple(keys), cost, tokens), data)
         elif self._open:  # Until a batch ends and leaves room in the budget.
             await asyncio.sleep(CHECK_S)
         else:
@@ -226,23 +232,22 @@ class Batches:
             size, cost = size + len(line), cost + waiting.question.cost
         return keys, b"".join(lines), cost
 
-    async def _submit(self, keys: list[str], data: bytes, cost: float) -> None:
+    async def _submit(self, plan: Plan, data: bytes) -> None:
         placed: _Open | str
-        plan = Plan(self._run, str(self._api.base_url), str(self._api.model), tuple(keys), cost)
         await asyncio.to_thread(self._journal.planned, plan)
         try:
             batch = await self._create(plan, data)
         except Unanswered as error:
-            self._limits.release(cost)
+            self._limits.release(plan.most)
             await asyncio.to_thread(self._journal.ended, plan, NEVER, None)
             placed = str(error)
         else:
             plan = await asyncio.to_thread(self._journal.submitted, plan, batch)
-            placed = _Open(plan, cost)
-            self._of_key.update((key, placed) for key in keys)
+            placed = _Open(plan, plan.most)
+            self._of_key.update((key, placed) for key in plan.keys)
             self._limits.count("batches")
             self._follow_soon(placed)
-        for key in keys:
+        for key in plan.keys:
             self._waiting.pop(key).placed.set_result(placed)
 
     async def _create(self, plan: Plan, data: bytes) -> str:
@@ -378,7 +383,10 @@ class Batches:
         """Accounts for a batch of this run once, over all its starts."""
         if plan.run != self._run or plan.name in self._spending.batches:
             return
+        counts = dict(zip(plan.keys, plan.prompt_tokens, strict=False))
         usages: list[Usage] = [
-            self._usage_of(line) for line in lines.by_key.values() if line.status == 200
+            self._usage_of(line, counts.get(key, 0))
+            for key, line in lines.by_key.items()
+            if line.status == 200
         ]
         self._limits.account(usages, plan.name)

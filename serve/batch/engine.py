@@ -61,7 +61,7 @@ class BatchEngine(ApiEngine):
             return Answer(error=f"{FATAL}a prompt has no messages in prompts/messages.parquet")
         body = self.body(json.loads(text), signal)
         most = Usage(input=len(prompt_ids), output=self._sampling.max_tokens)
-        question = Question(body, most.cost(self._api.prices))
+        question = Question(body, most.cost(self._api.prices), len(prompt_ids))
         for _ in range(MAX_BATCHES):
             line = await self.batches.line(key, question)
             if isinstance(line, str):
@@ -97,14 +97,16 @@ class BatchEngine(ApiEngine):
         told = f"{status} {line.code} {line.message}".strip()
         return f"{FATAL}the service refuses a request of a batch: {told[:300]}; see teacher.api"
 
-    def _usage(self, line: Line) -> Usage:
-        return self.service.charged(self._request(TEXT), line.body)
+    def _usage(self, line: Line, prompt_tokens: int) -> Usage:
+        return self.service.charged(self._request(TEXT, prompt_tokens), line.body)
 
-    def _request(self, signal: Signal) -> Request[Answer]:
+    def _request(self, signal: Signal, prompt_tokens: int = 0) -> Request[Answer]:
+        """How an answer is read. prompt_tokens: for what it is charged."""
+
         async def nothing(client: Any) -> None:
             return None
 
         def read(completion: Any) -> Answer | str:
             return self._read(completion, signal)
 
-        return Request(nothing, read, self._written, 0, self._sampling.max_tokens)
+        return Request(nothing, read, self._written, prompt_tokens, self._sampling.max_tokens)

@@ -35,7 +35,9 @@ class Plan:
     """One batch, from the wish to its end.
 
     run: path of the run folder that submits it. keys: hexadecimal, each once. most: what it costs
-    at most. created: seconds since 1970. batch: the service's id. status: how it ended.
+    at most. prompt_tokens: of each key's prompt, by our own count; none where an earlier version
+    has written the plan.
+    created: seconds since 1970. batch: the service's id. status: how it ended.
     """
 
     run: str
@@ -43,6 +45,7 @@ class Plan:
     model: str
     keys: tuple[str, ...]
     most: float
+    prompt_tokens: tuple[int, ...] = ()
     name: str = field(default_factory=lambda: uuid4().hex)
     created: float = field(default_factory=time.time)
     batch: str | None = None
@@ -63,7 +66,8 @@ class BatchJournal:
             if not file.endswith(PLAN):
                 continue
             told = read_object(self.folder, file)
-            plan = Plan(**{**told, "keys": tuple(told["keys"])})
+            counts = tuple(told.get("prompt_tokens", ()))
+            plan = Plan(**{**told, "keys": tuple(told["keys"]), "prompt_tokens": counts})
             if plan.name + BATCH in names:
                 plan = replace(plan, batch=read_object(self.folder, plan.name + BATCH)["batch"])
             if plan.name + END in names:

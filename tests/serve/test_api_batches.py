@@ -248,6 +248,46 @@ def test_a_killed_run_waits_for_the_same_batch_and_asks_only_what_is_new(
     assert set(service.paid.values()) == {1} and second.cost == 5 * ROW
 
 
+@pytest.mark.parametrize("usage", [None, {"prompt_tokens": 0, "completion_tokens": 0}])
+def test_a_line_without_usage_is_charged_by_the_runs_own_count(
+    tmp_path: Path, service: BatchService, usage: Any
+) -> None:
+    """Two prompt tokens and those of the text and its end, also where another start reads it."""
+    service.script.per_row = {QUESTIONS[1]: [{"usage": usage}]}
+    service.script.polls = 10**6
+    first = Run(tmp_path, service, QUESTIONS)
+
+    async def killed_while_waiting() -> None:
+        task = asyncio.ensure_future(first.sample())
+        while not service.looks:
+            await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(killed_while_waiting())
+    service.script.polls = 1
+    second = Run(tmp_path, service, QUESTIONS)
+    assert texts(asyncio.run(second.sample())) == wanted(QUESTIONS)
+    text = TOKENIZER.encode(wanted(QUESTIONS)[1], add_special_tokens=False).ids
+    assert second.cost == pytest.approx(4 * ROW + 0.5 * (2 + 2 * (len(text) + 1)))
+    assert second.counters["api_usage_estimated"] == 1
+
+
+def test_a_plan_of_an_earlier_version_has_no_prompt_tokens(
+    tmp_path: Path, service: BatchService
+) -> None:
+    run = Run(tmp_path, service, QUESTIONS)
+    asyncio.run(run.sample())
+    journal = BatchJournal(run.store)
+    (plan,) = journal.plans()
+    assert plan.prompt_tokens == (2,) * 5
+    told = json.loads(journal.folder.read_bytes(f"{plan.name}.plan.json"))
+    del told["prompt_tokens"]
+    journal.folder.write_text(f"{plan.name}.plan.json", json.dumps(told))
+    assert journal.plans()[0].prompt_tokens == ()
+    assert texts(asyncio.run(Run(tmp_path, service, QUESTIONS).sample())) == wanted(QUESTIONS)
+    assert set(service.paid.values()) == {1}
+
+
 def test_another_run_of_the_store_takes_what_is_paid_and_is_not_charged(
     tmp_path: Path, service: BatchService
 ) -> None:

@@ -27,7 +27,9 @@ class Script:
     ends: list[str] = field(default_factory=lambda: ["completed"])
     polls: int = 1
     per_row: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """By question: a ``text``, a ``status`` with ``code``, ``missing``, ``expired`` or ``torn``."""
+    """By question: a ``text``, a ``usage``, a ``status`` with ``code``, ``missing``, ``expired`` or
+    ``torn``.
+    """
     refuses: list[list[dict[str, Any]]] = field(default_factory=list)
     """Errors of the first batches, which then fail as a whole."""
     shuffles: bool = True
@@ -102,6 +104,7 @@ class BatchService(ThreadingHTTPServer):
             else:
                 self.paid[question] += 1
                 said = completion_of(reply.get("text", f"An answer to {question}"))
+                said |= {"usage": reply["usage"]} if "usage" in reply else {}
                 told = {**head, "response": {"status_code": 200, "body": said}}
                 written = json.dumps(told).encode()
                 answers.append(written[: len(written) // 2] if reply.get("torn") else written)
