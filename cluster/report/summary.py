@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,14 +179,16 @@ def judged_line(judged: object) -> str:
 
 
 COSTS = ("cost", "lost_cost")
+PAID = frozenset(
+    {"requests", "input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens", *COSTS}
+)
 
 
 def api_line(api: object) -> str:
     """Requests, tokens, cost and failures of an API teacher; '' where there is none."""
     if not isinstance(api, dict) or not api:
         return ""
-    known = {"requests", "input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens"}
-    known |= {"told_tokens", "unmapped_mass"}
+    known = PAID | {"told_tokens", "unmapped_mass"}
     numbers = {name: value for name, value in api.items() if isinstance(value, int | float)}
     counts = {name: int(value) for name, value in numbers.items() if name not in COSTS}
     line = (
@@ -286,31 +288,39 @@ def before_and_after(folder: Folder) -> tuple[Figures | None, Figures | None]:
 
 
 def _of_api(folder: Folder, earlier: Figures, counters: Mapping[str, float]) -> Figures:
-    """Requests, tokens, cost and failures at an API teacher; empty with another.
+    """Requests, tokens, cost and failures at an API teacher; empty with another."""
+    names = ("", *several(folder))
+    files = [counted(read_lines(folder, named_file(SPENDING, name))) for name in names]
+    now = {n.removeprefix("api_"): v for n, v in counters.items() if n.startswith("api_")}
+    return with_files(_added(earlier, now), files)
 
-    What was paid is in a file of the run, which counts starts that ended with an error too.
+
+def with_files(summed: Figures, files: Iterable[Mapping[str, float]]) -> Figures:
+    """Sums over starts that ended in order, with what files of the run say of all starts.
+
+    What was paid is what the files say. Starts of earlier versions have noted failures in the sums
+    alone, so the larger count of these stands.
     """
-    paid: Counter[str] = Counter()
-    for name in ("", *_several(folder)):
-        paid.update(_paid(folder, name))
-    failures = {n: v for n, v in counters.items() if n.startswith("api_") and n not in paid}
-    now = {n.removeprefix("api_"): v for n, v in failures.items()}
-    kept = {n.removeprefix("api_"): v for n, v in paid.items()}
-    return _added({n: v for n, v in earlier.items() if n not in kept}, now) | kept
+    kept: Counter[str] = Counter()
+    for one in files:
+        kept.update({name.removeprefix("api_"): value for name, value in one.items()})
+    found = {n: v for n, v in summed.items() if n not in kept}
+    return found | {n: v if n in PAID else max(v, summed.get(n, 0.0)) for n, v in kept.items()}
 
 
-def _several(folder: Folder) -> list[str]:
+def several(folder: Folder) -> list[str]:
     """Names of a run's teachers; none where there is one without a name."""
     manifest = read_object(folder, MANIFEST) if folder.exists(MANIFEST) else {}
     return list(manifest.get("teachers") or {})
 
 
-def _paid(folder: Folder, name: str) -> Counter[str]:
-    """What a teacher was paid over all starts, by counter; name: among several, else ""."""
-    paid: Counter[str] = Counter()
-    for line in read_lines(folder, named_file(SPENDING, name)):
-        paid.update({n: v for n, v in line.items() if n.startswith("api_") and v})
-    return paid
+def counted(lines: Iterable[Figures]) -> Counter[str]:
+    """What a teacher's file of spending counts, over all starts."""
+    found: Counter[str] = Counter()
+    for line in lines:
+        told = {n: v for n, v in line.items() if n.startswith("api_")}
+        found.update({n: v for n, v in told.items() if isinstance(v, int | float) and v})
+    return found
 
 
 def _role(
@@ -323,12 +333,15 @@ def _role(
 def _by_teacher(folder: Folder, earlier: Mapping[str, float], counters: Counter[str]) -> Figures:
     """Figures of several teachers, ``NAME/rows`` and so on, over all starts; {} where one is.
 
-    What was paid (``NAME/api_cost``) is in files of the run, as for `_of_api`.
+    What a service was paid, and how it failed (``NAME/api_...``), is in files of the run.
     """
     now = {name.removeprefix(ALL): n for name, n in counters.items() if name.startswith(ALL)}
     found = _added(earlier, now)
-    for name in _several(folder):
-        found |= {f"{name}/{one}": count for one, count in _paid(folder, name).items()}
+    for name in several(folder):
+        start = f"{name}/api_"
+        of_it = {n.removeprefix(start): v for n, v in found.items() if n.startswith(start)}
+        told = with_files(of_it, [counted(read_lines(folder, named_file(SPENDING, name)))])
+        found |= {start + one: count for one, count in told.items()}
     return found
 
 

@@ -9,7 +9,7 @@ never above ``max_cost`` by what was in flight.
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +23,8 @@ MINUTE_S = 60.0
 DEFAULT_WAIT_S = 5.0
 """Pause after "too many requests" without a time."""
 POLL_S = 0.05
+OF_AN_ANSWER = frozenset({"api_told_tokens", "api_unmapped_mass"})
+"""Counters that come with each answer: they are noted with the next one, in one line."""
 UPLOAD_EVERY_S = 30.0
 
 
@@ -214,7 +216,9 @@ class Limits:
 
 
 class Spending:
-    """What a run has spent at a service, over all its starts: one line an answer in a file."""
+    """What a run has spent at a service, and how it failed, over all its starts: a line in a file
+    for each answer and each failure, also of starts that end in an error.
+    """
 
     def __init__(self, folder: RunFolder, teacher: str = "") -> None:
         """teacher: its name among several, each of which has a file of its own."""
@@ -225,12 +229,15 @@ class Spending:
         self.batches = {str(line["batch"]) for line in lines if line.get("batch")}
         """Names of the batches that are accounted for."""
         self._uploaded = time.monotonic()
+        self._later: Counter[str] = Counter()
 
     def add(self, counters: dict[str, float], batch: str | None = None) -> None:
-        """Note what was paid, once a batch; failures without a price are counted elsewhere."""
-        if not counters.keys() & {"api_cost", "api_lost_cost"}:
+        """Note what was paid, once a batch, or what has failed."""
+        if counters.keys() <= OF_AN_ANSWER:
+            self._later.update(counters)
             return
-        line: dict[str, Any] = {"step": 0, "time": time.time(), **counters}
+        line: dict[str, Any] = {"step": 0, "time": time.time(), **counters, **self._later}
+        self._later.clear()
         if batch is not None:
             line["batch"] = batch
             self.batches.add(batch)

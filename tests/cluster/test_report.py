@@ -145,6 +145,31 @@ def test_what_answers_that_did_not_arrive_may_cost_is_told_beside_the_cost() -> 
     assert told.endswith("; 2 (timeout 2)") and "lost" not in told
 
 
+def test_failures_of_a_start_that_ended_in_an_error_are_in_the_summary(folder: RunFolder) -> None:
+    """It has written no summary; the file has its lines, and those of the start that did."""
+    paid = {"step": 0, "api_requests": 1, "api_cost": 0.25}
+    first = [paid, {"step": 0, "api_timeout": 1}, {"step": 0, "api_timeout": 1}]
+    write_lines(folder, "spending.jsonl", [*first, paid, {"step": 0, "api_timeout": 1}])
+    second = {"api_requests": 1, "api_cost": 0.25, "api_timeout": 1, "api_too_many_requests": 4}
+    told = write_summary(folder, outcome(**second))["api"]
+    assert told == {"requests": 2, "cost": 0.5, "timeout": 3, "too_many_requests": 4}
+    again = write_summary(folder, outcome(api_timeout=1))["api"]
+    assert again == {**told, "timeout": 4}, "an earlier version's start is in the summary alone"
+
+
+def test_failures_are_kept_by_teacher_too(folder: RunFolder) -> None:
+    folder.write_text("manifest.json", json.dumps({"teachers": {"one": {}, "two": {}}}))
+    paid = {"step": 0, "api_requests": 1, "api_cost": 0.25}
+    write_lines(folder, "spending-two.jsonl", [paid, {"step": 0, "api_timeout": 1}, paid])
+    counters = {"teachers/two/api_requests": 1, "teachers/two/rows": 2, "teachers/one/rows": 3}
+    summary = write_summary(folder, outcome(**counters))
+    assert summary["teachers"] == {
+        **{"two/rows": 2, "one/rows": 3},
+        **{"two/api_requests": 2, "two/api_cost": 0.5, "two/api_timeout": 1},
+    }
+    assert summary["api"] == {"requests": 2, "cost": 0.5, "timeout": 1}
+
+
 def test_rows_that_filters_rejected_are_told_by_filter_and_as_a_share(folder: RunFolder) -> None:
     result = outcome(rows_asked=330, rows_answered=320, rows_filtered=80)
     filtered = {"length": 50, "says-answer": 30}

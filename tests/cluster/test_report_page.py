@@ -276,6 +276,21 @@ def fail(
         raise error
 
 
+def test_the_page_of_a_failed_run_says_how_its_service_failed(folder: RunFolder) -> None:
+    """Of all starts so far, by the files that outlive an error; also where some are broken."""
+    paid = {"step": 0, "api_requests": 1, "api_cost": 0.25, "api_output_tokens": 9}
+    lines = [paid, {"step": 0, "api_timeout": 1}, {"step": 0, "api_timeout": 1, "api_cost": "x"}]
+    write_lines(folder, "spending.jsonl", lines)
+    write_lines(folder, "spending-other.jsonl", [paid, {"step": 0, "api_status_500": 1}])
+    folder.write_text("spending-broken.jsonl", "[1]\n{")
+    fail(folder, ValueError("the service failed 8 times"))
+    text = Outline(folder.read_text("report.html")).text
+    assert "2 answers, 0 tokens read, 18 written, cost 0.5; 3 (status_500 1, timeout 2)" in text
+    folder.write_text("summary.json", '{"api": {"timeout": 5, "requests": 1, "connection": "x"}}')
+    text = shown(folder).text
+    assert "2 answers, 0 tokens read, 18 written, cost 0.5; 6 (status_500 1, timeout 5)" in text
+
+
 def test_a_run_that_fails_before_anything_else_has_its_reason_on_a_page(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "new"))
     folder.ensure()

@@ -347,6 +347,8 @@ def test_a_request_that_was_never_sent_costs_nothing(tmp_path: Path, service: Se
     assert (asked.sample()[0].error or "").startswith("stop: ")
     assert asked.counters["api_connection"] == service_module.MAX_TRANSIENT
     assert not asked.counters["api_lost_cost"]
+    lines = [json.loads(line) for line in asked.folder.read_text("spending.jsonl").splitlines()]
+    assert sum(line["api_connection"] for line in lines) == service_module.MAX_TRANSIENT
 
 
 def test_a_service_that_tells_no_usage_cannot_pass_the_budget(

@@ -41,7 +41,7 @@ def data(runs: Sequence[RunData]) -> Html:
             "written by the student",
             lambda r: student_written_line(r.summary.get("student_written")),
         ),
-        ("asked of the API teacher", lambda r: api_line(r.summary.get("api"))),
+        ("asked of the API teacher", lambda r: api_line(r.api)),
         ("read from the store", lambda r: _count(r.summary, "rows_reused")),
         ("held-out rows", lambda r: formatting.count(r.responses.rows or None)),
         ("dropped", lambda r: _counts(r.summary, "dropped")),

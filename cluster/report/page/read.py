@@ -9,7 +9,7 @@ import io
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -29,6 +29,7 @@ from raystill.base.run_folder import (
     METRICS_DISCARDED,
     PROBE,
     SPEED,
+    SPENDING,
     STATUS,
     SUMMARY,
     TASKS,
@@ -37,6 +38,7 @@ from raystill.base.run_folder import (
     RunFolder,
 )
 from raystill.cluster.report.page.curves import Curve
+from raystill.cluster.report.summary import counted, with_files
 from raystill.cluster.report.timeline import COUNTERS
 from raystill.config.load import LARGEST_FILE, parse_yaml
 
@@ -83,6 +85,7 @@ class RunData:
     path: str
     status: Record
     summary: Record
+    api: Record
     manifest: Record
     config: Record
     layers: Record
@@ -146,11 +149,13 @@ class RunReader:
         metrics: dict[str, Curve] = {}
         for record in self._lines(METRICS):
             _add_figures(metrics, record)
-        return RunData(
+        summary = self._json(SUMMARY)
+        data = RunData(
             name=run_name(self.folder.path),
             path=self.folder.path,
             status=self._json(STATUS),
-            summary=self._json(SUMMARY),
+            summary=summary,
+            api=mapping(summary.get("api")),
             manifest=self._json(MANIFEST),
             config=self._yaml(CONFIG),
             layers=self._json(LAYERS),
@@ -168,6 +173,19 @@ class RunReader:
             broken_lines=self._broken,
             read_at=time.time(),
         )
+        if data.state in ("running", "completed", "stopped"):
+            return data
+        return replace(data, api=self._spent(data), broken_lines=self._broken)
+
+    def _spent(self, data: RunData) -> Record:
+        """What an API teacher was paid and how it failed, of a run that has ended in an error: its
+        summary is that of an earlier start, if there is one.
+        """
+        start, _, ending = SPENDING.rpartition(".")
+        names = [name for name in self.folder.names() if name.startswith((SPENDING, f"{start}-"))]
+        files = [counted(self._lines(name)) for name in names if name.endswith(ending)]
+        summed = {n: v for n, v in data.api.items() if isinstance(v, int | float)}
+        return with_files(summed, files)
 
     def _lines(self, name: str) -> Iterator[Record]:
         if not self.folder.exists(name):
