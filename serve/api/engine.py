@@ -33,8 +33,9 @@ from raystill.datasets.rows.schema import FATAL
 from raystill.datasets.rows.signal import Signal
 from raystill.model.sampling import ResolvedSampling
 from raystill.model.tokenizer import PlainText
-from raystill.serve.api.service import Request, Service
-from raystill.serve.api.told import NO_LOGPROBS, UNMAPPED, Named, Reader
+from raystill.serve.api.parsed import Drawn, chat_completion, content_of
+from raystill.serve.api.service import Request, Service, posted
+from raystill.serve.api.told import NO_LOGPROBS, UNMAPPED, Reader, named
 from raystill.serve.api.vocabulary import REPLACEMENT, NoBytes, Vocabulary
 
 UNBOUNDED = 2**31 - 1
@@ -147,7 +148,7 @@ class ApiEngine:
         body = self.body(json.loads(text), signal)
         answer = await self.service.ask(
             Request(
-                send=lambda client: client.post(CHATS, cast_to=object, body=body),
+                send=lambda client: _sent(client, body),
                 read=lambda completion: self._read(completion, signal),
                 written=self._written,
                 prompt_tokens=len(prompt_ids),
@@ -199,19 +200,18 @@ class ApiEngine:
         complete = finish == "stop"
         if signal.kind == "text":
             return self._in_ids(text, complete)
-        content = _content(choice)
+        content = content_of(choice)
         return NO_LOGPROBS if not content else self._as_told(content, text, complete, signal)
 
     def _as_told(
-        self, content: list[Mapping[str, Any]], text: str, complete: bool, signal: Signal
+        self, content: list[Drawn], text: str, complete: bool, signal: Signal
     ) -> Answer | str:
         assert self._told is not None, "logprobs were asked for without top_logprobs"
         told = self._told.read(content, text, complete, signal)
         if isinstance(told, str):
             return told
         tokens = len(told.answer.response_ids)
-        self.service.limits.count("told_tokens", tokens)
-        self.service.limits.count("unmapped_mass", told.unmapped * tokens)
+        self.service.limits.told(tokens, told.unmapped * tokens)
         if told.unmapped > self._api.max_unmapped_mass:
             return UNMAPPED
         return _cut(told.answer, self._sampling.max_tokens)
@@ -248,7 +248,7 @@ class ApiEngine:
         """Log probabilities of the tokens that an answer may begin with; else a row's error."""
         return await self.service.ask(
             Request(
-                send=lambda client: client.post(CHATS, cast_to=object, body=body),
+                send=lambda client: _sent(client, body),
                 read=_first_of,
                 written=lambda completion: 1,
                 prompt_tokens=QUESTION_TOKENS,
@@ -269,6 +269,10 @@ class ApiEngine:
         return Answer(np.array(ids, np.int32), "stop" if complete else "length")
 
 
+async def _sent(client: Any, body: Mapping[str, Any]) -> Any:
+    return chat_completion(await posted(client, CHATS, body))
+
+
 def _told_reader(teacher: TeacherConfig, reader: TextReader, stops: Sequence[int]) -> Reader:
     try:
         vocabulary = Vocabulary(reader.tokenizer, reader.control)
@@ -280,22 +284,16 @@ def _told_reader(teacher: TeacherConfig, reader: TextReader, stops: Sequence[int
     return Reader(vocabulary, reader.plain, stops)
 
 
-def _content(choice: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What is told of each token; raises one of UNREADABLE."""
-    content: list[Mapping[str, Any]] = (choice.get("logprobs") or {}).get("content") or []
-    return content
-
-
 def _first_of(completion: Any) -> dict[bytes, float] | str:
     """Log probabilities of what the first token may be, by bytes; NO_LOGPROBS where not told.
 
     Parts of characters may have one name for many tokens, of which each answer names others.
     """
-    content = _content(completion["choices"][0])
-    named = content[0].get("top_logprobs") if content else None
-    if not named:
+    content = content_of(completion["choices"][0])
+    told = content[0].top_logprobs if content else None
+    if not told:
         return NO_LOGPROBS
-    likely = [one for one in map(Named.of, named) if one.logprob > -np.inf]
+    likely = [one for one in named(told) if one.logprob > -np.inf]
     return {one.meant: one.logprob for one in likely if one.meant and REPLACEMENT not in one.meant}
 
 

@@ -136,9 +136,13 @@ class Limits:
         if cost:
             self._report({"api_lost_cost": cost})
 
-    def count(self, name: str, number: float = 1) -> None:
-        """One more of a kind, or so many, for the report."""
-        self._report({f"api_{name}": number})
+    def count(self, name: str) -> None:
+        """One more of a kind, for the report."""
+        self._report({f"api_{name}": 1})
+
+    def told(self, tokens: int, unmapped: float) -> None:
+        """An answer has log probabilities, in which so much is no id, summed over its tokens."""
+        self._report({"api_told_tokens": tokens, "api_unmapped_mass": unmapped})
 
     def hold(self, cost: float) -> bool:
         """Sets so much of the budget aside, until ``release``; False if that is not left."""

@@ -25,7 +25,7 @@ MAX_UNUSABLE = 3
 """Attempts of one row whose answer comes, and is paid for, without anything that can be used."""
 CONNECTIONS_EACH = 16
 """Of one client, which looks at all its idle connections before each request."""
-UNREADABLE = (AttributeError, TypeError, ValueError, IndexError, KeyError)
+UNREADABLE = (AttributeError, TypeError, ValueError, IndexError, KeyError, OverflowError)
 """What an answer of an unexpected shape raises where it is read."""
 MOST_TOKENS = 20_000_000
 """Of one request; above, ``usage`` is a mistake. The largest contexts have 10 million."""
@@ -169,6 +169,15 @@ class Service:
             return usage
         self.limits.count("usage_estimated")
         return Usage(input=request.prompt_tokens, output=written)
+
+
+async def posted(client: Any, path: str, body: Mapping[str, Any]) -> bytes:
+    """What the service answers to a JSON, as it came."""
+    import openai
+
+    answer = await client.post(path, cast_to=openai.HttpxBinaryResponseContent, body=body)
+    content: bytes = answer.content
+    return content
 
 
 def understood(request: Request[R], completion: Any) -> R | str:

@@ -6,9 +6,12 @@ where one id alone stands for these bytes. *Unblocks* `told`, which reads a serv
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 REPLACEMENT = "\ufffd".encode()
@@ -94,6 +97,10 @@ class Vocabulary:
     def id_of(self, meant: bytes) -> int | None:
         """The one id that stands for these bytes; None where there is none, or are several."""
         return self._ids.get(meant)
+
+    def ids_of(self, meant: Sequence[bytes]) -> NDArray[np.int64]:
+        """As `id_of`, of many; -1 where it has none."""
+        return np.fromiter(map(self._ids.get, meant, repeat(-1)), np.int64, len(meant))
 
     def bytes_of(self, index: int) -> bytes:
         """What an id stands for; nothing where it has no bytes."""

@@ -21,6 +21,7 @@ from raystill.model.identity import identity_of_teacher
 from raystill.model.sampling import ResolvedSampling
 from raystill.model.tokenizer import PlainText
 from raystill.serve.api import failures
+from raystill.serve.api.parsed import Drawn, chat_completion, content_of
 from raystill.serve.api.service import UNREADABLE
 from raystill.serve.api.told import Reader, Told
 from raystill.serve.api.vocabulary import NoBytes, Vocabulary
@@ -36,6 +37,7 @@ from tests.support.scripted_service import (
     scripted_service,
     teacher_of,
 )
+from tests.support.told_slowly import best_and_tail, distribution
 from tests.support.vllm_like import tokenizer
 
 CONTROL = frozenset(range(17))
@@ -71,8 +73,12 @@ def one(token: str, p: float, raw: bytes | None = b"?", **tops: float) -> dict[s
     return {**told, "top_logprobs": [dict(told), *named]}
 
 
+def told_of(content: list[dict[str, Any]]) -> list[Drawn]:
+    return content_of({"logprobs": {"content": content}})
+
+
 def read(content: list[dict[str, Any]], text: str, complete: bool = False) -> Told:
-    found = reader().read(content, text, complete, TOPK)
+    found = reader().read(told_of(content), text, complete, TOPK)
     assert isinstance(found, Told), found
     return found
 
@@ -257,15 +263,15 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_an_answer_in_other_tokens_is_not_used(name: str) -> None:
     content, text = REFUSED[name]
-    assert reader().read(content, text, False, TOPK) == "other_tokens"
-    assert reader().read(content, text, True, TOPK) == "other_tokens"
+    assert reader().read(told_of(content), text, False, TOPK) == "other_tokens"
+    assert reader().read(told_of(content), text, True, TOPK) == "other_tokens"
 
 
 def test_a_token_that_is_cut_elsewhere_now_and_then_is_what_was_drawn() -> None:
     told = read(split(in_tokens(LONG), 2), LONG)
     assert told.answer.response_ids.tolist() != ids_of(LONG)
     assert tokenizer().decode(told.answer.response_ids.tolist()) == LONG
-    assert reader().read(split(in_tokens(LONG), 3), LONG, False, TOPK) == "other_tokens"
+    assert reader().read(told_of(split(in_tokens(LONG), 3)), LONG, False, TOPK) == "other_tokens"
 
 
 BROKEN = {
@@ -277,6 +283,8 @@ BROKEN = {
     "a lone surrogate": {"token": "\ud800", "bytes": None},
     "bytes beyond a byte": {"bytes": [300]},
     "bytes that are none": {"bytes": ["a"]},
+    "a number in place of bytes": {"bytes": 10**12},
+    "a number beyond all": {"logprob": -(10**400)},
     "more than all": {
         "top_logprobs": [{"token": t, "bytes": None, "logprob": -0.1} for t in ("Blue", "Green")]
     },
@@ -286,7 +294,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_no_distribution_is_asked_again(name: str) -> None:
     with pytest.raises(UNREADABLE):
-        reader().read([one(RED, 0.9) | BROKEN[name]], RED, False, TOPK)
+        reader().read(told_of([one(RED, 0.9) | BROKEN[name]]), RED, False, TOPK)
 
 
 @settings(max_examples=60, deadline=None)
@@ -310,6 +318,90 @@ def test_what_is_told_is_a_partition_of_the_teachers_distribution(
     best = sorted(truth.values(), reverse=True)[:K]
     assert sorted((q for i, q in found.items() if i >= 0), reverse=True) == pytest.approx(best)
     assert all(truth[i] == pytest.approx(q) for i, q in found.items() if i >= 0)
+
+
+NAMES = [" red", " blue", " dog", "no-such-token", "\ufffd", "", "\u2019", "\u2030", "<|im_end|>"]
+LOGPROBS = [-0.7, -1.5, -1.5, -3.0, -9999.0, -20.0, 0]
+ANY_NAMED = st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from(LOGPROBS)), max_size=8)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([" red", " sun", "\u2030"]), st.booleans(), ANY_NAMED),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(1, 6),
+)
+def test_all_tokens_at_once_are_what_each_is_by_itself(
+    drawn: list[tuple[str, bool, list[tuple[str, float]]]], k: int
+) -> None:
+    content: list[dict[str, Any]] = []
+    for word, again, named in drawn:
+        parts = ["", word] if word == "\u2030" else [word]  # As vLLM names its two tokens.
+        for token in parts:
+            own = {"token": token, "logprob": -1.0}
+            tops = [{"token": name, "logprob": p} for name, p in named]
+            content.append({**own, "top_logprobs": [*tops, own] if again else tops})
+    text = "".join(word for word, _, _ in drawn)
+    sums = [
+        math.exp(-1) + sum(math.exp(p) for p in numbers)
+        for numbers in (
+            [
+                one["logprob"]
+                for one in e["top_logprobs"]
+                if (one["token"], one["logprob"]) != (e["token"], -1.0)
+            ]
+            for e in content
+        )
+    ]
+    if max(sums) > 1:
+        with pytest.raises(ValueError, match=r"sum to \d"):
+            reader().read(told_of(content), text, False, Signal("topk", k))
+        return
+    told = reader().read(told_of(content), text, False, Signal("topk", k))
+    assert isinstance(told, Told)
+    answer, vocabulary = told.answer, reader()._vocabulary
+    ids = answer.response_ids.tolist()
+    inside = reader()._inside_characters(ids)
+    unmapped = 0.0
+    for t, entry in enumerate(content):
+        found, lost, least = distribution(vocabulary, ids[t], entry, inside[t])
+        best, tail = best_and_tail(vocabulary, found, lost, least, k)
+        unmapped += sum(map(math.exp, lost))
+        pairs = zip(answer.topk_ids[t].tolist(), answer.topk_logprobs[t].tolist(), strict=True)
+        shown = dict(pairs)
+        assert len(shown) == k and list(shown.values()) == sorted(shown.values(), reverse=True)
+        likely = {i: math.exp(p) for i, p in shown.items() if math.exp(p) > 0}
+        assert likely == pytest.approx({i: p for i, p in best.items() if p > 0}, rel=1e-6)
+        assert math.exp(answer.tail_logprob[t]) == pytest.approx(tail, abs=1e-6)
+    assert told.unmapped == pytest.approx(unmapped / len(content))
+
+
+SHAPES = {
+    "as expected": (b'{"choices": [{"logprobs": {"content": [%s]}}], "usage": {"n": 1}}', 1),
+    "numbers as texts": (
+        b'{"choices": [{"logprobs": {"content": [%s]}}]}'.replace(b"%s", b"%t"),
+        1,
+    ),
+    "nothing": (b'{"choices": [{"logprobs": null}]}', 0),
+    "left out": (b'{"choices": [{}]}', 0),
+    "half a pair beside it": (
+        b'{"choices": [{"message": {"content": "\\ud800"}, "logprobs": {"content": [%s]}}]}',
+        1,
+    ),
+    "nothing in it": (b'{"choices": [{"logprobs": {"content": null}}]}', 0),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_an_answer_is_read_in_whatever_way_it_can_be(name: str) -> None:
+    raw, number = SHAPES[name]
+    entry = b'{"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": [], "more": 1}'
+    data = raw.replace(b"%s", entry).replace(b"%t", entry.replace(b"-0.5", b'"-0.5"'))
+    content = content_of(chat_completion(data)["choices"][0])
+    assert [(one.token, one.logprob, one.bytes) for one in content] == [("a", -0.5, [97])] * number
 
 
 def pieces(vocabulary: list[str], decoder: Any, added: tuple[str, ...] = ()) -> Tokenizer:
