@@ -28,7 +28,7 @@ class Coordinator:
 
     ``max_rows_ahead`` rows may be ahead, and are refilled by ``refill_rows`` (`Credits`); of
     ``num_rows`` (one epoch) a share of ``max_drop_fraction`` may be dropped, and a share of
-    ``max_rejected_fraction`` rejected by filters.
+    ``max_rejected_fraction`` rejected by filters. ``teachers``: how many answer its rows.
     """
 
     def __init__(
@@ -38,8 +38,10 @@ class Coordinator:
         max_drop_fraction: float,
         refill_rows: int = 0,
         max_rejected_fraction: float = 1.0,
+        teachers: int = 1,
     ) -> None:
-        self._credits = Credits(max_rows_ahead, refill_rows)
+        self._credits = Credits(max_rows_ahead, refill_rows, teachers)
+        self._emitted: list[int] = []
         self._drops = Drops(num_rows, max_drop_fraction, max_rejected_fraction)
         self._rejected = RejectedByEpoch()
         self._policy = PolicyVersions()
@@ -79,6 +81,7 @@ class Coordinator:
             self._rejected.begin(epoch, self._drops.by_filter().total())
             learned = {"epoch": epoch, "step": step, "ledger": ledger}
             self._published = {"attempt": self._attempt, **learned}
+            self._emitted = []
             self._credits.begin(rows_left=len(Ledger.from_dict(ledger).missing()))
             self._drops.begin(ledger)
             self._changed.notify_all()
@@ -117,6 +120,34 @@ class Coordinator:
                 return False
             self._credits.grant(group, rows)
             return True
+
+    async def acquire_one(
+        self, attempt: int, number: int, offers: list[tuple[int, int, str]]
+    ) -> int | None:
+        """As ``acquire``, for the first of several groups that may have its credits; which one.
+
+        offers: first position, rows and teacher of each, in plan order. number: how many groups
+        this source has emitted in the attempt. One that Ray runs again emits them in the same
+        order, since Ray takes what it emits by its place. None: stop emitting.
+        """
+        for _, rows, _ in offers:
+            self._credits.require_fit(rows)
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: (
+                    not self._current(attempt)
+                    or number < len(self._emitted)
+                    or self._credits.first_of(offers) is not None
+                )
+            )
+            if not self._current(attempt):
+                return None
+            if number == len(self._emitted):
+                chosen = self._credits.first_of(offers)
+                assert chosen is not None, "a credit was there, and nothing ran since"
+                self._credits.grant(*chosen)
+                self._emitted.append(chosen[0])
+            return self._emitted[number]
 
     async def let_in_flight(self, groups: int | None) -> None:
         """From now on at most so many groups in flight; None: as many as there are credits for."""

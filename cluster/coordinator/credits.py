@@ -22,12 +22,14 @@ class Credits:
     """At most ``max_rows_ahead`` rows ahead, and ``max_in_flight`` groups (None: no bound).
 
     ``refill_rows``: the bound less these must be enough for a step to be filled. Of a bounded
-    flight half is refilled at most.
+    flight half is refilled at most. ``teachers``: each of several may have as many rows in flight
+    as its part of the bound, so that one that does not answer leaves the others theirs.
     """
 
-    def __init__(self, max_rows_ahead: int, refill_rows: int = 0) -> None:
+    def __init__(self, max_rows_ahead: int, refill_rows: int = 0, teachers: int = 1) -> None:
         self.max_rows_ahead = max_rows_ahead
         self._refill_rows = refill_rows
+        self._part = max_rows_ahead // max(1, teachers)
         self.max_in_flight: int | None = None
         self.max_ahead_seen = 0
         self.begin(0)
@@ -36,6 +38,8 @@ class Credits:
         """A new pass, over ``rows_left`` rows that have no answer in it yet."""
         self._granted: set[int] = set()
         self._answered: set[int] = set()
+        self._of_teacher: dict[int, tuple[str, int]] = {}  # Of groups in flight, with their rows.
+        self._in_flight: Counter[str] = Counter()
         self.rows_left = rows_left
         self.ahead = 0
         self._full = False  # The bound was reached, and a burst has no room yet.
@@ -52,6 +56,17 @@ class Credits:
         """Whether a group of ``rows`` has its credits or may have them now."""
         return group in self._granted or self._has_room(rows)
 
+    def first_of(self, offers: Sequence[tuple[int, int, str]]) -> tuple[int, int, str] | None:
+        """The first group whose teacher may be asked for it now; None: there is none.
+
+        offers: number, rows and teacher of each. One that is larger than the part goes alone.
+        """
+        for group, rows, name in offers:
+            flying = self._in_flight[name]
+            if (not flying or flying + rows <= self._part) and self.may_have(group, rows):
+                return group, rows, name
+        return None
+
     def _has_room(self, rows: int) -> bool:
         in_flight, most = len(self._granted) - len(self._answered), self.max_in_flight
         refill = self._refill_rows if most is None else min(self._refill_rows, most * rows // 2)
@@ -59,10 +74,12 @@ class Credits:
         self._full = room < (max(rows, refill) if self._full else rows)
         return not self._full and (most is None or in_flight < most)
 
-    def grant(self, group: int, rows: int) -> None:
+    def grant(self, group: int, rows: int, teacher: str = "") -> None:
         """The group's rows are ahead and in flight, however often that is said."""
         if group not in self._granted:
             self._granted.add(group)
+            self._of_teacher[group] = (teacher, rows)
+            self._in_flight[teacher] += rows
             self.ahead += rows
             self.max_ahead_seen = max(self.max_ahead_seen, self.ahead)
 
@@ -71,6 +88,8 @@ class Credits:
         if group not in self._answered:
             self._answered.add(group)
             self.rows_left -= rows
+            teacher, flying = self._of_teacher.pop(group, ("", 0))
+            self._in_flight[teacher] -= flying
 
     def give_back(self, rows: int) -> None:
         """Rows that are no longer ahead; an assertion fails where more come back than are."""

@@ -86,6 +86,7 @@ def begin(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Run:
         num_rows=run.num_rows,
         refill_rows=config.refill_rows,
         max_rejected_fraction=config.max_rejected_fraction,
+        teachers=len(config.by_teacher.keys() - config.only_judges),
     )
     return replace(run, coordinator=unique_actor(start, folder))
 

@@ -6,7 +6,8 @@ consecutive positions are a group, the unit of shuffle, credit, Serve call and R
 Legend: N rows of the epoch, G rows of a group.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -54,6 +55,37 @@ def remaining_groups(num_rows: int, group_rows: int, ledger: Done) -> Iterator[P
     assert missing[-1] < num_rows, f"position {missing[-1]} lies outside an epoch of {num_rows}"
     edges = np.flatnonzero(np.diff(missing // group_rows)) + 1
     yield from np.split(missing, edges)
+
+
+class RoutedPlan:
+    """The groups of several teachers, of which one may be asked before an earlier one of another.
+
+    Each teacher's own groups stay in plan order, and none goes more than ``window`` rows beyond the
+    first that still waits: so a teacher that is slow or away holds no other back for that long, and
+    the student's mix is that of the prompts but for so many rows. What is offered depends on the
+    groups that were taken before, and on nothing else: a source that runs again offers the same.
+    """
+
+    def __init__(self, groups: Sequence[Positions], teachers: Sequence[str], window: int) -> None:
+        """teachers: of each group."""
+        self._groups = groups
+        self._window = window
+        self._waiting: dict[str, deque[int]] = {}
+        for number, name in enumerate(teachers):
+            self._waiting.setdefault(name, deque()).append(number)
+
+    def offers(self) -> list[tuple[int, int, str]]:
+        """First position, rows and teacher of each group that may be the next, in plan order."""
+        heads = sorted((queue[0], name) for name, queue in self._waiting.items() if queue)
+        found = [(int(self._groups[n][0]), len(self._groups[n]), name) for n, name in heads]
+        return [one for one in found if one[0] <= found[0][0] + self._window]
+
+    def take(self, group: int) -> Positions:
+        """The positions of an offered group, by its first one; it waits no longer."""
+        for queue in self._waiting.values():
+            if queue and self._groups[queue[0]][0] == group:
+                return self._groups[queue.popleft()]
+        raise AssertionError(f"no group that begins at {group} is offered")
 
 
 def num_steps(num_rows: int, rows_per_step: int) -> int:

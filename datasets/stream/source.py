@@ -20,14 +20,16 @@ from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from raystill.datasets.prompts.reader import COLUMNS, PromptReader
-from raystill.datasets.rows.schema import STUDENT_PROMPT, TOKEN_IDS
+from raystill.datasets.prompts.reader import COLUMNS, PromptReader, open_table
+from raystill.datasets.rows.schema import STUDENT_PROMPT, TEACHER, TOKEN_IDS
 from raystill.datasets.stream.ledger import Ledger
-from raystill.datasets.stream.plan import Positions, epoch_order, remaining_groups
+from raystill.datasets.stream.plan import Positions, RoutedPlan, epoch_order, remaining_groups
 
 if TYPE_CHECKING:
     from raystill.datasets.stream.spec import StreamSpec
 
+OVERTAKEN = 4
+"""Rows that a group of another teacher may be ahead of one that waits, in bounds of rows ahead."""
 
 GROUP_SCHEMA = pa.schema(
     [
@@ -73,13 +75,37 @@ def emit_plan(spec: "StreamSpec") -> Iterator[pa.Table]:
     group_rows = spec.stream.group_rows
     order = epoch_order(spec.num_rows, spec.order_seed, epoch, group_rows)
     ledger = Ledger.from_dict(published["ledger"])
-    for positions in remaining_groups(spec.num_rows, group_rows, ledger):
+    groups = remaining_groups(spec.num_rows, group_rows, ledger)
+    if spec.may_overtake:
+        plan = routed_plan(spec, order, list(groups))
+        for positions in routed(spec.coordinator, plan, attempt):
+            yield group_block(prompts.take(order[positions]), positions, attempt, epoch)
+        return
+    for positions in groups:
         block = group_block(prompts.take(order[positions]), positions, attempt, epoch)
         oldest = None if spec.policy is None else spec.policy.oldest_version(epoch, positions)
         ask = spec.coordinator.acquire.remote(attempt, len(positions), int(positions[0]), oldest)
         if not ray.get(ask):
             return
         yield block
+
+
+def routed_plan(spec: "StreamSpec", order: Positions, groups: list[Positions]) -> RoutedPlan:
+    """The groups by their teachers; one at the seam of two counts as that of its first row."""
+    named = open_table(spec.prompt_table).read([TEACHER])[TEACHER]
+    firsts = pa.array([order[positions[0]] for positions in groups], pa.int64())
+    return RoutedPlan(groups, named.take(firsts).to_pylist(), OVERTAKEN * spec.max_rows_ahead)
+
+
+def routed(coordinator: Any, plan: RoutedPlan, attempt: int) -> Iterator[Positions]:
+    """Groups as they get their credits."""
+    number = 0
+    while offers := plan.offers():
+        group = ray.get(coordinator.acquire_one.remote(attempt, number, offers))
+        if group is None:
+            return
+        yield plan.take(group)
+        number += 1
 
 
 class PlanSource(Datasource):

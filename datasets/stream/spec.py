@@ -96,6 +96,11 @@ class StreamSpec:
     teachers: Mapping[str, tuple[str, Requester]] = field(default_factory=dict)
     judges: Mapping[str, tuple[Run, Asked]] = field(default_factory=dict)
 
+    @property
+    def may_overtake(self) -> bool:
+        """Whether a group may be asked before an earlier one whose teacher does not answer."""
+        return bool(self.teachers) and self.stream.order == "arrival" and self.policy is None
+
     @classmethod
     def of(cls, run: Run, signal: Signal) -> "StreamSpec":
         """The stream of a run's training rows."""

@@ -82,8 +82,11 @@ def stream_context(order: str) -> DataContext:
 
 def build_stream(spec: StreamSpec) -> Dataset:
     """The dataset of answered rows; lazy. Whoever iterates it starts one execution."""
-    num_actors = math.ceil(spec.groups_in_flight / GROUPS_PER_ACTOR)
-    in_flight = math.ceil(spec.groups_in_flight / num_actors)
+    places = spec.groups_in_flight
+    if spec.may_overtake:  # Calls to one teacher that wait must not take the places of another's.
+        places = max(places, math.ceil(spec.max_rows_ahead / spec.stream.group_rows))
+    num_actors = math.ceil(places / GROUPS_PER_ACTOR)
+    in_flight = math.ceil(places / num_actors)
     with DataContext.current(stream_context(spec.stream.order)):
         groups = ray.data.read_datasource(
             PlanSource(spec),

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import numpy as np
 import pytest
 
 from raystill.base.errors import RunError
@@ -9,6 +10,7 @@ from raystill.cluster.coordinator.actor import Coordinator
 from raystill.cluster.coordinator.credits import Credits
 from raystill.config.run import RunConfig
 from raystill.datasets.stream.ledger import Ledger
+from raystill.datasets.stream.plan import RoutedPlan
 
 
 def coordinator(max_rows_ahead=16, num_rows=100, max_drop_fraction=0.1, refill_rows=0):
@@ -148,6 +150,70 @@ def test_a_source_that_runs_again_while_its_first_call_waits_takes_no_credits_tw
         await c.taken(attempt, 16)
         assert await waiting[0] and await waiting[1]
         assert (await c.snapshot()).rows_ahead == 8
+
+    asyncio.run(run())
+
+
+OFFERS = [(0, 8, "slow"), (8, 8, "fast")]
+
+
+def test_a_teacher_with_its_part_in_flight_is_overtaken_and_the_bound_is_one():
+    async def run():
+        c = Coordinator(32, 100, 0.1, teachers=2)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        assert await c.acquire_one(attempt, 0, OFFERS) == 0
+        assert await c.acquire_one(attempt, 1, [(16, 8, "slow"), (8, 8, "fast")]) == 16
+        both = [(24, 8, "slow"), (8, 8, "fast")]  # Half of the bound is the slow one's.
+        assert await c.acquire_one(attempt, 2, both) == 8
+        assert await waits(c.acquire_one(attempt, 3, both[:1]))
+        await c.answered(attempt, 0, 8, {})
+        assert await c.acquire_one(attempt, 3, both[:1]) == 24
+        more = [(32, 8, "slow"), (40, 8, "fast")]
+        assert await waits(c.acquire_one(attempt, 4, more)), "32 rows are ahead"
+        await c.taken(attempt, 8)
+        assert await c.acquire_one(attempt, 4, more) == 40
+        assert (await c.snapshot()).max_rows_ahead_seen == 32
+        await c.answered(attempt, 0, 8, {})  # A retried block is answered twice.
+        await c.taken(attempt, 32)
+        assert await waits(c.acquire_one(attempt, 5, [(32, 8, "slow")]))
+
+    asyncio.run(run())
+
+
+def test_a_source_that_runs_again_emits_in_the_same_order():
+    """Ray takes what it emits by its place: another order would lose rows and repeat others."""
+
+    async def run():
+        c = Coordinator(32, 100, 0.1, teachers=2)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        groups = [np.arange(g, g + 8) for g in range(0, 96, 8)]
+        names = ["slow", "slow", "slow", "fast"] * 3
+
+        async def emit(number_of_groups):
+            plan, emitted = RoutedPlan(groups, names, 64), []
+            for number in range(number_of_groups):
+                emitted.append(await c.acquire_one(attempt, number, plan.offers()))
+                plan.take(emitted[-1])
+            return emitted, plan.offers()
+
+        first, offers = await emit(3)
+        assert first == [0, 8, 24]
+        for group in (0, 8):
+            await c.answered(attempt, group, 8, {})
+        ahead = (await c.snapshot()).rows_ahead
+        again, _ = await emit(3)
+        assert again == first and (await c.snapshot()).rows_ahead == ahead
+        assert await c.acquire_one(attempt, 3, offers) == 16
+        await c.taken(attempt, 16)
+        later = RoutedPlan(groups, names, 64)
+        for group in (*first, 16):
+            later.take(group)
+        calls = [asyncio.ensure_future(c.acquire_one(attempt, 4, later.offers())) for _ in range(2)]
+        assert await calls[0] == await calls[1]
+        assert (await c.snapshot()).rows_ahead == 24
+        second = await c.publish(0, 0, Ledger(100).to_dict())
+        assert await c.acquire_one(attempt, 5, later.offers()) is None
+        assert await c.acquire_one(second, 0, OFFERS) == 0, "a new attempt begins anew"
 
     asyncio.run(run())
 

@@ -1,8 +1,8 @@
 """Credits with two teachers of different pace: what one of them costs the other, in events.
 
-A simulation without clock, Ray or threads: the stream asks for groups in the order of a plan, as
-`emit_plan` does, under the bounds that a run file has; each teacher answers so many groups at a
-time; the student takes groups as they are answered, or in the plan's order.
+A simulation without clock, Ray or threads: the stream asks for groups as `emit_plan` does, under
+the bounds that a run file has; each teacher answers so many groups at a time; the student takes
+groups as they are answered, or in the plan's order.
 """
 
 import heapq
@@ -10,10 +10,13 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 
 from raystill.cluster.coordinator.credits import Credits
 from raystill.config.run import RunConfig
+from raystill.datasets.stream.plan import RoutedPlan
+from raystill.datasets.stream.source import OVERTAKEN
 
 ROWS = 4  # of a group
 SLOTS = 3  # Groups that a teacher answers at a time.
@@ -51,17 +54,24 @@ def simulate(
 
     bound: of rows ahead, in multiples of the default.
     """
-    credits = Credits(bound * CONFIG.rows_ahead, CONFIG.refill_rows)
+    credits = Credits(bound * CONFIG.rows_ahead, CONFIG.refill_rows, len(teachers))
     credits.begin(len(plan) * ROWS)
+    positions = [np.arange(g * ROWS, (g + 1) * ROWS) for g in range(len(plan))]
+    routed = RoutedPlan(positions, plan, OVERTAKEN * credits.max_rows_ahead)
     events: list[tuple[float, int]] = []
     answered: set[int] = set()
     position = taken = 0
     now = 0.0
     while len(answered) < len(plan):
-        while position < len(plan) and credits.may_have(position, ROWS):
+        while in_order and position < len(plan) and credits.may_have(position, ROWS):
             credits.grant(position, ROWS)
             teachers[plan[position]].queue.append(position)
             position += 1
+        while not in_order and (chosen := credits.first_of(routed.offers())):
+            credits.grant(*chosen)
+            group = int(routed.take(chosen[0])[0]) // ROWS
+            teachers[plan[group]].queue.append(group)
+        assert credits.ahead <= credits.max_rows_ahead
         for one in teachers.values():
             while one.queue and one.busy < SLOTS:
                 one.busy += 1
@@ -72,7 +82,7 @@ def simulate(
         teachers[plan[group]].busy -= 1
         teachers[plan[group]].done.append(now)
         answered.add(group)
-        credits.answer(group, ROWS)
+        credits.answer(group if in_order else group * ROWS, ROWS)
         if not in_order:
             credits.give_back(ROWS)
         while in_order and taken in answered:
@@ -101,11 +111,48 @@ def test_a_run_takes_as_long_as_its_busiest_teacher_alone(slow: int, fast: int, 
             assert whole <= most * alone + 1, (seed, in_order, bound)
 
 
-def test_a_teacher_that_is_away_leaves_the_other_its_share_of_the_bound() -> None:
-    """While one is away its groups fill the bound; until then the other answers."""
+@pytest.mark.parametrize(("slow", "fast"), [(60, 340), (200, 200)])
+def test_the_busiest_teacher_does_not_stand_idle_while_another_is_away(
+    slow: int, fast: int
+) -> None:
+    """It goes on for four bounds of rows beyond the first that waits, here 384 rows at least."""
+    away_s = 12.0
+    alone = max(slow, fast) / SLOTS
+    for seed in range(5):
+        teachers = {"slow": Teacher(1.0, away_until=away_s), "fast": Teacher(1.0)}
+        whole = simulate(plan_of(slow, fast, seed), teachers)
+        first = sum(end <= away_s for end in teachers["fast"].done)
+        assert first == away_s * SLOTS, "its places are taken all the time"
+        assert whole <= max(1.05 * alone, away_s + slow / SLOTS) + 1
+
+
+def test_one_that_stays_away_leaves_the_other_its_window_and_the_mix_is_the_plans_beyond() -> None:
+    window = OVERTAKEN * CONFIG.rows_ahead
     for seed in range(20):
+        plan = plan_of(400, 400, seed)
         teachers = {"slow": Teacher(0.1, away_until=1000.0), "fast": Teacher(0.1)}
-        simulate(plan_of(200, 200, seed), teachers)
-        meanwhile = ROWS * sum(end < 1000.0 for end in teachers["fast"].done)
-        assert meanwhile >= CONFIG.rows_ahead // 4
-        assert len(teachers["fast"].done) == 200
+        simulate(plan, teachers)
+        meanwhile = sum(end < 1000.0 for end in teachers["fast"].done)
+        waits = [number for number, name in enumerate(plan) if name == "slow"]
+        first = waits[CONFIG.rows_ahead // 2 // ROWS]  # Its part of the bound is in flight.
+        reached = plan[: first + window // ROWS + 1].count("fast")
+        assert abs(meanwhile - reached) <= 1
+        assert len(teachers["fast"].done) == 400
+
+
+def test_each_teachers_groups_are_asked_in_the_order_of_the_plan() -> None:
+    plan = plan_of(50, 50, 1)
+    groups = [np.arange(g * ROWS, (g + 1) * ROWS) for g in range(len(plan))]
+    routed, random_ = RoutedPlan(groups, plan, 40), random.Random(2)
+    asked: list[int] = []
+    while offers := routed.offers():
+        assert offers == sorted(offers) and len({name for _, _, name in offers}) == len(offers)
+        assert offers[-1][0] - offers[0][0] <= 40
+        group, rows, name = random_.choice(offers)
+        assert plan[group // ROWS] == name and rows == ROWS
+        routed.take(group)
+        asked.append(group // ROWS)
+    for name in ("slow", "fast"):
+        assert [g for g in asked if plan[g] == name] == [g for g in range(100) if plan[g] == name]
+    with pytest.raises(AssertionError, match="no group that begins at 0"):
+        routed.take(0)

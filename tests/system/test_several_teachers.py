@@ -14,6 +14,7 @@ from tests.support.end_to_end import ROOT
 from tests.support.synthetic_run import write_run_file
 
 ROWS, HELD_OUT = 16, 2
+PACED_ROWS, PACED_BOUND, SLOW_S = 32, 16, 4.0
 
 
 def two_teachers(folder: Path) -> Path:
@@ -36,6 +37,20 @@ def two_teachers(folder: Path) -> Path:
     }
     config["evaluation"]["held_out_rows"] = HELD_OUT
     config["store"] = {"path": str(folder / "store")}
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def two_paces(folder: Path) -> Path:
+    """A run file of a teacher that answers at once and one that takes seconds for each group."""
+    file = two_teachers(folder)
+    config = yaml.safe_load(file.read_text())
+    config["teachers"]["long"]["synthetic"]["delay_s"] = SLOW_S
+    for name in ("a", "b"):
+        rows = [{"prompt": f"question {i} of {name}", "source": name} for i in range(PACED_ROWS)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    config["stream"] |= {"order": "arrival", "max_rows_ahead": PACED_BOUND}
+    config["evaluation"] = {"held_out_rows": 0}
     file.write_text(yaml.safe_dump(config))
     return file
 
@@ -88,3 +103,26 @@ def test_each_row_is_answered_by_its_own_teacher_in_store_figures_and_lineage(tm
     lineage = json.loads((tmp_path / "run" / "student" / "lineage.json").read_text())
     learned = [one["learned_from"] for one in lineage["models"].values() if one["learned_from"]]
     assert [sorted(one) for one in learned] == [sorted(identities.values())]
+
+
+@pytest.mark.ray
+@pytest.mark.faults
+def test_a_fast_teacher_does_not_wait_for_a_slow_one(tmp_path):
+    """All its groups are in the store before half of the slow one's, of which the plan has as many
+    in between; rows ahead stay within the bound, and each row is trained on.
+    """
+    done = drive(two_paces(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["rows_trained"]) == ("completed", 2 * PACED_ROWS)
+    assert summary["max_rows_ahead_seen"] <= PACED_BOUND
+    store = TeacherStore(str(tmp_path / "store"))
+    published = sorted(
+        (file.stat().st_mtime, len(store.open(file.name).read(0, ["response_ids"])[0][0]))
+        for file in (tmp_path / "store" / "segments").glob("*")
+    )
+    lengths = [length for _, length in published]
+    fast, slow = 5, 8
+    assert lengths.count(fast) and lengths.count(slow)
+    last = max(place for place, length in enumerate(lengths) if length == fast)
+    assert lengths[:last].count(slow) <= lengths.count(slow) / 2
