@@ -35,7 +35,7 @@ from raystill.model.sampling import ResolvedSampling
 from raystill.model.tokenizer import PlainText
 from raystill.serve.api.parsed import Drawn, chat_completion, content_of
 from raystill.serve.api.service import Request, Service, posted
-from raystill.serve.api.told import NO_LOGPROBS, UNMAPPED, Reader, named
+from raystill.serve.api.told import NO_LOGPROBS, OTHER_TOKENS, UNMAPPED, Reader, named
 from raystill.serve.api.vocabulary import REPLACEMENT, NoBytes, Vocabulary
 
 UNBOUNDED = 2**31 - 1
@@ -44,6 +44,8 @@ APART_NATS = 0.05
 """Between what a service tells of a token at two temperatures, at most; it rounds otherwise."""
 A_QUESTION = [{"role": "user", "content": "Say a word."}]
 CHATS = "/chat/completions"
+CHARACTERS_EACH = 256
+"""Of the longest token of any tokenizer, with room to spare: rows of spaces."""
 QUESTION_TOKENS = 64
 """At most, by any template."""
 
@@ -173,6 +175,11 @@ class ApiEngine:
         }
 
     @property
+    def _longest(self) -> int:
+        """Characters of an answer that are read: no ``max_tokens`` tokens have more."""
+        return CHARACTERS_EACH * self._sampling.max_tokens
+
+    @property
     def _wide(self) -> dict[str, Any]:
         return {"logprobs": True, "top_logprobs": self._api.top_logprobs}
 
@@ -181,7 +188,9 @@ class ApiEngine:
         choice = completion["choices"][0]
         text = choice["message"]["content"] or ""
         ended = bool(text) and choice.get("finish_reason") == "stop"
-        return len(self._plain.encode(text)) + ended
+        start = text[: self._longest]
+        times = len(text) / len(start) if start else 1
+        return round(len(self._plain.encode(start)) * times) + ended
 
     def _read(self, completion: Any, signal: Signal) -> Answer | str:
         """The answer, or why it cannot be used; raises one of UNREADABLE."""
@@ -207,6 +216,8 @@ class ApiEngine:
         self, content: list[Drawn], text: str, complete: bool, signal: Signal
     ) -> Answer | str:
         assert self._told is not None, "logprobs were asked for without top_logprobs"
+        if len(text) > self._longest:  # Of no tokens that were asked for.
+            return OTHER_TOKENS
         told = self._told.read(content, text, complete, signal)
         if isinstance(told, str):
             return told
@@ -257,6 +268,8 @@ class ApiEngine:
         )
 
     def _in_ids(self, text: str, complete: bool) -> Answer | str:
+        """An answer of any length takes no longer to read than one that keeps to ``max_tokens``."""
+        complete, text = complete and len(text) <= self._longest, text[: self._longest]
         ids = self._plain.encode(text)
         if self._tokenizer.decode(ids, skip_special_tokens=False) != text:
             return "not_exact"
@@ -264,7 +277,7 @@ class ApiEngine:
         if complete and stops:
             ids = [*ids, stops[0]]
         most = self._sampling.max_tokens
-        if len(ids) > most:  # The service's own tokens are longer.
+        if len(ids) > most:  # The service's own tokens are longer, or it keeps to no limit.
             ids, complete = ids[:most], False
         return Answer(np.array(ids, np.int32), "stop" if complete else "length")
 

@@ -122,6 +122,33 @@ def test_text_that_looks_like_a_control_token_stays_text(
     assert tokenizer(special_is_text=True).decode(ids, skip_special_tokens=False) == text
 
 
+@pytest.mark.parametrize("usage", [USAGE, None], ids=["usage is told", "usage is not told"])
+def test_an_answer_of_ten_megabytes_is_cut_and_holds_nobody_up(
+    tmp_path: Path, service: Service, usage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "<|im_end|> word " * (10 * 2**20 // 16)
+    service.scripts["endless"] = [{"text": text, "usage": usage}]
+    asked = Asked(tmp_path, service, ["endless", "q"], prices=PRICES)
+    read: list[int] = []
+    encode = asked.engine._plain.encode
+
+    def counted(part: str) -> list[int]:
+        read.append(len(part))
+        return encode(part)
+
+    monkeypatch.setattr(asked.engine._plain, "encode", counted)
+    endless, other = asked.sample()
+    assert other.error is None and endless.error is None
+    assert endless.finish_reason == "length"
+    assert len(endless.response_ids) == SAMPLING.max_tokens
+    start = tokenizer(special_is_text=True).encode(text[:1000], add_special_tokens=False).ids
+    assert endless.response_ids.tolist() == start[: SAMPLING.max_tokens]
+    assert max(read) <= 256 * SAMPLING.max_tokens
+    if usage is None:
+        tokens = len(start) / 1000 * len(text)
+        assert asked.counters["api_output_tokens"] == pytest.approx(tokens + 5, rel=0.02)
+
+
 PASSING = {
     "too many": ({"status": 429, "headers": {"Retry-After": "0.2"}}, "too_many_requests"),
     "too many, in ms": ({"status": 429, "headers": {"retry-after-ms": "5"}}, "too_many_requests"),
