@@ -111,6 +111,7 @@ def run(
     if checked.problems or config is None or folder is None or prepared is None:
         return refuse(checked.problems)
 
+    from raystill.cluster.commands.check import print_plan
     from raystill.cluster.job import manifest
     from raystill.cluster.job import run as job
     from raystill.cluster.job.driver_process import hold_run_folder
@@ -127,7 +128,7 @@ def run(
         ended = after.complete_run(config, folder, say)
         tables.print_report(folder)
         return 0 if ended else EXIT_INTERRUPTED
-    say(prepared.describe())
+    print_plan(prepared, told_by="raystill check --json")
     with (
         hold_run_folder(folder),
         Trackers(config.output, folder, say) as trackers,

@@ -232,6 +232,18 @@ def _check_refit(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
         )
 
 
+def refit_notices(config: RunConfig, teacher: ModelFolder) -> Iterator[str]:
+    """Where there is nothing to fit, since nothing of the teacher is left out."""
+    student, layers = config.student, teacher.num_layers
+    if not student.refit or student.narrowed or layers is None:
+        return
+    if student.kept_layers(layers) == list(range(layers)):
+        yield (
+            f"student.refit fits nothing: the student keeps all {layers} layers of "
+            f"{teacher.name} at their width; leave some out, or remove it"
+        )
+
+
 def check_tokenizers(teacher: ModelFolder, student: ModelFolder) -> list[Problem]:
     """An id must be the same token for both, because the stream carries ids only.
 

@@ -5,7 +5,6 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,7 +35,6 @@ from raystill.datasets.filters.function import hashes_of, read_functions
 from raystill.datasets.prompts.files import prompt_sources, would_read
 from raystill.datasets.prompts.tables import PromptTables
 from raystill.datasets.rows.schema import STUDENT_PROMPT, TEACHER
-from raystill.datasets.rows.signal import signal_of
 from raystill.datasets.store.store import SEGMENTS
 from raystill.model.adapters import trained_numbers
 from raystill.model.files import ModelFolder
@@ -46,8 +44,6 @@ REMOTE_WAIT_S = 4.0
 ADAMW_BYTES = {"float32": 12, "float64": 24}  # of a parameter and its two moments
 EXPORT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SIGNAL_BYTES = 8  # of an id and a logprob
-HIDDEN_BYTES = 2  # of a component of a state; noise in its low bits hardly compresses
-STORED_TOKEN_BYTES = 6.1  # of an id and a logprob, compressed; see benchmarks/results/store.json
 ESTIMATED = (CHECKPOINTS, STUDENT, HELD_OUT)
 """What of the run folder ``space_needed`` counts."""
 WRITE_TEST = ".raystill-write-test"
@@ -334,38 +330,6 @@ def check_space(folder: RunFolder, needed_bytes: int | None) -> list[Problem]:
     ]
 
 
-def store_space_notices(
-    config: RunConfig, store_path: str, tables: PromptTables, teacher: ModelFolder
-) -> Iterator[str]:
-    """A notice if the store's disk is too small for the most that the answers can take.
-
-    That is: no answer is stored yet, and all are ``max_tokens`` long.
-    """
-    train, held_out = (
-        tables.response_tokens(name, config.max_response_tokens) for name in ("train", "held_out")
-    )
-    most = train * _stored_token_bytes(config, teacher)
-    most += held_out * STORED_TOKEN_BYTES * (1 + config.evaluation.top_k)
-    free = free_bytes(RunFolder(store_path))
-    if free is not None and free < most:
-        yield (
-            f"the teacher's answers may take up to {most / 2**30:.1f} GiB in {store_path}, which "
-            f"has {free / 2**30:.1f} GiB free; a full disk stops the run, what is stored stays"
-        )
-
-
-def _stored_token_bytes(config: RunConfig, teacher: ModelFolder) -> float:
-    """Bytes in the store of one response token of a training row."""
-    if config.signal.kind == "topk":
-        return STORED_TOKEN_BYTES * (1 + config.signal.top_k)
-    if config.signal.kind == "hidden":
-        with suppress(ValueError):  # Another check reports it.
-            return (
-                STORED_TOKEN_BYTES + HIDDEN_BYTES * signal_of(config.signal, teacher.config).width
-            )
-    return STORED_TOKEN_BYTES
-
-
 def free_bytes(folder: RunFolder) -> int | None:
     """Free bytes of the disk where the folder is or will be; None for an object store."""
     if not folder.is_local:
@@ -381,10 +345,13 @@ WRITTEN = (METRICS, MANIFEST, TRAIN_PROMPTS, f"{STUDENT}/config.json", f"{LOGS}/
 
 
 def check_apart(config: RunConfig, output: RunFolder, store_path: str) -> Iterator[Problem]:
-    """Would a later start read what the run writes as prompts?"""
+    """Does each folder hold what is its own: would a later start read what the run writes as
+    prompts, or one of store and run folder take the files of the other for its own?
+    """
     folders: dict[str, tuple[str, tuple[str, ...]]] = {"output.path": (output.path, WRITTEN)}
     if store_path:
         folders["store.path"] = (store_path, ("segments/x.parquet",))
+        yield from _store_apart(_real(output.path), _real(store_path))
     for source in prompt_sources(config.prompts):
         for where, (folder, names) in folders.items():
             root = split_query(folder)[0].rstrip("/")
@@ -395,3 +362,21 @@ def check_apart(config: RunConfig, output: RunFolder, store_path: str) -> Iterat
                     f"later start would read the run's own files ({root}/{read}) as prompts; name "
                     f"the prompts more closely, or set {where} to a folder elsewhere"
                 )
+
+
+def _store_apart(output: str, store: str) -> Iterator[Problem]:
+    """Problems of a run folder in a store, and of a store where the run has its own files."""
+    if f"{output}/".startswith(f"{store}/"):
+        message = f"is {output}, which is {'' if output == store else 'inside '}the teacher store"
+        yield Problem("output.path", f"{message}; set it to a folder elsewhere")
+    elif store.startswith(f"{output}/"):
+        name = store[len(output) + 1 :].partition("/")[0]
+        if name in TOP_LEVEL_NAMES:
+            message = f"is {store}, but the run has files of its own in {output}/{name}"
+            yield Problem("store.path", f"{message}; set it to a folder elsewhere")
+
+
+def _real(path: str) -> str:
+    """A folder's one name: without query, links and slashes at its end."""
+    plain = split_query(path)[0].rstrip("/")
+    return plain if "://" in plain else os.path.realpath(plain)

@@ -1,6 +1,8 @@
 """A run that passed the static check: its rows, its models, and what it will need."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,6 +12,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raystill.base import formatting
+from raystill.base.run_folder import RunFolder
+from raystill.cluster.check.output import free_bytes
 from raystill.config.run import RunConfig
 from raystill.datasets.lookup.keeping import StoreIndex
 from raystill.datasets.prompts.tables import PromptTables
@@ -19,6 +23,9 @@ from raystill.datasets.rows.signal import Signal, held_out_signal, signal_of
 from raystill.datasets.store.store import TeacherStore
 from raystill.model.files import ModelFolder, fetch_model
 from raystill.serve.engine.arguments import keyed_arguments
+
+HIDDEN_BYTES = 2  # of a component of a state; noise in its low bits hardly compresses
+STORED_TOKEN_BYTES = 6.1  # of an id and a logprob, compressed; see benchmarks/results/store.json
 
 
 @dataclass(frozen=True)
@@ -258,6 +265,38 @@ class Prepared:
             f"{source.weight:g}), {held_out.get(source.name, 0)} held out"
             for source in sources
         ]
+
+
+def store_space_notices(
+    config: RunConfig, store_path: str, tables: PromptTables, teacher: ModelFolder
+) -> Iterator[str]:
+    """A notice if the store's disk is too small for the most that the answers can take.
+
+    That is: no answer is stored yet, and all are ``max_tokens`` long.
+    """
+    train, held_out = (
+        tables.response_tokens(name, config.max_response_tokens) for name in ("train", "held_out")
+    )
+    most = train * _stored_token_bytes(config, teacher)
+    most += held_out * STORED_TOKEN_BYTES * (1 + config.evaluation.top_k)
+    free = free_bytes(RunFolder(store_path))
+    if free is not None and free < most:
+        yield (
+            f"the teacher's answers may take up to {most / 2**30:.1f} GiB in {store_path}, which "
+            f"has {free / 2**30:.1f} GiB free; a full disk stops the run, what is stored stays"
+        )
+
+
+def _stored_token_bytes(config: RunConfig, teacher: ModelFolder) -> float:
+    """Bytes in the store of one response token of a training row."""
+    if config.signal.kind == "topk":
+        return STORED_TOKEN_BYTES * (1 + config.signal.top_k)
+    if config.signal.kind == "hidden":
+        with suppress(ValueError):  # Another check reports it.
+            return (
+                STORED_TOKEN_BYTES + HIDDEN_BYTES * signal_of(config.signal, teacher.config).width
+            )
+    return STORED_TOKEN_BYTES
 
 
 def _teachers_of(table: pa.Table, rows: NDArray[np.bool_]) -> set[str]:

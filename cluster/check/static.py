@@ -17,6 +17,7 @@ from raystill.cluster.check.models import (
     check_memory,
     check_student,
     check_teacher,
+    refit_notices,
     tokenizer_notices,
     trusts_student,
 )
@@ -29,9 +30,9 @@ from raystill.cluster.check.output import (
     check_space,
     check_store,
     space_needed,
-    store_space_notices,
 )
 from raystill.cluster.check.prepared import Prepared as Prepared
+from raystill.cluster.check.prepared import store_space_notices
 from raystill.cluster.check.teachers import (
     check_alike,
     check_judges,
@@ -238,6 +239,7 @@ class StaticCheck:
                 self.notices += code_notices("teacher.model", teacher, trusted)
             if student is not None:
                 self.problems += check_student(config, teacher, student)
+                self.notices += refit_notices(config, teacher)
                 if student is not teacher:
                     trusted = trusts_student(config)
                     self.notices += code_notices("student.model", student, trusted)

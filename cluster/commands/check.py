@@ -22,6 +22,8 @@ from raystill.base.errors import (
     shown,
     shown_together,
 )
+from raystill.base.redact import redact
+from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.check.static import Checked, check_run_file
 from raystill.cluster.commands.as_json import counted, print_json
 from raystill.datasets.stream.plan import num_steps
@@ -39,8 +41,7 @@ def check_command(run_file: str, overrides: Sequence[str], static: bool) -> int:
     if checked.prepared is not None:
         told_after = sum(len(str(problem)) for problem in checked.problems[:MOST_PROBLEMS])
         most = MOST_CHARACTERS - min(told_after, MOST_CHARACTERS - LEAST_OF_PLAN)
-        print_lines(checked.prepared.describe().split("\n"), most)
-        sys.stdout.flush()
+        print_plan(checked.prepared, most)
     if checked.problems:
         print_problems(checked.problems)
     if more := [] if static else ask_cluster(checked):
@@ -49,6 +50,13 @@ def check_command(run_file: str, overrides: Sequence[str], static: bool) -> int:
         return EXIT_REFUSED
     typer.secho("check: no problems found", fg="green")
     return 0
+
+
+def print_plan(prepared: Prepared, most: int = MOST_CHARACTERS, told_by: str = "--json") -> None:
+    """Print what a run will do, of at most so many characters; ``told_by`` tells the rest."""
+    lines = redact(prepared.describe()).split("\n")  # Whole: a secret may have several lines.
+    print_lines(lines, most, told_by)
+    sys.stdout.flush()
 
 
 def check_for_program(run_file: str, overrides: Sequence[str], static: bool) -> int:

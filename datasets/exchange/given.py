@@ -24,11 +24,20 @@ from numpy.typing import NDArray
 
 from raystill.base.errors import ConfigError, RunError
 from raystill.config.prompts import PromptsConfig
-from raystill.datasets.prompts.files import COMPRESSIONS, PromptFile, PromptSource, find_files
+from raystill.datasets.prompts.files import (
+    COMPRESSIONS,
+    UNREADABLE,
+    PromptFile,
+    PromptSource,
+    find_files,
+    why_unreadable,
+)
 from raystill.datasets.prompts.read import BrokenRow, RawPrompt, as_messages
 
 LONGEST_LINE = 32 << 20
 """Characters of a JSONL line; a longer one is passed over without being read whole."""
+MOST_PARTS = 8
+"""Times so many characters after which a line is taken to have no end."""
 PARQUET_ROWS = 64
 TEXT_COLUMNS = ("prompt", "messages", "completion", "response", "finish_reason")
 ID_COLUMNS = ("prompt_ids", "completion_ids", "sampled_logprobs", "tail_logprob")
@@ -73,11 +82,10 @@ def read_given(
         try:
             for where, row, arrays in rows(file):
                 yield where, _as_given(row, where, source, arrays)
-        except (OSError, pa.ArrowException) as error:
-            reason = str(error).partition("\n")[0] or type(error).__name__
+        except UNREADABLE as error:
             raise RunError(
-                f"{file.name} cannot be read as {file.format} ({reason}); repair the file and "
-                "import it again: what is imported stays, and is not imported twice"
+                f"{file.name} {why_unreadable(file.format, error)} and import it again: what is "
+                "imported stays, and is not imported twice"
             ) from error
 
 
@@ -158,14 +166,22 @@ def _jsonl_rows(file: PromptFile) -> Iterator[tuple[str, Any, dict[str, NDArray[
             number += 1
             where = f"{file.name}, line {number}"
             if len(line) == LONGEST_LINE and not line.endswith("\n"):
-                while (rest := stream.readline(LONGEST_LINE)) and not rest.endswith("\n"):
-                    pass
+                _pass_over(stream, number)
                 yield where, BrokenRow(f"is longer than {LONGEST_LINE} characters"), {}
             elif line.strip():
                 try:
                     yield where, _from_json(line), {}
                 except BrokenRow as error:
                     yield where, error, {}
+
+
+def _pass_over(stream: io.TextIOWrapper, number: int) -> None:
+    """Read the rest of a line. OSError where it has no end in sight."""
+    for _ in range(MOST_PARTS):
+        rest = stream.readline(LONGEST_LINE)
+        if not rest or rest.endswith("\n"):
+            return
+    raise OSError(f"line {number} has more than {MOST_PARTS * LONGEST_LINE:,} characters")
 
 
 def _parquet_rows(file: PromptFile) -> Iterator[tuple[str, Any, dict[str, NDArray[Any]]]]:

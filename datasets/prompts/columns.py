@@ -17,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from raystill.base.errors import ConfigError, Problem
+from raystill.base.redact import shown_value
 from raystill.config.stream import FilterConfig
 from raystill.datasets.prompts.read import RawPrompt
 from raystill.datasets.spool.spool import CHUNK_ROWS
@@ -98,8 +99,29 @@ def _require_usable(config: "RunConfig", prompts: Sequence[RawPrompt]) -> None:
                     "the reference, or limit the filter to sources that have it (sources: [...])",
                 )
             )
+        problems += _without_column(config, number, rule, prompts)
     if problems:
         raise ConfigError(problems)
+
+
+def _without_column(
+    config: "RunConfig", number: int, rule: FilterConfig, prompts: Sequence[RawPrompt]
+) -> Iterator[Problem]:
+    """Fields that a function or a judge is to be given, and no prompt has: names that are wrong."""
+    given = [(where, column) for where, function in rule.functions for column in function.columns]
+    given += [("judge", column) for column in (rule.judge.columns if rule.judge else ())]
+    for where, column in given:
+        place = config.filters.columns.index(column)
+        asked = (p for p in prompts if rule.sources is None or p.source in rule.sources)
+        first = next(asked, None)
+        if first is None or first.columns[place] is not None:
+            continue
+        if all(prompt.columns[place] is None for prompt in asked):
+            yield Problem(
+                f"filters.rules.{number}.{where}.columns",
+                f"has {shown_value(column, 80)}, a field that none of the filter's training "
+                "prompts has; name fields of the prompt files, or remove it",
+            )
 
 
 def _without_reference(

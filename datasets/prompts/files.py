@@ -6,6 +6,7 @@ below, too; it lists an object store folder by folder, a request each, where pya
 once; and decoding the URI, the longer part of this, would stay.
 """
 
+import csv
 import difflib
 import fnmatch
 import glob
@@ -132,12 +133,43 @@ class BoundedLines(io.TextIOWrapper):
         return text
 
 
+OTHER_KINDS = {
+    "\x1f\x8b": ("it is compressed by gzip", "let its name end in .gz"),
+    "\x28\xb5\x2f\xfd": ("it is compressed by zstd", "let its name end in .zst"),
+    "BZh91AY&SY": ("it is compressed by bzip2", "let its name end in .bz2"),
+    "\xfd7zXZ": ("it is compressed by xz", "decompress it"),
+    "PK\x03\x04": ("it is a ZIP archive or a spreadsheet", "unpack it, or save it as CSV"),
+    "PAR1": ("it is a Parquet file", "let its name end in .parquet"),
+    "%PDF-": ("it is a PDF document", "save its text"),
+    "\xff\xfe": ("it is UTF-16 text", "save it as UTF-8"),
+    "\xfe\xff": ("it is UTF-16 text", "save it as UTF-8"),
+}
+"""What a file is that begins so, and what to do with it; bytes as Latin-1."""
+UNREADABLE = (OSError, UnicodeDecodeError, pa.ArrowException, csv.Error)
+"""What a file raises that is not what its name says."""
+
+
+def why_unreadable(format: str, error: Exception, remedy: str = "repair the file") -> str:
+    """That a file cannot be read as this format, why by one of UNREADABLE, and what to do."""
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    if isinstance(error, UnicodeDecodeError):
+        begin = error.object[:16].decode("latin-1")
+        kinds = (kind for sign, kind in OTHER_KINDS.items() if begin.startswith(sign))
+        reason, remedy = next(kinds, (f"it is not UTF-8: {reason}", "save it as UTF-8"))
+    return f"cannot be read as {format} ({reason}); {remedy}"
+
+
 def _require_itself(begin: str) -> None:
     """OSError for the beginning of what is left where the file itself was not fetched."""
     if begin.startswith("version https://git-lfs.github.com/spec/"):
         raise OSError("it is a Git LFS pointer and not the file; run `git lfs pull` in its folder")
     if begin.lstrip().lower().startswith("<!doctype html"):
         raise OSError("it is a web page, an error or a log-in; fetch the file again")
+    for sign, (kind, remedy) in OTHER_KINDS.items():
+        if begin.startswith(sign):
+            raise OSError(f"{kind}; {remedy}")
+    if "\0" in begin[:1000]:
+        raise OSError("it has NUL characters, as UTF-16 and binary files have; save it as UTF-8")
 
 
 @dataclass(frozen=True)

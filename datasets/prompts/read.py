@@ -12,21 +12,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raystill.base.errors import ConfigError, Problem
 from raystill.base.personal import mask
 from raystill.base.redact import shown_value
 from raystill.config.prompts import PromptsConfig
-from raystill.datasets.prompts.files import PromptFile, PromptSource, find_files, prompt_sources
+from raystill.datasets.prompts.files import (
+    UNREADABLE,
+    PromptFile,
+    PromptSource,
+    find_files,
+    prompt_sources,
+    why_unreadable,
+)
 from raystill.datasets.prompts.progress import Meter, Progress
 from raystill.datasets.spool.spool import Spool
 
 MAX_PROBLEMS_PER_FILE = 5
 DEFAULT_SOURCE = "prompts"
-UNREADABLE = (OSError, UnicodeDecodeError, pa.ArrowException, csv.Error)
-"""What a file raises that is not what its name says."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +134,7 @@ def _read_file(file: PromptFile, problems: list[Problem], keep_fields: bool) -> 
                 if broken <= MAX_PROBLEMS_PER_FILE:
                     problems.append(Problem(where, str(error)))
     except UNREADABLE as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        remedy = "repair the file"
-        if isinstance(error, UnicodeDecodeError) and error.object.startswith(b"\x1f\x8b"):
-            reason, remedy = "it is compressed by gzip", "let its name end in .gz"
-        message = f"cannot be read as {file.format} ({reason}); {remedy}"
-        problems.append(Problem(file.name, message))
+        problems.append(Problem(file.name, why_unreadable(file.format, error)))
     if broken > MAX_PROBLEMS_PER_FILE:
         problems.append(Problem(file.name, f"{broken - MAX_PROBLEMS_PER_FILE} more broken rows"))
 

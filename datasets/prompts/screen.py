@@ -1,4 +1,4 @@
-"""What should not be learned from prompts: personal data and keys, and what is measured on.
+"""What should not be learned from prompts: personal data and keys, what is measured on, nothing.
 
 Personal data is counted, masked, or its prompts are left out. Overlap with held-out prompts and
 with benchmarks is counted, and refused above a limit.
@@ -8,6 +8,7 @@ reads. Masked is all that is kept of a row, also the fields that filters and che
 """
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +19,18 @@ from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.config.prompts import PersonalDataAction, PromptsConfig
 from raystill.datasets.overlap.ngrams import Items
 from raystill.datasets.prompts.control import texts_of, with_texts
-from raystill.datasets.prompts.files import PromptFile, PromptSource, find_files
-from raystill.datasets.prompts.read import READERS, UNREADABLE, BrokenRow, RawPrompt
+from raystill.datasets.prompts.files import (
+    UNREADABLE,
+    PromptFile,
+    PromptSource,
+    find_files,
+    why_unreadable,
+)
+from raystill.datasets.prompts.read import READERS, BrokenRow, RawPrompt
 from raystill.datasets.spool.spool import Spool
+
+UNSEEN = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
+"""Categories of Unicode whose characters leave nothing to read."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,27 @@ def _mask_all(value: Any) -> Any:
     return [_mask_all(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
+def is_blank(raw: RawPrompt) -> bool:
+    """Whether a prompt asks nothing, of the student or of the teacher."""
+    if raw.teacher_messages is not None and _ask_nothing(raw.teacher_messages):
+        return True
+    return says_nothing(raw.text or "") if raw.messages is None else _ask_nothing(raw.messages)
+
+
+def _ask_nothing(messages: Sequence[dict[str, Any]]) -> bool:
+    """Whether there are messages of the user, and none has a text that says anything."""
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    return bool(asked) and all(says_nothing(text) for one in asked for text in texts_of(one))
+
+
+def says_nothing(text: str) -> bool:
+    """Whether nothing of a text can be seen: spaces, control and format characters."""
+    text = text.strip()
+    if text and text[0].isprintable():  # So begin nearly all.
+        return False
+    return all(unicodedata.category(character) in UNSEEN for character in text)
+
+
 HELD_OUT = "held-out prompts"
 
 
@@ -237,10 +268,7 @@ def _rows(file: PromptFile, problems: list[Problem]) -> list[tuple[str, Any]]:
     try:
         rows = list(READERS[file.format](file))
     except UNREADABLE as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        problems.append(
-            Problem(file.name, f"cannot be read as {file.format} ({reason}); repair it")
-        )
+        problems.append(Problem(file.name, why_unreadable(file.format, error)))
         return []
     broken = [(where, row) for where, row in rows if isinstance(row, BrokenRow)]
     problems += [Problem(where, str(row)) for where, row in broken[:3]]

@@ -34,6 +34,7 @@ from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.progress import Meter
 from raystill.datasets.prompts.read import MAX_PROBLEMS_PER_FILE, RawPrompt
+from raystill.datasets.prompts.screen import is_blank
 from raystill.datasets.spool.equal import Digests, Named, digest_of, group_numbers, is_first
 from raystill.datasets.spool.spool import NoTokens, Spool, TokenLists
 from raystill.model.sampling import resolve_sampling
@@ -70,7 +71,7 @@ def facts_of(raws: Spool[RawPrompt]) -> Facts:
         (
             np.array([sources.setdefault(raw.source, len(sources)) for raw in raws], np.int32),
             np.array([teachers.setdefault(raw.teacher, len(teachers)) for raw in raws], np.int32),
-            np.array([_is_blank(raw) for raw in raws], np.bool_),
+            np.array([is_blank(raw) for raw in raws], np.bool_),
             np.array([raw.response is not None for raw in raws], np.bool_),
         )
         for raws in raws.chunks()
@@ -282,14 +283,6 @@ def _encode_responses(
         encoded = iter(tokeniser.encode_responses(texts, stop_ids, meter))
         lists.append([None if raw.response is None else next(encoded) for raw in chunk])
     return lists
-
-
-def _is_blank(raw: RawPrompt) -> bool:
-    """Whether the prompt asks nothing: blank text, or messages of the user that all are blank."""
-    if raw.messages is None:
-        return not (raw.text or "").strip()
-    asked = [message["content"] for message in raw.messages if message["role"] == "user"]
-    return bool(asked) and all(isinstance(text, str) and not text.strip() for text in asked)
 
 
 def samples_asked(

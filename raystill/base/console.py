@@ -53,10 +53,10 @@ def nobody_reads(stream: TextIO) -> bool:
     return bool(poll.poll(0))
 
 
-def print_lines(lines: Iterable[str], most: int = MOST_CHARACTERS) -> None:
+def print_lines(lines: Iterable[str], most: int = MOST_CHARACTERS, told_by: str = "--json") -> None:
     """Print lines as `shown`, until they have ``most`` characters together; the rest is counted.
 
-    A line keeps the spaces that it begins with.
+    A line keeps the spaces that it begins with. ``told_by``: what tells more than is printed.
     """
     left, more = most, 0
     for line in lines:
@@ -67,7 +67,7 @@ def print_lines(lines: Iterable[str], most: int = MOST_CHARACTERS) -> None:
         else:
             print(text)
     if more:
-        print(f"... and {more:,} more lines; --json tells more of them")
+        print(f"... and {more:,} more lines; {told_by} tells more of them")
 
 
 def printable(text: str) -> str:

@@ -354,10 +354,16 @@ def who_is(name: str) -> str:
     return f"the teacher {name}" if name else "the teacher"
 
 
+MOST_TEACHERS = 100
+
+
 def require_names(teachers: Mapping[str, TeacherConfig] | None) -> None:
     """ValueError where there is no teacher, or a name that would be none for its files."""
     if teachers is not None and not teachers:
         raise ValueError("is empty; name one or more teachers, or set teacher")
+    if len(teachers or ()) > MOST_TEACHERS:
+        many = f"names {len(teachers or ()):,} teachers"
+        raise ValueError(f"{many}; expected at most {MOST_TEACHERS}, each of which is checked")
     wrong = [name for name in teachers or () if not re.fullmatch("[a-z][a-z0-9_]{0,30}", name)]
     if wrong:
         raise ValueError(

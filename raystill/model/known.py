@@ -50,6 +50,7 @@ def knows_rope(kind: str) -> bool | None:
     return kind in ("mrope", "su", "none") or f'"{kind}"' in served + trained
 
 
+@cache
 def vllm_knows(model_type: str) -> bool:
     """Whether vLLM reads the settings of such a model by code of its own."""
     types = _text("vllm", "transformers_utils/config.py")
@@ -69,6 +70,7 @@ def words_of_code(model_type: str) -> frozenset[str]:
     return words.union(*(_words(kind) for kind in _PART.findall(settings)))
 
 
+@cache
 def _words(model_type: str) -> frozenset[str]:
     return frozenset(_WORD.findall(_texts(model_type, "modeling")))
 
