@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raystill.base.errors import ConfigError, RunError
@@ -189,7 +188,7 @@ def _parquet_rows(file: PromptFile) -> Iterator[tuple[str, Any, dict[str, NDArra
     source = file.source
     texts = {*TEXT_COLUMNS, source.prompt_field, source.messages_field, source.response_field}
     with file.open_bytes() as stream:
-        parquet = pq.ParquetFile(stream)
+        parquet = file.open_parquet(stream)
         there = parquet.schema_arrow.names
         names = [n for n in there if n in texts or n in (*ID_COLUMNS, *TOP_COLUMNS)]
         for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=names):

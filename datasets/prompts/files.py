@@ -19,6 +19,7 @@ from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 from raystill.base.errors import Problem
 from raystill.base.object_store import in_time
@@ -145,6 +146,8 @@ OTHER_KINDS = {
     "\xfe\xff": ("it is UTF-16 text", "save it as UTF-8"),
 }
 """What a file is that begins so, and what to do with it; bytes as Latin-1."""
+LONGEST_SIGN = 1000
+"""Characters from which it is told."""
 UNREADABLE = (OSError, UnicodeDecodeError, pa.ArrowException, csv.Error)
 """What a file raises that is not what its name says."""
 
@@ -160,7 +163,16 @@ def why_unreadable(format: str, error: Exception, remedy: str = "repair the file
 
 
 def _require_itself(begin: str) -> None:
-    """OSError for the beginning of what is left where the file itself was not fetched."""
+    """OSError for the beginning of a text that is another file than its name says."""
+    _refuse_kind(begin)
+    if "\0" in begin[:LONGEST_SIGN]:
+        raise OSError("it has NUL characters, as UTF-16 and binary files have; save it as UTF-8")
+
+
+def _refuse_kind(begin: str) -> None:
+    """OSError for the beginning of a file of `OTHER_KINDS`, or of what is left of one that was not
+    fetched.
+    """
     if begin.startswith("version https://git-lfs.github.com/spec/"):
         raise OSError("it is a Git LFS pointer and not the file; run `git lfs pull` in its folder")
     if begin.lstrip().lower().startswith("<!doctype html"):
@@ -168,8 +180,6 @@ def _require_itself(begin: str) -> None:
     for sign, (kind, remedy) in OTHER_KINDS.items():
         if begin.startswith(sign):
             raise OSError(f"{kind}; {remedy}")
-    if "\0" in begin[:1000]:
-        raise OSError("it has NUL characters, as UTF-16 and binary files have; save it as UTF-8")
 
 
 @dataclass(frozen=True)
@@ -189,6 +199,17 @@ class PromptFile:
     def open_bytes(self) -> pa.NativeFile:
         """Open it as a seekable file."""
         return self.filesystem.open_input_file(self.path)
+
+    def open_parquet(self, stream: pa.NativeFile) -> pq.ParquetFile:
+        """Read its footer. Raises OSError for what is something else, else ArrowException."""
+        try:
+            return pq.ParquetFile(stream)
+        except pa.ArrowException:
+            stream.seek(0)
+            begin = stream.read(LONGEST_SIGN).decode("latin-1")
+            if not begin.startswith("PAR1"):
+                _refuse_kind(begin)
+            raise
 
     def open_text(self, newline: str | None = None) -> io.TextIOWrapper:
         """Open it as UTF-8 text, decompressed if its name ends in .gz, .zst or .bz2."""

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from raystill.base.errors import ConfigError, Problem
 from raystill.base.personal import mask
 from raystill.base.redact import shown_value
@@ -387,7 +385,7 @@ def _text(file: PromptFile) -> Iterator[tuple[str, Any]]:
 def _parquet(file: PromptFile) -> Iterator[tuple[str, Any]]:
     with file.open_bytes() as stream:
         number = 0
-        for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024):
+        for batch in file.open_parquet(stream).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 yield f"{file.name}, row {number}", row
                 number += 1

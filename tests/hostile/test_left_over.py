@@ -143,6 +143,26 @@ def test_a_file_of_another_kind_is_named(bases: Bases, kind: str, name: str) -> 
         assert words in told_of(bases, {"prompts": setting}, 2, {name: content})
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n"
+NO_PARQUET = {
+    "a pointer": (LFS, "it is a Git LFS pointer"),
+    "a web page": (b"<!DOCTYPE html><html></html>", "it is a web page"),
+    "gzip": (GZIPPED, "it is compressed by gzip"),
+    "cut": (b"PAR1\x15\0\x15", "cannot be read as parquet"),
+    "NUL": (b"\0" * 99, "cannot be read as parquet"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_PARQUET)
+def test_a_parquet_file_that_is_none(bases: Bases, kind: str) -> None:
+    content, words = NO_PARQUET[kind]
+    told = told_of(bases, {"prompts": {"path": "p.parquet"}}, 2, {"p.parquet": content})
+    assert words in told and "let its name end in .parquet" not in told
+    command = ("store", "import", "store", "p.parquet", "--teacher", "sound.yaml")
+    case = Case(command, {"p.parquet": content}, "store", frozenset({1}))
+    assert words in judged(bases, case)
+
+
 @pytest.mark.parametrize("kind", ["gzip", "zstd", "UTF-16"])
 def test_imported_answers_of_another_kind_are_named(bases: Bases, kind: str) -> None:
     words = ("store", "import", "store", "given.jsonl", "--teacher", "sound.yaml")
