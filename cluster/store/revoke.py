@@ -126,12 +126,22 @@ def batches_of(store: TeacherStore, catalogue: Catalogue, found: Found) -> list[
     keys = {key.hex() for key in catalogue.keys.take(pa.array(rows)).to_pylist()}
     plans, submitters = journal.plans(), dict[str, str | None]()
     for run in {plan.run for plan in plans}:
-        submitters[run] = _submitter(RunFolder(run), found)
+        if "://" in run and _place(run) != _place(store.path):  # A file says where to ask.
+            found.unread[redact(run)] = "it is elsewhere than the store, and was not asked"
+            submitters[run] = None
+        else:
+            submitters[run] = _submitter(RunFolder(run), found)
     return [
         plan
         for plan in plans
         if not keys.isdisjoint(plan.keys) or submitters[plan.run] == found.identity
     ]
+
+
+def _place(path: str) -> tuple[str, str]:
+    """Which file system a path is in: scheme and bucket, and the settings of its query."""
+    plain, query = split_query(path)
+    return "/".join(plain.split("/")[:3]) if "://" in plain else "", query
 
 
 def _submitter(run: RunFolder, found: Found) -> str | None:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
-from raystill.base.records import read_object
+from raystill.base.records import RESTORE, BrokenFile, number, read_object
 from raystill.base.run_folder import RunFolder
 
 BATCHES = "batches"
@@ -59,21 +59,43 @@ class BatchJournal:
         self.folder = RunFolder(RunFolder(store_path).join(BATCHES))
 
     def plans(self) -> list[Plan]:
-        """All plans, the oldest first."""
+        """All plans, the oldest first. Raises BrokenFile for what this version does not write."""
         names = set(self.folder.names())
         found = []
         for file in names:
             if not file.endswith(PLAN):
                 continue
-            told = read_object(self.folder, file)
-            counts = tuple(told.get("prompt_tokens", ()))
-            plan = Plan(**{**told, "keys": tuple(told["keys"]), "prompt_tokens": counts})
+            plan = self._plan(file)
             if plan.name + BATCH in names:
-                plan = replace(plan, batch=read_object(self.folder, plan.name + BATCH)["batch"])
+                plan = replace(plan, batch=self._text(plan.name + BATCH, "batch"))
             if plan.name + END in names:
-                plan = replace(plan, status=read_object(self.folder, plan.name + END)["status"])
+                plan = replace(plan, status=self._text(plan.name + END, "status"))
             found.append(plan)
         return sorted(found, key=lambda plan: (plan.created, plan.name))
+
+    def _plan(self, file: str) -> Plan:
+        """A plan as it was written. Its name is that of its file, by which others are written."""
+        told = read_object(self.folder, file)
+        texts, numbers = ("run", "service", "model", "name"), ("most", "created")
+        keys, counts = told.get("keys"), told.get("prompt_tokens", [])
+        if (
+            told.keys() - {"prompt_tokens"} != {*texts, *numbers, "keys"}
+            or not all(isinstance(told[name], str) and "\0" not in told[name] for name in texts)
+            or not all(number(told[name]) is not None for name in numbers)
+            or not (isinstance(keys, list) and all(isinstance(key, str) for key in keys))
+            or not (isinstance(counts, list) and len(counts) in (0, len(keys)))
+            or not all(type(count) is int and count >= 0 for count in counts)
+            or told["name"] != file.removesuffix(PLAN)
+        ):
+            raise BrokenFile(f"{self.folder.path}/{file} is no plan of this version; {RESTORE}")
+        return Plan(**{**told, "keys": tuple(keys), "prompt_tokens": tuple(counts)})
+
+    def _text(self, file: str, name: str) -> str:
+        """What one file says under one name."""
+        value = read_object(self.folder, file).get(name)
+        if not isinstance(value, str):
+            raise BrokenFile(f"{self.folder.path}/{file} has no {name} in words; {RESTORE}")
+        return value
 
     def planned(self, plan: Plan) -> None:
         """Note what is about to be uploaded."""
