@@ -14,7 +14,7 @@ from raystill.config.base import ConfigModel, PositiveInt, identity, operational
 class LayerChoice(ConfigModel):
     """How many of the teacher's layers to keep, and how the run chooses them."""
 
-    keep: PositiveInt = identity(description="Number of teacher layers to keep.")
+    keep: PositiveInt = identity(le=10_000, description="Number of teacher layers to keep.")
     by: Literal["importance", "influence", "even"] = identity(
         "importance",
         description="importance: layers are removed one by one, each time the one without which "

@@ -204,6 +204,13 @@ def test_a_judge_is_given_fields_that_prompts_have(bases: Bases) -> None:
     assert "filters.rules.0.judge.columns: has 'refrence'" in told_of(bases, changed, 2)
 
 
+@pytest.mark.parametrize("by", ["even", "importance", "influence"])
+@pytest.mark.parametrize(("keep", "words"), [(3, "has 2 layers"), (10**9, "student.layers.keep")])
+def test_more_layers_than_there_are(bases: Bases, by: str, keep: int, words: str) -> None:
+    layers = {"layers": {"keep": keep, "by": by}, "refit": True}
+    assert words in told_of(bases, {"student": layers}, 2)
+
+
 @pytest.mark.parametrize(("layers", "fits"), [([0, 1], False), ([0], True), ([1, 0], True)])
 def test_a_fit_of_nothing_is_noticed(bases: Bases, layers: list[int], fits: bool) -> None:
     told = told_of(bases, {"student": {"layers": layers, "refit": True}}, 0)

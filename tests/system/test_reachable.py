@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,10 +64,14 @@ def connects(address: str, port: int) -> bool:
     return False
 
 
-def get(port: int, path: str, token: str | None = None) -> tuple[int, bytes] | None:
+def get(
+    port: int, path: str, token: str | None = None, method: str = "GET"
+) -> tuple[int, bytes] | None:
     """Status and body of an HTTP request on loopback; None where no HTTP is spoken."""
     more = "" if token is None else f"Authorization: Bearer {token}\r\n"
-    asked = f"GET {path} HTTP/1.1\r\nHost: {LOOPBACK}:{port}\r\n{more}Connection: close\r\n\r\n"
+    asked = (
+        f"{method} {path} HTTP/1.1\r\nHost: {LOOPBACK}:{port}\r\n{more}Connection: close\r\n\r\n"
+    )
     answer = b""
     with contextlib.suppress(OSError), socket.create_connection((LOOPBACK, port), 3) as there:
         there.settimeout(5)
@@ -147,6 +152,115 @@ def test_nothing_of_a_run_answers_a_stranger(ports: dict[int, set[str]]) -> None
     assert opened <= {"/"}  # The frame of the dashboard, which has no data in it.
     assert "/api/jobs/" in with_token
     assert False not in calls  # Nobody lists the nodes without the token.
+
+
+HEAD = """
+import sys
+from raystill.cluster.job import connect
+from raystill.config.run import ClusterConfig
+connect.connect(ClusterConfig(num_cpus=1, dashboard=True), None)
+import ray
+print(ray.get_runtime_context().gcs_address, file=sys.__stdout__, flush=True)
+sys.stdin.readline()
+connect.disconnect()
+"""
+CALLS = (
+    "NodeInfoGcsService/GetAllNodeInfo",
+    "InternalKVGcsService/InternalKVPut",
+    "InternalKVGcsService/InternalKVKeys",
+    "JobInfoGcsService/GetAllJobInfo",
+    "ActorInfoGcsService/KillActorViaGcs",
+    "NodeManagerService/GetNodeStats",
+    "CoreWorkerService/GetCoreWorkerStats",
+    "ObjectManagerService/Push",
+    "ReporterService/GetTraceback",
+)
+"""Of the control store, a raylet, a worker, the object manager and an agent."""
+
+
+def code_of(port: int, call: str, token: str | None = None) -> str:
+    """The status of an empty gRPC call, shown this token."""
+    import grpc
+
+    shown = () if token is None else (("authorization", f"Bearer {token}"),)
+    with grpc.insecure_channel(f"{LOOPBACK}:{port}") as channel:
+        try:
+            channel.unary_unary(f"/ray.rpc.{call}")(b"", timeout=60, metadata=shown)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[tuple[int, dict[int, set[str]]]]:
+    """A cluster as the driver starts one, with a token: the control store's port, and all ports."""
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PYTHONPATH": str(ROOT)}
+    # A socket's path has 107 characters at most, so not in the folder of a test.
+    with (
+        tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder,
+        subprocess.Popen(
+            [sys.executable, "-c", HEAD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment | {"RAY_TMPDIR": folder},
+        ) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            port = int(process.stdout.readline().rpartition(":")[2])
+            yield port, listening({process.pid, *children_of(process.pid)})
+        finally:
+            process.stdin.close()
+            process.wait()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("token", [None, "", "another-token-of-nobody-77-12ab"])
+def test_the_control_store_refuses_who_has_no_token(
+    head: tuple[int, dict[int, set[str]]], token: str | None
+) -> None:
+    """And so does every other process of the cluster that speaks gRPC; and HTTP, but for figures
+    and the frame of a page.
+    """
+    store, ports = head
+    refused = {}
+    for port in ports:
+        codes = {call: code_of(port, call, token) for call in CALLS}
+        spoken = {call: code for call, code in codes.items() if code != "UNAVAILABLE"}
+        if spoken:
+            assert set(spoken.values()) == {"UNAUTHENTICATED", "UNIMPLEMENTED"}, codes
+            refused[port] = {call for call, code in spoken.items() if code == "UNAUTHENTICATED"}
+            continue
+        for path in PATHS:
+            status, body = get(port, path, token) or (0, b"")
+            assert status != 200 or path == "/" or body.lstrip().startswith(b"# HELP"), (port, path)
+        status, body = get(port, "/api/jobs/", token, "POST") or (0, b"")
+        assert status in (0, 401, 404, 405) or body.lstrip().startswith(b"# HELP"), (port, body)
+    assert refused[store] == set(CALLS[:5])
+    assert set().union(*refused.values()) == set(CALLS)
+
+
+@pytest.mark.ray
+def test_the_control_store_answers_who_has_the_token(
+    head: tuple[int, dict[int, set[str]]],
+) -> None:
+    store, ports = head
+    for call in (CALLS[0], CALLS[2], CALLS[3]):
+        assert code_of(store, call, TOKEN) == "OK"
+    shown = {port: answer[0] for port in ports if (answer := get(port, "/api/jobs/", TOKEN))}
+    assert 200 in shown.values()
+
+
+@pytest.mark.ray
+def test_a_cluster_of_this_machine_is_on_no_other_interface(
+    head: tuple[int, dict[int, set[str]]],
+) -> None:
+    store, ports = head
+    outside = own_address()
+    assert store in ports and len(ports) > 8
+    assert all(connects(LOOPBACK, port) for port in ports)
+    assert {port: at for port, at in ports.items() if connects(outside, port)} == {}
 
 
 MEET = """
