@@ -68,7 +68,15 @@ def check_wandb(config: WandbConfig, environment: Mapping[str, str]) -> Iterator
     """Is there a key to log in with? In a run nobody is there to type one."""
     if config.mode == "offline" or any(environment.get(name) for name in WANDB_KEYS):
         return
-    host = urlsplit(environment.get("WANDB_BASE_URL") or WANDB_HOST).hostname or ""
+    address = environment.get("WANDB_BASE_URL") or WANDB_HOST
+    try:
+        host = urlsplit(address).hostname or ""
+    except ValueError:
+        host = ""
+    if not host:
+        message = f"$WANDB_BASE_URL is {address!r}, which names no server; correct or unset it"
+        yield Problem("output.wandb", message)
+        return
     home = Path(environment.get("HOME") or os.path.expanduser("~"))
     netrc = [home / ".netrc", home / "_netrc"]
     if environment.get("NETRC"):

@@ -355,24 +355,24 @@ def _rank(seed: int, name: str, prompt: np.ndarray | None) -> bytes:
 
 
 def require_teachers(
-    raws: Spool[RawPrompt], teachers: Named, names: Sequence[str], setting: str
+    raws: Spool[RawPrompt], teachers: Named, names: Sequence[str], prompts: PromptsConfig
 ) -> None:
-    """Raise ConfigError for rows whose teacher is none of ``names``.
-
-    setting: that lists the files.
-    """
+    """Raise ConfigError for rows whose teacher is none of ``names``."""
     problems = []
     unknown = np.array([name not in names for name in teachers.names], np.bool_)
     for number in np.flatnonzero(unknown[teachers.number])[:MAX_PROBLEMS_PER_FILE]:
         raw = raws[int(number)]
         if raw.teacher is None:
-            said = "names no teacher, and its source has none"
+            field = prompts.teacher_field
+            said = "names no teacher" + (f" in its field {field!r}" if field else "")
+            said += ", and its source has none"
         else:
             near = difflib.get_close_matches(raw.teacher, names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             said = f"names the teacher {raw.teacher[:60]!r}, which the run does not have{hint}"
         problems.append(Problem(raw.where, f"{said}; expected one of {', '.join(names)}"))
     if len(problems) == MAX_PROBLEMS_PER_FILE:
+        setting = prompts.files_setting
         problems.append(Problem(setting, "further rows without a teacher are not listed"))
     if problems:
         raise ConfigError(problems)

@@ -214,7 +214,7 @@ def build_prompt_tables(
     names = None if config.teachers is None else list(config.teachers)
     facts = facts_of(raws)
     if names is not None:
-        require_teachers(raws, facts.teacher, names, config.prompts.files_setting)
+        require_teachers(raws, facts.teacher, names, config.prompts)
     limits = max_prompt_tokens, context_tokens
     usable = sort_prompts(raws, facts, config, tokeniser, limits)
     kept = usable.kept

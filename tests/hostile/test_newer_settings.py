@@ -251,6 +251,24 @@ def test_a_log_in_file_that_never_ends(bases: Bases, content: str) -> None:
     assert "output.wandb" in told
 
 
+@pytest.mark.parametrize("address", ["http://[::1", "nowhere", "http://", f"x{SECRET}"])
+def test_an_address_of_a_tracker_that_is_none(bases: Bases, address: str) -> None:
+    config = merged(SOUND, {"output": {"wandb": {}}})
+    files: dict[str, bytes | str] = {"bad.yaml": yaml.safe_dump(config).encode()}
+    case = Case(("check", "--static", "bad.yaml"), files, statuses=frozenset({2}))
+    told = judged(bases, case, {"WANDB_BASE_URL": address, "WANDB_API_KEY": ""})
+    assert "$WANDB_BASE_URL is" in told
+
+
+def test_a_field_of_teachers_that_no_row_has_is_named(bases: Bases) -> None:
+    config = merged(SOUND, {"teachers": {"a": SOUND["teacher"]}})
+    config["prompts"] = {"path": "prompts.jsonl", "teacher_field": "whoo"}
+    del config["teacher"]
+    files: dict[str, bytes | str] = {"bad.yaml": yaml.safe_dump(config).encode()}
+    case = Case(("check", "--static", "bad.yaml"), files, statuses=frozenset({2}))
+    assert "line 1: names no teacher in its field 'whoo'" in judged(bases, case)
+
+
 def test_what_a_function_prints_is_not_shown_by_a_check(
     bases: Bases, capfd: pytest.CaptureFixture[str]
 ) -> None:
