@@ -25,9 +25,9 @@ from raystill.datasets.lookup.keeping import Notes, StoreIndex
 from raystill.datasets.rows.answers import Answer, answers_table, stored_columns, tail_logprob
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.compaction import compact
 from raystill.datasets.store.segment import Origin, Provenance, encode, segment_name
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
-from raystill.datasets.store.upkeep import compact
 
 GROUP_ROWS, TOP_K, VOCAB = 8, 64, 49_152
 TOPK = Signal("topk", TOP_K)

@@ -14,22 +14,18 @@ from raystill.base.console import open_named, print_lines
 from raystill.base.errors import RunError, shown
 from raystill.cluster.commands.as_json import print_json
 from raystill.datasets.lookup.keeping import Notes, StoreIndex
+from raystill.datasets.store.compaction import compact
 from raystill.datasets.store.reading import (
     DamagedSegment,
     ForeignFile,
     ImpossibleValues,
     NewerSegment,
+    RefusedSegments,
     UnreadableSegment,
 )
 from raystill.datasets.store.segment import Origin
 from raystill.datasets.store.store import TeacherStore
-from raystill.datasets.store.upkeep import (
-    RefusedSegments,
-    compact,
-    prune,
-    refuse_foreign,
-    verify,
-)
+from raystill.datasets.store.upkeep import prune, refuse_foreign, verify
 
 EXIT_DAMAGED = 1
 EXIT_UNREADABLE = 3  # 2 is a command that was refused.

@@ -5,15 +5,13 @@ Imports neither Ray nor torch.
 
 from collections.abc import Collection
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
-from raystill.datasets.store.catalogue import Catalogue, Entry, Stored
+from raystill.datasets.store.catalogue import Stored
 from raystill.datasets.store.lease import Lease
 from raystill.datasets.store.reading import ImpossibleValues, UnusableSegment
-from raystill.datasets.store.segment import Origin, segment_schema
+from raystill.datasets.store.segment import Footer, Origin, segment_schema
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.values import impossible_rows
 
@@ -51,33 +49,31 @@ class Proof:
         self._read: dict[str, tuple[Stamp, dict[Stored, pa.Array]] | None] = {}
 
     def remove(
-        self, entry: Entry, catalogue: Catalogue, rows: NDArray[np.int64], held_by: Collection[str]
+        self, name: str, footer: Footer, ending: str, keys: pa.Array, held_by: Collection[str]
     ) -> bool:
         """Remove a segment if those of ``held_by`` have all of its rows; whether it was removed.
 
-        rows: numbers of its rows in the catalogue. Each segment of ``held_by`` is read whole once,
-        and must still be there, unchanged, after this one was set aside. So must this one's bytes
-        be those that were catalogued.
+        footer, ending, keys: of the segment, as it was read. Each segment of ``held_by`` is read
+        whole once, and must still be there, unchanged, after this one was set aside. So must this
+        one have the same footer still, which the ``ending`` of its file tells.
         """
-        held = {name: found for name in held_by if (found := self._whole(name)) is not None}
+        held = {n: found for n in held_by if (found := self._whole(n)) is not None}
         kinds = [kind for _, of_segment in held.values() for kind in of_segment.items()]
-        for number, group in enumerate(entry.footer.groups):
-            wanted = Stored(entry.footer.origin.signal, group.scored)
-            keys = catalogue.keys.take(pa.array(rows[catalogue.group[rows] == number]))
+        start = 0
+        for group in footer.groups:
+            wanted = Stored(footer.origin.signal, group.scored)
+            mine, start = keys.slice(start, group.rows), start + group.rows
             there = [of_kind for stored, of_kind in kinds if stored.replaces(wanted)]
-            found = pc.is_in(keys, value_set=pa.concat_arrays([*there, keys.slice(0, 0)]))
+            found = pc.is_in(mine, value_set=pa.concat_arrays([*there, mine.slice(0, 0)]))
             if not pc.all(found, min_count=0).as_py():
                 return False
 
-        def may_go(name: str) -> bool:
+        def may_go(opened: str) -> bool:
             self._lease.confirm()
-            try:
-                same = self._store.open(name).footer == entry.footer
-            except UnusableSegment:
-                return False
+            same = self._store.ending(opened) == ending
             return same and all(self._store.stamp(n) == found[0] for n, found in held.items())
 
-        return self._store.take_away(entry.name, may_go)
+        return self._store.take_away(name, may_go)
 
     def _whole(self, name: str) -> tuple[Stamp, dict[Stored, pa.Array]] | None:
         """A segment that can be read whole: its stamp, and the keys of its groups of each kind."""

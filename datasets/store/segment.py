@@ -211,8 +211,8 @@ class SegmentFile:
             raise UnreadableSegment(name, _reason(error)) from error
         try:
             small = self._source.size <= READ_WHOLE_BYTES
-            data = pa.BufferReader(self._source.read_buffer()) if small else self._source
-            self._file = pq.ParquetFile(data, page_checksum_verification=True)
+            self.data = pa.BufferReader(self._source.read_buffer()) if small else self._source
+            self._file = pq.ParquetFile(self.data, page_checksum_verification=True)
             metadata = self._file.metadata
             described = metadata.metadata or {}
             self._is_segment |= FOOTER in described

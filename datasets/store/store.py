@@ -13,15 +13,17 @@ Imports neither Ray nor torch.
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
+from raystill.base.errors import RunError
 from raystill.base.object_store import ConditionIgnored
 from raystill.base.run_folder import RunFolder
 from raystill.datasets.store import removal
@@ -31,6 +33,7 @@ from raystill.datasets.store.reading import (
     GoneSegment,
     UnreadableSegment,
     UnusableSegment,
+    ending_of,
     read_each,
     with_retries,
 )
@@ -92,6 +95,14 @@ class TeacherStore:
             raise UnreadableSegment(name, str(error)) from error
         return SegmentFile(source, name)
 
+    def ending(self, name: str) -> str | None:
+        """`ending_of` a segment, which tells if it is the same; None if it cannot be read."""
+        try:
+            with self.folder.open_input(f"{SEGMENTS}/{name}") as file:
+                return ending_of(file)
+        except OSError:
+            return None
+
     def exists(self, name: str) -> bool:
         """Whether there is a segment of that name."""
         return self.folder.exists(f"{SEGMENTS}/{name}")
@@ -101,7 +112,7 @@ class TeacherStore:
         info = self.folder.filesystem().get_file_info(f"{self.folder.root}/{SEGMENTS}/{name}")
         return (info.size, info.mtime_ns) if info.type == pafs.FileType.File else None
 
-    def note_merged(self, names: Sequence[str]) -> None:
+    def note_merged(self, names: Iterable[str]) -> None:
         """Write down, before they are removed, that these segments' rows are in others.
 
         A retry of the group that one of them is named for then knows that it was answered.
@@ -121,9 +132,13 @@ class TeacherStore:
         stamp = info.size, info.mtime_ns
         return known if stamp == known[0] else (stamp, self.folder.read_bytes(MERGED))
 
-    def sizes(self) -> dict[str, int]:
-        """Size in bytes of every segment, by one listing."""
-        return {info.base_name: int(info.size or 0) for info in self.files()}
+    def listing(self) -> tuple[pa.Array, NDArray[np.int64]]:
+        """Names and sizes in bytes of all segments, in the order of their names."""
+        files = self.files()
+        names = pa.array([info.base_name for info in files], pa.string())
+        sizes = np.array([info.size or 0 for info in files], np.int64)
+        order = pc.sort_indices(names)
+        return names.take(order), sizes[order.to_numpy()]
 
     def size(self, name: str) -> int:
         """Size of a segment in bytes; 0 if there is none."""
@@ -260,6 +275,14 @@ class TeacherStore:
 
     def _is_link(self, name: str) -> bool:
         return self.folder.is_local and os.path.islink(f"{self.folder.root}/{SEGMENTS}/{name}")
+
+    def refuse_link(self) -> None:
+        """Raise RunError if the segments are not in the store's own folder, but behind a link."""
+        if self.folder.is_local and os.path.islink(f"{self.folder.root}/{SEGMENTS}"):
+            raise RunError(
+                f"the folder '{SEGMENTS}' of the teacher store {self.path} is a link, and nothing "
+                "is removed through a link; name the folder that holds the segments' folder itself"
+            )
 
     def put_back_all(self) -> None:
         """Put back what an upkeep that died had set aside. Nothing is then lost by its death."""

@@ -23,9 +23,9 @@ from raystill.datasets.prompts.tokenise import PromptTokeniser
 from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
 from raystill.datasets.rows.keys import prompt_digest
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.compaction import compact
 from raystill.datasets.store.segment import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
-from raystill.datasets.store.upkeep import compact
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
 V = 49152

@@ -31,6 +31,7 @@ from raystill.datasets.rows.answers import (
 from raystill.datasets.rows.schema import answer_schema
 from raystill.datasets.rows.signal import Signal, signal_of
 from raystill.datasets.store import segment as segments
+from raystill.datasets.store.compaction import compact
 from raystill.datasets.store.reading import (
     DamagedSegment,
     GoneSegment,
@@ -48,7 +49,7 @@ from raystill.datasets.store.segment import (
     segment_name,
 )
 from raystill.datasets.store.store import SEGMENTS, RowCounts, TeacherStore
-from raystill.datasets.store.upkeep import compact, prune, verify
+from raystill.datasets.store.upkeep import prune, verify
 from tests.support.paid import rows_requested_by
 
 V = 300

@@ -25,9 +25,10 @@ from raystill.base.errors import RunError
 from raystill.datasets.rows.answers import Answer, answers_table
 from raystill.datasets.rows.schema import ENGINE
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.compaction import compact
 from raystill.datasets.store.reading import DamagedSegment
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
-from raystill.datasets.store.upkeep import compact, prune, verify
+from raystill.datasets.store.upkeep import prune, verify
 from raystill.datasets.stream.answers import StoredAnswers
 from raystill.datasets.stream.spec import Requester
 from tests.datasets.test_store import keys_of

@@ -2,6 +2,7 @@
 
 import os
 import time
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,20 @@ from raystill.cluster.commands.store import store_command
 from raystill.datasets.lookup.view import StoreView
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store import upkeep
+from raystill.datasets.store import compaction
+from raystill.datasets.store.catalogue import Stored, witnesses, words_of
+from raystill.datasets.store.compaction import compact
 from raystill.datasets.store.lease import Lease
-from raystill.datasets.store.reading import ImpossibleValues
-from raystill.datasets.store.segment import DamagedSegment, Provenance, segment_name
+from raystill.datasets.store.reading import ImpossibleValues, ending_of
+from raystill.datasets.store.segment import (
+    READ_WHOLE_BYTES,
+    DamagedSegment,
+    Provenance,
+    encode,
+    segment_name,
+)
 from raystill.datasets.store.store import MERGED, MERGED_KEPT_S, TeacherStore
-from raystill.datasets.store.upkeep import compact, prune, verify
+from raystill.datasets.store.upkeep import prune, verify
 from raystill.datasets.store.values import impossible_rows
 from raystill.datasets.stream.answers import without_impossible
 from tests.datasets.test_store import (
@@ -114,14 +123,14 @@ def test_a_segment_that_vanishes_meanwhile_is_skipped(
     for row in range(2, 5):
         publish(store, [row, 9][: 1 + (row == 4)])
     publish(store, rows, salt=1, signal=Signal("topk", 4))
-    looked = store.catalogue
+    looked = compaction._outline
 
-    def catalogue(**what):
-        seen = looked(**what)
+    def outline(store: TeacherStore):
+        seen = looked(store)
         path_of(store, gone).unlink(missing_ok=True)
         return seen
 
-    monkeypatch.setattr(store, "catalogue", catalogue)
+    monkeypatch.setattr(compaction, "_outline", outline)
     done = compact(store)
     assert done.refused == {}
     monkeypatch.undo()
@@ -358,7 +367,7 @@ def test_what_is_merged_into_one_segment_is_bounded_by_bytes(
     """All of it is in memory at a time, whatever the answers' lengths and signals."""
     names = [publish(store, [row]) for row in range(6)]
     size = max(store.size(name) for name in names)
-    monkeypatch.setattr(upkeep, "COMPACT_BYTES", int(fits * size))
+    monkeypatch.setattr(compaction, "COMPACT_BYTES", int(fits * size))
     done = compact(store)
     assert (done.into, done.merged) == (into, 6 if into else 0)
     assert len(store.names()) == (into or 6)
@@ -368,7 +377,7 @@ def test_what_is_merged_into_one_segment_is_bounded_by_bytes(
 def test_merged_segments_are_small_enough_to_read_a_group_of_them(
     store: TeacherStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upkeep, "COMPACT_ROWS", 4)
+    monkeypatch.setattr(compaction, "COMPACT_ROWS", 4)
     for row in range(10):
         publish(store, [row])
     assert compact(store).into == 3
@@ -380,12 +389,12 @@ def test_merged_segments_are_small_enough_to_read_a_group_of_them(
 def test_a_segment_that_was_merged_when_they_had_more_rows_is_left_as_it_is(
     store: TeacherStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upkeep, "COMPACT_ROWS", 8)
+    monkeypatch.setattr(compaction, "COMPACT_ROWS", 8)
     for row in range(16):
         publish(store, [row])
     assert compact(store).into == 2
     before = {name: path_of(store, name).stat() for name in store.names()}
-    monkeypatch.setattr(upkeep, "COMPACT_ROWS", 2)
+    monkeypatch.setattr(compaction, "COMPACT_ROWS", 2)
     new = [publish(store, [row]) for row in (20, 21)]
     assert compact(store).merged == 2 and not set(new) & set(store.names())
     for name, stat in before.items():
@@ -393,17 +402,93 @@ def test_a_segment_that_was_merged_when_they_had_more_rows_is_left_as_it_is(
     assert missing(store, [*range(16), 20, 21]) == 0
 
 
-def test_the_rows_of_a_segment_are_those_of_the_catalogue_as_it_was_built(
-    store: TeacherStore,
-) -> None:
-    for rows in ([0, 1, 2], [3], [4, 5]):
+def test_an_outline_is_the_catalogue_without_footers(store: TeacherStore) -> None:
+    for rows in ([0, 1, 2], [3], [4, 5], [2, 6]):
         publish(store, rows)
-    publish(store, [6, 7], signal=Signal("text"))
-    catalogue = store.catalogue()
-    for number in range(len(catalogue.entries)):
-        wanted = np.flatnonzero(catalogue.segment == number)
-        assert catalogue.rows_of(number).tolist() == wanted.tolist()
-    with pytest.raises(AssertionError, match="as it was built"):
-        catalogue.ordered_for(Signal("topk", 99)).rows_of(0)
-        catalogue.ordered_for(TOPK).rows_of(0)
-        replace(catalogue, segment=catalogue.segment[::-1]).rows_of(0)
+    publish(store, [6, 7, 1], signal=Signal("text"))
+    publish(store, [1, 9], signal=Signal("topk", 99))
+    catalogue, (outline, refused) = store.catalogue(), compaction._outline(store)
+    assert refused == {} and outline.rows == catalogue.rows
+    assert outline.names.to_pylist() == [entry.name for entry in catalogue.entries]
+    assert np.array_equal(outline.keys, words_of(catalogue.keys))
+    segments = outline.segments_of(np.arange(outline.rows))
+    assert segments.tolist() == catalogue.segment.tolist()
+    for number, entry in enumerate(catalogue.entries):
+        assert outline.origins[outline.origin[number]] == entry.footer.origin
+        assert outline.sizes[number] == store.size(entry.name)
+        kinds = [outline.kinds[kind] for kind in outline.kind[segments == number]]
+        assert kinds == [Stored(entry.footer.origin.signal, False)] * entry.footer.rows
+    few = outline.chosen(np.array([4, 1]))
+    assert few.names.to_pylist() == [outline.name(4), outline.name(1)]
+    wanted = np.concatenate([outline.keys[segments == 4], outline.keys[segments == 1]])
+    assert np.array_equal(few.keys, wanted)
+    assert np.diff(few.first).tolist() == [(segments == 4).sum(), (segments == 1).sum()]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_witness_of_a_row_is_the_first_that_serves_all_it_serves(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    signals = [TOPK, Signal("topk", 4), Signal("text"), Signal("sampled"), HIDDEN]
+    kinds = [Stored(signal, scored) for signal in signals for scored in (False, True)]
+    rows, different = int(generator.integers(0, 60)), int(generator.integers(1, 30))
+    keys = pa.array([key(int(k)) for k in generator.integers(0, different, rows)], pa.binary(16))
+    kind = generator.integers(0, len(kinds), rows).astype(np.int16)
+    witness, shared = witnesses(words_of(keys), kind, kinds)
+    serving = [
+        [b for b in range(rows) if keys[a] == keys[b] and kinds[kind[b]].replaces(kinds[kind[a]])]
+        for a in range(rows)
+    ]
+    assert witness.tolist() == [of_row[0] for of_row in serving]
+    doubled = {keys[row].as_py() for row in range(rows) if witness[row] != row}
+    assert sorted(shared.tolist()) == [r for r in range(rows) if keys[r].as_py() in doubled]
+
+
+def test_a_compaction_holds_the_footers_of_few_segments_at_a_time(
+    store: TeacherStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many segments there are: footers take several KB each, names and keys 0.2."""
+    monkeypatch.setattr(compaction, "OPENED_TOGETHER", 5)
+    monkeypatch.setattr(compaction, "COMPACT_ROWS", 5)
+    for row in range(60):
+        publish(store, [row])
+    footers: list[weakref.ref] = []
+    most = 0
+    opened = store.open
+
+    def counted(name: str):
+        nonlocal most
+        file = opened(name)
+        footers.append(weakref.ref(file.footer))
+        most = max(most, sum(footer() is not None for footer in footers))
+        return file
+
+    monkeypatch.setattr(store, "open", counted)
+    assert compact(store).merged == 60
+    assert most <= 12 and len(footers) > 120
+    assert missing(store, list(range(60))) == 0
+
+
+def test_the_ending_of_a_segment_tells_it_from_any_other(store: TeacherStore) -> None:
+    """Also of one that is read in pieces, and of files that are no segments."""
+    names = [publish(store, [1]), publish(store, [2])]
+    groups = [(Provenance(f"run {row}", "training"), segment([row])) for row in range(100, 300)]
+    large = {"metadata": groups, "data": [(groups[0][0], segment(list(range(100, 2000))))]}
+    for name, of in large.items():
+        names.append(f"{name}.parquet")
+        assert store.put(names[-1], encode(origin(), of))
+    endings = [ending_of(store.open(name).data) for name in names]
+    assert [store.ending(name) for name in names] == endings and len(set(endings)) == 4
+    assert all(store.size(name) > 2 * READ_WHOLE_BYTES for name in names[2:])
+    for name in names:
+        data = bytearray(path_of(store, name).read_bytes())
+        assert path_of(store, name).rename(path_of(store, "other.parquet"))
+        assert store.ending("other.parquet") == ending_of(store.open("other.parquet").data)
+        for place in (-1, -8, -9, -int.from_bytes(data[-8:-4], "little") - 8):
+            data[place] ^= 1
+            path_of(store, name).write_bytes(data)
+            assert store.ending(name) != store.ending("other.parquet")
+            data[place] ^= 1
+    for odd in (b"", b"PAR1", b"\xff" * 11, b"\0" * 8):
+        path_of(store, "odd.parquet").write_bytes(odd)
+        assert store.ending("odd.parquet") not in endings
+    assert store.ending("no.parquet") is None

@@ -29,9 +29,10 @@ from raystill.base.errors import RunError
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store import lease, reading, removal
 from raystill.datasets.store import store as store_module
+from raystill.datasets.store.compaction import compact
 from raystill.datasets.store.segment import Provenance
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
-from raystill.datasets.store.upkeep import compact, prune, verify
+from raystill.datasets.store.upkeep import prune, verify
 from tests.datasets.test_store import TOPK, key, keys_of, origin, segment
 
 POORER = Signal("topk", 4)
@@ -49,7 +50,7 @@ class Actor:
         self.ended = False
         self.failed: BaseException | None = None
         self.store = TeacherStore(path)
-        for name in ("names", "open", "put", "stamp"):
+        for name in ("files", "open", "ending", "put", "stamp"):
             setattr(self.store, name, self.stepped(name))
         self.thread = threading.Thread(target=self.run, args=(work,), daemon=True)
         self.thread.start()
@@ -198,7 +199,7 @@ class Interleavings(RuleBasedStateMachine):
     @precondition(lambda self: self.actors)
     @rule(
         which=st.integers(0, 3),
-        until=st.sampled_from(("any", "names", "open", "put", "set_aside", "discard", "end")),
+        until=st.sampled_from(("any", "files", "open", "put", "set_aside", "discard", "end")),
     )
     def goes_on(self, which: int, until: str) -> None:
         """One of the processes takes steps until its next one is of a kind; at least one."""

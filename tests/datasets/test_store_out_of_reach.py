@@ -22,6 +22,7 @@ from raystill.datasets.lookup.view import Lookup, StoreView
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.store import reading
 from raystill.datasets.store import segment as segments
+from raystill.datasets.store.compaction import compact
 from raystill.datasets.store.reading import (
     DamagedSegment,
     GoneSegment,
@@ -30,7 +31,7 @@ from raystill.datasets.store.reading import (
     UnusableSegment,
 )
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
-from raystill.datasets.store.upkeep import compact, prune, verify
+from raystill.datasets.store.upkeep import prune, verify
 from tests.datasets.test_store import TOPK, answers, keys_of, path_of, publish, rewritten, segment
 
 COLUMNS = ["key", "response_ids", "topk_ids"]

@@ -25,10 +25,11 @@ from raystill.datasets.lookup.view import StoreView
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.store import lease as lease_module
 from raystill.datasets.store import reading
+from raystill.datasets.store.compaction import compact
 from raystill.datasets.store.lease import LEASE, Lease
 from raystill.datasets.store.segment import Provenance, segment_name
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
-from raystill.datasets.store.upkeep import compact, prune, verify
+from raystill.datasets.store.upkeep import prune, verify
 from tests.datasets.test_store import TOPK, answers, key, keys_of, origin, segment
 from tests.support.s3 import KEYS, S3, Request, s3_server
 

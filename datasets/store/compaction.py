@@ -1,0 +1,308 @@
+"""Compaction of a teacher store: small segments are merged, and duplicate rows left out.
+
+Its memory does not hold the store. All keys are in arrays (``catalogue.Outline``); footers and
+answers are there of those segments alone that are being read, or merged into one.
+
+Imports neither Ray nor torch.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raystill.datasets.store.catalogue import (
+    KEYS,
+    Entry,
+    Outline,
+    Outlining,
+    witnesses,
+    words_of,
+)
+from raystill.datasets.store.lease import Lease
+from raystill.datasets.store.proof import Proof, problem_of, refuse_impossible
+from raystill.datasets.store.reading import (
+    GoneSegment,
+    RefusedSegments,
+    UnreadableSegment,
+    UnusableSegment,
+    ending_of,
+    read_each,
+    with_retries,
+)
+from raystill.datasets.store.segment import (
+    Footer,
+    Group,
+    Origin,
+    Provenance,
+    encode,
+    next_name,
+    segment_name,
+    segment_schema,
+)
+from raystill.datasets.store.store import LISTINGS, READERS, Progress, TeacherStore
+
+COMPACT_ROWS = 192
+"""Largest number of rows of a merged segment. A segment that is larger already is left as it is.
+A reader of one group opens the segment, which takes as long as there are groups in it."""
+
+COMPACT_BYTES = 256 << 20
+"""Largest size of the segments that are merged into one, which are in memory meanwhile."""
+
+OPENED_TOGETHER = 2048
+"""Segments whose footers are in memory at a time."""
+
+Groups = list[tuple[Group | Provenance, pa.Table]]
+"""Groups of rows as ``segment.encode`` takes them."""
+
+Note = Callable[[str, Origin, list[tuple[Provenance, pa.Array]]], None]
+"""Called with a segment's name and origin, and the provenance and keys of its groups."""
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """What ``compact`` did."""
+
+    merged: int  # segments that were replaced
+    into: int  # segments that replaced them
+    duplicates: int  # rows left out
+    refused: RefusedSegments = field(default_factory=dict)  # left as they are
+
+
+@dataclass(frozen=True)
+class Input:
+    """A segment that is being merged, as it was read."""
+
+    footer: Footer
+    ending: str  # of its file
+    keys: pa.Array  # of all groups
+    needed: Groups
+
+
+def compact(
+    store: TeacherStore, progress: Progress | None = None, note: Note | None = None
+) -> Compacted:
+    """Merge small segments of the same origin and leave duplicate rows out.
+
+    The signal is part of the origin, so a key with two signals keeps two rows. A row is left out
+    only if another row that stays serves the same signals and has been read without error.
+    A merged segment is published, and read again, before the ones it replaces are removed, so that
+    every row can be read at any moment; a run that finds a segment gone reads the catalogue again.
+    Segments that cannot be used are left as they are, and their rows do not make others duplicates.
+    ``note`` is called with each merged segment: its name, origin, and groups.
+
+    Raises RunError if another process compacts or prunes the store.
+    """
+    lease = Lease(store.folder, "compact")
+    with lease.held():
+        store.refuse_link()
+        store.put_back_all()
+        return _compact(store, lease, progress, note)
+
+
+def _compact(
+    store: TeacherStore, lease: Lease, progress: Progress | None, note: Note | None
+) -> Compacted:
+    """``compact``, under the lease."""
+    outline, witness, refused = _to_compact(store)
+    needed = witness == np.arange(outline.rows)
+    batches = list(_segments_to_merge(outline, needed))
+    if batches:
+        store.note_merged(outline.name(segment) for batch in batches for segment in batch)
+    merged = duplicates = 0
+    made: list[str] = []
+    moved = np.full(len(outline.sizes), -1, np.int32)  # [M] where in `made` the needed rows are now
+    for number, batch in enumerate(batches, 1):
+        inputs: dict[int, Input] = {}
+        for segment in batch.tolist():
+            try:
+                inputs[segment] = _read(store, outline, segment, needed)
+            except GoneSegment:  # Removed meanwhile, or its name now holds other rows.
+                continue
+            except UnusableSegment as error:
+                refused[error.name] = error
+        origin = outline.origins[outline.origin[batch[0]]]
+        kept = {outline.name(segment): read.needed for segment, read in inputs.items()}
+        new = publish_merged(store, origin, kept)
+        if new is not None:
+            moved[list(inputs)] = len(made)
+            made.append(new)
+            if note is not None:
+                note(new, origin, [_noted(group) for groups in kept.values() for group in groups])
+        proof = Proof(store, lease)
+        for segment, read in inputs.items():
+            name, (start, stop) = outline.name(segment), outline.first[segment : segment + 2]
+            dropped = np.flatnonzero(~needed[start:stop]) + start
+            witnessed = np.unique(outline.segments_of(witness[dropped])).tolist()
+            held_by = {
+                outline.name(s) if moved[s] < 0 else made[moved[s]] for s in (segment, *witnessed)
+            } - {name}
+            if name == new:
+                merged += 1
+            elif proof.remove(name, read.footer, read.ending, read.keys, held_by):
+                merged += 1
+                duplicates += len(dropped)
+        if progress is not None:
+            progress(number, len(batches))
+    return Compacted(merged, len(made), duplicates, refused)
+
+
+def _to_compact(store: TeacherStore) -> tuple[Outline, NDArray[np.int64], RefusedSegments]:
+    """The outline to compact by, the witnesses [S] of its rows, and the segments left out.
+
+    Making an outline verifies only footers and keys. Therefore segments with duplicate keys are
+    read whole here, and what cannot be used is taken out. Else a sound row could be removed as the
+    duplicate of a damaged one.
+    """
+    outline, refused = _outline(store)
+    sound: set[str] = set()
+    while True:
+        witness, shared = witnesses(outline.keys, outline.kind, outline.kinds)
+        segments = np.unique(outline.segments_of(shared)).tolist()
+        names = [name for s in segments if (name := outline.name(s)) not in sound]
+        results = read_each(partial(problem_of, store), names)
+        if not any(results.values()):
+            return outline, witness, refused
+        sound.update(name for name, problem in results.items() if problem is None)
+        bad = {name: problem for name, problem in results.items() if problem is not None}
+        refused |= {n: error for n, error in bad.items() if not isinstance(error, GoneSegment)}
+        outline = outline.chosen(np.flatnonzero(~_is_in(outline.names, bad)))
+
+
+def _outline(store: TeacherStore) -> tuple[Outline, RefusedSegments]:
+    """Read footers and keys of all segments; the outline, and those that cannot be used."""
+    made = Outlining()
+    refused: RefusedSegments = {}
+    late: dict[str, int] = {}
+
+    def read(sizes: dict[str, int], pauses: tuple[float, ...] | None) -> None:
+        found: list[tuple[Entry, list[pa.Array]]] = []
+        for name, result in read_each(store.keys_of, list(sizes), None, READERS, pauses).items():
+            if isinstance(result, UnreadableSegment) and pauses is not None:
+                late[name] = sizes[name]
+            elif isinstance(result, UnusableSegment):
+                refused[name] = result
+            else:
+                found.append(result)
+        made.add(found, [sizes[entry.name] for entry, _ in found])
+
+    listed = pa.array([], pa.string())
+    for _ in range(LISTINGS):
+        # A segment that is gone was merged into one that this listing may be the first to show.
+        listed, sizes = store.listing()
+        unread = np.flatnonzero(~_is_in(listed, made.names) & ~_is_in(listed, refused))
+        if not len(unread):
+            break
+        for start in range(0, len(unread), OPENED_TOGETHER):
+            some = unread[start : start + OPENED_TOGETHER]
+            names = listed.take(pa.array(some)).to_pylist()
+            read(dict(zip(names, sizes[some].tolist(), strict=True)), ())
+        again, late = late, {}
+        read(again, None)  # All of them wait together.
+        for name in [n for n, error in refused.items() if isinstance(error, GoneSegment)]:
+            del refused[name]
+    outline = made.outline()
+    there = _is_in(outline.names, listed)
+    known = sorted(refused)
+    refused = {known[i]: refused[known[i]] for i in np.flatnonzero(_is_in(known, listed))}
+    return (outline if there.all() else outline.chosen(np.flatnonzero(there))), refused
+
+
+def _is_in(names: Iterable[str] | pa.Array, among: Iterable[str] | pa.Array) -> NDArray[np.bool_]:
+    """Mask of the names that are among others."""
+    first, second = (
+        given if isinstance(given, pa.Array) else pa.array(list(given), pa.string())
+        for given in (names, among)
+    )
+    return np.asarray(pc.is_in(first, value_set=second).to_numpy(zero_copy_only=False), bool)
+
+
+def _segments_to_merge(outline: Outline, needed: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
+    """Batches of segments to be merged into one each.
+
+    A batch has one origin, at most COMPACT_ROWS rows and COMPACT_BYTES of files. A single segment
+    is a batch only if it has duplicate rows.
+    """
+    with_duplicates = np.zeros(len(outline.sizes), bool)
+    with_duplicates[outline.segments_of(np.flatnonzero(~needed))] = True
+    by_origin = np.argsort(outline.origin, kind="stable")
+    lengths, origin = np.diff(outline.first), outline.origin
+
+    def batch(start: int, stop: int) -> list[NDArray[np.int64]]:
+        worth = stop - start > 1 or (stop > start and with_duplicates[by_origin[start]])
+        return [by_origin[start:stop]] if worth else []
+
+    start = rows = size = 0
+    for place, segment in enumerate(by_origin):
+        new = place > start and origin[segment] != origin[by_origin[start]]
+        rows, size = rows + lengths[segment], size + outline.sizes[segment]
+        if new or (place > start and (rows > COMPACT_ROWS or size > COMPACT_BYTES)):
+            yield from batch(start, place)
+            start, rows, size = place, lengths[segment], outline.sizes[segment]
+    yield from batch(start, len(by_origin))
+
+
+def _read(store: TeacherStore, outline: Outline, segment: int, needed: NDArray[np.bool_]) -> Input:
+    """A segment's groups, verified and without duplicate rows.
+
+    An unchanged group keeps its ``Group`` with the old checksums. Raises UnusableSegment;
+    GoneSegment if it is not what the outline says.
+    """
+    name, origin = outline.name(segment), outline.origins[outline.origin[segment]]
+    columns = segment_schema(origin.signal).names
+
+    def read() -> tuple[Footer, str, list[pa.Table]]:
+        file = store.open(name)
+        if file.footer.origin != origin:
+            raise GoneSegment(name, "another segment has replaced it")
+        tables = [file.read(i, columns) for i in range(len(file.footer.groups))]
+        try:
+            return file.footer, ending_of(file.data), tables
+        except OSError as error:
+            raise UnreadableSegment(name, str(error)) from error
+
+    footer, ending, tables = with_retries(read)
+    for rows in tables:
+        refuse_impossible(name, rows, origin)
+    keys = pa.concat_arrays([pa.array([], KEYS), *(t["key"].combine_chunks() for t in tables)])
+    start, stop = outline.first[segment : segment + 2]
+    scored = [outline.kinds[kind].scored for kind in outline.kind[start:stop]]
+    same = scored == [group.scored for group in footer.groups for _ in range(group.rows)]
+    if not same or not np.array_equal(words_of(keys), outline.keys[start:stop]):
+        raise GoneSegment(name, "another segment has replaced it")
+    groups: Groups = []
+    for group, rows in zip(footer.groups, tables, strict=True):
+        keep, start = needed[start : start + group.rows], start + group.rows
+        if keep.all():
+            groups.append((group, rows))
+        elif keep.any():
+            groups.append((group.provenance, rows.filter(pa.array(keep))))
+    return Input(footer, ending, keys, groups)
+
+
+def publish_merged(store: TeacherStore, origin: Origin, kept: Mapping[str, Groups]) -> str | None:
+    """Publish the groups kept of a batch's segments (by name) as one segment; returns its name.
+
+    None if no group is kept. The merged segment's name may be taken, by one of another origin, with
+    other answers or unusable. That one stays, and the next free name is used, unless the segment of
+    that name is the only one of the batch with rows to keep.
+    """
+    groups = [group for of_segment in kept.values() for group in of_segment]
+    if not groups:
+        return None
+    name = segment_name([k for _, rows in groups for k in rows["key"].to_pylist()], origin.signal)
+    if [n for n, of_segment in kept.items() if of_segment] == [name]:
+        return name
+    data = encode(origin, groups)
+    while not store.put(name, data):
+        name = next_name(name)
+    return name
+
+
+def _noted(group: tuple[Group | Provenance, pa.Table]) -> tuple[Provenance, pa.Array]:
+    of, rows = group
+    return of if isinstance(of, Provenance) else of.provenance, rows["key"].combine_chunks()
