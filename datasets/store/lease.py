@@ -4,8 +4,9 @@ In a local store it is a lock (``flock``) on the file ``upkeep.lock``, which end
 A file system without such locks has no lease; upkeep is safe there too (see ``removal.py``), and
 may leave more duplicates. On an object store it is the file itself, with a token and the time at
 which it ends. On S3 it is taken, renewed and taken over by conditional writes: one process has it.
-Other object stores have none here: two processes that write it at the same moment may both go on
-until the next ``confirm``, which reads the token again.
+Other object stores have none here, and a service with S3's protocol may ignore them, which is tried
+out before the lease is taken. Whoever takes it there is told so, and waits for others that saw no
+holder either: the last that wrote its token has the lease, and ``confirm`` reads it again.
 
 Imports neither Ray nor torch.
 """
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 LEASE = "upkeep.lock"
 LEASE_S = 600.0
 """Seconds for which a lease on an object store holds. It is renewed at each ``confirm``."""
+SETTLE_S = 2.0
+"""Wait between writing a lease without a condition and looking whose it is. Two processes can both
+have it only if one of them took longer from its look to its writing."""
 
 
 class Lease:
@@ -53,7 +57,9 @@ class Lease:
         if holder.get("token") != self._token:
             raise _in_use(self._folder, holder)
         if _ends(holder) - time.time() < LEASE_S / 2 and not self._write(version):
-            raise _in_use(self._folder, _read(self._folder)[0])
+            holder = _read(self._folder)[0]  # A write may be done, and not confirmed.
+            if holder.get("token") != self._token:
+                raise _in_use(self._folder, holder)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -80,10 +86,20 @@ class Lease:
 
     @contextmanager
     def _written(self) -> Iterator[None]:
+        conditional = self._has_conditions()
         holder, version = _read(self._folder)
         if _ends(holder) > time.time():
             raise _in_use(self._folder, holder)
+        if not conditional:
+            logger.warning(
+                "%s has no conditional writes, so nothing keeps two upkeeps of it apart that begin "
+                "at the same moment, and rows could be lost: see to it that only one 'store "
+                "compact' or 'store prune' runs at a time",
+                self._folder.path,
+            )
         self._write(version)
+        if not conditional:
+            time.sleep(SETTLE_S)
         self.confirm()
         try:
             yield
@@ -91,6 +107,11 @@ class Lease:
             with suppress(OSError):
                 if _read(self._folder)[0].get("token") == self._token:
                     self._folder.filesystem().delete_file(f"{self._folder.root}/{LEASE}")
+
+    def _has_conditions(self) -> bool:
+        """Whether the store keeps the condition of a write; found out by writing a name twice."""
+        objects = self._folder.objects()
+        return objects is not None and objects.probe(f"probe-{self._token}")
 
     def _write(self, version: str | None) -> bool:
         """Write that the lease is held; False if its file is no longer of this version (None: there

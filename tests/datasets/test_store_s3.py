@@ -4,6 +4,7 @@ import logging
 import random
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +49,7 @@ def server() -> Iterator[S3]:
 def s3(server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     monkeypatch.setattr(object_store, "BUSY_RETRIES", 4)
     monkeypatch.setattr(output, "REMOTE_WAIT_S", 60.0)
+    monkeypatch.setattr(lease_module, "SETTLE_S", 0.05)
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
     for module in (reading, object_store):
@@ -199,6 +201,27 @@ def test_a_lease_is_renewed_and_its_loss_is_noticed(
             lease.confirm()
 
 
+def test_a_renewal_that_is_done_and_not_confirmed_is_no_loss(
+    store: TeacherStore, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server writes it and answers 503, so the next try finds another version than it read."""
+    monkeypatch.setattr(lease_module, "LEASE_S", 600.0)
+    lease, late = Lease(store.folder, "compact"), []
+
+    def trouble(request: Request) -> str | None:
+        if request[0] == "PUT" and LEASE in request[1] and not late:
+            late.append(request)
+            return "late"
+        return None
+
+    with lease.held():
+        monkeypatch.setattr(lease_module, "LEASE_S", 1500.0)  # Half of it is over.
+        s3.proxy.trouble = trouble
+        lease.confirm()
+        assert late
+        lease.confirm()
+
+
 def test_upkeep_and_look_up(store: TeacherStore, s3: S3) -> None:
     for row in range(6):
         publish(store, [row])
@@ -240,6 +263,51 @@ class TestWithoutConditions:
         s3.proxy.without_conditions = "ignores"
         assert not objects(store).probe("probe")
         assert not store.folder.exists("probe")
+
+    @pytest.mark.parametrize("how", [None, "refuses", "ignores"])
+    def test_upkeep_says_that_nothing_keeps_two_apart(
+        self, how: str | None, store: TeacherStore, s3: S3, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        publish(store, [1])
+        publish(store, [2])
+        s3.proxy.without_conditions = how
+        with caplog.at_level(logging.WARNING):
+            assert compact(store).merged == 2
+        said = [line for line in caplog.messages if "nothing keeps two upkeeps of it apart" in line]
+        assert len(said) == (how is not None)
+        assert verify(store) == {} and len(store.folder.names()) <= 2, "segments, and what merged"
+
+    @pytest.mark.parametrize("how", ["refuses", "ignores"])
+    def test_of_two_that_write_a_lease_the_later_one_has_it(
+        self, how: str, store: TeacherStore, s3: S3, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Both saw no holder, and the first has written and looked before the second writes."""
+        monkeypatch.setattr(lease_module, "SETTLE_S", 2.0)
+        s3.proxy.without_conditions = how
+        lock, both, in_it, writes = threading.Lock(), threading.Barrier(2), [], count()
+
+        def trouble(request: Request) -> None:
+            if request[0] == "PUT" and request[1].split("?")[0].endswith(LEASE):
+                with lock:
+                    number = next(writes)
+                if number < 2:
+                    both.wait()
+                    time.sleep(0.3 * number)
+
+        def upkeep(doing: str) -> str:
+            try:
+                with Lease(store.folder, doing).held():
+                    in_it.append(doing)
+                    time.sleep(1.0)
+            except RunError as error:
+                return str(error)
+            return "done"
+
+        publish(store, [1])  # Where the service says so, conditions are not tried again.
+        s3.proxy.trouble = trouble
+        told = at_once(lambda: upkeep("compact"), lambda: upkeep("prune"))
+        assert len(in_it) == 1
+        assert sorted(told)[0] == "done" and "is in use by 'store" in sorted(told)[1]
 
     def test_without_obstore_pyarrow_writes(
         self, store: TeacherStore, monkeypatch: pytest.MonkeyPatch
