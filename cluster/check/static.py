@@ -34,6 +34,7 @@ from raystill.cluster.check.output import (
 from raystill.cluster.check.prepared import Prepared as Prepared
 from raystill.cluster.check.prepared import store_space_notices
 from raystill.cluster.check.teachers import (
+    capture_notices,
     check_alike,
     check_judges,
     check_rows_ahead,
@@ -162,7 +163,7 @@ class StaticCheck:
         ):
             problems, notices = check_memory(self.config, student, tables)
             self.problems += problems
-            self.notices += notices
+            self.notices += notices + capture_notices(self.config, self.teachers or {"": teacher})
         if self.store_path:
             self.notices += store_space_notices(self.config, self.store_path, tables, teacher)
         if self.output is not None and not any(p.where == "output.path" for p in self.problems):

@@ -13,9 +13,11 @@ from raystill.config.teacher import section_of
 from raystill.datasets.judging.question import Judging
 from raystill.datasets.prompts.select import UNBOUNDED
 from raystill.datasets.prompts.tables import PromptTables
+from raystill.datasets.rows.signal import hidden_size
 from raystill.model.files import ModelFolder
 from raystill.model.sampling import resolve_sampling
 from raystill.model.tokenizer import read_settings
+from raystill.placement import memory
 
 
 def of_teacher(name: str, problems: Iterable[Problem]) -> list[Problem]:
@@ -187,3 +189,21 @@ def truncation_notices(
             f"the longest prompt ({longest} tokens) leaves its answer {context - longest} of "
             f"{max_tokens} tokens in a context of {context}"
         )
+
+
+def capture_notices(config: RunConfig, teachers: Mapping[str, ModelFolder]) -> list[str]:
+    """The memory that captured hidden states take at most beside each teacher's engine."""
+    if config.signal.kind != "hidden":
+        return []
+    notices = []
+    for name, view in config.by_teacher.items():
+        teacher, size = view.teacher, hidden_size(teachers[name].config)
+        rows, tokens = teacher.max_num_seqs, teacher.sampling.max_tokens
+        most = memory.captured_bytes(rows, tokens, size, bool(teacher.gpus_per_replica))
+        told = (
+            f"a replica of the teacher keeps at most {most / 1e9:.2f} GB of hidden states in its "
+            f"machine's memory until they are read ({rows} rows of {tokens:,} tokens at a width of "
+            f"{size:,}); a smaller teacher.max_num_seqs or teacher.sampling.max_tokens needs less"
+        )
+        notices += notices_of(name, [told])
+    return notices

@@ -30,6 +30,11 @@ GPU_BYTES: dict[str, float] = {
 }
 """Memory of a GPU by Ray's name of its type; of several sizes the smallest."""
 
+CAPTURE_BLOCK_BYTES = 256 << 10
+"""A block of the memory in which an engine keeps hidden states until its replica reads them."""
+CAPTURE_PENDING_BYTES = 128 << 20
+"""Rows on their way from a GPU that are waited for before more are sent."""
+
 
 @dataclass(frozen=True)
 class Adapters:
@@ -266,6 +271,17 @@ def remedies(
             kind = " ".join(sorted(changes))
             found.setdefault(kind, f"{name} ({needed / 1e9:.1f} GB)")
     return list(found.values())
+
+
+def captured_bytes(rows: int, tokens: int, hidden: int, on_gpu: bool) -> int:
+    """Memory of a replica's machine that captured hidden states take at most.
+
+    ``rows`` answers of ``tokens`` tokens are in the engine, each with a state of ``hidden``
+    numbers of 2 bytes a token, in whole blocks; a row's successor may begin before its last block
+    is given back. Rows on their way from a GPU come on top.
+    """
+    blocks = -(-tokens // (CAPTURE_BLOCK_BYTES // (2 * hidden))) + 1
+    return rows * blocks * CAPTURE_BLOCK_BYTES + on_gpu * CAPTURE_PENDING_BYTES
 
 
 def describe(needed: Need, where: str = "on its GPU") -> str:

@@ -10,7 +10,8 @@ gives a block back by setting a flag in the shared memory; the worker finds it w
 
 The bound: the worker holds the blocks of requests whose arrays were not yet read, at most one of
 them not full for each request, and rows on their way from a GPU, at most `PENDING_BYTES` and one
-step. Blocks given back are used again and not returned to the system before the engine ends.
+step (``placement.memory.captured_bytes``, which ``check`` tells). Blocks given back are used again
+and not returned to the system before the engine ends.
 
 Legend: n rows of all requests in a step.
 """
@@ -30,9 +31,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BLOCK_BYTES = 256 << 10
-PENDING_BYTES = 128 << 20
-"""Rows on their way from a GPU that are waited for before more are sent."""
+from raystill.placement.memory import CAPTURE_BLOCK_BYTES as BLOCK_BYTES
+from raystill.placement.memory import CAPTURE_PENDING_BYTES as PENDING_BYTES
+
 GROW_BLOCKS = 256
 """Blocks by which the memory grows at least."""
 MAX_BLOCKS = 1 << 20

@@ -307,6 +307,21 @@ def test_a_hidden_signal_of_the_tiny_teacher_is_accepted(
     assert f"up to {12e6 * (2 * 64 + 6.1) / 2**30:.1f} GiB" in notice
 
 
+def test_the_bound_of_captured_hidden_states_is_told(run_file: Path) -> None:
+    def told(*changes: str) -> list[str]:
+        notices = check_run_file(str(run_file), list(changes)).notices
+        return [notice for notice in notices if "of hidden states" in notice]
+
+    asked = ["teacher.sampling.max_tokens=100000", "teacher.max_num_seqs=64"]
+    assert told(*asked) == []
+    # 2 * 64 bytes a token are 2,048 tokens a block of 256 KiB: 49 blocks, and one of the next row.
+    (notice,) = told(HIDDEN, *asked)
+    assert f"at most {64 * 50 * 256 * 1024 / 1e9:.2f} GB of hidden states" in notice
+    assert "(64 rows of 100,000 tokens at a width of 64)" in notice
+    (on_gpu,) = told(HIDDEN, *asked, "teacher.gpus_per_replica=1")
+    assert f"at most {(64 * 50 * 256 * 1024 + (128 << 20)) / 1e9:.2f} GB" in on_gpu
+
+
 def test_the_synthetic_engine_has_no_hidden_states(run_file: Path) -> None:
     problem = only(run_file, HIDDEN, "teacher.engine=synthetic")
     assert problem.startswith("signal.kind: is 'hidden', but the synthetic engine")

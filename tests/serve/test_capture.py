@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from raystill.datasets.rows.signal import Signal
+from raystill.placement.memory import captured_bytes
 from raystill.serve.engine import blocks as blocks_module
 from raystill.serve.engine.blocks import BLOCK_BYTES, BlockReader, BlocksHandle, BlockWriter
 from raystill.serve.engine.capture import CaptureRequest
@@ -138,6 +139,26 @@ def test_a_short_rows_step_is_not_held_by_a_long_row() -> None:
     # Another block for each place; the flags; and a place's next row before its block is back.
     assert held <= (blocks_of_long + 2 * slots) * BLOCK_BYTES + (1 << 20), f"{held >> 20} MiB"
     assert held < long * slots * row_bytes / 2, "as much as all steps"
+
+
+@pytest.mark.parametrize(("size", "tokens"), [(512, 700), (4096, 100), (1000, 300)])
+def test_what_a_full_engine_holds_is_within_what_check_tells(size: int, tokens: int) -> None:
+    """All slots have rows of the most tokens, and nobody reads before all have ended."""
+    slots = 16
+    worker = CapturingWorker(size)
+
+    async def run() -> int:
+        takes = Takes(worker.call, never_dead)
+        await takes.start()
+        for number in range(slots):
+            worker.add(hidden_row(number, 4, tokens))
+        while worker.rows[0].computed < 4 + tokens - 1:
+            worker.step()
+        takes.close()
+        return worker.worker._raystill.blocks.held_bytes
+
+    held, told = asyncio.run(run()), captured_bytes(slots, tokens, size, on_gpu=False)
+    assert told / 2 < held <= told + (1 << 20), f"{held >> 10} KiB, told {told >> 10}"
 
 
 def test_a_batch_of_prompts_leaves_what_is_asked_for() -> None:
