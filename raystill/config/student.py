@@ -186,14 +186,10 @@ class FreeRunningConfig(ConfigModel):
         16, ge=0, description="Number of held-out prompts that the student answers. 0: none."
     )
     max_tokens: PositiveInt | None = operational(
-        None,
-        description="Longest answer of the student, in tokens. Default: "
-        "teacher.sampling.max_tokens.",
+        None, description="Longest answer, in tokens. Default: teacher.sampling.max_tokens."
     )
     during: bool = operational(
-        False,
-        description="Whether the student also answers at the evaluations during training, and not "
-        "only before and after it.",
+        False, description="Whether it answers during training too, not only before and after."
     )
     teacher_scores: bool | None = operational(
         None,
@@ -259,11 +255,7 @@ class TasksConfig(ConfigModel):
         True, description="Whether the student as it was before training is asked too."
     )
     timeout_s: float = operational(
-        21_600.0,
-        gt=0,
-        le=2_592_000,
-        description="Longest time in seconds that the harness may take with one model. It is ended "
-        "then; what was answered is kept, and the next start goes on from there.",
+        21_600.0, gt=0, description="Most seconds with one model; what was answered then is kept."
     )
 
     @model_validator(mode="after")
