@@ -1,8 +1,9 @@
 """How much memory a student worker needs, from sizes alone: no torch, no weights.
 
-`check` prints the table. A student of two layers of an 8B model, sharded over 8 workers and run on
-tensors without data, took 14.2 GB at its worst moment beside its weights; the table says 13.8.
-Shards and activations of all layers are held to it by ``tests/train/test_memory_counted.py``.
+`check` prints the table. Two moments are compared: the loss, when all activations are kept, and the
+backward pass of the last layer. Whole steps of 8B and 70B shapes, sharded over 8 and 64 ranks and
+run on tensors without data, are held to it by ``tests/train/test_memory_counted.py`` and
+``tests/train/test_memory_whole_step.py``.
 
 Legend: P parameters, N workers that share a copy, D hidden size, F width of a layer's neurons, q
 and k widths of all query and key heads, T tokens of one forward pass, V vocabulary. Sizes in bytes.
@@ -117,13 +118,18 @@ class Decoder:
         """Of one token in one layer, kept for the backward pass.
 
         weights, products: bytes of a weight and of a number that matrix products read. Norms and
-        the residual stream are in the precision of the weights, and computed in float32.
+        the residual stream are in the precision of the weights, and computed in float32. Attention
+        is FlashAttention or SDPA's causal kernel, which read a key once for all of its queries. A
+        mask [S, S], which packed rows need in SDPA, is not counted, nor are keys and values that
+        are repeated for it, 2 c (q - k).
         """
         wide = weights if weights > products else products
         stream = {(4, 2): 26, (2, 2): 16, (4, 4): 24, (8, 8): 48}[(wide, products)]
-        heads = 2.0 * products * (self.queries + self.keys) + self.queries / 4
-        if self.normed_heads:
-            heads += 6.25 * (self.queries + self.keys) * max(1, products / 4)
+        both = self.queries + self.keys
+        # Queries, keys, values and what comes out; a number in float32 for each head of 128.
+        heads = 2.0 * products * both + self.queries / 32
+        if self.normed_heads:  # Before the norm, at least in float32, and after it.
+            heads += (max(4, products) + products + 1 / 32) * both
         return stream * self.hidden + 4.0 * products * self.ffn + heads
 
 
@@ -165,26 +171,38 @@ def need(
     trained, b = (adapters.trained, adapters.base) if adapters else (parts.total, w)
     state = STATE_BYTES[training.optimizer] * (2 if w == 8 else 1)
     weights, gradients, optimizer = (trained * n / share for n in (w, w, state))
-    gathered = host = 0.0
+    root = layers = host = 0.0
     if adapters:
         weights += parts.total * b / share
     if sharded:
-        gathered = _gathered_bytes(parts, b, c)
+        root, layers = float(parts.outside * b), _layer_bytes(parts, b, c)
         if training.reduce_gradients == "once":
-            gathered += trained * max(w, 4)
+            root += trained * max(w, 4)
         if training.cpu_offload:
             host, weights, gradients, optimizer = weights + gradients + optimizer, 0.0, 0.0, 0.0
-    each = decoder.activation_bytes(b, c)
-    kept = max(b, c) * decoder.hidden if training.activation_checkpointing else each
-    activations = tokens * (kept * len(parts.layers) + 2 * max(b, c) * decoder.hidden)
-    if training.activation_checkpointing:
-        activations += tokens * each  # Of the layer that is computed again.
+    kept = kept_activations(training, parts, decoder, tokens, on_gpu)
     loss = _loss_bytes(parts, decoder, b, c, tokens, on_gpu)
+    later = kept
+    if training.activation_checkpointing:
+        later += tokens * decoder.activation_bytes(b, c)  # Of the layer that is computed again.
+    left = 0.0 if adapters else float(parts.head * max(4, b))
+    gathered, activations, loss = max((root, kept, loss), (root + layers, later, left), key=sum)
     reserve = 0.0
     if on_gpu:
         used = weights + gradients + optimizer + gathered + activations + loss
         reserve = RESERVE + used * UNUSED
     return Need(weights, gradients, optimizer, gathered, activations, loss, host, reserve)
+
+
+def kept_activations(
+    training: TrainingConfig, parts: Parts, decoder: Decoder, tokens: int, on_gpu: bool = True
+) -> float:
+    """What the forward pass of all layers keeps for the backward pass."""
+    b = parts.adapters.base if parts.adapters else WIDTHS[training.weights_dtype]
+    c = _product_bytes(training, on_gpu)
+    row = max(b, c) * decoder.hidden
+    each = row if training.activation_checkpointing else decoder.activation_bytes(b, c)
+    return tokens * (each * len(parts.layers) + 2 * row)
 
 
 def calibration_need(parts: Parts, decoder: Decoder, tokens: int, on_gpu: bool = True) -> Need:
@@ -300,15 +318,18 @@ def describe(needed: Need, where: str = "on its GPU") -> str:
     return f"{needed.device / 1e9:.1f} GB {where} ({listed}){host}"
 
 
-def _gathered_bytes(parts: Parts, b: int, c: int) -> float:
-    """Of layers that are whole for a while. b, c: bytes of a weight, of one that is gathered.
+def _layer_bytes(parts: Parts, b: int, c: int) -> float:
+    """Of layers that are whole in a backward pass.
 
-    The root stays for a whole pass; the running layer and the one fetched ahead, which is also in
-    the buffer that it came in; their gradients, in the buffer that they leave by.
+    b, c: bytes of a weight, and of one that is gathered.
+
+    The running layer, and the one fetched ahead, in the buffer that it came in. The gradients of
+    the layer before, in the buffer that they leave by, and the first one of the running layer: a
+    quarter of it.
     """
     layer = max(parts.layers, default=0)
-    gradients = 0 if parts.adapters else layer * (c + max(b, 4))
-    return float(parts.outside * b + 3 * layer * c + gradients)
+    gradients = 0.0 if parts.adapters else layer * (c / 4 + max(b, 4))
+    return 2 * layer * c + gradients
 
 
 def _product_bytes(training: TrainingConfig, on_gpu: bool) -> int:

@@ -70,11 +70,11 @@ def test_one_gpu_is_too_small_and_the_remedies_are_named(folder: ModelFolder) ->
     assert not notices
     assert "weights 32.1, gradients 32.1, optimizer state 64.2" in problem
     assert (
-        "but H100 has 80 GB; possible: training.num_workers: 4 with strategy: fsdp and" in problem
+        "but H100 has 80 GB; possible: training.num_workers: 4 with strategy: fsdp (79" in problem
     )
     (small,), _ = said(folder, accelerator_type="L4")
     assert "strategy: fsdp and activation_checkpointing: true (" in small
-    (none,), _ = said(folder, accelerator_type="T4", num_workers=2)
+    (none,), _ = said(folder, accelerator_type="T4", num_workers=2, gpus_per_worker=0.5)
     assert none.endswith("possible: a smaller student")
 
 

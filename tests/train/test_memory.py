@@ -58,7 +58,7 @@ def test_an_8b_student_needs_eight_gpus_or_less_state() -> None:
     assert 128e9 < needed.device < 180e9  # 16 bytes a parameter, and the rest.
     assert longest_pass(alone, parts, decoder, workers=1, has=has) == 0
     found = remedies(alone, parts, decoder, workers=1, tokens=TOKENS, has=has)
-    assert any("num_workers: 8 with strategy: fsdp" in text for text in found), found
+    assert any("num_workers: 4 with strategy: fsdp (79" in text for text in found), found
     eight = training_of("8B, recomputed")
     longest = longest_pass(eight, parts, decoder, workers=8, has=has)
     assert longest > 32_768
