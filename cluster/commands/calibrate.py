@@ -2,8 +2,8 @@
 
 Where it sits: the driver checks the run file, then calls `calibrate_command`, which has the run's
 own teacher answer some of its prompts (or reads the store), ends it, and compares what each signal
-would teach in one process that is placed as a student worker. *Waits for* the teacher, then for
-that process. The driver sees figures, never a row.
+would teach in processes that are placed as the student workers. *Waits for* the teacher, then for
+those processes. The driver sees figures, never a row.
 """
 
 import os
@@ -16,9 +16,8 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 import ray
-from ray.exceptions import RayTaskError
 
-from raystill.base.errors import ConfigError, Problem, RunError
+from raystill.base.errors import ConfigError, Problem
 from raystill.base.formatting import plural
 from raystill.base.run_folder import CALIBRATION, STUDENT, RunFolder, resolve_input
 from raystill.cluster.check.models import (
@@ -29,7 +28,8 @@ from raystill.cluster.check.models import (
 )
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.check.static import Checked
-from raystill.config.run import RunConfig, absolute_paths
+from raystill.cluster.commands.calibrators import Calibrators, result_of
+from raystill.config.run import RunConfig
 from raystill.datasets.lookup.view import StoreView
 from raystill.datasets.prompts.tables import PromptTables
 from raystill.datasets.rows.signal import Signal, hidden_size
@@ -38,16 +38,12 @@ from raystill.datasets.stream.answers import answer_prompts
 from raystill.model.files import ModelFolder, find_model
 from raystill.model.on_node import ModelSource
 from raystill.placement import memory
-from raystill.placement.requests import student_resources
 from raystill.run import Run
 from raystill.serve.deploy import TeacherApp
-from raystill.train.calibration.calibrator import POSITIONS_PER_ROW, Calibrator, require_answers
+from raystill.train.calibration.calibrator import POSITIONS_PER_ROW, require_answers
 from raystill.train.calibration.compare import objectives_to_compare
 
 INITIAL, TRAINED = "initial", "trained"
-# Every large tensor is the kernel's again when it is freed, and not kept to be used unseen by the
-# next: so the memory of each loss shows. Read at a process's start.
-MEASURING_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 SPARE_ROWS = 1.25  # Some answers are shorter than the positions wanted of them.
 FLATTERS = (
     "only the untrained student was compared: one that was cut out of its teacher puts so little "
@@ -106,15 +102,17 @@ def unfit(config: RunConfig, prepared: Prepared, student: str | None) -> list[Pr
 def calibration_memory(
     config: RunConfig, student: ModelFolder, tables: PromptTables
 ) -> tuple[list[Problem], str | None]:
-    """What comparing signals needs in its one process, and has there; None: not known."""
+    """What comparing signals needs in each of its processes, and has there; None: not known."""
     if (sizes := student_sizes(config, student)) is None:
         return [], None
     training, tokens = config.training, pass_tokens(config, tables)
     kind, share = training.accelerator_type, training.gpus_per_worker
     on_gpu = share != 0 and (bool(share) or kind is not None)
-    needed = memory.calibration_need(*sizes, tokens, on_gpu)
+    workers = training.min_workers
+    needed = memory.calibration_need(*sizes, tokens, on_gpu, workers)
     where = memory.describe(needed, "on its GPU" if on_gpu else "of memory")
-    told = f"comparing signals takes about {where} in one process, for passes of {tokens:,} tokens"
+    processes = "in one process" if workers == 1 else f"in each of {workers} processes"
+    told = f"comparing signals takes about {where} {processes}, for passes of {tokens:,} tokens"
     has = memory.GPU_BYTES.get(kind or "") if on_gpu else None
     if has is None:
         return [], told
@@ -122,11 +120,22 @@ def calibration_memory(
     if needed.device <= has:
         return [], f"{told}; {kind} has {has / 1e9:.0f} GB"
     row = tables.longest_prompt_tokens + config.max_response_tokens
-    least = memory.calibration_need(*sizes, row).device
-    remedy = "calibrate a smaller student of the same kind, or name a GPU with more memory"
-    if least <= has:
-        remedy = f"set training.tokens_per_micro_batch={row} ({least / 1e9:.1f} GB)"
+    remedy = fitting(sizes, workers, tokens, row, has)
     return [Problem("training", f"{told}, but {kind} has {has / 1e9:.0f} GB; {remedy}")], None
+
+
+def fitting(
+    sizes: tuple[memory.Parts, memory.Decoder], workers: int, tokens: int, row: int, has: float
+) -> str:
+    """What to set so that a comparison fits ``has`` bytes of a GPU; row: tokens of the longest."""
+    for more in (1, 2, 4, 8, 16, 32):
+        for passes in (tokens, row):
+            needed = memory.calibration_need(*sizes, passes, workers=workers * more).device
+            if needed <= has:
+                settings = [f"training.num_workers={workers * more}"] if more > 1 else []
+                settings += [f"training.tokens_per_micro_batch={row}"] if passes < tokens else []
+                return f"set {' and '.join(settings)} ({needed / 1e9:.1f} GB)"
+    return "calibrate a smaller student of the same kind, or name a GPU with more memory"
 
 
 def calibrate(
@@ -138,35 +147,26 @@ def calibrate(
 ) -> dict[str, Any]:
     """All figures, as `calibrate_report` takes them; connected to the cluster. Raises RunError."""
     rows = ask_teacher(config, prepared, options.positions, output, say)
-    calibrator = (
-        ray.remote(Calibrator)
-        .options(**options_of_worker(config))
-        .remote(
-            absolute_paths(config),
-            ModelSource.of(config.teacher.model, prepared.teacher_folder),
-            rows,
-            options.positions,
-        )
-    )
     objectives = objectives_to_compare(config.objective, options.all_objectives)
     students = {INITIAL: None} | ({TRAINED: options.student} if options.student else {})
     found: dict[str, Any] = {"costs": {}, "students": {}}
-    for name, folder in students.items():
-        parameters = result_of(calibrator.load.remote(folder))
-        if name == INITIAL:
-            found |= result_of(calibrator.describe.remote())
-        compared = {}
-        for objective, terms in objectives.items():
-            say(f"comparing signals for {objective}, {name} student")
-            compared[objective] = result_of(calibrator.compare.remote(terms))
+    source = ModelSource.of(config.teacher.model, prepared.teacher_folder)
+    with Calibrators(config, source, rows, options.positions) as calibrators:
+        for name, folder in students.items():
+            parameters = calibrators.all("load", folder)
             if name == INITIAL:
-                found["costs"][objective] = result_of(calibrator.costs.remote(terms))
-        found["students"][name] = {
-            "folder": folder,
-            "parameters": parameters,
-            "objectives": compared,
-        }
-    ray.kill(calibrator)
+                found |= calibrators.first("describe")
+            compared = {}
+            for objective, terms in objectives.items():
+                say(f"comparing signals for {objective}, {name} student")
+                compared[objective] = calibrators.all("compare", terms)
+                if name == INITIAL:
+                    found["costs"][objective] = calibrators.all("costs", terms)
+            found["students"][name] = {
+                "folder": folder,
+                "parameters": parameters,
+                "objectives": compared,
+            }
     teacher = {"teacher": config.teacher.model, "teacher_identity": prepared.teacher_identity}
     notes = [] if options.student else [FLATTERS]
     if config.objective.temperature != 1.0:
@@ -175,18 +175,6 @@ def calibrate(
             "will do; the signals were compared at temperature 1"
         )
     return {**teacher, "cosine": options.cosine, "notes": notes, **found}
-
-
-def options_of_worker(config: RunConfig) -> dict[str, Any]:
-    """Where a student worker would be, with memory that can be measured."""
-    needed = student_resources(config, ray.cluster_resources().get("GPU", 0) > 0)
-    options: dict[str, Any] = {"num_cpus": needed.pop("CPU"), "num_gpus": needed.pop("GPU", 0)}
-    options["resources"] = needed
-    if config.training.accelerator_type is not None:
-        options["accelerator_type"] = config.training.accelerator_type
-    if config.training.label_selector:
-        options["label_selector"] = dict(config.training.label_selector)
-    return options | {"runtime_env": {"env_vars": MEASURING_ENVIRONMENT}}
 
 
 def ask_teacher(
@@ -248,17 +236,6 @@ def answer_rows(run: Run, prompts: pa.Table, signal: Signal) -> tuple[pa.Table, 
     rows = answer_prompts(run, prompts, signal, "calibration")
     require_answers(rows, len(prompts))
     return rows, len(rows)
-
-
-def result_of(reference: Any) -> Any:
-    """A task's result; its own complaint as a RunError without the remote traceback."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, (RunError, ValueError)):
-            raise RunError(str(cause)) from error
-        raise
 
 
 EXIT_INTERRUPTED = 130

@@ -205,25 +205,32 @@ def kept_activations(
     return tokens * (each * len(parts.layers) + 2 * row)
 
 
-def calibration_need(parts: Parts, decoder: Decoder, tokens: int, on_gpu: bool = True) -> Need:
-    """What `calibrate` needs for forward passes of ``tokens`` tokens: one process, in float32.
+def calibration_need(
+    parts: Parts, decoder: Decoder, tokens: int, on_gpu: bool = True, workers: int = 1
+) -> Need:
+    """What each process of `calibrate` needs for forward passes of ``tokens`` tokens, in float32.
 
-    Two gradients are held at a time. On a GPU the one that all others are compared with waits in
-    host memory. The teacher's head counts as large as the student's.
+    ``workers`` processes share one student. Two gradients are held at a time. On a GPU the one that
+    all others are compared with waits in host memory. The teacher's head counts as large as the
+    student's.
     """
-    gradients = parts.total * 4.0
+    share = parts.total * 4.0 / workers
+    gradients = share if on_gpu else 2 * share
+    root, layers = (parts.outside * 4.0, _layer_bytes(parts, 4, 4)) if workers > 1 else (0.0, 0.0)
     layer = decoder.activation_bytes(4, 4)
     activations = tokens * (layer * len(parts.layers) + 8.0 * decoder.hidden)
-    loss = _loss_bytes(parts, decoder, 4, 4, tokens, on_gpu) + 4.0 * parts.head
-    used = parts.total * 4.0 + gradients * (1 if on_gpu else 2) + activations + loss
+    loss = _loss_bytes(parts, decoder, 4, 4, tokens, on_gpu)
+    gathered, loss = max((root, loss), (root + layers, 4.0 * parts.head), key=sum)
+    loss += 4.0 * parts.head
+    used = share + gradients + gathered + activations + loss
     return Need(
-        weights=parts.total * 4.0,
-        gradients=gradients * (1 if on_gpu else 2),
+        weights=share,
+        gradients=gradients,
         optimizer=0.0,
-        gathered=0.0,
+        gathered=gathered,
         activations=activations,
         loss=loss,
-        host=gradients if on_gpu else 0.0,
+        host=share if on_gpu else 0.0,
         reserve=RESERVE + used * UNUSED if on_gpu else 0.0,
     )
 

@@ -144,7 +144,10 @@ def test_a_calibration_says_beforehand_what_it_needs_and_has(folder: ModelFolder
     assert not problems and told is not None
     assert "weights 32.1, gradients 32.1, activations" in told and "32.1 GB of host" in told
     assert told.endswith("for passes of 4,096 tokens; H200 has 141 GB")
+    assert "126.1 GB on its GPU" in told and "in one process" in told
     (problem,), _ = compared(folder, **settings | {"accelerator_type": "H100"})
+    assert "but H100 has 80 GB; set training.num_workers=2 and training.tokens_per_m" in problem
+    (problem,), _ = compared(folder, **settings | {"accelerator_type": "T4"})
     assert problem.endswith("or name a GPU with more memory")
     kept: dict[str, Any] = {"init": "from_teacher", "layers": list(range(20))}
     (problem,), _ = compared(folder, student=kept, **settings | {"accelerator_type": "H100"})
@@ -154,3 +157,19 @@ def test_a_calibration_says_beforehand_what_it_needs_and_has(folder: ModelFolder
     assert not problems, "the remedy helps"
     _, told = compared(folder)
     assert told is not None and "gradients 64.2" in told and "GB of memory (" in told
+
+
+def test_several_workers_share_the_student_of_a_calibration(folder: ModelFolder) -> None:
+    settings: dict[str, Any] = {"accelerator_type": "H100", "tokens_per_micro_batch": 4096}
+    problems, told = compared(folder, num_workers=8, **settings)
+    # An eighth of 8.03B in float32, a gradient, and another one in host memory. Whole for a while:
+    # 1.05B outside the layers, and 218.1M of a layer 3 1/4 times.
+    assert not problems and told is not None and "in each of 8 processes" in told
+    assert "weights 4.0, gradients 4.0, gathered layers 7.0, activations" in told
+    assert "4.0 GB of host memory" in told
+    (problem,), _ = compared(folder, num_workers=4, **settings)
+    assert "set training.tokens_per_micro_batch=1012 (" in problem
+    (problem,), _ = compared(folder, longest=3584, **settings)
+    assert problem.endswith("set training.num_workers=8 (72.6 GB)")
+    problems, told = compared(folder, num_workers=[2, 8], **settings | {"accelerator_type": "H200"})
+    assert not problems and told is not None and "in each of 2 processes" in told

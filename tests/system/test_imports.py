@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | ROWS
     | STEP
     | {"datasets/lookup", "datasets/prompts", "datasets/store", "datasets/stream"},
-    "train/calibration": GROUND | ROWS | STUDENT | {"datasets/store"},
+    "train/calibration": GROUND | ROWS | STEP | {"datasets/store"},
     "train/worker": GROUND | WORKER | {"datasets/stream"},
     "cluster/lineage": GROUND,
     "cluster/harness": GROUND,
@@ -91,7 +91,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | ROWS
     | {"cluster/check", "cluster/job", "cluster/report", "datasets/store", "datasets/stream"}
     | {"cluster/lineage", "cluster/report/page", "serve", "train/calibration"}
-    | {"datasets/lookup", "datasets/prompts"},
+    | {"datasets/lookup", "datasets/prompts", "train/step", "train/worker"},
     "cluster/worth": GROUND
     | ROWS
     | {"cluster/check", "cluster/commands", "cluster/job", "cluster/report", "cluster/report/page"}

@@ -1,11 +1,13 @@
-"""`Calibrator`: compares signals in one process, with the rows, the teacher's head and a student.
+"""`Calibrator`: compares signals, with the rows, the teacher's head and a student.
 
-`cluster.commands.calibrate` makes it an actor with the resources of a student worker. It calls
-``load`` for each student and ``compare`` for each objective, and gets a few figures back. Imports
-no Ray.
+`cluster.commands.calibrators` places one on each student worker's resources. All of them together
+hold one student: sharded, whatever ``training.strategy`` is, and whole for a single one. Each has
+all sampled positions. ``load`` and what follows it are collective; rank 0 gives the figures.
+Imports no Ray.
 """
 
 import os
+import platform
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from raystill.base.errors import RunError
 from raystill.config.objective import ObjectiveConfig
 from raystill.config.run import RunConfig
+from raystill.config.training import TrainingConfig
 from raystill.datasets.rows.answers import answers_table
 from raystill.datasets.rows.signal import Signal
 from raystill.model.on_node import ModelSource
@@ -27,8 +30,10 @@ from raystill.train.calibration.positions import Positions, read_positions, samp
 from raystill.train.loss.teacher_head import TeacherHead, read_teacher_head
 from raystill.train.start.shape import Shape, choose_shape
 from raystill.train.start.texts import Texts
-from raystill.train.student.build import build_student, num_classes
+from raystill.train.step.ranks import Ranks
+from raystill.train.student.build import Outline, build_student, num_classes, read_by_one_rank
 from raystill.train.student.module import StudentModule
+from raystill.train.student.sharding import gathering_passes, place_student
 
 POSITIONS_PER_ROW = 16
 """Most positions of one answer.
@@ -38,23 +43,33 @@ a forward pass of the whole student.
 """
 CHOICE_ROWS = 16
 """Answers on which a student is cut out of the teacher, where the run file leaves that open."""
+PLACED = TrainingConfig(strategy="fsdp", compute_dtype="float32", packing=False)
+"""How the student is placed: in float32, since gradients that differ little are compared."""
 
 
 class Calibrator:
     """Compares signals in float32 on the answers of one teacher. Call ``load`` first."""
 
     def __init__(
-        self, config: RunConfig, teacher: ModelSource, rows: pa.Table, num_positions: int
+        self,
+        config: RunConfig,
+        teacher: ModelSource,
+        rows: pa.Table,
+        num_positions: int,
+        ranks: Ranks | None = None,
     ) -> None:
         """Take the answers and sample ``num_positions`` of them.
 
-        rows: a table of `datasets.rows.schema.row_schema` with the ``hidden`` signal.
+        rows: a table of `datasets.rows.schema.row_schema` with the ``hidden`` signal, the same on
+        all ranks.
         """
         on_gpu = torch.cuda.is_available()
-        if not on_gpu:  # Ray sets OMP_NUM_THREADS to the actor's CPUs, which is 1 by default.
-            torch.set_num_threads(len(os.sched_getaffinity(0)))
         self._device = torch.device("cuda" if on_gpu else "cpu")
-        self._config = config
+        self._ranks = ranks or Ranks()
+        if not on_gpu:  # Ray sets OMP_NUM_THREADS to the actor's CPUs, which is 1 by default.
+            torch.set_num_threads(self._cores())
+        self._config = config.model_copy(update={"training": PLACED})
+        self._tokens_budget = config.training.tokens_per_micro_batch
         self._teacher_folder = teacher.on_this_node(
             "all" if config.student.init == "from_teacher" else "head"
         )
@@ -65,26 +80,18 @@ class Calibrator:
         self._module: StudentModule
         self._teacher: TeacherHead
         self._positions: Positions
-        self._hidden: torch.Tensor
+        self._hidden: torch.Tensor | None
 
     def load(self, folder: str | None) -> int:
-        """Load the student in ``folder``; None: the run file's untrained one.
+        """Load the student in ``folder``; None: the run file's untrained one. Collective.
 
         Returns its number of parameters. Raises RunError if the teacher's head does not give the
         log probabilities that its engine gave.
         """
         config, device = self._config, self._device
-        if folder is None:
-            seed = config.section_seeds()["student"]
-            model = build_student(config, self._teacher_folder, seed, self._choose_shape)
-        else:
-            trust = config.student.trust_remote_code or config.teacher.trust_remote_code
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=trust, use_safetensors=True
-            )
-        self._module = StudentModule(model.to(device, torch.float32))
+        self._module = self._place(folder)
         self._module.eval()  # With dropout each signal would be compared on another student.
-        vocab = num_classes(model, self._teacher_folder)
+        vocab = num_classes(self._module.model, self._teacher_folder)
         self._teacher = read_teacher_head(
             self._teacher_folder, vocab, device=device, engine_dtype=config.teacher.dtype
         )
@@ -92,10 +99,36 @@ class Calibrator:
         head, width = self._teacher, self._teacher.hidden_size
         more = [config.signal.top_k] if config.signal.kind == "topk" else []
         signals = compare.signals_to_compare(len(head.weight), width, more)
-        budget = config.training.tokens_per_micro_batch
-        self._positions = read_positions(self._sampled, head, signals, budget, vocab)
-        self._hidden = compare.hidden_states(self._module, self._positions)
+        self._positions = read_positions(self._sampled, head, signals, self._tokens_budget, vocab)
+        self._hidden = compare.hidden_states(self._module, self._positions, self._ranks)
         return sum(p.numel() for p in self._module.parameters())
+
+    def _place(self, folder: str | None) -> StudentModule:
+        """The student on its device: whole, or this rank's shards of it."""
+        ranks = self._ranks
+        by_one = read_by_one_rank(self._config, ranks.world_size)
+        model: Any = None
+        if ranks.first or not by_one:
+            model = self._read(folder).to(torch.float32)
+        if by_one:
+            outline = ranks.from_first(model and Outline.of(model))
+            model = model or outline.hollow()
+        return place_student(model, PLACED, self._device, ranks.world_size, by_one)
+
+    def _read(self, folder: str | None) -> Any:
+        config = self._config
+        if folder is None:
+            seed = config.section_seeds()["student"]
+            return build_student(config, self._teacher_folder, seed, self._choose_shape)
+        trust = config.student.trust_remote_code or config.teacher.trust_remote_code
+        return AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=trust, use_safetensors=True
+        )
+
+    def _cores(self) -> int:
+        """Of this process: its node's, shared with the other ranks there."""
+        names = self._ranks.from_first(self._ranks.gather(platform.node()))
+        return max(1, len(os.sched_getaffinity(0)) // names.count(platform.node()))
 
     def _choose_shape(self, model: nn.Module) -> Shape:
         """What to keep where the run file leaves it to the run, by the teacher's answers."""
@@ -104,7 +137,7 @@ class Calibrator:
         return choose_shape(self._config.student, model.float().eval(), texts).shape
 
     def describe(self) -> dict[str, Any]:
-        """Return the numbers of positions and rows, and figures of each signal.
+        """Return the numbers of positions and rows, and figures of each signal. Not collective.
 
         bytes_per_token: in the teacher store. teacher_mass: the teacher's probability of the ids
         that the signal names, mean over positions; None for ``text``.
@@ -125,14 +158,20 @@ class Calibrator:
         }
 
     def compare(self, objective: ObjectiveConfig) -> dict[str, Any]:
-        """Return the full signal's loss, nats per token, and figures of each signal.
+        """Return the full signal's loss, nats per token, and figures of each signal. Collective.
 
         loss_ratio: the signal's loss by the full one. cosine_logits, cosine_parameters: of the
-        signal's gradient with the full one. student_mass: as in `OnLogits`.
+        signal's gradient with the full one. student_mass: as in `OnLogits`. Empty on all ranks but
+        the first.
         """
         inputs = (self._positions, objective, self._teacher)
-        logits = compare.compare_logits(self._hidden, self._module.head(), *inputs)
-        parameters = compare.compare_parameters(self._module, *inputs)
+        logits = {}
+        with gathering_passes(self._module):
+            if self._hidden is not None:
+                logits = compare.compare_logits(self._hidden, self._module.head(), *inputs)
+        parameters = compare.compare_parameters(self._module, *inputs, self._ranks)
+        if not logits:
+            return {}
         (full,) = (figures.loss for signal, figures in logits.items() if signal.kind == "hidden")
         return {
             "full_loss": full,
@@ -148,10 +187,16 @@ class Calibrator:
         }
 
     def costs(self, objective: ObjectiveConfig) -> dict[str, Any]:
-        """Return time and memory of each signal's loss over all positions."""
-        costs = compare.loss_costs(
-            self._hidden, self._module.head(), self._positions, objective, self._teacher
-        )
+        """Return time and memory of each signal's loss over all positions. Collective.
+
+        Empty on all ranks but the first.
+        """
+        with gathering_passes(self._module):
+            if self._hidden is None:
+                return {}
+            costs = compare.loss_costs(
+                self._hidden, self._module.head(), self._positions, objective, self._teacher
+            )
         return {str(signal): cost._asdict() for signal, cost in costs.items()}
 
     def _require_agreement(self) -> None:

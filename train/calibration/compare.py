@@ -5,6 +5,10 @@ cosine of the angle between the signal's gradient and the full one at the same p
 is taken at the student's logits, which a signal acts on directly, and at its parameters, which an
 optimizer step changes. Plain torch.
 
+Several ranks compare one sharded student: the micro-batches of whole passes go round among them,
+each adds up its shards of two gradients, and the three sums of a cosine are added over the ranks.
+The head alone is rank 0's, which gets the hidden states of all.
+
 Legend: N sampled positions, n of one chunk, V rows of the student's head, D the student's hidden
 size, g the gradient of the mean loss of a signal, f that of the full signal.
 
@@ -23,20 +27,24 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from raystill.config.objective import TERMS, ObjectiveConfig
 from raystill.datasets.rows.signal import Signal
-from raystill.train.batch.batch import MicroBatch
+from raystill.train.batch.batch import MicroBatch, dummy_micro_batch
 from raystill.train.calibration.cost import Cost, cost_of
 from raystill.train.calibration.positions import HIDDEN, Positions
 from raystill.train.loss.full_vocabulary import HiddenObjective
 from raystill.train.loss.head_loss import ChunkObjective, OutputHead, head_loss
 from raystill.train.loss.objective import TokenObjective
 from raystill.train.loss.teacher_head import TeacherHead
+from raystill.train.step.ranks import Ranks
 from raystill.train.student.module import StudentModule
+from raystill.train.student.sharding import gathering_passes
 
 CROSS_ENTROPY = ObjectiveConfig(cross_entropy=1.0)
 ALL_TERMS = "all terms together"
+ALONE = Ranks()
 SIZES = (1, 8, 16, 64, 256, 1024)
 """Values of K for which a ``topk`` signal is compared."""
 
@@ -73,6 +81,10 @@ class CosineSums:
         ):
             dots = torch.linalg.vecdot(a, b).double().sum()
             setattr(self, name, getattr(self, name) + dots.item())
+
+    def over(self, ranks: Ranks) -> "CosineSums":
+        """The sums over all ranks, each of which has other shards. Collective."""
+        return CosineSums(**ranks.sum(vars(self)))
 
     @property
     def cosine(self) -> float | None:
@@ -168,25 +180,28 @@ def compare_parameters(
     positions: Positions,
     objective: ObjectiveConfig,
     teacher: TeacherHead,
+    ranks: Ranks = ALONE,
 ) -> dict[Signal, float | None]:
-    """Return the cosine of every signal at the student's parameters, head included.
+    """Return the cosine of every signal at the student's parameters, head included. Collective.
 
     Runs one forward and backward pass over the positions for each signal. Beside the parameters
     only the full gradient and that of one signal exist at a time, and on a GPU the full one is in
-    host memory, from where one parameter's part after the other is fetched.
+    host memory, from where one parameter's part after the other is fetched. Each rank has its
+    shards of all of these.
     """
     (full,) = (signal for signal in positions.partitions if signal.kind == HIDDEN)
-    reference = [g.to("cpu") for g in gradient_of(module, positions, full, objective, teacher)]
+    inputs = (objective, teacher, ranks)
+    reference = [g.to("cpu") for g in gradient_of(module, positions, full, *inputs)]
     module.zero_grad(set_to_none=True)  # Else they would still be on the device.
     cosines: dict[Signal, float | None] = {}
     for signal in positions.partitions:
         sums = CosineSums()
-        gradient: Sequence[Tensor] = reference
+        gradient = reference
         if signal is not full:
-            gradient = gradient_of(module, positions, signal, objective, teacher)
+            gradient = gradient_of(module, positions, signal, *inputs)
         for part, full_part in zip(gradient, reference, strict=True):
             sums.add(part, full_part.to(part.device))
-        cosines[signal] = sums.cosine
+        cosines[signal] = sums.over(ranks).cosine
     module.zero_grad(set_to_none=True)
     return cosines
 
@@ -197,24 +212,58 @@ def gradient_of(
     signal: Signal,
     objective: ObjectiveConfig,
     teacher: TeacherHead,
-) -> Sequence[Tensor]:
-    """Return the gradients of the summed loss, one tensor for each trainable parameter.
+    ranks: Ranks = ALONE,
+) -> list[Tensor]:
+    """Return the gradients of the summed loss, one tensor for each trainable parameter. Collective.
 
-    A parameter on which the loss does not depend has gradient 0.
+    A parameter on which the loss does not depend has gradient 0. Of a sharded student they are this
+    rank's shards.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     # To None and not to zero: the caller may still use the tensors of another signal.
     module.zero_grad(set_to_none=True)
-    for batch in positions.micro_batches(signal):
-        tokens = objective_on(signal, objective, batch, teacher)
-        head_loss(module.hidden_states(batch), module.head(), tokens).total.backward()
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    terms = CROSS_ENTROPY if signal.kind == "text" else objective
+    head = teacher if signal.kind == HIDDEN else None
+    width = teacher.hidden_size if head else 1
+    dummy = dummy_micro_batch(signal.kind, width).to(positions.device)
+    for batch in _share(list(positions.micro_batches(signal)), ranks):
+        # By the whole forward pass, in which the head of a sharded student is whole. Its backward
+        # pass divides by the number of ranks.
+        (module(batch or dummy, terms, head).total * ranks.world_size).backward()
+    return [_own(torch.zeros_like(p) if p.grad is None else p.grad) for p in parameters]
 
 
 @torch.no_grad()
-def hidden_states(module: StudentModule, positions: Positions) -> Tensor:
-    """Return the inputs of the student's head at all positions, [N, D]."""
-    return torch.cat([module.hidden_states(batch) for batch in positions.batches])
+def hidden_states(
+    module: StudentModule, positions: Positions, ranks: Ranks = ALONE
+) -> Tensor | None:
+    """Return the inputs of the student's head at all positions, [N, D]. Collective.
+
+    None on all ranks but the first.
+    """
+    dummy = dummy_micro_batch("text").to(positions.device)
+    with gathering_passes(module) as run:
+        own = [(batch, run(batch or dummy)) for batch in _share(positions.batches, ranks)]
+    if ranks.world_size == 1:
+        return torch.cat([states for _, states in own])
+    parts = ranks.gather([states.cpu() for batch, states in own if batch is not None])
+    if parts is None:
+        return None
+    order = range(len(positions.batches))
+    states = [parts[i % ranks.world_size][i // ranks.world_size] for i in order]
+    return torch.cat(states).to(positions.device)
+
+
+def _share(batches: Sequence[MicroBatch], ranks: Ranks) -> list[MicroBatch | None]:
+    """This rank's micro-batches: every world_size-th, and None where other ranks have one more."""
+    passes = math.ceil(len(batches) / ranks.world_size)
+    own: list[MicroBatch | None] = list(batches[ranks.rank :: ranks.world_size])
+    return own + [None] * (passes - len(own))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def loss_costs(

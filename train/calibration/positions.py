@@ -105,6 +105,11 @@ class Positions:
     truncated: Truncated
     partitions: dict[Signal, Partition | None]
 
+    @property
+    def device(self) -> torch.device:
+        """Where all tensors are."""
+        return self.tokens.targets.device
+
     def all_tokens(self, signal: Signal) -> MicroBatch:
         """Return ``tokens`` as a run with this signal would have them."""
         return _as_signal(self.tokens, signal, self.partitions[signal])

@@ -94,7 +94,7 @@ class StudentModule(nn.Module):
         else:
             tokens = HiddenObjective(objective, batch, teacher)
         if objective.router_balance == 0:
-            return head_loss(self.hidden_states(batch), self.head(), tokens)
+            return head_loss(self._decoded(batch)[0], self.head(), tokens)
         hidden, routers = self._decoded(batch, output_router_logits=True)
         return self._with_balance(head_loss(hidden, self.head(), tokens), batch, objective, routers)
 

@@ -23,7 +23,7 @@ run equally many passes. Imports no Ray.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -36,12 +36,13 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from raystill.config.objective import ObjectiveConfig
 from raystill.config.training import TrainingConfig
-from raystill.train.batch.batch import dummy_micro_batch
+from raystill.train.batch.batch import MicroBatch, dummy_micro_batch
 from raystill.train.loss.log_probs import sum_dtype
 from raystill.train.start.cut import layer_list
 from raystill.train.student.attention import use_attention, use_packing, wants_packing
@@ -167,6 +168,26 @@ def whole_weights(module: StudentModule) -> Iterator[None]:
             # FSDP gathers ahead in the order of past passes, which differed between the ranks here.
             # Without this the next backward pass would gather other layers on some ranks.
             parts[0].reset_iter_state()
+
+
+@contextmanager
+def gathering_passes(module: StudentModule) -> Iterator[Callable[[MicroBatch], Tensor]]:
+    """A context for forward passes without gradient that gather one layer after the other.
+
+    Gives `StudentModule.hidden_states`, of which all ranks must run equally many passes. Within the
+    context ``module.head()`` is whole. All ranks must enter it; without shards it does nothing.
+    """
+    if not is_sharded(module):
+        yield module.hidden_states
+        return
+    root = _parts(module)[0]
+    register_fsdp_forward_method(module, "hidden_states")
+    root.unshard()
+    try:
+        yield module.hidden_states
+    finally:
+        root.reshard()  # It would stay until a backward pass.
+        del module.hidden_states  # Which refers to the module, and would keep it.
 
 
 def _parts(module: nn.Module) -> list[FSDPModule]:

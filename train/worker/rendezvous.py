@@ -7,7 +7,9 @@ has the address 127.0.0.1, nobody else can connect.
 """
 
 import importlib
+import os
 import socket
+from datetime import timedelta
 from typing import Any
 
 
@@ -34,6 +36,31 @@ def meet_at_node_address() -> None:
             super().__init__(host_name, port, *args, is_master=is_master, **more)
 
     rendezvous.__dict__["TCPStore"] = NodeStore
+
+
+def join_group(
+    backend: str, address: tuple[str, int], rank: int, world_size: int, timeout_s: float
+) -> None:
+    """Make this process a member of a group that Ray Train does not place.
+
+    address: where rank 0 opens the store. Waits until all ranks have called this.
+    """
+    import torch.distributed as dist
+
+    meet_at_node_address()
+    host, port = address
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+    dist.init_process_group(
+        backend, "env://", timedelta(seconds=timeout_s), world_size=world_size, rank=rank
+    )
+
+
+def free_port(host: str) -> int:
+    """A port of this machine on which nobody listens now."""
+    with socket.create_server(
+        (host, 0), family=socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+    ) as listening:
+        return int(listening.getsockname()[1])
 
 
 def _listening_socket(host: str, port: int) -> socket.socket | None:
