@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from raystill.base.run_folder import LAYERS, RunFolder
@@ -52,10 +53,12 @@ class Start:
         from raystill.train.student.build import build_student
         from raystill.train.student.export import ExportSettings, save_student
 
-        teacher = self.teacher.on_this_node("all")
         seed, folder = self.config.section_seeds()["student"], self.folder
         known = None if folder is None else recorded_shape(folder)
-        model = build_student(self.config, teacher, seed, known=known)
+        keep = self.config.student.kept_layers if known is None else known.kept_layers
+        teacher = self.teacher.on_this_node("all", keep)
+        rest = partial(self.teacher.on_this_node, "all")
+        model = build_student(self.config, teacher, seed, known=known, rest=rest)
         sampling = resolve_sampling(self.config.teacher, teacher)
         settings = ExportSettings(self.config.training.export_dtype, teacher, sampling)
         with tempfile.TemporaryDirectory(prefix="raystill-start-") as place:

@@ -10,7 +10,7 @@ neutral settings and never stop. Imports neither torch nor Ray.
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from raystill.model.files import ALL_FILES, ModelFolder
 
 WEIGHTS = ".safetensors"
 Weights = Literal["none", "head", "all"]
+Keep = Callable[[int], Collection[int]]
 
 
 @dataclass(frozen=True)
@@ -45,16 +46,21 @@ class ModelSource:
         is_download = path.parent.name == "snapshots"
         return cls(name, str(path), tuple(files), path.name if is_download else None)
 
-    def on_this_node(self, weights: Weights) -> str:
+    def on_this_node(self, weights: Weights, keep: Keep | None = None) -> str:
         """Return a folder on this node with the driver's files; downloads those that are missing.
 
         weights: which of the safetensors files are needed, none, those with the output head, or
-        all. Raises RunError if a file is neither here nor can be downloaded.
+        all. keep: of all, a file is not needed if the index says that it has other decoder layers
+        alone; the layers' numbers by how many there are. Raises RunError if a file is neither here
+        nor can be downloaded.
         """
         folder = self._with([file for file in self.files if not file.endswith(WEIGHTS)])
         shards = [file for file in self.files if file.endswith(WEIGHTS)]
         if weights == "head":
             shards = [file for file in shards if file in self._head_files(folder)]
+        elif keep is not None:
+            needed = self._files_to_keep(folder, keep)
+            shards = [file for file in shards if needed is None or file in needed]
         return folder if weights == "none" else self._with(shards)
 
     def _with(self, files: Sequence[str]) -> str:
@@ -94,14 +100,26 @@ class ModelSource:
         head = find_head(ModelFolder(self.name, Path(folder)))
         return {part.file.name for part in (head.weight, head.bias) if part is not None}
 
+    def _files_to_keep(self, folder: str, keep: Keep) -> set[str] | None:
+        """The files that ``keep`` needs; None: all."""
+        from raystill.model.weights import files_of_layers
+
+        number = ModelFolder(self.name, Path(folder)).num_layers
+        if number is None or "model.safetensors" in self.files:
+            return None
+        return files_of_layers(Path(folder), number, keep(number))
+
     @staticmethod
     def _where() -> str:
         return f"the node {platform.node()}"
 
 
-def student_needs(config: RunConfig) -> Weights:
-    """Return which of the teacher's weights a student's worker needs."""
-    if config.student.init == "from_teacher":
+def student_needs(config: RunConfig, reads: bool = True) -> Weights:
+    """Return which of the teacher's weights a student's worker needs.
+
+    reads: whether it reads the untrained student, and does not get it from another worker.
+    """
+    if reads and config.student.init == "from_teacher":
         return "all"  # Its layers are copied from the teacher's.
     # With hidden states the workers compute the teacher's logits themselves.
     return "head" if config.signal.kind == "hidden" else "none"

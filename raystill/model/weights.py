@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -27,6 +27,8 @@ BITS = {
 PLAIN = ("F64", "F32", "F16", "BF16")
 FETCH = "fetch it again"
 INDEX = "model.safetensors.index.json"
+LAYER = re.compile(r"(.*?(?:^|(?<=\.))(?:layers|h|blocks)\.)(\d+)(\..+)")
+"""The name of a tensor of a layer: what comes before its number, the number, and the rest."""
 
 
 def header_of(file: Path) -> dict[str, dict[str, Any]]:
@@ -121,6 +123,34 @@ def size_of(folder: Path) -> dict[str, int | None]:
     numbers = sum(math.prod(entry["shape"]) for entry in entries.values())
     held = sum(end - begin for begin, end in (e["data_offsets"] for e in entries.values()))
     return {"parameters": numbers if plain else None, "bytes": held}
+
+
+def layer_prefixes(names: Iterable[str], num_layers: int) -> list[str]:
+    """What names of tensors of ``num_layers`` layers begin with; a vision tower has layers too."""
+    numbers: dict[str, set[int]] = {}
+    for found in filter(None, map(LAYER.fullmatch, names)):
+        numbers.setdefault(found[1], set()).add(int(found[2]))
+    return [before for before, there in numbers.items() if there >= set(range(num_layers))]
+
+
+def files_of_layers(folder: Path, num_layers: int, layers: Collection[int]) -> set[str] | None:
+    """The files with these of the decoder's layers, or with something else than layers.
+
+    None where that is not certain: there is no index, or several things have so many layers.
+    """
+    try:
+        index = json.loads(read_bounded(folder / INDEX))["weight_map"]
+        prefixes = layer_prefixes(index, num_layers)
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return None
+    if len(prefixes) != 1 or (folder / "model.safetensors").exists():
+        return None
+    needed = set()
+    for name, file in index.items():
+        found = LAYER.fullmatch(name)
+        if found is None or found[1] != prefixes[0] or int(found[2]) in layers:
+            needed.add(file)
+    return needed
 
 
 def _is_shard(name: str) -> bool:

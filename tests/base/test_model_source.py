@@ -111,6 +111,65 @@ def test_of_a_sharded_model_only_the_file_with_the_head_is_needed(tmp_path: Path
         source.on_this_node("head")
 
 
+def write_shards(folder: Path, num_layers: int) -> dict[str, str]:
+    """A model in small files, two layers in some of them; the file of each tensor."""
+    folder.mkdir(parents=True)
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    names += [f"model.layers.{n}.mlp.{part}" for n in range(num_layers) for part in ("up", "down")]
+    index = {name: f"model-{place // 3:05}.safetensors" for place, name in enumerate(names)}
+    for file in set(index.values()):
+        (folder / file).write_bytes(b"weights")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "config.json").write_text(json.dumps({"num_hidden_layers": num_layers}))
+    return index
+
+
+def test_files_of_layers_that_are_not_kept_are_not_asked_for(tmp_path: Path, node: Path) -> None:
+    snapshots = "models--raystill--tiny/snapshots"
+    index = write_shards(tmp_path / "driver" / snapshots / COMMIT, 12)
+    source = ModelSource.of(NAME, tmp_path / "driver" / snapshots / COMMIT)
+    shutil.rmtree(tmp_path / "driver")
+    kept = [0, 5, 11]
+    needed = {
+        file
+        for name, file in index.items()
+        if ".layers." not in name or int(name.split(".")[2]) in kept
+    }
+    here = node / snapshots / COMMIT
+    write_shards(here, 12)
+    (node / "models--raystill--tiny" / "refs").mkdir()
+    for file in set(index.values()) - needed:
+        (here / file).unlink()
+    assert len(needed) == 4 and len(set(index.values())) == 9
+    assert source.on_this_node("all", lambda number: [n for n in kept if n < number]) == str(here)
+    with pytest.raises(RunError, match=r"without model-.*HF_HUB_OFFLINE"):
+        source.on_this_node("all")
+    with pytest.raises(RunError, match=r"without model-.*HF_HUB_OFFLINE"):
+        source.on_this_node("all", lambda number: [0, 5, 10])
+
+
+@pytest.mark.parametrize(
+    "wrong", ["two lists of layers", "no index", "a broken index", "no number"]
+)
+def test_all_files_are_asked_for_where_the_index_does_not_say_it(
+    tmp_path: Path, wrong: str
+) -> None:
+    folder = tmp_path / "teacher"
+    index = write_shards(folder, 4)
+    if wrong == "two lists of layers":
+        index |= {f"vision.layers.{n}.weight": "model-00000.safetensors" for n in range(4)}
+    text = "[]" if wrong == "a broken index" else json.dumps({"weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
+    if wrong == "no index":
+        (folder / "model.safetensors.index.json").unlink()
+    if wrong == "no number":
+        (folder / "config.json").write_text("{}")
+    source = ModelSource.of("models/mine", folder)
+    (folder / index["model.layers.3.mlp.down"]).unlink()
+    with pytest.raises(RunError, match="has no model-"):
+        source.on_this_node("all", lambda _: [0])
+
+
 @pytest.mark.parametrize(
     ("init", "kind", "needed"),
     [("from_teacher", "topk", "all"), ("model", "topk", "none"), ("model", "hidden", "head")],
@@ -118,6 +177,8 @@ def test_of_a_sharded_model_only_the_file_with_the_head_is_needed(tmp_path: Path
 def test_a_worker_asks_for_what_its_student_needs(init: str, kind: str, needed: str) -> None:
     config = SimpleNamespace(student=SimpleNamespace(init=init), signal=SimpleNamespace(kind=kind))
     assert student_needs(config) == needed  # type: ignore[arg-type]
+    of_another = "head" if kind == "hidden" else "none"  # Which gives it the student.
+    assert student_needs(config, reads=False) == of_another  # type: ignore[arg-type]
 
 
 def test_the_weights_are_fetched_at_the_commit_that_was_checked(

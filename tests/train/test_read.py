@@ -121,6 +121,30 @@ def test_layers_that_are_not_kept_need_not_be_there(tmp_path: Path) -> None:
     assert student.config.num_hidden_layers == 2
 
 
+def test_the_rest_is_brought_where_the_kept_layers_alone_will_not_do(
+    llama: Path, tmp_path: Path
+) -> None:
+    def tensors(whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return whole | {"model.layers.3.mlp.other.weight": torch.ones(2)}
+
+    alone, brought = tmp_path / "alone", tmp_path / "brought"
+    alone.mkdir()
+    brought.mkdir()
+    changed(llama, alone, tensors)
+    changed(llama, brought)
+    calls: list[Path] = []
+
+    def rest() -> str:
+        calls.append(brought)
+        return str(brought)
+
+    config = config_of(alone, [0, 3])
+    student = build_student(config, str(alone), 0, rest=rest)
+    assert calls == [brought] and student.config.name_or_path == str(brought)
+    build_student(config, str(brought), 0, rest=rest)
+    assert calls == [brought], "what is kept was there"
+
+
 def test_files_in_another_precision_than_the_configuration_says(
     llama: Path, tmp_path: Path, both: Any
 ) -> None:

@@ -8,6 +8,7 @@ Imports no Ray.
 
 import os
 import platform
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -70,9 +71,11 @@ class Calibrator:
             torch.set_num_threads(self._cores())
         self._config = config.model_copy(update={"training": PLACED})
         self._tokens_budget = config.training.tokens_per_micro_batch
-        self._teacher_folder = teacher.on_this_node(
-            "all" if config.student.init == "from_teacher" else "head"
-        )
+        self._source = teacher
+        reads = self._ranks.first or not read_by_one_rank(self._config, self._ranks.world_size)
+        cut = reads and config.student.init == "from_teacher"
+        keep = None if config.student.chosen_by_run else config.student.kept_layers
+        self._teacher_folder = teacher.on_this_node("all" if cut else "head", keep)
         seed = config.section_seeds()["evaluation"]
         self._sampled = sample_positions(
             rows_from_table(rows.combine_chunks()), num_positions, POSITIONS_PER_ROW, seed
@@ -119,7 +122,9 @@ class Calibrator:
         config = self._config
         if folder is None:
             seed = config.section_seeds()["student"]
-            return build_student(config, self._teacher_folder, seed, self._choose_shape)
+            rest = partial(self._source.on_this_node, "all")
+            folder = self._teacher_folder
+            return build_student(config, folder, seed, self._choose_shape, rest=rest)
         trust = config.student.trust_remote_code or config.teacher.trust_remote_code
         return AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=trust, use_safetensors=True

@@ -7,7 +7,6 @@ are known before the weights are read.
 """
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,10 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from raystill.model.head import stored_tensors
-from raystill.model.weights import INDEX
+from raystill.model.weights import INDEX, LAYER, layer_prefixes
 from raystill.train.start.cut import keep_layers, layer_list
 
 logger = logging.getLogger(__name__)
-
-_LAYER = re.compile(r"(.*?(?:^|(?<=\.))(?:layers|h|blocks)\.)(\d+)(\..+)")
-"""The name of a tensor of a layer: what comes before its number, the number, and the rest."""
 
 
 def read_layers(folder: str, layers: list[int]) -> Any | None:
@@ -64,12 +60,9 @@ def _files_of(folder: Path) -> dict[str, Path] | None:
 def _layers_prefix(files: dict[str, Path], own: str, num_layers: int) -> str | None:
     """What the names of the decoder layers' tensors begin with; None where that is not certain.
 
-    own: what they begin with in the model. A vision tower has layers too.
+    own: what they begin with in the model.
     """
-    numbers: dict[str, set[int]] = {}
-    for found in filter(None, map(_LAYER.fullmatch, files)):
-        numbers.setdefault(found[1], set()).add(int(found[2]))
-    possible = [before for before, there in numbers.items() if there >= set(range(num_layers))]
+    possible = layer_prefixes(files, num_layers)
     if own in possible:
         return own
     return possible[0] if len(possible) == 1 else None
@@ -83,7 +76,7 @@ def _renumbered(files: dict[str, Path], before: str, layers: list[int]) -> dict[
     opened: dict[Path, Any] = {}
     kept: dict[str, Any] = {}
     for name, file in files.items():
-        found = _LAYER.fullmatch(name)
+        found = LAYER.fullmatch(name)
         if found is not None and found[1] == before:
             new = [f"{before}{place}{found[3]}" for place in places.get(int(found[2]), [])]
         else:

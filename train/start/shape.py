@@ -37,6 +37,10 @@ class Shape:
     widths: Widths | None = None
     fitted: dict[int, Tensor] = field(default_factory=dict)
 
+    def kept_layers(self, num_layers: int) -> list[int]:
+        """The layers, as `StudentConfig.kept_layers` says them."""
+        return self.layers
+
     def cut(self, teacher: nn.Module) -> nn.Module:
         """The student of this shape. ``teacher``, whole, is changed, and must not be used again."""
         keep_layers(teacher, self.layers)

@@ -34,6 +34,7 @@ def build_student(
     seed: int,
     choose: Callable[[nn.Module], Shape] | None = None,
     known: Shape | None = None,
+    rest: Callable[[], str] | None = None,
 ) -> nn.Module:
     """The untrained student on the CPU, in the dtype it is trained in; the same on every rank.
 
@@ -41,15 +42,16 @@ def build_student(
 
     teacher_folder: on this node. seed: for weights that the source model does not have. choose:
     what to keep of the whole teacher, where the run file leaves it to the run; known: what it has
-    chosen before. Raises ValueError where a layer that the teacher does not have is to be kept, or
-    a width that it cannot have.
+    chosen before. rest: brings the teacher's other files too, where the folder has only what is
+    kept, and they are needed after all. Raises ValueError where a layer that the teacher does not
+    have is to be kept, or a width that it cannot have.
     """
     student = config.student
     own_code = student.trust_remote_code
     torch.manual_seed(seed)
     if student.init == "from_teacher":
         own_code = own_code or config.teacher.trust_remote_code
-        model = _from_teacher(config, teacher_folder, own_code, choose, known)
+        model = _from_teacher(config, teacher_folder, own_code, choose, known, rest)
     else:
         model = _read_whole(student.model, own_code, student.revision)
     if student.lora is None:
@@ -65,6 +67,7 @@ def _from_teacher(
     own_code: bool,
     choose: Callable[[nn.Module], Shape] | None,
     known: Shape | None,
+    rest: Callable[[], str] | None,
 ) -> Any:
     """What the student keeps of the teacher: read alone where it is known before."""
     student = config.student
@@ -77,7 +80,7 @@ def _from_teacher(
         known = Shape(student.kept_layers(told.get_text_config().num_hidden_layers))
     if not own_code and (model := read_layers(folder, known.layers)) is not None:
         return known.finish(model)
-    return known.cut(_read_whole(folder, own_code))
+    return known.cut(_read_whole(rest() if rest else folder, own_code))
 
 
 def _read_whole(source: str | None, own_code: bool, revision: str | None = None) -> Any:

@@ -7,6 +7,7 @@ writes ``layers.json``. Later starts and the other ranks keep the same.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 from raystill.base.run_folder import LAYERS, TRAIN_PROMPTS
 from raystill.config.student import StudentConfig
 from raystill.model.files import ModelFolder
-from raystill.model.on_node import ModelSource
+from raystill.model.on_node import Keep, ModelSource, student_needs
 from raystill.model.sampling import resolve_sampling
 from raystill.run import Run
 from raystill.train.evaluation.free_running import FreeRunning, generate
@@ -30,6 +31,7 @@ from raystill.train.start.shape import (
 )
 from raystill.train.start.texts import Texts
 from raystill.train.step.ranks import Ranks
+from raystill.train.student import build
 from raystill.train.student.export import Base
 from raystill.train.student.module import cpu_has_bfloat16
 
@@ -60,6 +62,29 @@ def known_shape(run: Run, ranks: Ranks) -> Shape | None:
         return None
     recorded = ranks.from_first(run.folder.exists(LAYERS) if ranks.first else None)
     return recorded_shape(run.folder) if recorded else None
+
+
+def read_student(run: Run, ranks: Ranks, device: torch.device) -> tuple[nn.Module | None, str]:
+    """The untrained student on the host, and a folder here with the teacher's files. Collective.
+
+    None where rank 0 alone reads the student.
+    """
+    config, teacher = run.config, run.teacher
+    known = known_shape(run, ranks)
+    by_one = build.read_by_one_rank(config, ranks.world_size)
+    if not ranks.first and by_one:
+        return None, teacher.on_this_node(student_needs(config, reads=False))
+    folder = teacher.on_this_node(student_needs(config), kept(config.student, known))
+    choose = partial(run_shape, run, folder, Ranks() if by_one else ranks, device)
+    seed, rest = config.section_seeds()["student"], partial(teacher.on_this_node, "all")
+    return build.build_student(config, folder, seed, choose, known, rest), folder
+
+
+def kept(student: StudentConfig, known: Shape | None) -> Keep | None:
+    """The teacher's layers that are read; None: all."""
+    if known is not None:
+        return known.kept_layers
+    return None if student.chosen_by_run else student.kept_layers
 
 
 def base_of(student: StudentConfig, teacher: ModelSource, teacher_folder: str) -> Base:

@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING
 import ray
 import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode
-from torch import nn
 
 from raystill.base.logs import say_where
 from raystill.datasets.stream.stream import iterate_groups
-from raystill.model.on_node import student_needs
 from raystill.model.sampling import resolve_sampling
 from raystill.run import Run
 from raystill.train.batch.rows import Row, rows_from_table
@@ -41,7 +39,7 @@ from raystill.train.student.module import StudentModule, parallel_module
 from raystill.train.student.sharding import place_student
 from raystill.train.worker.process import report_final_errors, settle_process
 from raystill.train.worker.progress import Progress
-from raystill.train.worker.shape import base_of, known_shape, run_shape
+from raystill.train.worker.shape import base_of, read_student
 
 if TYPE_CHECKING:
     from raystill.train.worker.policy import PolicyPublisher
@@ -83,8 +81,7 @@ class Worker:
         self.run, self.config, self.coordinator = run, run.config, run.coordinator
         self.ranks = Ranks(context.get_world_rank(), context.get_world_size())
         self.device, self.cores = settle_process(run, context)
-        self.teacher_folder = run.teacher.on_this_node(student_needs(run.config))
-        self.student = self._build_student()
+        self.student, self.teacher_folder = self._build_student()
         self.optimizer = build_optimizer(self.student, self.config.training)
         self.vocab = build.num_classes(self.student.model, self.teacher_folder)
         self.sampling = resolve_sampling(self.config.teacher, self.teacher_folder)
@@ -267,24 +264,17 @@ class Worker:
         dropped = ray.get(self.coordinator.dropped_positions.remote())
         return count_pairs(self.run, self.vocab, self.progress.epoch, dropped)
 
-    def _build_student(self) -> StudentModule:
-        by_one = build.read_by_one_rank(self.config, self.ranks.world_size)
+    def _build_student(self) -> tuple[StudentModule, str]:
+        """The student on its device, and a folder on this node with the teacher's files."""
+        training, world_size = self.config.training, self.ranks.world_size
+        by_one = build.read_by_one_rank(self.config, world_size)
+        model, folder = read_student(self.run, self.ranks, self.device)
         if by_one:
-            model = self._read_student(Ranks()) if self.ranks.first else None
             outline = self.ranks.from_first(model and build.Outline.of(model))
             model = model or outline.hollow()
-        else:
-            model = self._read_student(self.ranks)
+        assert model is not None, "each rank has read it, or has its outline"
         lora.attach(model, self.config, self.device)
-        training, world_size = self.config.training, self.ranks.world_size
-        return place_student(model, training, self.device, world_size, by_one)
-
-    def _read_student(self, ranks: Ranks) -> nn.Module:
-        """The untrained student on the host; ranks: those that read it."""
-        choose = partial(run_shape, self.run, self.teacher_folder, ranks, self.device)
-        seed = self.config.section_seeds()["student"]
-        known = known_shape(self.run, ranks)
-        return build.build_student(self.config, self.teacher_folder, seed, choose, known)
+        return place_student(model, training, self.device, world_size, by_one), folder
 
     def _policy_publisher(self, student: LocalStudent) -> "PolicyPublisher | None":
         """Where the student writes rows: what gives its sampler new weights."""
