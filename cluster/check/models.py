@@ -23,6 +23,7 @@ from raystill.model.files import ModelFolder, read_object
 from raystill.model.head import find_head, logit_transform, read_header, stored_tensors
 from raystill.model.sizes import FFN_OUTPUT, Sizes, is_ffn_output
 from raystill.model.tokenizer import read_settings, shared_tokenizer
+from raystill.model.weights import size_of
 from raystill.placement import memory
 
 NAMED_TOKENS = ("bos", "eos", "pad")
@@ -125,6 +126,14 @@ def check_memory(
     if has is None:
         return [], [f"{told}; set training.accelerator_type to have it compared with the GPU's"]
     has *= min(1.0, training.gpus_per_worker or 1.0)
+    whole = config.student.chosen_by_run and size_of(student.path).get("bytes")
+    if whole and whole > has:
+        message = (
+            "what is kept is chosen with the whole teacher on the first worker's GPU: "
+            f"{whole / 1e9:.0f} GB of weights, but {kind} has {has / 1e9:.0f} GB; name the layers, "
+            "or set layers.by: even, without refit and widths"
+        )
+        return [Problem("student", message)], []
     longest = memory.longest_pass(training, parts, decoder, workers=workers, has=has)
     if needed.device <= has:
         return [], [f"{told}; {kind} has {has / 1e9:.0f} GB, enough for {longest:,} tokens"]

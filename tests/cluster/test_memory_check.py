@@ -102,6 +102,16 @@ def test_a_student_with_fewer_layers_and_narrower_ones_needs_less(folder: ModelF
     assert "weights 5.7, gradients 5.7, optimizer state 11.5" in told
 
 
+def test_a_choice_needs_the_whole_teacher_on_one_gpu(folder: ModelFolder) -> None:
+    settings: dict[str, Any] = {"num_workers": 64, "strategy": "fsdp", "accelerator_type": "T4"}
+    chosen: dict[str, Any] = {"init": "from_teacher", "layers": {"keep": 2}}
+    (problem,), _ = said(folder, student=chosen, **settings)
+    assert "16 GB of weights, but T4 has 16 GB; name the layers, or set layers.by: even" in problem
+    even = {"init": "from_teacher", "layers": {"keep": 2, "by": "even"}}
+    problems, _ = said(folder, student=even, tokens_per_micro_batch=1012, **settings)
+    assert not problems
+
+
 def test_adapters_need_gradients_and_moments_of_their_own_alone(folder: ModelFolder) -> None:
     lora: dict[str, Any] = {"init": "model", "model": "m", "lora": {"rank": 16}}
     problems, (told,) = said(folder, student=lora, accelerator_type="H100")

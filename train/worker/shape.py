@@ -67,13 +67,17 @@ def known_shape(run: Run, ranks: Ranks) -> Shape | None:
 def read_student(run: Run, ranks: Ranks, device: torch.device) -> tuple[nn.Module | None, str]:
     """The untrained student on the host, and a folder here with the teacher's files. Collective.
 
-    None where rank 0 alone reads the student.
+    None where rank 0 alone reads the student. Where the run file leaves a choice to the run, rank 0
+    alone reads the whole teacher, and the others what it has chosen.
     """
     config, teacher = run.config, run.teacher
     known = known_shape(run, ranks)
     by_one = build.read_by_one_rank(config, ranks.world_size)
     if not ranks.first and by_one:
         return None, teacher.on_this_node(student_needs(config, reads=False))
+    if not ranks.first and known is None and config.student.chosen_by_run:
+        ranks.from_first(None)  # As `run_shape` does on rank 0.
+        known = recorded_shape(run.folder)
     folder = teacher.on_this_node(student_needs(config), kept(config.student, known))
     choose = partial(run_shape, run, folder, Ranks() if by_one else ranks, device)
     seed, rest = config.section_seeds()["student"], partial(teacher.on_this_node, "all")
