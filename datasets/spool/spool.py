@@ -165,14 +165,30 @@ class TokenLists(Sequence[TokenIds | None]):
         return row.values.to_numpy() if row.is_valid else None
 
     def take(self, rows: NDArray[np.int64]) -> pa.ListArray:
-        """The rows with these numbers, in this order. Fast where the numbers ascend."""
-        number = rows // CHUNK_ROWS
-        starts = np.flatnonzero(np.diff(number, prepend=-1))
-        parts = [
-            self._chunks[int(number[start])].take(pa.array(rows[start:stop] % CHUNK_ROWS))
-            for start, stop in zip(starts, [*starts[1:], len(rows)], strict=False)
-        ]
-        return pa.concat_arrays([*parts, pa.array([], TOKEN_IDS)])
+        """The rows with these numbers, in this order. Fast where the numbers ascend.
+
+        Arrow's own ``take`` would need twice the memory: its pool keeps what it frees for a while.
+        """
+        number, place = np.divmod(rows, CHUNK_ROWS)
+        starts = np.flatnonzero(np.diff(number, prepend=-1)).tolist()
+        parts = list(zip(starts, [*starts[1:], len(rows)], strict=False))
+        lengths, valid = np.zeros(len(rows), np.int32), np.ones(len(rows), bool)
+        for start, stop in parts:
+            lengths[start:stop] = self._lengths[number[start]][place[start:stop]]
+        offsets = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum(lengths, out=offsets[1:])
+        values = np.empty(offsets[-1], np.int32)
+        for start, stop in parts:
+            chunk = self._chunks[int(number[start])]
+            mine = place[start:stop]
+            if chunk.null_count:
+                valid[start:stop] = chunk.is_valid().to_numpy(zero_copy_only=False)[mine]
+            shift = chunk.offsets.to_numpy()[mine].astype(np.int64) - offsets[start:stop]
+            first, last = offsets[start], offsets[stop]
+            at = np.arange(first, last) + np.repeat(shift, lengths[start:stop])
+            values[first:last] = chunk.values.to_numpy()[at]
+        mask = None if valid.all() else pa.array(~valid)
+        return pa.ListArray.from_arrays(offsets, values, type=TOKEN_IDS, mask=mask)
 
 
 class NoTokens(Sequence[None]):

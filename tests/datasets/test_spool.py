@@ -18,7 +18,7 @@ from raystill.datasets.prompts.tables import PromptTables, build_prompt_tables
 from raystill.datasets.prompts.tokenise import PromptTokeniser
 from raystill.datasets.spool import equal, spool
 from raystill.datasets.spool.equal import group_numbers, is_first
-from raystill.datasets.spool.spool import Picked, Spool, TokenLists
+from raystill.datasets.spool.spool import Picked, Spool, TokenLists, token_lists
 
 COUNTING = pa.proxy_memory_pool(pa.default_memory_pool())
 """Counts what one test has in Arrow's memory. It has to outlive whatever was made in it."""
@@ -139,11 +139,14 @@ def test_tables_are_the_same_from_a_file_as_from_memory(
 
 
 def test_a_row_takes_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Python and numpy hold at the most; Arrow's and the tokenizer's memory is not in it."""
+    """What Python and numpy hold at the most beside the table's ids, which are numpy's; Arrow's and
+    the tokenizer's memory is not in it.
+    """
     monkeypatch.setattr(spool, "CHUNK_ROWS", 250)
     monkeypatch.setattr(progress, "BATCH_PROMPTS", 250)
     monkeypatch.setattr(select, "ROWS_AT_ONCE", 250)
     monkeypatch.setattr(equal, "SORTED_ROWS", 250)
+    monkeypatch.setattr(prompt_tables, "ROWS_PER_CHUNK", 250)
     num = 8_000
     path = write(tmp_path / "p.jsonl", [{"prompt": f"what is {n} and {n}?"} for n in range(num)])
     few = write(tmp_path / "few.jsonl", [{"prompt": f"what is {n}?"} for n in range(9)])
@@ -155,8 +158,9 @@ def test_a_row_takes_few_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     finally:
         tracemalloc.stop()
     assert found.train.num_rows == num - 64
+    peak -= found.train.nbytes
     assert peak / num < 140, f"{peak / num:.0f} bytes a row"
-    # The table itself, in Arrow's memory: 4 bytes a token, and 40 for all else.
+    # The table itself: 4 bytes a token, and 40 for all else.
     assert found.train.nbytes / num < 4 * found.longest_prompt_tokens + 40
 
 
@@ -189,3 +193,40 @@ def test_a_full_temporary_folder_is_named(
     path = write(tmp_path / "p.jsonl", [{"prompt": f"what is {n}?"} for n in range(20)])
     with pytest.raises(ConfigError, match=r"TMPDIR: .* \(No space left on device\); set the"):
         tables(path, evaluation={"held_out_rows": 2})
+
+
+def test_rows_are_taken_as_arrow_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "CHUNK_ROWS", 7)
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        count, nulls = int(generator.integers(0, 40)), generator.choice([0.0, 0.3, 1.0])
+        rows = [
+            None if generator.random() < nulls else np.arange(n, dtype=np.int32)
+            for n in generator.integers(0, 6, count)
+        ]
+        lists = TokenLists()
+        for start in range(0, count, 7):
+            lists.append(rows[start : start + 7])
+        wanted = generator.integers(0, max(count, 1), generator.integers(0, 50) if count else 0)
+        wanted = np.sort(wanted) if generator.random() < 0.5 else wanted
+        taken = lists.take(wanted)
+        taken.validate(full=True)
+        assert taken.equals(token_lists(rows).take(pa.array(wanted)))
+
+
+def test_taking_rows_needs_none_of_arrows_memory() -> None:
+    """Its pool keeps what it frees for a while: tables took twice their size while being made."""
+    lists, size = TokenLists(), spool.CHUNK_ROWS
+    for start in range(0, 3 * size, size):
+        lists.append([np.full(100, start + i, np.int32) for i in range(size)])
+    before, peak = pa.default_memory_pool(), COUNTING.max_memory()
+    pa.set_memory_pool(COUNTING)
+    try:
+        kept = pa.allocate_buffer(peak + 1 - COUNTING.bytes_allocated(), memory_pool=COUNTING)
+        peak = COUNTING.max_memory()  # Of this test alone from here on.
+        taken = lists.take(np.arange(0, 3 * size, 2))
+    finally:
+        pa.set_memory_pool(before)
+    del kept
+    assert len(taken.values) == 150 * size
+    assert COUNTING.max_memory() - peak < taken.nbytes / 10
