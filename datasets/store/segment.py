@@ -13,6 +13,7 @@ Imports neither Ray nor torch. Nothing in a segment is ever unpickled.
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any
@@ -32,6 +33,7 @@ from raystill.datasets.store.reading import (
     UnusableSegment,
     WatchedSource,
 )
+from raystill.datasets.store.values import CHECKSUM_BYTES, checksum
 
 FOOTER = b"raystill.segment"
 AFTER_FINAL_NORM = "after the final norm"
@@ -40,7 +42,6 @@ OWN_NAME = re.compile(r"(\.removed-[0-9a-f]{16}-)?[0-9a-f]{32}\.parquet(\.aside)
 
 COMPRESSION = "zstd"
 COMPRESSION_LEVEL = 1
-CHECKSUM_BYTES = 8
 READ_WHOLE_BYTES = 128 << 10
 """Size up to which a file is read in one piece. Arrow reads half of it to find its metadata."""
 THREADS_BYTES = 1 << 20
@@ -211,7 +212,10 @@ class SegmentFile:
             raise UnreadableSegment(name, _reason(error)) from error
         try:
             small = self._source.size <= READ_WHOLE_BYTES
-            self.data = pa.BufferReader(self._source.read_buffer()) if small else self._source
+            # Arrow's threads must not hold a file of Python's: one that lets go of it while the
+            # interpreter ends aborts the process.
+            self._for_threads = pa.BufferReader(self._source.read_buffer()) if small else source
+            self.data = self._for_threads if small else self._source
             self._file = pq.ParquetFile(self.data, page_checksum_verification=True)
             metadata = self._file.metadata
             described = metadata.metadata or {}
@@ -227,15 +231,24 @@ class SegmentFile:
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         """These columns of one group, whose checksums are verified."""
         try:
-            large = self._file.metadata.row_group(group).total_byte_size > THREADS_BYTES
-            rows = self._file.read_row_group(group, list(columns), use_threads=large)
-            rows = rows.combine_chunks()
-            written = self.footer.groups[group]
-            wrong = [n for n in columns if checksum(rows[n]) != written.checksums[n]]
-            if wrong or len(rows) != written.rows:
-                raise ValueError(f"{', '.join(wrong) or 'its row count'} is not what was written")
+            if self._file.metadata.row_group(group).total_byte_size > THREADS_BYTES:
+                known = {"metadata": self._file.metadata, "page_checksum_verification": True}
+                with suppress(READ_ERRORS):  # What is wrong is seen by reading it once more.
+                    file = pq.ParquetFile(self._for_threads, **known)
+                    return self._verified(file, group, columns, threads=True)
+            return self._verified(self._file, group, columns, threads=False)
         except READ_ERRORS as error:
             raise self._as_unusable(error, f"group {group}: ") from error
+
+    def _verified(
+        self, file: pq.ParquetFile, group: int, columns: Sequence[str], threads: bool
+    ) -> pa.Table:
+        """`read` from this file. Raises one of READ_ERRORS."""
+        rows = file.read_row_group(group, list(columns), use_threads=threads).combine_chunks()
+        written = self.footer.groups[group]
+        wrong = [n for n in columns if checksum(rows[n]) != written.checksums[n]]
+        if wrong or len(rows) != written.rows:
+            raise ValueError(f"{', '.join(wrong) or 'its row count'} is not what was written")
         return rows.select(list(columns))
 
     def keys(self) -> list[pa.Array]:
@@ -349,51 +362,3 @@ def _parse_footer(footer: dict[str, Any]) -> Footer:
 def _reason(error: BaseException) -> str:
     """The first line of an error's message, or its class where there is none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def checksum(column: pa.ChunkedArray | pa.Array) -> str:
-    """Checksum (blake2b-64, hexadecimal) of a column's values.
-
-    Chunks, offsets and the file's encoding do not change it.
-    """
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    digest = blake2b(digest_size=CHECKSUM_BYTES)
-    _update_digest(digest, array)
-    return digest.hexdigest()
-
-
-def _update_digest(digest: Any, array: pa.Array, nested: bool = False) -> None:
-    """Add an array's values to the digest; ``nested``: it is the values of a list column.
-
-    Numbers and hidden states (nested binaries) are added as whole buffers, which is fast. Strings
-    and keys, of which a row has one, are added one by one with their lengths.
-    """
-    kind = array.type
-    digest.update(f"{len(array)} {array.null_count};".encode())
-    if array.null_count:
-        digest.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes())
-    if pa.types.is_list(kind):
-        lengths = array.value_lengths().fill_null(0)
-        digest.update(lengths.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
-        _update_digest(digest, array.flatten(), nested=True)
-    elif pa.types.is_fixed_size_list(kind):
-        _update_digest(digest, array.flatten(), nested=True)
-    elif pa.types.is_fixed_size_binary(kind) and nested:
-        digest.update(_bytes_of(array))
-    elif pa.types.is_string(kind) or pa.types.is_fixed_size_binary(kind):
-        for value in array.cast(pa.large_binary()).to_pylist():
-            digest.update(b"\0" if value is None else b"%d:%b" % (len(value), value))
-    else:
-        values = array.fill_null(0) if array.null_count else array
-        digest.update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)).tobytes())
-
-
-def _bytes_of(array: pa.FixedSizeBinaryArray) -> memoryview:
-    """The values of fixed-size binaries as they lie in their buffer. ValueError if one is null."""
-    if array.null_count:
-        raise ValueError(f"{array.null_count} of {len(array)} states are null; expected none")
-    if not len(array):
-        return memoryview(b"")
-    width = array.type.byte_width
-    start = array.offset * width
-    return memoryview(array.buffers()[1])[start : start + len(array) * width]

@@ -1,9 +1,13 @@
-"""Values that no teacher means: NaN or positive log probabilities, ids outside the vocabulary.
+"""Values of stored columns: their checksums, and those that no teacher means.
 
-Such a row is not stored, since the student would refuse it each time.
+Those are NaN or positive log probabilities, and ids outside the vocabulary. Such a row is not
+stored, since the student would refuse it each time.
 
 Imports neither Ray nor torch.
 """
+
+from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +15,7 @@ from numpy.typing import NDArray
 
 from raystill.datasets.rows.signal import Signal
 
+CHECKSUM_BYTES = 8
 TOLERANCE_NATS = 1e-3
 """By how much rounding to float32 may lift a log probability above 0, or above the one before."""
 
@@ -53,3 +58,51 @@ def _flat(column: pa.ChunkedArray) -> NDArray[np.float32]:
     while pa.types.is_list(array.type) or pa.types.is_fixed_size_list(array.type):
         array = array.flatten()
     return np.asarray(array.to_numpy(zero_copy_only=False))
+
+
+def checksum(column: pa.ChunkedArray | pa.Array) -> str:
+    """Checksum (blake2b-64, hexadecimal) of a column's values.
+
+    Chunks, offsets and the file's encoding do not change it.
+    """
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    digest = blake2b(digest_size=CHECKSUM_BYTES)
+    _update_digest(digest, array)
+    return digest.hexdigest()
+
+
+def _update_digest(digest: Any, array: pa.Array, nested: bool = False) -> None:
+    """Add an array's values to the digest; ``nested``: it is the values of a list column.
+
+    Numbers and hidden states (nested binaries) are added as whole buffers, which is fast. Strings
+    and keys, of which a row has one, are added one by one with their lengths.
+    """
+    kind = array.type
+    digest.update(f"{len(array)} {array.null_count};".encode())
+    if array.null_count:
+        digest.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes())
+    if pa.types.is_list(kind):
+        lengths = array.value_lengths().fill_null(0)
+        digest.update(lengths.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
+        _update_digest(digest, array.flatten(), nested=True)
+    elif pa.types.is_fixed_size_list(kind):
+        _update_digest(digest, array.flatten(), nested=True)
+    elif pa.types.is_fixed_size_binary(kind) and nested:
+        digest.update(_bytes_of(array))
+    elif pa.types.is_string(kind) or pa.types.is_fixed_size_binary(kind):
+        for value in array.cast(pa.large_binary()).to_pylist():
+            digest.update(b"\0" if value is None else b"%d:%b" % (len(value), value))
+    else:
+        values = array.fill_null(0) if array.null_count else array
+        digest.update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)).tobytes())
+
+
+def _bytes_of(array: pa.FixedSizeBinaryArray) -> memoryview:
+    """The values of fixed-size binaries as they lie in their buffer. ValueError if one is null."""
+    if array.null_count:
+        raise ValueError(f"{array.null_count} of {len(array)} states are null; expected none")
+    if not len(array):
+        return memoryview(b"")
+    width = array.type.byte_width
+    start = array.offset * width
+    return memoryview(array.buffers()[1])[start : start + len(array) * width]

@@ -44,12 +44,12 @@ from raystill.datasets.store.segment import (
     Origin,
     Provenance,
     SegmentFile,
-    checksum,
     encode,
     segment_name,
 )
 from raystill.datasets.store.store import SEGMENTS, RowCounts, TeacherStore
 from raystill.datasets.store.upkeep import prune, verify
+from raystill.datasets.store.values import checksum
 from tests.support.paid import rows_requested_by
 
 V = 300

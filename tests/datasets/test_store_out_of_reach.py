@@ -126,13 +126,56 @@ def test_what_cannot_be_used_says_so_in_another_process_too(kind: type[UnusableS
     assert str(again) == "segment a.parquet: torn"
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_arrows_threads_never_hold_a_file_of_pythons(
+    store: TeacherStore, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """One that lets go of it while the interpreter ends aborts the process (status 134)."""
+    monkeypatch.setattr(segments, "THREADS_BYTES", 0)
+    monkeypatch.setattr(segments, "READ_WHOLE_BYTES", (1 << 20) * whole)
+    name = publish(store, list(range(8)))
+    threads: list[int] = []
+    read_buffer = reading.WatchedSource.read_buffer
+
+    def seen(source: reading.WatchedSource, nbytes: int = -1) -> pa.Buffer:
+        threads.append(threading.get_ident())
+        return read_buffer(source, nbytes)
+
+    monkeypatch.setattr(reading.WatchedSource, "read_buffer", seen)
+    file = store.open(name)
+    opening = len(threads)
+    assert file.read(0, ["key", *COLUMNS]).num_rows == 8
+    assert opening and len(threads) == opening, "the rows came another way"
+    assert set(threads) == {threading.get_ident()}
+
+
+def test_what_is_damaged_is_so_whichever_way_it_is_read(
+    store: TeacherStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "THREADS_BYTES", 0)
+    name = publish(store, list(range(8)))
+    data = path_of(store, name).read_bytes()
+    for whole in (0, 1 << 20):
+        monkeypatch.setattr(segments, "READ_WHOLE_BYTES", whole)
+        for place in range(10, len(data) // 2, 97):
+            altered = bytearray(data)
+            altered[place] ^= 1
+            path_of(store, name).write_bytes(altered)
+            assert isinstance(verify(store).get(name), DamagedSegment | None)
+        assert isinstance(verify(store).get(name), DamagedSegment)
+        path_of(store, name).write_bytes(data)
+        assert verify(store) == {}
+
+
 class TestUnreadable:
-    @pytest.fixture(params=["open", "read", "short", "read whole", "short whole"])
+    @pytest.fixture(params=["open", "read", "short", "read whole", "short whole", "read threads"])
     def how(
         self, request: pytest.FixtureRequest, network: Network, monkeypatch: pytest.MonkeyPatch
     ) -> Iterator[str]:
-        network.how, _, whole = request.param.partition(" ")
-        if whole:
+        network.how, _, way = request.param.partition(" ")
+        if way == "threads":
+            monkeypatch.setattr(segments, "THREADS_BYTES", 0)
+        if way == "whole":
             monkeypatch.setattr(segments, "READ_WHOLE_BYTES", 1 << 20)
             network.sound = 0
         yield network.how
