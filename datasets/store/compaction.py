@@ -141,9 +141,7 @@ def _compact(
             held_by = {
                 outline.name(s) if moved[s] < 0 else made[moved[s]] for s in (segment, *witnessed)
             } - {name}
-            if name == new:
-                merged += 1
-            elif proof.remove(name, read.footer, read.ending, read.keys, held_by):
+            if name == new or proof.remove(name, read.footer, read.ending, read.keys, held_by):
                 merged += 1
                 duplicates += len(dropped)
         if progress is not None:
@@ -289,7 +287,8 @@ def publish_merged(store: TeacherStore, origin: Origin, kept: Mapping[str, Group
 
     None if no group is kept. The merged segment's name may be taken, by one of another origin, with
     other answers or unusable. That one stays, and the next free name is used, unless the segment of
-    that name is the only one of the batch with rows to keep.
+    that name is the only one of the batch with rows to keep, or the very same: it was published by
+    a compaction that died, or by a request that was carried out and not confirmed.
     """
     groups = [group for of_segment in kept.values() for group in of_segment]
     if not groups:
@@ -298,7 +297,7 @@ def publish_merged(store: TeacherStore, origin: Origin, kept: Mapping[str, Group
     if [n for n, of_segment in kept.items() if of_segment] == [name]:
         return name
     data = encode(origin, groups)
-    while not store.put(name, data):
+    while not store.put(name, data) and not store.holds(name, data):
         name = next_name(name)
     return name
 

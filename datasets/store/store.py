@@ -107,6 +107,14 @@ class TeacherStore:
         """Whether there is a segment of that name."""
         return self.folder.exists(f"{SEGMENTS}/{name}")
 
+    def holds(self, name: str, data: bytes) -> bool:
+        """Whether there is a segment of that name with these very bytes."""
+        with suppress(OSError):
+            return self.size(name) == len(data) and data == self.folder.read_bytes(
+                f"{SEGMENTS}/{name}"
+            )
+        return False
+
     def stamp(self, name: str) -> tuple[int, int] | None:
         """Size and time of change of a segment, which tell if it is the same; None if gone."""
         info = self.folder.filesystem().get_file_info(f"{self.folder.root}/{SEGMENTS}/{name}")

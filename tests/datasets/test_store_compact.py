@@ -492,3 +492,17 @@ def test_the_ending_of_a_segment_tells_it_from_any_other(store: TeacherStore) ->
         path_of(store, "odd.parquet").write_bytes(odd)
         assert store.ending("odd.parquet") not in endings
     assert store.ending("no.parquet") is None
+
+
+@pytest.mark.parametrize("first", range(6))
+def test_what_a_compaction_that_died_had_published_is_used(store: TeacherStore, first: int) -> None:
+    """Its inputs are there beside it, whichever of the names comes first."""
+    names = [publish(store, [row]) for row in (first, first + 10)]
+    data = [path_of(store, name).read_bytes() for name in names]
+    compact(store)
+    (merged,) = store.names()
+    for name, of_name in zip(names, data, strict=True):
+        path_of(store, name).write_bytes(of_name)
+    done = compact(store)
+    assert store.names() == [merged] and (done.merged, done.into, done.duplicates) == (3, 1, 2)
+    assert missing(store, [first, first + 10]) == 0 and verify(store) == {}

@@ -222,6 +222,28 @@ def test_a_renewal_that_is_done_and_not_confirmed_is_no_loss(
         lease.confirm()
 
 
+@pytest.mark.parametrize("kind", ["late", "cut"])
+def test_a_merged_segment_whose_writing_was_not_confirmed_is_published_once(
+    store: TeacherStore, s3: S3, kind: str
+) -> None:
+    """The server writes it, and the next try finds its name taken."""
+    first = [publish(store, [row])[0] for row in range(4)]
+    troubled: list[Request] = []
+
+    def trouble(request: Request) -> str | None:
+        if request[0] == "PUT" and "/segments/" in request[1] and not troubled:
+            troubled.append(request)
+            return kind
+        return None
+
+    s3.proxy.trouble = trouble
+    done = compact(store)
+    assert troubled and (done.merged, done.into, done.duplicates) == (4, 1, 0)
+    (name,) = store.names()
+    assert name not in first and verify(store) == {}
+    assert store.catalogue().locate(keys_of(list(range(4)))).min() >= 0
+
+
 def test_upkeep_and_look_up(store: TeacherStore, s3: S3) -> None:
     for row in range(6):
         publish(store, [row])
