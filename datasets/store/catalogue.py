@@ -157,7 +157,7 @@ def build_catalogue(
 
 @dataclass(frozen=True)
 class Outline:
-    """What a store holds, in some 40 bytes a row and 80 a segment.
+    """What a store holds, in 18 bytes a row and some 60 a segment.
 
     Segments are in the order of a catalogue's entries, and rows in that of the segments. Segment m
     has the rows ``first[m]`` to ``first[m + 1]``, comes from ``origins[origin[m]]`` and has
