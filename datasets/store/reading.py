@@ -8,6 +8,7 @@ one that was only out of reach.
 Imports neither Ray nor torch.
 """
 
+import resource
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,10 @@ ENDING_BYTES = 64 << 10
 
 ASKED_TOGETHER = 1024
 """Segments that wait for a thread at a time: each takes a kilobyte meanwhile."""
+
+TRIED_ALONE = 4
+"""Segments that are read one after the other to see whether that waits for a disk or a network.
+Where it does not, eight threads take twice as much of the processor, and no less time."""
 
 T = TypeVar("T")
 
@@ -156,20 +161,36 @@ def read_each(
     after each of ``pauses`` (seconds; None: ``RETRY_PAUSES_S``). All segments share one pause:
     reading a store that is out of reach fails within seconds, however many segments it has.
     ``progress`` is called with (segments read, segments in all) during the first pass.
+    ``threads``: at most so many; one, this one, where the first reads did not wait for anything.
     """
     results: dict[str, T | UnusableSegment] = {}
     remaining = list(names)
+    known: dict[str, T | UnusableSegment] = {}
+    if threads > 1:
+        before = _waits()
+        known = {name: read(name) for name in remaining[:TRIED_ALONE]}
+        threads = threads if _waits() - before >= len(known) else 1
+
+    def of(name: str) -> T | UnusableSegment:
+        return known.pop(name) if name in known else read(name)
+
     with ThreadPoolExecutor(threads, thread_name_prefix="segments") as pool:
         for pause in (0.0, *(RETRY_PAUSES_S if pauses is None else pauses)):
             if pause and remaining:
                 time.sleep(pause)
             for start in range(0, len(remaining), ASKED_TOGETHER):
                 some = remaining[start : start + ASKED_TOGETHER]
+                read_now = map(of, some) if threads == 1 else pool.map(of, some)
                 for number, (name, result) in enumerate(
-                    zip(some, pool.map(read, some), strict=True), start + 1
+                    zip(some, read_now, strict=True), start + 1
                 ):
                     results[name] = result
                     if progress is not None and not pause:
                         progress(number, len(names))
             remaining = [n for n in remaining if isinstance(results[n], UnreadableSegment)]
     return results
+
+
+def _waits() -> int:
+    """How often this thread has given up the processor to wait for something."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw

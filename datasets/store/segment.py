@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
@@ -127,6 +128,7 @@ class Footer:
         return sum(group.rows for group in self.groups)
 
 
+@lru_cache(maxsize=64)
 def segment_schema(signal: Signal) -> pa.Schema:
     """Columns of a segment: the key, the prompt, the answer, the signal."""
     return pa.schema(

@@ -88,6 +88,7 @@ def named_file(file: str, teacher: str) -> str:
     return f"{stem}-{teacher}{dot}{ending}" if teacher else file
 
 
+LOCAL = pafs.LocalFileSystem()
 LARGEST_TEXT = 4 << 30
 NO_FILES = (stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFSOCK)
 URI_QUERY = re.compile(r"\?\w+=[^?*]*$")  # A "?" of a glob is not followed by name=value.
@@ -231,7 +232,7 @@ class RunFolder:
 
     def _opened(self) -> tuple[pafs.FileSystem, str]:
         # Not kept in the folder, so that it pickles and can be hashed.
-        return (pafs.LocalFileSystem(), self.path) if self.is_local else _open_uri(self.path)
+        return (LOCAL, self.path) if self.is_local else _open_uri(self.path)
 
     def _at(self, name: str) -> tuple[pafs.FileSystem, str]:
         filesystem, root = self._opened()

@@ -3,6 +3,7 @@
 import io
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -147,6 +148,35 @@ def test_arrows_threads_never_hold_a_file_of_pythons(
     assert file.read(0, ["key", *COLUMNS]).num_rows == 8
     assert opening and len(threads) == opening, "the rows came another way"
     assert set(threads) == {threading.get_ident()}
+
+
+def test_segments_are_read_by_many_threads_only_where_reading_waits() -> None:
+    names = [f"{number}.parquet" for number in range(40)]
+    shown: list[tuple[int, int]] = []
+
+    def at_once(name: str) -> tuple[str, int]:
+        return name, threading.get_ident()
+
+    def waiting(name: str) -> tuple[str, int]:
+        time.sleep(0.002)
+        return at_once(name)
+
+    for read, alone in ((at_once, True), (waiting, False)):
+        shown.clear()
+        found = reading.read_each(read, names, lambda *done: shown.append(done), threads=8)
+        assert list(found) == names == [name for name, _ in found.values()]
+        assert shown == [(number, 40) for number in range(1, 41)]
+        assert ({ident for _, ident in found.values()} == {threading.get_ident()}) == alone
+    tried: list[str] = []
+
+    def failing(name: str) -> UnreadableSegment:
+        tried.append(name)
+        return UnreadableSegment(name, "busy")
+
+    assert set(map(type, reading.read_each(failing, names, threads=8).values())) == {
+        UnreadableSegment
+    }
+    assert sorted(tried) == sorted(names * (1 + len(reading.RETRY_PAUSES_S)))
 
 
 def test_what_is_damaged_is_so_whichever_way_it_is_read(
