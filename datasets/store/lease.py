@@ -155,7 +155,9 @@ def _ends(holder: dict[str, str]) -> float:
 def _in_use(folder: RunFolder, holder: dict[str, str]) -> RunError:
     who = holder.get("owner", "another process")
     doing = holder.get("doing", "upkeep")
+    left = _ends(holder) - time.time()
+    died = f" (its lease ends in {left:.0f} s, should it have died)" if left > 0 else ""
     return RunError(
         f"the teacher store {folder.path} is in use by 'store {doing}' ({who}, since "
-        f"{holder.get('since', 'just now')}); wait until it has ended, and run this again"
+        f"{holder.get('since', 'just now')}); wait until it has ended{died}, and run this again"
     )

@@ -201,6 +201,14 @@ def test_a_lease_is_renewed_and_its_loss_is_noticed(
             lease.confirm()
 
 
+def test_whoever_meets_a_lease_is_told_when_it_ends(store: TeacherStore, s3: S3) -> None:
+    """Its holder may have died, or not have reached the store when it ended."""
+    with Lease(store.folder, "compact").held():
+        s3.proxy.trouble = lambda request: "busy" if request[0] == "DELETE" else None
+    with pytest.raises(RunError, match=r"\(its lease ends in (600|59\d) s, should it have died\)"):
+        prune(store, {}, None, dry_run=False)
+
+
 def test_a_renewal_that_is_done_and_not_confirmed_is_no_loss(
     store: TeacherStore, s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
