@@ -235,7 +235,7 @@ class SegmentFile:
         try:
             if self._file.metadata.row_group(group).total_byte_size > THREADS_BYTES:
                 known = {"metadata": self._file.metadata, "page_checksum_verification": True}
-                with suppress(READ_ERRORS):  # What is wrong is seen by reading it once more.
+                with suppress(*READ_ERRORS):  # What is wrong is seen by reading it once more.
                     file = pq.ParquetFile(self._for_threads, **known)
                     return self._verified(file, group, columns, threads=True)
             return self._verified(self._file, group, columns, threads=False)
