@@ -92,7 +92,7 @@ chaos: setup     ## long runs of faults, fixed seeds and a fresh one (about 25 m
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m pytest -s -m chaos \
 		tests/system/test_faults.py tests/datasets/test_store_chaos.py
 
-chaos-store: setup  ## 1,000 faults of the store and its upkeep (CHAOS_FAULTS=20000 for a night, CHAOS_SEED)
+chaos-store: setup  ## 1,000 faults of the store and its upkeep, 250 on an object store (CHAOS_FAULTS=20000 for a night, CHAOS_SEED)
 	$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m chaos tests/datasets/test_store_chaos.py
 
 fuzz: setup      ## hostile input for ten minutes (FUZZ_MINUTES), a seed of its own (FUZZ_SEED)

@@ -4,6 +4,8 @@ A run without Ray: the real store and the real `StoredAnswers`, a teacher that m
 and never gives the same twice, and beside it two compactors and a pruner that come and go. Faults
 are drawn by seed; which thread comes first is not. ``make chaos`` takes 1,000 of them with a fixed
 seed; ``CHAOS_FAULTS`` and ``CHAOS_SEED`` set others, for a night.
+
+On an object store, requests are also answered 503 (carried out or not), late, or not at all.
 """
 
 import asyncio
@@ -12,8 +14,10 @@ import json
 import os
 import random
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +25,21 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from raystill.base import object_store
 from raystill.base.errors import RunError
 from raystill.datasets.rows.answers import Answer, answers_table
 from raystill.datasets.rows.schema import ENGINE
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store import reading
 from raystill.datasets.store.compaction import compact
+from raystill.datasets.store.lease import LEASE
 from raystill.datasets.store.reading import DamagedSegment
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
 from raystill.datasets.store.upkeep import prune, verify
 from raystill.datasets.stream.answers import StoredAnswers
 from raystill.datasets.stream.spec import Requester
 from tests.datasets.test_store import keys_of
+from tests.support.s3 import KEYS, S3, Request, s3_server
 
 SIGNAL = Signal("sampled")
 ROWS, GROUP = 96, 4
@@ -49,9 +57,11 @@ class Killed(BaseException):
 class Life:
     """One store from its first row to its last fault."""
 
-    def __init__(self, path: Path, seed: int) -> None:
+    faults = FAULTS_A_LIFE
+
+    def __init__(self, path: str, seed: int) -> None:
         self.path, self.dice = path, random.Random(seed)
-        self.left = FAULTS_A_LIFE
+        self.left = self.faults
         self.kinds: Counter[str] = Counter()
         self.lock = threading.Lock()
         self.asked: Counter[int] = Counter()
@@ -74,14 +84,15 @@ class Life:
 
     def store(self, who: str) -> TeacherStore:
         """The store, on a disk that gets full, for a process that may be killed as it writes."""
-        store = TeacherStore(str(self.path))
+        store = TeacherStore(self.path)
         put = store.put
 
         def faulty(name: str, data: bytes) -> bool:
             if self.strikes(f"{who}: disk full", 0.03):
                 raise OSError(errno.ENOSPC, "No space left on device", name)
             if self.strikes(f"{who}: killed before a file", 0.03):
-                (self.path / SEGMENTS / f".{name}.part").write_bytes(data[: len(data) // 2])
+                if store.folder.is_local:
+                    store.folder.write_bytes(f"{SEGMENTS}/.{name}.part", data[: len(data) // 2])
                 raise Killed
             done = put(name, data)
             if self.strikes(f"{who}: killed after a file", 0.03):
@@ -116,13 +127,14 @@ class Life:
 
     def damage(self) -> None:
         """Change a byte of a segment. Its rows have to be paid again, and are not served."""
-        names = sorted(p.name for p in (self.path / SEGMENTS).glob("*.parquet"))
-        if not names:
-            return
-        name = self.dice.choice(names)
+        store = TeacherStore(self.path)
         try:
-            found = TeacherStore(str(self.path)).keys_of(name)
-            data = bytearray((self.path / SEGMENTS / name).read_bytes())
+            names = store.names()
+            if not names:
+                return
+            name = self.dice.choice(names)
+            found = store.keys_of(name)
+            data = bytearray(store.folder.read_bytes(f"{SEGMENTS}/{name}"))
         except (OSError, RunError):
             return
         data[self.dice.randrange(len(data))] ^= 1 << self.dice.randrange(8)
@@ -131,11 +143,9 @@ class Life:
                 row = int.from_bytes(key[8:], "big")
                 self.excused[row] += 1
                 self.damaged.add(row)
-        temporary = self.path / "damaged"
-        temporary.write_bytes(data)
-        # In place, as a disk does it; not if it was removed meanwhile.
-        if (self.path / SEGMENTS / name).exists():
-            os.replace(temporary, self.path / SEGMENTS / name)
+        with suppress(OSError):
+            if store.exists(name):  # In place, as a disk does it; not if it was removed meanwhile.
+                store.folder.write_bytes(f"{SEGMENTS}/{name}", bytes(data))
 
     async def sample(self, prompts: pa.Array, keys: pa.Array) -> pa.Table:
         """The teacher. It may die with what it was asked."""
@@ -215,7 +225,8 @@ class Life:
                 mine = set(range(ROWS)) - (self.first.keys() - self.damaged)
                 self.excuse({row // GROUP * GROUP for row in mine})  # Both may ask for them.
                 self.beside(self.other_run)
-            asyncio.run(self.attempt(done, self.answers(self)))
+            with suppress(OSError):  # The store is away, and the driver does not even begin.
+                asyncio.run(self.attempt(done, self.answers(self)))
             self.end_upkeep()
         assert done == set(range(0, ROWS, GROUP))
 
@@ -227,7 +238,17 @@ class Life:
         for thread in self.threads:
             thread.join()
         self.threads.clear()
+        self.leases_end()
         assert not self.problems, self.problems
+
+    def leases_end(self) -> None:
+        """Let the time pass in which an upkeep that could not give its lease back still has it."""
+        folder = TeacherStore(self.path).folder
+        while not folder.is_local:
+            with suppress(OSError):  # The store may be away.
+                if not folder.exists(LEASE):
+                    return
+                folder.delete(LEASE)
 
     def run(self) -> None:
         """Epochs until all faults have happened, and what must hold after them."""
@@ -247,11 +268,37 @@ class Life:
         assert not [p for p in verify(store).values() if isinstance(p, DamagedSegment)]
 
 
+class RemoteLife(Life):
+    """The same on an object store, with a network before it."""
+
+    faults = 3 * FAULTS_A_LIFE
+    away = 0
+    """Requests that the store has still to leave unanswered."""
+
+    def trouble(self, _: Request) -> str | None:
+        """What becomes of a request."""
+        if self.strikes("object store: away", 0.002):
+            # A segment that cannot be read is passed over, and each run asks for its rows once
+            # more: their answers are stored beside those that were there.
+            self.excuse([*range(0, ROWS, GROUP)] * 2)
+            self.damaged |= set(range(ROWS))
+            self.away = 200
+        if self.away > 0 and self.left > 0:
+            self.away -= 1
+            return "busy"
+        for kind in ("busy", "late", "cut", "lost"):
+            if self.strikes(f"object store: {kind}", 0.01):
+                return kind
+        if self.strikes("object store: slow", 0.005):
+            time.sleep(0.3)
+        return None
+
+
 async def whole(answering: Any) -> pa.Table | BaseException:
     """The answers, or what ended them: a killed process must not end the test's."""
     try:
         return (await answering)[0]
-    except (ConnectionError, RunError, Killed) as error:
+    except (OSError, RunError, Killed) as error:
         return error
 
 
@@ -259,7 +306,7 @@ def live(place: Path, seed: int, faults: int) -> Counter[str]:
     """Lives until there were so many faults; how many of each kind."""
     kinds: Counter[str] = Counter()
     while kinds.total() < faults:
-        life = Life(place / f"store-{seed}", seed)
+        life = Life(f"{place}/store-{seed}", seed)
         try:
             life.run()
         except BaseException as error:
@@ -272,6 +319,50 @@ def live(place: Path, seed: int, faults: int) -> Counter[str]:
 
 def test_a_dozen_faults_cost_nothing_but_what_was_in_flight(tmp_path: Path) -> None:
     assert live(tmp_path, 1, FAULTS_A_LIFE).total() == FAULTS_A_LIFE
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
+    for module in (reading, object_store):
+        monkeypatch.setattr(module, "RETRY_PAUSES_S", (0.01,) * 8)
+    with s3_server() as running:
+        running.make_bucket("bucket")
+        yield running
+
+
+def remote_lives(s3: S3, seed: int, faults: int) -> Counter[str]:
+    """Lives on an object store until there were so many faults."""
+    kinds: Counter[str] = Counter()
+    while kinds.total() < faults:
+        life = RemoteLife(s3.uri(f"bucket/store-{seed}"), seed)
+        s3.proxy.clear()
+        s3.proxy.trouble = life.trouble
+        try:
+            life.run()
+        except BaseException as error:
+            error.add_note(f"seed {seed}; faults {dict(life.kinds)}")
+            raise
+        finally:
+            s3.proxy.trouble = lambda _: None
+        kinds += life.kinds
+        seed += 1
+    return kinds
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(36_000)
+def test_faults_of_an_object_store_cost_nothing_but_what_was_in_flight(s3: S3) -> None:
+    """A quarter of the faults of a disk: each request goes through a server in this process."""
+    seed, faults = (
+        int(os.environ.get(f"CHAOS_{n}", d)) for n, d in (("SEED", 1), ("FAULTS", 1000))
+    )
+    kinds = remote_lives(s3, seed, faults // 4)
+    print(
+        f"{kinds.total()} faults: " + ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+    )
+    assert len(kinds) >= 12 or faults < 500, kinds
 
 
 @pytest.mark.chaos
