@@ -34,6 +34,8 @@ from raystill.train.student.sharding import whole_weights
 PROBE_TOKENS = 48
 
 Tensors = dict[str, torch.Tensor]
+Files = dict[str, np.ndarray]
+"""Contents by name, uint8: arrays, which Ray passes on without a copy."""
 
 
 class PolicyPublisher:
@@ -54,27 +56,37 @@ class PolicyPublisher:
         restored: a life of the worker group begins, with weights that may be older than those
         published last.
         """
-        first, model = self._student.ranks.first, self._student.module.model
-        whole: Tensors = {}
-        if restored or not self._adapter_alone:
-            whole = self._whole_weights(first)
-        adapter = lora.adapter_state(model, first) if self._adapter_alone else {}
+        files, small = self.files(restored)
         logprobs = self._probe_logprobs()
-        if not first:
+        if not self._student.ranks.first:
             return
-        changed = adapter_files(model, adapter) if self._adapter_alone else weights_file(whole)
         weights: dict[str, Any] = {
-            "weights": self._hold(changed),
+            "weights": self._hold(files),
             "probe_ids": self._probe,
             "probe_logprobs": logprobs,
             "stop_token_ids": self._settings.sampling.stop_token_ids,
         }
         if restored:
-            files = small_files(model, self._settings, whole)
-            if self._adapter_alone:
-                files |= weights_file(whole)
-            weights["files"] = self._hold(files)
+            weights["files"] = self._hold(small)
         ray.get(self._coordinator.publish_policy.remote(version, weights, restored))
+
+    def files(self, restored: bool) -> tuple[Files, Files]:
+        """What has changed with a version, and if ``restored`` what stays the same: files by name.
+
+        Together they are the student's folder, or that of the frozen weights and the files of the
+        adapter. Collective; on other ranks than the first both are empty.
+        """
+        first, model = self._student.ranks.first, self._student.module.model
+        whole: Tensors = {}
+        if restored or not self._adapter_alone:
+            whole = self._whole_weights(first)
+        adapter = lora.adapter_state(model, first) if self._adapter_alone else {}
+        if not first:
+            return {}, {}
+        same = small_files(model, self._settings, whole) if restored else {}
+        if not self._adapter_alone:
+            return weights_file(whole), same
+        return adapter_files(model, adapter), same | (weights_file(whole) if restored else {})
 
     def _whole_weights(self, first: bool) -> Tensors:
         """All that the sampler's model has on the host, or what its adapters are added to.
@@ -111,13 +123,13 @@ class PolicyPublisher:
         return torch.cat(parts).squeeze(1).cpu().numpy()
 
 
-def weights_file(state: Tensors) -> dict[str, np.ndarray]:
-    """A file of weights by its name, as uint8 arrays, which Ray passes on without a copy."""
+def weights_file(state: Tensors) -> Files:
+    """The file of weights."""
     return {WEIGHTS_FILE: np.frombuffer(save(without_ties(state)), np.uint8)}
 
 
-def adapter_files(model: Any, state: Tensors) -> dict[str, np.ndarray]:
-    """The two files of an adapter by name, as uint8 arrays. state: `lora.adapter_state`."""
+def adapter_files(model: Any, state: Tensors) -> Files:
+    """The two files of an adapter. state: `lora.adapter_state`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter"
         lora.save_adapter(model, state, path, base="")
@@ -136,10 +148,10 @@ def without_ties(state: Tensors) -> Tensors:
     return kept
 
 
-def small_files(model: Any, settings: ExportSettings, state: Tensors) -> dict[str, np.ndarray]:
-    """The files of an exported student by name, without its weights."""
+def small_files(model: Any, settings: ExportSettings, state: Tensors) -> Files:
+    """The files of an exported student, without its weights."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "student"
-        save_student(model, path, settings, state)
+        save_student(model, path, settings, dict(state))  # A copy: transformers empties it.
         files = [f for f in path.iterdir() if f.is_file() and ".safetensors" not in f.name]
         return {file.name: np.fromfile(file, np.uint8) for file in files}
