@@ -1,0 +1,83 @@
+"""A sampler answers with no older weights than it is asked for. Without Serve and vLLM."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from raystill.base.errors import RunError
+from raystill.datasets.rows.answers import Answer
+from raystill.datasets.rows.schema import AT_LEAST, TOKEN_IDS
+from raystill.datasets.rows.signal import Signal
+from raystill.serve.sampler import Sampler
+
+
+class Behind(Sampler):
+    """A replica that has the weights of step 3, in front of an engine that answers at once."""
+
+    def __init__(self, limit_s: float | None = None) -> None:
+        teacher = SimpleNamespace(request_timeout_s=limit_s)
+        self._settings: Any = SimpleNamespace(config=SimpleNamespace(teacher=teacher))
+        self._number, self._version = 1, 3
+        self._changed = asyncio.Condition()
+        self._engine: Any = self
+
+    async def get(self, version: int) -> None:
+        """New weights, as `_prove` notes them."""
+        async with self._changed:
+            self._version = version
+            self._changed.notify_all()
+
+    async def ask(self, at_least: int | None) -> list[str]:
+        """The finish reasons of one group."""
+        columns = {"prompt_ids": pa.array([[1], [2]], TOKEN_IDS)}
+        if at_least is not None:
+            columns[AT_LEAST] = pa.array([at_least] * 2, pa.int64())
+        return (await Sampler.sample(self, pa.table(columns), Signal("text")))[
+            "finish_reason"
+        ].to_pylist()
+
+
+class Engine:
+    """Says with which weights it answers, and gives up every second prompt."""
+
+    def __init__(self, replica: Behind) -> None:
+        self.replica = replica
+
+    async def sample(self, groups: list[np.ndarray], signal: Signal) -> list[Answer]:
+        spans = ((0, self.replica._version),)
+        given = Answer(np.array([7, 8], np.int32), "length", spans=spans)
+        return [given if i % 2 == 0 else Answer(error="timed_out") for i in range(len(groups))]
+
+    def close(self) -> None:
+        pass
+
+
+def replica(limit_s: float | None = None) -> Behind:
+    made = Behind(limit_s)
+    made._engine = Engine(made)
+    return made
+
+
+def test_it_waits_for_the_weights_that_a_row_needs_and_for_no_others() -> None:
+    async def scenario() -> None:
+        behind = replica()
+        assert await behind.ask(None) == ["length/3", None]
+        assert await behind.ask(-2) == await behind.ask(3) == ["length/3", None]
+        asked = asyncio.ensure_future(behind.ask(5))
+        await asyncio.sleep(0)
+        await behind.get(4)
+        assert await behind.ask(4) == ["length/4", None]
+        assert not asked.done()
+        await behind.get(6)
+        assert await asked == ["length/6", None]
+
+    asyncio.run(scenario())
+
+
+def test_weights_that_never_come_end_the_run_with_both_versions() -> None:
+    with pytest.raises(RunError, match=r"sampler 1 has .* step 3, and those of step 9 have not"):
+        asyncio.run(replica(limit_s=0.05).ask(9))
