@@ -42,8 +42,13 @@ class Script:
 
 
 class BatchService(ThreadingHTTPServer):
-    def __init__(self) -> None:
+    """key: what clients must show; None: anything."""
+
+    request_queue_size = 128  # Connections that a busy machine lets wait are not to be lost.
+
+    def __init__(self, key: str | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.key = key
         self.script = Script()
         self.files: dict[str, bytes] = {}
         self.batches: list[dict[str, Any]] = []
@@ -78,11 +83,18 @@ class BatchService(ThreadingHTTPServer):
         if script.refuses:
             batch |= {"end": "failed", "errors": {"object": "list", "data": script.refuses.pop(0)}}
         else:
-            answers, errors = self.work_off(self.files[body["input_file_id"]])
-            batch["output_file_id"] = self.add_file(answers) if answers else None
-            batch["error_file_id"] = self.add_file(errors) if errors else None
+            self.answer(batch)
         self.batches.append(batch)
         return batch
+
+    def answer(self, batch: dict[str, Any]) -> None:
+        """Works the batch off."""
+        self.keep(batch, *self.work_off(self.files[batch["input_file_id"]]))
+
+    def keep(self, batch: dict[str, Any], answers: bytes, errors: bytes) -> None:
+        """What the batch has brought."""
+        batch["output_file_id"] = self.add_file(answers) if answers else None
+        batch["error_file_id"] = self.add_file(errors) if errors else None
 
     def work_off(self, data: bytes) -> tuple[bytes, bytes]:
         answers, errors = [], []
@@ -117,9 +129,12 @@ class BatchService(ThreadingHTTPServer):
     def told(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch as it is told: in progress for some looks, with files at its end only."""
         shown = {n: v for n, v in batch.items() if n != "end"}
-        if self.looks[batch["id"]] > self.script.polls:
+        if self.has_ended(batch):
             return {**shown, "status": batch["end"]}
         return {**shown, "status": "in_progress", "output_file_id": None, "error_file_id": None}
+
+    def has_ended(self, batch: dict[str, Any]) -> bool:
+        return self.looks[batch["id"]] > self.script.polls
 
 
 class Handler(JsonHandler):
@@ -134,6 +149,8 @@ class Handler(JsonHandler):
     def answer(self, method: str) -> None:
         path = self.path.removeprefix("/v1")
         raw = self.body()
+        shown = self.headers["Authorization"]
+        assert self.server.key is None or shown == f"Bearer {self.server.key}"
         name = f"{method} /{path.split('?')[0].split('/')[1]}"
         server = self.server
         with server.lock:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,21 @@ def children_of(pid: int) -> set[int]:
         front = {child for child, parent in parents.items() if parent in front} - found
         found |= front
     return found
+
+
+def wait_until_gone(pids: set[int], within_s: float = 200.0) -> None:
+    """Until none of the processes is alive."""
+    deadline = time.monotonic() + within_s
+    while any(map(_is_alive, pids)):
+        assert time.monotonic() < deadline, "processes go on whose driver was killed"
+        time.sleep(0.2)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return status_of(pid)[0] != "Z"
+    except OSError:
+        return False
 
 
 def named(pids: set[int], title: str) -> list[int]:

@@ -67,12 +67,22 @@ def write_run_file(folder: Path, **changes: dict[str, Any]) -> Path:
 
 
 @contextmanager
-def started(run_file: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
-    """The driver on its way; killed should a test leave it behind."""
+def started(
+    run_file: Path, *overrides: str, own_group: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """The driver on its way; killed should a test leave it behind.
+
+    own_group: it begins a process group of its own, which bears its number.
+    """
     command = [sys.executable, str(ROOT / "driver.py"), "run", str(run_file)]
     command += [part for override in overrides for part in ("--set", override)]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=own_group,
     )
     try:
         yield process

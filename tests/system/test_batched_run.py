@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import yaml
 
 from raystill.datasets.store.store import TeacherStore
 from tests.support.batch_service import BatchService, batch_service
-from tests.support.end_to_end import TEACHER, RunFiles, children_of, drive, status_of
+from tests.support.end_to_end import TEACHER, RunFiles, children_of, drive, wait_until_gone
 from tests.support.synthetic_run import started, wait_for, write_run_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
@@ -46,17 +45,6 @@ def batched_run(folder: Path, service: BatchService) -> Path:
     return file
 
 
-def alive(pids: set[int]) -> list[int]:
-    """Those that have not ended."""
-    found = []
-    for pid in pids:
-        try:
-            found += [pid] if status_of(pid)[0] != "Z" else []
-        except OSError:
-            continue
-    return found
-
-
 def test_a_driver_killed_while_a_batch_is_open_pays_no_answer_twice(tmp_path: Path) -> None:
     with batch_service() as service:
         service.script.polls = NEVER
@@ -66,10 +54,7 @@ def test_a_driver_killed_while_a_batch_is_open_pays_no_answer_twice(tmp_path: Pa
             family = children_of(process.pid)
             process.send_signal(signal.SIGKILL)
             process.wait()
-        deadline = time.monotonic() + 200
-        while alive(family):
-            assert time.monotonic() < deadline, "processes of the killed run go on"
-            time.sleep(0.2)
+        wait_until_gone(family)
         opened, paid = len(service.batches), Counter(service.paid)
         assert opened >= 1 and paid, "nothing was asked before the kill"
         service.script.polls = 1
