@@ -11,7 +11,7 @@ nothing.
 
 import asyncio
 from collections import Counter, defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raystill.cluster.coordinator.credits import Credits, Drops, RejectedByEpoch
@@ -28,7 +28,7 @@ class Coordinator:
 
     ``max_rows_ahead`` rows may be ahead, and are refilled by ``refill_rows`` (`Credits`); of
     ``num_rows`` (one epoch) a share of ``max_drop_fraction`` may be dropped, and a share of
-    ``max_rejected_fraction`` rejected by filters. ``teachers``: how many answer its rows.
+    ``max_rejected_fraction`` rejected by filters. ``parts``: of several teachers (`Credits`).
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class Coordinator:
         max_drop_fraction: float,
         refill_rows: int = 0,
         max_rejected_fraction: float = 1.0,
-        teachers: int = 1,
+        parts: Mapping[str, int] | None = None,
     ) -> None:
-        self._credits = Credits(max_rows_ahead, refill_rows, teachers)
+        self._credits = Credits(max_rows_ahead, refill_rows, parts)
         self._emitted: list[int] = []
         self._drops = Drops(num_rows, max_drop_fraction, max_rejected_fraction)
         self._rejected = RejectedByEpoch()

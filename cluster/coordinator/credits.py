@@ -18,18 +18,26 @@ from raystill.base.errors import RunError
 from raystill.datasets.rows.schema import FILTERED
 
 
+def parts_of(max_rows_ahead: int, at_once: Mapping[str, int]) -> dict[str, int]:
+    """Each teacher's part of the bound on rows ahead, by the rows that its replicas work on."""
+    whole = sum(at_once.values())
+    return {name: max_rows_ahead * rows // whole for name, rows in at_once.items()}
+
+
 class Credits:
     """At most ``max_rows_ahead`` rows ahead, and ``max_in_flight`` groups (None: no bound).
 
     ``refill_rows``: the bound less these must be enough for a step to be filled. Of a bounded
-    flight half is refilled at most. ``teachers``: each of several may have as many rows in flight
-    as its part of the bound, so that one that does not answer leaves the others theirs.
+    flight half is refilled at most. ``parts``: rows that each of several teachers may have in
+    flight (`parts_of`), so that one that does not answer leaves the others theirs.
     """
 
-    def __init__(self, max_rows_ahead: int, refill_rows: int = 0, teachers: int = 1) -> None:
+    def __init__(
+        self, max_rows_ahead: int, refill_rows: int = 0, parts: Mapping[str, int] | None = None
+    ) -> None:
         self.max_rows_ahead = max_rows_ahead
         self._refill_rows = refill_rows
-        self._part = max_rows_ahead // max(1, teachers)
+        self._parts = dict(parts or {})
         self.max_in_flight: int | None = None
         self.max_ahead_seen = 0
         self.begin(0)
@@ -62,8 +70,8 @@ class Credits:
         offers: number, rows and teacher of each. One that is larger than the part goes alone.
         """
         for group, rows, name in offers:
-            flying = self._in_flight[name]
-            if (not flying or flying + rows <= self._part) and self.may_have(group, rows):
+            flying, part = self._in_flight[name], self._parts[name]
+            if (not flying or flying + rows <= part) and self.may_have(group, rows):
                 return group, rows, name
         return None
 

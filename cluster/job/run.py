@@ -19,6 +19,7 @@ from raystill.base.run_folder import RunFolder
 from raystill.cluster.check.cluster import check_cluster
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.coordinator.actor import start_coordinator
+from raystill.cluster.coordinator.credits import parts_of
 from raystill.cluster.job import connect
 from raystill.cluster.job.driver_process import unique_actor
 from raystill.cluster.job.manifest import run_id, write_folder
@@ -86,7 +87,14 @@ def begin(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Run:
         num_rows=run.num_rows,
         refill_rows=config.refill_rows,
         max_rejected_fraction=config.max_rejected_fraction,
-        teachers=len(config.by_teacher.keys() - config.only_judges),
+        parts=parts_of(
+            config.rows_ahead,
+            {
+                name: one.rows_in_flight
+                for name, one in config.by_teacher.items()
+                if name not in config.only_judges
+            },
+        ),
     )
     return replace(run, coordinator=unique_actor(start, folder))
 

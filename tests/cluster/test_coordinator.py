@@ -7,7 +7,7 @@ import pytest
 
 from raystill.base.errors import RunError
 from raystill.cluster.coordinator.actor import Coordinator
-from raystill.cluster.coordinator.credits import Credits
+from raystill.cluster.coordinator.credits import Credits, parts_of
 from raystill.config.run import RunConfig
 from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.plan import RoutedPlan
@@ -154,12 +154,27 @@ def test_a_source_that_runs_again_while_its_first_call_waits_takes_no_credits_tw
     asyncio.run(run())
 
 
+PARTS = {"slow": 16, "fast": 16}
+
+
+def test_a_teachers_part_of_the_bound_is_what_its_replicas_can_use():
+    assert parts_of(240, {"large": 100, "small": 10, "other": 10}) == {
+        "large": 200,
+        "small": 20,
+        "other": 20,
+    }
+    credits = Credits(64, parts={"small": 4, "large": 60})
+    assert credits.first_of([(0, 8, "small")]), "a group above the part goes alone"
+    credits.grant(0, 8, "small")
+    assert credits.first_of([(8, 8, "small")]) is None
+
+
 OFFERS = [(0, 8, "slow"), (8, 8, "fast")]
 
 
 def test_a_teacher_with_its_part_in_flight_is_overtaken_and_the_bound_is_one():
     async def run():
-        c = Coordinator(32, 100, 0.1, teachers=2)
+        c = Coordinator(32, 100, 0.1, parts=PARTS)
         attempt = await c.publish(0, 0, Ledger(100).to_dict())
         assert await c.acquire_one(attempt, 0, OFFERS) == 0
         assert await c.acquire_one(attempt, 1, [(16, 8, "slow"), (8, 8, "fast")]) == 16
@@ -184,7 +199,7 @@ def test_a_source_that_runs_again_emits_in_the_same_order():
     """Ray takes what it emits by its place: another order would lose rows and repeat others."""
 
     async def run():
-        c = Coordinator(32, 100, 0.1, teachers=2)
+        c = Coordinator(32, 100, 0.1, parts=PARTS)
         attempt = await c.publish(0, 0, Ledger(100).to_dict())
         groups = [np.arange(g, g + 8) for g in range(0, 96, 8)]
         names = ["slow", "slow", "slow", "fast"] * 3

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from raystill.cluster.coordinator.credits import Credits
+from raystill.cluster.coordinator.credits import Credits, parts_of
 from raystill.config.run import RunConfig
 from raystill.datasets.stream.plan import RoutedPlan
 from raystill.datasets.stream.source import OVERTAKEN
@@ -54,7 +54,8 @@ def simulate(
 
     bound: of rows ahead, in multiples of the default.
     """
-    credits = Credits(bound * CONFIG.rows_ahead, CONFIG.refill_rows, len(teachers))
+    rows = bound * CONFIG.rows_ahead
+    credits = Credits(rows, CONFIG.refill_rows, parts_of(rows, dict.fromkeys(teachers, SLOTS)))
     credits.begin(len(plan) * ROWS)
     positions = [np.arange(g * ROWS, (g + 1) * ROWS) for g in range(len(plan))]
     routed = RoutedPlan(positions, plan, OVERTAKEN * credits.max_rows_ahead)
