@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from raystill.config.base import ApiConfig
-from raystill.serve.api.service import Request
+from raystill.serve.api.parsed import plain
+from raystill.serve.api.service import Request, posted
 
 TOKEN = "token_id:"
 """Before an id, where the server names tokens by ids in place of their text."""
@@ -67,8 +68,11 @@ def completion(
         choice: Mapping[str, Any] = answer["choices"][0]
         return choice
 
+    async def send(client: Any) -> Any:
+        return plain(await posted(client, "/completions", body))
+
     return Request(
-        send=lambda client: client.post("/completions", cast_to=object, body=body),
+        send=send,
         read=lambda answer: read(first(answer)),
         written=lambda answer: len(first(answer)["token_ids"]),
         prompt_tokens=len(request.prompt),

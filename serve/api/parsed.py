@@ -45,6 +45,7 @@ class _Completion(TypedDict, total=False):
 
 
 _COMPLETION = msgspec.json.Decoder(_Completion)
+_ANYTHING = msgspec.json.Decoder()
 
 
 def chat_completion(data: bytes) -> Any:
@@ -52,8 +53,17 @@ def chat_completion(data: bytes) -> Any:
 
     Raises ValueError or RecursionError where it is no JSON.
     """
+    return _decoded(_COMPLETION, data)
+
+
+def plain(data: bytes) -> Any:
+    """Any JSON, whole. Raises as `chat_completion`."""
+    return _decoded(_ANYTHING, data)
+
+
+def _decoded(decoder: msgspec.json.Decoder[Any], data: bytes) -> Any:
     try:
-        return _COMPLETION.decode(data)
+        return decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return json.loads(data)
 
