@@ -31,6 +31,8 @@ LAST_LINES = 12
 DEFAULT_TIMEOUT_S = 21_600.0
 LARGEST_FOLDER = 64 << 20
 """Bytes of a folder of task files; it is sent to the node that asks."""
+MOST_ENTRIES = 10_000
+"""Files and folders of such a folder."""
 PR_SET_PDEATHSIG = 1
 Figures = dict[str, Any]
 
@@ -153,19 +155,22 @@ def _end_with_parent() -> None:
 
 def folder_content(folder: str) -> dict[str, bytes]:
     """The files of a folder of tasks by their names in it. Raises RunError where it is no such."""
-    root = Path(folder)
-    files = sorted(path for path in root.rglob("*") if path.is_file())
+    root, files, size = Path(folder), [], 0
+    for number, path in enumerate(root.rglob("*"), 1):
+        if path.is_file():
+            files.append(path)
+            size += path.stat().st_size
+        if size > LARGEST_FOLDER or number > MOST_ENTRIES:  # A home, or the whole disk.
+            raise RunError(
+                f"{folder!r} has more than {MOST_ENTRIES:,} files and folders, or more than "
+                f"{formatting.size(LARGEST_FOLDER)} of files: name a folder of task files and "
+                "their data alone"
+            )
     if not any(path.suffix == ".yaml" for path in files):
         raise RunError(
             f"{folder!r} has no task file (*.yaml); name a folder of such, e.g. examples/tasks"
         )
-    size = sum(path.stat().st_size for path in files)
-    if size > LARGEST_FOLDER:
-        raise RunError(
-            f"{folder!r} has {formatting.size(size)} of files, expected at most "
-            f"{formatting.size(LARGEST_FOLDER)}: name a folder of task files and their data alone"
-        )
-    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(files)}
 
 
 @contextmanager

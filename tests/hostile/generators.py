@@ -274,12 +274,33 @@ ON_A_STORE = (
 )
 
 
+BATCH = "store/batches/" + "c" * 32
+PLANS = st.fixed_dictionaries(
+    {
+        "run": st.just("runs/x") | PATHS,
+        "service": st.just("http://service") | JSON_TREES,
+        "model": st.just("m") | JSON_TREES,
+        "keys": st.lists(st.just("0" * 32) | JSON_TREES, max_size=3) | JSON_TREES,
+        "most": NUMBERS | JSON_TREES,
+        "name": st.just("c" * 32) | PATHS | JSON_TREES,
+        "created": NUMBERS | JSON_TREES,
+    },
+    optional={"batch": JSON_TREES},
+)
+"""Of batches, in a store's journal, each with a value or two that none has."""
+
+
 @st.composite
 def stores(draw: st.DrawFn) -> Case:
     """A store with foreign and broken files in its folder, for every command on one."""
     names = [f"{'0' * 32}.parquet", f"{'f' * 32}.parquet", "a.parquet", ".gitkeep", "merged"]
     places = [f"store/segments/{name}" for name in names] + ["store/merged", "store/lease"]
     files = draw(st.dictionaries(st.sampled_from(places), ODD_FILES, max_size=3))
+    if draw(st.booleans()):
+        files[f"{BATCH}.plan.json"] = draw(PLANS.map(json_of) | ODD_FILES)
+        for name in draw(st.sets(st.sampled_from(["batch", "end"]))):
+            text = st.fixed_dictionaries({"batch": TEXTS, "status": TEXTS}).map(json_of)
+            files[f"{BATCH}.{name}.json"] = draw(text | ODD_FILES)
     rows = draw(st.lists(ANSWERS | JSON_TREES, max_size=4))
     files["given.jsonl"] = b"".join(json_of(row) + b"\n" for row in rows)
     if draw(st.booleans()):

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from raystill.base.errors import RunError
 from raystill.base.records import number
+from raystill.cluster.harness import ask
 from raystill.datasets.prompts import files, select
 from raystill.model.files import ModelFolder
 from tests.hostile.judge import Case, call, faults, inside, write
@@ -240,3 +242,24 @@ def test_revoke_names_a_run_that_it_cannot_read(bases: Bases, content: bytes | s
     words = ("revoke", "store", "--teacher", "abab", "--runs", "runs", "--dry-run")
     status, text = told(bases, Case(words, {}, "store"), change)
     assert status in (0, 1) and "runs/a" in text
+
+
+def test_a_folder_of_tasks_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> bool:
+        with pytest.raises(RunError, match="has more than"):
+            ask.folder_content(str(tmp_path))
+        return True
+
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/a.yaml").write_text("task: a")
+    (tmp_path / "up").symlink_to("..")
+    os.mkfifo(tmp_path / "b.yaml")
+    assert ask.folder_content(str(tmp_path)) == {"deep/a.yaml": b"task: a"}
+    os.truncate(tmp_path / "deep/a.yaml", 300 << 30)
+    assert refused()
+    os.truncate(tmp_path / "deep/a.yaml", 0)
+    monkeypatch.setattr(ask, "MOST_ENTRIES", 3)
+    assert refused()
+    # The whole disk: refused before it is looked through.
+    with pytest.raises(RunError, match="has more than 3 files"):
+        ask.folder_content("/")
