@@ -13,9 +13,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from raystill.base.errors import RunInUseError
+from raystill.base.errors import RunError, RunInUseError
 from raystill.base.run_folder import RunFolder
 
 LOCK = "driver.lock"  # In the log folder.
@@ -30,6 +31,7 @@ def hold_run_folder(folder: RunFolder) -> Iterator[None]:
         yield
         return
     folder.ensure()
+    _refuse_links(folder.local, folder.logs)
     # By hand: the filelock package empties the file before it has the lock, and so would lose who
     # holds it.
     with (folder.logs / LOCK).open("a+") as lock:
@@ -42,6 +44,20 @@ def hold_run_folder(folder: RunFolder) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {platform.node()}\n")
         lock.flush()
         yield
+
+
+def _refuse_links(*folders: Path) -> None:
+    """RunError for a link in place of a file to which a run appends: it may lead anywhere.
+
+    Folders may be links, to a larger disk for instance; ``logs/ray`` is one of ours.
+    """
+    for folder in folders:
+        for path in folder.iterdir():
+            if path.is_symlink() and not path.is_dir() and path.name != "ray":
+                raise RunError(
+                    f"{path} is a link to {os.readlink(path)}, and a run writes into its folder's "
+                    "own files; remove it, or put the file itself there"
+                )
 
 
 def unique_actor(start: Callable[[], Any], folder: RunFolder) -> Any:

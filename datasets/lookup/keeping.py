@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
+from raystill.base.records import open_own
 from raystill.datasets.lookup.index import Index, Listing, Mask, live_in
 from raystill.datasets.lookup.part import Described, Part, decoded, encoded, merged, part_of
 from raystill.datasets.store.reading import (
@@ -241,7 +242,7 @@ class StoreIndex:
         path = f"{folder.root}/{FOLDER}"
         try:
             os.makedirs(path, exist_ok=True)
-            file = open(f"{path}/{LOCK}", "ab")  # noqa: SIM115 (closed below)
+            file = open_own(f"{path}/{LOCK}")
         except OSError as error:
             logger.warning("the store's index cannot be written: %s", error)
             yield False

@@ -25,6 +25,7 @@ from datetime import UTC, datetime
 
 from raystill.base.errors import RunError
 from raystill.base.object_store import ConditionIgnored
+from raystill.base.records import open_own
 from raystill.base.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Lease:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         # The file is never deleted: another process could hold a lock on what was deleted.
-        with open(f"{self._folder.path}/{LEASE}", "a+b") as file:
+        with open_own(f"{self._folder.path}/{LEASE}") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

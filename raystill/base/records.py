@@ -13,13 +13,14 @@ within bounds.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
 import stat
 from datetime import date
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from raystill.base.errors import RunError
 
@@ -142,6 +143,25 @@ def read_bounded(path: Path, most: int = LARGEST_OBJECT) -> bytes:
             raise OSError(f"{path} has {info.st_size:,} bytes, expected at most {most:,}")
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(most + 1)
+
+
+def open_own(path: str | Path) -> BinaryIO:
+    """Open a file to lock and append to; it is made where there is none.
+
+    Raises OSError for a link, through which a file of somebody else would be written, and for what
+    is no file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise OSError(f"{path} is a link, and is not written to; remove it") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is a device or pipe, and no file; remove it")
+    return open(descriptor, "a+b")
 
 
 def read_object(folder: Folder, name: str) -> dict[str, Any]:
@@ -271,5 +291,6 @@ def _end_last_line(path: Path) -> None:
 def _replace(path: Path, text: str) -> None:
     # Written beside its place and renamed, so that a crash leaves the old file or the new one.
     temporary = path.with_name(path.name + ".part")
+    temporary.unlink(missing_ok=True)  # Which may be a link.
     temporary.write_text(text)
     os.replace(temporary, path)
