@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raystill.base import formatting
-from raystill.base.records import BrokenFile, Folder, plain, read_lines, read_object
+from raystill.base.records import BrokenFile, Folder, number, plain, read_lines, read_object
 from raystill.base.run_folder import MANIFEST, SPENDING, STUDENT, TIMELINE, named_file
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.coordinator.snapshot import Snapshot
@@ -318,8 +318,7 @@ def counted(lines: Iterable[Figures]) -> Counter[str]:
     """What a teacher's file of spending counts, over all starts."""
     found: Counter[str] = Counter()
     for line in lines:
-        told = {n: v for n, v in line.items() if n.startswith("api_")}
-        found.update({n: v for n, v in told.items() if isinstance(v, int | float) and v})
+        found.update({n: v for n, v in line.items() if n.startswith("api_") and number(v)})
     return found
 
 

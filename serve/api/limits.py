@@ -15,7 +15,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from raystill.base.records import MetricsLog, read_lines
+from raystill.base.records import RESTORE, BrokenFile, MetricsLog, number, read_lines
+from raystill.base.redact import shown_value
 from raystill.base.run_folder import SPENDING, RunFolder, named_file
 from raystill.config.base import ApiConfig, PricesConfig
 
@@ -219,6 +220,16 @@ class Limits:
         return most is None or not self._recent or self._in_minute + tokens <= most
 
 
+def _cost(line: dict[str, Any], where: str) -> float:
+    """What a line says was paid. BrokenFile for less than nothing, or NaN: no bound would hold."""
+    told = line.get("api_cost")
+    cost = 0.0 if told is None else number(told)
+    if cost is None or cost < 0:
+        problem = f"has an api_cost of {shown_value(told, 40)}, expected a number from 0 up"
+        raise BrokenFile(f"{where} {problem}; {RESTORE}")
+    return cost
+
+
 class Spending:
     """What a run has spent at a service, and how it failed, over all its starts: a line in a file
     for each answer and each failure, also of starts that end in an error.
@@ -229,7 +240,7 @@ class Spending:
         file = named_file(SPENDING, teacher)
         self._log = MetricsLog(folder, file)
         lines = read_lines(folder, file)
-        self.cost = float(sum(line.get("api_cost") or 0.0 for line in lines))
+        self.cost = sum(_cost(line, folder.join(file)) for line in lines)
         self.batches = {str(line["batch"]) for line in lines if line.get("batch")}
         """Names of the batches that are accounted for."""
         self._uploaded = time.monotonic()

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 from raystill.base.records import BrokenFile
+from raystill.base.run_folder import RunFolder
+from raystill.cluster.report.summary import _paid
+from raystill.serve.api.limits import Spending
 from raystill.serve.batch.journal import BatchJournal, Plan
 from tests.hostile.judge import OTHERS, SECRET, Case, content_of, inside
 from tests.hostile.places import IDENTITY, Bases
@@ -143,3 +146,34 @@ def test_a_journal_reads_what_it_wrote(tmp_path: Path) -> None:
     spoilt(f"{one.name}.end.json", '{"status": null}')
     with inside(tmp_path), pytest.raises(BrokenFile, match="no status in words"):
         journal.plans()
+
+
+SPENT = {"half": [0.5], "two": [0.5, 0.25], "without a price": [None, 1.0], "whole": [2]}
+NO_SPENDING = {
+    "NaN": float("nan"),
+    "endless": float("inf"),
+    "less than nothing": -1e9,
+    "a text": "1",
+    "a list": [1],
+    "yes": True,
+    "400 digits": 10**400,
+}
+
+
+@pytest.mark.parametrize("kind", SPENT)
+def test_what_a_run_has_spent_is_added_up(tmp_path: Path, kind: str) -> None:
+    lines = "".join(json.dumps({"step": 0, "api_cost": cost}) + "\n" for cost in SPENT[kind])
+    folder = RunFolder(str(tmp_path))
+    folder.write_text("spending.jsonl", lines)
+    assert Spending(folder).cost == sum(cost or 0 for cost in SPENT[kind])
+
+
+@pytest.mark.parametrize("kind", NO_SPENDING)
+def test_a_budget_holds_whatever_a_file_says_was_spent(tmp_path: Path, kind: str) -> None:
+    folder = RunFolder(str(tmp_path))
+    line = {"step": 0, "api_cost": NO_SPENDING[kind], "api_requests": NO_SPENDING[kind]}
+    folder.write_text("spending.jsonl", json.dumps(line) + "\n")
+    with pytest.raises(BrokenFile, match=r"spending\.jsonl has an api_cost of"):
+        Spending(folder)
+    if kind != "less than nothing":
+        assert _paid(folder, "") == {}
