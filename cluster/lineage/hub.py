@@ -7,6 +7,7 @@ is repeated, and sends only what is missing. The token is huggingface_hub's own 
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from hashlib import file_digest, sha1
@@ -104,6 +105,12 @@ def push_student(folder: RunFolder, hub: HubConfig, replace: bool = False) -> di
     local = folder.local
     if local is None or not (local / STUDENT).is_dir():
         raise RunError(f"{folder.path} has no folder {STUDENT}; name the folder of a finished run")
+    for path in (local / STUDENT, *(local / STUDENT).rglob("*")):
+        if path.is_symlink():  # To a private file, for instance, of whoever pushes.
+            raise PushRefused(
+                f"{path} is a link to {os.readlink(path)}, and links are not pushed; put the file "
+                "or folder itself there"
+            )
     for attempt in range(1, ATTEMPTS + 1):
         try:
             commit = _commit(_api(), local / STUDENT, hub, _pushed(folder), replace)

@@ -90,6 +90,22 @@ def test_a_repository_with_other_files_is_left_alone(hub: Hub, tmp_path: Path) -
     assert remote(hub) == FILES
 
 
+@pytest.mark.parametrize("place", ["note.txt", "LICENSES/b.txt", "more", "."])
+def test_a_link_is_not_pushed(hub: Hub, tmp_path: Path, place: str) -> None:
+    folder, private = finished(tmp_path), tmp_path / "private"
+    private.mkdir()
+    (private / "key").write_text("of whoever pushes")
+    student = tmp_path / "run/student"
+    if place == ".":
+        student.rename(tmp_path / "elsewhere")
+        student.symlink_to(private)
+    else:
+        (student / place).symlink_to(private if place == "more" else private / "key")
+    with pytest.raises(pushing.PushRefused, match=r"is a link to .*links are not pushed"):
+        push_student(folder, MINE)
+    assert "me/small" not in hub.repositories and not folder.exists("hub.json")
+
+
 def test_a_public_repository_takes_no_private_student(hub: Hub, tmp_path: Path) -> None:
     hub.repositories["me/small"] = Repository(False)
     with pytest.raises(pushing.PushRefused, match="is there and public"):
