@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from raystill.base.records import BrokenFile
-from raystill.base.run_folder import RunFolder
-from raystill.cluster.report.summary import _paid
+from raystill.base.records import BrokenFile, read_lines
+from raystill.base.run_folder import SPENDING, RunFolder
+from raystill.cluster.report.summary import counted
 from raystill.serve.api.limits import Spending
 from raystill.serve.batch.journal import BatchJournal, Plan
 from tests.hostile.judge import OTHERS, SECRET, Case, content_of, inside
@@ -176,4 +176,4 @@ def test_a_budget_holds_whatever_a_file_says_was_spent(tmp_path: Path, kind: str
     with pytest.raises(BrokenFile, match=r"spending\.jsonl has an api_cost of"):
         Spending(folder)
     if kind != "less than nothing":
-        assert _paid(folder, "") == {}
+        assert counted(read_lines(folder, SPENDING)) == {}

@@ -103,6 +103,8 @@ class Followed:
     def write(self, asked: Any = None) -> tuple[int, list[list[int]]]:
         """The version that answers, and its responses."""
         table = (asked or self.ask()).result(timeout_s=PATIENCE_S)
+        if errors := table["error"].drop_null().to_pylist():  # Of an engine that has died.
+            raise RuntimeError(f"rows without an answer: {errors}")
         spans = [split_reason(reason)[1] for reason in table["finish_reason"].to_pylist()]
         ((version,),) = {tuple(version for _, version in each) for each in spans}
         return version, table["response_ids"].to_pylist()
