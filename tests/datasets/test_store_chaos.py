@@ -11,6 +11,7 @@ On an object store, requests are also answered 503 (carried out or not), late, o
 import asyncio
 import errno
 import json
+import multiprocessing
 import os
 import random
 import threading
@@ -38,7 +39,7 @@ from raystill.datasets.store.store import SEGMENTS, TeacherStore
 from raystill.datasets.store.upkeep import prune, verify
 from raystill.datasets.stream.answers import StoredAnswers
 from raystill.datasets.stream.spec import Requester
-from tests.datasets.test_store import keys_of
+from tests.datasets.test_store import keys_of, publish
 from tests.support.s3 import KEYS, S3, Request, s3_server
 
 SIGNAL = Signal("sampled")
@@ -319,6 +320,32 @@ def live(place: Path, seed: int, faults: int) -> Counter[str]:
 
 def test_a_dozen_faults_cost_nothing_but_what_was_in_flight(tmp_path: Path) -> None:
     assert live(tmp_path, 1, FAULTS_A_LIFE).total() == FAULTS_A_LIFE
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3_600)
+def test_compactions_that_are_killed_at_any_moment_lose_nothing(tmp_path: Path) -> None:
+    """By the system, in processes of their own; nobody puts back what they had set aside."""
+    dice = random.Random(int(os.environ.get("CHAOS_SEED", 1)))
+    store, killed = TeacherStore(str(tmp_path / "store")), 0
+    rows = list(range(240))
+    for start in rows[::2]:
+        publish(store, [start, start + 1])
+    while killed < 20:
+        for start in dice.sample(rows[::2], 20):  # Of some rows other answers, too.
+            publish(store, [start, start + 1, 1000 + start], salt=killed)
+        process = multiprocessing.get_context("fork").Process(target=compact, args=(store,))
+        process.start()
+        process.join(dice.random())
+        if process.is_alive():
+            process.kill()
+            killed += 1
+        process.join()
+        assert store.catalogue().locate(keys_of(rows)).min() >= 0
+        assert verify(store) == {}
+    compact(store)
+    assert verify(store) == {} and store.catalogue().duplicates == 0
+    assert not [path for path in (tmp_path / "store" / SEGMENTS).glob("*.aside")]
 
 
 @pytest.fixture
