@@ -193,7 +193,7 @@ class Sampler:
             self._exit_if_engine_died(error)
             problem = (
                 f"the sampler cannot take the student's adapter of step {newest['version']} "
-                f"({error}); set policy.merge_adapters: true, which sends it merged weights"
+                f"({error}); leave policy.merge_adapters at true, which sends it merged weights"
             )
             await self._coordinator.failed.remote(problem)
             raise RunError(problem) from error

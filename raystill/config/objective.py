@@ -237,10 +237,10 @@ class PolicyConfig(ConfigModel):
         None, description="Precision of the sampler's weights. Default: training.export_dtype."
     )
     merge_adapters: bool = operational(
-        False,
-        description="With student.lora: whether the sampler gets merged weights in place of the "
-        "adapter alone. For models of which vLLM serves no adapters; always so with "
-        "student.lora.modules_to_save.",
+        True,
+        description="With student.lora: whether the sampler gets merged weights at each version. "
+        "false: the frozen weights once and then the adapter alone, which is much less, for models "
+        "of which vLLM serves adapters, and not with student.lora.modules_to_save.",
     )
     kv_cache_gib: float | None = operational(
         None, gt=0, description="KV cache of the sampler, in GiB. Default: teacher.kv_cache_gib."

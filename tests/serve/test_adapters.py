@@ -10,6 +10,8 @@ from raystill.config.student import LoraConfig
 from raystill.model.adapters import served_rank
 from raystill.serve.engine.weights import Adapters
 
+ALONE = {"merge_adapters": False}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -59,13 +61,13 @@ def test_a_request_that_fails_gives_its_adapter_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lora", "policy", "rank"),
     [
-        (None, {}, None),
-        ({"rank": 5}, {}, 8),
-        ({"rank": 16}, {}, 16),
-        ({"rank": 300}, {}, 320),
-        ({"rank": 513}, {}, None),
-        ({"rank": 5, "modules_to_save": ["norm"]}, {}, None),
-        ({"rank": 5}, {"merge_adapters": True}, None),
+        (None, ALONE, None),
+        ({"rank": 5}, ALONE, 8),
+        ({"rank": 16}, ALONE, 16),
+        ({"rank": 300}, ALONE, 320),
+        ({"rank": 513}, ALONE, None),
+        ({"rank": 5, "modules_to_save": ["norm"]}, ALONE, None),
+        ({"rank": 5}, {}, None),
     ],
 )
 def test_the_adapter_alone_is_sent_where_vllm_can_take_it(

@@ -144,7 +144,7 @@ def following(kind: str, place: Path, num_replicas: int = 1) -> Iterator[Followe
     written = yaml.safe_load((ROOT / "configs" / "on_policy.yaml").read_text())
     written["teacher"] |= {"model": str(TEACHER), "max_num_seqs": 4}
     written["policy"] |= {"max_tokens": MAX_TOKENS, "sampling": {"temperature": 0.0}}
-    written["policy"] |= {"merge_adapters": kind == "merged adapters"}
+    written["policy"] |= {"merge_adapters": kind != "adapters"}
     written["policy"] |= {"num_replicas": num_replicas}
     if adapters:
         written["student"]["lora"] = {"rank": 5, "alpha": 20}

@@ -33,6 +33,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
     run_file = write_run_file(
         place,
         student={"lora": lora},
+        policy={"merge_adapters": False},
         training={
             "learning_rate": 1e-2,
             "export_dtype": "float32",
