@@ -381,6 +381,8 @@ def call(argv: Sequence[str] | None) -> int:
         print(f" {shown(str(error), LONGEST_ERROR)}", file=sys.stderr)
     except BrokenPipeError:
         raise
+    except MemoryError:
+        print("error: this process may use no more memory; name smaller files", file=sys.stderr)
     except Exception as error:  # A mistake of ours, or something that nobody thought of.
         print(f"error: {unexpected(error)}", file=sys.stderr)
     return EXIT_FAILED

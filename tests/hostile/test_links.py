@@ -109,3 +109,32 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         with pytest.raises(OSError):
             open_own(tmp_path / name)
     assert path.read_bytes() == b"12"
+
+
+PLACES: dict[str, bytes | str] = {
+    "run/summary.json": b"",
+    "sound.yaml": b"",
+    f"{OTHERS}/letter.txt": b"",
+    "to/letter.txt": f"link {LETTER}",
+    "to/pipe": "pipe",
+    "to/device": "link /dev/null",
+    "to/folder": "folder",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_page_takes_the_place_of_nothing_else(
+    bases: Bases, place: str, more: tuple[str, ...]
+) -> None:
+    files = {name: content for name, content in PLACES.items() if content and name == place}
+    case = Case(("report", "run", "--html", place, *more), files, "run", frozenset({1}))
+    told, untouched = seen(bases, case)
+    assert ("is no page" in told or "is a folder, device or pipe" in told) and untouched
+
+
+def test_a_page_takes_the_place_of_a_page(bases: Bases) -> None:
+    empty: dict[str, bytes | str] = {"a.html": b"", "b.html": b"<!DOCTYPE html>\n<p>Of before."}
+    for name in ("a.html", "b.html", "c.html"):
+        case = Case(("report", "run", "--html", name), empty, "run", frozenset({0}))
+        assert name in seen(bases, case)[0]

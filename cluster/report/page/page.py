@@ -8,6 +8,7 @@ and at its end, however it ends, and by ``raystill report`` at any time later:
 """
 
 import os
+import stat
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,6 +36,7 @@ from raystill.cluster.report.page.learned import figure, learned
 from raystill.cluster.report.page.read import RunData, RunReader
 from raystill.cluster.report.page.spent import spent
 
+BEGIN = "<!doctype html>"
 RELOAD_S = 60
 """Seconds after which a browser loads the page of a running run again."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -75,9 +77,25 @@ def write_page(folders: Sequence[RunFolder], target: str | None = None) -> str:
         plain, query = split_query(target if "://" in target else os.path.abspath(target))
         parent, _, name = plain.rpartition("/")
         place = RunFolder(parent + query)
+        if place.is_local:
+            _require_free(Path(plain))
     text = page([RunReader(folder).read() for folder in folders])
     place.write_text(name, text)
     return place.join(name)
+
+
+def _require_free(path: Path) -> None:
+    """RunError for what is there and is no page: a report is not to take its place."""
+    try:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise RunError(f"{path} is a folder, device or pipe; name a file for the page")
+        with path.open("rb") as file:
+            begin = file.read(len(BEGIN))
+    except OSError:  # Nothing is there, or writing says why.
+        return
+    if begin and begin.lower() != BEGIN.encode():
+        raise RunError(f"{path} is there and is no page; name another file for it")
 
 
 def page_anew(folder: RunFolder) -> str:
@@ -116,7 +134,7 @@ def page(runs: Sequence[RunData], now: float | None = None) -> str:
         element("main", *sections),
         element("footer", f"Written by Raystill {__version__} on {written} from ", _folders(runs)),
     )
-    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+    return f"{BEGIN}\n{element('html', head, body, lang='en')}\n"
 
 
 def _told_apart(runs: Sequence[RunData]) -> Sequence[RunData]:
