@@ -12,7 +12,6 @@ Legend: P prompt tokens, T response tokens, K teacher ids kept for each token.
 
 import io
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,6 @@ from numpy.typing import NDArray
 from raystill.base.errors import ConfigError, RunError
 from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.files import (
-    COMPRESSIONS,
     UNREADABLE,
     PromptFile,
     PromptSource,
@@ -156,10 +154,8 @@ def _from_json(text: str) -> Any:
 
 
 def _jsonl_rows(file: PromptFile) -> Iterator[tuple[str, Any, dict[str, NDArray[Any]]]]:
-    compression = COMPRESSIONS.get(os.path.splitext(file.path)[1])
-    binary = file.filesystem.open_input_stream(file.path, compression=compression)
     # A byte that is not UTF-8 becomes half a character, by which its row is refused.
-    with io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape") as stream:
+    with file.open_text(errors="surrogateescape") as stream:
         number = 0
         while line := stream.readline(LONGEST_LINE):
             number += 1
@@ -188,10 +184,8 @@ def _parquet_rows(file: PromptFile) -> Iterator[tuple[str, Any, dict[str, NDArra
     source = file.source
     texts = {*TEXT_COLUMNS, source.prompt_field, source.messages_field, source.response_field}
     with file.open_bytes() as stream:
-        parquet = file.open_parquet(stream)
-        there = parquet.schema_arrow.names
-        names = [n for n in there if n in texts or n in (*ID_COLUMNS, *TOP_COLUMNS)]
-        for batch in parquet.iter_batches(batch_size=PARQUET_ROWS, columns=names):
+        for batch in file.batches(stream, PARQUET_ROWS, {*texts, *ID_COLUMNS, *TOP_COLUMNS}):
+            names = batch.schema.names
             plain = batch.select([n for n in names if n in texts]).to_pylist()
             for i in range(len(batch)):
                 arrays = {n: batch[n][i] for n in names if n not in texts}

@@ -11,9 +11,10 @@ import difflib
 import fnmatch
 import glob
 import io
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
@@ -37,6 +38,9 @@ FORMATS = {
 }
 LONGEST_LINE, LONGEST_TEXT = 32 << 20, 512 << 20
 """Characters of one line, and of a file that is one JSON list."""
+LEAST_BOMB, BOMB_RATIO = 256 << 20, 300
+BOMB = f"it unpacks to more than {BOMB_RATIO} times its size"
+"""What is said of a file, made to fill a memory or a disk, that becomes so many bytes."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 GLOB_SIGNS = frozenset("*?[")
 URI_SIGNS = "/%:@!$&'()*+,;=~[]"
@@ -105,12 +109,9 @@ def prompt_sources(prompts: PromptsConfig, columns: Sequence[str] = ()) -> list[
 
 
 class BoundedLines(io.TextIOWrapper):
-    """A text by lines, or whole, neither of which may be without end: they are held in memory.
+    """A text by lines, or whole; OSError for one without end, or in the place of what is meant."""
 
-    Raises OSError for such a one, and for a file that stands in the place of the one that is meant.
-    """
-
-    _number = 0
+    _number, _read, most = 0, 0, math.inf
 
     def __next__(self) -> str:  # type: ignore[override]
         line = self.readline(LONGEST_LINE + 1)
@@ -123,11 +124,21 @@ class BoundedLines(io.TextIOWrapper):
             _require_itself(line)
         return line
 
+    def readline(self, size: int = -1, /) -> str:  # type: ignore[override]
+        """A line, or so many characters of it."""
+        line = super().readline(size)
+        self._read += len(line)
+        if self._read > self.most:
+            raise OSError(BOMB)
+        return line
+
     def read(self, size: int | None = -1, /) -> str:
         """The whole text, or so many characters of it."""
         if size is not None and size >= 0:
             return super().read(size)
         text = super().read(LONGEST_TEXT + 1)
+        if len(text) > self.most:
+            raise OSError(BOMB)
         if len(text) > LONGEST_TEXT:
             raise OSError(f"it has more than {LONGEST_TEXT:,} characters; write it as JSONL")
         _require_itself(text[:100])
@@ -147,7 +158,6 @@ OTHER_KINDS = {
 }
 """What a file is that begins so, and what to do with it; bytes as Latin-1."""
 LONGEST_SIGN = 1000
-"""Characters from which it is told."""
 UNREADABLE = (OSError, UnicodeDecodeError, pa.ArrowException, csv.Error)
 """What a file raises that is not what its name says."""
 
@@ -170,9 +180,7 @@ def _require_itself(begin: str) -> None:
 
 
 def _refuse_kind(begin: str) -> None:
-    """OSError for the beginning of a file of `OTHER_KINDS`, or of what is left of one that was not
-    fetched.
-    """
+    """OSError for the beginning of a file of `OTHER_KINDS`, or of one that was not fetched."""
     if begin.startswith("version https://git-lfs.github.com/spec/"):
         raise OSError("it is a Git LFS pointer and not the file; run `git lfs pull` in its folder")
     if begin.lstrip().lower().startswith("<!doctype html"):
@@ -200,22 +208,35 @@ class PromptFile:
         """Open it as a seekable file."""
         return self.filesystem.open_input_file(self.path)
 
-    def open_parquet(self, stream: pa.NativeFile) -> pq.ParquetFile:
-        """Read its footer. Raises OSError for what is something else, else ArrowException."""
+    def batches(
+        self, stream: pa.NativeFile, rows: int, columns: Collection[str | None] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows of a Parquet file. OSError for another kind, or a bomb; ArrowException."""
         try:
-            return pq.ParquetFile(stream)
+            parquet = pq.ParquetFile(stream)
         except pa.ArrowException:
             stream.seek(0)
             begin = stream.read(LONGEST_SIGN).decode("latin-1")
             if not begin.startswith("PAR1"):
                 _refuse_kind(begin)
             raise
+        names = columns and [name for name in parquet.schema_arrow.names if name in columns]
+        left = max(LEAST_BOMB, BOMB_RATIO * stream.size())
+        for batch in parquet.iter_batches(rows, columns=names):
+            left -= batch.nbytes
+            if left < 0:
+                raise OSError(BOMB)
+            yield batch
 
-    def open_text(self, newline: str | None = None) -> io.TextIOWrapper:
+    def open_text(self, newline: str | None = None, errors: str = "strict") -> io.TextIOWrapper:
         """Open it as UTF-8 text, decompressed if its name ends in .gz, .zst or .bz2."""
         compression = COMPRESSIONS.get(os.path.splitext(self.path)[1])
         stream = self.filesystem.open_input_stream(self.path, compression=compression)
-        return BoundedLines(stream, encoding="utf-8-sig", newline=newline)
+        lines = BoundedLines(stream, "utf-8-sig", errors, newline)
+        if compression is not None:
+            size = self.filesystem.get_file_info(self.path).size or 0
+            lines.most = max(LEAST_BOMB, BOMB_RATIO * size)
+        return lines
 
 
 def find_files(source: PromptSource) -> tuple[list[PromptFile], list[Problem]]:

@@ -29,6 +29,7 @@ from raystill.datasets.spool.spool import Spool
 
 MAX_PROBLEMS_PER_FILE = 5
 DEFAULT_SOURCE = "prompts"
+PARQUET_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -385,7 +386,7 @@ def _text(file: PromptFile) -> Iterator[tuple[str, Any]]:
 def _parquet(file: PromptFile) -> Iterator[tuple[str, Any]]:
     with file.open_bytes() as stream:
         number = 0
-        for batch in file.open_parquet(stream).iter_batches(batch_size=1024):
+        for batch in file.batches(stream, PARQUET_ROWS):
             for row in batch.to_pylist():
                 yield f"{file.name}, row {number}", row
                 number += 1

@@ -4,11 +4,15 @@ A model's folder with one file changed, or one file of prompts. The holes of spa
 room on the disk; reading them whole would take all memory.
 """
 
+import gzip
+import io
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raystill.base.errors import RunError
@@ -263,3 +267,54 @@ def test_a_folder_of_tasks_has_an_end(tmp_path: Path, monkeypatch: pytest.Monkey
     # The whole disk: refused before it is looked through.
     with pytest.raises(RunError, match="has more than 3 files"):
         ask.folder_content("/")
+
+
+def bomb(form: str, small: bool = False) -> bytes:
+    """A file that unpacks to some hundred times its size: 24 MB, or a tenth of it."""
+    number, text = 24 if small else 240, "x y " * 25_000
+    if form == "parquet":
+        column = pa.DictionaryArray.from_arrays(pa.array([0] * number, pa.int32()), [text])
+        buffer = io.BytesIO()
+        table = pa.table({"prompt": column, "response": column})
+        pq.write_table(table, buffer, compression="zstd")
+        return buffer.getvalue()
+    row = {"prompt": text, "response": text}
+    if form == "json.gz":
+        return gzip.compress(json.dumps([row] * number).encode())
+    lines = "".join(json.dumps(row) + "\n" for _ in range(number))
+    if form == "txt.gz":
+        lines = f"{text}\n" * number
+    if form == "csv.gz":
+        lines = "prompt,response\n" + f"{text},{text}\n" * number
+    return gzip.compress(lines.encode())
+
+
+FORMS = ["parquet", "jsonl.gz", "json.gz", "csv.gz", "txt.gz"]
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_that_unpacks_without_end(
+    bases: Bases, monkeypatch: pytest.MonkeyPatch, form: str, small: bool
+) -> None:
+    monkeypatch.setattr(files, "LEAST_BOMB", 10_000_000)
+    name, content = f"p.{form}", bomb(form, small)
+    for setting in ("prompts.path", "prompts.overlap.path"):
+        words = ("check", "--static", "sound.yaml", "--set", f"{setting}={name}")
+        status, said = told(bases, Case(words, {name: content}))
+        assert ("it unpacks to more than 300 times its size" in said) != small, said
+        assert small or status == 2
+    if form in ("parquet", "jsonl.gz"):
+        words = ("store", "import", "store", name, "--teacher", "sound.yaml")
+        status, said = told(bases, Case(words, {name: content}, "store"))
+        assert ("it unpacks to more than 300 times" in said) != small, said
+
+
+def test_what_is_not_packed_is_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "LEAST_BOMB", 10)
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Say it."}) + "\n")
+    names = ("prompt", "messages", None, "source", None)
+    source = files.PromptSource("prompts", None, (str(tmp_path),), "auto", *names)
+    (file,), _ = files.find_files(source)
+    with file.open_text() as lines:
+        assert len(list(lines)) == 1
