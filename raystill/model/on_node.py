@@ -105,7 +105,7 @@ class ModelSource:
         from raystill.model.weights import files_of_layers
 
         number = ModelFolder(self.name, Path(folder)).num_layers
-        if number is None or "model.safetensors" in self.files:
+        if not isinstance(number, int) or "model.safetensors" in self.files:
             return None
         return files_of_layers(Path(folder), number, keep(number))
 

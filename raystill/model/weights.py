@@ -141,16 +141,16 @@ def files_of_layers(folder: Path, num_layers: int, layers: Collection[int]) -> s
     try:
         index = json.loads(read_bounded(folder / INDEX))["weight_map"]
         prefixes = layer_prefixes(index, num_layers)
+        found = {name: LAYER.fullmatch(name) for name in index}
+        if len(prefixes) != 1 or (folder / "model.safetensors").exists():
+            return None
+        return {
+            index[name]
+            for name, layer in found.items()
+            if layer is None or layer[1] != prefixes[0] or int(layer[2]) in layers
+        }
     except (OSError, ValueError, RecursionError, TypeError, KeyError):
         return None
-    if len(prefixes) != 1 or (folder / "model.safetensors").exists():
-        return None
-    needed = set()
-    for name, file in index.items():
-        found = LAYER.fullmatch(name)
-        if found is None or found[1] != prefixes[0] or int(found[2]) in layers:
-            needed.add(file)
-    return needed
 
 
 def _is_shard(name: str) -> bool:

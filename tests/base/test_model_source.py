@@ -148,9 +148,11 @@ def test_files_of_layers_that_are_not_kept_are_not_asked_for(tmp_path: Path, nod
         source.on_this_node("all", lambda number: [0, 5, 10])
 
 
-@pytest.mark.parametrize(
-    "wrong", ["two lists of layers", "no index", "a broken index", "no number"]
-)
+WRONG = ["two lists of layers", "no index", "a broken index", "no number", "a list of files"]
+WRONG += ["a number of 5,000 digits", "a number of layers that is none"]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_all_files_are_asked_for_where_the_index_does_not_say_it(
     tmp_path: Path, wrong: str
 ) -> None:
@@ -158,14 +160,22 @@ def test_all_files_are_asked_for_where_the_index_does_not_say_it(
     index = write_shards(folder, 4)
     if wrong == "two lists of layers":
         index |= {f"vision.layers.{n}.weight": "model-00000.safetensors" for n in range(4)}
+    last = index["model.layers.3.mlp.down"]
+    if wrong == "a list of files":
+        index["model.layers.3.mlp.down"] = [last]  # type: ignore[assignment]
+        index["lm_head.weight"] = [last]  # type: ignore[assignment]
+    if wrong == "a number of 5,000 digits":
+        index[f"model.layers.{'9' * 5000}.mlp.down"] = last
     text = "[]" if wrong == "a broken index" else json.dumps({"weight_map": index})
     (folder / "model.safetensors.index.json").write_text(text)
     if wrong == "no index":
         (folder / "model.safetensors.index.json").unlink()
     if wrong == "no number":
         (folder / "config.json").write_text("{}")
+    if wrong == "a number of layers that is none":
+        (folder / "config.json").write_text('{"num_hidden_layers": "four"}')
     source = ModelSource.of("models/mine", folder)
-    (folder / index["model.layers.3.mlp.down"]).unlink()
+    (folder / last).unlink()
     with pytest.raises(RunError, match="has no model-"):
         source.on_this_node("all", lambda _: [0])
 
