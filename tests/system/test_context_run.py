@@ -13,6 +13,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from raystill.cluster.check.static import check_run_file
 from raystill.config.run import RunConfig
 from raystill.datasets.store.store import TeacherStore
 from raystill.train.student.build import build_student
@@ -21,7 +22,6 @@ from tests.support.end_to_end import (
     KeptRow,
     RunFiles,
     divergence,
-    drive,
     greedy,
     kept_rows,
     load,
@@ -131,12 +131,16 @@ def test_the_figures_are_those_of_a_student_that_reads_the_short_prompt(
     assert last["kl_nats_per_token"] == pytest.approx(np.concatenate(kl).mean(), rel=1e-4)
 
 
-def test_no_answer_of_it_serves_a_teacher_that_reads_the_students_prompt(place: Path) -> None:
+def test_no_answer_of_it_serves_a_teacher_that_reads_the_students_prompt(
+    place: Path, distilled: RunFiles
+) -> None:
+    assert len(list((place / "teacher_store" / "segments").iterdir()))
     limit = {"limit": NUM_ROWS + NUM_HELD_OUT}
     plain = write_run_file(place / "plain", prompts=limit)
-    store = f"store.path={place / 'teacher_store'}"
-    result = drive("check", plain, "--set", store)
-    assert f"has 0 of {NUM_ROWS} rows to train on, 0 of {NUM_HELD_OUT} held out" in result.stdout
+    prepared = check_run_file(str(plain), [f"store.path={place / 'teacher_store'}"]).prepared
+    assert prepared is not None
+    told = f"has 0 of {NUM_ROWS} rows to train on, 0 of {NUM_HELD_OUT} held out"
+    assert told in prepared.describe_stored()
 
 
 def logprobs(model: Any, prompt: list[int], response: list[int]) -> np.ndarray:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.end_to_end import RunFiles, children_of, named
+from tests.support.end_to_end import RunFiles, children_of, named, wait_until_gone
 from tests.support.on_policy import (
     DEADLINE_S,
     NUM_STEPS,
@@ -54,10 +54,7 @@ def kill_driver(driver: subprocess.Popen[str]) -> None:
     family = children_of(driver.pid)
     driver.kill()
     driver.wait()
-    deadline = time.monotonic() + 60
-    while named(family, "ray::") or named(family, "VLLM::"):
-        assert time.monotonic() < deadline, "processes outlive their driver"
-        time.sleep(0.2)
+    wait_until_gone(family)
 
 
 @pytest.mark.parametrize("seed", [0])
