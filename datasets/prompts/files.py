@@ -26,6 +26,7 @@ from raystill.base.errors import Problem
 from raystill.base.object_store import in_time
 from raystill.base.run_folder import resolve_input, split_query
 from raystill.config.prompts import PromptsConfig, SourceConfig
+from raystill.datasets.rows.unpacked import unpacked_bytes
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -223,7 +224,7 @@ class PromptFile:
         names = columns and [name for name in parquet.schema_arrow.names if name in columns]
         left = max(LEAST_BOMB, BOMB_RATIO * stream.size())
         for batch in parquet.iter_batches(rows, columns=names):
-            left -= batch.nbytes
+            left -= sum(map(unpacked_bytes, batch.columns))
             if left < 0:
                 raise OSError(BOMB)
             yield batch

@@ -19,6 +19,7 @@ from raystill.base.errors import RunError
 from raystill.base.records import number
 from raystill.cluster.harness import ask
 from raystill.datasets.prompts import files, select
+from raystill.datasets.rows.unpacked import unpacked_bytes
 from raystill.model.files import ModelFolder
 from tests.hostile.judge import Case, call, faults, inside, write
 from tests.hostile.places import Bases
@@ -318,3 +319,13 @@ def test_what_is_not_packed_is_of_any_size(tmp_path: Path, monkeypatch: pytest.M
     (file,), _ = files.find_files(source)
     with file.open_text() as lines:
         assert len(list(lines)) == 1
+
+
+def test_a_text_of_a_dictionary_counts_as_often_as_it_is_named() -> None:
+    texts = pa.array(["a" * 1000, "b", None])
+    named = pa.DictionaryArray.from_arrays(pa.array([0, 0, 1, None, 2], pa.int32()), texts)
+    assert unpacked_bytes(named) == 2001
+    inside = pa.ListArray.from_arrays([0, 2, 5], pa.StructArray.from_arrays([named], ["content"]))
+    assert unpacked_bytes(inside) == 2001
+    assert unpacked_bytes(inside.slice(1)) == 1
+    assert unpacked_bytes(pa.array([1, 2], pa.int64())) == 16
