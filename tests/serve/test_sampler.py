@@ -129,7 +129,10 @@ SENT = {
 }
 
 
-@pytest.fixture(scope="module", params=SENT)
+@pytest.fixture(
+    scope="module",
+    params=[*list(SENT)[:2], pytest.param("merged adapters", marks=pytest.mark.faults)],
+)
 def followed(
     ray_serve: None, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Followed]:
@@ -239,6 +242,7 @@ def pair(ray_serve: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield two
 
 
+@pytest.mark.faults
 def test_two_replicas_follow_and_one_that_dies_in_an_update_begins_with_the_newest(
     pair: Followed,
 ) -> None:
