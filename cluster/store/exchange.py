@@ -89,7 +89,13 @@ def import_command(
     config = load_config(run_file, overrides)
     teacher = _stated_teacher(config.by_teacher[named_teacher(config, name)])
     store = TeacherStore(open_named(path).path)
-    new = not store.folder.names()
+    try:
+        new = not store.folder.names()
+    except OSError as error:
+        raise RunError(
+            f"{formatting.path(store.path)} cannot be a teacher store ({error}); name the folder "
+            "of one, or a new one"
+        ) from None
     with nullcontext(store) if new else opened_store(path) as store:
         rows = read_given(tuple(files), teacher.tokeniser.prompts)
         try:

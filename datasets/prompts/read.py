@@ -14,7 +14,7 @@ from typing import Any
 
 from raystill.base.errors import ConfigError, Problem
 from raystill.base.personal import mask
-from raystill.base.redact import shown_value
+from raystill.base.redact import HIDDEN, holds_part, shown_value
 from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.files import (
     UNREADABLE,
@@ -300,7 +300,8 @@ def _jsonl(file: PromptFile) -> Iterator[tuple[str, Any]]:
             except (ValueError, RecursionError) as error:
                 reason = _why_no_json(error)
                 reason += f" at column {error.colno}" if hasattr(error, "colno") else ""
-                message = f"is not JSON ({reason}): {_short(line.strip())}"
+                told = HIDDEN if holds_part(line) else _short(line.strip())
+                message = f"is not JSON ({reason}): {told}"
                 yield where, BrokenRow(f"{message}; repair or remove the line")
 
 

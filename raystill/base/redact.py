@@ -20,7 +20,7 @@ from urllib.parse import quote, quote_plus
 from raystill.base.personal import FORMS, SERVICE_KEYS
 
 HIDDEN = "***"
-SHORTEST_SECRET = 8
+SHORTEST_SECRET = SHORTEST_PART = 8
 """Characters. A shorter value of an environment variable would match inside ordinary words."""
 LONGEST_NAME = 100
 """Characters. Of names up to so many the answer is kept: they are those of settings."""
@@ -223,6 +223,15 @@ def shown_value(value: Any, longest: int = 200) -> str:
         return f"an integer of {value.bit_length():,} bits"
     text = repr(redacted(value))
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
+
+
+def holds_part(text: str) -> bool:
+    """Whether eight characters of a secret are in a text, such as one that was cut within it."""
+    return any(
+        spelling[i : i + SHORTEST_PART] in text
+        for spelling, _ in SECRETS.spelt(os.environ)
+        for i in range(len(spelling) - SHORTEST_PART + 1)
+    )
 
 
 def is_secret_name(name: str) -> bool:

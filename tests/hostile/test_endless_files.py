@@ -21,7 +21,7 @@ from raystill.cluster.harness import ask
 from raystill.datasets.prompts import files, select
 from raystill.datasets.rows.unpacked import unpacked_bytes
 from raystill.model.files import ModelFolder
-from tests.hostile.judge import Case, call, faults, inside, write
+from tests.hostile.judge import SECRET, Case, call, faults, inside, write
 from tests.hostile.places import Bases
 from tests.support.end_to_end import TEACHER
 
@@ -329,3 +329,19 @@ def test_a_text_of_a_dictionary_counts_as_often_as_it_is_named() -> None:
     assert unpacked_bytes(inside) == 2001
     assert unpacked_bytes(inside.slice(1)) == 1
     assert unpacked_bytes(pa.array([1, 2], pa.int64())) == 16
+
+
+def test_what_is_no_folder_is_no_store_to_import_into(bases: Bases) -> None:
+    given = json.dumps({"prompt": "Say it.", "response": "It."}).encode() + b"\n"
+    words = ("store", "import", "/dev/null", "given.jsonl", "--teacher", "sound.yaml")
+    status, said = told(bases, Case(words, {"given.jsonl": given}, "store", frozenset({1})))
+    assert status == 1 and "/dev/null cannot be a teacher store" in said
+
+
+@pytest.mark.parametrize("cut", [0, 1, 9, 20])
+def test_a_broken_line_is_not_quoted_where_it_was_cut_in_a_secret(bases: Bases, cut: int) -> None:
+    line = json.dumps(f"x {SECRET}")[3 + cut :] + '"}\n'
+    words = ("check", "--static", "sound.yaml", "--set", "prompts.path=p.jsonl")
+    content = b'{"prompt": "Say."}\n' + line.encode()
+    _, said = told(bases, Case(words, {"p.jsonl": content}))
+    assert "p.jsonl, line 2: is not JSON" in said and "***" in said
