@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.parser import BytesParser
-from http.server import ThreadingHTTPServer
 from typing import Any
 
-from tests.support.json_service import JsonHandler, completion_of, serving
+from tests.support.json_service import JsonHandler, Server, completion_of, serving
 
 
 @dataclass
@@ -41,10 +40,8 @@ class Script:
     page: int = 2
 
 
-class BatchService(ThreadingHTTPServer):
+class BatchService(Server):
     """key: what clients must show; None: anything."""
-
-    request_queue_size = 128  # Connections that a busy machine lets wait are not to be lost.
 
     def __init__(self, key: str | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

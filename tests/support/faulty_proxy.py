@@ -13,10 +13,9 @@ import urllib.request
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from http.server import ThreadingHTTPServer
 from typing import Any
 
-from tests.support.json_service import JsonHandler
+from tests.support.json_service import JsonHandler, Server
 
 FAULTS = ("too many", "error", "cut before", "no usage", "torn", "no tokens", "late", "absurd")
 EVERY, CYCLE = 2, 28
@@ -33,13 +32,11 @@ GIVEN_UP_S = 600.0
 """For which a late answer waits for its client to go."""
 
 
-class Proxy(ThreadingHTTPServer):
+class Proxy(Server):
     """Passes requests on, except that every few of them fail.
 
     prices: of a million tokens, ``input`` and ``output``. kinds: the faults, by turns.
     """
-
-    request_queue_size = 128  # Connections that a busy machine lets wait are not to be lost.
 
     def __init__(
         self, upstream: str, key: str, prices: Mapping[str, Any], kinds: Sequence[str] = FAULTS
@@ -65,8 +62,12 @@ class Proxy(ThreadingHTTPServer):
             turn, odd = divmod(self.number % CYCLE, EVERY)
             fault = self.kinds[turn] if not odd and turn < len(self.kinds) else None
             self.number += 1
-            self.faults[fault] += 1
         return fault
+
+    def note(self, fault: str | None) -> None:
+        """Counts a fault that comes to pass, or a request that is answered as it should be."""
+        with self.lock:
+            self.faults[fault] += 1
 
     def charge(self, answer: Mapping[str, Any], question: str | None) -> None:
         """Notes what an answer costs. question: None where it is not read."""
@@ -88,6 +89,8 @@ class Passing(JsonHandler):
         body = self.body()
         assert self.headers["Authorization"] == f"Bearer {self.server.key}"
         fault = self.server.next_fault()
+        if fault in ("too many", "error", "cut before"):
+            self.server.note(fault)
         if fault == "too many":
             self.send(429, b'{"error": {"message": "slow down"}}', {"Retry-After": "0.5"})
             return
@@ -106,6 +109,7 @@ class Passing(JsonHandler):
         except urllib.error.HTTPError as error:
             self.send(error.code, error.read())
             return
+        self.server.note(fault)
         told = json.loads(data)
         if fault == "torn":
             self.server.charge(told, None)

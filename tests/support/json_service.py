@@ -7,6 +7,13 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeVar
 
+
+class Server(ThreadingHTTPServer):
+    """A server that a busy machine may let wait: a full queue would reset what connects."""
+
+    request_queue_size = 128
+
+
 S = TypeVar("S", bound=ThreadingHTTPServer)
 
 

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +25,7 @@ from raystill.model.sampling import ResolvedSampling
 from raystill.serve.api import failures
 from raystill.serve.services import api_engine
 from tests.support.end_to_end import TEACHER
-from tests.support.json_service import JsonHandler, completion_of, serving
+from tests.support.json_service import JsonHandler, Server, completion_of, serving
 
 STOP = 2
 KEY = "planted-service-key-8c1f0a77"
@@ -34,7 +33,7 @@ TEXT = Signal("text")
 USAGE = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
 
 
-class Service(ThreadingHTTPServer):
+class Service(Server):
     """Answers each question by its script: a list of replies, the last of which stays."""
 
     def __init__(self) -> None:

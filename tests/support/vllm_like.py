@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from http.server import ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer
 
 from tests.support.end_to_end import TEACHER
 from tests.support.json_service import JsonHandler, serving
+from tests.support.json_service import Server as JsonServer
 
 
 @dataclass
@@ -44,7 +44,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(TEACHER / "tokenizer.json"))
 
 
-class Server(ThreadingHTTPServer):
+class Server(JsonServer):
     def __init__(self, kind: Kind) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.kind = kind

@@ -5,7 +5,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from hashlib import blake2b
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import yaml
 
 from tests.support.end_to_end import TEACHER, RunFiles, drive
-from tests.support.json_service import JsonHandler, completion_of, serving
+from tests.support.json_service import JsonHandler, Server, completion_of, serving
 from tests.support.synthetic_run import write_run_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
@@ -22,7 +21,7 @@ PROMPTS, HELD_OUT, SAMPLES = 10, 2, 4
 ASKS_FOR_A_WORD = "Reply with one of these words alone"
 
 
-class Service(ThreadingHTTPServer):
+class Service(Server):
     """Writes another answer to each question that it is asked, and judges answers by a hash."""
 
     def __init__(self) -> None:

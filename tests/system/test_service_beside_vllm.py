@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from tokenizers import Tokenizer
 from raystill.base.run_folder import RunFolder
 from raystill.datasets.store.store import TeacherStore
 from tests.support.end_to_end import ROOT, TEACHER, RunFiles, drive
-from tests.support.json_service import JsonHandler, completion_of, serving
+from tests.support.json_service import JsonHandler, Server, completion_of, serving
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults]
 
@@ -34,7 +33,7 @@ BESIDE = {" blue": 0.25, " green": 0.1}
 """What the service names beside each token of its answers, which has 0.5."""
 
 
-class Service(ThreadingHTTPServer):
+class Service(Server):
     """Tells the log probabilities of its answers in words."""
 
     def __init__(self, other: Path) -> None:
