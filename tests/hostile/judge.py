@@ -9,6 +9,7 @@ were.
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -31,6 +32,7 @@ SECRET = "planted'Secret@77-of\"hostile"
 VARIABLE = "DB_PASSWORD"
 OTHERS = "others"
 """The folder of somebody else, beside what a case is about."""
+IN_JOURNAL = re.compile(r"store/batches/[0-9a-f]{32}\.(plan|batch|end)\.json")
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,17 @@ def judge(case: Case, place: Path) -> list[str]:
         path = place / name
         if OWN_NAME.fullmatch(path.name) or path.name in ("report.html", "comparison.html"):
             continue
+        if not path.exists() and is_revoked(case, name):
+            continue
         if not path.is_file() or path.read_bytes() != data:
             wrong.append(f"{name} was changed")
     return wrong
+
+
+def is_revoked(case: Case, name: str) -> bool:
+    """Whether a file is of a batch's journal, which ``revoke`` takes out with the answers."""
+    does = "revoke" in case.words and "--dry-run" not in case.words
+    return does and IN_JOURNAL.fullmatch(name) is not None
 
 
 def faults(told: Told, statuses: frozenset[int], as_value: bool) -> Iterator[str]:

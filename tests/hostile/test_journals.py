@@ -14,7 +14,7 @@ from raystill.base.run_folder import SPENDING, RunFolder
 from raystill.cluster.report.summary import counted
 from raystill.serve.api.limits import Spending
 from raystill.serve.batch.journal import BatchJournal, Plan
-from tests.hostile.judge import OTHERS, SECRET, Case, content_of, inside
+from tests.hostile.judge import OTHERS, SECRET, Case, content_of, inside, judge
 from tests.hostile.places import IDENTITY, Bases
 from tests.hostile.test_newer_settings import judged
 
@@ -91,6 +91,20 @@ def test_a_plan_writes_nowhere_else(bases: Bases, name: str, more: tuple[str, ..
     files: dict[str, bytes | str] = {f"store/batches/{NAME}.plan.json": written}
     judged(bases, Case((*REVOKE, *more), files, "store", frozenset({1})))
     assert set(content_of(place)) - before == set(files)
+
+
+@pytest.mark.parametrize(
+    ("key", "more", "goes"),
+    [(KEY, (), True), (KEY, ("--dry-run",), False), ("f" * 32, (), False)],
+    ids=["his", "dry run", "of nobody known"],
+)
+def test_a_plan_goes_with_the_answers_of_its_teacher_alone(
+    bases: Bases, key: str, more: tuple[str, ...], goes: bool
+) -> None:
+    name = f"store/batches/{NAME}.plan.json"
+    place = bases.fresh("store")
+    judged_at = judge(Case((*REVOKE, *more), {name: plan(keys=[key])}, "store"), place)
+    assert not judged_at and (place / name).exists() is not goes
 
 
 ODD: dict[str, bytes | str] = {
