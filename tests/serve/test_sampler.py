@@ -268,7 +268,7 @@ def test_two_replicas_follow_and_one_that_dies_in_an_update_begins_with_the_newe
 def test_a_replica_waits_for_weights_that_another_was_the_first_to_have(pair: Followed) -> None:
     asked = [pair.ask(at_least=3) for _ in range(4)]
     before = pair.write(pair.ask(at_least=0))
-    assert before[0] == 2, "who needs no newer ones is not held up"
+    assert before[0] < 3, "who needs no newer ones is not held up"
     pair.change_weights(seed=13)
     pair.publisher.publish(3)
     assert [pair.write(one) for one in asked] == [(3, pair.greedy())] * len(asked)
