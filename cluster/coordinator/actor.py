@@ -28,7 +28,7 @@ class Coordinator:
 
     ``max_rows_ahead`` rows may be ahead, and are refilled by ``refill_rows`` (`Credits`); of
     ``num_rows`` (one epoch) a share of ``max_drop_fraction`` may be dropped, and a share of
-    ``max_rejected_fraction`` rejected by filters. ``parts``: of several teachers (`Credits`).
+    ``max_rejected_fraction`` rejected by filters. ``parts``, ``beside_held_out``: see `Credits`.
     """
 
     def __init__(
@@ -39,8 +39,9 @@ class Coordinator:
         refill_rows: int = 0,
         max_rejected_fraction: float = 1.0,
         parts: Mapping[str, int] | None = None,
+        beside_held_out: int | None = None,
     ) -> None:
-        self._credits = Credits(max_rows_ahead, refill_rows, parts)
+        self._credits = Credits(max_rows_ahead, refill_rows, parts, beside_held_out)
         self._emitted: list[int] = []
         self._drops = Drops(num_rows, max_drop_fraction, max_rejected_fraction)
         self._rejected = RejectedByEpoch()
@@ -99,11 +100,8 @@ class Coordinator:
         """Credits for the rows of a group; waits for room. False: stop emitting.
 
         ``oldest_version``: the student writes some of its rows, with such weights or newer ones,
-        for which it waits too.
-
-        ``group`` names the group by its first position, so that a source that Ray runs again gets
-        its old credits back instead of taking them twice, also where the call of the one before
-        it still waits here.
+        for which it waits too. ``group`` names the group by its first position, so that a source
+        that Ray runs again gets its old credits back, also where the earlier call still waits.
         """
         self._credits.require_fit(rows)
         async with self._changed:
@@ -295,8 +293,11 @@ class Coordinator:
             self._phases.append((number + 1, name))
 
     async def held_out_ready(self) -> None:
-        """The held-out rows are answered and written."""
+        """The held-out rows are answered and written, and others have their places."""
         self._held_out.set()
+        async with self._changed:
+            self._credits.beside_held_out = None
+            self._changed.notify_all()
 
     async def wait_held_out(self) -> None:
         """Wait until the held-out rows are answered."""

@@ -27,18 +27,25 @@ def parts_of(max_rows_ahead: int, at_once: Mapping[str, int]) -> dict[str, int]:
 class Credits:
     """At most ``max_rows_ahead`` rows ahead, and ``max_in_flight`` groups (None: no bound).
 
+    ``beside_held_out``: a bound on groups in flight of its own, while held-out rows are answered.
+
     ``refill_rows``: the bound less these must be enough for a step to be filled. Of a bounded
     flight half is refilled at most. ``parts``: rows that each of several teachers may have in
     flight (`parts_of`), so that one that does not answer leaves the others theirs.
     """
 
     def __init__(
-        self, max_rows_ahead: int, refill_rows: int = 0, parts: Mapping[str, int] | None = None
+        self,
+        max_rows_ahead: int,
+        refill_rows: int = 0,
+        parts: Mapping[str, int] | None = None,
+        beside_held_out: int | None = None,
     ) -> None:
         self.max_rows_ahead = max_rows_ahead
         self._refill_rows = refill_rows
         self._parts = dict(parts or {})
         self.max_in_flight: int | None = None
+        self.beside_held_out = beside_held_out
         self.max_ahead_seen = 0
         self.begin(0)
 
@@ -76,7 +83,9 @@ class Credits:
         return None
 
     def _has_room(self, rows: int) -> bool:
-        in_flight, most = len(self._granted) - len(self._answered), self.max_in_flight
+        in_flight = len(self._granted) - len(self._answered)
+        bounds = [n for n in (self.max_in_flight, self.beside_held_out) if n is not None]
+        most = min(bounds, default=None)
         refill = self._refill_rows if most is None else min(self._refill_rows, most * rows // 2)
         room = self.max_rows_ahead - self.ahead
         self._full = room < (max(rows, refill) if self._full else rows)

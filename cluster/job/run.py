@@ -5,6 +5,7 @@ teacher's first replica, then ``fit`` returning. The main thread only watches (`
 holds no rows.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -87,6 +88,7 @@ def begin(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Run:
         num_rows=run.num_rows,
         refill_rows=config.refill_rows,
         max_rejected_fraction=config.max_rejected_fraction,
+        beside_held_out=groups_beside(config, prepared.num_held_out_rows),
         parts=parts_of(
             config.rows_ahead,
             {
@@ -97,6 +99,21 @@ def begin(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Run:
         ),
     )
     return replace(run, coordinator=unique_actor(start, folder))
+
+
+def groups_beside(config: RunConfig, held_out_rows: int) -> int | None:
+    """Training groups that may be asked for while held-out rows are answered, which come first.
+
+    As many as fit into the slots that these leave, at least one; None: there are no such rows.
+    """
+    if not held_out_rows:
+        return None
+    rows = config.stream.group_rows
+    slots = sum(
+        one.teacher.max_replicas * min(one.groups_per_replica, one.teacher.max_num_seqs // rows)
+        for one in config.by_teacher.values()
+    )
+    return max(1, slots - math.ceil(held_out_rows / rows))
 
 
 def serve(run: Run, prepared: Prepared, probe: bool = True) -> Background:

@@ -1,6 +1,7 @@
 """The coordinator's credits, drops and attempts, without Ray."""
 
 import asyncio
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,13 +9,15 @@ import pytest
 from raystill.base.errors import RunError
 from raystill.cluster.coordinator.actor import Coordinator
 from raystill.cluster.coordinator.credits import Credits, parts_of
+from raystill.cluster.job.run import groups_beside
+from raystill.config.load import load_config
 from raystill.config.run import RunConfig
 from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.plan import RoutedPlan
 
 
-def coordinator(max_rows_ahead=16, num_rows=100, max_drop_fraction=0.1, refill_rows=0):
-    return Coordinator(max_rows_ahead, num_rows, max_drop_fraction, refill_rows)
+def coordinator(max_rows_ahead=16, num_rows=100, max_drop_fraction=0.1, refill_rows=0, **more):
+    return Coordinator(max_rows_ahead, num_rows, max_drop_fraction, refill_rows, **more)
 
 
 async def waits(awaitable):
@@ -125,6 +128,27 @@ def test_groups_in_flight_are_bounded_where_it_is_asked_for_and_leave_with_their
         await c.let_in_flight(1)
         await c.answered(attempt, 8, 8, {})
         assert await c.acquire(again, 8, 0), "a new attempt has nothing in flight"
+
+    asyncio.run(run())
+
+
+def test_while_held_out_rows_are_answered_few_groups_are_asked_for_beside_them():
+    async def run():
+        c = coordinator(max_rows_ahead=64, beside_held_out=2)
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        await c.let_in_flight(6)
+        assert await c.acquire(attempt, 8, 0) and await c.acquire(attempt, 8, 8)
+        assert await waits(c.acquire(attempt, 8, 16)), "the smaller bound counts"
+        third = asyncio.ensure_future(c.acquire(attempt, 8, 16))
+        await c.answered(attempt, 0, 8, {})
+        assert await third
+        fourth = asyncio.ensure_future(c.acquire(attempt, 8, 24))
+        assert await waits(c.acquire(attempt, 8, 24))
+        await c.held_out_ready()
+        assert await fourth
+        for group in (32, 40, 48):
+            assert await c.acquire(attempt, 8, group)
+        assert await waits(c.acquire(attempt, 8, 56)), "the other bound stays"
 
     asyncio.run(run())
 
@@ -514,3 +538,23 @@ def test_what_the_weights_have_learned_needs_no_answer():
         assert await c.wait_teacher_idle(0)
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("held_out", "changed", "groups"),
+    [
+        (0, {}, None),
+        (48, {}, 2),
+        (41, {}, 2),
+        (64, {}, 1),
+        (500, {}, 1),
+        (48, {"teacher.num_replicas": 2}, 10),
+        (48, {"teacher.target_ongoing_requests": 7}, 1),
+        (48, {"teacher.target_ongoing_requests": 99}, 2),
+        (8, {"stream.group_rows": 16}, 3),
+    ],
+)
+def test_training_rows_have_the_slots_that_held_out_ones_leave(held_out, changed, groups):
+    overrides = [f"{name}={value}" for name, value in changed.items()]
+    config = load_config(Path("configs/quickstart.yaml"), overrides)
+    assert groups_beside(config, held_out) == groups

@@ -322,7 +322,11 @@ def command_lines(draw: st.DrawFn) -> Case:
             [
                 *(("report", path), ("report", path, other), ("report", "--json", path)),
                 *(("report", ".", f"--html={path}"), ("lineage", path), ("draft", path)),
-                *(("fields", path), ("fields", "--json", path), ("check", "--static", path)),
+                *(
+                    ("fields", path if path != "--" else "."),
+                    ("fields", "--json", path),
+                    ("check", "--static", path),
+                ),
                 *(("store", "list", path), ("store", "verify", path), ("store", "prune", path)),
                 *(("store", "compact", path), ("store", "export", path, other)),
                 ("store", "export", ".", path, f"--format={other}"),

@@ -36,6 +36,7 @@ from raystill.datasets.stream.teacher_calls import TeacherCalls
 from raystill.model.sampling import ResolvedSampling
 from raystill.run import Run
 from raystill.train.batch.rows import Row, rows_from_table
+from raystill.train.evaluation.one_query import quick_writing
 from raystill.train.start.texts import shared_beginning
 from raystill.train.step.ranks import Ranks
 
@@ -188,7 +189,7 @@ def generate(
     model.eval()
     devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), _autocast(settings, device):
+        with torch.random.fork_rng(devices), _autocast(settings, device), quick_writing(device):
             torch.manual_seed(settings.seed)
             answers: list[list[int]] = [[] for _ in prompts]
             rows, order = settings.rows_per_batch, list(range(len(prompts)))

@@ -10,6 +10,8 @@ other ranks. Unblocked by: the teacher's answers, the stream's end, a stop.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -59,18 +61,29 @@ def train_worker(run: Run) -> None:
 
 def run_worker(worker: "Worker") -> None:
     """The order of events: restore, all epochs or up to a stop, a last checkpoint, the student."""
-    worker.restore()
-    rows = worker.open_stream(worker.publish(restored=True))
-    worker.measure_before(rows)
+    with last_checkpoint() as path:
+        rows = worker.start(path)
+    worker.measure_before()
     stopped = worker.train(rows)
     while not stopped and worker.next_epoch():
-        stopped = worker.train(worker.open_stream(worker.publish(restored=False)))
+        stopped = worker.train(worker.open_stream(restored=False))
     worker.checkpoint()
     if stopped:
         worker.leave("stopped")
     else:
         worker.finish()
         worker.leave("completed")
+
+
+@contextmanager
+def last_checkpoint() -> Iterator[str | None]:
+    """Folder on this node of the last *registered* checkpoint; None where there is none."""
+    registered = ray.train.get_checkpoint()
+    if registered is None:
+        yield None
+        return
+    with registered.as_directory() as path:
+        yield path
 
 
 class Worker:
@@ -81,6 +94,37 @@ class Worker:
         self.run, self.config, self.coordinator = run, run.config, run.coordinator
         self.ranks = Ranks(context.get_world_rank(), context.get_world_size())
         self.device, self.cores = settle_process(run, context)
+        self.progress = Progress(run, self.ranks)
+
+    def start(self, checkpoint: str | None) -> StepRows[Row]:
+        """Go back to a checkpoint, or to the beginning; this rank's share of the rows.
+
+        The stream is started before the student is loaded, which takes as long as the teacher does
+        to answer the first rows. Where the student writes some, it has to be there first.
+        """
+        snapshot = None if checkpoint is None else ckpt.read_snapshot(checkpoint)
+        if snapshot is not None:
+            learned = snapshot.epoch, snapshot.ledger, snapshot.extra
+            self.progress.restore(snapshot.step, *learned)
+        rows = None if self.config.policy.enabled else self.open_stream(restored=True)
+        self.load()
+        self.phase(LOADING)
+        # Before a checkpoint is loaded, which brings the random state of each rank.
+        self.ranks.draw_apart(self.config.section_seeds()["student"])
+        if self.ranks.first and (removed := remove_unregistered(self.run.folder)):
+            logger.warning("deleted unregistered checkpoints %s", removed)
+        lora.require_same_base(self.ranks.gather(lora.identity_of_base(self.student.model)))
+        if checkpoint is not None and snapshot is not None:
+            self._restore(checkpoint, snapshot)
+        self.progress.discard_later_records()
+        self.measurer.discard_beyond(self.progress.step)
+        self.global_step = self._build_step()
+        last_step = -1 if snapshot is None else self.progress.step
+        self.checkpointer = ckpt.Checkpointer(self.run.folder, self.ranks, self._report, last_step)
+        return rows or self.open_stream(restored=True)
+
+    def load(self) -> None:
+        """The untrained student, its optimizer, and what measures and publishes it."""
         self.student, self.teacher_folder = self._build_student()
         self.optimizer = build_optimizer(self.student, self.config.training)
         self.vocab = build.num_classes(self.student.model, self.teacher_folder)
@@ -93,32 +137,14 @@ class Worker:
             teacher_folder=self.teacher_folder,
             sampling=self.sampling,
         )
-        self.measurer = Measurer(run, measured, score=partial(score_answers, run))
+        self.measurer = Measurer(self.run, measured, score=partial(score_answers, self.run))
         self.policy = self._policy_publisher(measured)
-        self.progress = Progress(run, self.ranks)
-
-    def restore(self) -> None:
-        """Go back to the last *registered* checkpoint; without one, start from the beginning."""
-        self.phase(LOADING)
-        # Before a checkpoint is loaded, which brings the random state of each rank.
-        self.ranks.draw_apart(self.config.section_seeds()["student"])
-        if self.ranks.first and (removed := remove_unregistered(self.run.folder)):
-            logger.warning("deleted unregistered checkpoints %s", removed)
-        lora.require_same_base(self.ranks.gather(lora.identity_of_base(self.student.model)))
-        registered = ray.train.get_checkpoint()
-        if registered is not None:
-            with registered.as_directory() as path:
-                self._load(path, ckpt.read_snapshot(path))
-        self.progress.discard_later_records()
-        self.measurer.discard_beyond(self.progress.step)
-        self.global_step = self._build_step()
-        last_step = -1 if registered is None else self.progress.step
-        self.checkpointer = ckpt.Checkpointer(self.run.folder, self.ranks, self._report, last_step)
 
     def publish(self, restored: bool) -> int:
         """Publish what these weights have learned, for the source, before any rank iterates."""
         attempt = None
-        if self.policy is not None:  # Before credits are given, which depend on these weights.
+        if self.config.policy.enabled:  # Before credits are given, which depend on these weights.
+            assert self.policy is not None
             self.policy.publish(self.progress.step, restored)
         if self.ranks.first:
             p = self.progress
@@ -126,9 +152,10 @@ class Worker:
             attempt = ray.get(self.coordinator.publish.remote(*learned))
         return self.ranks.from_first(attempt)  # Also the barrier that holds the other ranks back.
 
-    def open_stream(self, attempt: int) -> StepRows[Row]:
-        """This rank's share of the rows; nothing is asked for until the first block is."""
-        return StepRows(
+    def open_stream(self, restored: bool) -> StepRows[Row]:
+        """Publish what was learned, and start the stream; this rank's share of the rows."""
+        attempt = self.publish(restored)
+        rows = StepRows(
             iterate_groups(ray.train.get_dataset_shard("train")),
             order=self.config.stream.order,
             rows_per_step=self.config.training.rows_per_step,
@@ -138,8 +165,10 @@ class Worker:
             to_rows=rows_from_table,
             taken=lambda rows: self.coordinator.taken.remote(attempt, rows),
         )
+        rows.start()
+        return rows
 
-    def measure_before(self, rows: StepRows[Row]) -> None:
+    def measure_before(self) -> None:
         """Figures of the untrained student, while the teacher starts, is probed and answers."""
         if not self.config.evaluation.enabled:
             return
@@ -149,7 +178,6 @@ class Worker:
         if self.ranks.first:
             self.coordinator.phase.remote(WAITING, after=LOADING)
         ray.get(self.coordinator.wait_held_out.remote())
-        rows.start()  # Not before: the rows that this rank waits for are answered first.
         if due:
             self._measure("before", TRAINING_PRECISION)
         ray.get(self.coordinator.wait_may_train.remote())
@@ -312,12 +340,11 @@ class Worker:
             student_written=self.config.policy.objective if self.config.policy.enabled else None,
         )
 
-    def _load(self, path: str, snapshot: ckpt.Snapshot) -> None:
+    def _restore(self, path: str, snapshot: ckpt.Snapshot) -> None:
         ckpt.require_base(snapshot, lora.identity_of_base(self.student.model))
         ckpt.load_tensors(path, snapshot.num_files, self.student.model, self.optimizer)
         if len(snapshot.random) == self.ranks.world_size:
             ckpt.set_random_state(snapshot.random[self.ranks.rank], self.device)
-        self.progress.restore(snapshot.step, snapshot.epoch, snapshot.ledger, snapshot.extra)
         logger.info("restored step %d", snapshot.step)
 
     def _report(self, path: str | None) -> None:
