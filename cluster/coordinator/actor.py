@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raystill.cluster.coordinator.credits import Credits, Drops, RejectedByEpoch
+from raystill.cluster.coordinator.gates import Gates
 from raystill.cluster.coordinator.lives import TeacherLives
 from raystill.cluster.coordinator.policy import PolicyVersions
 from raystill.cluster.coordinator.snapshot import Snapshot
@@ -23,7 +24,7 @@ from raystill.datasets.stream.ledger import Ledger
 PHASES_KEPT = 16  # More than can begin between two looks of the driver.
 
 
-class Coordinator:
+class Coordinator(Gates):
     """State of one run, as an async actor (see ``start_coordinator``); plain to test without Ray.
 
     ``max_rows_ahead`` rows may be ahead, and are refilled by ``refill_rows`` (`Credits`); of
@@ -41,17 +42,14 @@ class Coordinator:
         parts: Mapping[str, int] | None = None,
         beside_held_out: int | None = None,
     ) -> None:
+        super().__init__()
         self._credits = Credits(max_rows_ahead, refill_rows, parts, beside_held_out)
         self._emitted: list[int] = []
         self._drops = Drops(num_rows, max_drop_fraction, max_rejected_fraction)
         self._rejected = RejectedByEpoch()
         self._policy = PolicyVersions()
         self._changed = asyncio.Condition()
-        self._held_out = asyncio.Event()
         self._teachers: defaultdict[str, TeacherLives] = defaultdict(TeacherLives)
-        self._may_train = asyncio.Event()
-        self._may_train.set()
-        self._holds = 0
         self._poison: set[int] = set()
         self._lives = 0
         self._published: dict[str, Any] | None = None
@@ -298,25 +296,6 @@ class Coordinator:
         async with self._changed:
             self._credits.beside_held_out = None
             self._changed.notify_all()
-
-    async def wait_held_out(self) -> None:
-        """Wait until the held-out rows are answered."""
-        await self._held_out.wait()
-
-    async def hold_training(self) -> None:
-        """No step before its ``release_training``: a teacher is still being probed."""
-        self._holds += 1
-        self._may_train.clear()
-
-    async def release_training(self) -> None:
-        """The probe of a teacher is content."""
-        self._holds = max(0, self._holds - 1)
-        if not self._holds:
-            self._may_train.set()
-
-    async def wait_may_train(self) -> None:
-        """Wait until nothing holds the first step back."""
-        await self._may_train.wait()
 
     async def request_stop(self, signum: int) -> None:
         """Ask the workers to finish their step, checkpoint and return."""

@@ -158,6 +158,8 @@ def serve_teachers(run: Run, prepared: Prepared, needed: set[str], probed: set[s
     runs, apps, coordinator = run.by_teacher(), TeacherApps(run).by_name, run.coordinator
     for name in sorted(runs, key=lambda name: name not in needed):  # Some first, if any is needed.
         (coordinator.want_teacher if name in needed else coordinator.teacher_gone).remote(name)
+    if not needed:
+        coordinator.rows_come.remote()
     works = [
         Background(
             f"teacher {name}".strip(),
@@ -194,6 +196,7 @@ def serve_teacher(
         return
     teacher.deploy()
     teacher.wait()
+    coordinator.rows_come.remote()
     probing = probe_teacher.remote(run) if probe else None
     if held_out and ray.wait(held_out, timeout=0)[1]:  # Else a faster teacher has told of it.
         coordinator.phase.remote(ASKING)

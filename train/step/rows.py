@@ -78,11 +78,19 @@ class StepRows(Generic[R]):
         self.blocked_s = 0.0
         self.total_s = 0.0
 
-    def start(self) -> None:
-        """Asks for the first block in a thread, so that the stream starts while this rank works."""
+    def start(self, ready: Callable[[], object] = lambda: None) -> None:
+        """Asks for the first block in a thread, so that the stream starts while this rank works.
+
+        ready: returns as soon as it may.
+        """
+
+        def first_block() -> Any:
+            ready()
+            return next(self._blocks, None)
+
         if self._first is None:
             pool = ThreadPoolExecutor(1, thread_name_prefix="first-block")
-            self._first = pool.submit(next, self._blocks, None)
+            self._first = pool.submit(first_block)
             pool.shutdown(wait=False)  # The thread ends after its only task.
 
     def take(self, step: int) -> list[R]:

@@ -99,8 +99,8 @@ class Worker:
     def start(self, checkpoint: str | None) -> StepRows[Row]:
         """Go back to a checkpoint, or to the beginning; this rank's share of the rows.
 
-        The stream is started before the student is loaded, which takes as long as the teacher does
-        to answer the first rows. Where the student writes some, it has to be there first.
+        The stream starts as soon as the teacher is up, however long the student takes to load.
+        Where the student writes some of the rows, it has to be there first.
         """
         snapshot = None if checkpoint is None else ckpt.read_snapshot(checkpoint)
         if snapshot is not None:
@@ -165,7 +165,7 @@ class Worker:
             to_rows=rows_from_table,
             taken=lambda rows: self.coordinator.taken.remote(attempt, rows),
         )
-        rows.start()
+        rows.start(lambda: ray.get(self.coordinator.wait_rows_come.remote()))
         return rows
 
     def measure_before(self) -> None:
