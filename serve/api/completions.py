@@ -77,4 +77,5 @@ def completion(
         written=lambda answer: len(first(answer)["token_ids"]),
         prompt_tokens=len(request.prompt),
         max_tokens=request.max_tokens,
+        named=1 + max(request.logprobs or 0, request.more.get("prompt_logprobs", 0)),
     )

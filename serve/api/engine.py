@@ -155,6 +155,7 @@ class ApiEngine:
                 written=self._written,
                 prompt_tokens=len(prompt_ids),
                 max_tokens=self._sampling.max_tokens,
+                named=self._named(signal),
             )
         )
         return Answer(error=answer) if isinstance(answer, str) else answer
@@ -178,6 +179,10 @@ class ApiEngine:
     def _longest(self) -> int:
         """Characters of an answer that are read: no ``max_tokens`` tokens have more."""
         return CHARACTERS_EACH * self._sampling.max_tokens
+
+    def _named(self, signal: Signal) -> int:
+        """Tokens named for each token of an answer, itself among them."""
+        return 0 if signal.kind == "text" else 1 + (self._api.top_logprobs or 0)
 
     @property
     def _wide(self) -> dict[str, Any]:
@@ -264,6 +269,7 @@ class ApiEngine:
                 written=lambda completion: 1,
                 prompt_tokens=QUESTION_TOKENS,
                 max_tokens=1,
+                named=self._named(Signal("sampled")),
             )
         )
 

@@ -19,6 +19,17 @@ NOT_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
 CREDIT_CODES = {"insufficient_quota", "billing_hard_limit_reached"}
 
 
+class Unread(Exception):
+    """The body of a response that is not read to its end. name: under which it is counted."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(name, why)
+        self.name, self.why = name, why
+
+    def __str__(self) -> str:
+        return self.why
+
+
 class Verdict:
     """What to do about a failure that may pass.
 
@@ -48,6 +59,9 @@ def judge(error: BaseException) -> Verdict | str:
     """
     import openai
 
+    unread = unread_of(error)
+    if unread is not None:
+        return Verdict(unread.name, lost=True)
     if isinstance(error, TimeoutError):
         return Verdict("timeout", lost=True)
     if isinstance(error, openai.APIConnectionError):  # Timeouts are a kind of these.
@@ -69,6 +83,14 @@ def judge(error: BaseException) -> Verdict | str:
     if code in FILTER_CODES:
         return "content_filter"
     return f"{FATAL}the service refuses the request: {describe(error)}; see teacher.api"
+
+
+def unread_of(error: BaseException | None) -> Unread | None:
+    """The body that was not read, of an error of the client; None where it failed otherwise."""
+    for one in (error, getattr(error, "__cause__", None)):
+        if isinstance(one, Unread):
+            return one
+    return None
 
 
 def refuses_everybody(error: BaseException) -> bool:
@@ -101,6 +123,7 @@ def _seconds_until(day: str) -> float:
 
 def describe(error: BaseException | None) -> str:
     """A failure in a line, without secrets."""
+    error = unread_of(error) or error
     text = " ".join(str(error).split())
     return redact(f"{type(error).__name__}: {text}")[:400]
 

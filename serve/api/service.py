@@ -18,6 +18,7 @@ from raystill.datasets.rows.schema import FATAL
 from raystill.serve.api import failures
 from raystill.serve.api.failures import describe, judge, refuses_everybody
 from raystill.serve.api.limits import BudgetReached, Limits, Usage
+from raystill.serve.api.parsed import LEAST_BYTES, MOST_BYTES, OVERSIZED, bounded_client
 
 MAX_TRANSIENT = 8
 """Attempts of one row at a service that fails by itself (5xx, cut connections, broken answers)."""
@@ -31,6 +32,9 @@ MOST_TOKENS = 20_000_000
 """Of one request; above, ``usage`` is a mistake. The largest contexts have 10 million."""
 UNUSABLE = ("empty_answer", "broken_answer")
 """Errors of an answer that another attempt may mend."""
+TOKEN_BYTES, NAMED_BYTES = 1024, 512
+"""Of a token of an answer as JSON, and of one that is named beside it: what no answer has in the
+mean, so that all that may be used is read."""
 
 R = TypeVar("R")
 
@@ -46,7 +50,7 @@ class Request(Generic[R]):
     send: asks a client, and returns what came. read: from that to a result, or a row's error; it
     may raise one of UNREADABLE. written: response tokens by our own count, where the service tells
     none; may raise one of UNREADABLE too, and then ``max_tokens`` are charged. free: no tokens are
-    asked for.
+    asked for. named: tokens named beside each one, of the prompt too.
     """
 
     send: Callable[[Any], Awaitable[Any]]
@@ -55,6 +59,13 @@ class Request(Generic[R]):
     prompt_tokens: int
     max_tokens: int
     free: bool = False
+    named: int = 0
+
+    @property
+    def most_bytes(self) -> int:
+        """Of the response's body: more is no answer to this."""
+        named = (self.prompt_tokens + self.max_tokens) * self.named
+        return LEAST_BYTES + TOKEN_BYTES * self.max_tokens + NAMED_BYTES * named
 
 
 class Service:
@@ -83,14 +94,24 @@ class Service:
                 api_key=os.environ.get(self._api.api_key_env or "", "") or "none",
                 max_retries=0,  # A repeated request may be paid twice: each is counted here.
                 timeout=self._timeout_s,
+                http_client=bounded_client(),
             )
             for _ in range(math.ceil(self._api.max_concurrency / CONNECTIONS_EACH))
         ]
         self.client, self._clients = clients[0], itertools.cycle(clients)
 
-    async def call(self, send: Callable[[Any], Awaitable[R]], attempts: int = MAX_TRANSIENT) -> R:
-        """What comes of a call that costs nothing. Raises Unanswered; waiting is no attempt."""
+    async def call(
+        self,
+        send: Callable[[Any], Awaitable[R]],
+        attempts: int = MAX_TRANSIENT,
+        most_bytes: int = LEAST_BYTES,
+    ) -> R:
+        """What comes of a call that costs nothing. Raises Unanswered; waiting is no attempt.
+
+        most_bytes: of the response's body.
+        """
         transient, last = 0, None
+        MOST_BYTES.set(most_bytes)
         while transient < attempts:
             try:
                 return await send(self.client)
@@ -114,6 +135,7 @@ class Service:
     async def ask(self, request: Request[R]) -> R | str:
         """What the service answers, or a row's error; those of FATAL end the run."""
         transient = unusable = 0
+        result: R | str = ""
         last: BaseException | None = None
         while transient < MAX_TRANSIENT and unusable < MAX_UNUSABLE:
             try:
@@ -123,6 +145,7 @@ class Service:
                         return self._refused
                     # The client's own limit is of each part of an answer that comes in parts.
                     async with asyncio.timeout(self._timeout_s):
+                        MOST_BYTES.set(request.most_bytes)
                         completion = await request.send(next(self._clients))
                     if not request.free:
                         turn.paid(self.charged(request, completion))
@@ -140,6 +163,8 @@ class Service:
                     self.limits.lost(request.prompt_tokens, request.max_tokens)
                 if not verdict.too_fast:
                     await asyncio.sleep(failures.pause_s(transient))
+                if verdict.name == OVERSIZED:  # It is answered, and paid for.
+                    result, unusable = verdict.name, unusable + 1
                 continue
             result = understood(request, completion)
             if not isinstance(result, str):

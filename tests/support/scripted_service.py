@@ -6,7 +6,7 @@ import ssl
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +42,9 @@ class Service(Server):
         self.asked: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
+        self.encodings: set[str | None] = set()
+        self.poured: list[int] = []
+        """Bytes of each answer in parts that the client has taken, or its connection."""
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
 
@@ -66,6 +69,7 @@ class Handler(JsonHandler):
         with self.server.lock:
             self.server.bodies.append(body)
             self.server.keys.add(self.headers.get("Authorization"))
+            self.server.encodings.add(self.headers.get("Accept-Encoding"))
             script = self.server.scripts.get(question, [{}])
             reply = script[min(self.server.asked[question], len(script) - 1)]
             self.server.asked[question] += 1
@@ -81,6 +85,9 @@ class Handler(JsonHandler):
         time.sleep(reply.get("slow", 0.0))
         if reply.get("drips"):
             self.drip()
+            return
+        if "parts" in reply:
+            self.pour(reply["parts"](), reply.get("status", 200), reply["headers"])
             return
         if reply.get("cut"):
             self.hang_up()
@@ -99,6 +106,20 @@ class Handler(JsonHandler):
         if reply.get("torn"):
             data = data[: len(data) // 2]
         self.send(status, data, reply.get("headers"))
+
+    def pour(self, parts: Iterable[bytes], status: int, headers: Mapping[str, str]) -> None:
+        """Sends parts until they end or nobody reads any more; counts what was taken."""
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        taken = 0
+        with suppress(OSError):
+            for part in parts:
+                self.wfile.write(part)
+                taken += len(part)
+        self.server.poured.append(taken)
+        self.close_connection = True
 
     def drip(self) -> None:
         """Begins an answer and never ends it, until nobody waits any more."""
