@@ -1,4 +1,8 @@
-"""Two models in vLLM in one run: each row its own teacher's; one that is killed holds no other."""
+"""Two models in vLLM in one run: each row its own teacher's; one that is killed holds no other.
+
+Once with the tiny teacher and a copy with other weights, once with SmolLM2-135M-Instruct and a copy
+that was tuned for a few steps.
+"""
 
 import json
 import os
@@ -7,6 +11,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +33,14 @@ from tests.support.end_to_end import (
 )
 from tests.support.synthetic_run import started, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults]
+pytestmark = [
+    *(pytest.mark.ray, pytest.mark.vllm, pytest.mark.faults),
+    pytest.mark.timeout(900),
+]
 
 ENGINE = re.compile(r"EngineCore pid=(\d+)")
-ROWS, HELD_OUT = 60, 6  # of each teacher
+SMALL = ROOT / "models" / "SmolLM2-135M-Instruct"
+HELD_OUT = 6  # of each teacher
 SAME, OTHER = 2e-3, 0.05
 """Nats: at most between a stored distribution and its own model's, at least to the other's."""
 NAMES = ("first", "second")
@@ -53,15 +62,52 @@ def perturbed(folder: Path) -> Path:
     return folder
 
 
-def two_teachers(place: Path) -> Path:
+def tuned(folder: Path) -> Path:
+    """A copy of SmolLM2-135M-Instruct after a few optimizer steps on one short text."""
+    import torch
+    from tokenizers import Tokenizer
+
+    shutil.copytree(SMALL, folder)
+    (folder / "model.safetensors").unlink()
+    text = "Ships sail at night. The harbour sleeps, and every lamp is out." * 3
+    ids = torch.tensor([Tokenizer.from_file(str(SMALL / "tokenizer.json")).encode(text).ids])
+    model = load(SMALL)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
+    for _ in range(4):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two teachers, and how much each is asked. rows: to be trained on, of each."""
+
+    first: Path
+    second: Callable[[Path], Path]
+    rows: int
+    max_tokens: int
+    max_rows_ahead: int
+    student_layers: tuple[int, ...]
+
+
+PAIRS = {
+    "tiny": Pair(TEACHER, perturbed, 60, 48, 40, (0,)),
+    "135M": Pair(SMALL, tuned, 40, 24, 24, (0, 1)),
+}
+
+
+def two_teachers(place: Path, pair: Pair) -> Path:
     """A run file: each teacher its own source, an engine each, rows trained as they come."""
     config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
     teacher = config.pop("teacher") | {"target_ongoing_requests": 1, "max_num_seqs": 4}
-    teacher["sampling"] |= {"max_tokens": 48}
-    models = {"first": TEACHER, "second": perturbed(place / "second")}
+    teacher["sampling"] |= {"max_tokens": pair.max_tokens}
+    models = {"first": pair.first, "second": pair.second(place / "second")}
     config["teachers"] = {name: teacher | {"model": str(model)} for name, model in models.items()}
     lines = (ROOT / "examples" / "prompts" / "quickstart.jsonl").read_text().splitlines()
-    size = ROWS + HELD_OUT
+    size = pair.rows + HELD_OUT
     for number, name in enumerate(NAMES):
         rows = [json.loads(one) for one in lines[number * size : (number + 1) * size]]
         text = "\n".join(json.dumps({**row, "source": f"of {name}"}) for row in rows)
@@ -72,7 +118,9 @@ def two_teachers(place: Path) -> Path:
             for name in NAMES
         ]
     }
-    config["stream"] = {"group_rows": 4, "order": "arrival", "max_rows_ahead": 40}
+    config["stream"] = {"group_rows": 4, "order": "arrival"}
+    config["stream"] |= {"max_rows_ahead": pair.max_rows_ahead}
+    config["student"]["layers"] = list(pair.student_layers)
     config["evaluation"] = {"held_out_rows": 2 * HELD_OUT, "top_k": 16, "free_running": {"rows": 2}}
     config["training"] |= {"checkpoint_every_steps": 100}
     config["output"] = {"path": str(place / "run")}
@@ -88,16 +136,18 @@ class Ended:
     """The finished run. meanwhile: what the first teacher published until the second was back."""
 
     place: Path
+    pair: Pair
     identities: dict[str, str]
     meanwhile: int
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
+@pytest.fixture(scope="module", params=PAIRS)
+def ended(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Ended:
+    pair = PAIRS[request.param]
     place = tmp_path_factory.mktemp("two")
     files = RunFiles(place / "run")
     log = place / "run" / "logs" / "teacher-second-0.log"
-    with started(two_teachers(place)) as process:
+    with started(two_teachers(place, pair)) as process:
         wait_for(process, "the first step", lambda: bool(files.steps()), 300)
         before = len(ENGINE.findall(log.read_text()))
         os.kill(int(ENGINE.findall(log.read_text())[-1]), signal.SIGKILL)
@@ -120,7 +170,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         if killed < file.stat().st_mtime < back
         and store.open(file.name).footer.origin.teacher_identity == identities["first"]
     ]
-    return Ended(place, identities, len(published))
+    return Ended(place, pair, identities, len(published))
 
 
 def rows_of(ended: Ended) -> list[dict[str, Any]]:
@@ -134,14 +184,14 @@ def test_one_teacher_goes_on_while_the_other_is_dead(ended: Ended) -> None:
     assert ended.meanwhile > 0
     summary = RunFiles(ended.place / "run").json("summary.json")
     assert summary["status"] == "completed" and not any(summary["dropped"].values())
-    assert summary["rows_trained"] == 2 * ROWS and summary["restarts"] == 0
+    assert summary["rows_trained"] == 2 * ended.pair.rows and summary["restarts"] == 0
 
 
 def test_each_row_is_its_own_teachers_in_store_figures_and_lineage(ended: Ended) -> None:
     rows, identities = rows_of(ended), ended.identities
     assert {(row["source"], row["teacher"]) for row in rows} == {(f"of {n}", n) for n in NAMES}
     asked = {row["key"]: identities[row["teacher"]] for row in rows}
-    assert len(asked) == 2 * (ROWS + HELD_OUT) and len(set(identities.values())) == 2
+    assert len(asked) == 2 * (ended.pair.rows + HELD_OUT) and len(set(identities.values())) == 2
     store, stored = TeacherStore(str(ended.place / "store")), {}
     for name in store.names():
         segment = store.open(name)
@@ -166,7 +216,7 @@ def test_each_stored_distribution_is_that_of_its_own_model(ended: Ended) -> None
     folder = RunFolder(str(ended.place / "run"))
     table = folder.read_table("prompts/held_out.parquet").to_pylist()
     teacher_of = {tuple(row["prompt_ids"]): row["teacher"] for row in table}
-    models = {"first": load(TEACHER), "second": load(ended.place / "second")}
+    models = {"first": load(ended.pair.first), "second": load(ended.place / "second")}
     seen = set()
     for row in kept_rows(ended.place / "run" / "held_out.parquet"):
         name = teacher_of[tuple(row.prompt)]
