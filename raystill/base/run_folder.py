@@ -4,8 +4,10 @@ Every process of a run opens the folder by its path. A ``RunFolder`` holds only 
 it pickles. Names inside the folder are relative and use ``/``: ``checkpoints/state.json``.
 """
 
+import io
 import os
 import re
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,6 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -206,10 +209,13 @@ class RunFolder:
             raise OSError(f"{path} is a device or pipe, which may never end")
         return filesystem.open_input_file(path)
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    def write_bytes(self, name: str, data: bytes | IO[bytes]) -> None:
         """Write the file atomically: a reader sees the old content or the new, never a part."""
         with self._writing(name) as stream:
-            stream.write(data)
+            if isinstance(data, io.IOBase):
+                shutil.copyfileobj(data, stream)
+            else:
+                stream.write(data)
 
     def write_text(self, name: str, text: str) -> None:
         """Write the text atomically, as :meth:`write_bytes` does."""

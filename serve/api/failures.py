@@ -57,6 +57,7 @@ def judge(error: BaseException) -> Verdict | str:
 
     Raises the error itself where it is a mistake of ours.
     """
+    import httpx2
     import openai
 
     unread = unread_of(error)
@@ -64,6 +65,9 @@ def judge(error: BaseException) -> Verdict | str:
         return Verdict(unread.name, lost=True)
     if isinstance(error, TimeoutError):
         return Verdict("timeout", lost=True)
+    if isinstance(error, httpx2.TransportError):  # While a file is read.
+        timeout = isinstance(error, httpx2.TimeoutException)
+        return Verdict("timeout" if timeout else "connection", lost=True)
     if isinstance(error, openai.APIConnectionError):  # Timeouts are a kind of these.
         sent = type(error.__cause__).__name__ not in NOT_SENT
         name = "timeout" if isinstance(error, openai.APITimeoutError) else "connection"

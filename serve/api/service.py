@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 from raystill.config.teacher import TeacherConfig
 from raystill.datasets.rows.schema import FATAL
@@ -121,9 +121,27 @@ class Service:
                     raise Unanswered(verdict) from None
                 transient, last = transient + verdict.counts, error
                 self.limits.failed(verdict.name, verdict.retry_after_s, verdict.too_fast)
+                if verdict.name == OVERSIZED:
+                    raise Unanswered(self.gave_up(transient, last)) from None
                 waits = verdict.retry_after_s or failures.pause_s(max(1, transient))
                 await asyncio.sleep(waits)
         raise Unanswered(self.gave_up(transient, last))
+
+    async def receive(self, file: str, room: IO[bytes], most_bytes: int) -> None:
+        """Appends one of the service's files to ``room``: there may be more than memory has.
+
+        Raises Unanswered, also where the file has more than ``most_bytes``.
+        """
+        start = room.tell()
+
+        async def receive(client: Any) -> None:
+            room.seek(start)
+            room.truncate()
+            async with client.files.with_streaming_response.content(file) as content:
+                async for part in content.iter_bytes():
+                    room.write(part)
+
+        await self.call(receive, most_bytes=most_bytes)
 
     def gave_up(self, attempts: int, last: BaseException | None) -> str:
         """The error of a row whose service failed too often."""

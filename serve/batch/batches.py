@@ -19,6 +19,7 @@ from raystill.config.base import ApiConfig, BatchConfig
 from raystill.datasets.rows.schema import FATAL
 from raystill.serve.api.failures import describe, judge, pause_s
 from raystill.serve.api.limits import Limits, Spending, Usage
+from raystill.serve.api.parsed import LEAST_BYTES
 from raystill.serve.api.service import MAX_TRANSIENT, Service, Unanswered
 from raystill.serve.batch.journal import NEVER, BatchJournal, Line, Lines, Plan
 
@@ -37,6 +38,8 @@ LOOKS = 2
 LOOK_AGAIN_S = 5.0
 LISTED_BACK_S = 86_400.0
 CHECK_S = 0.05
+READ_AT_ONCE = 2
+"""Lines of files, which may be long."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,15 @@ class Batches:
         self._open = 0
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._reading = asyncio.Semaphore(READ_AT_ONCE)
 
-    async def start(self, usage_of_line: Any) -> None:
+    async def start(self, usage_of_line: Any, line_bytes: int) -> None:
         """Takes up what earlier processes have submitted. Raises Unanswered.
 
-        usage_of_line: from a Line and the tokens of its prompt to its Usage.
+        usage_of_line: from a Line and the tokens of its prompt to its Usage. line_bytes: of a line,
+        at most in the mean over a file.
         """
-        self._usage_of = usage_of_line
+        self._usage_of, self._line_bytes = usage_of_line, line_bytes
         for plan in await asyncio.to_thread(self._journal.plans):
             if plan.status is None and plan.batch is None:
                 if plan.run != self._run:  # Another run may be about to submit it.
@@ -139,7 +144,8 @@ class Batches:
             except Unanswered as error:
                 return str(error)
             if not lines.later:
-                return lines.by_key.get(key)
+                async with self._reading:
+                    return await asyncio.to_thread(lines.line, key)
             if self._of_key.get(key) is follows:
                 self.forget(key)
 
@@ -318,28 +324,26 @@ class Batches:
     async def _result(self, plan: Plan) -> Lines:
         if plan.status is not None:
             lines = await asyncio.to_thread(self._journal.lines, plan)
-            self._charge(plan, lines)
+            await self._charge(plan, lines)
             return lines
         batch = await self._polled(plan)
         if batch.status == "failed":
             await self._failed(plan, batch)
             return Lines({}, later=True)
-        data = b""
-        for file in (batch.output_file_id, batch.error_file_id):
-            if file:
-                data += await self._content(file) + b"\n"
-        plan = await asyncio.to_thread(self._journal.ended, plan, batch.status, data)
+        most = LEAST_BYTES + self._line_bytes * len(plan.keys)
+        with self._journal.room() as room:
+            for file in (batch.output_file_id, batch.error_file_id):
+                if file:
+                    await self._service.receive(file, room, most)
+                    room.write(b"\n")
+            room.seek(0)
+            plan = await asyncio.to_thread(self._journal.ended, plan, batch.status, room)
         lines = await asyncio.to_thread(self._journal.lines, plan)
         for name, number in (("repeated_line", lines.repeated), ("broken_line", lines.broken)):
             for _ in range(number):
                 self._limits.count(name)
-        self._charge(plan, lines)
+        await self._charge(plan, lines)
         return lines
-
-    async def _content(self, file: str) -> bytes:
-        content = await self._service.call(lambda client: client.files.content(file))
-        data: bytes = content.content
-        return data
 
     async def _polled(self, plan: Plan) -> Any:
         """The batch, once it has ended."""
@@ -379,14 +383,15 @@ class Batches:
             f"({told or 'without a reason'}); see teacher.api.batch"
         )
 
-    def _charge(self, plan: Plan, lines: Lines) -> None:
+    async def _charge(self, plan: Plan, lines: Lines) -> None:
         """Accounts for a batch of this run once, over all its starts."""
         if plan.run != self._run or plan.name in self._spending.batches:
             return
         counts = dict(zip(plan.keys, plan.prompt_tokens, strict=False))
-        usages: list[Usage] = [
-            self._usage_of(line, counts.get(key, 0))
-            for key, line in lines.by_key.items()
-            if line.status == 200
-        ]
+        usages: list[Usage] = []
+        each = lines.each()
+        while (one := await asyncio.to_thread(next, each, None)) is not None:
+            key, line = one
+            if line.status == 200:
+                usages.append(self._usage_of(line, counts.get(key, 0)))
         self._limits.account(usages, plan.name)

@@ -17,6 +17,7 @@ from raystill.datasets.rows.signal import Signal
 from raystill.serve.api.engine import TEXT, ApiEngine
 from raystill.serve.api.failures import CREDIT_CODES, FILTER_CODES, LENGTH_CODES
 from raystill.serve.api.limits import Usage
+from raystill.serve.api.parsed import LEAST_BYTES
 from raystill.serve.api.service import UNUSABLE, Request, Unanswered, understood
 from raystill.serve.batch.batches import Batches, Question
 from raystill.serve.batch.journal import Line
@@ -26,6 +27,8 @@ MAX_BATCHES = 4
 NOT_ANSWERED = "not_answered"
 """A row that its batch brought nothing for: the batch expired or was cancelled, a line is missing,
 or the service failed for it."""
+HEAD_BYTES, MEAN_OF_MOST = 65_536, 4
+"""Of a line beside its answer; and how many times less than the most an answer has in the mean."""
 LATER_CODES = frozenset({"batch_expired", "batch_cancelled"})
 
 
@@ -38,7 +41,7 @@ class BatchEngine(ApiEngine):
         """Makes the client, and takes up the batches of earlier starts. Raises RunError."""
         self.service.start()
         try:
-            await self.batches.start(self._usage)
+            await self.batches.start(self._usage, self._line_bytes)
         except Unanswered as error:
             raise RunError(str(error).removeprefix(FATAL)) from None
 
@@ -100,6 +103,11 @@ class BatchEngine(ApiEngine):
     def _usage(self, line: Line, prompt_tokens: int) -> Usage:
         return self.service.charged(self._request(TEXT, prompt_tokens), line.body)
 
+    @property
+    def _line_bytes(self) -> int:
+        signal = TEXT if self._api.top_logprobs is None else Signal("sampled")
+        return HEAD_BYTES + (self._request(signal).most_bytes - LEAST_BYTES) // MEAN_OF_MOST
+
     def _request(self, signal: Signal, prompt_tokens: int = 0) -> Request[Answer]:
         """How an answer is read. prompt_tokens: for what it is charged."""
 
@@ -109,4 +117,5 @@ class BatchEngine(ApiEngine):
         def read(completion: Any) -> Answer | str:
             return self._read(completion, signal)
 
-        return Request(nothing, read, self._written, prompt_tokens, self._sampling.max_tokens)
+        most, named = self._sampling.max_tokens, self._named(signal)
+        return Request(nothing, read, self._written, prompt_tokens, most, named=named)

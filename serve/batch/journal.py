@@ -14,11 +14,14 @@ A kill between any two of them loses nothing: a plan without a batch is looked f
 its name, which the batch carries in its metadata; a batch without an end is asked for again.
 """
 
+import io
 import json
+import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 from raystill.base.records import RESTORE, BrokenFile, number, read_object
@@ -27,6 +30,8 @@ from raystill.base.run_folder import RunFolder
 BATCHES = "batches"
 NEVER = "never_submitted"
 """How a plan ended whose batch the service does not have."""
+LONGEST_LINE = 64 << 20
+"""Bytes of a line that is read: 30,000 tokens with 20 named beside each have no more."""
 PLAN, BATCH, LINES, END = ".plan.json", ".batch.json", ".lines.jsonl", ".end.json"
 
 
@@ -107,7 +112,11 @@ class BatchJournal:
         self._write(plan.name + BATCH, {"batch": batch})
         return replace(plan, batch=batch)
 
-    def ended(self, plan: Plan, status: str, lines: bytes | None) -> Plan:
+    def room(self) -> IO[bytes]:
+        """An unnamed file for lines on their way, on the journal's own disk if that is here."""
+        return tempfile.TemporaryFile(dir=self.folder.local)
+
+    def ended(self, plan: Plan, status: str, lines: bytes | IO[bytes] | None) -> Plan:
         """Keep what came back, then note that it is all."""
         if lines is not None:
             self.folder.write_bytes(plan.name + LINES, lines)
@@ -125,7 +134,7 @@ class BatchJournal:
         """What came back of a plan that has ended."""
         if plan.status in (None, NEVER):
             return Lines({})
-        return read_lines(self.folder.read_bytes(plan.name + LINES), plan.keys)
+        return read_lines(lambda: self.folder.open_input(plan.name + LINES), plan.keys)
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         self.folder.write_text(name, json.dumps(content) + "\n")
@@ -146,48 +155,83 @@ class Line:
 
 @dataclass(frozen=True)
 class Lines:
-    """What came back of a batch, by key; lines beyond one a key; lines that say nothing.
+    """What came back of a batch; lines beyond one a key; lines that say nothing.
 
-    later: the service took none of it now, and smaller batches may pass.
+    They stay in their file, which ``source`` opens: all of a batch may be more than memory has.
+    places: by key, where the line that counts begins. later: the service took none of it now, and
+    smaller batches may pass.
     """
 
-    by_key: dict[str, Line]
+    places: dict[str, int]
+    source: Callable[[], Any] = io.BytesIO
     repeated: int = 0
     broken: int = 0
     later: bool = False
 
+    def line(self, key: str) -> Line | None:
+        """What came back for a key; None: nothing did. Blocks."""
+        place = self.places.get(key)
+        return None if place is None else next(self._at([place]))
 
-def read_lines(data: bytes, keys: Sequence[str]) -> Lines:
+    def each(self) -> Iterator[tuple[str, Line]]:
+        """All lines that count, by key. Blocks."""
+        keys = sorted(self.places, key=self.places.__getitem__)
+        return zip(keys, self._at([self.places[key] for key in keys]), strict=True)
+
+    def _at(self, places: Sequence[int]) -> Iterator[Line]:
+        with closing(io.BufferedReader(self.source())) as stream:
+            for place in places:
+                stream.seek(place)
+                line = _parsed(stream.readline(LONGEST_LINE))[1]
+                assert line is not None, "a batch's lines have changed"
+                yield line
+
+
+def read_lines(source: Callable[[], Any], keys: Sequence[str]) -> Lines:
     """Lines in any order. Of several with one key the first answer counts, else the first line.
 
     Lines that are no JSON, or of a key that was not asked for, say nothing.
     """
-    wanted, found, repeated, broken = set(keys), dict[str, Line](), 0, 0
-    for key, line in _parsed(data.split(b"\n")):
-        if line is None or key not in wanted:
-            broken += 1
-            continue
-        if key in found:
-            repeated += 1
-            if found[key].status == 200 or line.status != 200:
+    wanted, repeated, broken = set(keys), 0, 0
+    places, good = dict[str, int](), set[str]()
+    with closing(io.BufferedReader(source())) as stream:
+        for place, raw in _lines(stream):
+            key, line = _parsed(raw)
+            if line is None or key not in wanted:
+                broken += 1
                 continue
-        found[key] = line
-    return Lines(found, repeated, broken)
+            if key in places:
+                repeated += 1
+                if key in good or line.status != 200:
+                    continue
+            places[key] = place
+            good.update([key] if line.status == 200 else [])
+    return Lines(places, source, repeated, broken)
 
 
-def _parsed(lines: Iterable[bytes]) -> Iterable[tuple[str, Line | None]]:
-    for raw in lines:
-        if not raw.strip():
-            continue
-        try:
-            told = json.loads(raw)
-            response, error = told.get("response") or {}, told.get("error") or {}
-            body = response.get("body")
-            status = response.get("status_code")
-            if isinstance(body, dict) and isinstance(body.get("error"), dict):
-                error = error or body["error"]
-            known = status if isinstance(status, int) else None
-            line = Line(known, body, str(error.get("code") or ""), str(error.get("message") or ""))
-            yield str(told["custom_id"]), line
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            yield "", None
+def _lines(stream: io.BufferedReader) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, and where they begin; of one that is too long its beginning."""
+    while True:
+        place = stream.tell()
+        raw = rest = stream.readline(LONGEST_LINE)
+        while len(rest) == LONGEST_LINE and not rest.endswith(b"\n"):
+            rest = stream.readline(LONGEST_LINE)
+        if not raw:
+            return
+        if raw.strip():
+            yield place, raw
+
+
+def _parsed(raw: bytes) -> tuple[str, Line | None]:
+    try:
+        told = json.loads(raw)
+        response, error = told.get("response") or {}, told.get("error") or {}
+        body = response.get("body")
+        status = response.get("status_code")
+        if isinstance(body, dict) and isinstance(body.get("error"), dict):
+            error = error or body["error"]
+        known = status if isinstance(status, int) else None
+        line = Line(known, body, str(error.get("code") or ""), str(error.get("message") or ""))
+        return str(told["custom_id"]), line
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return "", None

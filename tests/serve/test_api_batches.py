@@ -5,8 +5,12 @@ it ends before or after any of its effects, and another starts in its place.
 """
 
 import asyncio
+import gzip
+import io
+import itertools
 import json
 import ssl
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,11 +31,13 @@ from raystill.serve.api import failures
 from raystill.serve.api.limits import Spending
 from raystill.serve.api.service import Service
 from raystill.serve.batch import batches as batches_module
+from raystill.serve.batch import journal as journal_module
 from raystill.serve.batch.engine import BatchEngine
 from raystill.serve.batch.journal import BatchJournal, read_lines
 from raystill.serve.services import api_engine
 from tests.support.batch_service import BatchService, batch_service
 from tests.support.end_to_end import TEACHER
+from tests.support.json_service import completion_of
 
 SAMPLING = ResolvedSampling(0.7, 0.9, 0, 0.0, max_tokens=32, stop_token_ids=(2,))
 TEXT = Signal("text")
@@ -417,9 +423,75 @@ def test_lines_may_be_in_any_order_repeated_torn_or_of_others() -> None:
 
     good = [line("b", 200, "first"), line("a", 500), line("a", 200, "second"), line("b", 200, "x")]
     bad = [b"{", b'"text"', b"[]", b"\xff", b"[" * 100_000, line("c", 200), b'{"custom_id": []}']
-    lines = read_lines(b"\n".join([*bad, *good, b""]), ["a", "b", "d"])
-    assert {key: one.body["text"] for key, one in lines.by_key.items()} == {
-        "a": "second",
-        "b": "first",
-    }
+    data = b"\n".join([*bad, *good, b""])
+    lines = read_lines(lambda: io.BytesIO(data), ["a", "b", "d"])
+    assert {key: one.body["text"] for key, one in lines.each()} == {"a": "second", "b": "first"}
+    (a, b), d = (lines.line(key) for key in "ab"), lines.line("d")
+    assert a is not None and a.body == {"text": "second"} and b is not None and d is None
     assert (lines.repeated, lines.broken) == (2, len(bad))
+
+
+MIB = 1 << 20
+GZIP = {"Content-Encoding": "gzip"}
+
+
+def test_a_file_that_is_cut_on_the_way_is_read_again_whole(
+    tmp_path: Path, service: BatchService
+) -> None:
+    """By its length, in the middle of a chunk, and packed without its end."""
+    service.script.pours = [
+        ({"Content-Length": "10000000"}, lambda data: [data[:300]]),
+        ({"Transfer-Encoding": "chunked"}, lambda data: [b"fff\r\n" + data[:200]]),
+        (GZIP, lambda data: [gzip.compress(data)[:-9]]),
+        (GZIP, lambda data: [gzip.compress(data)]),
+    ]
+    run = Run(tmp_path, service, QUESTIONS)
+    assert texts(asyncio.run(run.sample())) == wanted(QUESTIONS)
+    assert run.counters["api_connection"] == 2 and run.counters["api_broken_answer"] == 1
+    assert set(service.paid.values()) == {1} and run.cost == 5 * ROW
+    assert run.counters["api_broken_line"] == run.counters["api_repeated_line"] == 0
+
+
+def test_a_file_without_end_ends_the_run_at_a_bound(tmp_path: Path, service: BatchService) -> None:
+    """Of five rows with 32 tokens; the next start reads what then comes."""
+    zeros = gzip.compress(bytes(64 * MIB))
+    service.script.pours = [
+        ({}, lambda data: itertools.repeat(b" " * 65_536)),
+        (GZIP, lambda data: [zeros]),
+    ]
+    for _ in range(2):
+        answers = asyncio.run(Run(tmp_path, service, QUESTIONS).sample())
+        assert all((a.error or "").startswith("stop: ") for a in answers)
+        assert "more than 17," in (answers[0].error or "")
+    assert service.poured < 40 * MIB
+    third = Run(tmp_path, service, QUESTIONS)
+    assert texts(asyncio.run(third.sample())) == wanted(QUESTIONS)
+    assert set(service.paid.values()) == {1} and third.cost == 5 * ROW
+
+
+def test_lines_stay_on_disk_and_are_read_one_at_a_time(
+    tmp_path: Path, service: BatchService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty rows with answers of eight megabytes each, after a line that is longer than any."""
+    monkeypatch.setattr(batches_module, "LEAST_BYTES", 512 * MIB)
+    monkeypatch.setattr(journal_module, "LONGEST_LINE", 16 * MIB)
+    questions = [f"question {i}" for i in range(20)]
+    run = Run(tmp_path, service, questions)
+
+    def parts(_: bytes) -> Iterator[bytes]:
+        yield from (b"[" * MIB for _ in range(33))
+        yield b"\n"
+        for question, key in zip(questions, run.keys, strict=True):
+            body = completion_of(question + " a" * 4 * MIB)
+            told = {"custom_id": key.hex(), "response": {"status_code": 200, "body": body}}
+            yield json.dumps(told).encode() + b"\n"
+
+    service.script.pours = [({}, parts)]
+    tracemalloc.start()
+    answers = asyncio.run(run.sample())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    said = [TOKENIZER.decode(a.response_ids.tolist()) for a in answers]
+    assert [one.split(" a")[0] for one in said] == questions
+    assert run.counters["api_broken_line"] == 1 and service.poured > 190 * MIB
+    assert peak < 100 * MIB, "all of a file is in memory"

@@ -10,8 +10,8 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.parser import BytesParser
 from typing import Any
@@ -38,6 +38,10 @@ class Script:
     statuses: dict[str, list[int]] = field(default_factory=dict)
     """By "METHOD /path": statuses of the next requests, before any effect."""
     page: int = 2
+    pours: list[tuple[dict[str, str], Callable[[bytes], Iterable[bytes]]]] = field(
+        default_factory=list
+    )
+    """Headers and parts of the next files that are asked for, made of their content."""
 
 
 class BatchService(Server):
@@ -52,6 +56,7 @@ class BatchService(Server):
         self.paid: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
         self.looks: Counter[str] = Counter()
+        self.poured = 0
         self.lock = threading.RLock()
 
     @property
@@ -162,8 +167,24 @@ class Handler(JsonHandler):
                 server.script.cuts[name] -= 1
         if lost:
             self.hang_up()
+        elif name == "GET /files" and server.script.pours:
+            self.pour(*server.script.pours.pop(0), content)
         else:
             self.send(status, content)
+
+    def pour(
+        self, headers: dict[str, str], parts: Callable[[bytes], Iterable[bytes]], content: bytes
+    ) -> None:
+        """Sends parts until they end or nobody reads any more."""
+        self.send_response(200)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with suppress(OSError):
+            for part in parts(content):
+                self.wfile.write(part)
+                self.server.poured += len(part)
+        self.hang_up()
 
     def effect(self, method: str, path: str, raw: bytes) -> tuple[int, bytes]:
         server, parts = self.server, path.split("?")[0].strip("/").split("/")
