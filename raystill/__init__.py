@@ -6,4 +6,9 @@ are imported as ``raystill.<room>`` only: a top-level package named ``datasets``
 Hugging Face's in every worker.
 """
 
+import os
+
+# Xet, by which huggingface_hub fetches and sends large files, reports each transfer otherwise.
+os.environ.setdefault("HF_XET_TELEMETRY_ENABLED", "0")
+
 __version__ = "0.1.0"

@@ -4,10 +4,15 @@
 that has other files is left as it is, unless its owner said that they may go; a push that was cut
 is repeated, and sends only what is missing. The token is huggingface_hub's own (``HF_TOKEN``, or
 ``hf auth login``), and is in no message.
+
+Large files go by ``hf_xet``, huggingface_hub's own, to servers of Xet that the Hub names:
+after all that is required here, and before the commit that names them. Those servers are shown a
+token that the Hub makes for this repository; reports of use are switched off.
 """
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from hashlib import file_digest, sha1
@@ -30,6 +35,8 @@ THEIRS = frozenset({".gitattributes"})
 """Files that the Hub itself puts into a new repository."""
 ATTEMPTS, PAUSE_S = 3, 2.0
 SHOWN = 5
+XET_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b.*/xet-write-token/")
+"""In an error of the Hub's; another server's says nothing about the Hub's token."""
 
 
 class PushRefused(RunError):
@@ -118,13 +125,27 @@ def push_student(folder: RunFolder, hub: HubConfig, replace: bool = False) -> di
         except RunError:
             raise
         except Exception as error:  # As above.
-            status = getattr(getattr(error, "response", None), "status_code", 500)
-            if status < 500 or attempt == ATTEMPTS:
+            status = _status(error)
+            if status < 500 or attempt == ATTEMPTS or _is_of_xet(error):
                 raise PushRefused(_remedy(hub, status, error)) from None
             time.sleep(PAUSE_S * attempt)
     record = {"repo": hub.repo, "private": hub.private, **commit}
     folder.write_text(HUB, json.dumps(record, indent=2) + "\n")
     return record
+
+
+def _status(error: Exception) -> int:
+    """The HTTP status of a failure; 500 where it has none. Xet tells it in words."""
+    told = XET_STATUS.search(str(error)) if _is_of_xet(error) else None
+    if told:
+        return int(told[1])
+    return getattr(getattr(error, "response", None), "status_code", 500)
+
+
+def _is_of_xet(error: Exception) -> bool:
+    """Whether hf_xet gave up, after attempts of its own: most of its errors are Python's."""
+    plain = type(error) in (RuntimeError, ConnectionError, TimeoutError)
+    return plain or type(error).__module__.startswith("hf_xet")
 
 
 def _api() -> "HfApi":
@@ -235,6 +256,11 @@ def _remedy(hub: HubConfig, status: int, error: BaseException) -> str:
         412: f"{hub.repo} was changed by somebody else meanwhile; push again",
         429: "the Hub has too many requests of this token; push again later",
     }
+    if isinstance(error, Exception) and _is_of_xet(error) and status not in known:
+        return (
+            f"Xet, which keeps the Hub's large files, failed ({_reason(error)}); push again, or "
+            "with HF_HUB_DISABLE_XET=1 where its servers cannot be reached: what is there stays"
+        )
     return known.get(status, f"the Hub failed ({_reason(error)}); push again: what is there stays")
 
 

@@ -14,7 +14,8 @@ from raystill.cluster.lineage import hub as pushing
 from raystill.cluster.lineage.hub import check_hub, push_finished, push_student
 from raystill.config.run import RunConfig
 from raystill.config.training import HubConfig
-from tests.support.hub import TOKEN, Hub, Repository, serve
+from tests.support.hub import TOKEN, XET_TOKEN, Hub, Repository, serve
+from tests.support.json_service import JsonHandler, Server, serving
 
 MINE = HubConfig(repo="me/small")
 FILES = {
@@ -38,6 +39,33 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     yield hub
     server.shutdown()
     server.server_close()
+
+
+class Storage(JsonHandler):
+    """A server of Xet's that refuses everybody; what it was shown is in ``asked``."""
+
+    asked: list[tuple[str, str]]
+
+    def do_GET(self) -> None:
+        self.refuse()
+
+    def do_POST(self) -> None:
+        self.refuse()
+
+    def refuse(self) -> None:
+        shown = f"{self.headers}{self.body().decode(errors='replace')}"
+        self.asked.append((self.path, shown))
+        self.send(401, {})
+
+
+@pytest.fixture
+def asked_of_xet(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
+    """hf_xet itself, and what it asks of its servers."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    kind = type("Mine", (Storage,), {"asked": []})
+    with serving(Server(("127.0.0.1", 0), kind)) as storage:
+        hub.storage = f"http://127.0.0.1:{storage.server_address[1]}"
+        yield kind.asked
 
 
 def finished(tmp_path: Path, **files: bytes) -> RunFolder:
@@ -177,6 +205,39 @@ def test_an_upload_that_is_cut_is_sent_again(hub: Hub, tmp_path: Path) -> None:
     hub.cut = 100
     push_student(finished(tmp_path), MINE)
     assert remote(hub) == FILES
+
+
+def test_xets_servers_are_shown_no_token_of_the_hub_and_get_no_reports(
+    hub: Hub, asked_of_xet: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    """It goes there after what the push requires of the repository, and before any commit."""
+    hub.repositories["me/open"] = Repository(False)
+    with pytest.raises(pushing.PushRefused, match="is there and public"):
+        push_student(finished(tmp_path), HubConfig(repo="me/open"))
+    assert not asked_of_xet and not hub.calls["GET main"]
+    with pytest.raises(pushing.PushRefused, match=r"Xet.*401.*HF_HUB_DISABLE_XET=1") as told:
+        push_student(finished(tmp_path), MINE)
+    assert asked_of_xet and hub.repositories["me/small"].private
+    assert len(hub.repositories["me/small"].commits) == 1, "files are named that are not there"
+    assert all(XET_TOKEN in shown and TOKEN not in shown for _, shown in asked_of_xet)
+    assert not [path for path, _ in asked_of_xet if "telemetry" in path]
+    assert TOKEN not in str(told.value) and XET_TOKEN not in str(told.value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # As it says.
+        push_student(finished(tmp_path), MINE)
+    assert remote(hub) == FILES
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(401, "does not accept the token"), (403, "may not write to me")]
+)
+def test_a_token_that_the_hub_refuses_for_xet_is_told_with_its_remedy(
+    hub: Hub, asked_of_xet: list[tuple[str, str]], tmp_path: Path, status: int, said: str
+) -> None:
+    hub.fail["xet-write-token"] = [status]
+    with pytest.raises(pushing.PushRefused, match=said):
+        push_student(finished(tmp_path), MINE)
+    assert not asked_of_xet and not hub.fail["xet-write-token"]
 
 
 def test_a_run_is_finished_also_where_its_push_is_refused(hub: Hub, tmp_path: Path) -> None:

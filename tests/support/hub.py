@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import sha1, sha256
@@ -10,6 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_PlantedTokenOfTheTestsNumberOne"
+XET_TOKEN = "token-for-one-repository"
 
 
 @dataclass
@@ -37,6 +39,8 @@ class Hub:
     before_commit: Any = None
     lost: int = 0
     url: str = ""
+    storage: str = ""
+    """Where large files are to go by Xet, whose token is `XET_TOKEN`."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -122,6 +126,9 @@ class Handler(BaseHTTPRequestHandler):
             return 200, {"id": name, "private": repository.private, "sha": sha, "siblings": []}
         if rest[0] == "tree":
             return 200, [entry(path, *file) for path, file in repository.files.items()]
+        if rest[0] == "xet-write-token":
+            told = {"casUrl": hub.storage, "accessToken": XET_TOKEN, "exp": int(time.time()) + 3600}
+            return 200, told
         if rest[0] == "preupload":
             files = json.loads(body)["files"]
             modes = [
