@@ -1,7 +1,8 @@
 """Who was busy when: windows of a few seconds in ``timeline.jsonl``, and the bottleneck they show.
 
 Consumes the coordinator's snapshots that the driver's main thread polls. A replica is busy while
-it has a group in flight; a worker waits while it is blocked on the stream. Both are reported when
+it has a group in flight; a worker waits while it is blocked on the stream, and idles while it waits for the
+others. All are reported when
 a group or a step ends, so a window may hold what began before it; over a run that evens out.
 """
 
@@ -20,7 +21,10 @@ NOTICEABLE = 0.10
 """Share of the time from which on a wait counts."""
 FULL = 0.90
 """A replica that is to be this busy has no room for a claim."""
-COUNTERS = ("teacher_rows", "teacher_busy_s", "student_rows", "student_busy_s", "student_wait_s")
+COUNTERS = (
+    *("teacher_rows", "teacher_busy_s"),
+    *("student_rows", "student_busy_s", "student_wait_s", "student_idle_s"),
+)
 
 Windows = Sequence[Mapping[str, Any]]
 
@@ -114,6 +118,7 @@ def bottleneck(windows: Windows, ahead_seen: int = 0, max_ahead: int | None = No
         sentence = f"student-bound: {shares}{_one_replica_fewer(asked, busy)}"
     else:
         sentence = f"balanced: {shares}"
+    sentence += _each_other(asked)
     rest = _total(training, "seconds") - seconds
     if rest > seconds:
         sentence += f"; for {formatting.duration(rest)} of the training nothing was asked"
@@ -124,7 +129,8 @@ def _without_teacher(training: Windows) -> str | None:
     if _total(training, "seconds") < LEAST_S:
         return None
     waits = formatting.share(_waiting_share(training))
-    return f"the student alone: nothing was asked of a teacher, and it waits {waits} for rows"
+    told = f"the student alone: nothing was asked of a teacher, and it waits {waits} for rows"
+    return told + _each_other(training)
 
 
 def _from_first_to_last_answer(training: Windows) -> Windows:
@@ -148,6 +154,15 @@ def _one_replica_fewer(asked: Windows, busy: float) -> str:
 def _waiting_share(windows: Windows) -> float:
     worker_s = sum(w["workers"] * w["seconds"] for w in windows)
     return min(1.0, _total(windows, "student_wait_s") / worker_s) if worker_s else 0.0
+
+
+def _each_other(windows: Windows) -> str:
+    """Whether workers of the student wait for each other; earlier versions did not count it."""
+    worker_s = sum(w["workers"] * w["seconds"] for w in windows)
+    idle_s = sum(window.get("student_idle_s", 0.0) for window in windows)
+    if not worker_s or idle_s / worker_s < NOTICEABLE:
+        return ""
+    return f"; its workers wait {formatting.share(min(1.0, idle_s / worker_s))} for each other"
 
 
 def _total(windows: Windows, name: str) -> float:

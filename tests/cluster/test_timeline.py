@@ -99,6 +99,16 @@ def test_the_bottleneck_is_named_with_its_numbers(shares: dict[str, Any], senten
     assert bottleneck(windows(**shares)) == sentence
 
 
+def test_workers_that_wait_for_each_other_are_told() -> None:
+    idle = [{**window, "student_idle_s": 0.22 * 10 * 4} for window in windows(workers=4)]
+    told = "; its workers wait 22 % for each other"
+    assert bottleneck(idle) == f"balanced: the student waits 0 %, the teacher idles 0 %{told}"
+    little = [{**window, "student_idle_s": 0.05 * 10 * 4} for window in windows(workers=4)]
+    assert bottleneck(little) == bottleneck(windows(workers=4))
+    alone = [{**window, "teacher_rows": 0} for window in idle]
+    assert (bottleneck(alone) or "").endswith(f"for rows{told}")
+
+
 def test_the_bound_on_rows_ahead_is_named_where_it_was_reached() -> None:
     both = windows(busy=0.8, waits=0.25)
     assert bottleneck(both, ahead_seen=63, max_ahead=64) == bottleneck(both)

@@ -61,6 +61,8 @@ STEP_FIELDS = {
     "data_wait_s",
     "workers",
     "padding_fraction",
+    "idle_share",
+    "others_wait_s",
     "teacher_tail_mass",
     "student_tail_mass",
 }

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.ray
 
 # They look for their dead node for up to a minute, and do no harm.
 LINGERING = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
-TIMES = {"time", "tokens_per_s", "teacher_wait_s", "student_s", "data_wait_s"}
+TIMES = {"time", "tokens_per_s", "teacher_wait_s", "student_s", "data_wait_s", "others_wait_s"}
 
 
 def alive(pids: set[int]) -> dict[int, str]:

@@ -11,7 +11,8 @@ from raystill.config.objective import ObjectiveConfig
 from raystill.config.training import TrainingConfig
 from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import build_optimizer
-from raystill.train.step.step import GlobalStep, staleness, token_staleness
+from raystill.train.step.result import staleness, token_staleness
+from raystill.train.step.step import GlobalStep
 from tests.support import tiny_student
 
 TEACHER_WRITTEN = ObjectiveConfig(forward_kl=1.0, cross_entropy=0.3)

@@ -78,12 +78,39 @@ class BatchMaker:
 
         All rows of one have the same objective: the student or the teacher wrote them.
         """
-        budget = self.training.tokens_per_micro_batch
+        return self._cut(rows, self.training.tokens_per_micro_batch)
+
+    def _cut(self, rows: Sequence[Row], budget: int) -> list[list[Row]]:
         return [
             group
             for part in by_origin(rows)
             for group in cut_micro_batches(part, budget, self._packed)
         ]
+
+    def spread(self, rows: Sequence[Row], groups: list[list[Row]], most: int) -> list[list[Row]]:
+        """The rows in at most ``most`` forward passes of sizes as equal as these rows allow.
+
+        groups: as `cut` returned them; most: no fewer. A rank whose rows need fewer passes than
+        another's would have dummies to run otherwise, for which layers are gathered too. The
+        largest comes first, on every rank: they wait for each other in each.
+        """
+        if not groups:
+            return groups
+        # The least budget that needs no more passes than there are.
+        low, high = max(row.num_inputs for row in rows), max(map(self.positions, groups))
+        while high - low > high // 64:
+            middle = (low + high) // 2
+            found = self._cut(rows, middle)
+            if len(found) <= most:
+                groups, high = found, middle
+            else:
+                low = middle + 1
+        return sorted(groups, key=self.positions, reverse=True)
+
+    def positions(self, group: Sequence[Row]) -> int:
+        """Positions of the forward pass of a group, padding included."""
+        inputs = [row.num_inputs for row in group]
+        return sum(inputs) if self._packed else len(inputs) * max(inputs)
 
     def objective_of(self, batch: MicroBatch) -> ObjectiveConfig:
         """The objective of a micro-batch, by who wrote its responses."""

@@ -5,6 +5,7 @@ gradients are reduced with NCCL: the objects are on the host. A single worker ne
 group.
 """
 
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -61,6 +62,36 @@ class Ranks:
         box: list[Any] | None = [None] * self.world_size if self.first else None
         dist.gather_object(value, box, dst=0, group=self._group)
         return box
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Returns the values of all ranks in rank order on every rank."""
+        if self.world_size == 1:
+            return [value]
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, value, group=self._group)
+        return box
+
+    def exchange(self, outgoing: Mapping[int, bytes], senders: Sequence[int]) -> dict[int, bytes]:
+        """Sends each rank that ``outgoing`` names its bytes; returns those of ``senders``, by rank.
+
+        Every rank calls this, with what the others expect of it.
+        """
+        sent = {
+            to: torch.frombuffer(bytearray(one), dtype=torch.uint8) for to, one in outgoing.items()
+        }
+        # The sizes first, under a tag of their own.
+        lengths = {to: torch.tensor([len(one)]) for to, one in sent.items()}
+        works = [dist.isend(one, to, group=self._group, tag=0) for to, one in lengths.items()]
+        works += [dist.isend(one, to, group=self._group, tag=1) for to, one in sent.items()]
+        received = {}
+        for source in senders:
+            length = torch.zeros(1, dtype=torch.int64)
+            dist.recv(length, source, group=self._group, tag=0)
+            received[source] = torch.empty(int(length), dtype=torch.uint8)
+            dist.recv(received[source], source, group=self._group, tag=1)
+        for work in works:
+            work.wait()
+        return {source: one.numpy().tobytes() for source, one in received.items()}
 
     def all(self, flag: bool) -> bool:
         """Whether ``flag`` is true on every rank."""

@@ -8,18 +8,20 @@ a row. With w the weight of a token and d its objective, the loss is
 
 So that ranks may have different numbers of rows, a step has three parts:
 
-1. All ranks learn from all ranks: rows, tokens, weight, number of micro-batches, whether more rows
-   follow, and whether to stop. With a ``hidden`` signal they also learn, once, how far the hidden
-   states are from the log probabilities that the teacher gave.
-2. Each rank runs as many forward and backward passes as the rank with the most micro-batches: its
-   own first, then dummies of one token with weight 0. So all ranks enter each reduction equally
-   often.
+1. Rows change ranks, so that each has about as many tokens (`balance`). All ranks learn from all
+   ranks: rows, tokens, weight, number of micro-batches, whether more rows follow, and whether to
+   stop. With a ``hidden`` signal they also learn, once, how far the hidden states are from the log
+   probabilities that the teacher gave.
+2. Each rank runs as many forward and backward passes as the rank with the most micro-batches needs,
+   of sizes as equal as its rows allow; where it has fewer rows than that, the last ones are dummies
+   of one token with weight 0. So all ranks enter each reduction equally often.
 3. The gradients of the undivided sums accumulate. DDP reduces them in the last pass, FSDP in each
    (`sharding.reduction`), and both *average* over the ranks. One multiplication by world_size / W,
    before clipping, gives the gradient of the loss.
 
-Waits for: the other ranks, in one all-gather before the passes, in the reductions of the gradients,
-and in one all-reduce of the figures. Unblocked by: every rank calling `run`.
+Waits for: the other ranks, as rows are shared out, in one all-gather before the passes, in the
+reductions of the gradients, and in one all-reduce of the figures. Unblocked by: every rank calling
+`run`.
 """
 
 import logging
@@ -27,10 +29,9 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -39,8 +40,11 @@ from torch.nn.parallel import DistributedDataParallel
 from raystill.base.errors import RunError
 from raystill.train.batch.batch import MicroBatch
 from raystill.train.batch.rows import Row
+from raystill.train.step.balance import idle_share, share_out
 from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import learning_rate
+from raystill.train.step.ranks import Ranks
+from raystill.train.step.result import StepResult, staleness, token_staleness
 from raystill.train.student.sharding import global_norm, is_sharded, reduction
 
 logger = logging.getLogger(__name__)
@@ -61,64 +65,6 @@ NON_FINITE_REMEDY = (
 
 class NonFiniteLossError(RunError):
     """The loss or its gradient is not finite; the weights are still those of the step before."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step did; the same on every rank, except ``student_s``.
-
-    Attributes:
-        step: Number of the step, from 0.
-        trained: False for a step that leaves the student as it is: one without weight (no rows, or
-            no token with a loss), or one that is not finite.
-        rows: Rows of all ranks.
-        tokens: Tokens with a loss, of all ranks.
-        any_more: Whether a rank has, or expects, rows of later steps.
-        any_stop: Whether a rank was asked to stop.
-        lr: The learning rate.
-        loss: Nats per unit of weight, the weighted sum of the terms.
-        objective: Each term alone, nats per unit of weight.
-        grad_norm: Norm of the gradient before clipping.
-        padding_fraction: Share of the input positions that are padding or dummies.
-        teacher_tail_mass: The teacher's mean probability of the tail; None for ``text``.
-        student_tail_mass: The student's mean probability of the tail; None for ``text``.
-        floored_tokens: As in `objective.ObjectiveSums`, of all ranks.
-        student_s: Seconds from the moment that all ranks had their rows.
-        not_finite: What is not finite, for a step that is skipped because of it; else None.
-        staleness: Of the rows that the student wrote, how many were written by weights 0, 1, 2, ...
-            steps old; the last number counts all older ones. Empty where it writes none.
-        token_staleness: The same of the tokens of these rows, each by the weights that wrote it.
-    """
-
-    step: int
-    trained: bool
-    rows: int
-    tokens: int
-    any_more: bool
-    any_stop: bool
-    lr: float
-    loss: float | None = None
-    objective: dict[str, float] = field(default_factory=dict)
-    grad_norm: float | None = None
-    padding_fraction: float = 0.0
-    teacher_tail_mass: float | None = None
-    student_tail_mass: float | None = None
-    floored_tokens: int | None = None
-    student_s: float = 0.0
-    not_finite: str | None = None
-    staleness: tuple[int, ...] = ()
-    token_staleness: tuple[int, ...] = ()
-
-    def metrics(self) -> dict[str, Any]:
-        """The fields of this step's line of metrics.jsonl; terms are named ``objective/<term>``."""
-        names = ["step", "loss", "grad_norm", "lr", "rows", "tokens", "student_s"]
-        names += ["padding_fraction", "teacher_tail_mass", "student_tail_mass"]
-        names += [n for n in ("floored_tokens", "not_finite") if getattr(self, n) is not None]
-        terms = {f"objective/{name}": value for name, value in self.objective.items()}
-        ages = {f"staleness/{age}": rows for age, rows in enumerate(self.staleness) if rows}
-        ages |= {f"token_staleness/{age}": n for age, n in enumerate(self.token_staleness) if n}
-        written = {"student_written_rows": sum(self.staleness)} if self.staleness else {}
-        return {name: getattr(self, name) for name in names} | terms | written | ages
 
 
 @dataclass(frozen=True)
@@ -148,12 +94,14 @@ class GlobalStep:
         total_steps: int,
         world_size: int = 1,
         num_ages: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         """module: a `StudentModule`; with world_size > 1 in DDP or sharded.
 
         batches: makes the micro-batches, and has the settings that they and the step share.
         total_steps: steps of the whole run, the length of the learning-rate schedule.
         num_ages: length of `StepResult.staleness`; 0 where the student writes no rows.
+        ranks: the group of all ranks; None: it is made when it is needed.
         """
         parallel = isinstance(module, DistributedDataParallel) or is_sharded(module)
         assert world_size == 1 or parallel, "several workers need the student in DDP or sharded"
@@ -168,6 +116,7 @@ class GlobalStep:
         self.total_steps = total_steps
         self.world_size = world_size
         self.num_ages = num_ages
+        self._ranks = ranks
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self._warned_at = -WARN_EVERY_STEPS
         names = {name for one in batches.objectives for name in one.weights}
@@ -185,6 +134,8 @@ class GlobalStep:
         the log probabilities that the teacher gave: both on every rank, and before the weights
         change.
         """
+        arrived = time.perf_counter()
+        rows = self._share_out(rows)
         groups = self.batches.cut(rows)
         totals = self._gather_totals(step, rows, groups, has_more, stop)
         if self.teacher is not None:
@@ -199,12 +150,15 @@ class GlobalStep:
             "any_stop": totals.any_stop,
             "staleness": totals.staleness,
             "token_staleness": totals.token_staleness,
+            "others_wait_s": time.perf_counter() - arrived if self.world_size > 1 else 0.0,
         }
         if totals.weight == 0:  # Of all ranks, so all of them return here.
             return StepResult(trained=False, **common)
         started = time.perf_counter()
+        if self.world_size > 1:
+            groups = self.batches.spread(rows, groups, totals.num_passes)
         sums = self._accumulate(groups, totals.num_passes)
-        figures = self._reduce_figures(sums, totals.weight)
+        figures = self._reduce_figures(sums, totals.weight, self._tokens(groups, totals.num_passes))
         # The reduced loss and the norm of reduced gradients are the same on every rank, and each is
         # read from the device anyway: so all ranks skip a step, or none, without another message.
         grad_norm = self._update(totals.weight, lr) if math.isfinite(figures["loss"]) else None
@@ -217,8 +171,16 @@ class GlobalStep:
             )
         if self.training.skip_non_finite == 0:
             raise NonFiniteLossError(f"{not_finite}; {NON_FINITE_REMEDY}")
-        common["padding_fraction"] = figures["padding_fraction"]
+        common |= {name: figures[name] for name in ("padding_fraction", "idle_share")}
         return StepResult(trained=False, student_s=seconds, not_finite=not_finite, **common)
+
+    def _share_out(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """This rank's rows of the step, once rows have changed ranks."""
+        if self.world_size == 1:
+            return rows
+        if self._ranks is None:
+            self._ranks = Ranks(dist.get_rank(), self.world_size)
+        return share_out(rows, self._ranks)
 
     def _gather_totals(
         self, step: int, rows: Sequence[Row], groups: list[list[Row]], has_more: bool, stop: bool
@@ -295,20 +257,32 @@ class GlobalStep:
         # float64, since these are summed over passes and ranks.
         return torch.stack([f.double() for f in (sums.total.detach(), *terms, *others)])
 
-    def _reduce_figures(self, sums: Tensor, weight: float) -> dict[str, Any]:
+    def _tokens(self, groups: list[list[Row]], num_passes: int) -> Tensor:
+        """Positions of each pass, [ranks, passes]: this rank's, and 0 for the others."""
+        table = torch.zeros(self.world_size, num_passes, dtype=torch.float64)
+        mine = [float(self.batches.positions(group)) for group in groups]
+        rank = dist.get_rank() if self.world_size > 1 else 0
+        table[rank, : len(mine)] = torch.tensor(mine, dtype=torch.float64)
+        return table
+
+    def _reduce_figures(self, sums: Tensor, weight: float, tokens: Tensor) -> dict[str, Any]:
         """Sums the figures over all ranks and divides them by ``weight``: fields of `StepResult`.
 
-        Every rank has the same sums.
+        Every rank has the same sums. tokens: as `_tokens` gives them.
         """
+        sums = torch.cat([sums, tokens.flatten().to(sums, non_blocking=True)])
         if self.world_size > 1:
             dist.all_reduce(sums)
-        total, *rest = sums.tolist()
+        sums = sums.cpu()
+        passes = sums[-tokens.numel() :].view_as(tokens).tolist()
+        total, *rest = sums[: -tokens.numel()].tolist()
         terms, (teacher_tail, student_tail, floored, inputs, padded) = rest[:-5], rest[-5:]
         has_tail = self.signal_kind != "text"
         return {
             "loss": total / weight,
             "objective": {n: s / weight for n, s in zip(self._term_names, terms, strict=True)},
             "padding_fraction": 1.0 - inputs / padded,
+            "idle_share": idle_share(passes, together=is_sharded(self.module)),
             "teacher_tail_mass": teacher_tail / weight if has_tail else None,
             "student_tail_mass": student_tail / weight if has_tail else None,
             "floored_tokens": int(floored) if "reverse_kl" in self._term_names else None,
@@ -358,28 +332,6 @@ class GlobalStep:
             group["lr"] = lr
         self.optimizer.step()
         return grad_norm
-
-
-def staleness(step: int, rows: Sequence[Row], num_ages: int) -> list[int]:
-    """Rows by the age of the weights that wrote them, in steps, [num_ages]; the last is "or more".
-
-    Rows that later weights wrote (those of lost steps, from the store) count as of age 0.
-    """
-    ages = [0] * num_ages
-    for row in rows:
-        if row.policy_version is not None and num_ages:
-            ages[min(max(0, step - row.policy_version), num_ages - 1)] += 1
-    return ages
-
-
-def token_staleness(step: int, rows: Sequence[Row], num_ages: int) -> list[int]:
-    """As `staleness`, of the response tokens: each by the weights that wrote it."""
-    ages = np.zeros(num_ages, np.int64)
-    for row in rows:
-        if row.token_versions is not None and num_ages:
-            old = np.clip(step - row.token_versions.astype(np.int64), 0, num_ages - 1)
-            ages += np.bincount(old, minlength=num_ages)
-    return ages.tolist()
 
 
 def _what_is_not_finite(step: int, figures: dict[str, Any], grad_norm: float | None) -> str | None:

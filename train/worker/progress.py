@@ -16,8 +16,9 @@ from raystill.datasets.stream.plan import num_steps
 from raystill.run import Run
 from raystill.train.batch.rows import Row
 from raystill.train.step.ranks import Ranks
+from raystill.train.step.result import StepResult
 from raystill.train.step.rows import StepRows
-from raystill.train.step.step import NON_FINITE_REMEDY, NonFiniteLossError, StepResult
+from raystill.train.step.step import NON_FINITE_REMEDY, NonFiniteLossError
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ class Progress:
             self.step += 1  # In arrival order an empty round is no step: no row was due in it.
             self.epoch_step += 1
         counters = {"student_busy_s": result.student_s, "student_wait_s": rows.blocked_s}
+        idle_s = result.others_wait_s + result.idle_share * result.student_s
+        counters["student_idle_s"] = idle_s
         if self.metrics is not None:
             counters |= {"student_rows": result.rows, "student_tokens": result.tokens}
             self._record(self.metrics, result, rows)

@@ -325,6 +325,7 @@ class Worker:
             total_steps=self.progress.total_steps,
             world_size=world_size,
             num_ages=policy.max_staleness_steps + 2 if policy.enabled else 0,
+            ranks=self.ranks,
         )
 
     def _build_batches(self) -> BatchMaker:
