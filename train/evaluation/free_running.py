@@ -107,12 +107,32 @@ def held_out_prompts(folder: RunFolder) -> list[HeldOutPrompt]:
 
 
 def write_free(
-    model: Any, rows: Sequence[Prompted], settings: FreeRunning, device: torch.device, ranks: Ranks
+    model: Any,
+    rows: Sequence[Prompted],
+    settings: FreeRunning,
+    device: torch.device,
+    ranks: Ranks,
+    together: bool = False,
 ) -> dict[int, list[int]]:
-    """The student's answers to this rank's part of the chosen rows, by row number."""
-    mine = choose_rows(rows, settings.rows, settings.seed)[ranks.rank :: ranks.world_size]
-    answers = generate(model, [row.prompt_ids for row in mine], settings, device)
+    """The student's answers to this rank's part of the chosen rows, by row number.
+
+    together: the model is sharded, and gathers its layers in each pass: all ranks run as many
+    passes as the one whose answers are longest.
+    """
+    chosen = choose_rows(rows, settings.rows, settings.seed)
+    mine = chosen[ranks.rank :: ranks.world_size]
+    # The first rank has the most.
+    batches = -(-len(chosen[:: ranks.world_size]) // settings.rows_per_batch) if together else None
+    answers = generate(model, [row.prompt_ids for row in mine], settings, device, batches)
     return {row.row: answer for row, answer in zip(mine, answers, strict=True)}
+
+
+def has_all(
+    written: Mapping[int, list[int]], rows: Sequence[Prompted], settings: FreeRunning, ranks: Ranks
+) -> bool:
+    """Whether ``written`` has this rank's part of the chosen rows."""
+    chosen = choose_rows(rows, settings.rows, settings.seed)
+    return all(row.row in written for row in chosen[ranks.rank :: ranks.world_size])
 
 
 def run_free(
@@ -130,7 +150,7 @@ def run_free(
     """
     chosen = choose_rows(rows, settings.rows, settings.seed)
     mine = chosen[ranks.rank :: ranks.world_size]
-    if written is None or not all(row.row in written for row in mine):
+    if written is None or not has_all(written, rows, settings, ranks):
         written = write_free(model, rows, settings, device, ranks)
     answers = [written[row.row] for row in mine]
     sums = _sums("student", answers, settings)
@@ -174,13 +194,20 @@ def _sums(who: str, answers: Sequence[Sequence[int]], settings: FreeRunning) -> 
 
 @torch.no_grad()
 def generate(
-    model: Any, prompts: Sequence[np.ndarray], settings: FreeRunning, device: torch.device
+    model: Any,
+    prompts: Sequence[np.ndarray],
+    settings: FreeRunning,
+    device: torch.device,
+    batches: int | None = None,
 ) -> list[list[int]]:
     """The student's answers to ``prompts`` ([P] each, P > 0), stop id included where it stopped.
 
     Prompts are padded on the left and masked by length, those of like length together. What all of
     many prompts begin with is computed once. The process's random state is left as it was:
     evaluating does not change training.
+
+    batches: of a sharded model, how many batches all ranks write, each in passes that they run
+    together; where this rank has fewer, it answers a prompt of one token and forgets the answer.
     """
     was_training, was_caching = model.training, getattr(model.config, "use_cache", True)
     # transformers fills what is not set from the model's own settings, such as a repetition penalty
@@ -195,13 +222,15 @@ def generate(
             rows, order = settings.rows_per_batch, list(range(len(prompts)))
             if len(order) > rows:
                 order.sort(key=lambda i: len(prompts[i]))
-            beginning = _beginning(model, prompts, device)
+            beginning = None if batches else _beginning(model, prompts, device)
             for start in range(0, len(order), rows):
                 batch = order[start : start + rows]
                 some = [prompts[i] for i in batch]
-                written = _generate_batch(model, some, settings, device, beginning)
+                written = _generate_batch(model, some, settings, device, beginning, bool(batches))
                 for i, answer in zip(batch, written, strict=True):
                     answers[i] = answer
+            for _ in range((batches or 0) - -(-len(order) // rows)):
+                _generate_batch(model, [np.zeros(1, np.int32)], settings, device, None, True)
             return answers
     finally:
         model.generation_config = own_generation
@@ -233,8 +262,11 @@ def _generate_batch(
     settings: FreeRunning,
     device: torch.device,
     beginning: DynamicCache | None,
+    together: bool = False,
 ) -> list[list[int]]:
-    """Answers to a batch. beginning: as `_beginning` gives it; it stays as it is."""
+    """Answers to a batch. beginning: as `_beginning` gives it; it stays as it is. together: pass
+    by pass with the other ranks, until all have theirs.
+    """
     width = max(len(prompt) for prompt in prompts)
     shared = 0 if beginning is None else beginning.get_seq_length()
     input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -253,7 +285,7 @@ def _generate_batch(
         attention_mask=mask.to(device),
         **past,
         generation_config=_generation_config(settings, stops),
-        synced_gpus=False,  # Every rank has all weights, and as many passes as its own rows need.
+        synced_gpus=together,  # Else a rank has as many passes as its own rows need.
     )
     return [_until_stop(ids, set(stops)) for ids in output[:, width:].tolist()]
 

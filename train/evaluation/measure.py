@@ -6,7 +6,7 @@ Every rank calls every method. Imports no Ray.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from raystill.train.evaluation.baselines import HeldOutTokens, PairCounts, measu
 from raystill.train.evaluation.checks import run_checks
 from raystill.train.evaluation.free_running import (
     FreeRunning,
+    Prompted,
     Written,
     choose_rows,
+    has_all,
     held_out_prompts,
     run_free,
     write_free,
@@ -33,7 +35,7 @@ from raystill.train.evaluation.own_contexts import measure_own_contexts
 from raystill.train.evaluation.teacher_forced import TokenKl, evaluate, micro_batches
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.module import StudentModule
-from raystill.train.student.sharding import whole_weights
+from raystill.train.student.sharding import gathering_passes, room_for_whole, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +122,19 @@ class Measurer:
         The teacher need not have answered yet.
         """
         if self._free_running.rows > 0:
-            student = self._student
-            with whole_weights(student.module):
-                prompts, settings = held_out_prompts(self._folder), self._free_running
-                model = student.module.model
-                self._written = write_free(model, prompts, settings, student.device, self._ranks)
+            self._written = self._write(held_out_prompts(self._folder))
+
+    def _write(self, prompts: Sequence[Prompted]) -> dict[int, list[int]]:
+        """The student's answers to some of the prompts; by all ranks together where no rank has
+        room for all weights.
+        """
+        student, settings = self._student, self._free_running
+        whole = self._ranks.all(room_for_whole(student.module, student.device))
+        placed = whole_weights if whole else gathering_passes
+        with placed(student.module):
+            return write_free(
+                student.module.model, prompts, settings, student.device, self._ranks, not whole
+            )
 
     def measure(
         self, step: int, when: str, weights: str, counts: PairCounts | None = None
@@ -134,12 +144,11 @@ class Measurer:
         ``when`` is before, during or after; ``weights`` says which weights were measured.
         """
         record: dict[str, Any] = {"step": step, "when": when, "weights": weights}
-        with whole_weights(self._student.module):  # Ranks write answers of lengths of their own.
-            runs_free = self._free_running.rows > 0 and (when != "during" or self._free_during)
-            tokens = TokenKl(self._rows_by_token() if runs_free else frozenset())
-            record |= self._evaluate(self.rows, tokens)
-            if runs_free:
-                record |= self._run_free(step, tokens)
+        runs_free = self._free_running.rows > 0 and (when != "during" or self._free_during)
+        tokens = TokenKl(self._rows_by_token() if runs_free else frozenset())
+        record |= self._evaluate(self.rows, tokens)
+        if runs_free:
+            record |= self._run_free(step, tokens)
         if self._ranks.first:
             if counts is not None and self.rows[0].topk_ids is not None:
                 record["baselines"] = self._measure_baselines(counts)
@@ -155,9 +164,16 @@ class Measurer:
         return frozenset(row.row for row in chosen[:MOST_ROWS_BY_TOKEN])
 
     def _run_free(self, step: int, tokens: TokenKl) -> dict[str, Any]:
-        model, device = self._student.module.model, self._student.device
-        written, self._written = self._written, None
-        found, pairs = run_free(model, self.rows, self._free_running, device, self._ranks, written)
+        model, device, settings = (
+            self._student.module.model,
+            self._student.device,
+            self._free_running,
+        )
+        written, self._written = self._written or {}, None
+        # One answer for all ranks: they may have to write together.
+        if not self._ranks.all(has_all(written, self.rows, settings, self._ranks)):
+            written = self._write(self.rows)
+        found, pairs = run_free(model, self.rows, settings, device, self._ranks, written)
         figures: dict[str, Any] = dict(found)
         own = TokenKl(tokens.rows)
         if self._config.scores_student_answers:

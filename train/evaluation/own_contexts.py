@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from raystill.config.objective import ObjectiveConfig
-from raystill.train.batch.batch import collate, cut_micro_batches
+from raystill.train.batch.batch import collate
 from raystill.train.batch.rows import Row
-from raystill.train.evaluation.teacher_forced import TokenKl
+from raystill.train.evaluation.teacher_forced import TokenKl, own_groups
 from raystill.train.loss.log_probs import partition_log_probs
 from raystill.train.loss.objective import divergences
 from raystill.train.step.ranks import Ranks
@@ -58,23 +58,18 @@ def measure_own_contexts(
     """
     ends = bin_ends(max((len(row.response_ids) for row in rows), default=0))
     sums = {f"{name} {end}": 0.0 for end in ends for name in (*BOTH, "tokens")}
-    was_training = module.training
-    module.eval()
-    try:
-        for group in cut_micro_batches(rows[ranks.rank :: ranks.world_size], tokens_budget):
-            batch = collate(group, "topk", student_vocab, "token").to(device)
-            assert batch.partition is not None, "the teacher has scored these answers"
-            parts: dict[str, list[torch.Tensor]] = {name: [] for name in BOTH}
-            for chunk, logits in module.logit_chunks(batch):
-                partition = batch.partition[chunk]
-                log_q, _ = partition_log_probs(logits, partition.ids)
-                for name, divergence in BOTH.items():
-                    value, _ = divergence(partition.log_p.to(log_q.dtype), log_q, log_q.exp())
-                    parts[name].append(value)
-            tokens.keep(group, parts["kl"])
-            _add(sums, ends, group, {name: torch.cat(each) for name, each in parts.items()})
-    finally:
-        module.train(was_training)
+    for group in own_groups(module, rows, tokens_budget, ranks, device):
+        batch = collate(group, "topk", student_vocab, "token").to(device)
+        assert batch.partition is not None, "the teacher has scored these answers"
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in BOTH}
+        for chunk, logits in module.logit_chunks(batch):
+            partition = batch.partition[chunk]
+            log_q, _ = partition_log_probs(logits, partition.ids)
+            for name, divergence in BOTH.items():
+                value, _ = divergence(partition.log_p.to(log_q.dtype), log_q, log_q.exp())
+                parts[name].append(value)
+        tokens.keep(group, parts["kl"])
+        _add(sums, ends, group, {name: torch.cat(each) for name, each in parts.items()})
     return _figures(ranks.sum(sums), ends)
 
 

@@ -6,7 +6,11 @@ figures are of the partition of K ids and a tail: its KL is a lower bound of the
 its acceptance an upper bound. Of a teacher that gives text alone, perplexity and agreement with its
 tokens are left.
 
-Consumes: ``held_out.parquet``. Waits for: the ranks' sums. Imports no Ray.
+A sharded student measures as it trains: all ranks run equally many passes, in which they gather one
+layer after the other; a rank with fewer rows runs dummies.
+
+Consumes: ``held_out.parquet``. Waits for: the ranks' sums; sharded, for the others in each pass.
+Imports no Ray.
 """
 
 import math
@@ -16,11 +20,17 @@ from typing import Any
 
 import torch
 
-from raystill.train.batch.batch import MicroBatch, collate, cut_micro_batches
+from raystill.train.batch.batch import (
+    MicroBatch,
+    collate,
+    cut_micro_batches,
+    dummy_micro_batch,
+)
 from raystill.train.batch.rows import Row
 from raystill.train.loss.objective import partition_metrics
 from raystill.train.step.ranks import Ranks
 from raystill.train.student.module import StudentModule
+from raystill.train.student.sharding import gathering_passes, is_sharded
 
 BOUND = "partition of K ids and a tail: KL is a lower, acceptance an upper bound"
 SUMS = ("kl", "top1", "acceptance", "nll")
@@ -57,6 +67,31 @@ def micro_batches(
         yield collate(group, "topk", student_vocab, "token")
 
 
+def own_groups(
+    module: StudentModule, rows: Sequence[Row], tokens_budget: int, ranks: Ranks, device: Any
+) -> Iterator[list[Row]]:
+    """This rank's part of ``rows``; for each group the caller runs one pass. Collective.
+
+    rows: the same on every rank, of which each takes every world_size-th. The module is in eval
+    mode, and its head whole, until the last group is taken. Of a sharded module, ranks with fewer
+    groups then run dummies.
+    """
+    was_training = module.training
+    module.eval()
+    try:
+        with gathering_passes(module):
+            mine = cut_micro_batches(rows[ranks.rank :: ranks.world_size], tokens_budget)
+            yield from mine
+            if not is_sharded(module):
+                return
+            shares = (rows[rank :: ranks.world_size] for rank in range(ranks.world_size))
+            most = max(len(cut_micro_batches(share, tokens_budget)) for share in shares)
+            for _ in range(most - len(mine)):
+                module.hidden_states(dummy_micro_batch("text").to(device))
+    finally:
+        module.train(was_training)
+
+
 @torch.no_grad()
 def evaluate(
     module: StudentModule,
@@ -74,30 +109,24 @@ def evaluate(
     ``tokens`` keeps the KL of single tokens on the way, of the rows that it names.
     Raises ValueError where the rows hold no token to measure.
     """
-    was_training = module.training
-    module.eval()
     # An API gives no distributions; the rows of one run are all of one kind.
     kind = "topk" if rows and rows[0].topk_ids is not None else "text"
     sums = dict.fromkeys((*SUMS, "tokens"), 0.0)
-    try:
-        mine = rows[ranks.rank :: ranks.world_size]
-        for group in cut_micro_batches(mine, tokens_budget):
-            batch = collate(group, kind, student_vocab, "token")
-            moved, kl = batch.to(device), []
-            for chunk, logits in module.logit_chunks(moved):
-                targets = moved.targets[chunk]
-                if moved.partition is None:
-                    values = text_metrics(logits, targets)
-                else:
-                    values = partition_metrics(logits, moved.partition[chunk], targets)
-                    kl.append(values["kl"])
-                for name, value in values.items():
-                    sums[name] += value.double().sum().item()
-            sums["tokens"] += batch.num_tokens
-            if tokens is not None and kl:
-                tokens.keep(group, kl)
-    finally:
-        module.train(was_training)
+    for group in own_groups(module, rows, tokens_budget, ranks, device):
+        batch = collate(group, kind, student_vocab, "token")
+        moved, kl = batch.to(device), []
+        for chunk, logits in module.logit_chunks(moved):
+            targets = moved.targets[chunk]
+            if moved.partition is None:
+                values = text_metrics(logits, targets)
+            else:
+                values = partition_metrics(logits, moved.partition[chunk], targets)
+                kl.append(values["kl"])
+            for name, value in values.items():
+                sums[name] += value.double().sum().item()
+        sums["tokens"] += batch.num_tokens
+        if tokens is not None and kl:
+            tokens.keep(group, kl)
     found = figures(ranks.sum(sums))
     if kind == "text":
         return {name: found[name] for name in ("top1_agreement", "perplexity", "num_tokens")}

@@ -140,9 +140,9 @@ def use_packing(
 ) -> bool:
     """Whether micro-batches are packed; ``auto``: with FlashAttention, where it is cheaper.
 
-    Runs the model on two packed rows, to see whether one changes the other. A sharded model must be
-    whole for this (`sharding.whole_weights`). Where rows change each other, ``auto`` pads them, and
-    true raises ValueError.
+    Runs the model on two packed rows, to see whether one changes the other. A sharded model is run
+    in `sharding.gathering_passes`, by all ranks. Where rows change each other, ``auto`` pads them,
+    and true raises ValueError.
     """
     if not wants_packing(packing, attention):
         return False

@@ -77,7 +77,7 @@ def place_student(
         if from_first:
             scatter_weights(student, whole, device)
     if wants_packing(training.packing, attention):
-        with whole_weights(student):
+        with gathering_passes(student):
             student.packed = use_packing(training.packing, student, attention, device)
     logger.info("attention: %s; rows %s", attention, "packed" if student.packed else "padded")
     return student
@@ -174,8 +174,9 @@ def whole_weights(module: StudentModule) -> Iterator[None]:
 def gathering_passes(module: StudentModule) -> Iterator[Callable[[MicroBatch], Tensor]]:
     """A context for forward passes without gradient that gather one layer after the other.
 
-    Gives `StudentModule.hidden_states`, of which all ranks must run equally many passes. Within the
-    context ``module.head()`` is whole. All ranks must enter it; without shards it does nothing.
+    Gives `StudentModule.hidden_states`, of which all ranks must run equally many passes, as of the
+    model inside. Within the context ``module.head()`` is whole. All ranks must enter it; without
+    shards it does nothing.
     """
     if not is_sharded(module):
         yield module.hidden_states
@@ -187,7 +188,23 @@ def gathering_passes(module: StudentModule) -> Iterator[Callable[[MicroBatch], T
         yield module.hidden_states
     finally:
         root.reshard()  # It would stay until a backward pass.
+        root.reset_iter_state()
         del module.hidden_states  # Which refers to the module, and would keep it.
+
+
+def room_for_whole(module: StudentModule, device: torch.device) -> bool:
+    """Whether this rank's device has room for `whole_weights` now, and for as much again as a
+    sixteenth of them. A host's memory is not looked at: true on a CPU, and without shards.
+    """
+    parts = _parts(module)
+    if not parts or device.type != "cuda":
+        return True
+    numbers = sum(p.numel() for p in module.parameters())
+    layers = sum(p.numel() for part in parts[1:] for p in part.parameters())
+    wanted = layers * module.compute_dtype.itemsize
+    wanted += (numbers - layers) * module.param_dtype.itemsize
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept > wanted * 17 / 16
 
 
 def _parts(module: nn.Module) -> list[FSDPModule]:

@@ -29,7 +29,7 @@ from raystill.train.evaluation.measure import LocalStudent
 from raystill.train.student import lora
 from raystill.train.student.build import DTYPES
 from raystill.train.student.export import ExportSettings, exported_state, save_student
-from raystill.train.student.sharding import whole_weights
+from raystill.train.student.sharding import gathering_passes
 
 PROBE_TOKENS = 48
 
@@ -113,7 +113,7 @@ class PolicyPublisher:
         try:
             row = Row(0, 0, self._probe[:1], self._probe[1:])
             batch = collate([row], "text", self._student.vocab).to(self._student.device)
-            with whole_weights(module):
+            with gathering_passes(module):
                 parts = [
                     torch.log_softmax(z.float(), dim=1).gather(1, batch.targets[rows][:, None])
                     for rows, z in module.logit_chunks(batch)
