@@ -49,12 +49,12 @@ def shared_out(shares: list[list[Row]]) -> tuple[list[list[Row]], float]:
     """The rows once they have changed workers, and the share of the tokens that has."""
     tokens = [[row.num_inputs for row in share] for share in shares]
     moves = plan_moves(tokens)
-    gone = {(move.source, move.index) for move in moves}
+    gone = {(move.source, move.row) for move in moves}
     after = [
         [row for i, row in enumerate(share) if (w, i) not in gone] for w, share in enumerate(shares)
     ]
     for move in moves:
-        after[move.target].append(shares[move.source][move.index])
+        after[move.target].append(shares[move.source][move.row])
     return after, sum(tokens[w][i] for w, i in gone) / sum(map(sum, tokens))
 
 

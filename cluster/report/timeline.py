@@ -1,9 +1,9 @@
 """Who was busy when: windows of a few seconds in ``timeline.jsonl``, and the bottleneck they show.
 
 Consumes the coordinator's snapshots that the driver's main thread polls. A replica is busy while
-it has a group in flight; a worker waits while it is blocked on the stream, and idles while it waits for the
-others. All are reported when
-a group or a step ends, so a window may hold what began before it; over a run that evens out.
+it has a group in flight; a worker waits while it is blocked on the stream, and idles while it waits
+for the others. All are reported when a group or a step ends, so a window may hold what began before
+it; over a run that evens out.
 """
 
 import time

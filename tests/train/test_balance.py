@@ -35,7 +35,7 @@ def moved(shares, moves):
     left = [dict(enumerate(share)) for share in shares]
     came = [[] for _ in shares]
     for move in moves:
-        came[move.target].append(left[move.source].pop(move.index))
+        came[move.target].append(left[move.source].pop(move.row))
     return [[*kept.values(), *more] for kept, more in zip(left, came, strict=True)]
 
 
@@ -48,7 +48,7 @@ def test_every_row_is_somewhere_once_and_tokens_are_within_the_bound(seed):
     after = moved(shares, moves)
     assert Counter(chain.from_iterable(after)) == Counter(chain.from_iterable(shares))
     assert all(move.source != move.target for move in moves)
-    assert len({(move.source, move.index) for move in moves}) == len(moves), "none goes twice"
+    assert len({(move.source, move.row) for move in moves}) == len(moves), "none goes twice"
     loads = [sum(share) for share in after]
     mean, highest = sum(loads) / workers, loads.index(max(loads))
     shortest = min(after[highest], default=0)

@@ -29,10 +29,10 @@ NEAR = 0.02
 
 
 class Move(NamedTuple):
-    """Row ``index`` of worker ``source`` goes to worker ``target``."""
+    """Row number ``row`` of worker ``source`` goes to worker ``target``."""
 
     source: int
-    index: int
+    row: int
     target: int
 
 
@@ -97,8 +97,8 @@ def share_out(rows: Sequence[Row], ranks: Ranks) -> list[Row]:
     parcels: dict[int, list[Row]] = defaultdict(list)
     for move in moves:
         if move.source == ranks.rank:
-            parcels[move.target].append(rows[move.index])
-    gone = {move.index for move in moves if move.source == ranks.rank}
+            parcels[move.target].append(rows[move.row])
+    gone = {move.row for move in moves if move.source == ranks.rank}
     senders = sorted({move.source for move in moves if move.target == ranks.rank})
     outgoing = {target: pickle.dumps(some, protocol=5) for target, some in parcels.items()}
     received = ranks.exchange(outgoing, senders)
