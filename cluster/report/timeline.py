@@ -25,6 +25,8 @@ COUNTERS = (
     *("teacher_rows", "teacher_busy_s"),
     *("student_rows", "student_busy_s", "student_wait_s", "student_idle_s"),
 )
+NEW_COUNTERS = frozenset({"student_idle_s"})
+"""Windows of earlier versions are without."""
 
 Windows = Sequence[Mapping[str, Any]]
 

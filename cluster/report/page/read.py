@@ -39,7 +39,7 @@ from raystill.base.run_folder import (
 )
 from raystill.cluster.report.page.curves import Curve
 from raystill.cluster.report.summary import counted, with_files
-from raystill.cluster.report.timeline import COUNTERS
+from raystill.cluster.report.timeline import COUNTERS, NEW_COUNTERS
 from raystill.config.load import LARGEST_FILE, parse_yaml
 
 Record = dict[str, Any]
@@ -291,6 +291,7 @@ def _joined(lines: Iterator[Record]) -> list[Record]:
 
 
 def _is_window(record: Record) -> bool:
-    names = ("seconds", "replicas", "workers", "rows_ahead", *COUNTERS)
+    counters = [name for name in COUNTERS if name in record or name not in NEW_COUNTERS]
+    names = ("seconds", "replicas", "workers", "rows_ahead", *counters)
     whole = all(number(record.get(name)) is not None for name in names)
     return whole and record["seconds"] > 0 and isinstance(record.get("phase"), str)
