@@ -4,7 +4,8 @@
     python -m benchmarks.rivals [--rows N] [--held-out N] [--only TEXT] [--own] [--table FILE]
 
 Sides: Hugging Face ``generate`` then TRL's GKD; vLLM's offline engine, a file, then TRL's GKD
-(``lmbda=0``); TRL on-policy (``lmbda=1``); Raystill. Every part is a process and leaves a record
+(``lmbda=0``); TRL on-policy, by GKD (``lmbda=1``) and by its ``DistillationTrainer``; Raystill
+whose student writes each row; Raystill. Every part is a process and leaves a record
 (``parts/NAME.json``), so a second call goes on where the first has stopped. ``--lock`` names a file
 that is locked around each part, for a machine that others use too. The records say how many cores
 all other processes took meanwhile. ``--table`` writes the table of what is finished.
@@ -26,7 +27,7 @@ from typing import Any
 from benchmarks.processes import Sampler, look
 from benchmarks.results import machine
 from benchmarks.rivals.parts import Part, environment, mechanics, own_means, rival
-from benchmarks.rivals.settings import Folder, Settings, read_json, write_json
+from benchmarks.rivals.settings import Folder, Settings, write_json
 from benchmarks.rivals.table import tables
 
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -107,7 +108,7 @@ def run_part(part: Part, folder: Folder, settings: Settings, limit_s: float) -> 
         "own_cores": round(own_s / wall_s, 2),
         "other_cores": round(max(0.0, busy_s() - busy - own_s) / wall_s, 2),
         "load": round(os.getloadavg()[0], 2),
-        "figures": read_json(part.figures) if part.figures else {},
+        "figures": part.read(part.figures) if part.figures else {},
     }
 
 

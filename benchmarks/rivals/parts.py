@@ -6,15 +6,25 @@ included. Sides alternate, so that a machine that becomes slower does so for all
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from benchmarks.rivals.settings import PROMPTS, TEACHER, Folder, Settings, read_json
+from benchmarks.rivals.settings import (
+    PROMPTS,
+    TEACHER,
+    Folder,
+    Settings,
+    read_json,
+    read_lines,
+)
 
-SIDES = ("hf", "vllm", "policy", "raystill")
+SIDES = ("hf", "vllm", "policy", "raystill", "policy-distill", "policy-raystill")
+ON_POLICY = {"policy": "gkd", "policy-distill": "distillation"}
+"""Trainers of TRL whose student writes each batch, by side."""
 RIVALS_PYTHON = ".venv-rivals/bin/python"
 OWN_SNAPSHOT_STEPS = 10
 OWN_EPOCHS = 4
@@ -24,8 +34,8 @@ OWN_TURNS = 3
 
 @dataclass(frozen=True)
 class Part:
-    """One process. ``figures``: a JSON file that it writes for the record. ``counts`` says whether
-    its time is part of the side's.
+    """One process. ``figures``: what it leaves for the record, and ``read`` says how it is read.
+    ``counts`` says whether its time is part of the side's.
     """
 
     name: str
@@ -34,6 +44,7 @@ class Part:
     which: str = ""
     figures: Path | None = None
     counts: bool = True
+    read: Callable[[Path], Any] = read_json
 
 
 def rival(module: str, *words: object) -> list[str]:
@@ -90,6 +101,47 @@ def run_file(settings: Settings, folder: Folder, which: int) -> Path:
     return written(folder.work / f"raystill-{which}.yaml", run)
 
 
+def policy_run_file(settings: Settings, folder: Folder, which: int) -> Path:
+    """The run file of a student that writes every row, as TRL's on-policy trainers do.
+
+    Teacher and sampler multiply in the precision that the student and TRL multiply in.
+    """
+    from raystill.train.student.module import cpu_has_bfloat16  # A second, for this side alone.
+
+    run: dict[str, Any] = yaml.safe_load(run_file(settings, folder, which).read_text())
+    precision = "bfloat16" if cpu_has_bfloat16() else "float32"
+    run["teacher"]["dtype"] = precision
+    run["policy"] = {
+        "student_share": 1.0,
+        "objective": dict(run["objective"]),
+        "sampling": {"temperature": settings.temperature},
+        "dtype": precision,
+        "kv_cache_gib": 1,
+        "max_staleness_steps": 4,
+    }
+    run["training"].pop("cpu_cores", None)  # No answer is stored before: both halves have work.
+    run["store"] = {"path": str(folder.work / f"policy_store_{which}")}
+    run["output"] = {"path": str(folder.student("policy-raystill", which))}
+    return written(folder.work / f"policy-raystill-{which}.yaml", run)
+
+
+def loop_of(run: Path) -> dict[str, float]:
+    """Response tokens of a run's steps, and the seconds of its loop.
+
+    The loop is from the first wait of the student, which has published its first weights then, to
+    the end of the last step. The sampler's engine is loaded within it.
+    """
+    steps = read_lines(run / "metrics.jsonl")
+    first, last = steps[0], steps[-1]
+    began = first["time"] - first["student_s"] - first["data_wait_s"]
+    return {
+        "steps": len(steps),
+        "rows": sum(step["rows"] for step in steps),
+        "tokens": sum(step["tokens"] for step in steps),
+        "loop_s": last["time"] - began,
+    }
+
+
 def own_run_file(settings: Settings, folder: Folder) -> Path:
     """The demo's run file, with its own measuring, but for where it reads and writes."""
     run = yaml.safe_load(Path("configs/quickstart.yaml").read_text())
@@ -108,7 +160,7 @@ def written(path: Path, run: dict[str, object]) -> Path:
 def model_of(folder: Folder, side: str, which: str) -> Path:
     """Where a side leaves a trained student."""
     trained = folder.student(side, which)
-    return trained / "student" if side == "raystill" else trained
+    return trained / "student" if side.endswith("raystill") else trained
 
 
 def judge(folder: Folder, side: str, which: str, model: Path) -> Part:
@@ -134,13 +186,14 @@ def mechanics(settings: Settings, folder: Folder) -> Iterator[Part]:
             if side == "raystill":
                 command = raystill(run_file(settings, folder, which))
                 yield Part(f"{n}-{side}-run", command, side, n)
-            elif side == "policy":
-                yield Part(
-                    f"{n}-{side}-train",
-                    rival("train_trl", work, side, n, "--on-policy"),
-                    side,
-                    n,
-                )
+            elif side == "policy-raystill":
+                command = raystill(policy_run_file(settings, folder, which))
+                made = folder.student(side, n)
+                yield Part(f"{n}-{side}-run", command, side, n, made, read=loop_of)
+            elif side in ON_POLICY:
+                command = rival("train_trl", work, side, n, "--on-policy", ON_POLICY[side])
+                figures = folder.student(side, n) / "loop.json"
+                yield Part(f"{n}-{side}-train", command, side, n, figures)
             else:
                 if which == 1:
                     figures = work / "figures" / "vllm-sample.json" if side == "vllm" else None

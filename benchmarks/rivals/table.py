@@ -11,7 +11,10 @@ NAMES = {
     "vllm": "(b) vLLM to a file, then TRL GKD",
     "policy": "(c) TRL GKD on-policy",
     "raystill": "(d) Raystill",
+    "policy-distill": "(e) TRL DistillationTrainer, on-policy",
+    "policy-raystill": "(f) Raystill, on-policy",
 }
+ON_POLICY = ("policy", "policy-distill", "policy-raystill")
 AIMS = (0.9, 0.7)
 """Held-out KL, nats a token, to which the second table tells the time."""
 
@@ -23,14 +26,16 @@ def records(folder: Folder) -> dict[str, dict[str, Any]]:
 
 
 def parts_of(done: dict[str, Any], side: str, which: int | str) -> dict[str, Any]:
-    """A side's finished parts for one student that count, by their last word."""
+    """A side's finished parts for one student that count, by what follows the side's name."""
     mine = [p for p in done.values() if p["side"] == side and p["which"] == str(which)]
-    return {part["part"].split("-", 2)[2]: part for part in mine if part["counts"]}
+    before = f"{which}-{side}-"
+    return {part["part"].removeprefix(before): part for part in mine if part["counts"]}
 
 
 def is_whole(side: str, which: int, parts: dict[str, Any]) -> bool:
     """Whether nothing is missing of a side's time for one student."""
     wished = {"hf": {"sample", "train"}, "vllm": {"sample", "train"}, "raystill": {"run"}}
+    wished["policy-raystill"] = {"run"}
     needed = wished.get(side, {"train"})
     return set(parts) >= (needed - {"sample"} if which > 1 else needed)
 
@@ -92,6 +97,44 @@ def mechanics(done: dict[str, Any], settings: Settings) -> str:
     return table([*head, "all", "/ (d)"], rows)
 
 
+def loops_of(done: dict[str, Any], side: str) -> dict[int, dict[str, float]]:
+    """Tokens, seconds of the loop and of the whole, by student, of an on-policy side."""
+    found = {}
+    for part in done.values():
+        if part["side"] == side and part["counts"] and "loop_s" in part["figures"]:
+            found[int(part["which"])] = {**part["figures"], "wall_s": part["wall_s"]}
+    return found
+
+
+def rate(loops: Sequence[dict[str, float]], seconds: str) -> float:
+    """Response tokens a second over some students."""
+    return sum(one["tokens"] for one in loops) / sum(one[seconds] for one in loops)
+
+
+def on_policy(done: dict[str, Any]) -> str:
+    """Tokens a second of the sides whose student writes every row: in the loop, and in all."""
+    loops = {side: loops_of(done, side) for side in ON_POLICY}
+    ours = loops["policy-raystill"]
+    students = sorted({n for one in loops.values() for n in one})
+    rows = []
+    for group in [*([n] for n in students), students] if len(students) > 1 else [students]:
+        for side in ON_POLICY:
+            if any(n not in loops[side] for n in group):
+                continue
+            mine = [loops[side][n] for n in group]
+            name = str(group[0]) if len(group) == 1 else "all"
+            cells = [name, NAMES[side], f"{sum(one['tokens'] for one in mine):,.0f}"]
+            for seconds in ("loop_s", "wall_s"):
+                cells.append(shown(sum(one[seconds] for one in mine)))
+                cells.append(shown(rate(mine, seconds), 1))
+                both = all(n in ours for n in group)
+                us = rate([ours[n] for n in group], seconds) if both else None
+                cells.append("-" if us is None else f"{us / rate(mine, seconds):.2f}")
+            rows.append(cells)
+    head = ["student", "on-policy", "tokens", "loop, s", "tokens/s", "(f) /"]
+    return table([*head, "whole, s", "tokens/s", "(f) /"], rows)
+
+
 def conditions(done: dict[str, Any]) -> str:
     """Where the time went, and what else the machine did meanwhile."""
     columns = {"wall_s": 0, "own_cores": 2, "other_cores": 2, "load": 1}
@@ -151,6 +194,8 @@ def tables(folder: Folder, settings: Settings, machine: dict[str, Any]) -> str:
         f"{machine['cpu']}, {settings.cores} cores."
     )
     said = [job, mechanics(done, settings)]
+    if any(loops_of(done, side) for side in ON_POLICY):
+        said.append(on_policy(done))
     if any(name.startswith("own-") for name in done):
         said.append(own_means(done))
     said.append(conditions(done))

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks.rivals.__main__ import locked, run_part, wanted
 from benchmarks.rivals.judge import BATCH, judge
-from benchmarks.rivals.parts import Part, mechanics
-from benchmarks.rivals.settings import Folder, Settings, write_json
+from benchmarks.rivals.parts import Part, loop_of, mechanics
+from benchmarks.rivals.settings import Folder, Settings, write_json, write_lines
 from benchmarks.rivals.table import kl_of, own_curves, records, tables, time_of, until
 
 SMALL = Settings(rows=16, held_out=8)
@@ -178,25 +178,61 @@ def test_sides_alternate_and_only_what_is_asked_for_runs(tmp_path):
     kept = {str(n): list(range(n)) for n in SMALL.layers}
     write_json(folder.chosen, {"kept": kept})
     names = [part.name for part in mechanics(SMALL, folder) if part.counts]
-    assert names[:6] == [
+    assert names[:8] == [
         "1-hf-sample",
         "1-hf-train",
         "1-vllm-sample",
         "1-vllm-train",
         "1-policy-train",
         "1-raystill-run",
+        "1-policy-distill-train",
+        "1-policy-raystill-run",
     ]
-    assert names[6:9] == ["2-vllm-train", "2-policy-train", "2-raystill-run"]
+    assert names[8:11] == ["2-vllm-train", "2-policy-train", "2-raystill-run"]
     first = Part("material", [])
-    given = SimpleNamespace(own=False, only="raystill", students=1)
+    given = SimpleNamespace(own=False, only="1-raystill", students=1)
     asked = [part.name for part in wanted(first, folder, SMALL, given)]
     assert asked == ["material", "1-raystill-run", "1-raystill-judge"]
+    given.only = "policy"
+    asked = [part.name for part in wanted(first, folder, SMALL, given)]
+    sides = ("1-policy-train", "1-policy-distill-train", "1-policy-raystill-run")
+    assert [name for name in asked[1:] if "judge" not in name] == list(sides)
+
+
+def test_the_loop_of_a_run_begins_with_the_students_first_wait(tmp_path):
+    """It has published its first weights then; the sampler, which needs them, is loaded after."""
+    steps = [
+        {"time": 130.0, "student_s": 4.0, "data_wait_s": 26.0, "rows": 8, "tokens": 300},
+        {"time": 140.0, "student_s": 5.0, "data_wait_s": 5.0, "rows": 8, "tokens": 200},
+    ]
+    write_lines(tmp_path / "metrics.jsonl", steps)
+    assert loop_of(tmp_path) == {"steps": 2, "rows": 16, "tokens": 500, "loop_s": 40.0}
+
+
+def test_on_policy_sides_are_compared_by_tokens_a_second(tmp_path):
+    """Over all students by the sums: a side's longer answers are more tokens and more seconds."""
+    folder = Folder(tmp_path)
+    for n, seconds in (("1", 100), ("2", 60)):
+        loop = {"steps": 2, "rows": 16, "tokens": 800, "loop_s": seconds - 20}
+        record(folder, f"{n}-policy-train", "policy", n, seconds, **loop)
+    for n, seconds in (("1", 80), ("2", 40)):
+        loop = {"steps": 2, "rows": 16, "tokens": 1200, "loop_s": seconds / 2}
+        record(folder, f"{n}-policy-raystill-run", "policy-raystill", n, seconds, **loop)
+    assert time_of(records(folder), "policy-raystill", 1) == 80
+    lines = tables(folder, SMALL, {"cpu": "a processor"}).splitlines()
+    first = "| 1 | (c) TRL GKD on-policy | 800 | 80 | 10.0 | 3.00 | 100 | 8.0 | 1.88 |"
+    assert first in lines
+    ours = "| all | (f) Raystill, on-policy | 2,400 | 60 | 40.0 | 1.00 | 120 | 20.0 | 1.00 |"
+    assert ours in lines
+    assert (
+        "| all | (c) TRL GKD on-policy | 1,600 | 120 | 13.3 | 3.00 | 160 | 10.0 | 2.00 |" in lines
+    )
 
 
 @pytest.mark.skipif(not Path("examples").exists(), reason="run from the repository's root")
 def test_raystills_run_files_are_the_same_job(tmp_path):
     """The rows, steps and sampling of all sides, with an affordable and a store-only student."""
-    from benchmarks.rivals.parts import own_run_file, run_file
+    from benchmarks.rivals.parts import own_run_file, policy_run_file, run_file
     from raystill.config.load import load_config
 
     folder = Folder(tmp_path)
@@ -211,6 +247,11 @@ def test_raystills_run_files_are_the_same_job(tmp_path):
         assert not config.evaluation.enabled
     assert one.store.path == two.store.path and one.output.path != two.output.path
     assert (one.training.cpu_cores, two.training.cpu_cores) == (None, "all")
+    policy = load_config(str(policy_run_file(SMALL, folder, 2)), [])
+    assert policy.policy.share_at(0) == 1.0 and policy.policy.objective == one.objective
+    assert policy.policy.sampling.temperature == SMALL.temperature
+    assert (policy.student, policy.training.cpu_cores) == (two.student, None)
+    assert policy.store.path != one.store.path  # Nothing that another student wrote.
     own = load_config(str(own_run_file(SMALL, folder)), [])
     assert own.evaluation.enabled and own.prompts.limit == 331
     assert os.path.dirname(own.output.path) == str(tmp_path / "students")
