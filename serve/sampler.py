@@ -140,13 +140,13 @@ class Sampler:
         cores = None
         if settings.gpus == 0:
             cores = teacher_cores(settings.config, sorted(os.sched_getaffinity(0)))
-            replicas = settings.config.policy.num_replicas
-            cores = share_of_cores(cores, self._number_on_node, replicas)
+            most = settings.config.policy.max_replicas
+            cores = share_of_cores(cores, self._number_on_node, most)
         prepare_process(cores)
         os.environ["HF_HUB_OFFLINE"] = "1"
         from raystill.serve.engine.vllm import VllmEngine  # Here: the driver imports this module.
 
-        drawn = settings.config.policy.num_replicas * newest["serial"] + self._number
+        drawn = settings.config.policy.max_replicas * newest["serial"] + self._number
         engine = engine_settings(settings, self._folder, newest, cores, drawn)
         if (rank := served_rank(settings.config)) is not None:
             sent = await newest["weights"][0]

@@ -2,8 +2,14 @@
 
 On a machine without GPUs it asks for no CPU of its own and runs on the teacher's cores: the two
 take turns there, since a student's answer is first written and then scored.
+
+With ``policy.num_replicas: {min, max}`` Serve adds replicas while more groups wait for a sampler
+than fill its slots. A new one has the newest weights and has proven them before it is ready. How
+many groups may wait follows from the bound of staleness, so no replica is added for rows that are
+not to be written yet.
 """
 
+import math
 import time
 from typing import Any
 
@@ -11,10 +17,19 @@ import ray
 from ray import serve
 
 from raystill.base.errors import RunError
+from raystill.config.run import RunConfig
+from raystill.config.teacher import ReplicasConfig
 from raystill.datasets.stream.teacher_calls import applications
 from raystill.placement.requests import sampler_resources
 from raystill.run import Run
-from raystill.serve.deploy import DEPLOYMENT_FAILED, MAX_STARTS, SHUTDOWN_TIMEOUT_S, cause_of
+from raystill.serve.deploy import (
+    DEPLOYMENT_FAILED,
+    MAX_STARTS,
+    OTHER_REQUESTS,
+    SHUTDOWN_TIMEOUT_S,
+    cause_of,
+    scaling_target,
+)
 from raystill.serve.engine.arguments import PROBE_TIMEOUT_S
 from raystill.serve.sampler import Sampler, SamplerSettings
 
@@ -31,21 +46,10 @@ class SamplerApp:
     def deploy(self) -> None:
         """Start the deployment and return at once."""
         config = self._run.config
-        resources = sampler_resources(config, ray.cluster_resources().get("GPU", 0) > 0)
-        gpus = int(resources.get("GPU", 0))
+        options = deployment_options(config, ray.cluster_resources().get("GPU", 0) > 0)
+        gpus = options["ray_actor_options"]["num_gpus"]
         settings = SamplerSettings(config, self._run.coordinator, str(self._run.folder.logs), gpus)
-        deployment = serve.deployment(
-            Sampler,
-            name=DEPLOYMENT,
-            num_replicas=config.policy.num_replicas,
-            max_ongoing_requests=config.groups_in_flight + 2,
-            health_check_period_s=10.0,
-            health_check_timeout_s=PROBE_TIMEOUT_S + 15.0,
-            graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
-            graceful_shutdown_wait_loop_s=0.2,
-            max_constructor_retry_count=MAX_STARTS,
-            ray_actor_options={"num_cpus": resources["CPU"], "num_gpus": gpus},
-        )
+        deployment = serve.deployment(Sampler, name=DEPLOYMENT, **options)
         name = self._run.sampler_app
         target = serve.RunTarget(deployment.bind(settings), name=name, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
@@ -72,3 +76,36 @@ class SamplerApp:
         """End the sampler; Serve stays."""
         if self._run.sampler_app in applications():
             serve.delete(self._run.sampler_app)
+
+
+def deployment_options(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
+    """Options of the Serve deployment: replicas, requests in flight, health, resources."""
+    policy = config.policy
+    options: dict[str, Any] = {
+        "max_ongoing_requests": config.groups_in_flight + OTHER_REQUESTS,
+        "health_check_period_s": 10.0,
+        "health_check_timeout_s": PROBE_TIMEOUT_S + 15.0,
+        "graceful_shutdown_timeout_s": SHUTDOWN_TIMEOUT_S,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "max_constructor_retry_count": MAX_STARTS,
+    }
+    replicas = policy.num_replicas
+    if isinstance(replicas, ReplicasConfig):
+        full = math.ceil(config.teacher.max_num_seqs / config.stream.group_rows)
+        options["autoscaling_config"] = {
+            "min_replicas": replicas.min,
+            "max_replicas": replicas.max,
+            "target_ongoing_requests": scaling_target(full, replicas.max),
+            "upscale_delay_s": replicas.upscale_delay_s,
+            "downscale_delay_s": replicas.downscale_delay_s,
+        }
+    else:
+        options["num_replicas"] = replicas
+    wanted = sampler_resources(config, has_gpus)
+    actor: dict[str, Any] = {"num_cpus": wanted.pop("CPU"), "num_gpus": int(wanted.pop("GPU", 0))}
+    actor["resources"] = {n: v for n, v in wanted.items() if not n.startswith("accelerator_type:")}
+    if policy.accelerator_type is not None:
+        actor["accelerator_type"] = policy.accelerator_type
+    if policy.label_selector:
+        actor["label_selector"] = dict(policy.label_selector)
+    return {**options, "ray_actor_options": actor}

@@ -9,7 +9,15 @@ from typing import Literal
 
 from pydantic import ConfigDict, model_validator
 
-from raystill.config.base import ConfigModel, PositiveInt, identity, operational
+from raystill.config.base import (
+    ConfigModel,
+    LabelSelector,
+    PositiveInt,
+    Resources,
+    identity,
+    operational,
+)
+from raystill.config.teacher import ReplicasConfig
 
 TERMS = (
     "forward_kl",
@@ -219,10 +227,20 @@ class PolicyConfig(ConfigModel):
         description="Longest answer of the student, in tokens. Default: "
         "teacher.sampling.max_tokens.",
     )
-    num_replicas: PositiveInt = operational(
+    num_replicas: PositiveInt | ReplicasConfig = operational(
         1,
-        description="Replicas of the sampler, each with all of the student's weights. On GPUs each "
-        "has one of its own; without GPUs they share the teacher's cores.",
+        description="Replicas of the sampler, each with all of the student's weights; {min, max} "
+        "for autoscaling, by the groups that wait for its slots. On GPUs each has one of its own; "
+        "without GPUs they share the teacher's cores.",
+    )
+    resources_per_replica: Resources = operational(
+        {}, description="Custom Ray resources that a sampler requests, e.g. {sampler: 1}."
+    )
+    accelerator_type: str | None = operational(
+        None, description="Ray's name of the GPU type that a sampler runs on. Default: any."
+    )
+    label_selector: LabelSelector = operational(
+        {}, description="Ray node labels that a sampler's node must have, e.g. {role: sampler}."
     )
     sync_every_steps: PositiveInt = operational(
         1, description="Optimizer steps after which the sampler gets the student's new weights."
@@ -258,12 +276,27 @@ class PolicyConfig(ConfigModel):
         share = self.student_share
         if not isinstance(share, RampConfig) and not 0 <= share <= 1:
             raise ValueError(f"student_share is {share:g}; expected 0 to 1")
+        if self.min_replicas == 0:
+            raise ValueError(
+                "num_replicas.min is 0, but rows are asked for once a sampler has the student's "
+                "weights, so without one the run would wait for ever; set num_replicas.min: 1"
+            )
         if self.objective.cross_entropy > 0:
             raise ValueError(
                 f"objective.cross_entropy is {self.objective.cross_entropy:g}, which would teach "
                 "the student its own samples; leave it out, and give a divergence a weight"
             )
         return self
+
+    @property
+    def min_replicas(self) -> int:
+        """The smallest number of samplers."""
+        return self.num_replicas if isinstance(self.num_replicas, int) else self.num_replicas.min
+
+    @property
+    def max_replicas(self) -> int:
+        """The largest number of samplers."""
+        return self.num_replicas if isinstance(self.num_replicas, int) else self.num_replicas.max
 
     @property
     def enabled(self) -> bool:

@@ -82,7 +82,9 @@ class SyntheticConfig(ConfigModel):
 
 
 class ReplicasConfig(ConfigModel):
-    """Bounds between which Ray Serve scales the teacher, to as many as keep the student busy."""
+    """Bounds between which Ray Serve scales the teacher, to as many as keep the student busy; or
+    the student's sampler, by what waits for it.
+    """
 
     min: int = operational(
         1,

@@ -126,11 +126,18 @@ def student_resources(config: RunConfig, has_gpus: bool) -> Resources:
 
 
 def sampler_resources(config: RunConfig, has_gpus: bool) -> Resources:
-    """Return the resources of the student's sampler: a GPU, or no CPU of its own without GPUs.
+    """Return the resources of one of the student's samplers: a GPU, or no CPU without GPUs.
 
-    There it runs on the teacher's cores: the two take turns.
+    There it runs on the teacher's cores: the two take turns. ``policy.accelerator_type`` asks for a
+    GPU whether or not the cluster has any yet.
     """
-    return {"CPU": 1.0, "GPU": 1.0} if has_gpus else {"CPU": 0.0}
+    policy = config.policy
+    resources: Resources = {"CPU": 0.0, **policy.resources_per_replica}
+    if has_gpus or policy.accelerator_type is not None:
+        resources |= {"CPU": 1.0, "GPU": 1.0}
+    if policy.accelerator_type is not None:
+        resources[accelerator_resource(policy.accelerator_type)] = 0.001
+    return resources
 
 
 def accelerator_resource(accelerator_type: str) -> str:
@@ -151,8 +158,9 @@ def requests(config: RunConfig, has_gpus: bool) -> list[Request]:
     for name, one in config.by_teacher.items():
         replicas += _replicas(one, name, has_gpus)
     worker = Request("student worker", "training", (student,), config.training.label_selector)
-    sampler = Request("student sampler", "policy", (sampler_resources(config, has_gpus),))
-    samplers = [sampler] * (config.policy.num_replicas if config.policy.enabled else 0)
+    asked = (sampler_resources(config, has_gpus),)
+    sampler = Request("student sampler", "policy", asked, config.policy.label_selector)
+    samplers = [sampler] * (config.policy.min_replicas if config.policy.enabled else 0)
     return replicas + samplers + [worker] * config.training.min_workers
 
 
@@ -239,6 +247,8 @@ def _setting_behind(config: RunConfig, name: str) -> str:
     for teacher, one in config.by_teacher.items():
         if name in one.teacher.resources_per_replica:
             return f"{section_of(teacher)}.resources_per_replica"
+    if config.policy.enabled and name in config.policy.resources_per_replica:
+        return "policy.resources_per_replica"
     if name in config.training.resources_per_worker:
         return "training.resources_per_worker"
     if config.training.min_workers > 1:

@@ -138,6 +138,30 @@ def test_each_sampler_of_a_student_that_writes_takes_a_gpu() -> None:
     assert requests.require(never, {"CPU": 2.0, "GPU": 2.0}) == []
 
 
+def test_samplers_have_nodes_and_resources_of_their_own() -> None:
+    policy = {
+        "student_share": 0.5,
+        "num_replicas": {"min": 2, "max": 5},
+        "label_selector": {"role": "sampler"},
+        "resources_per_replica": {"slot": 1},
+        "accelerator_type": "L4",
+    }
+    writes = config(policy=policy, stream={"order": "fixed"})
+    samplers = [r for r in requests.requests(writes, False) if r.who == "student sampler"]
+    assert len(samplers) == 2, "the fewest, as of the teacher"
+    asked = {"CPU": 1.0, "GPU": 1.0, "slot": 1.0, "accelerator_type:L4": 0.001}
+    assert samplers[0].total == asked and samplers[0].label_selector == {"role": "sampler"}
+    problems = requests.require(writes, {"CPU": 8.0, "GPU": 8.0, "accelerator_type:L4": 1.0})
+    assert [problem.where for problem in problems] == ["policy.resources_per_replica"]
+    here = machines({"CPU": 8.0, "GPU": 8.0, "slot": 2.0, "accelerator_type:L4": 1.0})
+    (problem,) = require_nodes(writes, here)
+    assert problem.where == "policy.label_selector" and "role: sampler" in problem.message
+    there = machines(
+        {"CPU": 4.0, "GPU": 4.0, "slot": 2.0, "accelerator_type:L4": 1.0}, role="sampler"
+    )
+    assert require_nodes(writes, [*here, *there]) == []
+
+
 def test_a_pool_that_may_shrink_to_nothing_still_needs_one_replica() -> None:
     elastic = config(teacher={"num_replicas": {"min": 0, "max": 3}})
     assert requests.require(elastic, {"CPU": 2.0}) == []

@@ -236,6 +236,7 @@ def test_delivered_rows_have_the_version_of_each_token():
         ({"stream": {"order": "arrival"}}, "stream.order: fixed"),
         ({"policy": {"student_share": 0.5, "max_staleness_steps": 0}}, "max_staleness_steps"),
         ({"policy": {"student_share": 1.5}}, "expected 0 to 1"),
+        ({"policy": {"student_share": 1, "num_replicas": {"min": 0, "max": 2}}}, "min: 1"),
         ({"policy": {"student_share": 1, "objective": {"cross_entropy": 1}}}, "its own samples"),
         ({"teacher": {"model": "t", "engine": "synthetic"}}, "teacher.engine: vllm"),
     ],

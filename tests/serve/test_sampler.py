@@ -141,7 +141,7 @@ def followed(
 
 
 @contextmanager
-def following(kind: str, place: Path, num_replicas: int = 1) -> Iterator[Followed]:
+def following(kind: str, place: Path, num_replicas: Any = 1) -> Iterator[Followed]:
     """A student of one of the kinds in SENT, and its sampler."""
     adapters = "adapters" in kind
     written = yaml.safe_load((ROOT / "configs" / "on_policy.yaml").read_text())
@@ -157,12 +157,12 @@ def following(kind: str, place: Path, num_replicas: int = 1) -> Iterator[Followe
     run = Run(
         config=config,
         folder=folder,
-        id=f"{kind.replace(' ', '-')}-{num_replicas}",
+        id=f"{kind.replace(' ', '-')}-{config.policy.min_replicas}-{config.policy.max_replicas}",
         teacher=ModelSource.of(str(TEACHER), TEACHER),
         teacher_identity=teacher_identity(str(TEACHER)),
         store_path=str(folder.logs / "store"),
         num_rows=8,
-        coordinator=start_coordinator(f"{kind}-{num_replicas}", 8, 8, 0.0),
+        coordinator=start_coordinator(f"{kind}-{config.policy.max_replicas}", 8, 8, 0.0),
     )
     model = build_student(config, str(TEACHER), seed=0).float()
     lora.attach(model, config, torch.device("cpu"))
@@ -272,3 +272,35 @@ def test_a_replica_waits_for_weights_that_another_was_the_first_to_have(pair: Fo
     pair.change_weights(seed=13)
     pair.publisher.publish(3)
     assert [pair.write(one) for one in asked] == [(3, pair.greedy())] * len(asked)
+
+
+@pytest.mark.faults
+def test_a_replica_that_serve_adds_has_the_newest_adapter_and_leaves_when_it_is_idle(
+    ray_serve: None, tmp_path: Path
+) -> None:
+    """Questions that wait for weights to come are in flight meanwhile: more than one replica's."""
+    bounds = {"min": 1, "max": 2, "upscale_delay_s": 0.5, "downscale_delay_s": 5.0}
+    with following("adapters", tmp_path, num_replicas=bounds) as grown:
+        grown.change_weights(seed=21)
+        grown.publish(1)
+        assert not (grown.run.folder.logs / "sampler-1.log").exists()
+        asked = [grown.ask(at_least=2) for _ in range(6)]
+        added = grown.run.folder.logs / "sampler-1.log"
+        wait_until(lambda: added.exists() and grown.proofs(1), "a second replica is ready")
+        assert grown.proofs(1)[0][0] == 1, "it began with weights that are not the newest"
+        grown.change_weights(seed=22)
+        grown.publish(2)
+        assert [grown.write(one) for one in asked] == [(2, grown.greedy())] * len(asked)
+        asked = [grown.ask(at_least=2) for _ in range(12)]
+        assert [grown.write(one) for one in asked] == [(2, grown.greedy())] * len(asked)
+        assert all(gap <= 1e-3 for number in (0, 1) for _, gap in grown.proofs(number))
+        wait_until(lambda: replicas_of(grown.run) == {"RUNNING": 1}, "one of them leaves")
+        grown.change_weights(seed=23)
+        grown.publisher.publish(3)
+        assert grown.write(grown.ask(at_least=3)) == (3, grown.greedy())
+
+
+def replicas_of(run: Run) -> dict[str, int]:
+    """Serve's count of the sampler's replicas by their state."""
+    deployments = serve.status().applications[run.sampler_app].deployments
+    return {str(state.value): n for state, n in deployments["Sampler"].replica_states.items() if n}

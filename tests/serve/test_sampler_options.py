@@ -1,0 +1,54 @@
+"""What the sampler's deployment asks of Serve. Without Ray."""
+
+from typing import Any
+
+from raystill.config.run import RunConfig
+from raystill.serve.sampler_app import deployment_options
+
+
+def config(**policy: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "teacher": {"model": "t", "max_num_seqs": 12},
+            "student": {"init": "from_teacher", "layers": [0]},
+            "prompts": {"path": "p.jsonl"},
+            "stream": {"order": "fixed", "group_rows": 4},
+            "policy": {"student_share": 0.5, **policy},
+        }
+    )
+
+
+def test_a_fixed_number_of_samplers_runs_on_the_teachers_cores_or_on_a_gpu_each() -> None:
+    options = deployment_options(config(num_replicas=2), has_gpus=False)
+    assert options["num_replicas"] == 2 and "autoscaling_config" not in options
+    assert options["ray_actor_options"] == {"num_cpus": 0.0, "num_gpus": 0, "resources": {}}
+    options = deployment_options(config(), has_gpus=True)
+    assert options["ray_actor_options"] == {"num_cpus": 1.0, "num_gpus": 1, "resources": {}}
+
+
+def test_samplers_are_added_when_more_groups_wait_than_fill_the_slots_of_those_there_are() -> None:
+    """Twelve slots are three groups of four; Serve rounds requests / target up."""
+    bounds = {"min": 1, "max": 3, "upscale_delay_s": 2, "downscale_delay_s": 30}
+    options = deployment_options(config(num_replicas=bounds), has_gpus=False)
+    scaling = options["autoscaling_config"]
+    assert (scaling["min_replicas"], scaling["max_replicas"]) == (1, 3)
+    assert (scaling["upscale_delay_s"], scaling["downscale_delay_s"]) == (2.0, 30.0)
+    for groups, replicas in ((3, 1), (4, 2), (6, 2), (8, 3), (9, 3)):
+        assert -(-groups // scaling["target_ongoing_requests"]) == replicas
+    assert "num_replicas" not in options
+
+
+def test_samplers_go_to_the_nodes_that_are_named() -> None:
+    asked = config(
+        label_selector={"role": "sampler"},
+        resources_per_replica={"slot": 0.5},
+        accelerator_type="L4",
+    )
+    actor = deployment_options(asked, has_gpus=False)["ray_actor_options"]
+    assert actor == {
+        "num_cpus": 1.0,
+        "num_gpus": 1,
+        "resources": {"slot": 0.5},
+        "accelerator_type": "L4",
+        "label_selector": {"role": "sampler"},
+    }
