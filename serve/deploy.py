@@ -148,7 +148,7 @@ class TeacherApp:
 
     def num_replicas(self) -> int:
         """Number of replicas that answer now; 0 where the teacher was not deployed."""
-        return _running(self._status())
+        return running(self._status(), DEPLOYMENT)
 
     def waits_for_resources(self) -> bool:
         """Whether Serve says that a replica has been without a place for half a minute.
@@ -157,7 +157,9 @@ class TeacherApp:
         next one.
         """
         status = self._status()
-        if status is None or (status.status.value != "DEPLOYING" and _running(status) > 0):
+        if status is None or (
+            status.status.value != "DEPLOYING" and running(status, DEPLOYMENT) > 0
+        ):
             return False
         return any("to be scheduled" in one.message for one in status.deployments.values())
 
@@ -270,9 +272,9 @@ def first_replicas(config: RunConfig, has_gpus: bool) -> str:
     )
 
 
-def _running(status: Any) -> int:
+def running(status: Any, deployment_name: str) -> int:
     """Replicas that answer, by Serve's status of the application (None: there is none)."""
-    deployment = None if status is None else status.deployments.get(DEPLOYMENT)
+    deployment = None if status is None else status.deployments.get(deployment_name)
     return 0 if deployment is None else int(deployment.replica_states.get("RUNNING", 0))
 
 

@@ -2,7 +2,8 @@
 
 Where it sits: `sampler_app` places it; the stream's answer stage calls ``sample``. *Waits for* the
 weights that rank 0 publishes; a new replica pulls the newest ones before it is ready. *Unblocks*
-the source's credits, by telling the coordinator which version it answers with.
+the source's credits, by telling the coordinator which version it answers with. *Reports*: rows,
+tokens and busy seconds, to the coordinator, after each group.
 
 Each new version is proven: the logprobs of a fixed probe must be those that the trained student
 gives. A sampler that does not follow stops the run.
@@ -40,7 +41,7 @@ from raystill.serve.engine.arguments import (
 )
 from raystill.serve.engine.weights import EXTENSION
 from raystill.serve.listening import rank_at_serve
-from raystill.serve.replica import EXIT_ENGINE_DEAD, ids_of
+from raystill.serve.replica import EXIT_ENGINE_DEAD, BusyClock, ids_of
 
 SHARED_MEMORY = "/dev/shm"
 MOST_ADAPTERS = 16
@@ -71,6 +72,7 @@ class Sampler:
         redirect_output(str(Path(settings.logs) / f"sampler-{self._number}.log"))
         label_replica(run_name(str(Path(settings.logs).parent)), self._number, role="sampler")
         self._changed = asyncio.Condition()
+        self._busy = BusyClock()
         newest = await self._coordinator.newer_policy.remote(0)
         if newest is None:
             raise RunError("the run ended before the student's weights were published")
@@ -94,11 +96,13 @@ class Sampler:
         limit = self._settings.config.teacher.request_timeout_s
         if AT_LEAST in prompts.column_names:
             await self._reach(pc.max(prompts[AT_LEAST]).as_py(), limit)
-        try:
-            answers = await asyncio.wait_for(self._engine.sample(groups, signal), limit)
-        except Exception as error:
-            self._exit_if_engine_died(error)
-            raise
+        with self._busy.group():
+            try:
+                answers = await asyncio.wait_for(self._engine.sample(groups, signal), limit)
+            except Exception as error:
+                self._exit_if_engine_died(error)
+                raise
+        self._report(answers)
         return await asyncio.to_thread(answers_table, [named(a) for a in answers], signal)
 
     async def check_health(self) -> None:
@@ -113,6 +117,15 @@ class Sampler:
 
     def __del__(self) -> None:
         self._clean_up()
+
+    def _report(self, answers: list[Answer]) -> None:
+        written = [answer for answer in answers if answer.error is None]
+        counters = {
+            "sampler_rows": len(written),
+            "sampler_response_tokens": sum(len(answer.response_ids) for answer in written),
+            "sampler_busy_s": self._busy.take(),
+        }
+        self._coordinator.add.remote(counters)
 
     async def _reach(self, version: int, limit_s: float | None) -> None:
         """Wait until this replica answers with weights of ``version`` or newer."""

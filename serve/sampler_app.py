@@ -28,6 +28,7 @@ from raystill.serve.deploy import (
     OTHER_REQUESTS,
     SHUTDOWN_TIMEOUT_S,
     cause_of,
+    running,
     scaling_target,
 )
 from raystill.serve.engine.arguments import PROBE_TIMEOUT_S
@@ -71,6 +72,10 @@ class SamplerApp:
             f"the student's sampler was not up within teacher.startup_timeout_s ({timeout_s:.0f} "
             f"s); free or add resources, or raise the time limit; {hint}"
         )
+
+    def num_replicas(self) -> int:
+        """Number of samplers that answer now."""
+        return running(applications().get(self._run.sampler_app), DEPLOYMENT)
 
     def end(self) -> None:
         """End the sampler; Serve stays."""

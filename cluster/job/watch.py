@@ -65,7 +65,8 @@ class Records:
     def __init__(self, run: Run, teacher: TeacherApps, trackers: Trackers) -> None:
         self._trackers = trackers
         self._num_replicas = teacher.num_replicas
-        self._timeline = Timeline(MetricsLog(run.folder, TIMELINE), teacher.num_replicas)
+        log = MetricsLog(run.folder, TIMELINE)
+        self._timeline = Timeline(log, teacher.num_replicas, samplers=samplers_of(run))
         self._telemetry = Telemetry(run_name(run.folder.path))
         wanted = run.config.output.tensorboard
         self._board = TensorBoard(run.folder.logs / "tensorboard") if wanted else None
@@ -89,6 +90,15 @@ class Records:
         if self._board is not None:
             self._board.update(snapshot)
             self._board.close()
+
+
+def samplers_of(run: Run) -> Callable[[], int] | None:
+    """What tells how many samplers of the student answer; None where it writes no rows."""
+    if not run.config.policy.enabled:
+        return None
+    from raystill.serve.sampler_app import SamplerApp
+
+    return SamplerApp(run).num_replicas
 
 
 def watch(

@@ -1,9 +1,9 @@
 """Who was busy when: windows of a few seconds in ``timeline.jsonl``, and the bottleneck they show.
 
-Consumes the coordinator's snapshots that the driver's main thread polls. A replica is busy while
-it has a group in flight; a worker waits while it is blocked on the stream, and idles while it waits
-for the others. All are reported when a group or a step ends, so a window may hold what began before
-it; over a run that evens out.
+Consumes the coordinator's snapshots that the driver's main thread polls. A replica, of the teacher
+or of the student's sampler, is busy while it has a group in flight; a worker waits while it is
+blocked on the stream, and idles while it waits for the others. All are reported when a group or a
+step ends, so a window may hold what began before it; over a run that evens out.
 """
 
 import time
@@ -27,6 +27,8 @@ COUNTERS = (
 )
 NEW_COUNTERS = frozenset({"student_idle_s"})
 """Windows of earlier versions are without."""
+SAMPLER_COUNTERS = ("sampler_rows", "sampler_busy_s")
+"""Of runs whose student writes rows."""
 
 Windows = Sequence[Mapping[str, Any]]
 
@@ -39,16 +41,21 @@ class Lines(Protocol):
 
 
 class Timeline:
-    """Cuts a run into windows; ``replicas`` tells how many answer now."""
+    """Cuts a run into windows; ``replicas`` tells how many answer now, ``samplers`` how many of the
+    student's sampler do (None: the student writes no rows).
+    """
 
     def __init__(
         self,
         lines: Lines,
         replicas: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
+        samplers: Callable[[], int] | None = None,
     ) -> None:
         self._lines = lines
         self._replicas = replicas
+        self._samplers = samplers
+        self._counters = COUNTERS + (SAMPLER_COUNTERS if samplers is not None else ())
         self._clock = clock
         self._began = clock()
         self._phase = ""
@@ -79,9 +86,11 @@ class Timeline:
                 "replicas": self._replicas(),
                 "workers": int(snapshot.progress.get("workers") or 0),
                 "rows_ahead": snapshot.rows_ahead,
-            } | {n: counters.get(n, 0.0) - self._before.get(n, 0.0) for n in COUNTERS}
+            } | {n: counters.get(n, 0.0) - self._before.get(n, 0.0) for n in self._counters}
+            if self._samplers is not None:
+                window["samplers"] = self._samplers()
             self._lines.append(window)
-        self._before = {name: counters.get(name, 0.0) for name in COUNTERS}
+        self._before = {name: counters.get(name, 0.0) for name in self._counters}
         self._began, self._phase = now, phase
         return window
 
@@ -106,18 +115,22 @@ def bottleneck(windows: Windows, ahead_seen: int = 0, max_ahead: int | None = No
         return None
     replica_s = sum(w["replicas"] * w["seconds"] for w in asked)
     busy = min(1.0, _total(asked, "teacher_busy_s") / replica_s) if replica_s else 1.0
-    waits, idles = _waiting_share(asked), 1.0 - busy
-    shares = (
-        f"the student waits {formatting.share(waits)}, the teacher idles {formatting.share(idles)}"
-    )
-    if waits >= NOTICEABLE and idles >= NOTICEABLE:
-        sentence = f"neither is busy all the time: {shares}"
+    waits, idles = _waiting_share(asked), {"teacher": 1.0 - busy}
+    if sampler_s := sum(w.get("samplers", 0) * w["seconds"] for w in asked):
+        writing = sum(w.get("sampler_busy_s", 0.0) for w in asked)
+        idles["sampler"] = 1.0 - min(1.0, writing / sampler_s)
+    shares = f"the student waits {formatting.share(waits)}"
+    shares += "".join(f", the {who} idles {formatting.share(idle)}" for who, idle in idles.items())
+    full = [who for who, idle in idles.items() if idle < NOTICEABLE]
+    if waits >= NOTICEABLE and not full:
+        sentence = f"{'none' if len(idles) > 1 else 'neither'} is busy all the time: {shares}"
         if max_ahead is not None and ahead_seen >= max_ahead:
             sentence += f"; rows ahead were at their bound ({max_ahead}, stream.max_rows_ahead)"
     elif waits >= NOTICEABLE:
-        sentence = f"teacher-bound: {shares}"
-    elif idles >= NOTICEABLE:
-        sentence = f"student-bound: {shares}{_one_replica_fewer(asked, busy)}"
+        sentence = f"{'- and '.join(full)}-bound: {shares}"
+    elif len(full) < len(idles):
+        fewer = "" if "teacher" in full else _one_replica_fewer(asked, busy)
+        sentence = f"student-bound: {shares}{fewer}"
     else:
         sentence = f"balanced: {shares}"
     sentence += _each_other(asked)

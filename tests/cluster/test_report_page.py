@@ -410,6 +410,18 @@ def test_a_timeline_of_any_length_keeps_its_totals(folder: RunFolder) -> None:
     assert len(content) < 150_000 and "away for 2:00:00" in content
 
 
+def test_the_timeline_has_the_sampler_where_the_student_wrote_rows(folder: RunFolder) -> None:
+    assert "sampler" not in page([RunReader(folder).read()])
+    written = [
+        window(1000.0 + 10 * n, samplers=2, sampler_rows=4, sampler_busy_s=5.0) for n in range(20)
+    ]
+    write_lines(folder, "timeline.jsonl", written)
+    content = page([RunReader(folder).read()])
+    assert "the sampler idles 75 %" in content, "of two samplers"
+    assert "sampler: replicas held" in content and "6:40 (replicas × time)" in content
+    assert content.count('aria-label="sampler') <= 1 and "busy 25 %" in content
+
+
 def test_what_a_window_has_no_room_for_was_spent_before_it() -> None:
     pieces = [{"busy": 0.0, "there": 10.0}, {"busy": 0.0, "there": 10.0}]
     pieces += [{"busy": 25.0, "there": 10.0}, {"busy": 3.0, "there": 10.0}]

@@ -45,6 +45,20 @@ def test_windows_end_with_their_time_or_their_phase_and_hold_what_grew() -> None
     assert (kept[1]["workers"], kept[1]["rows_ahead"]) == (2, 12)
 
 
+def test_a_run_whose_student_writes_has_its_sampler_in_each_window() -> None:
+    kept, clock = Kept(), Clock()
+    timeline = Timeline(kept, lambda: 3, clock, samplers=lambda: 2)
+    timeline.look(snapshot("training"))
+    clock.now = 10.0
+    timeline.look(snapshot("training", sampler_busy_s=7.0, sampler_rows=4.0))
+    clock.now = 20.0
+    timeline.look(snapshot("training", sampler_busy_s=9.5, sampler_rows=6.0))
+    told = [(w["samplers"], w["sampler_busy_s"], w["sampler_rows"]) for w in kept]
+    assert told == [(2, 7.0, 4.0), (2, 2.5, 2.0)]
+    Timeline(kept, lambda: 1, clock).close(snapshot(""))
+    assert len(kept) == 2
+
+
 def windows(
     count: int = 13,
     busy: float = 1.0,
@@ -107,6 +121,29 @@ def test_workers_that_wait_for_each_other_are_told() -> None:
     assert bottleneck(little) == bottleneck(windows(workers=4))
     alone = [{**window, "teacher_rows": 0} for window in idle]
     assert (bottleneck(alone) or "").endswith(f"for rows{told}")
+
+
+@pytest.mark.parametrize(
+    ("busy", "writes", "waits", "sentence"),
+    [
+        (0.5, 0.95, 0.4, "sampler-bound: the student waits 40 %, the teacher idles 50 %"),
+        (0.95, 0.5, 0.4, "teacher-bound: the student waits 40 %, the teacher idles 5 %"),
+        (0.95, 1.0, 0.4, "teacher- and sampler-bound: the student waits 40 %, the teacher idles 5"),
+        (0.5, 0.6, 0.4, "none is busy all the time: the student waits 40 %, the teacher idles 50"),
+        (0.95, 0.6, 0.0, "student-bound: the student waits 0 %, the teacher idles 5 %"),
+        (0.95, 0.95, 0.0, "balanced: the student waits 0 %, the teacher idles 5 %"),
+    ],
+)
+def test_the_sampler_is_the_third_role(
+    busy: float, writes: float, waits: float, sentence: str
+) -> None:
+    three = [
+        {**window, "samplers": 2, "sampler_busy_s": writes * 20}
+        for window in windows(busy=busy, waits=waits)
+    ]
+    told = bottleneck(three)
+    assert told is not None and told.startswith(sentence)
+    assert told.endswith(f", the sampler idles {round(100 * (1 - writes))} %")
 
 
 def test_the_bound_on_rows_ahead_is_named_where_it_was_reached() -> None:

@@ -12,6 +12,7 @@ from raystill.base.errors import RunError
 from raystill.datasets.rows.answers import Answer
 from raystill.datasets.rows.schema import AT_LEAST, TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
+from raystill.serve.replica import BusyClock
 from raystill.serve.sampler import Sampler
 
 
@@ -23,6 +24,9 @@ class Behind(Sampler):
         self._settings: Any = SimpleNamespace(config=SimpleNamespace(teacher=teacher))
         self._number, self._version = 1, 3
         self._changed = asyncio.Condition()
+        self._busy = BusyClock()
+        self.told: list[dict[str, float]] = []
+        self._coordinator: Any = SimpleNamespace(add=SimpleNamespace(remote=self.told.append))
         self._engine: Any = self
 
     async def get(self, version: int) -> None:
@@ -74,6 +78,21 @@ def test_it_waits_for_the_weights_that_a_row_needs_and_for_no_others() -> None:
         assert not asked.done()
         await behind.get(6)
         assert await asked == ["length/6", None]
+
+    asyncio.run(scenario())
+
+
+def test_it_reports_what_it_wrote_and_is_not_busy_while_it_waits_for_weights() -> None:
+    async def scenario() -> None:
+        behind = replica()
+        asked = asyncio.ensure_future(behind.ask(4))
+        await asyncio.sleep(0)
+        assert behind._busy._in_flight == 0
+        await behind.get(4)
+        await asked
+        (told,) = behind.told
+        assert (told["sampler_rows"], told["sampler_response_tokens"]) == (1, 2)
+        assert told["sampler_busy_s"] >= 0.0
 
     asyncio.run(scenario())
 

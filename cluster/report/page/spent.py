@@ -13,14 +13,15 @@ from raystill.base.records import number
 from raystill.cluster.report.page.charts import area, fill, strip, swatch, upright
 from raystill.cluster.report.page.html import Child, Html, element, join, table
 from raystill.cluster.report.page.read import Record, RunData
-from raystill.cluster.report.timeline import COUNTERS, bottleneck
+from raystill.cluster.report.timeline import COUNTERS, SAMPLER_COUNTERS, bottleneck
 
 MOST_BINS = 240
 """Pieces that a drawn timeline has at most."""
 MOST_GAPS = 50
 GAP_S = 60.0
 """Seconds between two windows from which on the driver was away."""
-ADDED = ("seconds", "replica_s", "worker_s", *COUNTERS)
+COUNTED = (*COUNTERS, *SAMPLER_COUNTERS)
+ADDED = ("seconds", "replica_s", "sampler_s", "worker_s", *COUNTED)
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,15 @@ def _longest(phases: list[tuple[str, float, float]]) -> list[tuple[str, float, f
 
 
 def _with_workers(records: Sequence[Record]) -> list[dict[str, float]]:
-    """The numbers of each window, with ``replica_s`` and ``worker_s``, what there was to spend."""
+    """The numbers of each window, with what there was to spend: ``replica_s``, ``sampler_s`` and
+    ``worker_s``.
+    """
     known = next((w for r in records if (w := number(r.get("workers")))), 0.0)
     windows = []
     for record in records:
-        window = {n: number(record.get(n)) or 0.0 for n in ("seconds", "rows_ahead", *COUNTERS)}
+        window = {n: number(record.get(n)) or 0.0 for n in ("seconds", "rows_ahead", *COUNTED)}
         window["replica_s"] = (number(record.get("replicas")) or 0.0) * window["seconds"]
+        window["sampler_s"] = (number(record.get("samplers")) or 0.0) * window["seconds"]
         window["worker_s"] = (number(record.get("workers")) or known) * window["seconds"]
         windows.append(window)
     return windows
@@ -158,6 +162,7 @@ def _timeline(run: RunData) -> Html | None:
             [area(edges, teaching, zeros, "c1"), *marks],
             f"busy {formatting.share(_busy(pieces, 'teacher_busy_s', 'replica_s'))}",
         ),
+        *_sampler(bins, marks),
         strip(
             "student",
             [area(edges, training, zeros, "c1"), area(edges, waiting, training, "c4"), *marks],
@@ -190,6 +195,16 @@ def _timeline(run: RunData) -> Html | None:
         *_away(bins),
         class_="chart timeline",
     )
+
+
+def _sampler(bins: Bins, marks: Sequence[Html]) -> list[Html]:
+    """The strip of the student's sampler, where there was one."""
+    if not any(piece["sampler_s"] for piece in bins.pieces):
+        return []
+    writing = shares(bins.pieces, "sampler_busy_s", "sampler_s")
+    zeros = [0.0] * len(writing)
+    said = f"busy {formatting.share(_busy(bins.pieces, 'sampler_busy_s', 'sampler_s'))}"
+    return [strip("sampler", [area(bins.edges, writing, zeros, "c1"), *marks], said)]
 
 
 def _away(bins: Bins) -> list[Html]:
@@ -239,6 +254,9 @@ def _totals(run: RunData) -> dict[str, str]:
         totals["teacher: response tokens written"] = formatting.count(written) + _pace(
             written, busy
         )
+    if sampler_s := from_timeline("sampler_s"):
+        totals["sampler: replicas held"] = f"{formatting.duration(sampler_s)} (replicas × time)"
+        totals["sampler: busy"] = formatting.duration(from_timeline("sampler_busy_s"))
     if worker_s:
         totals["student: workers held"] = f"{formatting.duration(worker_s)} (workers × time)"
     totals["student: busy"] = formatting.duration(worked)
