@@ -34,7 +34,7 @@ def write_run_file(place: Path, **changes: dict[str, Any]) -> Path:
     config["training"] |= {"rows_per_step": ROWS_PER_STEP, "compute_dtype": "float32"}
     config["output"] = {"path": str(place / "run")}
     for section, values in changes.items():
-        config[section] |= values
+        config[section] = config.get(section, {}) | values
     place.mkdir(exist_ok=True)
     run_file = place / "on_policy.yaml"
     run_file.write_text(yaml.safe_dump(config))

@@ -5,24 +5,18 @@ the head. The teacher is synthetic and slow; everything else is the real thing. 
 float64, so that its weights can be held against those of a run that nothing happened to.
 """
 
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 from raystill.config.training import TrainingConfig
 from raystill.datasets.store.store import TeacherStore
 from raystill.train.step.optimizer import learning_rate
-from tests.support.end_to_end import ROOT, RunFiles, children_of, drive, named
+from tests.support.end_to_end import RunFiles, drive, named
+from tests.support.nodes import PATIENCE_S, Watched, cluster_of_nodes, on_node
 from tests.support.synthetic_run import write_run_file
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(900)]
@@ -30,7 +24,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(900)]
 NUM_ROWS, ROWS_PER_STEP = 320, 8
 NUM_STEPS = NUM_ROWS // ROWS_PER_STEP
 SECONDS_PER_GROUP = 3.0
-PATIENCE_S = 300.0
 REPLICA, WORKER = "ray::ServeReplica:teacher", "ray::RayTrainWorker"
 SAME = 1e-10  # relative, float64: other cuts of the same steps
 
@@ -57,65 +50,6 @@ def write_slow_run(folder: Path, num_workers: Any, **changes: Any) -> Path:
         evaluation={"held_out_rows": 0},
         **changes,
     )
-
-
-@contextmanager
-def cluster_of_nodes() -> Iterator[Callable[..., Any]]:
-    """A head for the driver; yields what adds a node with one of each resource that is named.
-
-    The head alone has this machine's address, so that the driver joins there.
-    """
-    address = iter(f"127.0.0.{n}" for n in range(2, 20))
-    memory = 100 << 20
-    head = {"num_cpus": 2, "object_store_memory": memory}
-    cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
-
-    def add(*kinds: str) -> Any:
-        return cluster.add_node(
-            num_cpus=len(kinds),
-            resources=dict.fromkeys(kinds, 1),
-            node_ip_address=next(address),
-            object_store_memory=memory,
-        )
-
-    add.cluster = cluster
-    try:
-        yield add
-    finally:
-        cluster.shutdown()
-
-
-class Watched:
-    """The driver on the cluster, and what its metrics say so far."""
-
-    def __init__(self, run_file: Path, address: str) -> None:
-        self.files = RunFiles(run_file.parent / "run")
-        self.output = run_file.parent / "output"
-        environment = {**os.environ, "RAY_ADDRESS": address}
-        environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"
-        with self.output.open("w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "driver.py"), "run", str(run_file)],
-                cwd=ROOT,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-
-    def wait(self, what: str, reached: Callable[[list[dict[str, Any]]], bool]) -> None:
-        """Until the metrics show it; fails where the driver ends before, or after a long time."""
-        deadline = time.monotonic() + PATIENCE_S
-        while not reached(self.files.lines("metrics.jsonl")):
-            assert self.process.poll() is None, f"ended before {what}: {self.output.read_text()}"
-            assert time.monotonic() < deadline, f"no {what}: {self.output.read_text()}"
-            time.sleep(0.2)
-
-    def wait_for_workers(self, count: int) -> None:
-        """Until three steps were made by so many workers."""
-        self.wait(
-            f"three steps of {count} workers",
-            lambda lines: [line["workers"] for line in lines[-3:]] == [count] * 3,
-        )
 
 
 def test_workers_follow_the_nodes_that_come_and_go(
@@ -196,12 +130,6 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     result = drive("run", write_slow_run(folder, 1), "--set", "teacher.synthetic.delay_s=0")
     assert result.returncode == 0, result.stderr
     return weights(RunFiles(folder / "run"))
-
-
-def on_node(node: Any) -> set[int]:
-    """Processes that a node's raylet has started."""
-    [raylet] = node.all_processes["raylet"]
-    return children_of(raylet.process.pid)
 
 
 def check(files: RunFiles, quiet: dict[str, torch.Tensor]) -> None:
