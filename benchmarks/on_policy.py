@@ -1,6 +1,7 @@
 """Whether rows that the student writes make a better student: four shares of them, several seeds.
 
     python -m benchmarks.on_policy RUN [--seeds 0 1 2] [--arms off mixed ramp pure] [--steps 35]
+    python -m benchmarks.on_policy RUN --student RUN/student --arms off pure reverse ...
 
 RUN is the folder of a finished run whose answers are all in its store, such as the demo's
 (``runs/quickstart``): its prompts, teacher answers, held-out rows, and the layers that its student
@@ -12,6 +13,10 @@ one answer, so its response tokens are counted for every arm. Arms:
     mixed   the student's share rises from 0 to a half in the first third of the steps
     ramp    its share rises from 0 to 1 over all steps
     pure    the student writes every row
+    reverse as pure, with reverse KL alone on them
+
+With ``--student`` all arms begin with these weights, such as those that the run has trained: what
+is compared is then what to do after all of the teacher's answers were learned from.
 
 One process, no Ray, no engine: Hugging Face writes the student's rows, for one or more steps at
 once (``--written-at-once``: as old as a run's may be), and scores them with the teacher; choice of
@@ -54,7 +59,7 @@ from raystill.train.step.step import GlobalStep
 from raystill.train.student.build import build_student, num_classes
 from raystill.train.student.module import StudentModule
 
-ARMS = ("off", "mixed", "ramp", "pure")
+ARMS = ("off", "mixed", "ramp", "pure", "reverse")
 FIGURES = {
     "reverse_kl": "KL(student || teacher), own writing",
     "forward_kl": "KL(teacher || student), own writing",
@@ -71,19 +76,26 @@ def share_of(arm: str, steps: int) -> float | dict[str, float]:
         "mixed": {"from": 0.0, "to": 0.5, "over_steps": max(1, steps // 3)},
         "ramp": {"from": 0.0, "to": 1.0, "over_steps": max(1, steps - 1)},
     }
-    return ramps.get(arm, 1.0 if arm == "pure" else 0.0)
+    return ramps.get(arm, 0.0 if arm == "off" else 1.0)
+
+
+def policy_of(arm: str, steps: int) -> dict[str, Any]:
+    """The section ``policy`` of an arm."""
+    policy: dict[str, Any] = {"student_share": share_of(arm, steps)}
+    return policy | ({"objective": {"reverse_kl": 1.0}} if arm == "reverse" else {})
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs share: the run's material, the teacher, the layers kept, and sizes.
+    """What all runs share: the run's material, the teacher, the student's start, and sizes.
 
-    written_at_once: steps whose rows the student writes with the same weights.
+    student: the run file's section. written_at_once: steps whose rows the student writes with the
+    same weights.
     """
 
     given: Material
     teacher: StudentModule
-    layers: list[int]
+    student: dict[str, Any]
     steps: int
     prompts: int
     written_at_once: int
@@ -132,9 +144,9 @@ class Training:
 
     def __init__(self, shared: Setting, arm: str, seed: int) -> None:
         raw = shared.given.config.model_dump(mode="json")
-        raw["student"] = {"init": "from_teacher", "layers": shared.layers}
+        raw["student"] = shared.student
         raw["seed"] = shared.given.config.seed + seed
-        raw["policy"] = {"student_share": share_of(arm, shared.steps)}
+        raw["policy"] = policy_of(arm, shared.steps)
         self.config = RunConfig.model_validate(raw)
         self.shared, self.seed = shared, seed
         model = build_student(self.config, shared.given.folder, 0)
@@ -322,7 +334,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a run whose answers are all stored")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS[:4]))
+    parser.add_argument("--student", type=Path, help="folder of the weights to begin with")
     parser.add_argument("--steps", type=int, default=35)
     parser.add_argument("--prompts", type=int, default=24, help="held-out prompts measured on")
     parser.add_argument(
@@ -338,10 +351,13 @@ def main() -> None:
     if not given.table:
         stored = material(given.run, given.set)
         teacher = AutoModelForCausalLM.from_pretrained(stored.folder, dtype=torch.float32)
-        layers = json.loads((given.run / "layers.json").read_text())["layers"]
+        student = {"init": "model", "model": str(given.student)}
+        if given.student is None:
+            layers = json.loads((given.run / "layers.json").read_text())["layers"]
+            student = {"init": "from_teacher", "layers": layers}
         teacher.config.use_cache = False
         sizes = (given.steps, given.prompts, given.written_at_once)
-        shared = Setting(stored, StudentModule(teacher).eval(), layers, *sizes)
+        shared = Setting(stored, StudentModule(teacher).eval(), student, *sizes)
         for seed in given.seeds:
             for arm in given.arms:
                 path = given.folder / f"{arm}-{seed}-{given.steps}.json"
