@@ -270,7 +270,7 @@ def does_not_follow(version: int, gap: float, allowed: float) -> str:
 def versions_in_flight(config: RunConfig) -> int:
     """Adapters of which answers may be on their way, and the newest, whose proof is not to wait."""
     policy = config.policy
-    return min(MOST_ADAPTERS, 2 + policy.max_staleness_steps // policy.sync_every_steps)
+    return min(MOST_ADAPTERS, 2 + policy.staleness_bound // policy.sync_every_steps)
 
 
 def allowed_gap(config: RunConfig, dtype: str) -> float:

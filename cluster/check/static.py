@@ -38,6 +38,7 @@ from raystill.cluster.check.teachers import (
     check_alike,
     check_judges,
     check_rows_ahead,
+    check_written_fit,
     context_tokens,
     judge_notice,
     notices_of,
@@ -128,8 +129,8 @@ class StaticCheck:
         if self.known("stream", "training", "teacher"):
             self.problems += check_rows_ahead(self.config)
             self.notices += slots_notices(self.config)
-        if self.known("training"):
-            self.notices += sharding_notices(self.config)
+        if self.known("training", "policy", "signal"):
+            self.notices += [*sharding_notices(self.config), *tail_notices(self.config)]
         if self.known("output"):
             self.problems += check_trackers(self.config.output)
         if self.known("output", "terms"):
@@ -337,6 +338,18 @@ def sharding_notices(config: RunConfig) -> Iterator[str]:
         )
 
 
+def tail_notices(config: RunConfig) -> Iterator[str]:
+    """Where the student's own objective rests on what it does outside the teacher's K ids."""
+    terms = set(config.policy.objective.divergences)
+    reverse = {"reverse_kl", "skew_reverse_kl"}
+    if config.policy.enabled and config.signal.kind == "topk" and terms and terms <= reverse:
+        yield (
+            f"policy.objective is {' and '.join(sorted(terms))} alone, which weighs ids by the "
+            "student's probability, but signal.kind is 'topk', where all other ids are one number; "
+            "signal.kind: hidden makes it exact; else watch student_tail_mass in metrics.jsonl"
+        )
+
+
 def check_dropped(
     config: RunConfig, tables: PromptTables, longest: int, context: int
 ) -> Iterator[Problem]:
@@ -379,22 +392,3 @@ def check_answers_fit(
                 "prompts.max_prompt_tokens or teacher.sampling.max_tokens"
             )
             yield from of_teacher(name, [Problem("student.model", message)])
-
-
-def check_written_fit(config: RunConfig, tables: PromptTables, context: int) -> Iterator[Problem]:
-    """Can a teacher with prompts of its own read whatever the student writes?
-
-    With the same prompts the sampler has the teacher's context, which cuts what is too long.
-    """
-    if not (config.policy.enabled and config.prompts.teacher_sees_more):
-        return
-    longest, most = tables.longest_prompt_tokens, config.policy.max_tokens
-    most = most or config.teacher.sampling.max_tokens
-    if longest + most > context:
-        yield Problem(
-            "policy.max_tokens",
-            f"is {most}, and the longest prompt ({longest} tokens) leaves room for "
-            f"{context - longest} in the teacher's context of {context}, so that it could not "
-            f"score what the student writes; set policy.max_tokens: {context - longest}, or raise "
-            "teacher.max_model_len where the model allows",
-        )

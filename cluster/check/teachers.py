@@ -149,6 +149,25 @@ def context_tokens(config: RunConfig, teacher: ModelFolder) -> int:
     return min((limit for limit in limits if limit is not None), default=UNBOUNDED)
 
 
+def check_written_fit(config: RunConfig, tables: PromptTables, context: int) -> Iterator[Problem]:
+    """Can a teacher with prompts of its own read whatever the student writes?
+
+    With the same prompts the sampler has the teacher's context, which cuts what is too long.
+    """
+    if not (config.policy.enabled and config.prompts.teacher_sees_more):
+        return
+    longest, most = tables.longest_prompt_tokens, config.policy.max_tokens
+    most = most or config.teacher.sampling.max_tokens
+    if longest + most > context:
+        yield Problem(
+            "policy.max_tokens",
+            f"is {most}, and the longest prompt ({longest} tokens) leaves room for "
+            f"{context - longest} in the teacher's context of {context}, so that it could not "
+            f"score what the student writes; set policy.max_tokens: {context - longest}, or raise "
+            "teacher.max_model_len where the model allows",
+        )
+
+
 def slots_notices(config: RunConfig) -> Iterator[str]:
     """Where the bound on rows ahead keeps the teacher from having all its slots filled."""
     bound, views = config.stream.max_rows_ahead, config.by_teacher

@@ -63,7 +63,7 @@ class PolicyPlan:
         written = positions[self.by_student(epoch, positions)]
         if not len(written):
             return None
-        return self.step_of(epoch, int(written.max())) - self.config.max_staleness_steps
+        return self.step_of(epoch, int(written.max())) - self.config.staleness_bound
 
     def keys(self, epoch: int, prompt_keys: pa.ChunkedArray) -> pa.ChunkedArray:
         """Keys [N] of the student's answers in an epoch, from the table's own key column.

@@ -245,11 +245,11 @@ class PolicyConfig(ConfigModel):
     sync_every_steps: PositiveInt = operational(
         1, description="Optimizer steps after which the sampler gets the student's new weights."
     )
-    max_staleness_steps: int = operational(
-        4,
+    max_staleness_steps: int | None = operational(
+        None,
         ge=0,
         description="Most optimizer steps between the weights that wrote a row and the step that "
-        "trains on it.",
+        "trains on it. Default: 8 where policy.objective is forward_kl alone, else 4.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = identity(
         None, description="Precision of the sampler's weights. Default: training.export_dtype."
@@ -297,6 +297,15 @@ class PolicyConfig(ConfigModel):
     def max_replicas(self) -> int:
         """The largest number of samplers."""
         return self.num_replicas if isinstance(self.num_replicas, int) else self.num_replicas.max
+
+    @property
+    def staleness_bound(self) -> int:
+        """``max_staleness_steps``, or its default: forward KL weighs tokens by the teacher's
+        probabilities and bears older texts than divergences that weigh them by the student's.
+        """
+        if self.max_staleness_steps is not None:
+            return self.max_staleness_steps
+        return 8 if set(self.objective.divergences) == {"forward_kl"} else 4
 
     @property
     def enabled(self) -> bool:

@@ -218,9 +218,9 @@ class RunConfig(ConfigModel):
                 "policy.student_share needs stream.order: fixed, in which the step that trains a "
                 "row is known when its answer is asked for; set stream.order: fixed"
             )
-        if policy.max_staleness_steps < self.min_staleness_steps:
+        if policy.staleness_bound < self.min_staleness_steps:
             yield (
-                f"policy.max_staleness_steps ({policy.max_staleness_steps}) is less than "
+                f"policy.max_staleness_steps ({policy.staleness_bound}) is less than "
                 f"{self.min_staleness_steps}, with which a step can always be filled "
                 "(policy.sync_every_steps - 1, and the steps that the workers read ahead); set "
                 f"policy.max_staleness_steps: {self.min_staleness_steps} or more, or lower "

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from raystill.base.errors import ConfigError
 from raystill.base.run_folder import TRAIN_PROMPTS, RunFolder
-from raystill.cluster.check.static import check_answers_fit, check_written_fit
+from raystill.cluster.check.static import check_answers_fit
+from raystill.cluster.check.teachers import check_written_fit
 from raystill.config.run import RunConfig
 from raystill.datasets.policy.calls import StudentAnswers, with_versions
 from raystill.datasets.prompts.read import RawPrompt

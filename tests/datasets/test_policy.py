@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from raystill.cluster.check.static import tail_notices
 from raystill.cluster.coordinator.actor import Coordinator
 from raystill.config.load import config_text
 from raystill.config.objective import PolicyConfig
@@ -244,6 +245,33 @@ def test_delivered_rows_have_the_version_of_each_token():
 def test_a_policy_that_cannot_work_is_refused(change, words):
     with pytest.raises(ValidationError, match=words):
         RunConfig.model_validate({**MINIMAL, "policy": {"student_share": 0.5}, **change})
+
+
+def test_reverse_kl_alone_on_a_few_ids_is_told_of():
+    policy = {"student_share": 0.5, "objective": {"reverse_kl": 1.0}}
+    (told,) = tail_notices(RunConfig.model_validate({**MINIMAL, "policy": policy}))
+    assert "reverse_kl alone" in told and "signal.kind: hidden" in told
+    others = [
+        {"policy": {**policy, "objective": {"forward_kl": 0.5, "reverse_kl": 0.5}}},
+        {"policy": {**policy, "student_share": 0.0}},
+        {"policy": policy, "signal": {"kind": "hidden"}},
+    ]
+    for other in others:
+        assert not list(tail_notices(RunConfig.model_validate({**MINIMAL, **other})))
+
+
+@pytest.mark.parametrize(
+    ("objective", "bound"),
+    [({}, 4), ({"forward_kl": 1}, 8), ({"reverse_kl": 1}, 4), ({"jsd": 1, "forward_kl": 1}, 4)],
+)
+def test_forward_kl_alone_bears_older_texts(objective, bound):
+    policy = {"student_share": 0.5} | ({"objective": objective} if objective else {})
+    assert PolicyConfig.model_validate(policy).staleness_bound == bound
+    chosen = PolicyConfig.model_validate({**policy, "max_staleness_steps": 2})
+    assert chosen.staleness_bound == 2
+    # Credits follow it: the first rows whose weights must be newer than the first.
+    plan_of = plan(**{**policy, "student_share": 1.0})
+    assert plan_of.oldest_version(0, np.arange(8 * bound, 8 * bound + 8)) == 0
 
 
 def test_without_a_share_nothing_of_a_policy_is_asked_for():

@@ -324,7 +324,7 @@ class Worker:
             self._build_batches(),
             total_steps=self.progress.total_steps,
             world_size=world_size,
-            num_ages=policy.max_staleness_steps + 2 if policy.enabled else 0,
+            num_ages=policy.staleness_bound + 2 if policy.enabled else 0,
             ranks=self.ranks,
         )
 
