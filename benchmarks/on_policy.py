@@ -304,7 +304,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         by_arm[result["arm"]].append(result)
     if not by_arm:
         return "nothing has finished yet"
-    before = [result["before"] for result in results]
+    before = list({result["seed"]: result["before"] for result in results}.values())
     columns = {"before": before}
     columns |= {arm: [one["after"] for one in found] for arm, found in by_arm.items()}
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -314,7 +314,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             values = [one[name] for one in found]
             spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{spread}")
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+        escaped = title.replace("|", "\\|")
+        lines.append(f"| {escaped} | " + " | ".join(cells) + " |")
     tokens = [
         f"{np.mean([one['teacher_tokens'] for one in found]):,.0f}" for found in by_arm.values()
     ]

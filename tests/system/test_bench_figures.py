@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from benchmarks.on_policy import FIGURES, read_results, share_of, table
+from benchmarks.on_policy import FIGURES, policy_of, read_results, share_of, table
+from benchmarks.on_policy_plot import columns
 from benchmarks.processes import Sample, Sampler
 from benchmarks.scale import case, figures
 from benchmarks.startup import LOG_LINE, compare
@@ -84,12 +85,15 @@ def test_the_table_of_student_written_rows_has_means_and_names_the_seeds(tmp_pat
         (tmp_path / f"{number}.json").write_text(json.dumps(result))
     lines = table(read_results(tmp_path, 3)).splitlines()
     assert lines[0] == "| | before | off | pure |"
-    assert lines[2].endswith("| 2.667 (1 to 4) | 2.000 (1 to 3) | 4.000 |")
+    assert lines[2].endswith("| 2.000 (1 to 3) | 2.000 (1 to 3) | 4.000 |")
     assert lines[-1] == "seeds that ran: off: [0, 1], pure: [0]"
     assert table([]) == "nothing has finished yet"
+    assert columns(results, "reverse_kl") == {"before": [1, 3], "off": [1, 3], "pure": [4]}
 
 
 def test_shares_of_the_arms_are_settings_of_a_run_file():
     for arm, first, last in (("off", 0, 0), ("mixed", 0, 0.5), ("ramp", 0, 1), ("pure", 1, 1)):
         policy = PolicyConfig.model_validate({"student_share": share_of(arm, 28)})
         assert (policy.share_at(0), policy.share_at(27)) == (first, last)
+    reverse = PolicyConfig.model_validate(policy_of("reverse", 28))
+    assert reverse.share_at(0) == 1 and reverse.objective.divergences == ["reverse_kl"]
