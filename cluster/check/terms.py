@@ -2,8 +2,8 @@
 
 Terms are data: ``terms.toml`` has dated readings of licences and services, with their words. A
 verdict is a join over the sources of a run (the teacher's licence, the service it is reached by,
-the student's own first weights): the worst verdict counts, duties add up. So the order of the
-sources does not matter, and naming one twice changes nothing.
+the student's own first weights, the data of its prompts): the worst verdict counts, duties add up.
+So the order of the sources does not matter, and naming one twice changes nothing.
 
 Readings are not advice.
 """
@@ -19,13 +19,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
 from raystill.base.errors import Problem
 from raystill.base.records import read_bounded
 from raystill.cluster.lineage.graph import BrokenLineage, read_lineage
-from raystill.cluster.lineage.sources import sources
-from raystill.config.load import parse_yaml
+from raystill.cluster.lineage.sources import licence_of, sources, wrong_name
 from raystill.config.run import RunConfig
 from raystill.config.student import TermsConfig
 from raystill.model.files import ModelFolder
@@ -34,8 +31,6 @@ VERDICTS = ("allowed", "conditional", "unclear", "forbidden")
 TABLE = Path(__file__).with_name("terms.toml")
 OWN_ENDINGS = (".local", ".internal", ".svc")
 """Of names that only a private network knows, as one without any dot is."""
-LARGEST_TEXT = 4 << 20
-"""Bytes of a model's card or licence; a larger one counts as none."""
 Duty = tuple[str, str]
 
 
@@ -154,6 +149,9 @@ def of_lineage(model: ModelFolder | None) -> Finding:
     if model is None or lineage is None:
         return Finding()
     parts = []
+    for one in lineage.models.values():
+        what = f"the data of {one.name} (in the lineage of {model.name})"
+        parts += [of_licence(licence, what) for licence in one.data_licences]
     for one in lineage.ancestors():
         if one.route is not None:
             parts.append(of_service(f"https://{one.route}"))
@@ -235,12 +233,15 @@ def check_terms(
         problems.append(
             Problem(
                 "terms",
-                f"{reason}; choose another teacher, state the licence with {stated} or "
-                "terms.base_licence, or name the owner's letter with terms.permission: {file, "
-                f"rule, reason}} (purpose: {terms.purpose}, distributed: "
+                f"{reason}; choose another teacher, state the licence with {stated}, "
+                "terms.base_licence or prompts.licence, or name the owner's letter with "
+                f"terms.permission: {{file, rule, reason}} (purpose: {terms.purpose}, distributed: "
                 f"{str(terms.distributed).lower()})",
             )
         )
+    hub = config.output.hub
+    if hub is not None and terms.distributed and (why := wrong_name(found.duties, hub.repo)):
+        problems.append(Problem("output.hub.repo", why))
     if permission is not None:
         if not any(reason.startswith(f"{permission.rule} ") for reason in reasons):
             notices.append(f"terms.permission changes nothing: no {permission.rule!r} forbids this")
@@ -254,8 +255,8 @@ def check_terms(
 def finding_of(
     config: RunConfig, teacher: ModelFolder | None, student: ModelFolder | None
 ) -> Finding:
-    """The join over the teacher's licence, its service, the student's first weights, and all that
-    these models come from.
+    """The join over the teacher's licence, its service, the student's first weights, all that these
+    models come from, and the prompts' licences.
     """
     terms, parts = config.terms, []
     if config.teacher.engine == "api":
@@ -270,6 +271,7 @@ def finding_of(
     if config.student.model is not None:
         licence = terms.base_licence or licence_of(student)
         parts += [of_weights(licence, config.student.model), of_lineage(student)]
+    parts += [of_licence(licence, what) for what, licence in config.prompts.licences()]
     return join(parts)
 
 
@@ -302,47 +304,6 @@ def describe(found: Finding) -> list[str]:
         lines.append(f"terms: duties that reach the student: {'; '.join(duties)}")
     lines += sorted(f"terms: {said}" for _, said in found.unknown)
     return lines
-
-
-def licence_of(model: ModelFolder | None) -> str | None:
-    """The licence id of a model's card, or by the first words of its LICENSE; None: not stated."""
-    if model is None:
-        return None
-    card = _front_matter(model.path / "README.md")
-    licence = card.get("license")
-    if licence == "other":
-        licence = card.get("license_name")
-    if isinstance(licence, list):
-        licence = licence[0] if len(licence) == 1 else None
-    if licence is not None:
-        return str(licence)
-    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
-        if (model.path / name).is_file():
-            begin = _text(model.path / name)[:400]
-            if "Apache License" in begin and "Version 2.0" in begin:
-                return "apache-2.0"
-            return "mit" if begin.lstrip().startswith("MIT License") else None
-    return None
-
-
-def _front_matter(path: Path) -> dict[str, Any]:
-    """The YAML block at the head of a model card; {} without one, or where it is broken."""
-    text = _text(path)
-    if not text.startswith("---"):
-        return {}
-    try:
-        card = parse_yaml(text[3:].partition("\n---")[0])
-    except yaml.YAMLError:
-        return {}
-    return card if isinstance(card, dict) else {}
-
-
-def _text(path: Path) -> str:
-    """A text that comes with a model; empty where there is none, or one of any length."""
-    try:
-        return read_bounded(path, LARGEST_TEXT).decode("utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _sources(

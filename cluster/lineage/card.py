@@ -31,6 +31,7 @@ DUTIES = {
     "notice": "this notice travels with it: {}",
     "same_terms": "it is handed on under the same terms: {}",
     "copy_licence": "a copy of the licence travels with it",
+    "credit": "credit is given to {}",
     "non_commercial": "it is not used commercially",
     "label_ai_generated": "what it writes is labelled as AI-generated where it is published",
 }
@@ -128,6 +129,9 @@ def notice(facts: Facts) -> str:
     owed = [value for kind, value in facts.duties if kind in ("notice", "display")]
     if owed:
         lines += ["", *owed]
+    credit = [f"Credit for its prompts: {value}." for k, value in facts.duties if k == "credit"]
+    if credit:
+        lines += ["", *credit]
     return "\n".join(lines) + "\n"
 
 
@@ -148,7 +152,9 @@ def _knowledge(facts: Facts) -> str:
     if facts.adapter:
         lines.append(_adapter(facts))
     prompts = ", ".join(map(_code, facts.sources.get("prompts") or ())) or "not recorded"
-    lines.append(f"- Prompts: {prompts}; {rows} rows were trained on")
+    under = ", ".join(map(_code, facts.sources.get("prompts_licences") or ()))
+    stated = f" (under {under})" if under else ""
+    lines.append(f"- Prompts: {prompts}{stated}; {rows} rows were trained on")
     others = [m for m in facts.lineage.ancestors() if m not in facts.teachers() and m.id != base]
     lines += [f"- Further back: {_code(m.name)}, {_of(m.licence)}" for m in others]
     lines += [

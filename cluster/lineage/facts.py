@@ -163,6 +163,7 @@ def _lineage(identity: str, name: str, manifest: Mapping[str, Any], made_on: str
         "duties": clean("; ".join(f"{k} {v}" for k, v in terms.get("duties") or ())) or "",
     }
     data = tuple(clean(one) or "" for one in found.get("prompts") or ())
+    licences = tuple(clean(one) or "" for one in found.get("prompts_licences") or ())
     models[identity] = Model(
         id=identity,
         name=clean(name) or "student",
@@ -170,6 +171,7 @@ def _lineage(identity: str, name: str, manifest: Mapping[str, Any], made_on: str
         learned_from=tuple(learned_from),
         started_from=started,
         data=data,
+        data_licences=licences,
         made=made,
     )
     return lineage_of(json.loads(Lineage(identity, models).to_json()))
@@ -180,7 +182,7 @@ def _stored(name: str, entry: Mapping[str, Any]) -> Model:
     values = {**entry, "id": name}
     for field in ("name", "licence", "revision", "route"):
         values[field] = clean(values.get(field))
-    for field in ("learned_from", "data"):
+    for field in ("learned_from", "data", "data_licences"):
         values[field] = tuple(values.get(field) or ())
     return Model(**values)
 

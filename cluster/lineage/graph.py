@@ -33,7 +33,8 @@ class Model:
 
     id: a model's identity, else its name. route: the host of a service, None for weights.
     learned_from, started_from: ids of its teachers, and of the model whose weights it began with.
-    data: names of the prompts. made: what the run that made it says of itself, in texts.
+    data, data_licences: names of the prompts, and the licences that were stated of them. made: what
+    the run that made it says of itself, in texts.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Model:
     learned_from: tuple[str, ...] = ()
     started_from: str | None = None
     data: tuple[str, ...] = ()
+    data_licences: tuple[str, ...] = ()
     made: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -143,6 +145,7 @@ def _model(name: Any, entry: Any) -> Model:
         learned_from=_texts(entry.get("learned_from")),
         started_from=_text(entry.get("started_from")),
         data=_texts(entry.get("data")),
+        data_licences=_texts(entry.get("data_licences")),
         made={_text(n) or "": _text(value) or "" for n, value in made.items()},
         **texts,
     )

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from raystill.base.errors import Problem, RunError
 from raystill.base.records import BrokenFile, read_object
 from raystill.base.redact import redact
-from raystill.base.run_folder import HUB, STUDENT, RunFolder
+from raystill.base.run_folder import HUB, MANIFEST, STUDENT, RunFolder
+from raystill.cluster.lineage.sources import wrong_name
 from raystill.config.training import HubConfig
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def push_student(folder: RunFolder, hub: HubConfig, replace: bool = False) -> di
     local = folder.local
     if local is None or not (local / STUDENT).is_dir():
         raise RunError(f"{folder.path} has no folder {STUDENT}; name the folder of a finished run")
+    _require_name(folder, hub)
     for path in (local / STUDENT, *(local / STUDENT).rglob("*")):
         if path.is_symlink():  # To a private file, for instance, of whoever pushes.
             raise PushRefused(
@@ -132,6 +134,19 @@ def push_student(folder: RunFolder, hub: HubConfig, replace: bool = False) -> di
     record = {"repo": hub.repo, "private": hub.private, **commit}
     folder.write_text(HUB, json.dumps(record, indent=2) + "\n")
     return record
+
+
+def _require_name(folder: RunFolder, hub: HubConfig) -> None:
+    """That a student which is handed on has a name with the prefix that it owes."""
+    try:
+        terms = read_object(folder, MANIFEST).get("terms")
+    except (BrokenFile, FileNotFoundError):
+        return
+    told = terms if isinstance(terms, dict) else {}
+    duties = [(str(kind), str(value)) for kind, value in told.get("duties") or ()]
+    why = wrong_name(duties, hub.repo) if told.get("distributed") or not hub.private else None
+    if why is not None:
+        raise PushRefused(f"the repository {why}")
 
 
 def _status(error: Exception) -> int:

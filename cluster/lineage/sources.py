@@ -1,21 +1,27 @@
 """What a run's manifest says of the sources of its student; the papers are made of it alone.
 
-Imports the standard library and the configuration only.
+Imports the standard library, yaml and the configuration only.
 """
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from raystill.base.records import read_bounded
 from raystill.cluster.lineage.graph import BrokenLineage, Model, read_lineage
+from raystill.config.load import parse_yaml
 from raystill.config.run import RunConfig
 from raystill.model.files import ModelFolder
 
 LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 HUB_DATA = "hf://datasets/"
+LARGEST_TEXT = 4 << 20
+"""Bytes of a model's card or licence; a larger one counts as none."""
 
 
 def sources(
@@ -54,6 +60,7 @@ def sources(
         "starts_from_teacher": config.student.init == "from_teacher"
         and config.teacher.engine == "vllm",
         "prompts": _prompts(config),
+        "prompts_licences": sorted({licence for _, licence in config.prompts.licences()}),
         "ancestors": {name: asdict(by_id[name]) for name in sorted(by_id)},
     }
 
@@ -107,3 +114,57 @@ def _data_name(path: str) -> str:
     if path.startswith(HUB_DATA):
         return HUB_DATA + "/".join(path.removeprefix(HUB_DATA).split("/")[:2]).partition("@")[0]
     return os.path.basename(path.partition("?")[0].rstrip("/")) or "prompts"
+
+
+def licence_of(model: ModelFolder | None) -> str | None:
+    """The licence id of a model's card, or by the first words of its LICENSE; None: not stated."""
+    if model is None:
+        return None
+    card = _front_matter(model.path / "README.md")
+    licence = card.get("license")
+    if licence == "other":
+        licence = card.get("license_name")
+    if isinstance(licence, list):
+        licence = licence[0] if len(licence) == 1 else None
+    if licence is not None:
+        return str(licence)
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
+        if (model.path / name).is_file():
+            begin = _text(model.path / name)[:400]
+            if "Apache License" in begin and "Version 2.0" in begin:
+                return "apache-2.0"
+            return "mit" if begin.lstrip().startswith("MIT License") else None
+    return None
+
+
+def _front_matter(path: Path) -> dict[str, Any]:
+    """The YAML block at the head of a model card; {} without one, or where it is broken."""
+    text = _text(path)
+    if not text.startswith("---"):
+        return {}
+    try:
+        card = parse_yaml(text[3:].partition("\n---")[0])
+    except yaml.YAMLError:
+        return {}
+    return card if isinstance(card, dict) else {}
+
+
+def _text(path: Path) -> str:
+    """A text that comes with a model; empty where there is none, or one of any length."""
+    try:
+        return read_bounded(path, LARGEST_TEXT).decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def wrong_name(duties: Iterable[tuple[str, str]], repo: str) -> str | None:
+    """Why a student with these duties must not be handed on under a name; None: it may."""
+    owner, _, own = repo.partition("/")
+    for kind, value in sorted(duties):
+        prefix = value.replace(" ", "-")
+        if kind == "name_prefix" and not own.lower().startswith(prefix.lower()):
+            return (
+                f"is {repo!r}, but a licence asks for a name that begins with {value}, such as "
+                f"{owner}/{prefix}-{own}"
+            )
+    return None

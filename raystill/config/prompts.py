@@ -154,6 +154,9 @@ class SourceConfig(ConfigModel):
         None,
         description="Number of prompts to use, the first of this source's files. Default: all.",
     )
+    licence: str | None = operational(
+        None, description="Licence id of the source's data. Default: prompts.licence."
+    )
     teacher: str | None = identity(
         None,
         description="Name of the teacher, of teachers, that answers this source's prompts, unless "
@@ -188,6 +191,11 @@ class PromptsConfig(ConfigModel):
         None,
         description="Field with a given response to the prompt, as text. The teacher scores that "
         "response instead of writing one. Default: the teacher writes the responses.",
+    )
+    licence: str | None = operational(
+        None,
+        description="Licence id of the prompts' data, as the cards of data sets write it, e.g. "
+        "cc-by-4.0, for the check of terms. Default: not stated, and then nothing is said of it.",
     )
     source_field: str = identity(
         "source",
@@ -372,6 +380,12 @@ class PromptsConfig(ConfigModel):
                 f"{what} has no teacher, and there are several ({listed}); list the prompts as "
                 "prompts.sources with teacher: NAME each, or set prompts.teacher_field"
             )
+
+    def licences(self) -> list[tuple[str, str]]:
+        """The data whose licence is stated, in words, and its licence."""
+        found = [(f"the data of {s.name}", s.licence or self.licence) for s in self.sources or ()]
+        found = found or [("the prompts' data", self.licence)]
+        return [(what, licence) for what, licence in found if licence is not None]
 
     @property
     def files_setting(self) -> str:

@@ -142,6 +142,21 @@ def test_a_public_repository_takes_no_private_student(hub: Hub, tmp_path: Path) 
     assert remote(hub) == FILES
 
 
+def test_a_student_that_owes_a_prefix_is_handed_on_with_it_alone(hub: Hub, tmp_path: Path) -> None:
+    folder = finished(tmp_path)
+    terms = {"duties": [["name_prefix", "HyperCLOVA X"]], "distributed": True}
+    folder.write_text("manifest.json", json.dumps({"terms": terms}))
+    with pytest.raises(pushing.PushRefused, match="such as me/HyperCLOVA-X-small"):
+        push_student(folder, MINE)
+    assert not hub.repositories
+    push_student(folder, HubConfig(repo="me/hyperclova-x-small"))
+    folder.write_text("manifest.json", json.dumps({"terms": {**terms, "distributed": False}}))
+    (tmp_path / "run/hub.json").unlink()
+    push_student(folder, MINE)
+    with pytest.raises(pushing.PushRefused, match="begins with HyperCLOVA X"):
+        push_student(folder, HubConfig(repo="me/open", private=False))
+
+
 @pytest.mark.parametrize(
     ("part", "statuses", "said"),
     [

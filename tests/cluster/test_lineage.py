@@ -201,6 +201,27 @@ class TestTheNextGeneration:
         (reason,) = self.taught_by(tmp_path, first, **shared)[1]
         assert "must carry gemma" in reason
 
+    def test_the_licence_of_a_teachers_prompts_arrives(self, tmp_path: Path) -> None:
+        teacher = str(model(tmp_path / "teacher", "mit"))
+        prompts = {"path": str(tmp_path / "questions.jsonl"), "licence": "cc-by-nc-4.0"}
+        terms = {"student_licence": "mit"}
+        first = finished(tmp_path, "first", teacher, prompts=prompts, terms=terms)
+        _, body = card(first)
+        assert "(under `cc-by-nc-4.0`)" in body and "not used commercially" in body
+        bom(first)
+        second = finished(tmp_path, "second", str(first / "student"), terms=terms)
+        for folder in (first, second):
+            verdict, reasons = self.taught_by(
+                tmp_path, folder, teacher_licence="mit", purpose="commercial"
+            )
+            assert verdict == "conditional" and reasons[0].startswith("cc-by-nc allows research")
+
+    def test_credit_is_in_the_notice(self, tmp_path: Path) -> None:
+        prompts = {"path": str(tmp_path / "questions.jsonl"), "licence": "cc-by-4.0"}
+        first = finished(tmp_path, "one", str(model(tmp_path / "teacher", "mit")), prompts=prompts)
+        notice = (first / "student" / "NOTICE").read_text()
+        assert "Credit for its prompts: the authors of the data under CC BY 4.0." in notice
+
     def test_a_letter_of_the_first_does_not_speak_for_the_second(self, tmp_path: Path) -> None:
         (tmp_path / "letter.pdf").write_text("yes")
         tokenizer = model(tmp_path / "tokenizer", "mit")

@@ -207,6 +207,78 @@ def test_what_is_forbidden_is_refused_with_its_clause_unless_a_letter_permits_it
     assert checked(tmp_path, forbidden, other)[0], "a letter answers its own rule only"
 
 
+DATA: list[tuple[str, dict[str, Any], str, str]] = [
+    # licence of the prompts, purpose: a word of the refusal, of the notes
+    ("mit", SOLD, "", ""),
+    ("cc0-1.0", SOLD, "", ""),
+    ("cc-by-4.0", SOLD, "", "credit the authors of the data under CC BY 4.0"),
+    ("cc-by-sa-4.0", SHARED, "", "BY-SA Compatible License"),
+    ("odc-by", SOLD, "", "ODC-BY"),
+    ("cc-by-nc-4.0", RESEARCH, "", "non_commercial"),
+    ("cc-by-nc-4.0", SOLD, "cc-by-nc allows research only", "non_commercial"),
+    ("llama2", RESEARCH, "llama-2 is read as forbidden", "llama-2"),
+    ("gemma", {**SHARED, "student_licence": "mit"}, "must carry gemma", "same_terms gemma"),
+    ("odd", RESEARCH, "", "the prompts' data is under 'odd'"),
+    ("odd", INTERNAL, "the prompts' data is under 'odd'", "'odd'"),
+]
+
+
+@pytest.mark.parametrize(("licence", "wanted", "refused", "noted"), DATA)
+def test_the_prompts_licence_counts(
+    tmp_path: Path, licence: str, wanted: dict[str, Any], refused: str, noted: str
+) -> None:
+    stated = ["terms.teacher_licence=apache-2.0", f"prompts.licence={licence}"]
+    stated += [f"terms.{name}={json.dumps(value)}" for name, value in wanted.items()]
+    problems, result = checked(tmp_path, *stated)
+    assert bool(problems) == bool(refused) and all(refused in one for one in problems)
+    notes = [note for note in result.notices if note.startswith("terms:")]
+    assert bool(notes) == bool(noted) and any(noted in note for note in [*notes, ""])
+
+
+def test_each_source_has_its_own_licence_or_that_of_all(tmp_path: Path) -> None:
+    prompts = str(ROOT / "examples" / "prompts" / "quickstart.jsonl")
+    sources = [{"name": n, "path": prompts, "limit": 8} for n in ("free", "bound")]
+    sources[1]["licence"] = "cc-by-nc-4.0"
+    section = {"path": None, "limit": None, "sources": sources, "licence": "cc0-1.0"}
+    problems, result = checked(
+        tmp_path,
+        f"prompts={json.dumps(section)}",
+        "terms={teacher_licence: apache-2.0, purpose: commercial}",
+    )
+    (problem,) = problems
+    assert problem.startswith("terms: cc-by-nc allows research only")
+    kept = terms.record(result.config, None, None)
+    assert kept["sources"]["prompts_licences"] == ["cc-by-nc-4.0", "cc0-1.0"]
+
+
+@pytest.mark.parametrize(
+    ("repo", "distributed", "refused"),
+    [
+        ("me/small", True, True),
+        ("me/Llama-small", True, False),
+        ("Llama/small", True, True),
+        ("me/llama3-small", True, False),
+        ("me/small", False, False),
+    ],
+)
+def test_a_name_without_the_prefix_that_is_owed_is_handed_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: str, distributed: bool, refused: bool
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
+    overrides = [
+        "terms.teacher_licence=llama3.1",
+        f"terms.distributed={json.dumps(distributed)}",
+        f"output.hub.repo={repo}",
+    ]
+    result = check_run_file(
+        str(ROOT / "configs" / "tiny.yaml"), [f"output.path={tmp_path / 'run'}", *overrides]
+    )
+    named = [str(p) for p in result.problems if p.where == "output.hub.repo"]
+    assert bool(named) is refused and all(
+        "me/Llama-small" in n or "Llama/Llama-" in n for n in named
+    )
+
+
 def test_a_stated_licence_passes_without_a_word_and_an_unstated_one_with_a_note(
     tmp_path: Path,
 ) -> None:
