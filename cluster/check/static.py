@@ -40,7 +40,7 @@ from raystill.cluster.check.teachers import (
     check_rows_ahead,
     check_written_fit,
     context_tokens,
-    judge_notice,
+    judge_notices,
     notices_of,
     of_teacher,
     slots_notices,
@@ -319,10 +319,9 @@ class StaticCheck:
         self.problems += check_written_fit(config, tables, context)
         for name, one in views.items():
             mine, folder = tables.of_teacher(name), self.teachers.get(name, teacher)
-            if name in config.only_judges:
-                notices = [judge_notice(tables)]
-            else:
-                notices = [*truncation_notices(one, mine, folder), *api_notices(one, mine)]
+            judges = name in config.only_judges
+            notices = [] if judges else list(truncation_notices(one, mine, folder))
+            notices += [*api_notices(one, mine), *judge_notices(config, name, folder, tables)]
             self.notices += notices_of(name, notices)
         self.notices += tokeniser.notices()
         return tables

@@ -6,8 +6,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import pyarrow.compute as pc
+
 from raystill.base.errors import ConfigError, Problem
 from raystill.cluster.check.models import check_tokenizers
+from raystill.cluster.check.trackers import limit_of
 from raystill.config.run import RunConfig
 from raystill.config.teacher import section_of
 from raystill.datasets.judging.question import Judging
@@ -91,11 +94,37 @@ def check_judges(config: RunConfig, teachers: Mapping[str, ModelFolder]) -> Iter
             )
 
 
-def judge_notice(tables: PromptTables) -> str:
-    """How often a judge may be asked, for a person."""
-    return (
-        f"as a judge it is asked about up to {tables.train.num_rows:,} answers an epoch; "
-        "estimates of costs are without its replies"
+def judge_notices(
+    config: RunConfig, name: str, folder: ModelFolder, tables: PromptTables
+) -> Iterator[str]:
+    """How often a teacher may be asked as a judge, and what that costs at most, for a person."""
+    view = config.by_teacher[name]
+    asked = [rule.judge for rule in config.filters.rules if rule.judge is not None]
+    rows, reads = 0, 0
+    for judge in (one for one in asked if one.teacher == name):
+        try:
+            judging = Judging(judge, view, folder.path)
+        except ConfigError:  # `check_judges` has told of it.
+            return
+        around = judging.chat([], "", dict.fromkeys(judge.columns, ""))
+        rows += tables.train.num_rows
+        reads += tables.train.num_rows * len(judging.encode(around))
+        reads += int(pc.sum(pc.list_value_length(tables.train["prompt_ids"])).as_py() or 0)
+    if not rows:
+        return
+    told = f"as a judge it is asked about up to {rows:,} answers an epoch"
+    api = view.teacher.api
+    if view.teacher.engine != "api" or api.prices is None:
+        yield told + (", which is not counted" if view.teacher.engine == "api" else "")
+        return
+    reads += rows * config.max_response_tokens
+    writes = rows * view.teacher.sampling.max_tokens
+    most = (reads * api.prices.input + writes * api.prices.output) / 1e6
+    yield (
+        f"{told}, which may cost up to {most:,.4g} ({reads:,} prompt tokens of its own, where "
+        f"each answer has {config.max_response_tokens:,}, at {api.prices.input:g} and {writes:,} "
+        f"response tokens at {api.prices.output:g} a million; without fields of the prompt file); "
+        + limit_of(api)
     )
 
 

@@ -18,6 +18,7 @@ from raystill.base.errors import Problem
 from raystill.base.records import read_bounded
 from raystill.base.redact import redact
 from raystill.base.run_folder import inside_job_package
+from raystill.config.base import ApiConfig
 from raystill.config.run import RunConfig
 from raystill.config.training import MlflowConfig, OutputConfig, WandbConfig
 from raystill.datasets.prompts.tables import PromptTables
@@ -221,6 +222,8 @@ def api_notices(config: RunConfig, tables: PromptTables) -> Iterator[str]:
         for t in (tables.train, tables.held_out)
     )
     longest = rows * config.teacher.sampling.max_tokens
+    if not rows:  # It is a judge, which `judge_notices` tells of.
+        return
     yield from _way_notices(config, rows)
     if api.prices is None:
         yield (
@@ -230,14 +233,18 @@ def api_notices(config: RunConfig, tables: PromptTables) -> Iterator[str]:
         return
     prices = api.prices if api.batch is None else api.prices.times(api.batch.price_factor)
     most = (prompts * prices.input + longest * prices.output) / 1e6
-    limit = "no limit is set (teacher.api.max_cost)"
-    if api.max_cost is not None:
-        limit = f"teacher.api.max_cost stops it at {api.max_cost:g}"
     yield (
         f"the teacher may cost up to {most:,.4g} ({rows:,} answers, {prompts:,} prompt tokens of "
         f"this tokenizer at {prices.input:g} and at most {longest:,} response tokens at "
-        f"{prices.output:g} a million; nothing cached, nothing stored before); {limit}"
+        f"{prices.output:g} a million; nothing cached, nothing stored before); {limit_of(api)}"
     )
+
+
+def limit_of(api: ApiConfig) -> str:
+    """What ends the spending of a teacher, in words."""
+    if api.max_cost is None:
+        return "no limit is set (teacher.api.max_cost)"
+    return f"teacher.api.max_cost stops it at {api.max_cost:g}"
 
 
 def _way_notices(config: RunConfig, rows: int) -> Iterator[str]:

@@ -25,6 +25,7 @@ from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream import filtering
 from raystill.datasets.stream.filtering import GroupFilters
+from raystill.model.files import ModelFolder
 from raystill.model.on_node import ModelSource
 from raystill.model.tokenizer import load_tokenizer, read_settings
 from raystill.run import Run
@@ -340,6 +341,42 @@ def test_what_cannot_be_judged_is_told_before_anything_is_spent(
 ) -> None:
     told = problems_of(filters, **changes)
     assert (message in told) if message else told == ""
+
+
+def test_what_a_judge_behind_a_service_may_cost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the questions of the run, each with an answer as long as it may be."""
+    monkeypatch.setenv("JUDGE_KEY", "planted-key-of-a-judge")
+    prices = {"input": 1e6, "output": 2e6}
+    api = {"base_url": "http://10.1.1.1/v1", "model": "j", "api_key_env": "JUDGE_KEY"}
+    teachers = run_file([])["teachers"]
+    judge = {**teachers["judge"], "engine": "api", "api": {**api, "prices": prices}}
+    rules = [{"judge": HELPFUL}, {"name": "again", "judge": {**HELPFUL, "rubric": "Or not?"}}]
+
+    def told(rules: list[Any], **more: Any) -> list[str]:
+        found = checked(rules, teachers={**teachers, "judge": {**judge, **more}})
+        assert not found.problems
+        return [one for one in found.notices if one.startswith("judge: ")]
+
+    open_way, cost = told(rules)
+    assert "prompts and key can be read" in open_way and "up to 40 answers an epoch" in cost
+    assert "no limit is set (teachers.judge.api.max_cost)" in cost
+    tokens = int(cost.partition(" prompt tokens")[0].rpartition("(")[2].replace(",", ""))
+    assert f"may cost up to {tokens + 2 * 40:,.4g} (" in cost
+    found = checked([{"judge": HELPFUL}], teachers={**teachers, "judge": judge})
+    assert found.prepared is not None and found.config is not None
+    longest = found.config.max_response_tokens
+    folder = ModelFolder(judge["model"], Path(judge["model"]))
+    run, tables = found.config.by_teacher["judge"], found.prepared.tables
+    around = 0
+    for rule in rules:
+        settings = JudgeConfig.model_validate(rule["judge"])
+        judging = Judging(settings, run, folder.path)
+        around += 20 * len(judging.encode(judging.chat([], "", {})))
+    prompts = sum(map(len, tables.train["prompt_ids"].to_pylist()))
+    assert tokens == around + 2 * prompts + 40 * longest
+    limited = told(rules[:1], api={**api, "prices": prices, "max_cost": 3})[1]
+    assert "teachers.judge.api.max_cost stops it at 3" in limited
+    assert "which is not counted" in told(rules[:1], api=api)[1]
 
 
 def test_a_judge_need_not_share_the_tokenizer_and_may_not_come_first() -> None:
