@@ -21,7 +21,7 @@ from raystill.datasets.exchange.export import FORMATS, export
 from raystill.datasets.exchange.given import read_given
 from raystill.datasets.exchange.importing import Imported, Importer, StatedTeacher
 from raystill.datasets.prompts.tokenise import PromptTokeniser
-from raystill.datasets.store.segment import Origin
+from raystill.datasets.store.segment import Origin, name_of_teacher
 from raystill.datasets.store.store import TeacherStore
 from raystill.model.files import fetch_model, find_model
 from raystill.model.identity import identity_of_teacher, keyed_dtype
@@ -143,7 +143,9 @@ def _stated_teacher(config: RunConfig) -> StatedTeacher:
     tokeniser = PromptTokeniser(folder, config.prompts)
     sizes = (found.model.vocab_size, tokeniser.tokenizer.get_vocab_size(with_added_tokens=True))
     return StatedTeacher(
-        name=settings.model,
+        name=name_of_teacher(
+            settings.model, settings.api.model if settings.engine == "api" else None
+        ),
         keyed=(
             identity_of_teacher(settings, folder),
             keyed_dtype(settings, folder),
@@ -160,7 +162,7 @@ def _stated_teacher(config: RunConfig) -> StatedTeacher:
 
 def _reader(origin: Origin, model: str | None) -> ChatReader:
     """Reads prompts with the tokenizer of a stored teacher, or of ``model``. Raises RunError."""
-    name = model or origin.teacher
+    name = model or origin.tokenizer
     found = find_model(name, None)
     if found.model is None:
         raise RunError(

@@ -25,6 +25,7 @@ from raystill.cluster.commands.store import opened_store, refused_json, status, 
 from raystill.cluster.lineage.graph import BrokenLineage, read_lineage
 from raystill.config.load import LARGEST_FILE, parse_yaml
 from raystill.datasets.store.catalogue import Catalogue
+from raystill.datasets.store.segment import WITH_TOKENIZER
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.upkeep import prune
 from raystill.serve.batch.journal import BatchJournal, Plan
@@ -99,7 +100,11 @@ def find(store: TeacherStore, catalogue: Catalogue, teacher: str) -> Found:
         for group in entry.footer.groups:
             runs.setdefault(origin.teacher_identity, Counter())[group.run] += group.rows
     is_prefix = len(teacher) >= SHORTEST_PREFIX
-    meant = [i for i, n in names.items() if n == teacher or (is_prefix and i.startswith(teacher))]
+    meant = [
+        i
+        for i, n in names.items()
+        if (teacher and teacher in served(n)) or (is_prefix and i.startswith(teacher))
+    ]
     if len(meant) != 1:
         known = ", ".join(f"{i[:12]} ({redact(n)})" for i, n in sorted(names.items())) or "nobody"
         many = f"{len(meant)} teachers" if meant else "no teacher"
@@ -110,6 +115,11 @@ def find(store: TeacherStore, catalogue: Catalogue, teacher: str) -> Found:
     (identity,) = meant
     rows = runs[identity]
     return Found(identity, names[identity], sum(rows.values()), catalogue.rows, dict(rows))
+
+
+def served(name: str) -> tuple[str, str]:
+    """What a teacher may be called by: its whole name, or that of the service's model alone."""
+    return name, name.partition(WITH_TOKENIZER)[0]
 
 
 def batches_of(store: TeacherStore, catalogue: Catalogue, found: Found) -> list[Plan]:

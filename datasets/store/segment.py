@@ -60,10 +60,22 @@ READ_ERRORS = (
 """What reading a damaged segment may raise, or a sound one that is out of reach."""
 
 
+WITH_TOKENIZER = " (tokenizer "
+"""In the name of a teacher behind a service, before the model whose tokenizer reads its answers."""
+
+
+def name_of_teacher(model: str, served: str | None = None) -> str:
+    """A teacher's name in a store. served: the model of a service, which has written the answers;
+    ``model`` is then the one whose tokenizer makes ids of them.
+    """
+    return model if served is None else f"{served}{WITH_TOKENIZER}{model})"
+
+
 @dataclass(frozen=True)
 class Origin:
     """The teacher and engine that answered, and the signal: the same for all rows of a segment.
 
+    ``teacher`` is for people: its model, as `name_of_teacher` writes it.
     ``vocab_size`` is V of the teacher's logprobs, needed to compute the tail of a smaller K.
     ``hidden_is`` says which hidden state was stored; None for signals other than ``hidden``.
     """
@@ -76,6 +88,11 @@ class Origin:
     vocab_size: int
     signal: Signal
     hidden_is: str | None = None
+
+    @property
+    def tokenizer(self) -> str:
+        """The model whose tokenizer the ids are of."""
+        return self.teacher.partition(WITH_TOKENIZER)[2].removesuffix(")") or self.teacher
 
     def __post_init__(self) -> None:
         if self.signal.kind != "hidden":

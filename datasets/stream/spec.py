@@ -10,6 +10,7 @@ from raystill.datasets.filters.function import read_functions
 from raystill.datasets.policy.plan import PolicyPlan
 from raystill.datasets.rows.keys import Asked
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.segment import name_of_teacher
 from raystill.model.on_node import ModelSource
 from raystill.run import Run
 
@@ -33,7 +34,10 @@ class Requester:
     @classmethod
     def of(cls, run: Run, purpose: str) -> "Requester":
         """A run that asks for a purpose."""
-        return cls(run.id, purpose, run.teacher_identity, run.config.teacher.model)
+        teacher = run.config.teacher
+        served = teacher.api.model if teacher.engine == "api" else None
+        name = name_of_teacher(teacher.model, served)
+        return cls(run.id, purpose, run.teacher_identity, name)
 
 
 def applications_of(run: Run, purpose: str) -> dict[str, tuple[str, Requester]]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ import yaml
 
 from driver import main
 from raystill.cluster.check.static import check_run_file
+from raystill.config.teacher import TeacherConfig
 from raystill.datasets.exchange import given as reading
 from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.segment import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
+from raystill.datasets.stream.spec import Requester
 from raystill.model.identity import identity_of_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,6 +144,36 @@ def test_a_run_finds_what_was_imported_and_asks_nobody(
     # Another temperature is another question; so is another system message.
     assert answered(tmp_path, "teacher.sampling.temperature=0.9") == (0, False)
     assert answered(tmp_path, "prompts.system=null") == (0, False)
+
+
+def test_who_has_written_the_answers_of_a_service_is_named_and_not_the_tokenizers_model(
+    tmp_path: Path, capsys: Any
+) -> None:
+    """In the store, in exported rows and their card; and revoked by that name."""
+    write_run(tmp_path, API)
+    import_rows(tmp_path, [{"prompt": q, "completion": "So."} for q in QUESTIONS], capsys)
+    store, served = TeacherStore(str(tmp_path / "store")), API["api"]["model"]
+    name = f"{served} (tokenizer {MODEL})"
+    assert {entry.footer.origin.teacher for entry in store.catalogue().entries} == {name}
+    assert main(["store", "export", store.path, str(tmp_path / "out")]) == 0
+    (file,) = (tmp_path / "out").glob("*.parquet")
+    rows = pq.read_table(file)
+    assert set(rows["teacher"].to_pylist()) == {name} and len(rows) == len(QUESTIONS)
+    assert f"- {served} (tokenizer " in (tmp_path / "out" / "README.md").read_text()
+    assert main(["revoke", store.path, "--teacher", str(MODEL)]) == 1
+    assert main(["revoke", store.path, "--teacher", ""]) == 1
+    assert main(["revoke", store.path, "--teacher", served]) == 0
+    assert not store.names()
+
+
+def test_the_requests_of_a_run_name_the_services_model(tmp_path: Path) -> None:
+    write_run(tmp_path, API)
+    config = check_run_file(str(tmp_path / "run.yaml"), ()).config
+    assert config is not None
+    run = SimpleNamespace(id="r", teacher_identity="t", config=config)
+    assert Requester.of(run, "training").teacher == f"{API['api']['model']} (tokenizer {MODEL})"
+    run.config = config.model_copy(update={"teacher": TeacherConfig(model="m")})
+    assert Requester.of(run, "training").teacher == "m"
 
 
 def test_an_answer_ends_as_the_row_says_and_is_cut_where_the_run_cuts(
