@@ -216,6 +216,38 @@ def test_two_workers_with_uneven_and_empty_shares_train_as_one(tmp_path):
         assert rank["nan"], "a loss that is not finite on one rank must stop every rank"
 
 
+def storages_of_gradients():
+    """After each pass of three steps in DDP, in how many storages its gradients are."""
+    module = torch.nn.parallel.DistributedDataParallel(
+        tiny_module(), broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+    step = make_step(module, world_size=2)
+    counts, forward_backward = [], step._forward_backward
+
+    def watched(batch):
+        sums = forward_backward(batch)
+        counts.append(len({p.grad.untyped_storage()._cdata for p in module.parameters()}))
+        return sums
+
+    step._forward_backward = watched
+    for number in range(3):
+        step.run(number, [make_row(i, tokens=13) for i in range(12)], has_more=True, stop=False)
+    return counts
+
+
+def test_gradients_of_ddp_are_in_its_buckets_alone_from_the_second_step_on(tmp_path):
+    """Passes before the last would hold them a second time: 4 bytes a parameter."""
+    for rank in run_workers(storages_main, tmp_path):
+        passes = len(rank["counts"]) // 3
+        assert passes > 1
+        assert rank["counts"][: passes - 1] == [20] * (passes - 1), "beside the buckets"
+        assert rank["counts"][passes - 1 :] == [1] * (2 * passes + 1)
+
+
+def storages_main(rank, folder):
+    return {"counts": storages_of_gradients()}
+
+
 def worker_main(rank, folder):
     results = {"float32": train(torch.float32, rank, 2), "float64": train(torch.float64, rank, 2)}
     module = torch.nn.parallel.DistributedDataParallel(tiny_module())

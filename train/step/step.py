@@ -220,8 +220,10 @@ class GlobalStep:
         Returns the sums of this rank's figures, float64, in the order of `_forward_backward`, and
         its input and padded tokens.
         """
-        # None instead of zeros: the first pass then writes its gradients without an addition.
-        self.optimizer.zero_grad(set_to_none=True)
+        # None instead of zeros: the first pass then writes its gradients without an addition. Not
+        # in DDP: passes before the last would write them beside the buckets, and hold them twice.
+        in_buckets = isinstance(self.module, DistributedDataParallel)
+        self.optimizer.zero_grad(set_to_none=not in_buckets)
         sums = torch.zeros(
             len(self._term_names) + NUM_FIXED_FIGURES, dtype=torch.float64, device=self.device
         )
