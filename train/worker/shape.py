@@ -29,6 +29,7 @@ from raystill.train.start.shape import (
     record_shape,
     recorded_shape,
 )
+from raystill.train.start.streamed import fits_whole, one_layer_at_a_time, whole_on
 from raystill.train.start.texts import Texts
 from raystill.train.step.ranks import Ranks
 from raystill.train.student import build
@@ -106,11 +107,15 @@ def base_of(student: StudentConfig, teacher: ModelSource, teacher_folder: str) -
 
 
 def _choose(run: Run, teacher_folder: str, device: torch.device, model: nn.Module) -> None:
-    was_training = model.training
-    model.to(device).eval()
-    with float32_on_cpu(model, device):
+    was_training, student = model.training, run.config.student
+    model.eval()
+    # Widths are chosen by weights of all layers too.
+    whole = fits_whole(model, device) or student.narrowed
+    if not whole:
+        logger.info("the teacher is judged one layer at a time: %s has no room for it", device)
+    with (whole_on if whole else one_layer_at_a_time)(model, device), float32_on_cpu(model, device):
         chosen = _judge(run, teacher_folder, device, model)
-    model.to("cpu").train(was_training)
+    model.train(was_training)
     record_shape(run.folder, chosen, run.config.student.layers)
     logger.info("keeps the teacher's layers %s", chosen.shape.layers)
     for number, fit in chosen.fits.items():
