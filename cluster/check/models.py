@@ -5,7 +5,6 @@ transformers.
 """
 
 import filecmp
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,10 +16,11 @@ from raystill.cluster.check.folders import check_architecture, check_weights
 from raystill.cluster.check.trackers import check_api
 from raystill.config.run import RunConfig
 from raystill.config.student import LayerChoice, StudentConfig
+from raystill.config.training import TrainingConfig
 from raystill.datasets.prompts.tables import PromptTables
 from raystill.datasets.rows.signal import hidden_size
 from raystill.model.adapters import adapter_problems, trained_numbers
-from raystill.model.files import ModelFolder, read_object
+from raystill.model.files import ModelFolder
 from raystill.model.head import find_head, logit_transform, read_header, stored_tensors
 from raystill.model.sizes import FFN_OUTPUT, Sizes, is_ffn_output
 from raystill.model.tokenizer import read_settings, shared_tokenizer
@@ -128,21 +128,47 @@ def check_memory(
         return [], [f"{told}; set training.accelerator_type to have it compared with the GPU's"]
     has *= min(1.0, training.gpus_per_worker or 1.0)
     whole = config.student.chosen_by_run and size_of(student.path).get("bytes")
+    more: list[str] = []
     if whole and whole > has:
-        message = (
-            "what is kept is chosen with the whole teacher on the first worker's GPU: "
-            f"{whole / 1e9:.0f} GB of weights, but {kind} has {has / 1e9:.0f} GB; name the layers, "
-            "or set layers.by: even, without refit and widths"
-        )
-        return [Problem("student", message)], []
+        room = f"{whole / 1e9:.0f} GB of weights, but {kind} has {has / 1e9:.0f} GB"
+        if config.student.narrowed:
+            message = (
+                "widths are chosen with the whole teacher on the first worker's GPU: "
+                f"{room}; leave hidden_size, ffn_size and num_heads out"
+            )
+            return [Problem("student", message)], []
+        more.append(f"the teacher is judged one layer at a time, which takes longer: {room}")
+    more += _written_together(training, parts, needed, has, config)
     longest = memory.longest_pass(training, parts, decoder, workers=workers, has=has)
     if needed.device <= has:
-        return [], [f"{told}; {kind} has {has / 1e9:.0f} GB, enough for {longest:,} tokens"]
+        enough = f"{told}; {kind} has {has / 1e9:.0f} GB, enough for {longest:,} tokens"
+        return [], [enough, *more]
     fits = f"tokens_per_micro_batch and rows of at most {longest:,} tokens" if longest >= 64 else ""
     others = memory.remedies(training, parts, decoder, workers=workers, tokens=tokens, has=has)
     remedy = "; or ".join([text for text in (*others, fits) if text]) or "a smaller student"
     problem = f"{told}, but {kind} has {has / 1e9:.0f} GB; possible: {remedy}"
     return [Problem("training", problem)], []
+
+
+def _written_together(
+    training: TrainingConfig,
+    parts: memory.Parts,
+    needed: memory.Need,
+    has: float,
+    config: RunConfig,
+) -> list[str]:
+    """Where a worker has no room for all weights, with which it would write answers alone."""
+    evaluation = config.evaluation
+    if not evaluation.enabled or not evaluation.free_running.rows or not needed.gathered:
+        return []
+    whole = memory.gathered_whole(training, parts)
+    kept = needed.weights + needed.gradients + needed.optimizer + needed.reserve
+    if training.strategy != "fsdp" or training.min_workers == 1 or kept + whole <= has:
+        return []
+    return [
+        f"the student writes its own answers sharded, {whole / 1e9:.0f} GB gathered for each token "
+        "of a batch; evaluation.free_running.rows: 0 leaves them out"
+    ]
 
 
 def pass_tokens(config: RunConfig, tables: PromptTables) -> int:
@@ -298,32 +324,6 @@ def tokenizer_notices(teacher: ModelFolder, student: ModelFolder) -> Iterator[st
 def vocabulary_of(model: ModelFolder) -> dict[str, int]:
     """Token to id, special tokens included, not to be changed. Raises ConfigError."""
     return shared_tokenizer(model.path, read_settings(model.path)).vocabulary
-
-
-def count_parameters(model: ModelFolder, layers: list[int] | None = None) -> int | None:
-    """Number of parameters by the safetensors headers; None if it cannot be known.
-
-    ``layers``: count only these layers, and what is outside of layers. Where the files are still to
-    be downloaded, their total size tells the number.
-
-    ``safetensors.safe_open`` would refuse a file with a data type of a newer version.
-    """
-    files = sorted(model.path.glob("*.safetensors"))
-    if not files:
-        index = read_object(model.path / "model.safetensors.index.json")
-        total = index.get("metadata", {}).get("total_size")
-        width = 4 if model.config.get("dtype", model.config.get("torch_dtype")) == "float32" else 2
-        if total is None:
-            return None
-        kept = 1.0 if layers is None else len(layers) / max(1, model.num_layers or len(layers))
-        return round(total / width * kept)
-    total = 0
-    for file in files:
-        for name, entry in read_header(file).items():
-            layer = name.partition("layers.")[2].partition(".")[0]
-            if layers is None or not layer.isdigit() or int(layer) in layers:
-                total += math.prod(entry["shape"])
-    return total
 
 
 def _check_hidden(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:

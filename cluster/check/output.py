@@ -28,7 +28,6 @@ from raystill.base.run_folder import (
     size_on_disk,
     split_query,
 )
-from raystill.cluster.check.models import count_parameters
 from raystill.config.load import compare_identity, parse_yaml, validate_leniently
 from raystill.config.run import RunConfig
 from raystill.datasets.filters.function import hashes_of, read_functions
@@ -38,6 +37,7 @@ from raystill.datasets.rows.schema import STUDENT_PROMPT, TEACHER
 from raystill.datasets.store.store import SEGMENTS
 from raystill.model.adapters import trained_numbers
 from raystill.model.files import ModelFolder
+from raystill.model.sizes import count_parameters
 
 REMOTE_WAIT_S = 4.0
 """Longest wait for an object store: the whole check has five seconds."""

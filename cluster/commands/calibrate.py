@@ -109,7 +109,8 @@ def calibration_memory(
     kind, share = training.accelerator_type, training.gpus_per_worker
     on_gpu = share != 0 and (bool(share) or kind is not None)
     workers = training.min_workers
-    needed = memory.calibration_need(*sizes, tokens, on_gpu, workers)
+    again = training.activation_checkpointing
+    needed = memory.calibration_need(*sizes, tokens, on_gpu, workers, again)
     where = memory.describe(needed, "on its GPU" if on_gpu else "of memory")
     processes = "in one process" if workers == 1 else f"in each of {workers} processes"
     told = f"comparing signals takes about {where} {processes}, for passes of {tokens:,} tokens"
@@ -120,19 +121,31 @@ def calibration_memory(
     if needed.device <= has:
         return [], f"{told}; {kind} has {has / 1e9:.0f} GB"
     row = tables.longest_prompt_tokens + config.max_response_tokens
-    remedy = fitting(sizes, workers, tokens, row, has)
+    remedy = fitting(sizes, workers, tokens, row, has, again)
     return [Problem("training", f"{told}, but {kind} has {has / 1e9:.0f} GB; {remedy}")], None
 
 
 def fitting(
-    sizes: tuple[memory.Parts, memory.Decoder], workers: int, tokens: int, row: int, has: float
+    sizes: tuple[memory.Parts, memory.Decoder],
+    workers: int,
+    tokens: int,
+    row: int,
+    has: float,
+    again: bool = False,
 ) -> str:
-    """What to set so that a comparison fits ``has`` bytes of a GPU; row: tokens of the longest."""
+    """What to set so that a comparison fits ``has`` bytes of a GPU; row: tokens of the longest.
+
+    again: whether activations are computed again already.
+    """
     for more in (1, 2, 4, 8, 16, 32):
-        for passes in (tokens, row):
-            needed = memory.calibration_need(*sizes, passes, workers=workers * more).device
+        for recompute, passes in ((again, tokens), (True, tokens), (True, row)):
+            needed = memory.calibration_need(
+                *sizes, passes, workers=workers * more, recompute=recompute
+            ).device
             if needed <= has:
                 settings = [f"training.num_workers={workers * more}"] if more > 1 else []
+                if recompute and not again:
+                    settings.append("training.activation_checkpointing=true")
                 settings += [f"training.tokens_per_micro_batch={row}"] if passes < tokens else []
                 return f"set {' and '.join(settings)} ({needed / 1e9:.1f} GB)"
     return "calibrate a smaller student of the same kind, or name a GPU with more memory"

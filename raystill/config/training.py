@@ -109,15 +109,16 @@ class TrainingConfig(ConfigModel):
     packing: bool | Literal["auto"] = operational(
         "auto",
         description="Whether the rows of a forward pass are joined into one sequence instead of "
-        "padded; no row attends to another. auto: if the attention is FlashAttention.",
+        "padded; no row attends to another. auto: if the attention is FlashAttention or "
+        "flex_attention.",
     )
-    attention: Literal["auto", "flash_attention_3", "flash_attention_2", "sdpa", "eager"] = (
-        operational(
-            "auto",
-            description="Attention implementation of the student. auto: FlashAttention if it is "
-            "installed and supports the student and its GPU, else sdpa; eager for models that cap "
-            "attention logits.",
-        )
+    attention: Literal[
+        "auto", "flash_attention_3", "flash_attention_2", "flex_attention", "sdpa", "eager"
+    ] = operational(
+        "auto",
+        description="Attention implementation of the student. auto: FlashAttention if it is "
+        "installed and supports the student and its GPU, else sdpa; for models that cap attention "
+        "logits or have sinks flex_attention on GPUs, and eager on CPUs.",
     )
     param_dtype: Literal["float32", "float64"] = identity(
         "float32",
@@ -129,11 +130,18 @@ class TrainingConfig(ConfigModel):
         description="Precision of matrix products. auto: bfloat16 on GPUs and on CPUs "
         "with AMX or AVX512-BF16, else float32.",
     )
+    residual_dtype: Literal["auto", "float32", "bfloat16"] = identity(
+        "auto",
+        description="Precision of what goes from layer to layer, with weights in float32. "
+        "bfloat16: needs half the memory, with products in bfloat16; weights, optimizer and sums "
+        "over workers stay in float32. auto: bfloat16 with strategy fsdp and several workers, else "
+        "float32.",
+    )
     strategy: Literal["ddp", "fsdp"] = operational(
         "ddp",
         description="How the student is distributed over the workers. ddp: each worker has a whole "
         "copy. fsdp: parameters, gradients and optimizer state are sharded (FSDP2); all parameters "
-        "are gathered at once only for evaluation.",
+        "are gathered at once only for the student's own answers, if there is room.",
     )
     shard_group_size: PositiveInt | None = operational(
         None,
@@ -234,6 +242,21 @@ class TrainingConfig(ConfigModel):
         return self
 
     @model_validator(mode="after")
+    def _residual_fits(self) -> "TrainingConfig":
+        if self.residual_dtype == "bfloat16" and self.compute_dtype == "float32":
+            raise ValueError(
+                "residual_dtype is bfloat16, but compute_dtype is float32; set compute_dtype: "
+                "bfloat16 or auto, or residual_dtype: auto"
+            )
+        if self.residual_dtype != "auto" and self.weights_dtype != "float32":
+            raise ValueError(
+                f"residual_dtype is {self.residual_dtype}, but weights are in "
+                f"{self.weights_dtype}, and what goes from layer to layer with them; leave "
+                "residual_dtype unset"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sharding_fits(self) -> "TrainingConfig":
         group, defaults = self.shard_group_size, (None, "each_pass", False)
         for name, value in zip(SHARDED_ONLY, defaults, strict=True):
@@ -259,6 +282,14 @@ class TrainingConfig(ConfigModel):
     def weights_dtype(self) -> str:
         """The dtype in which the weights are trained."""
         return "bfloat16" if self.optimizer == "adamw_bf16" else self.param_dtype
+
+    def narrow_residual(self, workers: int) -> bool:
+        """Whether what goes from layer to layer is in the precision of products, where that is
+        narrower than the weights'.
+        """
+        if self.residual_dtype == "auto":
+            return self.strategy == "fsdp" and workers > 1
+        return self.residual_dtype == "bfloat16"
 
     @property
     def _worker_bounds(self) -> tuple[int, int]:

@@ -1,11 +1,16 @@
-"""The widths of a decoder as ``config.json`` names them, and which narrower ones it can have."""
+"""The widths of a decoder as ``config.json`` names them, and which narrower ones it can have; the
+number of a model's parameters.
+"""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from raystill.base.errors import Problem
+from raystill.model.files import ModelFolder, read_object
+from raystill.model.head import read_header
 
 PARTS: dict[str, tuple[str, str]] = {
     "embed_tokens": ("vocabulary", "hidden"),
@@ -182,3 +187,29 @@ def _expected_shape(name: str, sizes: Sizes, rows: int | None) -> tuple[int, ...
     if not found or module not in PARTS:
         return None
     return sizes.reshaped(f"{module}.weight", (0, 0), sizes)
+
+
+def count_parameters(model: ModelFolder, layers: list[int] | None = None) -> int | None:
+    """Number of parameters by the safetensors headers; None if it cannot be known.
+
+    ``layers``: count only these layers, and what is outside of layers. Where the files are still to
+    be downloaded, their total size tells the number.
+
+    ``safetensors.safe_open`` would refuse a file with a data type of a newer version.
+    """
+    files = sorted(model.path.glob("*.safetensors"))
+    if not files:
+        index = read_object(model.path / "model.safetensors.index.json")
+        total = index.get("metadata", {}).get("total_size")
+        width = 4 if model.config.get("dtype", model.config.get("torch_dtype")) == "float32" else 2
+        if total is None:
+            return None
+        kept = 1.0 if layers is None else len(layers) / max(1, model.num_layers or len(layers))
+        return round(total / width * kept)
+    total = 0
+    for file in files:
+        for name, entry in read_header(file).items():
+            layer = name.partition("layers.")[2].partition(".")[0]
+            if layers is None or not layer.isdigit() or int(layer) in layers:
+                total += math.prod(entry["shape"])
+    return total

@@ -114,23 +114,24 @@ class Decoder:
         keys = (config.get("num_key_value_heads") or heads) * size
         return cls(hidden, ffn, heads * size, keys, normed)
 
-    def activation_bytes(self, weights: int, products: int) -> float:
+    def activation_bytes(self, stream: int, products: int) -> float:
         """Of one token in one layer, kept for the backward pass.
 
-        weights, products: bytes of a weight and of a number that matrix products read. Norms and
-        the residual stream are in the precision of the weights, and computed in float32. Attention
+        stream, products: bytes of a number of the residual stream, and of one that matrix products
+        read. Norms and the residual stream are in the precision of the weights, or in that of the
+        products (``training.residual_dtype``), and norms computed in float32. Attention
         is FlashAttention or SDPA's causal kernel, which read a key once for all of its queries. A
         mask [S, S], which packed rows need in SDPA, is not counted, nor are keys and values that
         are repeated for it, 2 c (q - k).
         """
-        wide = weights if weights > products else products
-        stream = {(4, 2): 26, (2, 2): 16, (4, 4): 24, (8, 8): 48}[(wide, products)]
+        wide = max(stream, products)
+        norms = {(4, 2): 26, (2, 2): 16, (4, 4): 24, (8, 8): 48}[(wide, products)]
         both = self.queries + self.keys
         # Queries, keys, values and what comes out; a number in float32 for each head of 128.
         heads = 2.0 * products * both + self.queries / 32
         if self.normed_heads:  # Before the norm, at least in float32, and after it.
             heads += (max(4, products) + products + 1 / 32) * both
-        return stream * self.hidden + 4.0 * products * self.ffn + heads
+        return norms * self.hidden + 4.0 * products * self.ffn + heads
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ def need(
     w = WIDTHS[training.weights_dtype]
     c = _product_bytes(training, on_gpu)
     sharded = training.strategy == "fsdp" and workers > 1
+    stream = _stream_bytes(training, parts, workers, on_gpu)
     share = (training.shard_group_size or workers) if sharded else 1
     adapters = parts.adapters
     trained, b = (adapters.trained, adapters.base) if adapters else (parts.total, w)
@@ -175,18 +177,25 @@ def need(
     if adapters:
         weights += parts.total * b / share
     if sharded:
-        root, layers = float(parts.outside * b), _layer_bytes(parts, b, c)
+        # The root is gathered in the precision of the residual stream.
+        root, layers = float(parts.outside * stream), _layer_bytes(parts, b, c)
         if training.reduce_gradients == "once":
             root += trained * max(w, 4)
         if training.cpu_offload:
             host, weights, gradients, optimizer = weights + gradients + optimizer, 0.0, 0.0, 0.0
-    kept = kept_activations(training, parts, decoder, tokens, on_gpu)
-    loss = _loss_bytes(parts, decoder, b, c, tokens, on_gpu)
+    kept = kept_activations(training, parts, decoder, tokens, workers=workers, on_gpu=on_gpu)
+    head = stream if sharded else b
+    loss = _loss_bytes(parts, decoder, head, c, tokens, on_gpu)
     later = kept
     if training.activation_checkpointing:
-        later += tokens * decoder.activation_bytes(b, c)  # Of the layer that is computed again.
-    left = 0.0 if adapters else float(parts.head * max(4, b))
-    gathered, activations, loss = max((root, kept, loss), (root + layers, later, left), key=sum)
+        later += tokens * decoder.activation_bytes(stream, c)  # Of the layer computed again.
+    left = 0.0 if adapters else float(parts.head * (max(4, b) if head == b else head))
+    # DDP makes its buckets anew as the second step begins, when gradients are in the old ones.
+    buckets = gradients if training.strategy == "ddp" and workers > 1 else 0.0
+    moments = ((root, kept, loss), (root + layers, later, left), (buckets, 0.0, 0.0))
+    gathered, activations, loss = max(moments, key=sum)
+    if buckets:  # In the first step each gradient is beside its bucket, and there is no state yet.
+        optimizer = max(optimizer, buckets)
     reserve = 0.0
     if on_gpu:
         used = weights + gradients + optimizer + gathered + activations + loss
@@ -195,30 +204,57 @@ def need(
 
 
 def kept_activations(
-    training: TrainingConfig, parts: Parts, decoder: Decoder, tokens: int, on_gpu: bool = True
+    training: TrainingConfig,
+    parts: Parts,
+    decoder: Decoder,
+    tokens: int,
+    *,
+    workers: int,
+    on_gpu: bool = True,
 ) -> float:
     """What the forward pass of all layers keeps for the backward pass."""
-    b = parts.adapters.base if parts.adapters else WIDTHS[training.weights_dtype]
+    stream = _stream_bytes(training, parts, workers, on_gpu)
     c = _product_bytes(training, on_gpu)
-    row = max(b, c) * decoder.hidden
-    each = row if training.activation_checkpointing else decoder.activation_bytes(b, c)
-    return tokens * (each * len(parts.layers) + 2 * row)
+    row = max(stream, c) * decoder.hidden
+    each = row if training.activation_checkpointing else decoder.activation_bytes(stream, c)
+    # The last norm computes at least in float32.
+    return tokens * (each * len(parts.layers) + row + max(stream, c, 4) * decoder.hidden)
+
+
+def gathered_whole(training: TrainingConfig, parts: Parts) -> float:
+    """All weights at once, as a sharded student gathers them on a GPU."""
+    stream = _stream_bytes(training, parts, 2, True)
+    c = min(_product_bytes(training, True), parts.adapters.base if parts.adapters else 8)
+    return float(sum(parts.layers) * c + parts.outside * stream)
+
+
+def _stream_bytes(training: TrainingConfig, parts: Parts, workers: int, on_gpu: bool) -> int:
+    """Bytes of a number of the residual stream."""
+    b = parts.adapters.base if parts.adapters else WIDTHS[training.weights_dtype]
+    narrow = b == 4 and training.narrow_residual(workers)
+    return min(b, _product_bytes(training, on_gpu)) if narrow else b
 
 
 def calibration_need(
-    parts: Parts, decoder: Decoder, tokens: int, on_gpu: bool = True, workers: int = 1
+    parts: Parts,
+    decoder: Decoder,
+    tokens: int,
+    on_gpu: bool = True,
+    workers: int = 1,
+    recompute: bool = False,
 ) -> Need:
     """What each process of `calibrate` needs for forward passes of ``tokens`` tokens, in float32.
 
     ``workers`` processes share one student. Two gradients are held at a time. On a GPU the one that
     all others are compared with waits in host memory. The teacher's head counts as large as the
-    student's.
+    student's. recompute: activations are computed again in the backward pass.
     """
     share = parts.total * 4.0 / workers
     gradients = share if on_gpu else 2 * share
     root, layers = (parts.outside * 4.0, _layer_bytes(parts, 4, 4)) if workers > 1 else (0.0, 0.0)
-    layer = decoder.activation_bytes(4, 4)
-    activations = tokens * (layer * len(parts.layers) + 8.0 * decoder.hidden)
+    layer, row = decoder.activation_bytes(4, 4), 4.0 * decoder.hidden
+    each, again = (row, layer) if recompute else (layer, 0.0)
+    activations = tokens * (each * len(parts.layers) + 2 * row + again)
     loss = _loss_bytes(parts, decoder, 4, 4, tokens, on_gpu)
     gathered, loss = max((root, loss), (root + layers, 4.0 * parts.head), key=sum)
     loss += 4.0 * parts.head

@@ -17,7 +17,10 @@ TIME_OUT_S = 240.0
 
 
 def run_workers(
-    main: Callable[[int, Path], dict[str, Any]], folder: Path, workers: int = 2
+    main: Callable[[int, Path], dict[str, Any]],
+    folder: Path,
+    workers: int = 2,
+    time_out_s: float = TIME_OUT_S,
 ) -> list[dict[str, Any]]:
     """What ``main(rank, folder)`` returned in each of ``workers`` processes of one gloo group.
 
@@ -33,7 +36,7 @@ def run_workers(
     ]
     for process in processes:
         process.start()
-    deadline = monotonic() + TIME_OUT_S
+    deadline = monotonic() + time_out_s
     try:
         running = list(processes)
         while running and all(not process.exitcode for process in processes):

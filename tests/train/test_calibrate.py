@@ -12,6 +12,7 @@ from raystill.datasets.rows.signal import Signal
 from raystill.train.batch.batch import FILLER_ID
 from raystill.train.batch.rows import Row
 from raystill.train.calibration import compare
+from raystill.train.calibration.calibrator import recompute_in_eval
 from raystill.train.calibration.cost import bytes_per_token, cost_of
 from raystill.train.calibration.positions import RowPositions, read_positions, sample_positions
 from raystill.train.loss.head_loss import OutputHead
@@ -200,3 +201,26 @@ def test_a_cost_is_a_time_and_a_peak() -> None:
     cost = cost_of(lambda: (weight * 2).square().sum(), torch.device("cpu"))
     assert 0 < cost.seconds < 60
     assert cost.peak_bytes is None or cost.peak_bytes >= 0
+
+
+def test_activations_are_computed_again_in_eval_mode_and_gradients_stay() -> None:
+    teacher = teacher_of()
+    positions = positions_of(teacher, ladder(4), budget=40)
+    found, calls = [], []
+    for again in (False, True):
+        module = tiny_module(activation_checkpointing=again)
+        module.model.config.attention_dropout = 0.0
+        module.eval()
+        if again:
+            assert recompute_in_eval(module.model)
+        layer = module.model.model.layers[1]
+        assert not layer.self_attn.training
+        calls.append(0)
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(calls.pop() + 1))
+        found.append(compare.gradient_of(module, positions, HIDDEN, FORWARD_KL, teacher))
+    assert calls[1] == 2 * calls[0] > 2
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    module.eval()
+    module.model.config.attention_dropout = 0.1
+    assert not recompute_in_eval(module.model) and not module.model.model.layers[1].training

@@ -22,6 +22,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "8B": ("8B", 8, {}),
     "8B, recomputed": ("8B", 8, {"activation_checkpointing": True}),
     "8B, adamw_bf16": ("8B", 8, {"optimizer": "adamw_bf16"}),
+    "8B, wide": ("8B", 8, {"residual_dtype": "float32"}),
     "70B, recomputed": ("70B", 64, {"activation_checkpointing": True}),
 }
 TOKENS = 4096
@@ -58,13 +59,31 @@ def test_an_8b_student_needs_eight_gpus_or_less_state() -> None:
     assert 128e9 < needed.device < 180e9  # 16 bytes a parameter, and the rest.
     assert longest_pass(alone, parts, decoder, workers=1, has=has) == 0
     found = remedies(alone, parts, decoder, workers=1, tokens=TOKENS, has=has)
-    assert any("num_workers: 4 with strategy: fsdp (79" in text for text in found), found
+    assert any("num_workers: 4 with strategy: fsdp (70" in text for text in found), found
     eight = training_of("8B, recomputed")
     longest = longest_pass(eight, parts, decoder, workers=8, has=has)
     assert longest > 32_768
     for tokens, fits in ((longest, True), (longest + 1, False)):
         each = need(eight, parts, decoder, workers=8, tokens=tokens)
         assert (each.device <= has) == fits
+
+
+def test_ddp_has_gradients_twice_for_a_moment() -> None:
+    parts, decoder = sizes_of("8B")
+    alone = TrainingConfig(tokens_per_micro_batch=64)
+    several = alone.model_copy(update={"num_workers": 2})
+    short, two = (
+        need(t, parts, decoder, workers=w, tokens=64) for t, w in ((alone, 1), (several, 2))
+    )
+    # As the second step begins, when there are no activations: the new buckets beside the old.
+    assert two.gathered == pytest.approx(parts.total * 4) and two.activations == 0
+    assert two.device > short.device + 20e9
+    long = [
+        need(t, parts, decoder, workers=w, tokens=1 << 18) for t, w in ((alone, 1), (several, 2))
+    ]
+    assert long[0] == long[1], "less than what a long pass keeps"
+    small = several.model_copy(update={"optimizer": "adamw_8bit"})
+    assert need(small, parts, decoder, workers=2, tokens=64).optimizer == parts.total * 4
 
 
 def test_what_each_setting_does() -> None:
@@ -84,7 +103,7 @@ def test_what_each_setting_does() -> None:
     assert once == pytest.approx(parts.total * 4)
     assert of(activation_checkpointing=True).activations < plain.activations / 5
     assert of(optimizer="adamw_8bit").optimizer < plain.optimizer / 3.9
-    assert of(optimizer="adamw_bf16", compute_dtype="auto").device < 0.8 * plain.device
+    assert of(optimizer="adamw_bf16", compute_dtype="auto").device < 0.9 * plain.device
 
 
 def test_layers_that_are_not_kept_are_not_counted() -> None:

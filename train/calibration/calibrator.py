@@ -29,6 +29,7 @@ from raystill.train.calibration import compare
 from raystill.train.calibration.cost import bytes_per_token
 from raystill.train.calibration.positions import Positions, read_positions, sample_positions
 from raystill.train.loss.teacher_head import TeacherHead, read_teacher_head
+from raystill.train.start.cut import layer_list
 from raystill.train.start.shape import Shape, choose_shape
 from raystill.train.start.texts import Texts
 from raystill.train.step.ranks import Ranks
@@ -69,7 +70,8 @@ class Calibrator:
         self._ranks = ranks or Ranks()
         if not on_gpu:  # Ray sets OMP_NUM_THREADS to the actor's CPUs, which is 1 by default.
             torch.set_num_threads(self._cores())
-        self._config = config.model_copy(update={"training": PLACED})
+        again = {"activation_checkpointing": config.training.activation_checkpointing}
+        self._config = config.model_copy(update={"training": PLACED.model_copy(update=again)})
         self._tokens_budget = config.training.tokens_per_micro_batch
         self._source = teacher
         reads = self._ranks.first or not read_by_one_rank(self._config, self._ranks.world_size)
@@ -94,6 +96,8 @@ class Calibrator:
         config, device = self._config, self._device
         self._module = self._place(folder)
         self._module.eval()  # With dropout each signal would be compared on another student.
+        if config.training.activation_checkpointing:
+            recompute_in_eval(self._module.model)
         vocab = num_classes(self._module.model, self._teacher_folder)
         self._teacher = read_teacher_head(
             self._teacher_folder, vocab, device=device, engine_dtype=config.teacher.dtype
@@ -116,7 +120,7 @@ class Calibrator:
         if by_one:
             outline = ranks.from_first(model and Outline.of(model))
             model = model or outline.hollow()
-        return place_student(model, PLACED, self._device, ranks.world_size, by_one)
+        return place_student(model, self._config.training, self._device, ranks.world_size, by_one)
 
     def _read(self, folder: str | None) -> Any:
         config = self._config
@@ -224,6 +228,20 @@ class Calibrator:
         if signal.kind == "topk":
             return truncated.topk[signal.width].logprobs.exp().sum(dim=1).mean().item()
         return 1.0 if signal.kind == "hidden" else None
+
+
+def recompute_in_eval(model: Any) -> bool:
+    """Has the layers of a model in eval mode compute their activations again; whether they do.
+
+    transformers does so in training mode only. The mode of a layer itself, and not of what is in
+    it, is changed: nothing is dropped. A model with a dropout of its own stays as it is.
+    """
+    settings = model.config.get_text_config().to_dict()
+    if any(value for name, value in settings.items() if "drop" in name and value):
+        return False
+    for layer in layer_list(model)[2]:
+        layer.training = True
+    return True
 
 
 def require_answers(rows: pa.Table, num_prompts: int) -> None:

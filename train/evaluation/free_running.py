@@ -213,6 +213,9 @@ def generate(
     # transformers fills what is not set from the model's own settings, such as a repetition penalty
     # of its folder. The teacher's answers were drawn without: so are the student's.
     own_generation, model.generation_config = model.generation_config, GenerationConfig()
+    kernel = model.config._attn_implementation
+    if kernel == "flex_attention":  # It would be compiled for each length of an answer.
+        model.set_attn_implementation("eager")
     model.eval()
     devices = [device] if device.type == "cuda" else []
     try:
@@ -233,6 +236,7 @@ def generate(
                 _generate_batch(model, [np.zeros(1, np.int32)], settings, device, None, True)
             return answers
     finally:
+        model.set_attn_implementation(kernel)
         model.generation_config = own_generation
         model.config.use_cache = was_caching
         model.train(was_training)

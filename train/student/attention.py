@@ -4,8 +4,9 @@
 
 In a packed micro-batch the rows follow each other in a single sequence, each with positions from
 0, and no row may attend to another. FlashAttention gets the bounds of the rows and works row by
-row. The other kernels need a mask [S, S], whose time and memory grow with the square of the whole
-micro-batch; for them padded rows of similar length are cheaper.
+row. FlexAttention, which also caps attention's logits and knows sinks, gets a mask of blocks and
+leaves out those between rows. The other kernels need a mask [S, S], whose time and memory grow with
+the square of the whole micro-batch; for them padded rows of similar length are cheaper.
 
 Legend: S length of the packed sequence, D hidden size.
 """
@@ -46,6 +47,7 @@ FLASH = {
     "flash_attention_2": Kernel("flash_attn", range(8, 100), has_dropout=True),
 }
 """By the name that transformers uses, the faster first."""
+FLEX = "flex_attention"
 HALF = (torch.bfloat16, torch.float16)
 UNPACKABLE = (
     *("chunked_attention", "linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"),
@@ -66,11 +68,16 @@ def use_attention(name: str, model: Any, device: torch.device, dtype: torch.dtyp
     """Sets the attention kernel of the model, and returns the name of the one that it now has.
 
     name: ``training.attention``. ``auto`` is the first FlashAttention that can run here, otherwise
-    the kernel that the model has in a `StudentModule`: SDPA, or eager where SDPA would leave out a
-    cap. dtype: of the matrix products. Raises ValueError where the named kernel cannot run here.
+    the kernel that the model has in a `StudentModule`: SDPA, or where SDPA would leave out a cap or
+    sinks FlexAttention, on a CPU eager. dtype: of the matrix products. Raises ValueError where the
+    named kernel cannot run here.
     """
     current = model.config._attn_implementation
     wanted = _fastest(model, device, dtype) or current if name == "auto" else name
+    if name == FLEX and (reason := why_no_flex(model, device)):
+        raise ValueError(
+            f"training.attention is {name}, but {reason}; set training.attention: auto"
+        )
     if name in FLASH and (reason := why_not(name, model, device, dtype)):
         raise ValueError(
             f"training.attention is {name}, but {reason}; set training.attention: auto"
@@ -116,14 +123,32 @@ def why_not(name: str, model: Any, device: torch.device, dtype: torch.dtype) -> 
     return None
 
 
+def why_no_flex(model: Any, device: torch.device) -> str | None:
+    """The reason why FlexAttention cannot train this model on this device; None: it can."""
+    if device.type != "cuda":
+        return f"the student runs on {device.type}, where PyTorch has no gradient of it"
+    if not getattr(model, "_supports_flex_attn", False):
+        return f"{type(model).__name__} does not support it"
+    if getattr(model.config.get_text_config(), "attention_dropout", None):
+        return f"it has no dropout, and {type(model).__name__} has attention_dropout"
+    return None
+
+
 def _fastest(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The first FlashAttention that can run here; logs why another one cannot."""
-    if device.type != "cuda" or dtype not in HALF:
+    """The first FlashAttention that can run here, or FlexAttention in the place of eager; logs why
+    another one cannot.
+    """
+    if device.type != "cuda":
         return None
-    for name in FLASH:
+    for name in FLASH if dtype in HALF else ():
         if (reason := why_not(name, model, device, dtype)) is None:
             return name
         logger.info("no %s: %s", name, reason)
+    if model.config._attn_implementation != "eager":
+        return None
+    if (reason := why_no_flex(model, device)) is None:
+        return FLEX
+    logger.info("no %s: %s", FLEX, reason)
     return None
 
 
@@ -132,13 +157,15 @@ def wants_packing(packing: bool | str, attention: str) -> bool:
 
     packing: ``training.packing``. attention: the name of the kernel.
     """
-    return packing is True or (packing == "auto" and "flash" in attention)
+    blocks = "flash" in attention or attention == FLEX
+    return packing is True or (packing == "auto" and blocks)
 
 
 def use_packing(
     packing: bool | str, student: StudentModule, attention: str, device: torch.device
 ) -> bool:
-    """Whether micro-batches are packed; ``auto``: with FlashAttention, where it is cheaper.
+    """Whether micro-batches are packed; ``auto``: with FlashAttention and FlexAttention, where it
+    is cheaper.
 
     Runs the model on two packed rows, to see whether one changes the other. A sharded model is run
     in `sharding.gathering_passes`, by all ranks. Where rows change each other, ``auto`` pads them,

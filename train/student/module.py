@@ -40,6 +40,7 @@ class StudentModule(nn.Module):
         param_dtype: dtype of the parameters that are trained.
         compute_dtype: dtype of matrix products (autocast); that of frozen weights in 16 bits, which
             would be converted for each product otherwise.
+        stream_dtype: dtype of what goes from layer to layer; `narrow_stream` sets it.
         packed: Whether micro-batches are packed; `sharding.place_student` sets it.
         transform: Scale and cap of the logits.
     """
@@ -68,6 +69,7 @@ class StudentModule(nn.Module):
         mixed = bool(narrow) and self.param_dtype not in narrow  # Frozen beside trained weights.
         if mixed:
             self.compute_dtype = min(narrow, key=str)
+        self.stream_dtype = self.param_dtype
         self.packed = False
         self.transform = logit_transform(model.config.get_text_config().to_dict())
         # Frozen and trained weights of different dtypes meet under autocast only.
@@ -75,6 +77,17 @@ class StudentModule(nn.Module):
             require_known_head(model, self.head(self.param_dtype))
         if activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def narrow_stream(self) -> None:
+        """From now on what goes from layer to layer is in the dtype of products.
+
+        Nothing changes where weights of both dtypes are there already (adapters), or no two dtypes.
+        """
+        if {p.dtype for p in self.model.parameters()} != {torch.float32}:
+            return
+        self.stream_dtype = self.compute_dtype
+        embeddings = self.model.get_input_embeddings()
+        embeddings.register_forward_hook(lambda _module, _ids, made: made.to(self.compute_dtype))
 
     @property
     def vocab_size(self) -> int:
@@ -105,6 +118,7 @@ class StudentModule(nn.Module):
     def _decoded(self, batch: MicroBatch, **more: bool) -> tuple[Tensor, Any]:
         """The input of the head, [N, D], and the logits of all routers, where ``more`` asks."""
         ROWS.packed = batch.packed
+        ROWS.positions = batch.position_ids if batch.packed else None
         try:
             with self._autocast(batch.input_ids.device.type):
                 output = self.model.get_decoder()(
@@ -120,7 +134,7 @@ class StudentModule(nn.Module):
                 routers = getattr(output, "router_logits", None)
                 return hidden.index_select(0, batch.logit_index), routers
         finally:
-            ROWS.packed = None
+            ROWS.packed = ROWS.positions = None
 
     def _with_balance(
         self, sums: ObjectiveSums, batch: MicroBatch, objective: ObjectiveConfig, routers: Any
@@ -175,6 +189,8 @@ class StudentModule(nn.Module):
     def _autocast(self, device_type: str) -> Any:
         if self.compute_dtype == self.param_dtype:
             return nullcontext()
+        if self.stream_dtype != self.param_dtype and isinstance(self, FSDPModule):
+            return nullcontext()  # All weights are gathered in the dtype of products.
         return torch.autocast(device_type, dtype=self.compute_dtype)
 
 

@@ -8,9 +8,10 @@ before the forward pass, and freed after the backward pass. So `head_loss` multi
 tensor, and the gradient of the head is reduced like any other.
 
 Dtypes. A layer is gathered in the compute dtype: autocast would round its matrices to it anyway,
-and half as many bytes are sent. The root is gathered in the dtype of the parameters, so that the
-residual stream and the gradient of the head are in float32, as they are without sharding. Gradients
-are summed over the ranks in the dtype of the parameters, at least in float32, and *averaged*, as in
+and half as many bytes are sent. So is the root where the residual stream is in the compute dtype
+(``training.residual_dtype``), and there is no autocast. With a residual stream in float32 the root
+is gathered in float32, and the gradient of the head is too, as without sharding. Gradients are
+summed over the ranks in the dtype of the parameters, at least in float32, and *averaged*, as in
 DDP: after every backward pass, or once a step (``training.reduce_gradients``), for which every rank
 needs a full copy of the gradients.
 
@@ -47,6 +48,7 @@ from raystill.train.loss.log_probs import sum_dtype
 from raystill.train.start.cut import layer_list
 from raystill.train.student.attention import use_attention, use_packing, wants_packing
 from raystill.train.student.module import StudentModule, resolve_compute_dtype
+from raystill.train.student.norms import fuse_norms
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +69,10 @@ def place_student(
     dtype = resolve_compute_dtype(training.compute_dtype, device, training.weights_dtype)
     sharded = training.strategy == "fsdp" and world_size > 1
     placed = model if sharded else model.to(device)
+    fused = fuse_norms(model, device)
     student = StudentModule(placed, dtype, training.activation_checkpointing).train()
+    if training.narrow_residual(world_size):
+        student.narrow_stream()
     attention = use_attention(training.attention, model, device, student.compute_dtype)
     if sharded:
         whole = {}  # Kept by nobody else: sharding frees a layer's weights as it goes.
@@ -79,7 +84,8 @@ def place_student(
     if wants_packing(training.packing, attention):
         with gathering_passes(student):
             student.packed = use_packing(training.packing, student, attention, device)
-    logger.info("attention: %s; rows %s", attention, "packed" if student.packed else "padded")
+    rows = "packed" if student.packed else "padded"
+    logger.info("attention: %s; rows %s; norms in one kernel: %d", attention, rows, fused)
     return student
 
 
@@ -112,6 +118,8 @@ def shard_student(
         layer_policy = MixedPrecisionPolicy(
             student.compute_dtype, reduce_dtype=student.param_dtype, cast_forward_inputs=False
         )
+    if student.stream_dtype != student.param_dtype:
+        root = layer_policy
     for layer in layer_list(student.model)[2]:
         fully_shard(layer, mesh=mesh, mp_policy=layer_policy, offload_policy=offload)
     fully_shard(
@@ -202,7 +210,7 @@ def room_for_whole(module: StudentModule, device: torch.device) -> bool:
     numbers = sum(p.numel() for p in module.parameters())
     layers = sum(p.numel() for part in parts[1:] for p in part.parameters())
     wanted = layers * module.compute_dtype.itemsize
-    wanted += (numbers - layers) * module.param_dtype.itemsize
+    wanted += (numbers - layers) * module.stream_dtype.itemsize
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept > wanted * 17 / 16
 
