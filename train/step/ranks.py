@@ -21,8 +21,10 @@ class Ranks:
         world_size: Number of workers.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, timeout_s: float = 7200.0) -> None:
-        """timeout_s: how long a rank waits for the others; not used where gradients use gloo."""
+    def __init__(self, rank: int = 0, world_size: int = 1, timeout_s: float = 6 * 3600) -> None:
+        """timeout_s: how long a rank waits for the others; not used where gradients use gloo. They
+        wait for each other's rows, and so for the teacher, as in ``worker.fit``.
+        """
         self.rank = rank
         self.world_size = world_size
         self._group: Any = None
