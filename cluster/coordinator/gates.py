@@ -7,22 +7,32 @@ import asyncio
 
 
 class Gates:
-    """Three gates: the stream may start, the held-out rows are there, training may begin."""
+    """Three gates: the stream may start, the held-out rows are there, training may begin.
+
+    The first and the last are open until they are held.
+    """
 
     def __init__(self) -> None:
-        self._answering = asyncio.Event()
+        self._may_stream = asyncio.Event()
+        self._may_stream.set()
         self._held_out = asyncio.Event()
         self._may_train = asyncio.Event()
         self._may_train.set()
         self._holds = 0
 
-    async def rows_come(self) -> None:
-        """The teacher answers, or the store does: the stream may start."""
-        self._answering.set()
+    async def hold_stream(self) -> None:
+        """No stream before its ``release_stream``: it would take processors from a teacher that is
+        loading, and whose answers it waits for.
+        """
+        self._may_stream.clear()
 
-    async def wait_rows_come(self) -> None:
-        """Wait until then: starting the stream takes processors from a teacher that is loading."""
-        await self._answering.wait()
+    async def release_stream(self) -> None:
+        """A teacher answers."""
+        self._may_stream.set()
+
+    async def wait_may_stream(self) -> None:
+        """Wait until nothing holds the stream back."""
+        await self._may_stream.wait()
 
     async def wait_held_out(self) -> None:
         """Wait until the held-out rows are answered."""

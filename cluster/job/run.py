@@ -126,6 +126,8 @@ def serve(run: Run, prepared: Prepared, probe: bool = True) -> Background:
     probed = {name for name in needed if probe and is_due(runs[name])}
     if needed:  # Answers that are new are judged, so the judges start side by side with teachers.
         needed |= run.config.filters.judges
+    if needed:
+        run.coordinator.hold_stream.remote()
     for _ in probed:
         run.coordinator.hold_training.remote()
     return Background("teacher", lambda: serve_teachers(run, prepared, needed, probed))
@@ -158,8 +160,6 @@ def serve_teachers(run: Run, prepared: Prepared, needed: set[str], probed: set[s
     runs, apps, coordinator = run.by_teacher(), TeacherApps(run).by_name, run.coordinator
     for name in sorted(runs, key=lambda name: name not in needed):  # Some first, if any is needed.
         (coordinator.want_teacher if name in needed else coordinator.teacher_gone).remote(name)
-    if not needed:
-        coordinator.rows_come.remote()
     works = [
         Background(
             f"teacher {name}".strip(),
@@ -196,7 +196,7 @@ def serve_teacher(
         return
     teacher.deploy()
     teacher.wait()
-    coordinator.rows_come.remote()
+    coordinator.release_stream.remote()
     probing = probe_teacher.remote(run) if probe else None
     if held_out and ray.wait(held_out, timeout=0)[1]:  # Else a faster teacher has told of it.
         coordinator.phase.remote(ASKING)

@@ -50,11 +50,11 @@ class CountingStep(GlobalStep):
 class CountingWorker(Worker):
     """The real worker, whose student also holds the counts, and trains nothing else."""
 
-    def restore(self) -> None:
+    def load(self) -> None:
+        super().load()
         counts = nn.Parameter(torch.zeros(self.run.num_rows, dtype=torch.float64))
         self.student.model.counts = counts  # So that checkpoints carry it.
         self.optimizer = torch.optim.SGD([counts], lr=1.0)
-        super().restore()
 
     def finish(self) -> None:
         if self.ranks.first:

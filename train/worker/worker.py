@@ -165,7 +165,7 @@ class Worker:
             to_rows=rows_from_table,
             taken=lambda rows: self.coordinator.taken.remote(attempt, rows),
         )
-        rows.start(lambda: ray.get(self.coordinator.wait_rows_come.remote()))
+        rows.start(lambda: ray.get(self.coordinator.wait_may_stream.remote()))
         return rows
 
     def measure_before(self) -> None:
