@@ -144,8 +144,11 @@ class Batches:
             except Unanswered as error:
                 return str(error)
             if not lines.later:
-                async with self._reading:
-                    return await asyncio.to_thread(lines.line, key)
+                try:
+                    async with self._reading:
+                        return await asyncio.to_thread(lines.line, key)
+                except OSError as error:  # Removed meanwhile, as by `revoke`.
+                    return f"{FATAL}a batch's lines cannot be read: {describe(error)}"
             if self._of_key.get(key) is follows:
                 self.forget(key)
 

@@ -169,7 +169,7 @@ class Lines:
     later: bool = False
 
     def line(self, key: str) -> Line | None:
-        """What came back for a key; None: nothing did. Blocks."""
+        """What came back for a key; None: nothing did. Blocks. Raises OSError."""
         place = self.places.get(key)
         return None if place is None else next(self._at([place]))
 
@@ -183,7 +183,8 @@ class Lines:
             for place in places:
                 stream.seek(place)
                 line = _parsed(stream.readline(LONGEST_LINE))[1]
-                assert line is not None, "a batch's lines have changed"
+                if line is None:
+                    raise OSError("a batch's lines have changed")
                 yield line
 
 

@@ -469,6 +469,28 @@ def test_a_file_without_end_ends_the_run_at_a_bound(tmp_path: Path, service: Bat
     assert set(service.paid.values()) == {1} and third.cost == 5 * ROW
 
 
+@pytest.mark.parametrize("spoilt", [None, b"", b"other\n" * 999])
+def test_lines_that_are_taken_away_meanwhile_end_the_run_with_the_reason(
+    tmp_path: Path, service: BatchService, monkeypatch: pytest.MonkeyPatch, spoilt: bytes | None
+) -> None:
+    run = Run(tmp_path, service, QUESTIONS)
+    read = journal_module.read_lines
+
+    def and_spoil(*words: Any) -> Any:
+        found = read(*words)
+        (file,) = (tmp_path / "store" / "batches").glob("*.lines.jsonl")
+        if spoilt is None:
+            file.unlink()
+        else:
+            file.write_bytes(spoilt)
+        return found
+
+    monkeypatch.setattr(journal_module, "read_lines", and_spoil)
+    monkeypatch.setattr(batches_module.Batches, "_charge", lambda *_: asyncio.sleep(0))
+    answers = asyncio.run(run.sample())
+    assert all("stop: a batch's lines cannot be read" in (a.error or "") for a in answers)
+
+
 def test_lines_stay_on_disk_and_are_read_one_at_a_time(
     tmp_path: Path, service: BatchService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
