@@ -21,13 +21,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raystill.datasets.lookup.keeping import Notes, StoreIndex
+from raystill.datasets.lookup.keeping import NOTED, Notes, StoreIndex
 from raystill.datasets.rows.answers import Answer, answers_table, stored_columns, tail_logprob
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.compaction import compact
-from raystill.datasets.store.segment import Origin, Provenance, encode, segment_name
+from raystill.datasets.store.segment import (
+    Group,
+    Origin,
+    Provenance,
+    encode,
+    segment_name,
+    segment_schema,
+)
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
+from raystill.datasets.store.values import checksum
 
 GROUP_ROWS, TOP_K, VOCAB = 8, 64, 49_152
 TOPK = Signal("topk", TOP_K)
@@ -37,29 +45,49 @@ GROUPS_READ = 100
 BARE_ROWS = 32_000
 
 
-def publish_rows(folder: str, rows: int, tokens: int) -> dict[str, Any]:
-    """Segments as a run publishes and notes them, without waiting for the disk."""
-    os.makedirs(f"{folder}/{SEGMENTS}")
-    notes = Notes(TeacherStore(folder))
-    generator = np.random.default_rng(rows)
+def publish_rows(
+    folder: str, rows: int, tokens: int, first: int = 0, every: int = 1
+) -> dict[str, Any]:
+    """Segments as a run publishes and notes them, without waiting for the disk.
+
+    They come in blocks, each from its own seed. A block that is there already is passed over, so
+    what was broken off goes on. ``first``, ``every``: of blocks, where several processes write.
+    """
+    os.makedirs(f"{folder}/{SEGMENTS}", exist_ok=True)
+    notes, columns = Notes(TeacherStore(folder)), columns_of(tokens)
+    sums = {name: checksum(columns[name].combine_chunks()) for name in columns}
+    segments = rows // GROUP_ROWS
+    for block in range(first, -(-segments // NOTED), every):
+        number = min(NOTED, segments - block * NOTED)
+        keys = np.frombuffer(
+            np.random.default_rng([rows, block]).bytes(number * GROUP_ROWS * KEY_BYTES), "V16"
+        ).reshape(number, GROUP_ROWS)
+        if os.path.exists(f"{folder}/{SEGMENTS}/{segment_name(keys[-1].tolist(), TOPK)}"):
+            continue
+        for of_group in keys:
+            table = pa.table({"key": pa.array(of_group.tolist(), pa.binary(KEY_BYTES)), **columns})
+            # The answers are alike, and so are their checksums.
+            mine = {"key": checksum(table["key"].combine_chunks()), **sums}
+            group = Group(ASKED.run, ASKED.purpose, GROUP_ROWS, mine)
+            data, name = encode(ORIGIN, [(group, table)]), segment_name(of_group.tolist(), TOPK)
+            with open(f"{folder}/{SEGMENTS}/{name}", "wb") as file:
+                file.write(data)
+            notes.add(name, ORIGIN, [(ASKED, table["key"].combine_chunks())])
+    notes.write()
+    return {"segments": segments}
+
+
+def columns_of(tokens: int) -> dict[str, pa.ChunkedArray]:
+    """The columns of a group, but for its keys."""
+    generator = np.random.default_rng(tokens)
     logprobs = np.sort(-generator.exponential(6, (tokens, TOP_K)) - 5)[:, ::-1].astype(np.float32)
     ids = generator.integers(0, VOCAB, (tokens, TOP_K), dtype=np.int32)
     tail = tail_logprob(logprobs, VOCAB)
     answer = Answer(ids[:, 0], "stop", logprobs[:, 0], ids, logprobs, tail)
-    told = answers_table([answer] * GROUP_ROWS, TOPK)
-    columns = {name: told[name] for name in told.column_names if name != "error"}
     prompts = pa.array([[1, 2, 3]] * GROUP_ROWS, pa.list_(pa.int32()))
-    for _ in range(rows // GROUP_ROWS):
-        keys = [generator.bytes(KEY_BYTES) for _ in range(GROUP_ROWS)]
-        table = pa.table(
-            {"key": pa.array(keys, pa.binary(KEY_BYTES)), "prompt_ids": prompts, **columns}
-        )
-        data, name = encode(ORIGIN, [(ASKED, table)]), segment_name(keys, TOPK)
-        with open(f"{folder}/{SEGMENTS}/{name}", "wb") as file:
-            file.write(data)
-        notes.add(name, ORIGIN, [(ASKED, table["key"].combine_chunks())])
-    notes.write()
-    return {"segments": rows // GROUP_ROWS}
+    told = answers_table([answer] * GROUP_ROWS, TOPK).append_column("prompt_ids", prompts)
+    schema = segment_schema(TOPK)
+    return {f.name: told[f.name].cast(f.type) for f in schema if f.name != "key"}
 
 
 def look_through(folder: str) -> dict[str, Any]:
@@ -85,8 +113,9 @@ def find_all(folder: str) -> dict[str, Any]:
     index = StoreIndex(TeacherStore(folder)).look_through()
     found = 0
     for part, live in zip(index.parts, index.live, strict=True):
-        there = live[part.segment[part.group]]
-        words = np.stack([part.high[there], part.low[there]], axis=1).astype(">u8")
+        rows = part.where.all()
+        rows = rows[live[part.segment[rows["group"]]]]
+        words = np.stack([rows["high"], rows["low"]], axis=1).astype(">u8")
         buffers = [None, pa.py_buffer(words)]
         keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(words), buffers)
         found += int(index.find_many(pa.chunked_array([keys]), TOPK)[1].sum())
@@ -95,16 +124,30 @@ def find_all(folder: str) -> dict[str, Any]:
 
 
 def read_groups(folder: str) -> dict[str, Any]:
-    """Milliseconds of the processor for a group of 8 rows, all columns."""
-    store = TeacherStore(folder)
-    names, generator, times = store.names(), np.random.default_rng(1), []
-    columns = ["key", *stored_columns(TOPK)]
-    for number in generator.integers(0, len(names), GROUPS_READ):
-        group = int(generator.integers(len(store.open(names[number]).footer.groups)))
-        start = time.process_time()
-        store.read_group(names[number], group, columns, {})
-        times.append(time.process_time() - start)
-    return {"group_ms": 1e3 * float(np.median(times))}
+    """Milliseconds of the processor for a group of 8 rows, all columns.
+
+    The groups' own segments are kept beside the store. Once it is compacted they are read in
+    alternation with it, so that other work on the machine slows both.
+    """
+    kept = TeacherStore(f"{folder}.own")
+    store, generator = TeacherStore(folder), np.random.default_rng(1)
+    names = store.names()
+    times: tuple[list[float], list[float]] = ([], [])
+    own = [names[number] for number in generator.integers(0, len(names), GROUPS_READ)]
+    if not os.path.exists(kept.path):
+        os.makedirs(f"{kept.path}/{SEGMENTS}")
+        for name in set(own):
+            os.link(f"{folder}/{SEGMENTS}/{name}", f"{kept.path}/{SEGMENTS}/{name}")
+    pairs = list(zip(own, generator.choice(kept.names(), GROUPS_READ), strict=True))
+    for merged, alone in pairs:
+        groups = len(store.open(merged).footer.groups)
+        chosen = ((store, merged, int(generator.integers(groups))), (kept, str(alone), 0))
+        for of, (where, name, group) in zip(times, chosen, strict=True):
+            start = time.process_time()
+            where.read_group(name, group, ["key", *stored_columns(TOPK)], {})
+            of.append(time.process_time() - start)
+    group_s, own_s = (float(np.median(of)) for of in times)
+    return {"group_ms": 1e3 * group_s, "own_ms": 1e3 * own_s, "ratio": group_s / own_s}
 
 
 def compact_all(folder: str) -> dict[str, Any]:

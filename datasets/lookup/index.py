@@ -20,14 +20,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.datasets.lookup.part import UNKNOWN, Part, halves
+from raystill.datasets.lookup.rows import Table
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.reading import UnusableSegment
+from raystill.datasets.store.reading import NAMES_TOGETHER, Listing, UnusableSegment
 from raystill.datasets.store.segment import Origin
 from raystill.datasets.store.store import RowCounts
 
 Mask = NDArray[np.bool_]
-BULK = 1 << 20
+BULK = 1 << 18
 """Keys that are looked for at once where there are many."""
+NEEDLES = 1 << 12
+"""Keys that are looked for at once in a part, whose rows near each of them are read."""
 
 
 @dataclass(frozen=True)
@@ -169,14 +172,14 @@ def _candidates(
 
     kind: 1 if it serves ``wanted``, and 2 if it was scored.
     """
-    start, stop = (np.searchsorted(part.high, high, side) for side in ("left", "right"))
-    count = stop - start
-    needle = np.repeat(np.arange(len(high)), count)
-    row = np.arange(len(needle)) + (start - np.cumsum(count) + count)[needle]
-    row, needle = (a[part.low[row] == low[needle]] for a in (row, needle))
-    there = keep[part.segment[part.group[row]]]
-    row, needle = row[there], needle[there]
-    group = part.group[row]
+    few = [_near(part, high, low, start) for start in range(0, len(high) or 1, NEEDLES)]
+    needle, rows = (np.concatenate(of) for of in zip(*few, strict=True))
+    # The file may have changed since it was verified.
+    inside = (rows["group"] >= 0) & (rows["group"] < len(part.segment)) & (rows["place"] >= 0)
+    rows, needle = rows[inside], needle[inside]
+    there = keep[part.segment[rows["group"]]]
+    rows, needle = rows[there], needle[there]
+    group = rows["group"]
     segment = part.segment[group]
     kinds = np.array(
         [
@@ -186,16 +189,22 @@ def _candidates(
         np.int64,
     ).reshape(len(part.origins), len(part.provenances))
     kind = kinds[part.origin[segment], part.asked[group]]
-    return np.stack([needle, segment, part.number[group], part.place[row], kind]).astype(np.int64)
+    return np.stack([needle, segment, part.number[group], rows["place"], kind]).astype(np.int64)
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The segments that are there: names (string), sizes in bytes, times of change in ns."""
-
-    names: pa.Array
-    sizes: NDArray[np.int64]
-    changed: NDArray[np.int64]
+def _near(
+    part: Part, high: NDArray[np.uint64], low: NDArray[np.uint64], first: int
+) -> tuple[NDArray[np.int64], Table]:
+    """The rows with one of NEEDLES keys from the ``first`` on: the key's number, and the row."""
+    high, low = high[first : first + NEEDLES], low[first : first + NEEDLES]
+    rows = part.where.near(high)
+    of_rows = np.ascontiguousarray(rows["high"])
+    start, stop = (np.searchsorted(of_rows, high, side) for side in ("left", "right"))
+    count = stop - start
+    needle = np.repeat(np.arange(len(high)), count)
+    rows = rows[np.arange(len(needle)) + (start - np.cumsum(count) + count)[needle]]
+    same = rows["low"] == low[needle]
+    return needle[same] + first, rows[same]
 
 
 def live_in(
@@ -209,12 +218,16 @@ def live_in(
     covered = np.zeros(len(listing.names), bool)
     if not parts:
         return [], ~covered
-    # One look for the names of all parts: it is made over all that are listed.
-    names = pa.concat_arrays([part.names for part in parts])
-    places = pc.index_in(names, value_set=listing.names).fill_null(-1)
-    places = places.to_numpy(zero_copy_only=False).astype(np.int64)
+    names = pa.chunked_array([part.names for part in parts], pa.string())
+    places = np.full(len(names), -1, np.int32)
+    # One look for the names of all parts, and not for each part: it is made over all that are
+    # listed.
+    for start in range(0, len(listing.names), NAMES_TOGETHER):
+        some = pc.index_in(names, value_set=listing.names.slice(start, NAMES_TOGETHER))
+        found = np.asarray(some.fill_null(-1).to_numpy())
+        places[found >= 0] = found[found >= 0] + start
     distrusted = pc.is_in(names, value_set=pa.array(list(without), pa.string()))
-    places[distrusted.to_numpy(zero_copy_only=False)] = -1
+    places[distrusted.to_numpy()] = -1
     live = []
     for part, place in zip(
         parts, np.split(places, np.cumsum([len(part.names) for part in parts])[:-1]), strict=True
@@ -224,6 +237,9 @@ def live_in(
         unknown = part.changed[same] == UNKNOWN
         same[same] &= unknown | (listing.changed[place[same]] == part.changed[same])
         same[same] &= ~covered[place[same]]
+        once = np.zeros(len(same), bool)  # A part of merged ones may have a segment twice.
+        once[np.flatnonzero(same)[np.unique(place[same], return_index=True)[1]]] = True
+        same &= once
         covered[place[same]] = True
         live.append(same)
     return live, ~covered

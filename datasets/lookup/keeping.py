@@ -6,12 +6,12 @@ Imports neither Ray nor torch.
 import fcntl
 import logging
 import os
-import re
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +19,27 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 
 from raystill.base.records import open_own
-from raystill.datasets.lookup.index import Index, Listing, Mask, live_in
-from raystill.datasets.lookup.part import Described, Part, decoded, encoded, merged, part_of
+from raystill.datasets.lookup import files
+from raystill.datasets.lookup.files import (
+    FOLDER,
+    joined,
+    packed,
+    part_files,
+    parts_of,
+    read_part,
+    rows_of,
+    small,
+    write_part,
+)
+from raystill.datasets.lookup.index import Index, Mask, live_in
+from raystill.datasets.lookup.part import Described, Part, merged, part_of, rows_in
+from raystill.datasets.lookup.rows import LostPart
 from raystill.datasets.store.reading import (
     GoneSegment,
+    Listing,
     UnreadableSegment,
     UnusableSegment,
+    is_in,
     read_each,
 )
 from raystill.datasets.store.segment import READ_ERRORS, Origin, Provenance
@@ -32,21 +47,17 @@ from raystill.datasets.store.store import LISTINGS, READERS, SEGMENTS, Progress,
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "index"
 LOCK = "lock"
 LOCK_WAIT_S = 1800.0
 """Longest wait for another process that looks through the same store; its work is done then."""
-PART_NAME = re.compile(r"[0-9a-f]{32}\.arrow")
 WORTH_A_PART = 256
 """Fewest groups of which a part is written: reading those of segments takes so many ms."""
 NOTED = 1024
 """Segments of which a process that publishes writes a part; it is the loss if the process dies."""
 BATCH = 4096
 """Segments whose keys are in memory one by one before they are merged."""
-PART_ROWS = 1 << 21
-"""Parts are merged up to so many rows, which bounds the memory that merging takes."""
 MANY_PARTS = 8
-"""More parts than these of less than a quarter of PART_ROWS are merged."""
+"""More parts than these of less than half of PART_ROWS (small ones) are merged."""
 
 
 class StoreIndex:
@@ -57,11 +68,16 @@ class StoreIndex:
         self._parts: dict[str, Part] = {}  # by the name of the file
         self._own: list[Part] = []  # of what this process has opened, and not written
         self._distrusted: set[str] = set()
+        self._unusable: set[str] = set()  # files that are no parts
 
     def distrust(self, name: str) -> None:
         """A segment is not what the index says: it is opened at the next look-through."""
         self._distrusted.add(name)
-        self._own = _packed(self._own, without={name})
+        self._own = packed(self._own, without={name})
+
+    def forget(self) -> None:
+        """Files of the index can no longer be read: they are opened anew, or done without."""
+        self._parts.clear()
 
     def look_through(
         self, without: Collection[str] = (), progress: Progress | None = None
@@ -70,80 +86,79 @@ class StoreIndex:
 
         ``progress`` is called with (segments opened, segments to open).
         """
+        for _ in range(LISTINGS):
+            with suppress(LostPart):
+                return self._looked_through(without, progress)
+            self.forget()
+        return self._looked_through(without, progress)
+
+    def _looked_through(self, without: Collection[str], progress: Progress | None) -> Index:
+        if self._too_many():
+            with self._alone() as may_write:
+                if may_write:  # Before they are read: all of them are too many to hold.
+                    self._merge_small()
         self._read_parts()
-        listing = self._listing(without)
+        if not self._is_in_order(without):
+            with self._alone() as may_write:
+                self._read_parts()
+                return self._look_through(without, progress, may_write)
+        return self._look_through(without, progress)
+
+    def _is_in_order(self, without: Collection[str]) -> bool:
+        """Whether nothing is to be written: few segments are in no part, and no part is worn."""
+        listing = self._store.listing(without)
         live, missing = self._live(listing)
         # Of segments that are passed over, or in a folder that is away, nobody knows whether they
         # are still there: no part goes for their sake.
         known = len(listing.names) > 0 and not without
-        untidy = self._untidy(live[len(self._own) :] if known else [])
-        if missing.sum() < WORTH_A_PART and not untidy:
-            return self._look_through(listing, without, progress)
-        with self._alone() as may_write:
-            self._read_parts()
-            return self._look_through(self._listing(without), without, progress, may_write)
+        old = live[len(self._own) :] if known else []
+        wrong = any(is_in(part.names, self._distrusted).any() for part in self._parts.values())
+        worn = any(map(self._is_worn, self._parts.values(), old))
+        return missing.sum() < WORTH_A_PART and not wrong and not worn
 
     def _look_through(
-        self,
-        listing: Listing,
-        without: Collection[str],
-        progress: Progress | None,
-        may_write: bool = False,
+        self, without: Collection[str], progress: Progress | None, may_write: bool = False
     ) -> Index:
         refused: dict[str, UnusableSegment] = {}
         for again in range(LISTINGS):
-            listing = self._listing(without) if again else listing
-            missing = self._live(listing)[1] & ~_is_in(listing.names, refused)
-            unread = listing.names.filter(pa.array(missing)).to_pylist()
+            listing = self._store.listing(without)
+            missing = self._live(listing)[1] & ~is_in(listing.names, refused)
             # A segment that is gone was merged into one that this listing may be the first to show.
-            if not unread:
+            if not missing.any():
                 break
-            sizes, changed = listing.sizes[missing].tolist(), listing.changed[missing].tolist()
-            stamps = dict(zip(unread, zip(sizes, changed, strict=True), strict=True))
-            opened, bad = self._open(stamps, None if again else progress)
-            refused |= bad
-            self._own = _packed([*self._own, *opened])
+            shown = None if again else progress
+            refused |= self._open(listing.chosen(missing), shown, may_write)
         if may_write:
             self._tidy(listing)
-        there = set(listing.names.filter(pa.array(_is_in(listing.names, refused))).to_pylist())
+        there = set(listing.names.filter(pa.array(is_in(listing.names, refused))).to_pylist())
         refused = {name: error for name, error in sorted(refused.items()) if name in there}
         return Index([*self._own, *self._parts.values()], self._live(listing)[0], refused)
 
-    def _listing(self, without: Collection[str]) -> Listing:
-        files = [info for info in self._store.files() if info.base_name not in without]
-        return Listing(
-            pa.array([info.base_name for info in files], pa.string()),
-            np.array([info.size or 0 for info in files], np.int64),
-            np.array([info.mtime_ns or 0 for info in files], np.int64),
-        )
-
     def _live(self, listing: Listing) -> tuple[list[Mask], Mask]:
         """`live_in` of what this process has opened, which comes first, and of the parts."""
+        if not self._own:
+            return live_in(listing, list(self._parts.values()), self._distrusted)
         fresh, missing = live_in(listing, self._own)
-        left = Listing(
-            listing.names.filter(pa.array(missing)),
-            listing.sizes[missing],
-            listing.changed[missing],
-        )
+        left = listing.chosen(missing)
         old, lacking = live_in(left, list(self._parts.values()), self._distrusted)
         missing[missing] = lacking
         return fresh + old, missing
 
     def _open(
-        self, stamps: dict[str, tuple[int, int]], progress: Progress | None
-    ) -> tuple[list[Part], dict[str, UnusableSegment]]:
-        """Open segments; parts of them, and those that cannot be used.
+        self, listing: Listing, progress: Progress | None, may_write: bool
+    ) -> dict[str, UnusableSegment]:
+        """Open segments, and have parts of them; those that cannot be used.
 
-        stamps: size and time of change of each, by name. Unreadable ones are tried again at the
-        end, all at once.
+        Unreadable ones are tried again at the end, all at once.
         """
-        parts: list[Part] = []
         errors: dict[str, UnusableSegment] = {}
 
         def read(
-            names: list[str], shown: Progress | None, pauses: tuple[float, ...] | None
+            stamps: dict[str, tuple[int, int]],
+            shown: Progress | None,
+            pauses: tuple[float, ...] | None,
         ) -> None:
-            results = read_each(self._store.keys_of, names, shown, READERS, pauses)
+            results = read_each(self._store.keys_of, list(stamps), shown, READERS, pauses)
             opened: list[Described] = []
             for name, result in results.items():
                 if isinstance(result, UnusableSegment):
@@ -153,22 +168,22 @@ class StoreIndex:
                     groups = [g.provenance for g in footer.groups]
                     described = list(zip(groups, result[1], strict=True))
                     opened.append((name, stamps[name], footer.origin, described))
-            parts.extend(_parts_of(opened))
+            self._own = packed([*self._own, *parts_of(opened)])
 
-        names = list(stamps)
-        for start in range(0, len(names), BATCH):
-            shown = progress and partial(_shifted, progress, start, len(names))
-            read(names[start : start + BATCH], shown, ())
+        for start in range(0, len(listing.sizes), BATCH):
+            shown = progress and partial(_shifted, progress, start, len(listing.sizes))
+            read(_stamps(listing.chosen(np.arange(start, len(listing.sizes))[:BATCH])), shown, ())
+            if may_write and not self._distrusted and rows_of(self._own) >= files.PART_ROWS:
+                self._write_own()
         late = [name for name, error in errors.items() if isinstance(error, UnreadableSegment)]
         if late:
             for name in late:
                 del errors[name]
-            read(late, None, None)
-        return parts, {n: e for n, e in errors.items() if not isinstance(e, GoneSegment)}
+            read(_stamps(listing.chosen(is_in(listing.names, late))), None, None)
+        return {n: e for n, e in errors.items() if not isinstance(e, GoneSegment)}
 
     def _read_parts(self) -> None:
         """Read the parts that were not read yet, and forget those that are gone."""
-        folder = self._store.folder
         for _ in range(LISTINGS):
             names = part_files(self._store)
             self._parts = {n: part for n, part in self._parts.items() if n in names}
@@ -177,8 +192,7 @@ class StoreIndex:
                 if name in self._parts:
                     continue
                 try:
-                    with folder.open_input(f"{FOLDER}/{name}") as file:
-                        self._parts[name] = decoded(name, file.read_buffer())
+                    self._parts[name] = read_part(self._store, name)
                 except FileNotFoundError:  # Merged into another meanwhile.
                     gone = True
                 except READ_ERRORS as error:
@@ -186,48 +200,84 @@ class StoreIndex:
             if not gone:
                 return
 
-    def _untidy(self, live: Sequence[Mask]) -> bool:
-        """Whether parts are to be merged, or to be written without what is of no use or wrong.
+    def _merge_small(self) -> None:
+        """Merge the small parts, some at a time."""
+        batch: list[str] = []
+        rows = 0
+        for name in self._too_many():
+            if rows + rows_in(name) > files.PART_ROWS:
+                self._merge(batch)
+                batch, rows = [], 0
+            batch.append(name)
+            rows += rows_in(name)
+        self._merge(batch)
 
-        live: of each part, as `live_in` has it; none where that is not known.
-        """
-        parts = self._parts.values()
-        if sum(_is_small(part) for part in parts) > MANY_PARTS:
-            return True
-        if any(_is_in(part.names, self._distrusted).any() for part in parts):
-            return True
-        return any(self._is_worn(part, keep) for part, keep in zip(parts, live, strict=False))
+    def _too_many(self) -> list[str]:
+        """Names of the small parts, if they are too many."""
+        names = [n for n in small(part_files(self._store)) if n not in self._unusable]
+        return names if len(names) > MANY_PARTS else []
+
+    def _merge(self, names: list[str]) -> None:
+        """Write the parts in these files as one, and remove them."""
+        read: list[str] = []
+
+        def parts() -> Iterator[tuple[Part, Mask]]:  # Each is let go of when it is merged.
+            for name in names:
+                try:
+                    part = read_part(self._store, name)
+                except READ_ERRORS as error:
+                    logger.warning("%s of the store's index is not used: %s", name, error)
+                    self._unusable.add(name)
+                else:
+                    read.append(name)
+                    yield part, np.ones(len(part.names), bool)
+
+        def whole() -> Iterator[Part]:
+            each = parts()
+            for first in each:
+                yield merged(chain([first], each))
+
+        self._replace(read, whole)
+
+    def _replace(self, names: Collection[str], parts: Callable[[], Iterable[Part]]) -> bool:
+        """Write parts, and remove the files of these names; False where nothing can be written."""
+        try:
+            written = [write_part(self._store, part) for part in parts()]
+            self._parts |= {name: read_part(self._store, name) for name in written}
+            for name in set(names) - set(written):
+                self._parts.pop(name, None)
+                with suppress(FileNotFoundError):
+                    self._store.folder.delete(f"{FOLDER}/{name}")
+        except LostPart:
+            raise
+        except (OSError, ValueError) as error:
+            logger.warning("the store's index could not be written: %s", error)
+            return False
+        return True
+
+    def _write_own(self) -> None:
+        if self._replace([], lambda: self._own):
+            self._own = []
 
     def _tidy(self, listing: Listing) -> None:
-        """Write what was opened, and merge small, worn and wrong parts."""
+        """Write what was opened, and parts that are worn or wrong without what is of no use."""
         live, _ = self._live(listing)
         own = list(zip(self._own, live, strict=False))
         old = dict(zip(self._parts, live[len(own) :], strict=True))
-        small = [name for name, part in self._parts.items() if _is_small(part)]
-        merge = set(small) if len(small) > MANY_PARTS else set()
-        merge |= {name for name, keep in old.items() if self._is_worn(self._parts[name], keep)}
+        worn = [name for name, keep in old.items() if self._is_worn(self._parts[name], keep)]
+        wrong = {n for n in old if is_in(self._parts[n].names, self._distrusted).any()}
         worth = _is_worth(self._own) or self._distrusted
-        chosen = [(self._parts[name], old[name]) for name in sorted(merge)]
-        try:
-            written = dict(
-                write_part(self._store, part) for part in _joined(chosen + (own if worth else []))
-            )
-            for name in merge - set(written):
-                del self._parts[name]
-                with suppress(FileNotFoundError):
-                    self._store.folder.delete(f"{FOLDER}/{name}")
-        except OSError as error:
-            logger.warning("the store's index could not be written: %s", error)
-            return
-        self._parts |= written
-        self._own = [] if worth else self._own
-        self._distrusted = set()
+        chosen = [(self._parts[name], old[name]) for name in sorted({*worn, *wrong})]
+        whole = partial(joined, chosen + (own if worth else []))
+        if self._replace({*worn, *wrong}, whole):
+            self._own = [] if worth else self._own
+            self._distrusted = set()
 
-    def _is_worn(self, part: Part, keep: Mask) -> bool:
-        """Whether most of a part is of no use, or some of it is wrong."""
+    @staticmethod
+    def _is_worn(part: Part, keep: Mask) -> bool:
+        """Whether most of a part is of no use."""
         rows = int(part.rows[keep[part.segment]].sum())
-        wrong = _is_in(part.names, self._distrusted).any()
-        return bool(rows * 2 < len(part.group) or not keep.any() or wrong)
+        return bool(rows * 2 < len(part.where) or not keep.any())
 
     @contextmanager
     def _alone(self) -> Iterator[bool]:
@@ -287,79 +337,20 @@ class Notes:
 
     def _write(self, parts: list[Part]) -> None:
         try:
-            for part in _packed(parts):
+            for part in packed(parts):
                 write_part(self._store, part)
         except OSError as error:
             logger.warning("the store's index could not be written: %s", error)
-
-
-def part_files(store: TeacherStore) -> list[str]:
-    """Names of the files of a store's index, sorted."""
-    selector = pafs.FileSelector(f"{store.folder.root}/{FOLDER}", allow_not_found=True)
-    try:
-        infos = store.folder.filesystem().get_file_info(selector)
-    except OSError as error:  # It is out of reach, or no folder.
-        logger.warning("the store's index is not used: %s", error)
-        return []
-    return sorted(i.base_name for i in infos if PART_NAME.fullmatch(i.base_name))
-
-
-def write_part(store: TeacherStore, part: Part) -> tuple[str, Part]:
-    """Write a part into the index; the name of its file, and the part."""
-    name, data = encoded(part)
-    store.folder.write_bytes(f"{FOLDER}/{name}", data)
-    return name, part
 
 
 def _is_worth(parts: Sequence[Part]) -> bool:
     return sum(len(part.segment) for part in parts) >= WORTH_A_PART
 
 
-def _is_small(part: Part) -> bool:
-    return len(part.group) * 4 < PART_ROWS
-
-
-def _is_in(names: pa.Array, among: Collection[str]) -> Mask:
-    found = pc.is_in(names, value_set=pa.array(list(among), pa.string()))
-    return np.asarray(found.to_numpy(zero_copy_only=False), bool)
-
-
-def _packed(parts: Sequence[Part], without: Collection[str] = ()) -> list[Part]:
-    """The segments of several parts in as few as PART_ROWS allows, but for those ``without``."""
-    if len(parts) < 2 and not without:
-        return list(parts)
-    return list(_joined([(part, ~_is_in(part.names, without)) for part in parts]))
-
-
-def _parts_of(segments: Sequence[Described]) -> Iterator[Part]:
-    """Parts of segments, each of about PART_ROWS rows at most."""
-    batch: list[Described] = []
-    rows = 0
-    for segment in segments:
-        more = sum(len(keys) for _, keys in segment[3])
-        if batch and rows + more > PART_ROWS:
-            yield part_of(batch)
-            batch, rows = [], 0
-        batch.append(segment)
-        rows += more
-    if batch:
-        yield part_of(batch)
-
-
-def _joined(chosen: Sequence[tuple[Part, Mask]]) -> Iterator[Part]:
-    """The segments chosen of several parts, in parts of about PART_ROWS rows at most."""
-    batch: list[tuple[Part, Mask]] = []
-    rows = 0
-    for part, keep in chosen:
-        more = int(part.rows[keep[part.segment]].sum())
-        if batch and rows + more > PART_ROWS:
-            yield merged(*zip(*batch, strict=True))
-            batch, rows = [], 0
-        if keep.any():
-            batch.append((part, keep))
-            rows += more
-    if batch:
-        yield merged(*zip(*batch, strict=True))
+def _stamps(listing: Listing) -> dict[str, tuple[int, int]]:
+    """Size and time of change of each segment, by name."""
+    stamps = zip(listing.sizes.tolist(), listing.changed.tolist(), strict=True)
+    return dict(zip(listing.names.to_pylist(), stamps, strict=True))
 
 
 def _shifted(progress: Progress, start: int, total: int, done: int, _: int) -> None:

@@ -1,8 +1,11 @@
 """One file of a store's index: where the rows of some segments are, sorted by key.
 
 An index is a cache of what footers and key columns say, so that a process need not open each
-segment. It can be deleted at any moment. The file is an Arrow file named by the hash of its bytes.
-Whoever reads a row through it compares the row's key with that in the segment itself.
+segment. It can be deleted at any moment. Whoever reads a row through it compares the row's key with
+that in the segment itself.
+
+The file has the rows as they are searched (``rows.ROW``), then an Arrow stream of segments and
+groups, and the number of rows in 8 bytes. It is named by the hash of its bytes and the number of rows.
 
 Imports neither Ray nor torch.
 
@@ -10,7 +13,8 @@ Legend: S rows, G groups, M segments of the part.
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any
@@ -19,11 +23,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raystill.datasets.lookup.rows import ROW, Rows, Table
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.segment import Origin, Provenance
 
-VERSION = 1
+VERSION = 2
+FILE_NAME = re.compile(r"[0-9a-f]{32}-(?P<rows>[0-9]{1,12})\.rows")
 UNKNOWN = 0
 """Time of change of a segment whose file was not looked at; its size decides alone."""
 
@@ -36,18 +42,15 @@ Described = tuple[str, tuple[int, int], Origin, Sequence[tuple[Provenance, pa.Ar
 
 @dataclass(frozen=True)
 class Part:
-    """Where the rows of M segments are. Rows ascend by key.
+    """Where the rows of M segments are. ``where`` has them, ascending by key.
 
-    Row s is in the group ``group[s]`` (a number in the part), at ``place[s]`` of it. Group g is the
+    A row names its group by the number in the part. Group g has ``rows[g]`` rows, is the
     ``number[g]``-th of the segment ``segment[g]``, and was asked for by ``provenances[asked[g]]``.
     Segment m has the name ``names[m]``, ``sizes[m]`` bytes, was changed at ``changed[m]``
     (nanoseconds, or UNKNOWN) and came from ``origins[origin[m]]``.
     """
 
-    high: NDArray[np.uint64]
-    low: NDArray[np.uint64]
-    group: NDArray[np.int32]
-    place: NDArray[np.int32] | NDArray[np.uint16]
+    where: Rows
     segment: NDArray[np.int32]
     number: NDArray[np.int32]
     rows: NDArray[np.int32]
@@ -58,11 +61,6 @@ class Part:
     changed: NDArray[np.int64]
     origin: NDArray[np.int32]
     origins: list[Origin]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows in memory."""
-        return self.high.nbytes + self.low.nbytes + self.group.nbytes + self.place.nbytes
 
 
 def halves(keys: pa.Array) -> Halves:
@@ -82,14 +80,13 @@ def part_of(segments: Sequence[Described]) -> Part:
     kind = pa.binary(KEY_BYTES)
     all_keys = [keys if keys.type == kind else keys.cast(kind) for _, keys in groups]
     high, low = halves(pa.concat_arrays([*all_keys, pa.array([], kind)]))
-    order = np.lexsort((low, high))
+    table = np.empty(len(high), ROW)
+    table["high"], table["low"], table["place"] = high, low, _within(lengths)
+    table["group"] = np.repeat(np.arange(len(groups), dtype=np.int32), lengths)
     origins: dict[Origin, int] = {}
     provenances: dict[Provenance, int] = {}
     return Part(
-        high[order],
-        low[order],
-        np.repeat(np.arange(len(groups), dtype=np.int32), lengths)[order],
-        _within(lengths)[order],
+        Rows.of(table[np.lexsort((low, high))]),
         np.repeat(np.arange(len(segments), dtype=np.int32), counts),
         _within(counts),
         lengths.astype(np.int32),
@@ -109,27 +106,26 @@ def _within(lengths: NDArray[np.int64]) -> NDArray[np.int32]:
     return (np.arange(lengths.sum()) - np.repeat(starts, lengths)).astype(np.int32)
 
 
-def merged(parts: Sequence[Part], live: Sequence[NDArray[np.bool_]]) -> Part:
-    """One part of several. live: [M] of each part, which of its segments to keep."""
+def merged(chosen: Iterable[tuple[Part, NDArray[np.bool_]]]) -> Part:
+    """One part of several, at least one. With each comes which of its segments [M] to keep."""
     origins: dict[Origin, int] = {}
     provenances: dict[Provenance, int] = {}
     columns: dict[str, list[NDArray[Any]]] = {}
-    names = []
+    names, tables = [], [np.empty(0, ROW)]
     first_group = first_segment = 0
-    for part, keep in zip(parts, live, strict=True):
+    for part, keep in chosen:
         of_origin = np.array([origins.setdefault(o, len(origins)) for o in part.origins], np.int32)
         of_asked = np.array(
             [provenances.setdefault(p, len(provenances)) for p in part.provenances], np.int32
         )
         groups = keep[part.segment]
-        rows = groups[part.group]
+        rows = part.where.all()
+        rows = rows[groups[rows["group"]]]
         new_segment = np.cumsum(keep, dtype=np.int32) - 1 + np.int32(first_segment)
         new_group = np.cumsum(groups, dtype=np.int32) - 1 + np.int32(first_group)
+        rows["group"] = new_group[rows["group"]]
+        tables.append(rows)
         found = {
-            "high": part.high[rows],
-            "low": part.low[rows],
-            "group": new_group[part.group[rows]],
-            "place": part.place[rows].astype(np.int32),
             "segment": new_segment[part.segment[groups]],
             "number": part.number[groups],
             "rows": part.rows[groups],
@@ -144,10 +140,11 @@ def merged(parts: Sequence[Part], live: Sequence[NDArray[np.bool_]]) -> Part:
         first_group += int(groups.sum())
         first_segment += int(keep.sum())
     whole = {name: np.concatenate(columns.pop(name)) for name in list(columns)}
-    order = np.lexsort((whole["low"], whole["high"]))
-    for name in ("high", "low", "group", "place"):
-        whole[name] = whole[name][order]
+    table = np.concatenate(tables)
+    tables.clear()
+    table = table[np.lexsort((table["low"], table["high"]))]
     return Part(
+        Rows.of(table),
         **whole,
         provenances=list(provenances),
         names=pa.concat_arrays(names),
@@ -157,15 +154,6 @@ def merged(parts: Sequence[Part], live: Sequence[NDArray[np.bool_]]) -> Part:
 
 def encoded(part: Part) -> tuple[str, pa.Buffer]:
     """A part's file: its name and its bytes."""
-    small = not len(part.place) or part.place.max() < 1 << 16
-    rows = pa.table(
-        {
-            "high": part.high,
-            "low": part.low,
-            "group": part.group,
-            "place": part.place.astype(np.uint16 if small else np.int32),
-        }
-    )
     of_group = ("segment", "number", "rows", "asked")
     groups = pa.table({name: getattr(part, name) for name in of_group})
     of_segment = ("names", "sizes", "changed", "origin")
@@ -175,40 +163,56 @@ def encoded(part: Part) -> tuple[str, pa.Buffer]:
         "origins": [asdict(origin) for origin in part.origins],
         "provenances": [asdict(provenance) for provenance in part.provenances],
     }
-    metadata = {
-        b"described": json.dumps(described).encode(),
-        b"groups": _stream(groups),
-        b"segments": _stream(segments),
-    }
+    metadata = {b"described": json.dumps(described).encode(), b"groups": _stream(groups)}
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, rows.schema.with_metadata(metadata)) as writer:
-        writer.write_table(rows)
+    for rows in part.where.pieces():
+        sink.write(rows)
+    with pa.ipc.new_stream(sink, segments.schema.with_metadata(metadata)) as writer:
+        writer.write_table(segments)
+    sink.write(len(part.where).to_bytes(8, "little"))
     data = sink.getvalue()
-    return f"{_hash(data)}.arrow", data
+    digest = blake2b(memoryview(data), digest_size=16).hexdigest()
+    return f"{digest}-{len(part.where)}.rows", data
 
 
-def decoded(name: str, data: pa.Buffer) -> Part:
-    """The part in a file. Raises ValueError, KeyError or an Arrow error for any other file."""
-    if name != f"{_hash(data)}.arrow":
+def rows_in(name: str) -> int:
+    """Number of rows of the part in a file of this name."""
+    match = FILE_NAME.fullmatch(name)
+    assert match is not None, name
+    return int(match["rows"])
+
+
+def decoded(name: str, file: pa.NativeFile) -> Part:
+    """The part in a file, which stays open. Raises ValueError, KeyError, OSError or an Arrow error
+    for any other file.
+    """
+    size, count = file.size(), rows_in(name)
+    end = count * ROW.itemsize
+    if end > size:
+        raise ValueError(f"it has {size} bytes, too few for {count} rows")
+    digest, groups_in = blake2b(digest_size=16), [0]
+
+    def seen(table: Table) -> None:
+        digest.update(table.tobytes())
+        groups_in.extend([int(table["group"].min()), int(table["group"].max()) + 1])
+
+    where = Rows.read_from(file, count, seen)
+    tail = file.read_at(size - end, end)
+    digest.update(tail)
+    if name != f"{digest.hexdigest()}-{count}.rows" or tail[-8:] != count.to_bytes(8, "little"):
         raise ValueError("its bytes are not what was written")
-    rows = pa.ipc.open_file(data).read_all()
-    metadata = rows.schema.metadata
+    segments = pa.ipc.open_stream(tail).read_all()
+    metadata = segments.schema.metadata
     described = json.loads(metadata[b"described"])
     if described["version"] != VERSION:
         raise ValueError(f"it has version {described['version']}; this version reads {VERSION}")
-    groups, segments = (
-        pa.ipc.open_stream(metadata[name]).read_all() for name in (b"groups", b"segments")
-    )
+    groups = pa.ipc.open_stream(metadata[b"groups"]).read_all()
 
     def column(table: pa.Table, of: str, kind: type) -> NDArray[Any]:
         return table[of].combine_chunks().to_numpy(zero_copy_only=False).astype(kind, copy=False)
 
-    kind = rows.schema.field("place").type.to_pandas_dtype()
     part = Part(
-        column(rows, "high", np.uint64),
-        column(rows, "low", np.uint64),
-        column(rows, "group", np.int32),
-        column(rows, "place", kind),
+        where,
         column(groups, "segment", np.int32),
         column(groups, "number", np.int32),
         column(groups, "rows", np.int32),
@@ -220,20 +224,21 @@ def decoded(name: str, data: pa.Buffer) -> Part:
         column(segments, "origin", np.int32),
         [Origin(signal=Signal(**o.pop("signal")), **o) for o in described["origins"]],
     )
-    _require_inside(part)
+    _require_inside(part, min(groups_in), max(groups_in))
     return part
 
 
-def _require_inside(part: Part) -> None:
-    """Raise ValueError if a number of the part names nothing."""
+def _require_inside(part: Part, least: int, end: int) -> None:
+    """Raise ValueError if a number of the part names nothing. The rows' groups: least to end."""
+    if least < 0 or end > len(part.segment):
+        raise ValueError("it names groups that it does not have")
     for numbers, count in (
-        (part.group, len(part.segment)),
         (part.segment, len(part.names)),
         (part.asked, len(part.provenances)),
         (part.origin, len(part.origins)),
     ):
         if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
-            raise ValueError("it names groups or segments that it does not have")
+            raise ValueError("it names segments that it does not have")
 
 
 def _stream(table: pa.Table) -> bytes:
@@ -241,7 +246,3 @@ def _stream(table: pa.Table) -> bytes:
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     return bytes(sink.getvalue())
-
-
-def _hash(data: pa.Buffer) -> str:
-    return blake2b(memoryview(data), digest_size=16).hexdigest()

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from raystill.datasets.lookup.index import Found, Index
 from raystill.datasets.lookup.keeping import StoreIndex
+from raystill.datasets.lookup.rows import LostPart
 from raystill.datasets.rows.answers import derive_answers, stored_columns
 from raystill.datasets.rows.schema import KEY_BYTES, TOKEN_IDS, answer_schema
 from raystill.datasets.rows.signal import Signal
@@ -117,6 +118,15 @@ class StoreView:
                     if self._loaded is index:
                         logger.warning("%s; it is opened again", error)
                         self._index.distrust(error.name)
+                        self._reload()
+            except LostPart as error:  # Of the index, on another node's disk.
+                stale["the index"] += 1
+                if stale["the index"] > MOST_STALE:
+                    raise
+                with self._lock:
+                    if self._loaded is index:
+                        logger.warning("the store's index is read again: %s", error)
+                        self._index.forget()
                         self._reload()
             except UnusableSegment as error:
                 # Reading was retried already (``with_retries``): skip the segment, so that the

@@ -7,8 +7,11 @@ Imports neither Ray nor torch.
 Legend: N rows looked for, S rows stored, M segments.
 """
 
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +27,18 @@ KEYS = pa.binary(KEY_BYTES)
 
 Words = NDArray[np.uint64]
 """Keys as two numbers each [S, 2], which are equal where the keys are."""
+
+
+OUTLINED = np.dtype([("sizes", "i8"), ("rows", "i8"), ("marks", "u8"), ("origin", "i4")])
+"""What an outline has of a segment."""
+SPOOLED = np.dtype(
+    [("low", "u8"), ("high", "u8"), ("segment", "i4"), ("place", "i4"), ("kind", "i4")]
+)
+"""A row: its key, its segment's number and place, and the number of what it can serve."""
+SPOOLED_BYTES = 16 << 20
+"""Bytes of them that are in memory; from then on they are in a file."""
+BUCKETS = 64
+"""A part of the keys is looked at at a time."""
 
 
 @dataclass(frozen=True)
@@ -157,11 +172,11 @@ def build_catalogue(
 
 @dataclass(frozen=True)
 class Outline:
-    """What a store holds, in 18 bytes a row and some 60 a segment.
+    """What a store holds, in some 70 bytes a segment, and 12 for each row that may be left out.
 
     Segments are in the order of a catalogue's entries, and rows in that of the segments. Segment m
-    has the rows ``first[m]`` to ``first[m + 1]``, comes from ``origins[origin[m]]`` and has
-    ``sizes[m]`` bytes. Row s can serve what ``kinds[kind[s]]`` says.
+    has the rows ``first[m]`` to ``first[m + 1]``, comes from ``origins[origin[m]]``, has
+    ``sizes[m]`` bytes, and ``marks[m]`` is the `mark_of` its keys.
     """
 
     names: pa.Array  # string [M]
@@ -169,79 +184,147 @@ class Outline:
     origin: NDArray[np.int32]  # [M]
     origins: list[Origin]
     first: NDArray[np.int64]  # [M + 1]
-    keys: Words
-    kind: NDArray[np.int16]  # [S]
-    kinds: list[Stored]
+    marks: NDArray[np.uint64]  # [M]
+    dropped: NDArray[np.int64]  # [D] rows that are no longer needed, ascending
+    held_in: NDArray[np.int32]  # [D] the segment of a row that serves all that this one serves
+    shared: NDArray[np.int64]  # segments that share a key with a row that is no longer needed
 
     @property
     def rows(self) -> int:
         """Number of rows, duplicates included."""
-        return len(self.kind)
+        return int(self.first[-1])
 
     def name(self, segment: int) -> str:
         """The name of a segment."""
         return str(self.names[segment])
 
-    def segments_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Numbers of the segments that hold these rows."""
-        return np.searchsorted(self.first, rows, side="right") - 1
+    def dropped_of(self, segment: int) -> slice:
+        """Which of the rows ``dropped`` are those of a segment."""
+        return slice(*np.searchsorted(self.dropped, self.first[segment : segment + 2]))
 
-    def chosen(self, segments: NDArray[np.int64]) -> "Outline":
-        """These segments alone, in this order."""
-        lengths = np.diff(self.first)[segments]
-        first = np.concatenate([[0], np.cumsum(lengths)])
-        rows = np.repeat(self.first[segments] - first[:-1], lengths) + np.arange(first[-1])
-        return replace(
-            self,
-            names=self.names.take(pa.array(segments)),
-            sizes=self.sizes[segments],
-            origin=self.origin[segments],
-            first=first,
-            keys=self.keys[rows],
-            kind=self.kind[rows],
-        )
+    def needed_of(self, segment: int) -> NDArray[np.bool_]:
+        """Mask of the rows of a segment that are needed."""
+        start, stop = self.first[segment : segment + 2]
+        needed = np.ones(stop - start, bool)
+        needed[self.dropped[self.dropped_of(segment)] - start] = False
+        return needed
 
 
 class Outlining:
-    """An outline in the making."""
+    """An outline in the making. The keys are in a temporary file, of 28 bytes a row."""
 
     def __init__(self) -> None:
         self._origins: dict[Origin, int] = {}
         self._kinds: dict[Stored, int] = {}
-        self._parts: list[tuple[pa.Array, ...]] = []
-        self.names = pa.array([], pa.string())
+        self._parts: list[NDArray[np.void]] = [np.empty(0, OUTLINED)]
+        self._names: list[pa.Array] = [pa.array([], pa.string())]
+        self._spool = Spool()
+        self._count = 0
+
+    @property
+    def names(self) -> pa.ChunkedArray:
+        """Names of the segments that were added."""
+        return pa.chunked_array(self._names)
 
     def add(self, read: Sequence[tuple[Entry, list[pa.Array]]], sizes: Sequence[int]) -> None:
         """Add segments, each with the keys of its groups, and their sizes in bytes."""
-        footers = [entry.footer for entry, _ in read]
-        origins = [self._origins.setdefault(f.origin, len(self._origins)) for f in footers]
-        kinds = [
-            self._kinds.setdefault(Stored(footer.origin.signal, group.scored), len(self._kinds))
-            for footer in footers
-            for group in footer.groups
-        ]
-        groups = [keys for _, of_segment in read for keys in of_segment]
-        kind = np.repeat(np.array(kinds, np.int16), [len(keys) for keys in groups])
-        rows = np.array([footer.rows for footer in footers], np.int64)
-        words = words_of(pa.concat_arrays([*groups, pa.array([], KEYS)])).copy()
-        of_segments = np.array(sizes, np.int64), np.array(origins, np.int32), rows
-        self._parts.append((*of_segments, words, kind))
-        names = pa.array([entry.name for entry, _ in read], pa.string())
-        self.names = pa.concat_arrays([self.names, names])
+        part = np.empty(len(read), OUTLINED)
+        tables = [np.empty(0, SPOOLED)]
+        for number, (entry, of_groups) in enumerate(read):
+            footer = entry.footer
+            signal = footer.origin.signal
+            kinds = [Stored(signal, group.scored) for group in footer.groups]
+            table = np.empty(footer.rows, SPOOLED)
+            table["kind"] = np.repeat(
+                [self._kinds.setdefault(kind, len(self._kinds)) for kind in kinds],
+                [group.rows for group in footer.groups],
+            )
+            words = words_of(pa.concat_arrays([*of_groups, pa.array([], KEYS)]))
+            table["low"], table["high"] = words[:, 0], words[:, 1]
+            table["segment"], table["place"] = self._count + number, np.arange(footer.rows)
+            tables.append(table)
+            origin = self._origins.setdefault(footer.origin, len(self._origins))
+            part[number] = sizes[number], footer.rows, mark_of(footer, of_groups), origin
+        self._spool.add(np.concatenate(tables))
+        self._parts.append(part)
+        self._names.append(pa.array([entry.name for entry, _ in read], pa.string()))
+        self._count += len(read)
 
-    def outline(self) -> Outline:
-        """What was added. Richer signals come first, then the order is that of the names."""
-        self.add([], [])  # So that there is one.
-        sizes, origin, rows, words, kind = map(np.concatenate, zip(*self._parts, strict=True))
-        self._parts.clear()
-        first = np.concatenate([[0], np.cumsum(rows)])
-        origins, kinds = list(self._origins), list(self._kinds)
-        made = Outline(self.names, sizes, origin, origins, first, words, kind, kinds)
-        by_name = pc.sort_indices(self.names).to_numpy().astype(np.int64)
+    def outline(self, there: NDArray[np.bool_]) -> Outline:
+        """What was added of segments that are ``there``.
+
+        Richer signals come first, then the order is that of the names.
+        """
+        part, names, origins = np.concatenate(self._parts), self.names, list(self._origins)
+        by_name = pc.sort_indices(names).to_numpy().astype(np.int32)
         richest = sorted({known.signal.richness for known in origins}, reverse=True)
         rank = np.array([richest.index(known.signal.richness) for known in origins], np.int32)
-        order = by_name[np.argsort(rank[origin[by_name]], kind="stable")]
-        return made if (np.diff(order) == 1).all() else made.chosen(order)
+        order = by_name[there[by_name]]
+        order = order[np.argsort(rank[part["origin"][order]], kind="stable")]
+        part, names = part[order], pa.concat_arrays(names.take(pa.array(order)).chunks)
+        number = np.full(self._count, -1, np.int32)
+        number[order] = np.arange(len(order))
+        first = np.concatenate([[0], np.cumsum(part["rows"])])
+        dropped, held_in, shared = self._duplicates(number, first)
+        sizes, marks, origin = (part[name].copy() for name in ("sizes", "marks", "origin"))
+        return Outline(names, sizes, origin, origins, first, marks, dropped, held_in, shared)
+
+    def _duplicates(
+        self, number: NDArray[np.int32], first: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
+        """``dropped``, ``held_in`` and ``shared`` of an outline. number: in it, of each segment."""
+        dropped, held_in = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+        shared = np.zeros(len(first) - 1, bool)
+        for table in self._spool.buckets():
+            segment = number[table["segment"]]
+            table, segment = table[segment >= 0], segment[segment >= 0]
+            rows = first[segment] + table["place"]
+            order = np.argsort(rows)
+            rows, segment, table = rows[order], segment[order], table[order]
+            words = np.stack([table["low"], table["high"]], axis=1)
+            witness, sharing = witnesses(words, table["kind"], list(self._kinds))
+            mine = np.flatnonzero(witness != np.arange(len(rows)))
+            dropped.append(rows[mine])
+            held_in.append(segment[witness[mine]])
+            shared[segment[sharing]] = True
+        all_dropped, all_held_in = np.concatenate(dropped), np.concatenate(held_in)
+        order = np.argsort(all_dropped)
+        return all_dropped[order], all_held_in[order], np.flatnonzero(shared)
+
+
+class Spool:
+    """Rows of SPOOLED in a temporary file, to be had again by their keys, some keys at a time."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOLED_BYTES)
+        self._blocks: list[NDArray[np.int64]] = []  # where each bucket begins and ends in it
+
+    def add(self, table: NDArray[np.void]) -> None:
+        """Add rows."""
+        bucket = (table["low"] % BUCKETS).astype(np.uint8)
+        ends = np.cumsum(np.bincount(bucket, minlength=BUCKETS))
+        self._blocks.append(self._file.tell() + np.concatenate([[0], ends]) * SPOOLED.itemsize)
+        self._file.write(table[np.argsort(bucket, kind="stable")].tobytes())
+
+    def buckets(self) -> Iterator[NDArray[np.void]]:
+        """All rows; those of one key together."""
+        for number in range(BUCKETS):
+            parts = []
+            for block in self._blocks:
+                start, stop = block[number : number + 2].tolist()
+                self._file.seek(start)
+                parts.append(self._file.read(stop - start))
+            yield np.frombuffer(b"".join(parts), SPOOLED)
+        self._file.seek(0, os.SEEK_END)
+
+
+def mark_of(footer: Footer, keys: Sequence[pa.Array]) -> int:
+    """A hash of a segment's keys, in their order, and of whether each was scored."""
+    mark = blake2b(digest_size=8)
+    for group, of_group in zip(footer.groups, keys, strict=True):
+        mark.update(b"scored" if group.scored else b"asked")
+        mark.update(words_of(of_group).tobytes())
+    return int.from_bytes(mark.digest(), "little")
 
 
 def words_of(keys: pa.Array) -> Words:

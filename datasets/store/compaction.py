@@ -1,18 +1,18 @@
 """Compaction of a teacher store: small segments are merged, and duplicate rows left out.
 
-Its memory does not hold the store. All keys are in arrays (``catalogue.Outline``); footers and
-answers are there of those segments alone that are being read, or merged into one.
+Its memory does not hold the store. Names and sizes of all segments are in arrays, the keys in a
+temporary file (``catalogue.Outline``); footers and answers are there of those segments alone that
+are being read, or merged into one.
 
 Imports neither Ray nor torch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.datasets.store.catalogue import (
@@ -20,8 +20,7 @@ from raystill.datasets.store.catalogue import (
     Entry,
     Outline,
     Outlining,
-    witnesses,
-    words_of,
+    mark_of,
 )
 from raystill.datasets.store.lease import Lease
 from raystill.datasets.store.proof import Proof, problem_of, refuse_impossible
@@ -31,6 +30,7 @@ from raystill.datasets.store.reading import (
     UnreadableSegment,
     UnusableSegment,
     ending_of,
+    is_in,
     read_each,
     with_retries,
 )
@@ -108,9 +108,8 @@ def _compact(
     store: TeacherStore, lease: Lease, progress: Progress | None, note: Note | None
 ) -> Compacted:
     """``compact``, under the lease."""
-    outline, witness, refused = _to_compact(store)
-    needed = witness == np.arange(outline.rows)
-    batches = list(_segments_to_merge(outline, needed))
+    outline, refused = _to_compact(store)
+    batches = list(_segments_to_merge(outline))
     if batches:
         store.note_merged(outline.name(segment) for batch in batches for segment in batch)
     merged = duplicates = 0
@@ -120,7 +119,7 @@ def _compact(
         inputs: dict[int, Input] = {}
         for segment in batch.tolist():
             try:
-                inputs[segment] = _read(store, outline, segment, needed)
+                inputs[segment] = _read(store, outline, segment)
             except GoneSegment:  # Removed meanwhile, or its name now holds other rows.
                 continue
             except UnusableSegment as error:
@@ -135,44 +134,42 @@ def _compact(
                 note(new, origin, [_noted(group) for groups in kept.values() for group in groups])
         proof = Proof(store, lease)
         for segment, read in inputs.items():
-            name, (start, stop) = outline.name(segment), outline.first[segment : segment + 2]
-            dropped = np.flatnonzero(~needed[start:stop]) + start
-            witnessed = np.unique(outline.segments_of(witness[dropped])).tolist()
+            name, dropped = outline.name(segment), outline.dropped_of(segment)
+            witnessed = np.unique(outline.held_in[dropped]).tolist()
             held_by = {
                 outline.name(s) if moved[s] < 0 else made[moved[s]] for s in (segment, *witnessed)
             } - {name}
             if name == new or proof.remove(name, read.footer, read.ending, read.keys, held_by):
                 merged += 1
-                duplicates += len(dropped)
+                duplicates += dropped.stop - dropped.start
         if progress is not None:
             progress(number, len(batches))
     return Compacted(merged, len(made), duplicates, refused)
 
 
-def _to_compact(store: TeacherStore) -> tuple[Outline, NDArray[np.int64], RefusedSegments]:
-    """The outline to compact by, the witnesses [S] of its rows, and the segments left out.
+def _to_compact(store: TeacherStore) -> tuple[Outline, RefusedSegments]:
+    """The outline to compact by, and the segments left out.
 
     Making an outline verifies only footers and keys. Therefore segments with duplicate keys are
     read whole here, and what cannot be used is taken out. Else a sound row could be removed as the
     duplicate of a damaged one.
     """
-    outline, refused = _outline(store)
+    made, there, refused = _outlining(store)
     sound: set[str] = set()
     while True:
-        witness, shared = witnesses(outline.keys, outline.kind, outline.kinds)
-        segments = np.unique(outline.segments_of(shared)).tolist()
-        names = [name for s in segments if (name := outline.name(s)) not in sound]
+        outline = made.outline(there)
+        names = [n for s in outline.shared.tolist() if (n := outline.name(s)) not in sound]
         results = read_each(partial(problem_of, store), names)
         if not any(results.values()):
-            return outline, witness, refused
+            return outline, refused
         sound.update(name for name, problem in results.items() if problem is None)
         bad = {name: problem for name, problem in results.items() if problem is not None}
         refused |= {n: error for n, error in bad.items() if not isinstance(error, GoneSegment)}
-        outline = outline.chosen(np.flatnonzero(~_is_in(outline.names, bad)))
+        there &= ~is_in(made.names, bad)
 
 
-def _outline(store: TeacherStore) -> tuple[Outline, RefusedSegments]:
-    """Read footers and keys of all segments; the outline, and those that cannot be used."""
+def _outlining(store: TeacherStore) -> tuple[Outlining, NDArray[np.bool_], RefusedSegments]:
+    """Read footers and keys of all segments; which of them are there, and what cannot be used."""
     made = Outlining()
     refused: RefusedSegments = {}
     late: dict[str, int] = {}
@@ -188,45 +185,32 @@ def _outline(store: TeacherStore) -> tuple[Outline, RefusedSegments]:
                 found.append(result)
         made.add(found, [sizes[entry.name] for entry, _ in found])
 
-    listed = pa.array([], pa.string())
     for _ in range(LISTINGS):
         # A segment that is gone was merged into one that this listing may be the first to show.
-        listed, sizes = store.listing()
-        unread = np.flatnonzero(~_is_in(listed, made.names) & ~_is_in(listed, refused))
+        listing = store.listing()
+        unread = np.flatnonzero(~is_in(listing.names, made.names) & ~is_in(listing.names, refused))
         if not len(unread):
             break
         for start in range(0, len(unread), OPENED_TOGETHER):
-            some = unread[start : start + OPENED_TOGETHER]
-            names = listed.take(pa.array(some)).to_pylist()
-            read(dict(zip(names, sizes[some].tolist(), strict=True)), ())
+            some = listing.chosen(unread[start : start + OPENED_TOGETHER])
+            read(dict(zip(some.names.to_pylist(), some.sizes.tolist(), strict=True)), ())
         again, late = late, {}
         read(again, None)  # All of them wait together.
         for name in [n for n, error in refused.items() if isinstance(error, GoneSegment)]:
             del refused[name]
-    outline = made.outline()
-    there = _is_in(outline.names, listed)
     known = sorted(refused)
-    refused = {known[i]: refused[known[i]] for i in np.flatnonzero(_is_in(known, listed))}
-    return (outline if there.all() else outline.chosen(np.flatnonzero(there))), refused
+    refused = {known[i]: refused[known[i]] for i in np.flatnonzero(is_in(known, listing.names))}
+    return made, is_in(made.names, listing.names), refused
 
 
-def _is_in(names: Iterable[str] | pa.Array, among: Iterable[str] | pa.Array) -> NDArray[np.bool_]:
-    """Mask of the names that are among others."""
-    first, second = (
-        given if isinstance(given, pa.Array) else pa.array(list(given), pa.string())
-        for given in (names, among)
-    )
-    return np.asarray(pc.is_in(first, value_set=second).to_numpy(zero_copy_only=False), bool)
-
-
-def _segments_to_merge(outline: Outline, needed: NDArray[np.bool_]) -> Iterator[NDArray[np.int64]]:
+def _segments_to_merge(outline: Outline) -> Iterator[NDArray[np.int64]]:
     """Batches of segments to be merged into one each.
 
     A batch has one origin, at most COMPACT_ROWS rows and COMPACT_BYTES of files. A single segment
     is a batch only if it has duplicate rows.
     """
     with_duplicates = np.zeros(len(outline.sizes), bool)
-    with_duplicates[outline.segments_of(np.flatnonzero(~needed))] = True
+    with_duplicates[np.searchsorted(outline.first, outline.dropped, side="right") - 1] = True
     by_origin = np.argsort(outline.origin, kind="stable")
     lengths, origin = np.diff(outline.first), outline.origin
 
@@ -244,7 +228,7 @@ def _segments_to_merge(outline: Outline, needed: NDArray[np.bool_]) -> Iterator[
     yield from batch(start, len(by_origin))
 
 
-def _read(store: TeacherStore, outline: Outline, segment: int, needed: NDArray[np.bool_]) -> Input:
+def _read(store: TeacherStore, outline: Outline, segment: int) -> Input:
     """A segment's groups, verified and without duplicate rows.
 
     An unchanged group keeps its ``Group`` with the old checksums. Raises UnusableSegment;
@@ -266,12 +250,11 @@ def _read(store: TeacherStore, outline: Outline, segment: int, needed: NDArray[n
     footer, ending, tables = with_retries(read)
     for rows in tables:
         refuse_impossible(name, rows, origin)
-    keys = pa.concat_arrays([pa.array([], KEYS), *(t["key"].combine_chunks() for t in tables)])
-    start, stop = outline.first[segment : segment + 2]
-    scored = [outline.kinds[kind].scored for kind in outline.kind[start:stop]]
-    same = scored == [group.scored for group in footer.groups for _ in range(group.rows)]
-    if not same or not np.array_equal(words_of(keys), outline.keys[start:stop]):
+    of_groups = [table["key"].combine_chunks().cast(KEYS) for table in tables]
+    if mark_of(footer, of_groups) != outline.marks[segment]:
         raise GoneSegment(name, "another segment has replaced it")
+    keys = pa.concat_arrays([pa.array([], KEYS), *of_groups])
+    needed, start = outline.needed_of(segment), 0
     groups: Groups = []
     for group, rows in zip(footer.groups, tables, strict=True):
         keep, start = needed[start : start + group.rows], start + group.rows

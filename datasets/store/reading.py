@@ -8,14 +8,22 @@ one that was only out of reach.
 Imports neither Ray nor torch.
 """
 
+import os
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+from numpy.typing import NDArray
 
 RETRY_PAUSES_S = (0.2, 1.0, 3.0)
 """Pauses before an unreadable segment is read again. Together they outlast a throttled request or a
@@ -30,6 +38,12 @@ ASKED_TOGETHER = 1024
 TRIED_ALONE = 4
 """Segments that are read one after the other to see whether that waits for a disk or a network.
 Where it does not, eight threads take twice as much of the processor, and no less time."""
+
+LISTED_TOGETHER = 4096
+"""Files of a local store that are looked at together."""
+
+NAMES_TOGETHER = 1 << 17
+"""Names of segments that a table is made of, to look others up in it."""
 
 T = TypeVar("T")
 
@@ -73,6 +87,70 @@ class GoneSegment(UnusableSegment):
 
 RefusedSegments = dict[str, UnusableSegment]
 """Segments that cannot be used, by name. The class of the error says whether one may be deleted."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The segments that are there: names (string), sizes in bytes, times of change in ns."""
+
+    names: pa.Array
+    sizes: NDArray[np.int64]
+    changed: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, files: Iterable[list[pafs.FileInfo]], without: Collection[str] = ()) -> "Listing":
+        """The listing of these files except those ``without``."""
+        names, numbers = [pa.array([], pa.string())], [np.empty((0, 2), np.int64)]
+        for infos in files:
+            chosen = [info for info in infos if info.base_name not in without]
+            names.append(pa.array([info.base_name for info in chosen], pa.string()))
+            stamps = [(info.size or 0, info.mtime_ns or 0) for info in chosen]
+            numbers.append(np.array(stamps, np.int64).reshape(-1, 2))
+        sizes, changed = np.concatenate(numbers).T.copy()
+        return cls(pa.concat_arrays(names), sizes, changed)
+
+    def chosen(self, some: NDArray[np.int64] | NDArray[np.bool_]) -> "Listing":
+        """Some of them, by number or by mask."""
+        numbers = np.arange(len(self.sizes))[some]
+        return Listing(self.names.take(pa.array(numbers)), self.sizes[some], self.changed[some])
+
+
+def is_in(
+    names: Iterable[str] | pa.Array | pa.ChunkedArray,
+    among: Iterable[str] | pa.Array | pa.ChunkedArray,
+) -> NDArray[np.bool_]:
+    """Mask of the names that are among others; these are looked at NAMES_TOGETHER at a time."""
+    first, second = (
+        given if isinstance(given, (pa.Array, pa.ChunkedArray)) else pa.array(given, pa.string())
+        for given in (names, among)
+    )
+    found = np.zeros(len(first), bool)
+    for start in range(0, len(second), NAMES_TOGETHER):
+        some = second.slice(start, NAMES_TOGETHER)
+        some = some.combine_chunks() if isinstance(some, pa.ChunkedArray) else some
+        found |= pc.is_in(first, value_set=some).to_numpy(zero_copy_only=False)
+    return found
+
+
+def files_in(
+    filesystem: pafs.FileSystem, folder: str, is_local: bool
+) -> Iterator[list[pafs.FileInfo]]:
+    """The files of a folder of segments, some at a time: a FileInfo takes ten times what it says.
+
+    On an object store they come all at once.
+    """
+
+    def segments_of(infos: list[pafs.FileInfo]) -> list[pafs.FileInfo]:
+        return [i for i in infos if i.type == pafs.FileType.File and i.extension == "parquet"]
+
+    if not is_local:
+        selector = pafs.FileSelector(folder, allow_not_found=True)
+        yield segments_of(filesystem.get_file_info(selector))
+        return
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        paths = (entry.path for entry in entries if entry.name.endswith(".parquet"))
+        while some := list(islice(paths, LISTED_TOGETHER)):
+            yield segments_of(filesystem.get_file_info(some))
 
 
 class WatchedSource:

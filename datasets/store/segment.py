@@ -196,7 +196,7 @@ def encode(origin: Origin, groups: Sequence[tuple[Group | Provenance, pa.Table]]
     footer = {
         "schema_version": SCHEMA_VERSION,
         "origin": asdict(origin),
-        "groups": [asdict(group) for group in described],
+        "groups": [vars(group) for group in described],
     }
     footer["footer_checksum"] = _footer_checksum(footer)
     sink = pa.BufferOutputStream()

@@ -13,13 +13,12 @@ Imports neither Ray nor torch.
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
@@ -31,9 +30,11 @@ from raystill.datasets.store.catalogue import Catalogue, Entry, build_catalogue
 from raystill.datasets.store.reading import (
     DamagedSegment,
     GoneSegment,
+    Listing,
     UnreadableSegment,
     UnusableSegment,
     ending_of,
+    files_in,
     read_each,
     with_retries,
 )
@@ -77,13 +78,15 @@ class TeacherStore:
 
     def names(self) -> list[str]:
         """Names of all segments, sorted."""
-        return sorted(info.base_name for info in self.files())
+        return sorted(info.base_name for infos in self._files() for info in infos)
 
-    def files(self) -> list[pafs.FileInfo]:
-        """The files of all segments: names, sizes and times of change, by one listing."""
-        selector = pafs.FileSelector(f"{self.folder.root}/{SEGMENTS}", allow_not_found=True)
-        infos = self.folder.filesystem().get_file_info(selector)
-        return [i for i in infos if i.type == pafs.FileType.File and i.extension == "parquet"]
+    def listing(self, without: Collection[str] = ()) -> Listing:
+        """All segments except those ``without``, in no order."""
+        return Listing.of(self._files(), without)
+
+    def _files(self) -> Iterator[list[pafs.FileInfo]]:
+        path = f"{self.folder.root}/{SEGMENTS}"
+        return files_in(self.folder.filesystem(), path, self.folder.is_local)
 
     def open(self, name: str) -> SegmentFile:
         """Open a segment by name. Raises UnusableSegment (GoneSegment if there is no such file)."""
@@ -127,10 +130,12 @@ class TeacherStore:
         """
         stamp, old = self.merged()
         recent = stamp is not None and time.time() - stamp[1] / 1e9 < MERGED_KEPT_S
-        own = (name for name in names if OWN_NAME.fullmatch(name))
-        new = b"".join(bytes.fromhex(name[:32]) for name in own if not name.startswith("."))
+        new = bytearray(old if recent else b"")
+        for name in names:
+            if OWN_NAME.fullmatch(name) and not name.startswith("."):
+                new += bytes.fromhex(name[:32])
         if new:
-            self.folder.write_bytes(MERGED, old + new if recent else new)
+            self.folder.write_bytes(MERGED, bytes(new))
 
     def merged(self, known: Merged = (None, b"")) -> Merged:
         """What `note_merged` wrote: the file's stamp and bytes; ``known`` if it is the same."""
@@ -139,14 +144,6 @@ class TeacherStore:
             return None, b""
         stamp = info.size, info.mtime_ns
         return known if stamp == known[0] else (stamp, self.folder.read_bytes(MERGED))
-
-    def listing(self) -> tuple[pa.Array, NDArray[np.int64]]:
-        """Names and sizes in bytes of all segments, in the order of their names."""
-        files = self.files()
-        names = pa.array([info.base_name for info in files], pa.string())
-        sizes = np.array([info.size or 0 for info in files], np.int64)
-        order = pc.sort_indices(names)
-        return names.take(order), sizes[order.to_numpy()]
 
     def size(self, name: str) -> int:
         """Size of a segment in bytes; 0 if there is none."""

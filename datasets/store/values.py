@@ -82,7 +82,8 @@ def _update_digest(digest: Any, array: pa.Array, nested: bool = False) -> None:
     if array.null_count:
         digest.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes())
     if pa.types.is_list(kind):
-        lengths = array.value_lengths().fill_null(0)
+        lengths = array.value_lengths()
+        lengths = lengths.fill_null(0) if array.null_count else lengths
         digest.update(lengths.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
         _update_digest(digest, array.flatten(), nested=True)
     elif pa.types.is_fixed_size_list(kind):

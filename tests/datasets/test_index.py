@@ -4,19 +4,23 @@ import multiprocessing
 import os
 import random
 import shutil
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pytest
 
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.commands.store import store_command
-from raystill.datasets.lookup import keeping
-from raystill.datasets.lookup.keeping import FOLDER, Notes, StoreIndex, part_files
-from raystill.datasets.lookup.part import encoded, halves, part_of
+from raystill.datasets.lookup import files, keeping, rows
+from raystill.datasets.lookup.files import FOLDER, part_files
+from raystill.datasets.lookup.keeping import Notes, StoreIndex
+from raystill.datasets.lookup.part import Part, encoded, halves, part_of
+from raystill.datasets.lookup.rows import ROW, LostPart, Rows
 from raystill.datasets.lookup.view import StaleIndex, StoreView
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
@@ -40,8 +44,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of a few rows, so that small stores have several."""
     monkeypatch.setattr(keeping, "WORTH_A_PART", 1)
     monkeypatch.setattr(keeping, "BATCH", 3)
-    monkeypatch.setattr(keeping, "PART_ROWS", 16)
+    monkeypatch.setattr(files, "PART_ROWS", 16)
     monkeypatch.setattr(keeping, "MANY_PARTS", 2)
+    monkeypatch.setattr(rows, "STEP", 4)
+    monkeypatch.setattr(rows, "STEPS", 2)
 
 
 @pytest.fixture
@@ -62,6 +68,11 @@ def require_as_the_segments_say(store: TeacherStore, index: StoreIndex, rows: in
     """The index finds what a catalogue finds that reads every segment."""
     catalogue, found_by = store.catalogue(), index.look_through()
     keys = keys_of([*range(rows)])
+    try:
+        found_by.find(keys, TOPK)
+    except LostPart:  # What a view does then.
+        index.forget()
+        found_by = index.look_through()
     assert found_by.rows == catalogue.rows and sorted(found_by.refused) == sorted(catalogue.refused)
     for wanted in SIGNALS:
         view = catalogue.ordered_for(wanted)
@@ -190,7 +201,7 @@ class TestKeeping:
         assert store_command("compact", store.path) == 0
         opened.clear()
         index = StoreIndex(store).look_through()
-        assert index.rows == sum(len(part.high) for part in index.parts) == len(rows)
+        assert index.rows == sum(len(part.where) for part in index.parts) == len(rows)
         assert opened == [] and all(keep.all() for keep in index.live)
 
     def test_a_part_whose_segments_are_passed_over_stays(self, store: TeacherStore) -> None:
@@ -226,8 +237,8 @@ class TestKeeping:
             publish(store, [first, first + 1, first + 2])
             StoreIndex(store).look_through()
         index = StoreIndex(store).look_through()
-        assert index.rows == 60 and max(len(part.high) for part in index.parts) <= 16
-        assert len(part_files(store)) <= -(-60 // 15) + keeping.MANY_PARTS + 1
+        assert index.rows == 60 and max(len(part.where) for part in index.parts) <= 16
+        assert len(part_files(store)) <= -(-60 // 8) + keeping.MANY_PARTS + 1
 
     def test_a_small_store_has_no_index(
         self, store: TeacherStore, monkeypatch: pytest.MonkeyPatch
@@ -287,8 +298,8 @@ class TestTrust:
         self, store: TeacherStore, rows: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shutil.rmtree(Path(store.path) / FOLDER)
-        (Path(store.path) / FOLDER / f"{'0' * 32}.arrow").mkdir(parents=True)
-        monkeypatch.setattr("raystill.datasets.lookup.part.VERSION", 2)
+        (Path(store.path) / FOLDER / f"{'0' * 32}-3.rows").mkdir(parents=True)
+        monkeypatch.setattr("raystill.datasets.lookup.part.VERSION", 3)
         look_up(store, rows)
         newer = part_files(store)
         monkeypatch.undo()
@@ -367,6 +378,151 @@ class TestTrust:
         shutil.rmtree(Path(store.path) / FOLDER)
         (Path(store.path) / FOLDER).write_text("in the way")
         look_up(store, rows)
+
+
+class TestOnDisk:
+    """The rows of an index stay on the disk, and it is not held twice to merge it."""
+
+    @pytest.mark.parametrize("seed", range(12))
+    def test_rows_near_keys_are_all_that_begin_as_they_do(self, seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        table = np.zeros(int(generator.integers(0, 60)), ROW)
+        table["high"] = np.sort(generator.integers(0, [3, 12, 1000][seed % 3], len(table)))
+        table["group"] = np.arange(len(table))
+        kept = Rows.of(table)
+        assert np.array_equal(kept.all(), table)
+        for number in (0, 1, 2, 7, 40):
+            high = np.sort(generator.integers(0, 14, number)).astype(np.uint64)
+            near = kept.near(high)
+            assert (np.diff(near["group"]) > 0).all(), "in order, and none twice"
+            wanted = table[np.isin(table["high"], high)]
+            assert np.isin(wanted["group"], near["group"]).all()
+            assert len(near) <= 3 * rows.STEP * max(1, len(np.unique(high))) + len(wanted)
+
+    def test_a_large_part_is_read_where_a_key_is_looked_for(self, store: TeacherStore) -> None:
+        fill(store, 5)
+        StoreIndex(store).look_through()
+        index = StoreIndex(store).look_through()
+        assert all(not isinstance(part.where.file, pa.BufferReader) for part in index.parts)
+        for part in index.parts:
+            assert len(part.where.fences) == len(part.where.sums) == -(-len(part.where) // 4)
+        assert (index.find(keys_of(list(range(15))), TOPK).segment >= 0).all()
+
+    @pytest.mark.parametrize(
+        "harm",
+        [
+            lambda path: path.write_bytes(b""),
+            lambda path: path.write_bytes(path.read_bytes()[:100]),
+            lambda path: path.write_bytes(bytes([path.read_bytes()[30] ^ 1]) * 200),
+            lambda path: path.unlink(),
+        ],
+    )
+    def test_a_part_that_changes_under_a_reader_is_read_again_or_done_without(
+        self, store: TeacherStore, harm: Callable[[Path], object]
+    ) -> None:
+        stored = fill(store)
+        view = look_up(store, stored)
+        view._index.forget()
+        view._reload()  # So that it has the files, and not what it has opened itself.
+        for name in part_files(store):
+            harm(Path(store.path) / FOLDER / name)
+        look_up(store, stored, view)
+        require_as_the_segments_say(store, StoreIndex(store), 20)
+
+    def test_a_part_that_can_never_be_read_ends_a_look_up(
+        self, store: TeacherStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        view = look_up(store, fill(store))
+
+        def lost(*_: object) -> None:
+            raise LostPart("stale file handle")
+
+        monkeypatch.setattr(StoreView, "_sort", lost)
+        with pytest.raises(LostPart):
+            look_up(store, [0], view)
+
+    def test_many_small_parts_are_merged_one_after_the_other(
+        self, store: TeacherStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        notes = Notes(store, enough=1)
+        for row in range(40):
+            name = publish(store, [row])
+            noted = [(Provenance("run", "training"), keys_of([row]))]
+            notes.add(name, origin(), noted)
+        assert len(part_files(store)) == 40
+        held: list[weakref.ref[Part]] = []
+        most = 0
+        read = keeping.read_part
+
+        def counted(of: TeacherStore, name: str) -> Part:
+            nonlocal most
+            part = read(of, name)
+            held.append(weakref.ref(part))
+            most = max(most, sum(len(p.where) for ref in held if (p := ref()) and len(p.where) < 8))
+            return part
+
+        monkeypatch.setattr(keeping, "read_part", counted)
+        index = StoreIndex(store).look_through()
+        assert index.rows == 40 and most <= 4, "not all of them are held at a time"
+        assert len(part_files(store)) <= 40 // 8 + keeping.MANY_PARTS
+        require_as_the_segments_say(store, StoreIndex(store), 40)
+
+    def test_damaged_small_parts_are_not_merged_for_ever(
+        self, store: TeacherStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows = fill(store)
+        look_up(store, rows)
+        for number in range(9):
+            file = Path(store.path) / FOLDER / f"{number:032x}-1.rows"
+            file.write_bytes(b"no part")
+        index = StoreIndex(store)
+        assert index.look_through().rows == len(rows)
+        monkeypatch.setattr(StoreIndex, "_merge_small", lambda _: pytest.fail("once more"))
+        assert index.look_through().rows == len(rows)
+
+    def test_a_segment_that_two_parts_have_counts_once_when_they_are_merged(
+        self, store: TeacherStore
+    ) -> None:
+        for row in range(3):
+            name = publish(store, [row])
+            told = [(Provenance("run", "training"), keys_of([row]))]
+            for other in range(2):  # Two processes that have noted it, each with another segment.
+                beside = publish(store, [10 + 2 * row + other])
+                also = [(Provenance("run", "training"), keys_of([10 + 2 * row + other]))]
+                described = [
+                    (n, store.stamp(n) or (0, 0), origin(), groups)
+                    for n, groups in ((name, told), (beside, also))
+                ]
+                files.write_part(store, part_of(described))
+        index = StoreIndex(store).look_through()
+        assert index.rows == 9 and index.num_segments == 9
+        require_as_the_segments_say(store, StoreIndex(store), 20)
+
+
+def test_a_listing_is_that_of_the_file_system_however_many_are_looked_at_together(
+    store: TeacherStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store)
+    folder = Path(store.path) / SEGMENTS
+    (folder / "a.parquet").mkdir()
+    (folder / "b.parquet").symlink_to("nowhere")
+    (folder / "c.txt").write_text("")
+    (folder / ".parquet").write_text("odd")
+    (folder / "d.parquet").symlink_to(store.names()[0])
+    selector = pafs.FileSelector(str(folder))
+    infos = pafs.LocalFileSystem().get_file_info(selector)
+    wanted = sorted(
+        (i.base_name, i.size, i.mtime_ns)
+        for i in infos
+        if i.type == pafs.FileType.File and i.extension == "parquet"
+    )
+    for together in (1, 2, 4096):
+        monkeypatch.setattr("raystill.datasets.store.reading.LISTED_TOGETHER", together)
+        told = store.listing()
+        found = zip(told.names.to_pylist(), told.sizes.tolist(), told.changed.tolist(), strict=True)
+        assert sorted(found) == wanted
+        few = store.listing(without=[wanted[0][0]])
+        assert sorted(few.names.to_pylist()) == [name for name, _, _ in wanted[1:]]
 
 
 def die_writing(path: str) -> None:

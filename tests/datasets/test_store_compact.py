@@ -1,7 +1,9 @@
 """Compacting a store that is not whole: no row is lost, and what cannot be used is left alone."""
 
 import os
+import random
 import time
+import tracemalloc
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -17,14 +20,23 @@ from raystill.cluster.commands.store import store_command
 from raystill.datasets.lookup.view import StoreView
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store import compaction
-from raystill.datasets.store.catalogue import Stored, witnesses, words_of
+from raystill.datasets.store import catalogue, compaction
+from raystill.datasets.store.catalogue import (
+    SPOOLED_BYTES,
+    Entry,
+    Outlining,
+    Stored,
+    witnesses,
+    words_of,
+)
 from raystill.datasets.store.compaction import compact
 from raystill.datasets.store.lease import Lease
-from raystill.datasets.store.reading import ImpossibleValues, ending_of
+from raystill.datasets.store.reading import ImpossibleValues, ending_of, is_in
 from raystill.datasets.store.segment import (
     READ_WHOLE_BYTES,
     DamagedSegment,
+    Footer,
+    Group,
     Provenance,
     encode,
     segment_name,
@@ -123,14 +135,14 @@ def test_a_segment_that_vanishes_meanwhile_is_skipped(
     for row in range(2, 5):
         publish(store, [row, 9][: 1 + (row == 4)])
     publish(store, rows, salt=1, signal=Signal("topk", 4))
-    looked = compaction._outline
+    looked = compaction._outlining
 
-    def outline(store: TeacherStore):
+    def outlining(store: TeacherStore):
         seen = looked(store)
         path_of(store, gone).unlink(missing_ok=True)
         return seen
 
-    monkeypatch.setattr(compaction, "_outline", outline)
+    monkeypatch.setattr(compaction, "_outlining", outlining)
     done = compact(store)
     assert done.refused == {}
     monkeypatch.undo()
@@ -402,27 +414,61 @@ def test_a_segment_that_was_merged_when_they_had_more_rows_is_left_as_it_is(
     assert missing(store, [*range(16), 20, 21]) == 0
 
 
-def test_an_outline_is_the_catalogue_without_footers(store: TeacherStore) -> None:
-    for rows in ([0, 1, 2], [3], [4, 5], [2, 6]):
-        publish(store, rows)
-    publish(store, [6, 7, 1], signal=Signal("text"))
-    publish(store, [1, 9], signal=Signal("topk", 99))
-    catalogue, (outline, refused) = store.catalogue(), compaction._outline(store)
-    assert refused == {} and outline.rows == catalogue.rows
-    assert outline.names.to_pylist() == [entry.name for entry in catalogue.entries]
-    assert np.array_equal(outline.keys, words_of(catalogue.keys))
-    segments = outline.segments_of(np.arange(outline.rows))
-    assert segments.tolist() == catalogue.segment.tolist()
-    for number, entry in enumerate(catalogue.entries):
-        assert outline.origins[outline.origin[number]] == entry.footer.origin
-        assert outline.sizes[number] == store.size(entry.name)
-        kinds = [outline.kinds[kind] for kind in outline.kind[segments == number]]
-        assert kinds == [Stored(entry.footer.origin.signal, False)] * entry.footer.rows
-    few = outline.chosen(np.array([4, 1]))
-    assert few.names.to_pylist() == [outline.name(4), outline.name(1)]
-    wanted = np.concatenate([outline.keys[segments == 4], outline.keys[segments == 1]])
-    assert np.array_equal(few.keys, wanted)
-    assert np.diff(few.first).tolist() == [(segments == 4).sum(), (segments == 1).sum()]
+@pytest.mark.parametrize("seed", range(6))
+def test_an_outline_says_what_the_catalogue_says(
+    store: TeacherStore, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys are in a file and looked at some at a time; whichever segments are left out."""
+    monkeypatch.setattr(catalogue, "SPOOLED_BYTES", 1)
+    monkeypatch.setattr(catalogue, "BUCKETS", 3)
+    monkeypatch.setattr(compaction, "OPENED_TOGETHER", 4)
+    choice = random.Random(seed)
+    for number in range(14):
+        rows = choice.sample(range(12), choice.randint(1, 4))
+        signal = choice.choice([TOPK, Signal("topk", 4), Signal("text"), HIDDEN])
+        publish(store, rows, salt=number, signal=signal, scored=choice.random() < 0.3)
+    made, there, refused = compaction._outlining(store)
+    assert refused == {} and there.all()
+    for left_out in ([], choice.sample(store.names(), 3), store.names()):
+        told = store.catalogue(without=left_out)
+        outline = made.outline(there & ~is_in(made.names, left_out))
+        assert outline.names.to_pylist() == [entry.name for entry in told.entries]
+        of_each = [outline.origins[number] for number in outline.origin]
+        assert of_each == [entry.footer.origin for entry in told.entries]
+        assert outline.sizes.tolist() == [store.size(entry.name) for entry in told.entries]
+        rows = [entry.footer.rows for entry in told.entries]
+        assert np.diff(outline.first).tolist() == rows and outline.rows == told.rows
+        witness = told.witnesses()
+        assert outline.dropped.tolist() == np.flatnonzero(~told.needed()).tolist()
+        assert outline.held_in.tolist() == told.segment[witness[outline.dropped]].tolist()
+        doubled = told.keys.take(pa.array(outline.dropped))
+        shared = told.segment[np.flatnonzero(pc.is_in(told.keys, value_set=doubled))]
+        assert outline.shared.tolist() == np.unique(shared).tolist()
+        for number in range(len(told.entries)):
+            expected = told.needed()[told.segment == number]
+            assert outline.needed_of(number).tolist() == expected.tolist()
+
+
+def test_an_outline_of_many_rows_takes_memory_for_its_segments_alone() -> None:
+    """It held 18 bytes of each row, and ten times that while it looked for equal keys."""
+    segments, rows = 4096, 128
+    group = Group("run", "training", rows, {})
+    footer = Footer(origin(), (group,))
+    generator = np.random.default_rng(0)
+    tracemalloc.start()
+    made = Outlining()
+    for number in range(0, segments, 64):
+        read = []
+        for name in range(number, number + 64):
+            buffers = [None, pa.py_buffer(generator.bytes(16 * rows))]
+            keys = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), rows, buffers)
+            read.append((Entry(f"{name:032x}.parquet", footer), [keys]))
+        made.add(read, [1] * len(read))
+    outline = made.outline(np.ones(segments, bool))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert outline.rows == segments * rows and not len(outline.dropped)
+    assert peak < SPOOLED_BYTES + 20 * outline.rows
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -12,7 +12,8 @@ from raystill.base.records import MetricsLog, open_own
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.job.driver_process import LOCK as DRIVER_LOCK
 from raystill.cluster.job.driver_process import hold_run_folder
-from raystill.datasets.lookup.keeping import FOLDER, LOCK
+from raystill.datasets.lookup.files import FOLDER
+from raystill.datasets.lookup.keeping import LOCK
 from raystill.datasets.store.lease import LEASE
 from tests.hostile.judge import OTHERS, Case, content_of
 from tests.hostile.places import IDENTITY, Bases
