@@ -6,7 +6,6 @@ Imports neither Ray nor torch.
 import logging
 from collections.abc import Collection, Iterator, Sequence
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 

@@ -223,8 +223,8 @@ def live_in(
     # One look for the names of all parts, and not for each part: it is made over all that are
     # listed.
     for start in range(0, len(listing.names), NAMES_TOGETHER):
-        some = pc.index_in(names, value_set=listing.names.slice(start, NAMES_TOGETHER))
-        found = np.asarray(some.fill_null(-1).to_numpy())
+        some = listing.names.slice(start, NAMES_TOGETHER).combine_chunks()
+        found = np.asarray(pc.index_in(names, value_set=some).fill_null(-1).to_numpy())
         places[found >= 0] = found[found >= 0] + start
     distrusted = pc.is_in(names, value_set=pa.array(list(without), pa.string()))
     places[distrusted.to_numpy()] = -1

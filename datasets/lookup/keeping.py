@@ -15,8 +15,6 @@ from itertools import chain
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.fs as pafs
 
 from raystill.base.records import open_own
 from raystill.datasets.lookup import files
@@ -98,15 +96,16 @@ class StoreIndex:
                 if may_write:  # Before they are read: all of them are too many to hold.
                     self._merge_small()
         self._read_parts()
-        if not self._is_in_order(without):
-            with self._alone() as may_write:
-                self._read_parts()
-                return self._look_through(without, progress, may_write)
-        return self._look_through(without, progress)
+        listing: Listing | None = self._store.listing(without)
+        if self._is_in_order(listing, without):
+            return self._look_through(listing, without, progress)
+        listing = None  # Two of them at a time are as much as all else.
+        with self._alone() as may_write:
+            self._read_parts()
+            return self._look_through(self._store.listing(without), without, progress, may_write)
 
-    def _is_in_order(self, without: Collection[str]) -> bool:
+    def _is_in_order(self, listing: Listing, without: Collection[str]) -> bool:
         """Whether nothing is to be written: few segments are in no part, and no part is worn."""
-        listing = self._store.listing(without)
         live, missing = self._live(listing)
         # Of segments that are passed over, or in a folder that is away, nobody knows whether they
         # are still there: no part goes for their sake.
@@ -117,11 +116,15 @@ class StoreIndex:
         return missing.sum() < WORTH_A_PART and not wrong and not worn
 
     def _look_through(
-        self, without: Collection[str], progress: Progress | None, may_write: bool = False
+        self,
+        listing: Listing,
+        without: Collection[str],
+        progress: Progress | None,
+        may_write: bool = False,
     ) -> Index:
         refused: dict[str, UnusableSegment] = {}
         for again in range(LISTINGS):
-            listing = self._store.listing(without)
+            listing = self._store.listing(without) if again else listing
             missing = self._live(listing)[1] & ~is_in(listing.names, refused)
             # A segment that is gone was merged into one that this listing may be the first to show.
             if not missing.any():
@@ -170,9 +173,11 @@ class StoreIndex:
                     opened.append((name, stamps[name], footer.origin, described))
             self._own = packed([*self._own, *parts_of(opened)])
 
-        for start in range(0, len(listing.sizes), BATCH):
-            shown = progress and partial(_shifted, progress, start, len(listing.sizes))
-            read(_stamps(listing.chosen(np.arange(start, len(listing.sizes))[:BATCH])), shown, ())
+        done = 0
+        for some in listing.together(BATCH):
+            shown = progress and partial(_shifted, progress, done, len(listing.sizes))
+            read(_stamps(some), shown, ())
+            done += len(some.sizes)
             if may_write and not self._distrusted and rows_of(self._own) >= files.PART_ROWS:
                 self._write_own()
         late = [name for name, error in errors.items() if isinstance(error, UnreadableSegment)]

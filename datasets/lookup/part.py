@@ -5,7 +5,7 @@ segment. It can be deleted at any moment. Whoever reads a row through it compare
 that in the segment itself.
 
 The file has the rows as they are searched (``rows.ROW``), then an Arrow stream of segments and
-groups, and the number of rows in 8 bytes. It is named by the hash of its bytes and the number of rows.
+groups, and the number of rows in 8 bytes. It is named by the hash of its bytes and that number.
 
 Imports neither Ray nor torch.
 

@@ -296,7 +296,7 @@ class Spool:
     """Rows of SPOOLED in a temporary file, to be had again by their keys, some keys at a time."""
 
     def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=SPOOLED_BYTES)
+        self._file = tempfile.SpooledTemporaryFile(SPOOLED_BYTES)  # noqa: SIM115
         self._blocks: list[NDArray[np.int64]] = []  # where each bucket begins and ends in it
 
     def add(self, table: NDArray[np.void]) -> None:

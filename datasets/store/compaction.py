@@ -26,6 +26,7 @@ from raystill.datasets.store.lease import Lease
 from raystill.datasets.store.proof import Proof, problem_of, refuse_impossible
 from raystill.datasets.store.reading import (
     GoneSegment,
+    Listing,
     RefusedSegments,
     UnreadableSegment,
     UnusableSegment,
@@ -185,19 +186,21 @@ def _outlining(store: TeacherStore) -> tuple[Outlining, NDArray[np.bool_], Refus
                 found.append(result)
         made.add(found, [sizes[entry.name] for entry, _ in found])
 
+    listing: Listing | None = None
     for _ in range(LISTINGS):
         # A segment that is gone was merged into one that this listing may be the first to show.
+        listing = None  # Two of them at a time are as much as all else.
         listing = store.listing()
-        unread = np.flatnonzero(~is_in(listing.names, made.names) & ~is_in(listing.names, refused))
-        if not len(unread):
+        unread = ~is_in(listing.names, made.names) & ~is_in(listing.names, refused)
+        if not unread.any():
             break
-        for start in range(0, len(unread), OPENED_TOGETHER):
-            some = listing.chosen(unread[start : start + OPENED_TOGETHER])
+        for some in listing.chosen(unread).together(OPENED_TOGETHER):
             read(dict(zip(some.names.to_pylist(), some.sizes.tolist(), strict=True)), ())
         again, late = late, {}
         read(again, None)  # All of them wait together.
         for name in [n for n, error in refused.items() if isinstance(error, GoneSegment)]:
             del refused[name]
+    assert listing is not None
     known = sorted(refused)
     refused = {known[i]: refused[known[i]] for i in np.flatnonzero(is_in(known, listing.names))}
     return made, is_in(made.names, listing.names), refused

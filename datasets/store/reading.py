@@ -93,26 +93,32 @@ RefusedSegments = dict[str, UnusableSegment]
 class Listing:
     """The segments that are there: names (string), sizes in bytes, times of change in ns."""
 
-    names: pa.Array
+    names: pa.ChunkedArray
     sizes: NDArray[np.int64]
     changed: NDArray[np.int64]
 
     @classmethod
     def of(cls, files: Iterable[list[pafs.FileInfo]], without: Collection[str] = ()) -> "Listing":
         """The listing of these files except those ``without``."""
-        names, numbers = [pa.array([], pa.string())], [np.empty((0, 2), np.int64)]
+        names, numbers = [], [np.empty((0, 2), np.int64)]
         for infos in files:
             chosen = [info for info in infos if info.base_name not in without]
             names.append(pa.array([info.base_name for info in chosen], pa.string()))
             stamps = [(info.size or 0, info.mtime_ns or 0) for info in chosen]
             numbers.append(np.array(stamps, np.int64).reshape(-1, 2))
         sizes, changed = np.concatenate(numbers).T.copy()
-        return cls(pa.concat_arrays(names), sizes, changed)
+        return cls(pa.chunked_array(names, pa.string()), sizes, changed)
 
-    def chosen(self, some: NDArray[np.int64] | NDArray[np.bool_]) -> "Listing":
-        """Some of them, by number or by mask."""
-        numbers = np.arange(len(self.sizes))[some]
-        return Listing(self.names.take(pa.array(numbers)), self.sizes[some], self.changed[some])
+    def chosen(self, some: NDArray[np.bool_]) -> "Listing":
+        """Some of them, by a mask."""
+        return Listing(self.names.filter(pa.array(some)), self.sizes[some], self.changed[some])
+
+    def together(self, number: int) -> Iterator["Listing"]:
+        """All of them, so many at a time."""
+        for start in range(0, len(self.sizes), number):
+            some = slice(start, start + number)
+            names = self.names.slice(start, number)
+            yield Listing(names, self.sizes[some], self.changed[some])
 
 
 def is_in(

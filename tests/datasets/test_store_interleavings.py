@@ -50,7 +50,7 @@ class Actor:
         self.ended = False
         self.failed: BaseException | None = None
         self.store = TeacherStore(path)
-        for name in ("files", "open", "ending", "put", "stamp"):
+        for name in ("names", "listing", "open", "ending", "put", "stamp"):
             setattr(self.store, name, self.stepped(name))
         self.thread = threading.Thread(target=self.run, args=(work,), daemon=True)
         self.thread.start()
@@ -199,7 +199,7 @@ class Interleavings(RuleBasedStateMachine):
     @precondition(lambda self: self.actors)
     @rule(
         which=st.integers(0, 3),
-        until=st.sampled_from(("any", "files", "open", "put", "set_aside", "discard", "end")),
+        until=st.sampled_from(("any", "listing", "open", "put", "set_aside", "discard", "end")),
     )
     def goes_on(self, which: int, until: str) -> None:
         """One of the processes takes steps until its next one is of a kind; at least one."""
