@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from raystill.base.errors import RunError
-from raystill.datasets.rows.schema import AT_LEAST, LOST, NOT_STARTED, answer_schema
+from raystill.datasets.rows.schema import AT_LEAST, GIVEN_UP, LOST, NOT_STARTED, answer_schema
 from raystill.datasets.rows.signal import Signal
 
 logger = logging.getLogger(__name__)
@@ -107,8 +107,8 @@ class TeacherCalls:
                 deaths[together] += 1
                 continue
             errors = answers["error"].to_numpy(zero_copy_only=False)
-            deaths[together[errors == LOST]] += 1
-            kept = (errors != LOST) & (errors != NOT_STARTED)
+            deaths[together[(errors == LOST) | (errors == GIVEN_UP)]] += 1
+            kept = (errors != LOST) & (errors != NOT_STARTED) & (errors != GIVEN_UP)
             parts.add(together[kept], answers.filter(pa.array(kept)))
             left = np.setdiff1d(left, together[kept])
             if not kept.all():
@@ -126,7 +126,8 @@ class TeacherCalls:
                 answer = await self._try(
                     method, row.combine_chunks(), what, alone=death == DEATHS_OF_POISON
                 )
-            if answer is not None and answer["error"][0].as_py() not in (LOST, NOT_STARTED):
+            again = (LOST, NOT_STARTED, GIVEN_UP)
+            if answer is not None and answer["error"][0].as_py() not in again:
                 return answer
         logger.error("poison: replicas failed each time for %s", row.to_pylist())
         return unusable_answers(1, POISON, self._signal)

@@ -10,6 +10,7 @@ Legend: P prompt tokens, T response tokens, K teacher ids kept for each token, D
 
 import asyncio
 import itertools
+import logging
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raystill.datasets.rows.answers import Answer, why_unanswerable, why_unscorable
-from raystill.datasets.rows.schema import LOST, NOT_STARTED, TIMED_OUT
+from raystill.datasets.rows.schema import GIVEN_UP, LOST, NOT_STARTED, TIMED_OUT
 from raystill.datasets.rows.signal import Signal
 from raystill.serve.engine.arguments import PROBE_TIMEOUT_S, EngineSettings, engine_arguments
 from raystill.serve.engine.capture import CaptureRequest
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
     from vllm.sampling_params import SamplingParams
 
+logger = logging.getLogger(__name__)
 
 Ids = NDArray[np.int32]
 
@@ -272,7 +274,7 @@ class VllmEngine:
 
         The second list has the array captured for each. ``reasons``: known beforehand; such rows
         are not sent to the engine. Where the engine dies, what it had finished is kept: the rows in
-        it are LOST, and those that waited NOT_STARTED.
+        it are LOST, and those that waited NOT_STARTED. One that it gives up by itself is GIVEN_UP.
         """
 
         async def run_row(
@@ -292,6 +294,9 @@ class VllmEngine:
                 except TimeoutError:
                     return TIMED_OUT, NOTHING
                 except Exception as error:
+                    if is_of_one_request(error):
+                        logger.warning("vLLM gave a row up: %r", error.__cause__ or error)
+                        return GIVEN_UP, NOTHING
                     if not engine_is_dead(error):
                         raise
                     self.died = True
@@ -357,3 +362,8 @@ def _num_logprobs(signal: Signal) -> int | None:
 def engine_is_dead(error: BaseException) -> bool:
     """Whether the error says that the engine's process has ended."""
     return any(kind.__name__ == "EngineDeadError" for kind in type(error).__mro__)
+
+
+def is_of_one_request(error: BaseException) -> bool:
+    """Whether the error has ended one request, and the engine goes on."""
+    return type(error).__name__ == "EngineGenerateError"

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.exceptions import RayActorError
 
-from raystill.datasets.rows.schema import LOST, NOT_STARTED, TOKEN_IDS, answer_schema
+from raystill.datasets.rows.schema import GIVEN_UP, LOST, NOT_STARTED, TOKEN_IDS, answer_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.stream import teacher_calls
 from raystill.datasets.stream.teacher_calls import TeacherCalls
@@ -33,6 +33,7 @@ class Replica:
         self.killers, self.process = killers, process
         self.slots = asyncio.Semaphore(slots)
         self.asked: Counter[int] = Counter()
+        self.gives_up: Counter[int] = Counter()  # how often on an id, before it answers
         self.deaths = 0
         self.life = 0
         self.sample = self
@@ -59,6 +60,8 @@ class Replica:
             if life != self.life:
                 return NOT_STARTED
             self.asked[number] += 1
+            if self.asked[number] <= self.gives_up[number]:
+                return GIVEN_UP
             if number in self.killers:
                 self.deaths += 1
                 self.life += 1
@@ -141,6 +144,17 @@ def test_every_row_is_answered_or_poison_whoever_kills(
     check(answers, groups, killers)
 
 
+@pytest.mark.parametrize("times", [1, 3, 4])
+def test_a_row_that_an_engine_gave_up_is_asked_again_four_times_at_most(
+    monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    group = [0, 5, 9, 10]
+    replica = Replica(set(), slots=2)
+    replica.gives_up[9] = times
+    check(ask(replica, [group], monkeypatch), [group], {9} if times == 4 else set())
+    assert replica.asked == {0: 1, 5: 1, 9: min(times + 1, 4), 10: 1} and not replica.deaths
+
+
 def test_a_long_row_is_given_up_alone_by_its_engine() -> None:
     from types import SimpleNamespace
 
@@ -183,3 +197,27 @@ def test_an_engine_that_dies_hands_over_what_it_had_finished() -> None:
     found, _ = asyncio.run(engine._run(rows, [None] * 5, [None] * 5, None))  # type: ignore[arg-type]
     assert found == [done, LOST, done, LOST, NOT_STARTED] or found.count(LOST) >= 1
     assert found[0] is done and found[1] == LOST and found[4] in (NOT_STARTED, done)
+
+
+def test_a_row_that_the_engine_gives_up_is_asked_again_and_takes_no_other_with_it() -> None:
+    """vLLM calls it recoverable: the engine goes on. It ended the run, and its group was lost."""
+    from types import SimpleNamespace
+
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    from raystill.serve.engine.vllm import VllmEngine
+
+    settings_of = SimpleNamespace(teacher=SimpleNamespace(max_num_seqs=2, request_timeout_s=None))
+    engine = VllmEngine(settings_of)  # type: ignore[arg-type]
+    done = SimpleNamespace(finish_reason="stop")
+
+    async def generate(ids: list[int], parameters: Any) -> Any:
+        await asyncio.sleep(0)
+        if ids[0] == 5:
+            raise EngineGenerateError from ValueError("of this request alone")
+        return done
+
+    engine._generate = generate  # type: ignore[method-assign]
+    rows = [np.array([i], np.int32) for i in (1, 5, 1, 5, 1)]
+    found, _ = asyncio.run(engine._run(rows, [None] * 5, [None] * 5, None))  # type: ignore[arg-type]
+    assert found == [done, GIVEN_UP, done, GIVEN_UP, done] and not engine.died
