@@ -96,10 +96,10 @@ class StoreIndex:
                 if may_write:  # Before they are read: all of them are too many to hold.
                     self._merge_small()
         self._read_parts()
-        listing: Listing | None = self._store.listing(without)
+        listing = self._store.listing(without)
         if self._is_in_order(listing, without):
             return self._look_through(listing, without, progress)
-        listing = None  # Two of them at a time are as much as all else.
+        del listing  # Two of them at a time are as much as all else.
         with self._alone() as may_write:
             self._read_parts()
             return self._look_through(self._store.listing(without), without, progress, may_write)
