@@ -270,7 +270,7 @@ class TestUnreadable:
         assert network.tried.count(name) == 0
         now += 1
         with monkeypatch.context() as patch:
-            patch.setattr(store, "files", Path("/nowhere").read_text)  # Cannot be listed either.
+            patch.setattr(store, "_files", Path("/nowhere").read_text)  # Cannot be listed either.
             assert look_up(view, [*rows, *other]).to_ask.tolist() == [0, 1]
         now += store_view.RETRY_UNREADABLE_S
         assert len(look_up(view, [*rows, *other]).to_ask) == 0
