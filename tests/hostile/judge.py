@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 import driver
+from raystill.base.redact import spellings
 from raystill.cluster.commands import as_json
 from raystill.datasets.store.segment import OWN_NAME
 from tests.support.sound_run import SOUND
@@ -144,7 +145,7 @@ def judge(case: Case, place: Path) -> list[str]:
     before = content_of(place / OTHERS)
     with inside(place):
         told = call(case.words)
-    wrong = list(faults(told, case.statuses, "--json" in case.words))
+    wrong = list(faults(told, case.statuses, "--json" in case.words, parts_of_secret(case)))
     if content_of(place / OTHERS) != before:
         wrong.append("files of others were changed")
     for name, data in own.items():
@@ -164,8 +165,30 @@ def is_revoked(case: Case, name: str) -> bool:
     return does and IN_JOURNAL.fullmatch(name) is not None
 
 
-def faults(told: Told, statuses: frozenset[int], as_value: bool) -> Iterator[str]:
-    """What is wrong with what a command told."""
+PARTS = frozenset(SECRET[i : i + 8] for i in range(len(SECRET) - 7))
+
+
+def parts_of_secret(case: Case) -> frozenset[str]:
+    """What no command may tell: the parts of the secret that the case has in whole secrets alone.
+
+    Of a secret that was cut or spoilt before it was given, nobody knows that it is one.
+    """
+    given = [data.decode("utf-8", "replace") for data in map(as_bytes, case.files.values())]
+    given += case.words
+    for spelling in sorted(spellings(SECRET), key=len, reverse=True):
+        given = [text.replace(spelling, "\0") for text in given]
+    return frozenset(part for part in PARTS if not any(part in text for text in given))
+
+
+def as_bytes(content: bytes | str) -> bytes:
+    """The content of a file; what says what else it is, as text."""
+    return content if isinstance(content, bytes) else content.encode("utf-8", "surrogateescape")
+
+
+def faults(
+    told: Told, statuses: frozenset[int], as_value: bool, parts: frozenset[str] = PARTS
+) -> Iterator[str]:
+    """What is wrong with what a command told. parts: of the secret, which it may not tell."""
     both = told.out + told.err
     if told.status not in statuses:
         yield f"exit status {told.status}, not one of {sorted(statuses)}"
@@ -178,7 +201,6 @@ def faults(told: Told, statuses: frozenset[int], as_value: bool) -> Iterator[str
         yield f"characters that cannot be printed: {sorted(odd)[:5]!a}"
     if told.seconds > LONGEST_S:
         yield f"{told.seconds:.1f} s"
-    parts = {SECRET[i : i + 8] for i in range(len(SECRET) - 7)}
     if any(part in both for part in parts):
         yield "the secret is told"
     if as_value and told.out:
