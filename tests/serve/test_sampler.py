@@ -303,4 +303,4 @@ def test_a_replica_that_serve_adds_has_the_newest_adapter_and_leaves_when_it_is_
 def replicas_of(run: Run) -> dict[str, int]:
     """Serve's count of the sampler's replicas by their state."""
     deployments = serve.status().applications[run.sampler_app].deployments
-    return {str(state.value): n for state, n in deployments["Sampler"].replica_states.items() if n}
+    return {str(state): n for state, n in deployments["Sampler"].replica_states.items() if n}
