@@ -144,7 +144,11 @@ def uneven_shares(dataset: Dataset, world_size: int) -> list[Any]:
 
 
 def iterate_groups(shard: Any) -> Iterator[pa.Table]:
-    """A worker's groups as they come, each a table of ``row_schema``; empty ones left out."""
-    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+    """A worker's groups as they come, each a table of ``row_schema``; empty ones left out.
+
+    Ray Data's ``prefetch_batches`` keeps each group back until the next one is there. Without it a
+    thread of its own still fetches one group ahead, while the student computes.
+    """
+    for block in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         if len(block):
             yield block

@@ -97,13 +97,48 @@ def test_fixed_order_goes_on_after_a_restart_with_the_steps_that_were_left(world
 
 def test_fixed_order_a_step_whose_rows_were_all_dropped_is_empty_and_shifts_nothing():
     blocks = blocks_of(24, 8, Ledger(24), dropped=set(range(8, 16)))
-    rows = step_rows(blocks)
+    rows = step_rows(blocks, num_rows=24)
     assert [[r.position for r in rows.take(s)] for s in range(3)] == [
         list(range(8)),
         [],
         list(range(16, 24)),
     ]
     assert not rows.has_more
+
+
+def test_fixed_order_does_not_wait_for_the_next_step_once_the_last_row_of_this_one_is_there():
+    def blocks():
+        for start in range(0, 16, 4):
+            yield [FakeRow(p) for p in range(start, start + 4)]
+        pytest.fail("the rows of two steps are there, and a third was asked for")
+
+    rows = step_rows(blocks(), num_rows=17)
+    for step in range(2):
+        assert [r.position for r in rows.take(step)] == list(range(step * 8, step * 8 + 8))
+        assert rows.has_more
+
+
+@pytest.mark.parametrize("world_size", RANKS)
+def test_fixed_order_the_last_step_takes_the_stream_to_its_end(world_size):
+    ended = []
+
+    def blocks(share):
+        yield from share
+        ended.append(True)
+
+    shares = deal(blocks_of(24, 8, Ledger(24), dropped={15, 23}), world_size)
+    ranks = [
+        step_rows(blocks(share), rank, world_size, num_rows=24) for rank, share in enumerate(shares)
+    ]
+    taken = [[r.position for rank in ranks for r in rank.take(step)] for step in range(3)]
+    assert [len(step) for step in taken] == [8, 7, 7]
+    assert len(ended) == world_size and not any(rank.has_more for rank in ranks)
+
+
+def test_fixed_order_where_all_that_is_left_was_dropped_the_next_step_is_empty_and_the_last():
+    rows = step_rows(blocks_of(24, 8, Ledger(24), dropped=set(range(8, 24))), num_rows=24)
+    assert len(rows.take(0)) == 8 and rows.has_more
+    assert rows.take(1) == [] and not rows.has_more
 
 
 def test_fixed_order_refuses_a_row_that_comes_after_its_step():

@@ -6,8 +6,9 @@ given.
 
 ``stream.order: fixed``: step s trains the rows at positions [s * rows_per_step,
 (s + 1) * rows_per_step), on whichever rank they are. The positions that a rank gets ascend, so it
-has all its rows of step s when it sees a row of a later step, or the end. A dropped row is
-missing from its step; no other row takes its place.
+has all its rows of step s when it sees the last of them, a row of a later step, or the end. The
+last step of an epoch takes the stream to its end. A dropped row is missing from its step; no
+other row takes its place.
 
 ``stream.order: arrival``: a rank takes its share of ``rows_per_step`` as rows come. If
 ``rows_per_step`` is not a multiple of the number of ranks, the ranks with one row more change with
@@ -33,7 +34,12 @@ class Positioned(Protocol):
 
 
 class TrainedRows(Protocol):
-    """The ledger, as far as this module uses it: whether a position is trained or dropped."""
+    """The ledger, as far as this module uses it: the number of positions of the epoch, and whether
+    one is trained or dropped.
+    """
+
+    @property
+    def num_rows(self) -> int: ...
 
     def done(self, position: int) -> bool: ...
 
@@ -108,8 +114,8 @@ class StepRows(Generic[R]):
     def has_more(self) -> bool:
         """Whether this rank may have rows of later steps.
 
-        False is certain, and in ``fixed`` order so is True. In ``arrival`` order the stream may
-        turn out to have ended.
+        False is certain. Where it is True, the stream may turn out to have ended, or to have dropped
+        all that was left.
         """
         return bool(self._waiting) or not self._ended
 
@@ -123,7 +129,8 @@ class StepRows(Generic[R]):
 
     def _take_fixed(self, step: int) -> list[R]:
         end = (step + 1) * self._rows_per_step
-        while not self._ended and (not self._waiting or self._waiting[-1].position < end):
+        last = end - 1 if end < self._ledger.num_rows else end  # Of the last step: until the end.
+        while not self._ended and (not self._waiting or self._waiting[-1].position < last):
             self._pull()
         rows = []
         while self._waiting and self._waiting[0].position < end:
