@@ -6,7 +6,7 @@ passes through the driver.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -229,28 +229,55 @@ def _shares(run: Run) -> bool:
 
 def deployment_options(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
     """Options of the Serve deployment: replicas, requests in flight, health, resources."""
-    teacher = config.teacher
+    groups = config.groups_per_replica
+    options = engine_options(config.teacher.num_replicas, groups, groups)
+    return {**options, **placement(config, has_gpus)}
+
+
+def engine_options(replicas: int | ReplicasConfig, in_flight: int, full: int) -> dict[str, Any]:
+    """Options of a Serve deployment of engines: replicas, requests in flight, health.
+
+    in_flight: groups that one replica may be sent. full: groups that fill its slots, above which
+    Serve adds a replica.
+    """
     options: dict[str, Any] = {
-        "max_ongoing_requests": config.groups_per_replica + OTHER_REQUESTS,
+        "max_ongoing_requests": in_flight + OTHER_REQUESTS,
         "health_check_period_s": 10.0,
         "health_check_timeout_s": PROBE_TIMEOUT_S + 15.0,
         "graceful_shutdown_timeout_s": SHUTDOWN_TIMEOUT_S,
         "graceful_shutdown_wait_loop_s": 0.2,
         "max_constructor_retry_count": MAX_STARTS,
     }
-    replicas = teacher.num_replicas
-    if isinstance(replicas, ReplicasConfig):
-        options["autoscaling_config"] = {
-            "min_replicas": replicas.min,
-            "initial_replicas": max(1, replicas.min),
-            "max_replicas": replicas.max,
-            "target_ongoing_requests": scaling_target(config.groups_per_replica, replicas.max),
-            "upscale_delay_s": replicas.upscale_delay_s,
-            "downscale_delay_s": replicas.downscale_delay_s,
-        }
-    else:
-        options["num_replicas"] = replicas
-    return {**options, **placement(config, has_gpus)}
+    if not isinstance(replicas, ReplicasConfig):
+        return {**options, "num_replicas": replicas}
+    scaling = {
+        "min_replicas": replicas.min,
+        "initial_replicas": max(1, replicas.min),
+        "max_replicas": replicas.max,
+        "target_ongoing_requests": scaling_target(full, replicas.max),
+        "upscale_delay_s": replicas.upscale_delay_s,
+        "downscale_delay_s": replicas.downscale_delay_s,
+    }
+    return {**options, "autoscaling_config": scaling}
+
+
+def actor_options(
+    resources: dict[str, float], accelerator: str | None, labels: Mapping[str, str]
+) -> dict[str, Any]:
+    """Ray's options of a replica that needs these resources (as `teacher_bundles` has them), on a
+    node with this accelerator and these labels.
+    """
+    plain = {n: v for n, v in resources.items() if not n.startswith("accelerator_type:")}
+    actor: dict[str, Any] = {
+        "num_cpus": plain.pop("CPU"),
+        "num_gpus": plain.pop("GPU", 0),
+        "resources": plain,
+    }
+    if accelerator is not None:
+        actor["accelerator_type"] = accelerator
+    if labels:
+        actor["label_selector"] = dict(labels)
+    return actor
 
 
 def scaling_target(groups: int, most: int) -> float:
@@ -300,13 +327,7 @@ def placement(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
             **({"placement_group_bundle_label_selector": [selector]} if selector else {}),
         }
     total = {name: sum(b.get(name, 0.0) for b in bundles) for name in bundles[0]}
-    actor: dict[str, Any] = {"num_cpus": total.pop("CPU"), "num_gpus": total.pop("GPU", 0)}
-    actor["resources"] = {n: v for n, v in total.items() if not n.startswith("accelerator_type:")}
-    if accelerator is not None:
-        actor["accelerator_type"] = accelerator
-    if selector:
-        actor["label_selector"] = selector
-    return {"ray_actor_options": actor}
+    return {"ray_actor_options": actor_options(total, accelerator, selector)}
 
 
 def _replicas_per_node(config: RunConfig, others: int) -> int:

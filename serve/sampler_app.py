@@ -18,20 +18,16 @@ from ray import serve
 
 from raystill.base.errors import RunError
 from raystill.config.run import RunConfig
-from raystill.config.teacher import ReplicasConfig
 from raystill.datasets.stream.teacher_calls import applications
 from raystill.placement.requests import sampler_resources
 from raystill.run import Run
 from raystill.serve.deploy import (
     DEPLOYMENT_FAILED,
-    MAX_STARTS,
-    OTHER_REQUESTS,
-    SHUTDOWN_TIMEOUT_S,
+    actor_options,
     cause_of,
+    engine_options,
     running,
-    scaling_target,
 )
-from raystill.serve.engine.arguments import PROBE_TIMEOUT_S
 from raystill.serve.sampler import Sampler, SamplerSettings
 
 DEPLOYMENT = "Sampler"
@@ -48,7 +44,7 @@ class SamplerApp:
         """Start the deployment and return at once."""
         config = self._run.config
         options = deployment_options(config, ray.cluster_resources().get("GPU", 0) > 0)
-        gpus = options["ray_actor_options"]["num_gpus"]
+        gpus = int(options["ray_actor_options"]["num_gpus"])
         settings = SamplerSettings(config, self._run.coordinator, str(self._run.folder.logs), gpus)
         deployment = serve.deployment(Sampler, name=DEPLOYMENT, **options)
         name = self._run.sampler_app
@@ -85,32 +81,8 @@ class SamplerApp:
 
 def deployment_options(config: RunConfig, has_gpus: bool) -> dict[str, Any]:
     """Options of the Serve deployment: replicas, requests in flight, health, resources."""
-    policy = config.policy
-    options: dict[str, Any] = {
-        "max_ongoing_requests": config.groups_in_flight + OTHER_REQUESTS,
-        "health_check_period_s": 10.0,
-        "health_check_timeout_s": PROBE_TIMEOUT_S + 15.0,
-        "graceful_shutdown_timeout_s": SHUTDOWN_TIMEOUT_S,
-        "graceful_shutdown_wait_loop_s": 0.2,
-        "max_constructor_retry_count": MAX_STARTS,
-    }
-    replicas = policy.num_replicas
-    if isinstance(replicas, ReplicasConfig):
-        full = math.ceil(config.teacher.max_num_seqs / config.stream.group_rows)
-        options["autoscaling_config"] = {
-            "min_replicas": replicas.min,
-            "max_replicas": replicas.max,
-            "target_ongoing_requests": scaling_target(full, replicas.max),
-            "upscale_delay_s": replicas.upscale_delay_s,
-            "downscale_delay_s": replicas.downscale_delay_s,
-        }
-    else:
-        options["num_replicas"] = replicas
+    policy, groups = config.policy, config.groups_in_flight
+    full = math.ceil(config.teacher.max_num_seqs / config.stream.group_rows)
     wanted = sampler_resources(config, has_gpus)
-    actor: dict[str, Any] = {"num_cpus": wanted.pop("CPU"), "num_gpus": int(wanted.pop("GPU", 0))}
-    actor["resources"] = {n: v for n, v in wanted.items() if not n.startswith("accelerator_type:")}
-    if policy.accelerator_type is not None:
-        actor["accelerator_type"] = policy.accelerator_type
-    if policy.label_selector:
-        actor["label_selector"] = dict(policy.label_selector)
-    return {**options, "ray_actor_options": actor}
+    actor = actor_options(wanted, policy.accelerator_type, policy.label_selector)
+    return {**engine_options(policy.num_replicas, groups, full), "ray_actor_options": actor}

@@ -268,7 +268,7 @@ class PolicyConfig(ConfigModel):
         gt=0,
         description="Mean absolute difference, in nats, that is allowed between the logprobs of "
         "the sampler and those of the student that is trained, on a fixed probe after each new "
-        "version; the run stops at a larger one. Default: 0.001 with float32, else 0.1.",
+        "version; the run stops at a larger one. Default: 0.001 with float32, else 0.5.",
     )
 
     @model_validator(mode="after")
