@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from raystill.serve.engine.arguments import (
     AdapterLimits,
     EngineSettings,
     label_replica,
+    move_threads,
     prepare_process,
 )
 from raystill.serve.engine.weights import EXTENSION
@@ -50,9 +52,9 @@ GAPS = {"float32": 1e-3}
 GAP_OF_OTHERS = 0.5
 """Nats, by precision: what is allowed where ``policy.max_logprob_gap`` is not set.
 
-Random ids have logprobs near -14, which bfloat16 moves much: of the quickstart's student in bfloat16
-and of the same under autocast they were 0.09 to 0.24 apart, by the ids (six draws); of a student
-before and after 20 steps with a learning rate of 3e-4, in float32, 1.0 to 1.6.
+Random ids have logprobs near -14, which bfloat16 moves much: those of the quickstart's student in
+bfloat16 and of the same under autocast were 0.09 to 0.24 apart, by the ids (six draws); those of a
+student before and after 20 steps with a learning rate of 3e-4, in float32, 1.0 to 1.6.
 """
 
 
@@ -155,12 +157,12 @@ class Sampler:
         settings = self._settings
         if served_rank(settings.config) is None:
             await self._write_weights(newest)
-        cores = None
+        cores, every = None, sorted(os.sched_getaffinity(0))
         if settings.gpus == 0:
-            cores = teacher_cores(settings.config, sorted(os.sched_getaffinity(0)))
             most = settings.config.policy.max_replicas
-            cores = share_of_cores(cores, self._number_on_node, most)
-        prepare_process(cores)
+            teachers = teacher_cores(settings.config, every)
+            cores = share_of_cores(teachers, self._number_on_node, most)
+        prepare_process(cores, load_on=every)  # The teacher loads on its cores; the student waits.
         os.environ["HF_HUB_OFFLINE"] = "1"
         from raystill.serve.engine.vllm import VllmEngine  # Here: the driver imports this module.
 
@@ -173,6 +175,8 @@ class Sampler:
             engine = replace(engine, adapters=limits)
         self._engine = VllmEngine(engine)
         await self._engine.start()
+        if cores is not None:
+            move_threads(cores)
         if served_rank(settings.config) is not None:
             await self._take_adapter(newest)
         else:
@@ -227,7 +231,8 @@ class Sampler:
         gap = float(np.abs(answer.sampled_logprobs - newest["probe_logprobs"]).mean())
         allowed = allowed_gap(self._settings.config, self._engine.dtype)
         version = newest["version"]
-        write_line(f"weights of step {version}: {gap:.2g} nats from the student's")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        write_line(f"{now} weights of step {version}: {gap:.2g} nats from the student's")
         if not gap <= allowed:  # Also of NaN.
             problem = does_not_follow(version, gap, allowed)
             await self._coordinator.failed.remote(problem)

@@ -52,15 +52,19 @@ class SamplerApp:
         serve.run_many([target], wait_for_applications_running=False)
 
     def wait(self) -> None:
-        """Wait until the sampler answers. RunError where it cannot start, or not in time."""
+        """Wait until the sampler answers, or the run is over and it was ended. RunError where it
+        cannot start, or not in time.
+        """
         timeout_s = self._run.config.teacher.startup_timeout_s
         started = time.monotonic()
         hint = f"see {self._run.folder.logs}/sampler-*.log"
+        seen = False
         while time.monotonic() - started < timeout_s:
             status: Any = applications().get(self._run.sampler_app)
             state = "NOT_STARTED" if status is None else str(status.status.value)
-            if state == "RUNNING":
+            if state == "RUNNING" or (seen and status is None):
                 return
+            seen = status is not None
             if state in DEPLOYMENT_FAILED:
                 raise RunError(f"the student's sampler did not start: {cause_of(status)}; {hint}")
             time.sleep(POLL_S)

@@ -5,9 +5,11 @@ included. Sides alternate, so that a machine that becomes slower does so for all
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ SIDES = ("hf", "vllm", "policy", "raystill", "policy-distill", "policy-raystill"
 ON_POLICY = {"policy": "gkd", "policy-distill": "distillation"}
 """Trainers of TRL whose student writes each batch, by side."""
 RIVALS_PYTHON = ".venv-rivals/bin/python"
+FIRST_WEIGHTS = re.compile(r"^(\S+) weights of step 0:", re.MULTILINE)
+"""What the log of a sampler says when it may answer, with the time."""
 OWN_SNAPSHOT_STEPS = 10
 OWN_EPOCHS = 4
 OWN_STOP_AFTER_S = 330.0
@@ -128,12 +132,14 @@ def policy_run_file(settings: Settings, folder: Folder, which: int) -> Path:
 def loop_of(run: Path) -> dict[str, float]:
     """Response tokens of a run's steps, and the seconds of its loop.
 
-    The loop is from the first wait of the student, which has published its first weights then, to
-    the end of the last step. The sampler's engine is loaded within it.
+    The loop is from the moment at which all is loaded to the end of the last step. The sampler is
+    the last: it logs when its engine has the student's first weights.
     """
     steps = read_lines(run / "metrics.jsonl")
-    first, last = steps[0], steps[-1]
-    began = first["time"] - first["student_s"] - first["data_wait_s"]
+    last = steps[-1]
+    loaded = FIRST_WEIGHTS.search((run / "logs" / "sampler-0.log").read_text())
+    assert loaded is not None, f"{run}/logs/sampler-0.log does not tell of its first weights"
+    began = datetime.fromisoformat(loaded[1]).timestamp()
     return {
         "steps": len(steps),
         "rows": sum(step["rows"] for step in steps),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
@@ -32,9 +32,6 @@ from raystill.model.on_node import ModelSource
 from raystill.run import Run
 from raystill.serve.deploy import TeacherApp, TeacherApps
 from raystill.train.evaluation.probe import is_due, probe_teacher
-
-if TYPE_CHECKING:
-    from raystill.serve.sampler_app import SamplerApp
 
 LEAVE_S = 5.0
 JOIN_S = 0.5
@@ -195,6 +192,9 @@ def serve_teacher(
     if not needed and not wait_until_wanted(coordinator, held_out, name):
         return
     teacher.deploy()
+    sampler = Background("sampler", partial(serve_sampler, run)) if config.policy.enabled else None
+    if sampler is not None:
+        sampler.start()
     teacher.wait()
     coordinator.release_stream.remote()
     probing = probe_teacher.remote(run) if probe else None
@@ -202,12 +202,12 @@ def serve_teacher(
         coordinator.phase.remote(ASKING)
         ray.get(held_out)
         coordinator.phase.remote(LOADING_STUDENT, after=ASKING)  # Unless the worker is up.
-    sampler = deploy_sampler(run) if config.policy.enabled else None  # Starts during the probe.
     if probing is not None:
         ray.get(probing)
-    if config.policy.enabled:
-        if sampler is not None:
-            sampler.wait()
+    if sampler is not None:
+        sampler.join()
+        if sampler.error is not None:
+            raise sampler.error
         return  # The student writes to the end, and the teacher scores it.
     if config.evaluation.enabled and config.scores_student_answers:
         return  # It is to score what the finished student writes.
@@ -220,15 +220,17 @@ def serve_teacher(
         teacher.wait()
 
 
-def deploy_sampler(run: Run) -> "SamplerApp | None":
-    """Deploy the student's sampler, as soon as there are weights; None: the run is over."""
+def serve_sampler(run: Run) -> None:
+    """Serve the student's sampler as soon as there are weights, while the teacher is still loading;
+    returns when it answers, or when the run is over.
+    """
     from raystill.serve.sampler_app import SamplerApp
 
     if ray.get(run.coordinator.newer_policy.remote(0)) is None:
-        return None
+        return
     sampler = SamplerApp(run)
     sampler.deploy()
-    return sampler
+    sampler.wait()
 
 
 def needs_no_teacher(run: Run, prepared: Prepared, name: str = "") -> bool:

@@ -8,6 +8,7 @@ part of the answers' keys. Imports no vllm, so that it can run before vllm is im
 import difflib
 import os
 from collections.abc import Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,12 +201,13 @@ def label_replica(run: str, number: int, role: str = "teacher") -> None:
     os.environ["VLLM_LOGGING_PREFIX"] = f"{say_where(run=run, role=f'{role}-{number}')} "
 
 
-def prepare_process(cores: Sequence[int] | None) -> None:
+def prepare_process(cores: Sequence[int] | None, load_on: Sequence[int] | None = None) -> None:
     """Set this process up for vLLM: cores, threads, telemetry. Must run before vllm is imported.
 
     ``cores``: the engine's CPU cores; None if it runs on GPUs. The replica's own threads are moved
     to these cores too, so that its event loop does not compete with the student on the student's
-    cores. Child processes inherit the cores and the environment.
+    cores. Child processes inherit the cores and the environment. ``load_on``: cores to be on until
+    the caller has `move_threads`, where others than the engine's are idle while it is loaded.
     """
     os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # ``capture.py`` relies on the first one.
@@ -214,11 +216,7 @@ def prepare_process(cores: Sequence[int] | None) -> None:
         # CUDA's libraries lack nvcc; vLLM's own sampler does not need it.
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
         return
-    for thread in os.listdir("/proc/self/task"):
-        try:
-            os.sched_setaffinity(int(thread), cores)
-        except ProcessLookupError:
-            continue  # the thread has ended
+    move_threads(cores if load_on is None else load_on)
     os.environ["OMP_NUM_THREADS"] = str(len(cores))
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     # The engine core then runs the model in its own process: one process less to start and to keep
@@ -227,6 +225,18 @@ def prepare_process(cores: Sequence[int] | None) -> None:
     # Weights and KV cache in huge pages take 5 % less time a token. (A student's steps get slower,
     # so it is not set there.) glibc reads the variable when the engine's process starts.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+
+
+def move_threads(cores: Sequence[int]) -> None:
+    """Move every thread of this process, and of the processes that it started, to these cores."""
+    import psutil  # Here: ``check`` imports this module, and may run without it.
+
+    this = psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            for thread in process.threads():
+                with suppress(ProcessLookupError):  # It has ended.
+                    os.sched_setaffinity(thread.id, cores)
 
 
 def engine_arguments(settings: EngineSettings) -> dict[str, Any]:

@@ -199,14 +199,20 @@ def test_sides_alternate_and_only_what_is_asked_for_runs(tmp_path):
     assert [name for name in asked[1:] if "judge" not in name] == list(sides)
 
 
-def test_the_loop_of_a_run_begins_with_the_students_first_wait(tmp_path):
-    """It has published its first weights then; the sampler, which needs them, is loaded after."""
+def test_the_loop_of_a_run_begins_when_the_sampler_has_the_first_weights(tmp_path):
+    """All else is loaded by then, as it is when a loop of TRL begins."""
     steps = [
         {"time": 130.0, "student_s": 4.0, "data_wait_s": 26.0, "rows": 8, "tokens": 300},
         {"time": 140.0, "student_s": 5.0, "data_wait_s": 5.0, "rows": 8, "tokens": 200},
     ]
     write_lines(tmp_path / "metrics.jsonl", steps)
-    assert loop_of(tmp_path) == {"steps": 2, "rows": 16, "tokens": 500, "loop_s": 40.0}
+    proofs = [
+        f"1970-01-01T00:0{minute}:00.500+00:00 weights of step {step}: 0.14 nats from the student's"
+        for minute, step in ((1, 0), (2, 1))
+    ]
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "sampler-0.log").write_text("\n".join(["loading", *proofs, ""]))
+    assert loop_of(tmp_path) == {"steps": 2, "rows": 16, "tokens": 500, "loop_s": 79.5}
 
 
 def test_on_policy_sides_are_compared_by_tokens_a_second(tmp_path):
@@ -253,5 +259,5 @@ def test_raystills_run_files_are_the_same_job(tmp_path):
     assert (policy.student, policy.training.cpu_cores) == (two.student, None)
     assert policy.store.path != one.store.path  # Nothing that another student wrote.
     own = load_config(str(own_run_file(SMALL, folder)), [])
-    assert own.evaluation.enabled and own.prompts.limit == 331
+    assert own.evaluation.enabled and own.prompts.limit == 416
     assert os.path.dirname(own.output.path) == str(tmp_path / "students")
