@@ -76,7 +76,7 @@ class GroupFilters:
             table = run_folder.read_table(MESSAGES)
             chats = (table[name].to_pylist() for name in ("digest", "messages"))
             self._chats = dict(zip(*chats, strict=True))
-        self._duplicates = spec.duplicates if spec.filters.over_run else None
+        self._duplicates: Any = spec.duplicates if spec.filters.over_run else None
         self._reading = Lock()
         self._threads = ThreadPoolExecutor(spec.filters.function_processes, "filters")
 
