@@ -265,10 +265,12 @@ def finding_of(
             parts.append(of_licence(terms.teacher_licence, f"{config.teacher.api.model}"))
     elif config.teacher.engine == "vllm":
         licence = terms.teacher_licence or licence_of(teacher)
-        parts += [of_licence(licence, config.teacher.model), of_lineage(teacher)]
+        if licence is not None or teacher is not None:  # What is not found is told elsewhere.
+            parts += [of_licence(licence, config.teacher.model), of_lineage(teacher)]
     if config.student.model is not None:
         licence = terms.base_licence or licence_of(student)
-        parts += [of_weights(licence, config.student.model), of_lineage(student)]
+        if licence is not None or student is not None:
+            parts += [of_weights(licence, config.student.model), of_lineage(student)]
     parts += [of_licence(licence, what) for what, licence in config.prompts.licences()]
     return join(parts)
 

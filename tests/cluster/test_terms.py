@@ -303,6 +303,12 @@ def without_card(tmp_path: Path) -> Path:
     return Path(shutil.copytree(source, tmp_path / "plain", ignore=kept))
 
 
+def test_of_a_model_that_is_not_found_that_alone_is_told(tmp_path: Path) -> None:
+    problems, result = checked(tmp_path, f"teacher.model={tmp_path / 'nowhere'}")
+    assert problems == [] and any("there is no folder" in str(p) for p in result.problems)
+    assert result.prepared is None, "so nothing starts"
+
+
 def test_what_is_not_listed_is_answered_by_a_letter(tmp_path: Path) -> None:
     """For a model of one's own as well, and for data, by the words a refusal begins with."""
     letter = tmp_path / "letter.txt"
