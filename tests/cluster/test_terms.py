@@ -1,6 +1,8 @@
 """The gate: which teacher may teach which student, for what; the readings; the join."""
 
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -360,6 +362,21 @@ def test_a_folders_licence_is_what_its_card_says(
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert terms.licence_of(ModelFolder("model", tmp_path)) == licence
+
+
+def test_a_licence_text_without_end_is_not_read_for_its_hash(tmp_path: Path) -> None:
+    config = load_config(str(ROOT / "configs" / "tiny.yaml"))
+
+    def kept() -> str | None:
+        sources = terms.record(config, ModelFolder("m", tmp_path), None)["sources"]
+        found: str | None = sources["teacher"]["licence_sha256"]
+        return found
+
+    assert kept() is None
+    (tmp_path / "LICENSE").write_text("you may")
+    assert kept() == hashlib.sha256(b"you may").hexdigest()
+    os.truncate(tmp_path / "LICENSE", 300 << 30)
+    assert kept() is None
 
 
 def test_the_shipped_demo_is_free_of_duties() -> None:
