@@ -15,6 +15,7 @@ from raystill.base import formatting
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.check.output import free_bytes
 from raystill.config.run import RunConfig
+from raystill.datasets.filters.minhash import bytes_of_row
 from raystill.datasets.lookup.keeping import StoreIndex
 from raystill.datasets.prompts.tables import PromptTables
 from raystill.datasets.rows.keys import Asked, KeyedEngine
@@ -244,9 +245,19 @@ class Prepared:
             most = self.config.max_rejected_fraction
             named = formatting.some([rule.label for rule in rules])
             lines.append(f"filters: {named}; at most {most:.1%} of the rows may be rejected")
+            lines += self._describe_duplicates()
         if self.space_needed_bytes is not None:
             lines.append(f"space needed: about {self.space_needed_bytes / 2**30:.2f} GiB")
         return "\n".join(lines + [f"note: {notice}" for notice in self.notices])
+
+    def _describe_duplicates(self) -> list[str]:
+        """A line for each filter that compares all answers of an epoch: the memory it needs."""
+        lines = []
+        for name, similar in self.config.filters.over_run.items():
+            gib = self.num_train_rows * bytes_of_row(similar.max_similarity) / 2**30
+            needs = f"up to {gib:.2f} GiB of memory on the driver's node"
+            lines.append(f"filters: {name} compares all answers of an epoch, and needs {needs}")
+        return lines
 
     def _describe_sources(self) -> list[str]:
         """A line for each source, if there are several."""

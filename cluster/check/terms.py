@@ -186,8 +186,7 @@ def _is_own(host: str) -> bool:
 def refusals(found: Finding, terms: TermsConfig) -> list[str]:
     """Why a student of such sources must not be made for this purpose, in words.
 
-    An unlisted service is refused. A licence that is not listed or not stated is refused unless the
-    student stays research that is not handed on.
+    A service that is not listed is refused, and a licence that is not listed or not stated.
     """
     reasons = []
     for rule in _named(found):
@@ -195,8 +194,7 @@ def refusals(found: Finding, terms: TermsConfig) -> list[str]:
             reasons.append(f"{rule.id} is read as {rule.verdict}: {rule.clause()}")
         elif ("non_commercial", "yes") in rule.duties and terms.purpose != "research":
             reasons.append(f"{rule.id} allows research only: {rule.clause()}")
-    stays = terms.purpose == "research" and not terms.distributed
-    reasons += sorted(said for kind, said in found.unknown if kind == "service" or not stays)
+    reasons += sorted(said for _, said in found.unknown)
     if terms.distributed:
         reasons += found.conflicts()
         carried = sorted(value for name, value in found.duties if name == "same_terms")
@@ -267,10 +265,12 @@ def finding_of(
             parts.append(of_licence(terms.teacher_licence, f"{config.teacher.api.model}"))
     elif config.teacher.engine == "vllm":
         licence = terms.teacher_licence or licence_of(teacher)
-        parts += [of_licence(licence, config.teacher.model), of_lineage(teacher)]
+        if licence is not None or teacher is not None:  # What is not found is told elsewhere.
+            parts += [of_licence(licence, config.teacher.model), of_lineage(teacher)]
     if config.student.model is not None:
         licence = terms.base_licence or licence_of(student)
-        parts += [of_weights(licence, config.student.model), of_lineage(student)]
+        if licence is not None or student is not None:
+            parts += [of_weights(licence, config.student.model), of_lineage(student)]
     parts += [of_licence(licence, what) for what, licence in config.prompts.licences()]
     return join(parts)
 

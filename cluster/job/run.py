@@ -21,6 +21,7 @@ from raystill.cluster.check.cluster import check_cluster
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.coordinator.actor import start_coordinator
 from raystill.cluster.coordinator.credits import parts_of
+from raystill.cluster.coordinator.duplicates import start_duplicates
 from raystill.cluster.job import connect
 from raystill.cluster.job.driver_process import unique_actor
 from raystill.cluster.job.manifest import run_id, write_folder
@@ -134,7 +135,8 @@ def stream(run: Run, prepared: Prepared) -> StreamSpec:
     """The stream of the run's training rows."""
     runs, several = run.by_teacher(), prepared.by_teacher
     judges = {name: (runs[name], several[name].asked) for name in run.config.filters.judges}
-    return replace(StreamSpec.of(run, prepared.signal), judges=judges)
+    spec = replace(StreamSpec.of(run, prepared.signal), judges=judges)
+    return replace(spec, duplicates=start_duplicates(spec))
 
 
 def fit(run: Run, spec: StreamSpec) -> Background:

@@ -87,9 +87,13 @@ def _described(
 
 
 def _licence_hash(folder: ModelFolder | None) -> str | None:
+    """sha256 of a model's licence text; None: it has none, or one without an end."""
     for name in LICENCE_FILES:
         if folder is not None and (path := folder.path / name).is_file():
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            try:
+                return hashlib.sha256(read_bounded(path, LARGEST_TEXT)).hexdigest()
+            except OSError:
+                return None
     return None
 
 

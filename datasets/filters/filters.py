@@ -3,7 +3,8 @@
 Where it sits: the answer stage asks ``AnswerFilters.rejected`` after a group's answers are
 published and before they go to a worker. The store keeps what is rejected, and no key depends on a
 filter. Each filter decides by the answer alone, so that it decides the same in every epoch and
-after every restart. Imports neither Ray nor torch.
+after every restart; only what compares all answers of an epoch is decided elsewhere (``near.py``).
+Imports neither Ray nor torch.
 
 Legend: N rows, T response tokens.
 """
@@ -37,7 +38,7 @@ from raystill.datasets.rows.schema import FILTERED
 from raystill.model.on_node import ModelSource
 
 Mask = NDArray[np.bool_]
-Deciding = Generator[tuple[FilterConfig, Answers], Sequence[float | str], pa.Array]
+Deciding = Generator[tuple[FilterConfig, Answers], Sequence[Any], pa.Array]
 """Filters at work: `AnswerFilters.deciding`."""
 APOSTROPHES = str.maketrans("\u2019\u2018\u02bc", "'''")
 
@@ -57,7 +58,7 @@ class AnswerFilters:
             function.close()
 
     def rejected(self, answers: Answers, kept: Mask) -> pa.Array:
-        """`deciding` where no filter asks a judge."""
+        """`deciding` where each filter decides by the group alone."""
         return next_of(self.deciding(answers, kept))
 
     def deciding(self, answers: Answers, kept: Mask) -> Deciding:
@@ -65,7 +66,9 @@ class AnswerFilters:
 
         kept: the rows to look at, bool [N]. A filter sees the rows of its sources that those before
         it have passed. Where there is no score, why not is in brackets after NAME. Yields a judge's
-        rule with the answers that it is to look at, and is sent a score or why there is none each.
+        rule with the answers that it is to look at, and is sent a score or why there is none each;
+        and one that compares all answers of the epoch, also without any, whose turn may be waited
+        for: it is sent "" for each answer that is near to another one, else None.
         """
         reasons = np.full(len(answers), None, object)
         left = np.flatnonzero(kept)
@@ -73,10 +76,14 @@ class AnswerFilters:
         for rule in self._rules:
             left_answers = answers.take(left)
             looked_at = np.flatnonzero(left_answers.of_sources(rule.sources))
-            if not len(looked_at):
+            over_run = rule.similar is not None and rule.similar.over == "run"
+            if not len(looked_at) and not over_run:
                 continue
             seen = left_answers.take(looked_at)
-            if rule.kind in FIGURES:
+            told: Sequence[Any]
+            if over_run:
+                told = yield rule, seen
+            elif rule.kind in FIGURES:
                 scores = (yield rule, seen) if rule.judge else self._figures(rule, seen)
                 figures[rule.label] = dict(zip(seen.rows.tolist(), scores, strict=True))
                 told = by_figure(rule, scores)
@@ -112,12 +119,12 @@ class AnswerFilters:
 
 
 def next_of(deciding: Deciding) -> pa.Array:
-    """The reasons of filters that ask no judge."""
+    """The reasons of filters that decide by the group alone."""
     try:
         next(deciding)
     except StopIteration as done:
         return done.value
-    raise AssertionError("a judge is asked, and nobody is here to ask it")
+    raise AssertionError("a filter asks others, and nobody is here to ask them")
 
 
 def by_figure(rule: FilterConfig, figures: Sequence[float | str]) -> list[str | None]:
@@ -275,6 +282,8 @@ def by_similarity(config: SimilarConfig, answers: Answers) -> Mask:
     passed: dict[int, list[set[bytes]]] = {}
     for row in np.argsort(answers.rows):
         ids = answers.tokens[row]
+        if len(ids) < config.least_tokens:
+            continue
         # Of an answer shorter than an n-gram the whole counts.
         mine = set(ngrams(ids, config.ngram).tolist()) or {ids.tobytes()}
         others = passed.setdefault(int(answers.prompts[row]), [])

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from raystill.config.objective import SignalConfig
 from raystill.config.run import RunConfig
-from raystill.config.stream import SignalConfig
 
 KINDS = ("text", "sampled", "topk", "hidden")  # From the poorest to the richest.
 KINDS_WITH_WIDTH = ("topk", "hidden")

@@ -88,7 +88,8 @@ class AnswerGroup:
                 answers = with_versions(answers)
             reasons = await self._reasons(attempt, prompts, answers)
             if self._filters is not None:
-                answers, reasons, held = await self._filters.applied(prompts, answers, reasons)
+                filtered = await self._filters.applied(prompts, answers, reasons, attempt)
+                answers, reasons, held = filtered
                 counters |= held
             rows = self._join(prompts, answers, reasons)
             await self._drop(attempt, prompts, reasons)

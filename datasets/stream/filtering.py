@@ -2,7 +2,8 @@
 
 *Consumes* a group's prompts and published answers. Filters run in threads of their own, since they
 may take long, and the store's look-ups must not wait behind them. *Waits for* judges, which are
-teachers: their verdicts are published and looked up like all answers, so that each is paid once.
+teachers: their verdicts are published and looked up like all answers, so that each is paid once;
+and for the process that compares all answers of an epoch.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from ray.exceptions import ActorDiedError
 
 from raystill.base.errors import ConfigError, RunError
 from raystill.base.run_folder import MESSAGES, RunFolder
@@ -26,6 +29,7 @@ from raystill.config.stream import FilterConfig
 from raystill.config.teacher import JudgeConfig
 from raystill.datasets.filters.answers import Answers
 from raystill.datasets.filters.filters import AnswerFilters, Deciding, ids_of, text_of
+from raystill.datasets.filters.minhash import signatures
 from raystill.datasets.filters.personal import counts_of, masked_ids
 from raystill.datasets.judging.question import Judging
 from raystill.datasets.prompts.columns import PREFIX
@@ -72,13 +76,16 @@ class GroupFilters:
             table = run_folder.read_table(MESSAGES)
             chats = (table[name].to_pylist() for name in ("digest", "messages"))
             self._chats = dict(zip(*chats, strict=True))
+        self._duplicates: Any = spec.duplicates if spec.filters.over_run else None
         self._reading = Lock()
         self._threads = ThreadPoolExecutor(spec.filters.function_processes, "filters")
 
-    async def applied(self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array) -> Filtered:
+    async def applied(
+        self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array, attempt: int = 0
+    ) -> Filtered:
         """The answers, and ``reasons`` with those of filters where there was none."""
         seen, kept, deciding, counters = await self._thread(self._begun, prompts, answers, reasons)
-        decided, asked = await self._decided(deciding, prompts)
+        decided, asked = await self._decided(deciding, prompts, attempt)
         reasons = pc.coalesce(reasons, decided)
         kept &= pc.is_null(reasons).to_numpy(zero_copy_only=False).astype(np.bool_)
         if self._masks and kept.any():
@@ -120,22 +127,52 @@ class GroupFilters:
         return seen, kept, self._filters.deciding(seen, kept), counters
 
     async def _decided(
-        self, deciding: Deciding, prompts: pa.Table
+        self, deciding: Deciding, prompts: pa.Table, attempt: int
     ) -> tuple[pa.Array, dict[str, float]]:
         """Why filters reject rows, string [N], and counters of verdicts."""
         counters: Counter[str] = Counter()
-        scores: list[float | str] | None = None
+        scores: Sequence[Any] | None = None
         while True:
             step = await self._thread(_next, deciding, scores)
             if not isinstance(step, tuple):
                 return step, dict(counters)
             rule, looked_at = step
+            if rule.similar is not None:
+                scores = await self._near(rule, looked_at, prompts, attempt)
+                continue
             judge = self._judges[rule.label]
             requests = self._requests(prompts, looked_at.rows)
             questions = await self._thread(judge.questions, requests, looked_at)
             replies, counted = await judge.replies(*questions)
             counters.update(counted)
             scores = await self._thread(judge.judging.scores, replies)
+
+    async def _near(
+        self, rule: FilterConfig, answers: Answers, prompts: pa.Table, attempt: int
+    ) -> list[str | None]:
+        """ "" for each answer that is near to another one of the epoch, else None.
+
+        A group without answers asks as well: in ``fixed`` order those after it wait for it.
+        """
+        config = rule.similar
+        assert config is not None
+        long = np.array([len(ids) >= config.least_tokens for ids in answers.tokens], bool)
+        made = await self._thread(signatures, list(compress(answers.tokens, long)), config.ngram)
+        places = dict(zip(prompts["row"].to_pylist(), prompts["position"].to_pylist(), strict=True))
+        positions = np.array([places[row] for row in answers.rows[long].tolist()], np.int64)
+        group = prompts["position"][0].as_py()
+        try:
+            near = await self._duplicates.decide.remote(rule.label, attempt, group, positions, made)
+        except ActorDiedError:
+            raise RunError(
+                f"the process that compares all answers for the filter {rule.label!r} died; it may "
+                "have had too little memory on the driver's node (check says how much it needs): "
+                "start the run again, which goes on from its checkpoint"
+            ) from None
+        told: list[str | None] = [None] * len(answers)
+        for place, is_near in zip(np.flatnonzero(long), near or [False] * len(made), strict=True):
+            told[place] = "" if is_near else None
+        return told
 
     def _requests(self, prompts: pa.Table, rows: NDArray[np.int64]) -> list[str]:
         """The chats of these rows, as JSON."""
@@ -217,7 +254,7 @@ class Judge:
 
 
 def _next(
-    deciding: Deciding, scores: list[float | str] | None
+    deciding: Deciding, scores: Sequence[Any] | None
 ) -> tuple[FilterConfig, Answers] | pa.Array:
     """What filters wait for next, or their reasons at the end."""
     try:

@@ -75,6 +75,8 @@ class StreamSpec:
         teachers: Application and requester of each of several teachers, by name; empty where there
             is one.
         judges: The teachers that judge answers, as the run has them, and what their keys share.
+        duplicates: Handle of the process that finds near-duplicates among all answers of an epoch;
+            None: no filter does.
     """
 
     prompt_table: str
@@ -99,11 +101,17 @@ class StreamSpec:
     function_texts: Mapping[str, str] = field(default_factory=dict)
     teachers: Mapping[str, tuple[str, Requester]] = field(default_factory=dict)
     judges: Mapping[str, tuple[Run, Asked]] = field(default_factory=dict)
+    duplicates: Any = None
 
     @property
     def may_overtake(self) -> bool:
         """Whether a group may be asked before an earlier one whose teacher does not answer."""
         return bool(self.teachers) and self.stream.order == "arrival" and self.policy is None
+
+    @property
+    def groups_wait(self) -> bool:
+        """Whether an answered group waits for those before it, in the answer stage."""
+        return bool(self.filters.over_run) and self.stream.order == "fixed"
 
     @classmethod
     def of(cls, run: Run, signal: Signal) -> "StreamSpec":

@@ -87,6 +87,8 @@ def build_stream(spec: StreamSpec) -> Dataset:
         places = max(places, math.ceil(spec.max_rows_ahead / spec.stream.group_rows))
     num_actors = math.ceil(places / GROUPS_PER_ACTOR)
     in_flight = math.ceil(places / num_actors)
+    if spec.groups_wait:  # And what they wait for must have a place, however calls are dealt out.
+        in_flight = spec.max_rows_ahead
     with DataContext.current(stream_context(spec.stream.order)):
         groups = ray.data.read_datasource(
             PlanSource(spec),

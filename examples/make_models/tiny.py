@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 
 
 DEFAULT_OUTPUT = Path("models/tiny-teacher")
+README = """---
+license: apache-2.0
+---
+# Tiny teacher
+
+Seeded random weights, made by `python -m examples.make_models.tiny`; they say nothing sensible. The
+tokenizer and its settings are those of SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB),
+Apache License 2.0.
+"""
 COPIED_FILES = (
     "generation_config.json",
     "special_tokens_map.json",
@@ -75,7 +84,7 @@ def make_tiny_model(
     }
     check_sizes(sizes)
     teacher, output = Path(teacher), Path(output)
-    origin = {"made_by": "examples.make_models.tiny", "format_version": 1, "seed": seed, **sizes}
+    origin = {"made_by": "examples.make_models.tiny", "format_version": 2, "seed": seed, **sizes}
     if is_complete(output, origin):
         return output
     for name in ("config.json", *COPIED_FILES):
@@ -94,6 +103,7 @@ def make_tiny_model(
         config = json.loads((teacher / "config.json").read_text(encoding="utf-8")) | sizes
         write_json(folder / "config.json", config)
         write_weights(folder, random_weights(config, seed))
+        (folder / "README.md").write_text(README, encoding="utf-8")
         write_json(folder / ORIGIN_FILE, origin)
         publish_folder(folder, output, origin)
     return output

@@ -1,4 +1,5 @@
-"""Configuration of the objective: the loss that the student minimises, and its token weights.
+"""Configuration of the signal and of the objective: what the teacher gives, and the loss that the
+student minimises against it, with its token weights.
 
 The divergences are taken over the outcomes that the signal tells apart: with ``signal.kind: topk``
 the K ids and a tail that stands for all others, with ``hidden`` the whole vocabulary. All are in
@@ -18,6 +19,22 @@ from raystill.config.base import (
     operational,
 )
 from raystill.config.teacher import ReplicasConfig
+
+
+class SignalConfig(ConfigModel):
+    """The signal: what the teacher gives for each response token."""
+
+    kind: Literal["text", "sampled", "topk", "hidden"] = identity(
+        "topk",
+        description="What the teacher gives for each response token. text: the token id only. "
+        "sampled: also the logprob of that id. topk: the top_k most probable ids with logprobs, "
+        "and the probability of all others together (the tail). hidden: the last hidden state, "
+        "from which the student's workers compute the teacher's whole distribution.",
+    )
+    top_k: PositiveInt = identity(
+        64, description="Number K of ids and logprobs for each token. Used with kind topk only."
+    )
+
 
 TERMS = (
     "forward_kl",

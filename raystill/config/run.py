@@ -12,9 +12,9 @@ from pydantic import field_validator, model_serializer, model_validator
 
 from raystill.base.redact import SECRETS
 from raystill.config.base import ConfigModel, PositiveInt, identity, operational
-from raystill.config.objective import ObjectiveConfig, PolicyConfig
+from raystill.config.objective import ObjectiveConfig, PolicyConfig, SignalConfig
 from raystill.config.prompts import PromptsConfig
-from raystill.config.stream import FiltersConfig, SignalConfig, StreamConfig
+from raystill.config.stream import FiltersConfig, StreamConfig
 from raystill.config.student import EvaluationConfig, StudentConfig, TermsConfig
 from raystill.config.teacher import TeacherConfig, Teachers, require_names, wrong_judges
 from raystill.config.training import OutputConfig, StoreConfig, TrainingConfig

@@ -1,4 +1,4 @@
-"""Configuration of the signal, the stream of rows and the filters."""
+"""Configuration of the stream of rows and the filters."""
 
 from collections import Counter
 from typing import Annotated, Any, Literal
@@ -8,21 +8,6 @@ from pydantic import Field, field_validator, model_validator
 from raystill.config.base import ConfigModel, PositiveInt, identity, operational, why_no_pattern
 from raystill.config.prompts import FunctionConfig, PersonalFilterConfig, Phrase
 from raystill.config.teacher import JudgeConfig
-
-
-class SignalConfig(ConfigModel):
-    """The signal: what the teacher gives for each response token."""
-
-    kind: Literal["text", "sampled", "topk", "hidden"] = identity(
-        "topk",
-        description="What the teacher gives for each response token. text: the token id only. "
-        "sampled: also the logprob of that id. topk: the top_k most probable ids with logprobs, "
-        "and the probability of all others together (the tail). hidden: the last hidden state, "
-        "from which the student's workers compute the teacher's whole distribution.",
-    )
-    top_k: PositiveInt = identity(
-        64, description="Number K of ids and logprobs for each token. Used with kind topk only."
-    )
 
 
 class StreamConfig(ConfigModel):
@@ -183,16 +168,30 @@ class AnswerConfig(ConfigModel):
 
 
 class SimilarConfig(ConfigModel):
-    """Rejects an answer that says nearly the same as an earlier sample for the same prompt.
-
-    Similarity is the share of n-grams of tokens that both have, of all that either has (Jaccard).
-    It needs whole groups as best does.
+    """Rejects answers that say nearly the same as another one that passed: of the n-grams of tokens
+    that either has, both have too large a share (Jaccard).
     """
 
     ngram: PositiveInt = identity(3, le=64, description="Tokens n of an n-gram.")
     max_similarity: float = identity(
         0.7, ge=0, lt=1, description="Largest similarity to an answer that passed."
     )
+    over: Literal["prompt", "run"] = identity(
+        "prompt",
+        description="What is compared. prompt: the answers to one prompt; it needs whole groups "
+        "as best does. run: all answers of an epoch, by MinHash, an estimate of the similarity.",
+    )
+    min_tokens: int | None = identity(
+        None,
+        ge=0,
+        description="Answers with fewer tokens pass and are compared with none. Default: 0 within "
+        "a prompt, 32 over a run, in which short answers may well be equal.",
+    )
+
+    @property
+    def least_tokens(self) -> int:
+        """Fewest tokens of an answer that is compared."""
+        return self.min_tokens if self.min_tokens is not None else 32 * (self.over == "run")
 
 
 class BestConfig(ConfigModel):
@@ -258,9 +257,7 @@ class FilterConfig(ConfigModel):
     personal_data: PersonalFilterConfig | None = identity(
         None, description="Rejects or masks answers that hold personal data or keys."
     )
-    similar: SimilarConfig | None = identity(
-        None, description="Rejects near-duplicates among the answers to one prompt."
-    )
+    similar: SimilarConfig | None = identity(None, description="Rejects near-duplicates.")
     best: BestConfig | None = identity(
         None, description="Rejects all but the best answers to each prompt."
     )
@@ -364,7 +361,13 @@ class FiltersConfig(ConfigModel):
     @property
     def compares_samples(self) -> bool:
         """Whether a filter needs all answers to a prompt in one group."""
-        return any(rule.best is not None or rule.similar is not None for rule in self.rules)
+        return any(r.best or (r.similar and r.label not in self.over_run) for r in self.rules)
+
+    @property
+    def over_run(self) -> dict[str, SimilarConfig]:
+        """Filters that compare all answers of an epoch, by their names."""
+        found = ((rule.label, rule.similar) for rule in self.rules if rule.similar is not None)
+        return {name: similar for name, similar in found if similar.over == "run"}
 
     @property
     def columns(self) -> list[str]:

@@ -215,6 +215,7 @@ def test_a_prompt_longer_than_the_context_is_refused_or_dropped(
 def make_model(folder: Path, tokens: dict[str, int] | None = None, **config: Any) -> Path:
     """A model folder without weights worth the name; the tiny teacher's tokenizer by default."""
     folder.mkdir()
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     if tokens is None:
         shutil.copy(TINY / "tokenizer.json", folder)
     else:
@@ -537,6 +538,7 @@ def test_elsewhere_a_slow_reading_is_one_line(
 
 
 API = ["teacher.engine=api", "teacher.api.base_url=https://h/v1", "teacher.api.model=large"]
+API += ["terms.teacher_licence=apache-2.0"]
 
 
 def test_an_api_teacher_is_asked_for_no_more_than_text_and_needs_its_key(

@@ -26,6 +26,7 @@ from tests.serve.test_draft_acceptance import geometric_length
 
 NUM_PROMPTS = 6
 API = ["teacher.engine=api", "teacher.api.base_url=http://127.0.0.1:1", "teacher.api.model=m"]
+API += ["terms.teacher_licence=apache-2.0"]
 
 
 def write_prompts(folder: Path, prompts: list[list[int]]) -> None:

@@ -111,6 +111,7 @@ def long_prompt() -> list[str]:
 def other_tokenizer() -> list[str]:
     folder = Path("other")
     folder.mkdir()
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     words = {"a": 0, "b": 1}
     Tokenizer(models.WordLevel(words, unk_token="a")).save(str(folder / "tokenizer.json"))
     config = {"model_type": "llama", "vocab_size": 2, "num_hidden_layers": 1}

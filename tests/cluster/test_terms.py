@@ -1,6 +1,9 @@
 """The gate: which teacher may teach which student, for what; the readings; the join."""
 
+import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from raystill.cluster.check import terms
 from raystill.cluster.check.static import check_run_file
 from raystill.cluster.check.terms import Finding, join, of_licence, of_service, of_weights
+from raystill.config.load import load_config
 from raystill.config.student import TermsConfig
 from raystill.model.files import ModelFolder
 from tests.support.end_to_end import ROOT
@@ -104,10 +108,11 @@ CASES: list[tuple[str | None, str | None, str | None, dict[str, Any], str, bool]
     ("falcon-llm-license", None, None, SOLD, DUTY, False),
     ("bigscience-openrail-m", None, None, SHARED, DUTY, False),
     ("bigscience-openrail-m", None, None, {**SHARED, "student_licence": "mit"}, DUTY, True),
-    (None, None, None, RESEARCH, "unclear", False),
+    (None, None, None, RESEARCH, "unclear", True),
     (None, None, None, INTERNAL, "unclear", True),
     (None, None, None, SHARED, "unclear", True),
-    ("my-own-licence", None, None, RESEARCH, "unclear", False),
+    ("my-own-licence", None, None, RESEARCH, "unclear", True),
+    ("apache-2.0", None, "my-own-licence", RESEARCH, "unclear", True),
     ("my-own-licence", None, None, SOLD, "unclear", True),
     ("", None, None, SOLD, "unclear", True),
     ("hosted", "https://api.openai.com/v1", None, RESEARCH, "forbidden", True),
@@ -218,7 +223,7 @@ DATA: list[tuple[str, dict[str, Any], str, str]] = [
     ("cc-by-nc-4.0", SOLD, "cc-by-nc allows research only", "non_commercial"),
     ("llama2", RESEARCH, "llama-2 is read as forbidden", "llama-2"),
     ("gemma", {**SHARED, "student_licence": "mit"}, "must carry gemma", "same_terms gemma"),
-    ("odd", RESEARCH, "", "the prompts' data is under 'odd'"),
+    ("odd", RESEARCH, "the prompts' data is under 'odd'", "'odd'"),
     ("odd", INTERNAL, "the prompts' data is under 'odd'", "'odd'"),
 ]
 
@@ -279,16 +284,58 @@ def test_a_name_without_the_prefix_that_is_owed_is_handed_to_nobody(
     )
 
 
-def test_a_stated_licence_passes_without_a_word_and_an_unstated_one_with_a_note(
+def test_a_stated_licence_passes_without_a_word_and_an_unstated_one_is_refused(
     tmp_path: Path,
 ) -> None:
-    problems, result = checked(tmp_path)
-    assert problems == []
-    assert any("states no licence" in note for note in result.notices)
-    problems, result = checked(
-        tmp_path, "terms.teacher_licence=apache-2.0", "terms.purpose=commercial"
-    )
-    assert problems == [] and not any("terms" in note for note in result.notices)
+    plain = without_card(tmp_path)
+    for purpose in ("research", "internal", "commercial"):
+        wanted = f"terms.purpose={purpose}"
+        (problem,) = checked(tmp_path, f"teacher.model={plain}", wanted)[0]
+        assert problem.startswith(f"terms: {plain} states no licence")
+        assert "state the licence with terms.teacher_licence" in problem, "what to write"
+        for stated in ([f"teacher.model={plain}", "terms.teacher_licence=apache-2.0"], []):
+            problems, result = checked(tmp_path, *stated, wanted)
+            assert problems == [] and not any("terms" in note for note in result.notices)
+
+
+def without_card(tmp_path: Path) -> Path:
+    """The tiny teacher in a folder that states no licence."""
+    source = ROOT / "models" / "tiny-teacher"
+    kept = shutil.ignore_patterns("README.md")
+    return Path(shutil.copytree(source, tmp_path / "plain", ignore=kept))
+
+
+def test_of_a_model_that_is_not_found_that_alone_is_told(tmp_path: Path) -> None:
+    problems, result = checked(tmp_path, f"teacher.model={tmp_path / 'nowhere'}")
+    assert problems == [] and any("there is no folder" in str(p) for p in result.problems)
+    assert result.prepared is None, "so nothing starts"
+
+
+def test_what_is_not_listed_is_answered_by_a_letter(tmp_path: Path) -> None:
+    """For a model of one's own as well, and for data, by the words a refusal begins with."""
+    letter = tmp_path / "letter.txt"
+    letter.write_text("this is ours")
+    plain = without_card(tmp_path)
+    for changes, rule in (
+        ([f"teacher.model={plain}"], str(plain)),
+        (["terms.teacher_licence=ours-1.0"], "models/tiny-teacher"),
+        (["prompts.licence=ours-1.0"], "the prompts' data"),
+    ):
+        (problem,) = checked(tmp_path, *changes)[0]
+        assert problem.startswith(f"terms: {rule} ")
+        permission = {"file": str(letter), "rule": rule, "reason": "our own"}
+        problems, result = checked(tmp_path, *changes, f"terms.permission={json.dumps(permission)}")
+        assert problems == [] and any("our own" in note for note in result.notices)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_no_shipped_run_file_is_refused_for_what_it_leaves_unsaid(name: str) -> None:
+    config = load_config(str(ROOT / "configs" / name))
+    if not Path(ROOT, config.teacher.model).exists():
+        pytest.skip("its teacher is on the Hub, whose card is not on this machine")
+    folder = ModelFolder("teacher", ROOT / config.teacher.model)
+    found = terms.finding_of_all(config, folder, folder, {})
+    assert terms.refusals(found, config.terms) == [] and not found.unknown
 
 
 @pytest.mark.parametrize(
@@ -315,6 +362,21 @@ def test_a_folders_licence_is_what_its_card_says(
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert terms.licence_of(ModelFolder("model", tmp_path)) == licence
+
+
+def test_a_licence_text_without_end_is_not_read_for_its_hash(tmp_path: Path) -> None:
+    config = load_config(str(ROOT / "configs" / "tiny.yaml"))
+
+    def kept() -> str | None:
+        sources = terms.record(config, ModelFolder("m", tmp_path), None)["sources"]
+        found: str | None = sources["teacher"]["licence_sha256"]
+        return found
+
+    assert kept() is None
+    (tmp_path / "LICENSE").write_text("you may")
+    assert kept() == hashlib.sha256(b"you may").hexdigest()
+    os.truncate(tmp_path / "LICENSE", 300 << 30)
+    assert kept() is None
 
 
 def test_the_shipped_demo_is_free_of_duties() -> None:

@@ -31,6 +31,7 @@ from raystill.model.tokenizer import load_tokenizer, read_settings
 from raystill.run import Run
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-teacher"
+SERVED = {"teacher_licences": {"judge": "apache-2.0"}}
 TOKENIZER = load_tokenizer(MODEL, read_settings(MODEL))
 YES, NO = (TOKENIZER.token_to_id(word) for word in ("yes", "no"))
 SAMPLES, PROMPTS = 4, 6
@@ -240,7 +241,7 @@ def test_a_judge_without_probabilities_is_read_by_its_word(monkeypatch: pytest.M
     teachers = run_file([])["teachers"]
     api = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "api_key_env": "KEY"}
     teachers["judge"] = {"model": str(MODEL), "engine": "api", "api": api}
-    told, _ = apply(filters_of([{"judge": HELPFUL}], teachers=teachers), [0.2, 0.8])
+    told, _ = apply(filters_of([{"judge": HELPFUL}], teachers=teachers, terms=SERVED), [0.2, 0.8])
     assert told == [BAD, None]
 
 
@@ -353,7 +354,7 @@ def test_what_a_judge_behind_a_service_may_cost_is_told(monkeypatch: pytest.Monk
     rules = [{"judge": HELPFUL}, {"name": "again", "judge": {**HELPFUL, "rubric": "Or not?"}}]
 
     def told(rules: list[Any], **more: Any) -> list[str]:
-        found = checked(rules, teachers={**teachers, "judge": {**judge, **more}})
+        found = checked(rules, teachers={**teachers, "judge": {**judge, **more}}, terms=SERVED)
         assert not found.problems
         return [one for one in found.notices if one.startswith("judge: ")]
 
@@ -362,7 +363,8 @@ def test_what_a_judge_behind_a_service_may_cost_is_told(monkeypatch: pytest.Monk
     assert "no limit is set (teachers.judge.api.max_cost)" in cost
     tokens = int(cost.partition(" prompt tokens")[0].rpartition("(")[2].replace(",", ""))
     assert f"may cost up to {tokens + 2 * 40:,.4g} (" in cost
-    found = checked([{"judge": HELPFUL}], teachers={**teachers, "judge": judge})
+    with_judge = {**teachers, "judge": judge}
+    found = checked([{"judge": HELPFUL}], teachers=with_judge, terms=SERVED)
     assert found.prepared is not None and found.config is not None
     longest = found.config.max_response_tokens
     folder = ModelFolder(judge["model"], Path(judge["model"]))

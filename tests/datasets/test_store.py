@@ -19,7 +19,7 @@ import pytest
 
 from raystill.base.errors import RunError
 from raystill.cluster.commands.store import store_command
-from raystill.config.stream import SignalConfig
+from raystill.config.objective import SignalConfig
 from raystill.datasets.lookup.view import StoreView
 from raystill.datasets.rows.answers import (
     Answer,

@@ -1,6 +1,7 @@
 """The stream on a local Ray, with a teacher that obeys its prompts: bound, order, drops, faults."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -8,10 +9,12 @@ import pytest
 import ray
 
 from raystill.base.run_folder import HELD_OUT, HELD_OUT_PROMPTS, RunFolder
+from raystill.cluster.coordinator.duplicates import start_duplicates
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.schema import ENGINE, row_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.store import RowCounts, TeacherStore
+from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.plan import epoch_order, num_steps
 from raystill.datasets.stream.spec import Requester
 from tests.support import stream_rig as rig
@@ -86,6 +89,24 @@ def test_every_row_comes_with_its_own_answer_or_the_one_that_was_given(teacher, 
         assert set(table["epoch"].to_pylist()) == {0}
     counters = {"rows_asked": 20, "rows_scored": 20, "rows_reused": 0}
     assert streamed.snapshot.counters == counters | {"rows_answered": 40, "rows_truncated": 0}
+
+
+@pytest.mark.parametrize("order", ["fixed", "arrival"])
+def test_of_near_duplicates_one_is_trained_on(teacher, workers, tmp_path, order):
+    """In ``fixed`` order the earliest of the plan, though groups take their time."""
+    given = [[50 + row % 5, row % 5, 3, 1] for row in range(96)]
+    rules = [{"similar": {"over": "run", "min_tokens": 0}}]
+    filters = {"rules": rules, "max_rejected_fraction": 1.0}
+    run = Run(tmp_path, [rig.RANDOM_DELAY] * 96, order, 2, given=given, filters=filters)
+    run.spec = replace(run.spec, duplicates=start_duplicates(run.spec))
+    for epoch in range(2):
+        run.ledger = Ledger(96)
+        streamed = run.stream(workers, epoch=epoch)
+        kinds = [int(row) % 5 for row in epoch_order(96, SEED, epoch, GROUP_ROWS)]
+        assert sorted(kinds[p] for p in streamed.positions) == list(range(5))
+        if order == "fixed":
+            assert streamed.positions == [p for p, k in enumerate(kinds) if k not in kinds[:p]]
+        assert dict(streamed.snapshot.filtered) == {"similar": 91}
 
 
 def test_the_source_is_not_fused_into_the_answer_stage(teacher, tmp_path):

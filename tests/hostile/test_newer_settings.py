@@ -28,6 +28,7 @@ API: dict[str, Any] = {
     },
     "signal": {"kind": "text"},
     "objective": {"cross_entropy": 1},
+    "terms": {"teacher_licence": "apache-2.0"},
 }
 HELD = {"held_out_rows": 2, "free_running": {"rows": 2}}
 Row = tuple[str, int, str, dict[str, Any], dict[str, bytes | str]]

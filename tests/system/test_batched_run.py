@@ -41,6 +41,7 @@ def batched_run(folder: Path, service: BatchService) -> Path:
     config |= {"signal": {"kind": "text"}, "objective": {"cross_entropy": 1.0}}
     config["evaluation"] = {"held_out_rows": HELD_OUT, "free_running": {"rows": 2}}
     config["store"] = {"path": str(folder / "store")}
+    config["terms"] = {"teacher_licence": "apache-2.0"}
     file.write_text(yaml.safe_dump(config))
     return file
 

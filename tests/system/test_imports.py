@@ -73,7 +73,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "datasets/store",
     }
     | {"datasets/lookup", "serve/engine"},
-    "cluster/coordinator": GROUND | ROWS | {"datasets/stream"},
+    "cluster/coordinator": GROUND
+    | ROWS
+    | {"datasets/filters", "datasets/lookup", "datasets/prompts", "datasets/store"}
+    | {"datasets/stream"},
     "cluster/report": GROUND | {"cluster/check", "cluster/coordinator", "datasets/store"},
     "cluster/report/page": GROUND | {"cluster/report"},
     "cluster/job": GROUND

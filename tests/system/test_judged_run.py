@@ -83,6 +83,7 @@ def judged_run(folder: Path, store: Path, service: Service, filters: list[Any]) 
     config["filters"] = {"rules": filters, "max_rejected_fraction": 1.0}
     config["evaluation"] = {"held_out_rows": HELD_OUT, "free_running": {"rows": 2}}
     config["store"] = {"path": str(store)}
+    config["terms"] = {"teacher_licences": dict.fromkeys(("writer", "judge"), "apache-2.0")}
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     return file
 

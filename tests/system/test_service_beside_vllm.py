@@ -106,6 +106,7 @@ def run_file(place: Path, service: Service) -> Path:
     config["cluster"] = {"num_cpus": 4}
     config["output"] = {"path": str(place / "run")}
     config["store"] = {"path": str(place / "store")}
+    config["terms"] = {"teacher_licences": {"service": "apache-2.0"}}
     file = place / "two.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     return file
