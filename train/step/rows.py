@@ -114,8 +114,8 @@ class StepRows(Generic[R]):
     def has_more(self) -> bool:
         """Whether this rank may have rows of later steps.
 
-        False is certain. Where it is True, the stream may turn out to have ended, or to have dropped
-        all that was left.
+        False is certain. Where it is True, the stream may turn out to have ended, or to have
+        dropped all that was left.
         """
         return bool(self._waiting) or not self._ended
 
