@@ -146,6 +146,14 @@ def _repeated(ids: Ints, among: Bools) -> Bools:
     return found
 
 
+def of_text(content: list[Drawn], text: str) -> list[Drawn]:
+    """The tokens at the end that are an answer's text; all where none of them begins it."""
+    meant = [one.meant for one in named(content)]
+    place = b"".join(meant).rfind(text.encode())
+    starts = [0, *accumulate(map(len, meant))]
+    return content[starts.index(place) :] if place in starts else content
+
+
 @dataclass(frozen=True)
 class Told:
     """An answer with its signal, and the mean probability of named tokens that are no ids."""

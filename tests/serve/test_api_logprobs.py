@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from raystill.base.errors import RunError
 from raystill.datasets.rows.answers import answers_table, derive_answers
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.rows.token_bytes import NoBytes
 from raystill.model.identity import identity_of_teacher
 from raystill.model.sampling import ResolvedSampling
 from raystill.model.tokenizer import PlainText
@@ -24,7 +25,7 @@ from raystill.serve.api import failures
 from raystill.serve.api.parsed import Drawn, chat_completion, content_of
 from raystill.serve.api.service import UNREADABLE
 from raystill.serve.api.told import Reader, Told
-from raystill.serve.api.vocabulary import NoBytes, Vocabulary
+from raystill.serve.api.vocabulary import Vocabulary
 from raystill.serve.batch.engine import BatchEngine
 from raystill.serve.batch.journal import Line
 from tests.support.end_to_end import TEACHER
