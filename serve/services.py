@@ -25,6 +25,7 @@ from raystill.serve.api.service import Service
 from raystill.serve.batch.batches import Batches
 from raystill.serve.batch.engine import BatchEngine
 from raystill.serve.batch.journal import BatchJournal
+from raystill.serve.pace import ActorPace
 
 
 def api_engine(
@@ -35,11 +36,13 @@ def api_engine(
     coordinator: Any,
     store_path: str,
     name: str = "",
+    pace: tuple[Any, str] | None = None,
 ) -> ApiEngine | IdsEngine:
     """The engine of a run's service, which goes on with what earlier starts have spent.
 
     folder: that of the tokenizer. coordinator: is told the counters; None: nobody is. store_path:
     of the teacher store, beside which batches are noted. name: that of the teacher among several.
+    pace: the actor that keeps the service's pace where others ask it too, and its salt.
     """
     teacher = at_batch_prices(config.teacher)
     spending = Spending(run_folder, name)
@@ -51,7 +54,8 @@ def api_engine(
             coordinator.add.remote(counters | own)
 
     place = Path(folder)
-    service = Service(teacher, Limits(teacher.api, spending.cost, report))
+    shared = None if pace is None else ActorPace(pace[0], name, teacher.api, pace[1])
+    service = Service(teacher, Limits(teacher.api, spending.cost, report, shared=shared))
     if teacher.api.ids:
         tokenizer = shared_tokenizer(place, read_settings(place)).tokenizer
         expected = expected_server(config, ModelFolder(teacher.model, place))

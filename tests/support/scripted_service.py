@@ -41,6 +41,8 @@ class Service(Server):
         self.scripts: dict[str, list[dict[str, Any]]] = {}
         self.asked: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
+        self.times: list[tuple[float, str | None]] = []
+        """When each request came, and with which key."""
         self.keys: set[str | None] = set()
         self.encodings: set[str | None] = set()
         self.poured: list[int] = []
@@ -69,6 +71,7 @@ class Handler(JsonHandler):
         with self.server.lock:
             self.server.bodies.append(body)
             self.server.keys.add(self.headers.get("Authorization"))
+            self.server.times.append((time.monotonic(), self.headers.get("Authorization")))
             self.server.encodings.add(self.headers.get("Accept-Encoding"))
             script = self.server.scripts.get(question, [{}])
             reply = script[min(self.server.asked[question], len(script) - 1)]
@@ -176,6 +179,8 @@ class Asked:
         questions: list[str],
         model: Path = TEACHER,
         sampling: ResolvedSampling = SAMPLING,
+        name: str = "",
+        pace: tuple[Any, str] | None = None,
         **api: Any,
     ) -> None:
         self.folder = RunFolder(str(folder)).ensure()
@@ -191,6 +196,8 @@ class Asked:
             self.folder,
             self,
             str(folder / "store"),
+            name,
+            pace,
         )
 
     @property

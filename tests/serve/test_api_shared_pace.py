@@ -1,0 +1,329 @@
+"""Teachers that ask one service with one key share its limits; others do not."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import RayActorError
+
+from raystill.config.base import ApiConfig
+from raystill.config.run import RunConfig
+from raystill.placement.services import account_of, same_account, same_service, service_of
+from raystill.serve import pace as pace_module
+from raystill.serve.api import limits as limits_module
+from raystill.serve.api.limits import Limits, Pace, Usage
+from raystill.serve.pace import ActorPace, SharedPaces
+from tests.support.scripted_service import KEY, TEXT, Asked, Service, scripted_service, teacher_of
+
+MINUTE_S = 1.5
+"""A minute of these tests."""
+OTHER_KEY = "planted-other-key-77aa01"
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    monkeypatch.setenv("OTHER_API_KEY", OTHER_KEY)
+    for module in (limits_module, pace_module):
+        monkeypatch.setattr(module, "MINUTE_S", MINUTE_S)
+    monkeypatch.setattr(pace_module, "AGAIN_S", 0.02)
+    with scripted_service(monkeypatch) as server:
+        yield server
+
+
+class Actor:
+    """The handle of an actor that is in this process, and can be lost."""
+
+    def __init__(self) -> None:
+        self.paces: SharedPaces | None = SharedPaces()
+        self.calls: Counter[str] = Counter()
+        self.told: list[Any] = []
+
+    def __getattr__(self, name: str) -> Any:
+        actor = self
+
+        class Method:
+            def remote(self, *arguments: Any, **more: Any) -> "asyncio.Future[Any]":
+                actor.calls[name] += 1
+                actor.told.append((name, arguments, more))
+                return asyncio.ensure_future(actor.call(name, *arguments, **more))
+
+        return Method()
+
+    async def call(self, name: str, *arguments: Any, **more: Any) -> Any:
+        paces = self.paces
+        if paces is None:
+            if name == "turn":
+                raise RayActorError()
+            return None
+        answer = await getattr(paces, name)(*arguments, **more)
+        if paces is not self.paces:
+            raise RayActorError()
+        return answer
+
+
+def together(*asked: Asked) -> float:
+    """All questions at once, of all teachers; the seconds they took."""
+
+    async def run() -> float:
+        for one in asked:
+            await one.engine.start()
+        start = time.monotonic()
+        told = await asyncio.gather(*(one.engine.sample(one.prompts, TEXT) for one in asked))
+        assert all(answer.error is None for answers in told for answer in answers)
+        return time.monotonic() - start
+
+    return asyncio.run(run())
+
+
+def most_in_a_minute(times: list[float]) -> int:
+    """Requests that came within a minute, at most. What the way there takes is left room for."""
+    span = MINUTE_S - 0.2
+    return max(sum(start <= one < start + span for one in times) for start in times)
+
+
+def questions(name: str, number: int) -> list[str]:
+    return [f"{name} {i}" for i in range(number)]
+
+
+def test_two_teachers_with_one_key_never_exceed_their_joint_rate(
+    tmp_path: Path, service: Service
+) -> None:
+    actor = Actor()
+    one = Asked(
+        tmp_path / "a",
+        service,
+        questions("a", 8),
+        name="one",
+        pace=(actor, "run"),
+        requests_per_minute=5,
+        max_concurrency=8,
+    )
+    other = Asked(
+        tmp_path / "b",
+        service,
+        questions("b", 5),
+        name="other",
+        pace=(actor, "run"),
+        requests_per_minute=9,
+        max_concurrency=2,
+    )
+    took = together(one, other)
+    times = [when for when, _ in service.times]
+    assert len(times) == 13
+    assert most_in_a_minute(times) <= 5, "the smaller of the two"
+    assert took > 2 * MINUTE_S, "13 requests at 5 a minute"
+    told = repr(actor.told)
+    assert KEY not in told, "nobody but the service is told the key"
+
+
+def test_one_url_in_two_spellings_is_one_service(tmp_path: Path, service: Service) -> None:
+    class Spelt:
+        url = service.url + "/"
+
+    actor, rate = Actor(), {"requests_per_minute": 4}
+    pace = (actor, "run")
+    one = Asked(tmp_path / "a", service, questions("a", 4), name="one", pace=pace, **rate)
+    other = Asked(tmp_path / "b", Spelt(), questions("b", 4), name="other", pace=pace, **rate)
+    together(one, other)
+    assert most_in_a_minute([when for when, _ in service.times]) <= 4
+
+
+def test_teachers_with_different_keys_have_limits_of_their_own(
+    tmp_path: Path, service: Service
+) -> None:
+    actor, rate = Actor(), {"requests_per_minute": 4}
+    pace = (actor, "run")
+    one = Asked(tmp_path / "a", service, questions("a", 4), name="one", pace=pace, **rate)
+    rate_of_other = {**rate, "api_key_env": "OTHER_API_KEY"}
+    other = Asked(
+        tmp_path / "b", service, questions("b", 4), name="other", pace=pace, **rate_of_other
+    )
+    assert together(one, other) < MINUTE_S, "each has its four"
+    assert Counter(key for _, key in service.times) == {
+        f"Bearer {KEY}": 4,
+        f"Bearer {OTHER_KEY}": 4,
+    }
+
+
+def test_too_many_of_one_hold_the_other_back_too(tmp_path: Path, service: Service) -> None:
+    service.scripts["a 0"] = [{"status": 429, "headers": {"Retry-After": "1.0"}}, {}]
+    service.scripts |= {q: [{"slow": 0.2}] for q in questions("b", 1)}
+    actor = Actor()
+    pace = (actor, "run")
+    one = Asked(tmp_path / "a", service, ["a 0"], name="one", pace=pace)
+    other = Asked(
+        tmp_path / "b", service, questions("b", 3), name="other", pace=pace, max_concurrency=1
+    )
+    assert together(one, other) > 1.0
+    start = service.times[0][0]
+    assert sum(when < start + 0.9 for when, _ in service.times) == 2, "what was on its way"
+
+
+def test_an_actor_that_is_lost_costs_a_minute_and_no_rate_is_exceeded(
+    tmp_path: Path, service: Service
+) -> None:
+    actor = Actor()
+    pace, rate = (actor, "run"), {"requests_per_minute": 4}
+    one = Asked(tmp_path / "a", service, questions("a", 6), name="one", pace=pace, **rate)
+    other = Asked(tmp_path / "b", service, questions("b", 6), name="other", pace=pace, **rate)
+
+    async def lose() -> None:
+        while not service.times:
+            await asyncio.sleep(0.01)
+        actor.paces = None
+        await asyncio.sleep(0.1)
+        actor.paces = SharedPaces(was_lost=True)
+
+    async def run() -> None:
+        for asked in (one, other):
+            await asked.engine.start()
+        work = [asked.engine.sample(asked.prompts, TEXT) for asked in (one, other)]
+        *told, _ = await asyncio.gather(*work, lose())
+        assert all(answer.error is None for answers in told for answer in answers)
+
+    asyncio.run(run())
+    assert len(service.times) == 12
+    assert most_in_a_minute([when for when, _ in service.times]) <= 4
+    assert actor.calls["join"] == 4, "each told the new one what it may do"
+
+
+def account(actor: Any, teacher: str, **api: Any) -> ActorPace:
+    settings = ApiConfig(base_url="http://h/v1", model="m", api_key_env=None, **api)
+    return ActorPace(actor, teacher, settings, "run")
+
+
+async def within(seconds: float, waits: Any) -> Any:
+    try:
+        async with asyncio.timeout(seconds):
+            return await waits
+    except TimeoutError:
+        return None
+
+
+def test_what_a_dead_replica_asked_for_is_over_when_the_next_one_comes() -> None:
+    async def run() -> None:
+        actor = Actor()
+        first = account(actor, "one", max_concurrency=2)
+        assert [await first.turn(1), await first.turn(1)] == [1, 2]
+        assert await within(0.2, first.turn(1)) is None
+        again = account(actor, "one", max_concurrency=2)  # Of the same teacher.
+        assert await within(1, again.turn(1)) and await within(1, again.turn(1))
+        other = account(actor, "other", max_concurrency=1)
+        assert await within(1, other.turn(1)) == 1, "as many more as it brings"
+        assert await within(0.2, other.turn(1)) is None
+
+    asyncio.run(run())
+
+
+def test_a_row_that_is_cancelled_while_it_waits_takes_no_turn() -> None:
+    async def run() -> None:
+        actor = Actor()
+        pace = account(actor, "one", max_concurrency=1)
+        held = await pace.turn(1)
+        assert await within(0.1, pace.turn(1)) is None
+        pace.ended(held, answered=True)
+        assert await within(1, pace.turn(1)) is not None
+        assert await within(0.1, pace.turn(1)) is None
+
+    asyncio.run(run())
+
+
+def test_the_budget_of_each_is_its_own_and_holds_while_it_waits_for_the_others() -> None:
+    async def run() -> None:
+        actor = Actor()
+        prices = {"input": 1e6, "output": 1e6}
+        settings = ApiConfig(
+            base_url="http://h/v1", model="m", max_concurrency=1, prices=prices, max_cost=4.0
+        )
+        other = account(actor, "other", max_concurrency=1)
+        assert await other.turn(1)
+        limits = Limits(settings, shared=account(actor, "one", max_concurrency=1))
+        async with limits.turn(1, 1) as turn:
+            turn.paid(Usage(input=1, output=1))
+        waits = asyncio.create_task(limits._wait(2, 2.0))
+        await asyncio.sleep(0.1)
+        assert limits.spent == 2.0 and await waits
+        limits.hold_anyway(2.0)
+        assert not limits.hold(1.0)
+
+    asyncio.run(run())
+
+
+def test_a_pace_that_is_allowed_more_or_less_keeps_what_it_has_learned() -> None:
+    pace = Pace(0, None, None, lambda: 0.0)
+    pace.allow(8, None, None)
+    pace.failed(None, too_fast=True)
+    assert pace.at_once == 4
+    pace.allow(12, 3, None)
+    assert (pace.at_once, pace.has_rates) == (8, True)
+    pace.allow(2, None, None)
+    assert pace.at_once == 1 and not pace.has_rates
+    assert [pace.may_go(0, 1)] == [False], "it is still waiting"
+
+
+SPELLINGS = {
+    "https://API.Example.com/v1": "https://api.example.com/v1",
+    "https://api.example.com:443/v1/": "https://api.example.com/v1",
+    "http://h:80": "http://h",
+    "http://h:8000/v1//": "http://h:8000/v1",
+    "https://h:80/v1": "https://h:80/v1",
+    "https://h./v1": "https://h/v1",
+    "https://h/V1": "https://h/V1",
+    "http://[::1]:8000/v1": "http://[::1]:8000/v1",
+}
+
+
+@pytest.mark.parametrize("url", SPELLINGS)
+def test_a_service_has_one_spelling(url: str) -> None:
+    assert service_of(url) == SPELLINGS[url]
+    assert service_of(service_of(url)) == service_of(url)
+
+
+def test_an_account_is_a_service_and_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(url: str, name: str | None, salt: str = "") -> bytes:
+        return account_of(ApiConfig(base_url=url, model="m", api_key_env=name), salt)
+
+    monkeypatch.setenv("A_API_KEY", "same")
+    monkeypatch.setenv("B_API_KEY", "same")
+    monkeypatch.setenv("C_API_KEY", "another")
+    url = "https://h/v1"
+    assert of(url, "A_API_KEY") == of("https://H:443/v1/", "B_API_KEY")
+    assert of(url, "A_API_KEY") != of(url, "C_API_KEY")
+    assert of(url, "A_API_KEY") != of("https://h/v2", "A_API_KEY")
+    assert of(url, "A_API_KEY") != of(url, "A_API_KEY", "another run")
+    assert of(url, None) == of(url, "UNSET_API_KEY") != of(url, "A_API_KEY")
+
+
+def run_of(**teachers: dict[str, Any]) -> RunConfig:
+    sources = [{"name": n, "path": f"{n}.jsonl", "teacher": n} for n in teachers]
+    return RunConfig.model_validate(
+        {
+            "teachers": {n: teacher_of("https://h/v1", **api) for n, api in teachers.items()},
+            "student": {"init": "from_teacher", "layer_stride": 1},
+            "prompts": {"sources": sources},
+            "signal": {"kind": "text"},
+            "objective": {"cross_entropy": 1.0},
+            "evaluation": {"free_running": {"teacher_scores": False}},
+        }
+    )
+
+
+def test_which_teachers_of_a_run_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVICE_API_KEY", KEY)
+    monkeypatch.setenv("OTHER_API_KEY", OTHER_KEY)
+    monkeypatch.delenv("NOT_HERE_KEY", raising=False)
+    config = run_of(
+        a={"base_url": "https://h:443/v1/"},
+        b={},
+        c={"api_key_env": "OTHER_API_KEY"},
+        d={"base_url": "https://else/v1"},
+        e={"api_key_env": "NOT_HERE_KEY"},
+        f={"api_key_env": "NOT_HERE_KEY"},
+    )
+    assert same_service(config) == {"https://h/v1": ["a", "b", "c", "e", "f"]}
+    assert same_account(config) == [["a", "b"], ["e", "f"]]
+    assert same_service(run_of(a={}, b={"base_url": "https://else/v1"})) == {}
