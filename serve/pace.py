@@ -12,6 +12,8 @@ again by Ray; since nobody knows what went in the last minute, accounts with rat
 import asyncio
 import itertools
 import secrets
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,8 +43,9 @@ class _Account:
 class SharedPaces:
     """What the actor does. was_lost: another one before it has let requests go."""
 
-    def __init__(self, was_lost: bool = False) -> None:
-        self._was_lost = was_lost
+    def __init__(self, was_lost: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        """clock: monotonic seconds."""
+        self._was_lost, self._clock = was_lost, clock
         self._accounts: dict[bytes, _Account] = {}
         self._of_life: dict[str, _Account] = {}
         self._left: set[tuple[str, int]] = set()
@@ -50,7 +53,7 @@ class SharedPaces:
     async def join(self, account: bytes, teacher: str, life: str, api: ApiConfig) -> None:
         """A replica of a teacher; an earlier one of it has ended, and so have its requests."""
         new = account not in self._accounts
-        own = self._accounts.setdefault(account, _Account(Pace(0, None, None)))
+        own = self._accounts.setdefault(account, _Account(Pace(0, None, None, self._clock)))
         before = own.members.get(teacher)
         if before is not None and before[0] != life:
             self._of_life.pop(before[0], None)

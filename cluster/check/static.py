@@ -45,6 +45,7 @@ from raystill.cluster.check.teachers import (
     notices_of,
     of_teacher,
     reasoning_notices,
+    shared_notices,
     slots_notices,
     truncation_notices,
 )
@@ -130,7 +131,7 @@ class StaticCheck:
         """Take every step; None where the teacher or the prompts cannot be used."""
         if self.known("stream", "training", "teacher"):
             self.problems += check_rows_ahead(self.config)
-            self.notices += slots_notices(self.config)
+            self.notices += [*slots_notices(self.config), *shared_notices(self.config)]
         if self.known("training", "policy", "signal"):
             self.notices += [*sharding_notices(self.config), *tail_notices(self.config)]
         if self.known("output"):

@@ -25,6 +25,7 @@ from raystill.model.files import ModelFolder
 from raystill.model.sampling import resolve_sampling
 from raystill.model.tokenizer import read_settings, shared_tokenizer
 from raystill.placement import memory
+from raystill.placement.services import RATES, least_rates, same_account
 
 
 def of_teacher(name: str, problems: Iterable[Problem]) -> list[Problem]:
@@ -153,6 +154,23 @@ def reasoning_notices(
             f"the chat template begins reasoning in each prompt ({markers.start}), which the "
             "student reads before answers that have none (prompts.reasoning: drop); set "
             "prompts.chat_template_kwargs so that it does not, where the template can"
+        )
+
+
+def shared_notices(config: RunConfig) -> Iterator[str]:
+    """Which teachers share the limits of one service and key, and what these are."""
+    views = config.by_teacher
+    for names in same_account(config):
+        apis = {name: views[name].teacher.api for name in names}
+        bounds, differ = [], False
+        for field, least in zip(RATES, least_rates(apis), strict=True):
+            what = field.replace("_", " ").replace("per", "a")
+            bounds.append(f"{least:,} {what}" if least is not None else f"no limit of {what}")
+            differ |= len({getattr(api, field) for api in apis.values()}) > 1
+        told = ", of what each sets the smallest" if differ else ""
+        yield (
+            f"{' and '.join(names)} ask {apis[names[0]].base_url} with one key, and keep its "
+            f"limits together: {', '.join(bounds)}{told}"
         )
 
 

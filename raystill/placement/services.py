@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from raystill.config.base import ApiConfig
 from raystill.config.run import RunConfig
 
+RATES = ("requests_per_minute", "tokens_per_minute")
 PORTS = {"http": 80, "https": 443}
 
 
@@ -60,6 +61,9 @@ def same_account(config: RunConfig) -> list[list[str]]:
 
 def least_rates(apis: Mapping[str, ApiConfig]) -> tuple[int | None, int | None]:
     """Requests and tokens a minute of all together: the smallest of each that is set."""
-    requests = [a.requests_per_minute for a in apis.values() if a.requests_per_minute is not None]
-    tokens = [a.tokens_per_minute for a in apis.values() if a.tokens_per_minute is not None]
-    return min(requests, default=None), min(tokens, default=None)
+    set_ones = [
+        [value for api in apis.values() if (value := getattr(api, name)) is not None]
+        for name in RATES
+    ]
+    requests, tokens = (min(values, default=None) for values in set_ones)
+    return requests, tokens

@@ -29,6 +29,7 @@ from tests.support.end_to_end import TEACHER
 from tests.support.json_service import completion_of
 from tests.support.scripted_service import SAMPLING, TEXT, Asked, Service, scripted_service
 
+PATIENT = {"request_timeout_s": 300.0}
 LONG = replace(SAMPLING, max_tokens=64)
 TEMPLATE = """
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
@@ -175,7 +176,7 @@ def test_what_the_student_learns_of_reasoning(
 ) -> None:
     reply, as_it_comes, keep, drop = CASES[name]
     service.scripts["q"] = [reply]
-    asked = Asked(tmp_path, service, ["q"], thinker, LONG)
+    asked = Asked(tmp_path, service, ["q"], thinker, LONG, **PATIENT)
     for wish, text in ((None, as_it_comes), ("keep", keep), ("drop", drop), (None, as_it_comes)):
         ((told, finish),) = learned(asked, tmp_path, wish, thinker)
         assert told == text, wish
@@ -190,7 +191,7 @@ def test_an_empty_answer_after_reasoning_is_asked_for_again(
     tmp_path: Path, service: Service, thinker: Path
 ) -> None:
     service.scripts["q"] = [{"text": "", "reasoning_content": "So it is."}, {"text": "Blue."}]
-    asked = Asked(tmp_path, service, ["q"], thinker, LONG)
+    asked = Asked(tmp_path, service, ["q"], thinker, LONG, **PATIENT)
     assert learned(asked, tmp_path, "keep", thinker) == [(f"Blue.{END}", "stop")]
     assert service.asked["q"] == 2 and asked.counters["api_empty_answer"] == 1
 
@@ -207,7 +208,7 @@ def test_hostile_reasoning_ends_nothing(
     tmp_path: Path, service: Service, thinker: Path, hostile: str
 ) -> None:
     service.scripts["q"] = [{"text": "Blue.", "reasoning_content": hostile}]
-    asked = Asked(tmp_path, service, ["q"], thinker, LONG)
+    asked = Asked(tmp_path, service, ["q"], thinker, LONG, **PATIENT)
     ((answer),) = asked.sample()
     assert answer.reasoning_ids is not None
     tokenizer, ids = tokenizer_of(thinker), answer.reasoning_ids.tolist()
@@ -222,7 +223,7 @@ def test_reasoning_of_ten_megabytes_is_cut_and_the_row_has_no_more_than_max_toke
     tmp_path: Path, service: Service, thinker: Path
 ) -> None:
     service.scripts["q"] = [{"text": "Blue.", "reasoning_content": "word " * (2 << 20)}]
-    asked = Asked(tmp_path, service, ["q"], thinker, LONG)
+    asked = Asked(tmp_path, service, ["q"], thinker, LONG, **PATIENT)
     ((told, finish),) = learned(asked, tmp_path, "keep", thinker)
     assert finish == "length" and END not in told
     assert told.startswith("<think>\nword word") and "Blue" not in told
@@ -234,7 +235,7 @@ def test_a_prompt_that_begins_the_reasoning_is_not_begun_twice(
     tmp_path: Path, service: Service, thinker: Path, start: str
 ) -> None:
     service.scripts["q"] = [{"text": "Blue.", "reasoning_content": "So it is."}]
-    asked = Asked(tmp_path, service, ["q"], thinker, LONG)
+    asked = Asked(tmp_path, service, ["q"], thinker, LONG, **PATIENT)
     ids = tokenizer_of(thinker).encode(f"q {start}", add_special_tokens=False).ids
     chat = json.dumps([{"role": "user", "content": "q"}])
 
@@ -252,7 +253,7 @@ def test_reasoning_has_no_place_after_a_prompt_that_has_ended_it(
     tmp_path: Path, service: Service, thinker: Path
 ) -> None:
     service.scripts["q"] = [{"text": "Blue.", "reasoning_content": "So it is."}]
-    asked = Asked(tmp_path, service, ["q"], thinker, LONG)
+    asked = Asked(tmp_path, service, ["q"], thinker, LONG, **PATIENT)
     ended = tokenizer_of(thinker).encode("<think>\n\n</think>\n\n", add_special_tokens=False).ids
     chat = json.dumps([{"role": "user", "content": "q"}])
 
@@ -275,7 +276,7 @@ def test_markers_that_are_several_tokens_are_cut_by_their_text(
         "three": "<think>\nSo it is!\n</think>",
     }
     service.scripts = {name: [{"text": text}] for name, text in texts.items()}
-    asked = Asked(tmp_path, service, list(texts), TEACHER, LONG)
+    asked = Asked(tmp_path, service, list(texts), TEACHER, LONG, **PATIENT)
     whole = [text for text, _ in learned(asked, tmp_path, None, TEACHER)]
     assert whole == [text + END for text in texts.values()]
     one, two, three = (text for text, _ in learned(asked, tmp_path, "drop", TEACHER))
@@ -300,7 +301,7 @@ def test_markers_of_a_template_that_are_no_tokens_stand_as_text(
     assert markers_in(folder) == Markers("<think>", "</think>")
     sent = {"plain": "So it is.", "hostile": "a </think> b"}
     service.scripts = {q: [{"text": "Blue.", "reasoning_content": r}] for q, r in sent.items()}
-    asked = Asked(tmp_path, service, list(sent), folder, LONG)
+    asked = Asked(tmp_path, service, list(sent), folder, LONG, **PATIENT)
     plain, hostile = learned(asked, tmp_path, "keep", folder)
     assert plain == (KEPT, "stop")
     assert hostile == (f"Blue.{END}", "stop"), "nobody could tell where it ends"
@@ -311,7 +312,7 @@ def test_reasoning_is_stored_before_its_answer_and_is_no_row_of_its_own(
 ) -> None:
     service.scripts = {q: [{"text": f"Blue {q}.", "reasoning": "So."}] for q in ("a", "b")}
     service.scripts["b"][0].pop("reasoning")
-    asked = Asked(tmp_path, service, ["a", "b"], thinker, LONG)
+    asked = Asked(tmp_path, service, ["a", "b"], thinker, LONG, **PATIENT)
     order: list[str] = []
     store_publish = TeacherStore.publish
 
@@ -334,7 +335,7 @@ def test_a_run_that_dies_before_the_answer_is_stored_pairs_no_answer_with_other_
 ) -> None:
     replies = [("First.", "One."), ("Second.", "Two.")]
     service.scripts["q"] = [{"text": t, "reasoning_content": r} for t, r in replies]
-    asked = Asked(tmp_path, service, ["q"], thinker, LONG)
+    asked = Asked(tmp_path, service, ["q"], thinker, LONG, **PATIENT)
     store_publish = TeacherStore.publish
 
     def dies(self: Any, origin: Any, provenance: Any, rows: pa.Table) -> Any:

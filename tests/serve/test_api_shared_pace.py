@@ -1,7 +1,6 @@
 """Teachers that ask one service with one key share its limits; others do not."""
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,33 +13,36 @@ from raystill.config.base import ApiConfig
 from raystill.config.run import RunConfig
 from raystill.placement.services import account_of, same_account, same_service, service_of
 from raystill.serve import pace as pace_module
-from raystill.serve.api import limits as limits_module
-from raystill.serve.api.limits import Limits, Pace, Usage
+from raystill.serve.api.limits import MINUTE_S, Limits, Pace, Usage
 from raystill.serve.pace import ActorPace, SharedPaces
 from tests.support.scripted_service import KEY, TEXT, Asked, Service, scripted_service, teacher_of
 
-MINUTE_S = 1.5
-"""A minute of these tests."""
 OTHER_KEY = "planted-other-key-77aa01"
+QUIET_S = 0.2
+"""Without any turn given, after which the clock of a test goes on by a minute."""
 
 
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
     monkeypatch.setenv("OTHER_API_KEY", OTHER_KEY)
-    for module in (limits_module, pace_module):
-        monkeypatch.setattr(module, "MINUTE_S", MINUTE_S)
     monkeypatch.setattr(pace_module, "AGAIN_S", 0.02)
     with scripted_service(monkeypatch) as server:
         yield server
 
 
 class Actor:
-    """The handle of an actor that is in this process, and can be lost."""
+    """The handle of an actor that is in this process, has a clock of its own, and can be lost."""
 
     def __init__(self) -> None:
-        self.paces: SharedPaces | None = SharedPaces()
+        self.now = 1000.0
+        self.paces: SharedPaces | None = self.started()
         self.calls: Counter[str] = Counter()
         self.told: list[Any] = []
+        self.turns: Counter[float] = Counter()
+        """Turns that were given, by the time on the clock."""
+
+    def started(self, was_lost: bool = False) -> SharedPaces:
+        return SharedPaces(was_lost, lambda: self.now)
 
     def __getattr__(self, name: str) -> Any:
         actor = self
@@ -56,139 +58,133 @@ class Actor:
     async def call(self, name: str, *arguments: Any, **more: Any) -> Any:
         paces = self.paces
         if paces is None:
-            if name == "turn":
+            if name in ("turn", "join"):
                 raise RayActorError()
             return None
         answer = await getattr(paces, name)(*arguments, **more)
+        if name == "turn" and answer:
+            self.turns[self.now] += 1
         if paces is not self.paces:
             raise RayActorError()
         return answer
 
-
-def together(*asked: Asked) -> float:
-    """All questions at once, of all teachers; the seconds they took."""
-
-    async def run() -> float:
-        for one in asked:
-            await one.engine.start()
-        start = time.monotonic()
-        told = await asyncio.gather(*(one.engine.sample(one.prompts, TEXT) for one in asked))
-        assert all(answer.error is None for answers in told for answer in answers)
-        return time.monotonic() - start
-
-    return asyncio.run(run())
+    async def goes_on(self) -> None:
+        """Lets a minute pass whenever nobody gets a turn any more."""
+        while True:
+            before = self.turns.total()
+            await asyncio.sleep(QUIET_S)
+            if self.turns.total() == before:
+                self.now += MINUTE_S + 1
 
 
-def most_in_a_minute(times: list[float]) -> int:
-    """Requests that came within a minute, at most. What the way there takes is left room for."""
-    span = MINUTE_S - 0.2
-    return max(sum(start <= one < start + span for one in times) for start in times)
+async def all_of(*asked: Asked) -> None:
+    """All questions of all teachers, at once."""
+    for one in asked:
+        await one.engine.start()
+    told = await asyncio.gather(*(one.engine.sample(one.prompts, TEXT) for one in asked))
+    assert all(answer.error is None for answers in told for answer in answers)
 
 
-def questions(name: str, number: int) -> list[str]:
-    return [f"{name} {i}" for i in range(number)]
+async def while_time_goes_on(actor: Actor, *asked: Asked) -> None:
+    goes_on = asyncio.create_task(actor.goes_on())
+    try:
+        await all_of(*asked)
+    finally:
+        goes_on.cancel()
+
+
+def teacher(folder: Path, service: Any, name: str, number: int, actor: Actor, **api: Any) -> Asked:
+    """A teacher with so many questions."""
+    asked = [f"{name} {i}" for i in range(number)]
+    settings = {"request_timeout_s": 300.0, **api}
+    return Asked(folder / name, service, asked, name=name, pace=(actor, "run"), **settings)
 
 
 def test_two_teachers_with_one_key_never_exceed_their_joint_rate(
     tmp_path: Path, service: Service
 ) -> None:
     actor = Actor()
-    one = Asked(
-        tmp_path / "a",
-        service,
-        questions("a", 8),
-        name="one",
-        pace=(actor, "run"),
-        requests_per_minute=5,
-        max_concurrency=8,
-    )
-    other = Asked(
-        tmp_path / "b",
-        service,
-        questions("b", 5),
-        name="other",
-        pace=(actor, "run"),
-        requests_per_minute=9,
-        max_concurrency=2,
-    )
-    took = together(one, other)
-    times = [when for when, _ in service.times]
-    assert len(times) == 13
-    assert most_in_a_minute(times) <= 5, "the smaller of the two"
-    assert took > 2 * MINUTE_S, "13 requests at 5 a minute"
-    told = repr(actor.told)
-    assert KEY not in told, "nobody but the service is told the key"
+    rates = {"one": {"requests_per_minute": 5}, "other": {"requests_per_minute": 9}}
+    one = teacher(tmp_path, service, "one", 8, actor, max_concurrency=8, **rates["one"])
+    other = teacher(tmp_path, service, "other", 5, actor, max_concurrency=2, **rates["other"])
+    asyncio.run(while_time_goes_on(actor, one, other))
+    assert sum(service.asked.values()) == actor.turns.total() == 13
+    assert max(actor.turns.values()) <= 5, "the smaller of the two, for both"
+    assert len(actor.turns) >= 3
+    assert KEY not in repr(actor.told), "nobody but the service is told the key"
+
+
+def test_tokens_a_minute_are_of_both(tmp_path: Path, service: Service) -> None:
+    """A question and its longest answer are 34 tokens."""
+    actor = Actor()
+    asked = [
+        teacher(tmp_path, service, name, 3, actor, tokens_per_minute=limit)
+        for name, limit in (("one", 1000), ("other", 70))
+    ]
+    asyncio.run(while_time_goes_on(actor, *asked))
+    assert max(actor.turns.values()) <= 2 and actor.turns.total() == 6
 
 
 def test_one_url_in_two_spellings_is_one_service(tmp_path: Path, service: Service) -> None:
     class Spelt:
         url = service.url + "/"
 
-    actor, rate = Actor(), {"requests_per_minute": 4}
-    pace = (actor, "run")
-    one = Asked(tmp_path / "a", service, questions("a", 4), name="one", pace=pace, **rate)
-    other = Asked(tmp_path / "b", Spelt(), questions("b", 4), name="other", pace=pace, **rate)
-    together(one, other)
-    assert most_in_a_minute([when for when, _ in service.times]) <= 4
+    actor = Actor()
+    one = teacher(tmp_path, service, "one", 3, actor, requests_per_minute=4)
+    other = teacher(tmp_path, Spelt(), "other", 3, actor, requests_per_minute=4)
+    asyncio.run(while_time_goes_on(actor, one, other))
+    assert max(actor.turns.values()) <= 4 and actor.turns.total() == 6
 
 
 def test_teachers_with_different_keys_have_limits_of_their_own(
     tmp_path: Path, service: Service
 ) -> None:
-    actor, rate = Actor(), {"requests_per_minute": 4}
-    pace = (actor, "run")
-    one = Asked(tmp_path / "a", service, questions("a", 4), name="one", pace=pace, **rate)
-    rate_of_other = {**rate, "api_key_env": "OTHER_API_KEY"}
-    other = Asked(
-        tmp_path / "b", service, questions("b", 4), name="other", pace=pace, **rate_of_other
-    )
-    assert together(one, other) < MINUTE_S, "each has its four"
-    assert Counter(key for _, key in service.times) == {
-        f"Bearer {KEY}": 4,
-        f"Bearer {OTHER_KEY}": 4,
-    }
-
-
-def test_too_many_of_one_hold_the_other_back_too(tmp_path: Path, service: Service) -> None:
-    service.scripts["a 0"] = [{"status": 429, "headers": {"Retry-After": "1.0"}}, {}]
-    service.scripts |= {q: [{"slow": 0.2}] for q in questions("b", 1)}
     actor = Actor()
-    pace = (actor, "run")
-    one = Asked(tmp_path / "a", service, ["a 0"], name="one", pace=pace)
-    other = Asked(
-        tmp_path / "b", service, questions("b", 3), name="other", pace=pace, max_concurrency=1
-    )
-    assert together(one, other) > 1.0
-    start = service.times[0][0]
-    assert sum(when < start + 0.9 for when, _ in service.times) == 2, "what was on its way"
+    one = teacher(tmp_path, service, "one", 4, actor, requests_per_minute=4)
+    its_own = {"requests_per_minute": 4, "api_key_env": "OTHER_API_KEY"}
+    other = teacher(tmp_path, service, "other", 4, actor, **its_own)
+    asyncio.run(all_of(one, other))
+    assert actor.turns == {1000.0: 8}, "no minute had to pass"
+    assert service.keys == {f"Bearer {KEY}", f"Bearer {OTHER_KEY}"}
 
 
 def test_an_actor_that_is_lost_costs_a_minute_and_no_rate_is_exceeded(
     tmp_path: Path, service: Service
 ) -> None:
     actor = Actor()
-    pace, rate = (actor, "run"), {"requests_per_minute": 4}
-    one = Asked(tmp_path / "a", service, questions("a", 6), name="one", pace=pace, **rate)
-    other = Asked(tmp_path / "b", service, questions("b", 6), name="other", pace=pace, **rate)
+    one = teacher(tmp_path, service, "one", 6, actor, requests_per_minute=4)
+    other = teacher(tmp_path, service, "other", 6, actor, requests_per_minute=4)
 
     async def lose() -> None:
-        while not service.times:
+        while not actor.turns.total():
             await asyncio.sleep(0.01)
         actor.paces = None
         await asyncio.sleep(0.1)
-        actor.paces = SharedPaces(was_lost=True)
+        actor.paces = actor.started(was_lost=True)
 
     async def run() -> None:
-        for asked in (one, other):
-            await asked.engine.start()
-        work = [asked.engine.sample(asked.prompts, TEXT) for asked in (one, other)]
-        *told, _ = await asyncio.gather(*work, lose())
-        assert all(answer.error is None for answers in told for answer in answers)
+        losing = asyncio.create_task(lose())
+        await while_time_goes_on(actor, one, other)
+        await losing
 
     asyncio.run(run())
-    assert len(service.times) == 12
-    assert most_in_a_minute([when for when, _ in service.times]) <= 4
-    assert actor.calls["join"] == 4, "each told the new one what it may do"
+    assert sum(service.asked.values()) == 12
+    assert max(actor.turns.values()) <= 4
+    assert actor.calls["join"] >= 4, "each told the new one what it may do"
+
+
+def test_too_many_of_one_hold_the_other_back_too() -> None:
+    async def run() -> None:
+        actor = Actor()
+        one, other = (account(actor, name, max_concurrency=4) for name in ("one", "other"))
+        assert await one.turn(1) and await other.turn(1)
+        one.failed(1000.0, too_fast=True)
+        assert await within(0.2, other.turn(1)) is None
+        actor.now += 1001
+        assert [bool(await within(5, other.turn(1))) for _ in range(2)] == [True, True]
+        assert await within(0.2, one.turn(1)) is None, "half of eight go at once, of both"
+
+    asyncio.run(run())
 
 
 def account(actor: Any, teacher: str, **api: Any) -> ActorPace:
@@ -211,9 +207,9 @@ def test_what_a_dead_replica_asked_for_is_over_when_the_next_one_comes() -> None
         assert [await first.turn(1), await first.turn(1)] == [1, 2]
         assert await within(0.2, first.turn(1)) is None
         again = account(actor, "one", max_concurrency=2)  # Of the same teacher.
-        assert await within(1, again.turn(1)) and await within(1, again.turn(1))
+        assert await within(60, again.turn(1)) and await within(60, again.turn(1))
         other = account(actor, "other", max_concurrency=1)
-        assert await within(1, other.turn(1)) == 1, "as many more as it brings"
+        assert await within(60, other.turn(1)) == 1, "as many more as it brings"
         assert await within(0.2, other.turn(1)) is None
 
     asyncio.run(run())
@@ -226,7 +222,7 @@ def test_a_row_that_is_cancelled_while_it_waits_takes_no_turn() -> None:
         held = await pace.turn(1)
         assert await within(0.1, pace.turn(1)) is None
         pace.ended(held, answered=True)
-        assert await within(1, pace.turn(1)) is not None
+        assert await within(60, pace.turn(1)) is not None
         assert await within(0.1, pace.turn(1)) is None
 
     asyncio.run(run())
