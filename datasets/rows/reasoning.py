@@ -70,11 +70,13 @@ def ids_before(
     markers: Markers,
     encode: Callable[[str], list[int]],
     decode: Callable[[Sequence[int]], str],
+    apart: bool = True,
 ) -> list[int] | None:
     """Ids of reasoning as it stands before an answer; None where it cannot stand there exactly.
 
     prompt: the end of the prompt's text: its template may have begun the reasoning, or ended it.
-    encode: with which markers in a text are text. The lines are those of the known templates.
+    encode: with which markers in a text are text. apart: with the empty line before the answer,
+    which some services leave to it. The lines are those of the known templates.
     """
     ending = prompt.rstrip()
     if ending.endswith(markers.end):
@@ -83,7 +85,7 @@ def ids_before(
     begun = ending.endswith(markers.start)
     if begun and prompt != ending:  # With the line's end.
         before = ""
-    inner, after = before + reasoning.strip("\n") + "\n", "\n\n"
+    inner, after = before + reasoning.strip("\n") + "\n", "\n\n" * apart
     text = ("" if begun else markers.start) + inner + markers.end + after
     if markers.ids is None:
         if markers.start in reasoning or markers.end in reasoning:
@@ -91,7 +93,7 @@ def ids_before(
         ids = encode(text)
     else:
         start, end = markers.ids
-        ids = [*([] if begun else [start]), *encode(inner), end, *encode(after)]
+        ids = [*([] if begun else [start]), *encode(inner), end, *(encode(after) if after else [])]
     return ids if decode(ids) == text else None
 
 

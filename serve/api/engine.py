@@ -200,9 +200,9 @@ class ApiEngine:
         return {"logprobs": True, "top_logprobs": self._api.top_logprobs}
 
     def _written(self, completion: Any) -> int:
-        """Tokens of the text, by this tokenizer, and its end."""
+        """Tokens of the text and of reasoning, by this tokenizer, and the end."""
         choice = completion["choices"][0]
-        text = choice["message"]["content"] or ""
+        text = (choice["message"]["content"] or "") + _reasoning_of(choice["message"])
         ended = bool(text) and choice.get("finish_reason") == "stop"
         start = text[: self._longest]
         times = len(text) / len(start) if start else 1
@@ -234,15 +234,20 @@ class ApiEngine:
             if reasoning:  # Some services tell its tokens in the same list.
                 content = of_text(content, text)
             answer = self._as_told(content, text, complete, signal)
-        return answer if isinstance(answer, str) else self._after(reasoning, answer, prompt_ids)
+        if isinstance(answer, str):
+            return answer
+        return self._after(reasoning, answer, prompt_ids, apart=not text.startswith("\n"))
 
-    def _after(self, reasoning: str, answer: Answer, prompt_ids: Int32Array) -> Answer:
-        """The answer with the ids of what came apart from it, if they can stand before it."""
+    def _after(self, reasoning: str, answer: Answer, prompt_ids: Int32Array, apart: bool) -> Answer:
+        """The answer with the ids of what came apart from it, if they can stand before it.
+
+        apart: the answer does not bring the empty line between them.
+        """
         if self._markers is None or not reasoning.strip():
             return answer
         prompt = self._decoded(prompt_ids[-TAIL_IDS:].tolist())
         within = (self._markers, self._inside.encode, self._decoded)
-        ids = ids_before(reasoning[: self._longest], prompt, *within)
+        ids = ids_before(reasoning[: self._longest], prompt, *within, apart)
         return answer if ids is None else replace(answer, reasoning_ids=np.array(ids, np.int32))
 
     def _decoded(self, ids: Sequence[int]) -> str:

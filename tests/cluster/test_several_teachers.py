@@ -394,6 +394,24 @@ def test_the_error_of_any_teacher_is_raised_also_of_the_last(
         job.serve_teachers(run, rows, {"slow", "fast"}, set())
 
 
+def test_a_replica_is_given_the_pace_that_its_teacher_shares() -> None:
+    config = RunConfig.model_validate(run_file())
+    model = (ModelSource.of("m", str(MODEL)), "identity")
+    run = Run(
+        config=config,
+        folder=RunFolder("run"),
+        id="abc",
+        teacher=model[0],
+        teacher_identity=model[1],
+        store_path="store",
+        num_rows=1,
+        teachers={"one": model, "two": model},
+        paces={"two": "actor"},
+    )
+    apps = TeacherApps(run).by_name
+    assert (apps["one"]._pace, apps["two"]._pace) == (None, ("actor", "abc"))
+
+
 def test_only_teachers_that_compute_on_the_same_cores_share_them() -> None:
     Path("run.yaml").write_text(json.dumps(run_file()))
     config = load_config("run.yaml")

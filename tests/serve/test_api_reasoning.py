@@ -116,6 +116,12 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
         KEPT,
         f"Blue.{END}",
     ),
+    "with the line between them": (
+        {"text": "\n\nBlue.", "reasoning_content": "\nSo it is.\n"},
+        f"\n\nBlue.{END}",
+        KEPT,
+        f"\n\nBlue.{END}",
+    ),
     "as OpenRouter sends it": (
         {"text": "Blue.", "reasoning": "\nSo it is.\n", "reasoning_content": None},
         f"Blue.{END}",
@@ -350,6 +356,21 @@ def test_a_run_that_dies_before_the_answer_is_stored_pairs_no_answer_with_other_
     told = [(f"<think>\nTwo.\n</think>\n\nSecond.{END}", "stop")]
     assert learned(asked, tmp_path, "keep", thinker) == told
     assert learned(asked, tmp_path, "keep", thinker) == told
+
+
+def test_reasoning_is_charged_where_the_service_tells_no_usage(
+    tmp_path: Path, service: Service, thinker: Path
+) -> None:
+    prices = {"input": 1e6, "output": 1e6}
+    replies = {"a": {"text": "Blue."}, "b": {"text": "Blue.", "reasoning": "word " * 20}}
+    service.scripts = {q: [{**reply, "usage": None}] for q, reply in replies.items()}
+    costs = []
+    for name in replies:
+        api = {**PATIENT, "prices": prices}
+        asked = Asked(tmp_path / name, service, [name], thinker, LONG, **api)
+        asked.sample()
+        costs.append(asked.counters["api_output_tokens"])
+    assert costs[1] - costs[0] == pytest.approx(20, abs=2)
 
 
 def test_a_line_of_a_batch_brings_its_reasoning(

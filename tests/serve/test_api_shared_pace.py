@@ -14,7 +14,7 @@ from raystill.config.run import RunConfig
 from raystill.placement.services import account_of, same_account, same_service, service_of
 from raystill.serve import pace as pace_module
 from raystill.serve.api.limits import MINUTE_S, Limits, Pace, Usage
-from raystill.serve.pace import ActorPace, SharedPaces
+from raystill.serve.pace import ActorPace, SharedPaces, start_paces
 from tests.support.scripted_service import KEY, TEXT, Asked, Service, scripted_service, teacher_of
 
 OTHER_KEY = "planted-other-key-77aa01"
@@ -323,3 +323,30 @@ def test_which_teachers_of_a_run_share(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same_service(config) == {"https://h/v1": ["a", "b", "c", "e", "f"]}
     assert same_account(config) == [["a", "b"], ["e", "f"]]
     assert same_service(run_of(a={}, b={"base_url": "https://else/v1"})) == {}
+
+
+@pytest.mark.ray
+def test_an_actor_whose_process_ends_comes_again_and_knows_it(ray_cluster: None) -> None:
+    """Of two accounts of one actor: the one with rates waits a minute, the other goes on."""
+    import ray
+
+    config = run_of(a={"requests_per_minute": 9}, b={"api_key_env": None}, c={})
+    actors = start_paces(config)
+    assert sorted(actors) == ["a", "b", "c"] and len(set(map(id, actors.values()))) == 1
+    assert start_paces(run_of(a={}, b={"base_url": "https://else/v1"})) == {}
+    paces = {
+        name: ActorPace(actor, name, config.by_teacher[name].teacher.api, "run")
+        for name, actor in actors.items()
+    }
+
+    async def run() -> None:
+        assert await within(60, paces["a"].turn(1)) and await within(60, paces["b"].turn(1))
+        ray.kill(actors["a"], no_restart=False)
+        assert await within(60, paces["b"].turn(1)), "without rates"
+        assert await within(2, paces["a"].turn(1)) is None, "nobody knows what has gone"
+        paces["a"].failed(None, too_fast=True)
+        for pace in paces.values():
+            pace.ended(1, answered=True)  # Of which the new one does not know.
+        assert await within(60, paces["b"].turn(1))
+
+    asyncio.run(run())
