@@ -37,6 +37,7 @@ from raystill.datasets.rows.signal import Signal
 from raystill.datasets.rows.token_bytes import NoBytes
 from raystill.model.sampling import ResolvedSampling
 from raystill.model.tokenizer import PlainText
+from raystill.serve.api.failures import Unread
 from raystill.serve.api.parsed import Drawn, chat_completion, content_of
 from raystill.serve.api.service import Request, Service, posted, usage_of
 from raystill.serve.api.told import NO_LOGPROBS, OTHER_TOKENS, UNMAPPED, Reader, named, of_text
@@ -215,8 +216,8 @@ class ApiEngine:
             return "broken_answer" if choices is None else "empty_answer"
         choice = choices[0]
         finish, message = choice.get("finish_reason"), choice["message"]
-        if finish == "content_filter":
-            return "content_filter"
+        if finish in ("content_filter", "error"):  # OpenRouter's word for one that broke off.
+            return "broken_answer" if finish == "error" else "content_filter"
         if message.get("refusal"):
             return "refusal"
         text, reasoning = message.get("content"), _reasoning_of(message)
@@ -341,7 +342,11 @@ def _has_thought(completion: Any) -> bool:
 
 
 async def _sent(client: Any, body: Mapping[str, Any]) -> Any:
-    return chat_completion(await posted(client, CHATS, body))
+    """What came. Raises Unread for an error that says of itself that all is well (status 200)."""
+    came = chat_completion(await posted(client, CHATS, body))
+    if isinstance(came, Mapping) and came.get("error") and not came.get("choices"):
+        raise Unread("broken_answer", f"the service answered with an error: {came['error']}")
+    return came
 
 
 def _told_reader(teacher: TeacherConfig, reader: TextReader, stops: Sequence[int]) -> Reader:

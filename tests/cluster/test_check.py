@@ -615,6 +615,10 @@ def test_what_an_api_teacher_may_cost_is_told_before_it_is_asked(
     notices = "\n".join(checked.notices)
     assert "the teacher may cost up to" in notices
     assert "no limit is set (teacher.api.max_cost)" in notices
+    assert "at 2 a million, prices of an unknown day; nothing cached" in notices
+    dated = [*text, "teacher.api.prices.as_of=2026-11-02"]
+    notices = "\n".join([notices, *check_run_file(str(run_file), dated).notices])
+    assert "prices of 2026-11-02" in notices
     assert "prompts and key can be read on the way to far" in notices
     assert "a-planted-key" not in notices
 
