@@ -11,6 +11,7 @@ again by Ray; since nobody knows what went in the last minute, accounts with rat
 
 import asyncio
 import itertools
+import math
 import secrets
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from raystill.base.errors import RunError
 from raystill.base.logs import write_line
 from raystill.config.base import ApiConfig
 from raystill.config.run import RunConfig
@@ -26,7 +28,8 @@ from raystill.serve.api.limits import MINUTE_S, POLL_S, Pace
 
 MOST_CALLS = 1000
 """Calls that the actor works on at a time: those that wait are one for each teacher."""
-AGAIN_S = 0.5
+AGAIN_S, GIVE_UP_S = 0.5, 300.0
+"""Between two looks for an actor that is lost, and how long it is looked for."""
 
 
 @dataclass
@@ -115,20 +118,31 @@ class ActorPace:
         self._numbers = itertools.count(1)
 
     async def turn(self, tokens: int) -> int:
-        """Waits until a request may go, also for an actor that is started again; its number."""
+        """Waits until a request may go, also for an actor that is started again; its number.
+
+        Raises RunError where it does not come again.
+        """
         from ray.exceptions import RayActorError
 
-        number = next(self._numbers)
+        number, lost_at = next(self._numbers), math.inf
         try:
             while True:
                 try:
                     if await self._actor.turn.remote(self._life, number, tokens):
                         return number
+                    lost_at = math.inf
                     await self._actor.join.remote(
                         self._account, self._teacher, self._life, self._api
                     )
                 except RayActorError as error:
-                    write_line(f"the pace of a shared service is lost ({error}); it comes again")
+                    if lost_at == math.inf:
+                        write_line("the pace of a shared service is lost; it is waited for")
+                    lost_at = min(lost_at, time.monotonic())
+                    if time.monotonic() - lost_at > GIVE_UP_S:
+                        raise RunError(
+                            f"what keeps the pace of {self._api.base_url} for several teachers is "
+                            f"gone ({error}); start the run again: what is answered is kept"
+                        ) from None
                     await asyncio.sleep(AGAIN_S)
         except asyncio.CancelledError:
             self._actor.ended.remote(self._life, number, False, waits=True)

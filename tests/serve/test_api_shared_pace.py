@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
+from raystill.base.errors import RunError
 from raystill.config.base import ApiConfig
 from raystill.config.run import RunConfig
 from raystill.placement.services import account_of, same_account, same_service, service_of
@@ -198,6 +199,21 @@ async def within(seconds: float, waits: Any) -> Any:
             return await waits
     except TimeoutError:
         return None
+
+
+def test_an_actor_that_never_comes_again_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace_module, "AGAIN_S", 0.01)
+    monkeypatch.setattr(pace_module, "GIVE_UP_S", 0.1)
+
+    async def run() -> None:
+        actor = Actor()
+        pace = account(actor, "one")
+        assert await pace.turn(1)
+        actor.paces = None
+        with pytest.raises(RunError, match="start the run again"):
+            await pace.turn(1)
+
+    asyncio.run(run())
 
 
 def test_what_a_dead_replica_asked_for_is_over_when_the_next_one_comes() -> None:
