@@ -25,6 +25,7 @@ class Run:
         teacher_name: Name of the teacher among several; "" where there is one.
         teachers: Files and identity of each of several teachers by name; the first one's are
             ``teacher`` and ``teacher_identity`` too. Empty where there is one.
+        paces: Handle of the actor with the pace of shared services, by each teacher that asks it.
         coordinator: Handle of the run's coordinator actor; None where nobody counts.
     """
 
@@ -39,6 +40,7 @@ class Run:
     coordinator: Any = None
     teacher_name: str = ""
     teachers: Mapping[str, tuple[ModelSource, str]] = field(default_factory=dict)
+    paces: Mapping[str, Any] = field(default_factory=dict)
 
     def by_teacher(self) -> "dict[str, Run]":
         """The run as each of its teachers has it, by name; "" for a single one.

@@ -67,6 +67,7 @@ class TeacherApp:
         self._run_folder = run_folder
         self._store_path: str | None = None
         self._teacher = ""  # Its name among several.
+        self._pace: tuple[Any, str] | None = None
         self._others: tuple[int, int] = (0, 0)  # Replicas on its cores: before it, in all.
 
     @classmethod
@@ -78,6 +79,8 @@ class TeacherApp:
         app._store_path = run.store_path
         app._sampler = run.sampler_app if run.config.policy.enabled else None
         app._teacher = run.teacher_name
+        if (pace := run.paces.get(run.teacher_name)) is not None:
+            app._pace = (pace, run.id)
         return app
 
     def deploy(self) -> None:
@@ -95,6 +98,7 @@ class TeacherApp:
             store_path=self._store_path,
             name=self._teacher,
             cores_before=self._others[0],
+            pace=self._pace,
         )
         options = deployment_options(config, has_gpus)
         with SERVE:

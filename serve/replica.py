@@ -80,7 +80,8 @@ class ReplicaSettings:
     ``teacher_identity``: the driver's, which is in the keys of all answers; None: not compared.
     ``run_folder``, ``store_path``: of the run that the teacher answers; None outside a run.
     ``name``: that of the teacher among several. ``cores_before``: replicas of others that may come
-    to stand before this teacher's on a node, among ``replicas_per_node``.
+    to stand before this teacher's on a node, among ``replicas_per_node``. ``pace``: of a service
+    that other teachers ask too, and the salt of its accounts.
     """
 
     config: RunConfig
@@ -94,6 +95,7 @@ class ReplicaSettings:
     store_path: str | None = None
     name: str = ""
     cores_before: int = 0
+    pace: tuple[Any, str] | None = None
 
     @property
     def role(self) -> str:
@@ -300,7 +302,8 @@ def build_engine(
         run_folder = RunFolder(settings.run_folder)
         assert settings.store_path is not None, "an API teacher belongs to a run"
         coordinator, store = settings.coordinator, settings.store_path
-        return api_engine(config, folder, sampling, run_folder, coordinator, store, settings.name)
+        own = (settings.name, settings.pace)
+        return api_engine(config, folder, sampling, run_folder, coordinator, store, *own)
     cores = None
     if settings.gpus == 0:
         available = sorted(os.sched_getaffinity(0))

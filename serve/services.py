@@ -6,6 +6,7 @@ from typing import Any
 from raystill.base.run_folder import MESSAGES, RunFolder
 from raystill.config.run import RunConfig
 from raystill.config.teacher import TeacherConfig
+from raystill.datasets.rows.reasoning import markers_of
 from raystill.datasets.rows.schema import of_one
 from raystill.datasets.rows.signal import held_out_signal, signal_of
 from raystill.model.files import ModelFolder
@@ -24,6 +25,7 @@ from raystill.serve.api.service import Service
 from raystill.serve.batch.batches import Batches
 from raystill.serve.batch.engine import BatchEngine
 from raystill.serve.batch.journal import BatchJournal
+from raystill.serve.pace import ActorPace
 
 
 def api_engine(
@@ -34,11 +36,13 @@ def api_engine(
     coordinator: Any,
     store_path: str,
     name: str = "",
+    pace: tuple[Any, str] | None = None,
 ) -> ApiEngine | IdsEngine:
     """The engine of a run's service, which goes on with what earlier starts have spent.
 
     folder: that of the tokenizer. coordinator: is told the counters; None: nobody is. store_path:
     of the teacher store, beside which batches are noted. name: that of the teacher among several.
+    pace: the actor that keeps the service's pace where others ask it too, and its salt.
     """
     teacher = at_batch_prices(config.teacher)
     spending = Spending(run_folder, name)
@@ -50,22 +54,33 @@ def api_engine(
             coordinator.add.remote(counters | own)
 
     place = Path(folder)
-    settings = read_settings(place)
-    shared = shared_tokenizer(place, settings)
-    tokenizer = shared.tokenizer
-    service = Service(teacher, Limits(teacher.api, spending.cost, report))
+    shared = None if pace is None else ActorPace(pace[0], name, teacher.api, pace[1])
+    service = Service(teacher, Limits(teacher.api, spending.cost, report, shared=shared))
     if teacher.api.ids:
+        tokenizer = shared_tokenizer(place, read_settings(place)).tokenizer
         expected = expected_server(config, ModelFolder(teacher.model, place))
         return IdsEngine(teacher, sampling, tokenizer, service, expected)
     messages = run_folder.read_table(MESSAGES)
-    control = control_tokens(tokenizer, settings, place, chat_template(place, settings)).always
-    reader = TextReader(tokenizer, shared.plain_text(control), control)
+    reader = text_reader(place)
     if teacher.api.batch is None:
         return ApiEngine(teacher, sampling, reader, messages, service)
     engine = BatchEngine(teacher, sampling, reader, messages, service)
     journal = BatchJournal(store_path)
     engine.batches = Batches(teacher.api, service, journal, run_folder.path, spending)
     return engine
+
+
+def text_reader(folder: Path) -> TextReader:
+    """What an answer's text becomes ids with. folder: of the student's tokenizer."""
+    settings = read_settings(folder)
+    shared, template = shared_tokenizer(folder, settings), chat_template(folder, settings)
+    control = control_tokens(shared.tokenizer, settings, folder, template)
+    plain, added = shared.plain_text(control.always), shared.tokenizer.get_added_tokens_decoder()
+    markers = markers_of({token.content: index for index, token in added.items()}, template)
+    inside = None
+    if markers is not None and markers.ids is not None:
+        inside = shared.plain_text(control.all | set(markers.ids))
+    return TextReader(shared.tokenizer, plain, control.always, markers, inside)
 
 
 def at_batch_prices(teacher: TeacherConfig) -> TeacherConfig:

@@ -37,12 +37,15 @@ from raystill.cluster.check.teachers import (
     capture_notices,
     check_alike,
     check_judges,
+    check_reasoning,
     check_rows_ahead,
     check_written_fit,
     context_tokens,
     judge_notices,
     notices_of,
     of_teacher,
+    reasoning_notices,
+    shared_notices,
     slots_notices,
     truncation_notices,
 )
@@ -128,7 +131,7 @@ class StaticCheck:
         """Take every step; None where the teacher or the prompts cannot be used."""
         if self.known("stream", "training", "teacher"):
             self.problems += check_rows_ahead(self.config)
-            self.notices += slots_notices(self.config)
+            self.notices += [*slots_notices(self.config), *shared_notices(self.config)]
         if self.known("training", "policy", "signal"):
             self.notices += [*sharding_notices(self.config), *tail_notices(self.config)]
         if self.known("output"):
@@ -300,6 +303,7 @@ class StaticCheck:
         else:
             fit = student
         self.problems += check_ids(tokeniser.num_ids, config, teacher, fit)
+        self.problems += check_reasoning(config, self.teachers or {"": teacher})
         views = config.by_teacher
         contexts = [
             context_tokens(one, self.teachers.get(name, teacher))
@@ -323,7 +327,7 @@ class StaticCheck:
             notices = [] if judges else list(truncation_notices(one, mine, folder))
             notices += [*api_notices(one, mine), *judge_notices(config, name, folder, tables)]
             self.notices += notices_of(name, notices)
-        self.notices += tokeniser.notices()
+        self.notices += [*reasoning_notices(config, teacher, tables), *tokeniser.notices()]
         return tables
 
 

@@ -13,14 +13,19 @@ from raystill.cluster.check.models import check_tokenizers
 from raystill.cluster.check.trackers import limit_of
 from raystill.config.run import RunConfig
 from raystill.config.teacher import section_of
+from raystill.datasets.filters.reasoning import cutter_of, markers_in
 from raystill.datasets.judging.question import Judging
 from raystill.datasets.prompts.select import UNBOUNDED
 from raystill.datasets.prompts.tables import PromptTables
+from raystill.datasets.rows.reasoning import CHANNELS, PAIRS, TAIL_IDS
+from raystill.datasets.rows.schema import student_prompts
 from raystill.datasets.rows.signal import hidden_size
+from raystill.datasets.rows.token_bytes import NoBytes
 from raystill.model.files import ModelFolder
 from raystill.model.sampling import resolve_sampling
-from raystill.model.tokenizer import read_settings
+from raystill.model.tokenizer import read_settings, shared_tokenizer
 from raystill.placement import memory
+from raystill.placement.services import RATES, least_rates, same_account
 
 
 def of_teacher(name: str, problems: Iterable[Problem]) -> list[Problem]:
@@ -92,6 +97,81 @@ def check_judges(config: RunConfig, teachers: Mapping[str, ModelFolder]) -> Iter
                 f"teachers.{judge.teacher}.sampling.max_tokens",
                 f"is {most}, but of a judge's reply the first token is read; set it to 1",
             )
+
+
+def check_reasoning(config: RunConfig, teachers: Mapping[str, ModelFolder]) -> Iterator[Problem]:
+    """Can the student be given what ``prompts.reasoning`` says, of each teacher of rows?"""
+    wish, where = config.prompts.reasoning, "prompts.reasoning"
+    if wish == "keep" and config.prompts.chat_template_kwargs.get("enable_thinking") is False:
+        message = "is 'keep', but prompts.chat_template_kwargs has enable_thinking: false, with "
+        yield Problem(where, f"{message}which prompts leave no room for it; remove one of them")
+    for name, view in config.by_teacher.items() if wish is not None else ():
+        if name in config.only_judges or name not in teachers:
+            continue
+        teacher, folder = view.teacher, teachers[name]
+        markers = markers_in(folder.path)
+        told = f"is {wish!r}, but {folder.name} has"
+        remedy = "leave prompts.reasoning out"
+        if wish == "drop" and markers is None and CHANNELS in (_template(folder) or ""):
+            why = "its reasoning in messages of its own, which are not cut off"
+            yield Problem(where, f"{told} {why}; {remedy}")
+        elif wish == "drop":
+            try:
+                cutter_of(folder.path)
+            except NoBytes as error:
+                why = f"a tokenizer whose ids do not stand for bytes ({error})"
+                yield Problem(where, f"{told} {why}, so that no reasoning can be cut off; {remedy}")
+        elif teacher.engine == "api" and not teacher.api.ids and config.signal.kind != "text":
+            yield Problem(
+                where,
+                f"is 'keep', but signal.kind is {config.signal.kind!r}, and {section_of(name)} "
+                "tells probabilities of its answers alone, not of reasoning that comes apart from "
+                "them; set signal.kind: text, or reasoning: drop",
+            )
+        elif teacher.engine == "api" and not teacher.api.ids and markers is None:
+            yield Problem(
+                where,
+                f"{told} no markers for it, neither tokens nor in its chat template (such as "
+                f"{' and '.join(PAIRS[0])}); name a teacher.model that has, or {remedy}",
+            )
+
+
+def reasoning_notices(
+    config: RunConfig, folder: ModelFolder, tables: PromptTables
+) -> Iterator[str]:
+    """Where the prompts begin reasoning that the student's answers do not go on with."""
+    markers = markers_in(folder.path) if config.prompts.reasoning == "drop" else None
+    if markers is None or not tables.train.num_rows:
+        return
+    prompt = student_prompts(tables.train.slice(0, 1))[0].values.to_pylist()
+    tokenizer = shared_tokenizer(folder.path, read_settings(folder.path)).tokenizer
+    if (
+        tokenizer.decode(prompt[-TAIL_IDS:], skip_special_tokens=False)
+        .rstrip()
+        .endswith(markers.start)
+    ):
+        yield (
+            f"the chat template begins reasoning in each prompt ({markers.start}), which the "
+            "student reads before answers that have none (prompts.reasoning: drop); set "
+            "prompts.chat_template_kwargs so that it does not, where the template can"
+        )
+
+
+def shared_notices(config: RunConfig) -> Iterator[str]:
+    """Which teachers share the limits of one service and key, and what these are."""
+    views = config.by_teacher
+    for names in same_account(config):
+        apis = {name: views[name].teacher.api for name in names}
+        bounds, differ = [], False
+        for field, least in zip(RATES, least_rates(apis), strict=True):
+            what = field.replace("_", " ").replace("per", "a")
+            bounds.append(f"{least:,} {what}" if least is not None else f"no limit of {what}")
+            differ |= len({getattr(api, field) for api in apis.values()}) > 1
+        told = ", of what each sets the smallest" if differ else ""
+        yield (
+            f"{' and '.join(names)} ask {apis[names[0]].base_url} with one key, and keep its "
+            f"limits together: {', '.join(bounds)}{told}"
+        )
 
 
 def judge_notices(

@@ -18,7 +18,7 @@ from raystill.base.errors import Problem
 from raystill.base.records import read_bounded
 from raystill.base.redact import redact
 from raystill.base.run_folder import inside_job_package
-from raystill.config.base import ApiConfig
+from raystill.config.base import ApiConfig, PricesConfig
 from raystill.config.run import RunConfig
 from raystill.config.training import MlflowConfig, OutputConfig, WandbConfig
 from raystill.datasets.prompts.tables import PromptTables
@@ -236,8 +236,14 @@ def api_notices(config: RunConfig, tables: PromptTables) -> Iterator[str]:
     yield (
         f"the teacher may cost up to {most:,.4g} ({rows:,} answers, {prompts:,} prompt tokens of "
         f"this tokenizer at {prices.input:g} and at most {longest:,} response tokens at "
-        f"{prices.output:g} a million; nothing cached, nothing stored before); {limit_of(api)}"
+        f"{prices.output:g} a million{_dated(prices)}; nothing cached, nothing stored before); "
+        f"{limit_of(api)}"
     )
+
+
+def _dated(prices: PricesConfig) -> str:
+    """Of which day the prices are."""
+    return ", prices of an unknown day" if prices.as_of is None else f", prices of {prices.as_of}"
 
 
 def limit_of(api: ApiConfig) -> str:

@@ -32,6 +32,7 @@ from raystill.datasets.stream.spec import StreamSpec
 from raystill.model.on_node import ModelSource
 from raystill.run import Run
 from raystill.serve.deploy import TeacherApp, TeacherApps
+from raystill.serve.pace import start_paces
 from raystill.train.evaluation.probe import is_due, probe_teacher
 
 LEAVE_S = 5.0
@@ -96,7 +97,7 @@ def begin(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Run:
             },
         ),
     )
-    return replace(run, coordinator=unique_actor(start, folder))
+    return replace(run, coordinator=unique_actor(start, folder), paces=start_paces(config))
 
 
 def groups_beside(config: RunConfig, held_out_rows: int) -> int | None:

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from raystill.base.errors import RunError
 from raystill.datasets.exchange.chats import ChatReader
-from raystill.datasets.rows.schema import JUDGING
+from raystill.datasets.rows.schema import JUDGING, REASONING
 from raystill.datasets.store.catalogue import Catalogue
 from raystill.datasets.store.reading import GoneSegment, UnusableSegment
 from raystill.datasets.store.segment import Origin, SegmentFile
@@ -189,6 +189,9 @@ def _groups(
         origin, about = entry.footer.origin, entry.footer.groups[group]
         if about.purpose == JUDGING:
             done.left_out["verdict of a judge"] += len(rows)
+            continue
+        if about.purpose == REASONING:  # The answers that it led to are rows of their own.
+            done.left_out["reasoning apart from an answer"] += len(rows)
             continue
         if entry.name not in opened:
             opened.clear()  # One file is open at a time.

@@ -17,7 +17,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.base.errors import RunError
-from raystill.datasets.rows.schema import FATAL, TOKEN_FLOATS, answer_schema, signal_fields
+from raystill.datasets.rows.reasoning import REASONING_IDS
+from raystill.datasets.rows.schema import (
+    FATAL,
+    TOKEN_FLOATS,
+    TOKEN_IDS,
+    answer_schema,
+    signal_fields,
+)
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.rows.versions import Spans
 
@@ -51,6 +58,8 @@ class Answer:
     error: str | None = None  # why an unusable row is dropped; None for a usable one
     # Of an answer of the student's, the weights that wrote its tokens; in no table.
     spans: Spans = ()
+    # Of a service's that sent reasoning apart: the ids that come before the answer's.
+    reasoning_ids: Int32Array | None = None
 
 
 def why_unanswerable(prompt_ids: Int32Array, max_model_len: int, vocab_size: int) -> str | None:
@@ -120,7 +129,8 @@ def tail_logprob(
 def answers_table(answers: Sequence[Answer], signal: Signal) -> pa.Table:
     """An ``answer_schema`` table with one row an answer, in order; unusable rows have empty lists.
 
-    It is built from flat arrays: the number of Python objects grows with rows, not with tokens.
+    Where a service sent reasoning apart it has the column `REASONING_IDS` too. It is built from
+    flat arrays: the number of Python objects grows with rows, not with tokens.
 
     Raises:
         ValueError: an array of a usable answer is missing, or has an unexpected shape.
@@ -137,7 +147,11 @@ def answers_table(answers: Sequence[Answer], signal: Signal) -> pa.Table:
         if column.name not in columns:
             values = _flat_values(usable, column, signal.width)
             columns[column.name] = pa.ListArray.from_arrays(offsets, values, type=column.type)
-    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+    table = pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+    if all(answer.reasoning_ids is None for answer in usable):
+        return table
+    before = [None if answer.error else answer.reasoning_ids for answer in answers]
+    return table.append_column(REASONING_IDS, pa.array(before, TOKEN_IDS))
 
 
 def _flat_values(answers: Sequence[Answer], column: pa.Field, width: int) -> pa.Array:

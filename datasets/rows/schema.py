@@ -16,6 +16,8 @@ KEY_BYTES = 16
 
 JUDGING = "judging"
 """Purpose of what is asked of a judge: a stored reply with it is no answer to a prompt."""
+REASONING = "reasoning"
+"""Purpose of what a service sent apart from an answer, before it: no answer either."""
 FATAL = "stop: "
 """How the ``error`` of a row begins that is to end the run, with the rest of it as the reason, once
 the other answers of its group are stored."""

@@ -69,7 +69,7 @@ class AnswerGroup:
             name: (requester, TeacherCalls(app, spec.signal, attempts, spec.coordinator, name))
             for name, (app, requester) in asked.items()
         }
-        self._answers = answers_of(store, table, spec.signal, teachers)
+        self._answers = answers_of(store, table, spec.signal, teachers, spec.reasoning)
         self._written: StudentWritten | None = None
         if spec.policy is not None:
             assert isinstance(self._answers, StoredAnswers), "the student writes for one teacher"

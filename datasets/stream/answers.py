@@ -15,6 +15,7 @@ import asyncio
 import copy
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.base.errors import RunError
+from raystill.datasets.filters.reasoning import Reasoning
 from raystill.datasets.lookup.keeping import Notes
 from raystill.datasets.lookup.view import Part, StoreView, in_order
 from raystill.datasets.policy.calls import StudentAnswers
@@ -31,9 +33,11 @@ from raystill.datasets.rows.answers import (
     stored_columns,
     with_foreign_ids,
 )
+from raystill.datasets.rows.reasoning import reasoning_rows
 from raystill.datasets.rows.schema import (
     ENGINE,
     FILTERED,
+    REASONING,
     TEACHER,
     TOKEN_IDS,
     answer_schema,
@@ -67,6 +71,7 @@ class StoredAnswers:
         wanted: Signal,
         requester: Requester,
         teacher: "TeacherCalls | StudentAnswers | InWords",
+        reasoning: Reasoning | None = None,
     ) -> None:
         self._store = store
         self._view = StoreView(store, keys, wanted)
@@ -74,6 +79,7 @@ class StoredAnswers:
         self._wanted = wanted
         self._requester = requester
         self._teacher = teacher
+        self._reasoning = reasoning
 
     def of_another(self, requester: Requester, teacher: TeacherCalls) -> "StoredAnswers":
         """Answers of the same table by another teacher; both look at the store through one view."""
@@ -84,7 +90,7 @@ class StoredAnswers:
     def through(self, calls: StudentAnswers) -> "StoredAnswers":
         """Answers of the same rows, through other calls of the student and its teacher."""
         other = copy.copy(self)
-        other._teacher = calls
+        other._teacher, other._reasoning = calls, None  # The student's own answers stay whole.
         return other
 
     def over(self, keys: pa.Array, teacher: "InWords") -> "StoredAnswers":
@@ -117,13 +123,34 @@ class StoredAnswers:
             places = pa.array(asked)
             own = None if student_prompt_ids is None else student_prompt_ids.take(places)
             parts.append((asked, await self._ask(rows[asked], prompt_ids.take(places), own)))
-        _, answers = in_order(parts, answer_schema(self._wanted))
+        if self._reasoning is not None:
+            of_rows = (self._view.keys_of(rows), prompt_ids, pc.is_null(given))
+            wished = (asyncio.to_thread(self._as_wished, *of_rows, part) for part in parts)
+            parts = list(await asyncio.gather(*wished))
+        schema = answer_schema(self._wanted)
+        _, answers = in_order([(n, part.select(schema.names)) for n, part in parts], schema)
         reused = len(rows) - len(asked) - len(scored)
         return answers, {
             "rows_asked": len(asked),
             "rows_scored": len(scored),
             "rows_reused": reused,
         }
+
+    def _as_wished(self, keys: pa.Array, prompt_ids: pa.Array, free: pa.Array, part: Part) -> Part:
+        """Some of a group's answers with or without their reasoning; those given stay as they are.
+
+        keys, prompt_ids, free: of the group; free: no response came with the row.
+        """
+        assert self._reasoning is not None
+        mine = pa.array(part[0])
+        answers = part[1].select(answer_schema(self._wanted).names)
+        keys, prompt_ids, free = (values.take(mine) for values in (keys, prompt_ids, free))
+        return part[0], self._reasoning.applied(answers, keys, prompt_ids, free, self._stored)
+
+    def _stored(self, keys: pa.Array) -> list[Part]:
+        """What is stored under some keys, which were published together or are in the index."""
+        nothing = pa.nulls(len(keys), TOKEN_IDS)
+        return self._view.over(keys).look_up(np.arange(len(keys)), nothing).answered
 
     async def _ask(
         self, rows: NDArray[np.int64], prompt_ids: pa.Array, own: pa.Array | None
@@ -177,6 +204,9 @@ class StoredAnswers:
         columns = dict(zip(answered.column_names, answered.columns, strict=True))
         segment = pa.table({"key": keys, "prompt_ids": prompt_ids.filter(usable), **columns})
         provenance = Provenance(self._requester.run, self._requester.purpose, scored)
+        if (before := reasoning_rows(segment, answers.filter(usable))) is not None:
+            apart = replace(provenance, purpose=REASONING)  # First: no answer is asked for again.
+            self._publish(replace(origin, signal=Signal("text")), apart, before)
         published = self._publish(origin, provenance, segment)
         if published is segment:
             return answers
@@ -278,10 +308,11 @@ def answers_of(
     table: pa.Table,
     wanted: Signal,
     teachers: Mapping[str, tuple[Requester, TeacherCalls]],
+    reasoning: Reasoning | None = None,
 ) -> StoredAnswers | RoutedAnswers:
     """The store's front for a prompt table with its columns ``key`` and, if any, `TEACHER`."""
     first, *_ = teachers.values()
-    answers = StoredAnswers(store, table["key"], wanted, *first)
+    answers = StoredAnswers(store, table["key"], wanted, *first, reasoning)
     if TEACHER not in table.column_names:
         return answers
     by_name = {name: answers.of_another(*asked) for name, asked in teachers.items()}
@@ -313,7 +344,8 @@ def answer_prompts(
         )
         for name, one in run.by_teacher().items()
     }
-    answers = answers_of(TeacherStore(run.store_path), prompts, wanted, teachers)
+    reasoning = Reasoning.of(config, run.teacher)
+    answers = answers_of(TeacherStore(run.store_path), prompts, wanted, teachers, reasoning)
 
     async def ask(start: int, slots: asyncio.Semaphore) -> pa.Table:
         group = prompts.slice(start, config.stream.group_rows).combine_chunks()

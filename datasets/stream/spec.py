@@ -7,6 +7,7 @@ from typing import Any
 from raystill.base.run_folder import PROMPT_COLUMNS, TRAIN_PROMPTS
 from raystill.config.stream import FiltersConfig, StreamConfig
 from raystill.datasets.filters.function import read_functions
+from raystill.datasets.filters.reasoning import Reasoning
 from raystill.datasets.policy.plan import PolicyPlan
 from raystill.datasets.rows.keys import Asked
 from raystill.datasets.rows.signal import Signal
@@ -74,6 +75,7 @@ class StreamSpec:
         sampler_name: The Serve application of the student's sampler.
         teachers: Application and requester of each of several teachers, by name; empty where there
             is one.
+        reasoning: What is learned of a teacher's reasoning; None: what stands in its answers.
         judges: The teachers that judge answers, as the run has them, and what their keys share.
         duplicates: Handle of the process that finds near-duplicates among all answers of an epoch;
             None: no filter does.
@@ -100,6 +102,7 @@ class StreamSpec:
     sampler_name: str = ""
     function_texts: Mapping[str, str] = field(default_factory=dict)
     teachers: Mapping[str, tuple[str, Requester]] = field(default_factory=dict)
+    reasoning: Reasoning | None = None
     judges: Mapping[str, tuple[Run, Asked]] = field(default_factory=dict)
     duplicates: Any = None
 
@@ -139,4 +142,5 @@ class StreamSpec:
             policy=PolicyPlan.of(config, run.num_rows, run.id),
             sampler_name=run.sampler_app,
             teachers=applications_of(run, "training"),
+            reasoning=Reasoning.of(config, run.teacher),
         )

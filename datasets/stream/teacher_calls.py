@@ -246,7 +246,8 @@ class _Parts:
     def joined(self) -> pa.Table:
         """All answers, in the order of the rows; with what an engine told of itself."""
         engine = next((t.schema.metadata for t in self._tables if t.schema.metadata), None)
-        whole = pa.concat_tables([t.replace_schema_metadata(engine) for t in self._tables])
+        tables = [t.replace_schema_metadata(engine) for t in self._tables]
+        whole = pa.concat_tables(tables, promote_options="default")  # Some have reasoning.
         return whole.take(pa.array(np.argsort(np.concatenate(self._places)))).combine_chunks()
 
 

@@ -255,3 +255,10 @@ def _ibans(text: str) -> Iterator[Found]:
             number = "".join(str(int(c, 36)) for c in characters[4:] + characters[:4])
             if int(number) % 97 == 1:
                 yield Found("iban", start, end)
+
+
+def is_kind(name: str) -> str:
+    """ValueError for a name that is no kind of personal data."""
+    if name not in KINDS:
+        raise ValueError(f"is {name!r}; expected one of {', '.join(KINDS)}")
+    return name

@@ -171,7 +171,7 @@ class PricesConfig(ConfigModel):
         description="Prompt tokens from the service's cache. Default: as input.",
     )
     as_of: str | None = operational(
-        None, description="Day on which the prices were read, YYYY-MM-DD; for the report."
+        None, description="Day on which the prices were read, YYYY-MM-DD; check tells it."
     )
 
     def times(self, factor: float) -> "PricesConfig":

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from raystill.base.personal import KINDS
+from raystill.base.personal import is_kind
 from raystill.base.user_function import parse
 from raystill.config.base import ConfigModel, PositiveInt, day_of, identity, operational
 
@@ -15,15 +15,6 @@ MOST_SAMPLES = 100_000
 Phrase = Annotated[str, Field(min_length=1)]
 FileFormat = Literal["auto", "jsonl", "json", "csv", "text", "parquet"]
 PersonalDataAction = Literal["count", "mask", "drop"]
-
-
-def is_kind(name: str) -> str:
-    """ValueError for a name that is no kind of personal data."""
-    if name not in KINDS:
-        raise ValueError(f"is {name!r}; expected one of {', '.join(KINDS)}")
-    return name
-
-
 PersonalKind = Annotated[str, AfterValidator(is_kind)]
 
 
@@ -262,6 +253,13 @@ class PromptsConfig(ConfigModel):
         1,
         le=MOST_SAMPLES,
         description="Answers to sample for each training prompt; each is a row of its own.",
+    )
+    reasoning: Literal["keep", "drop"] | None = identity(
+        None,
+        description="What the student learns of a teacher's reasoning. keep: the reasoning, "
+        "between the markers of the chat template (<think>...</think>), and the answer. drop: the "
+        "answer alone. Default: reasoning that stands in the answer itself is kept, and what a "
+        "service sends apart from the answer is left out.",
     )
     sources: tuple[SourceConfig, ...] | None = identity(
         None, description="List of named sources, each with a weight, in place of path."

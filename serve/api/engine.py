@@ -7,8 +7,9 @@ of each prompt is looked up by its ids in ``prompts/messages.parquet``, which th
 
 An answer's text becomes ids with the student's tokenizer, never by rendering the chat again, and
 special tokens in it are plain text. The stop token is added only where the service says that it is
-complete. An answer whose ids do not give back its text is dropped. With ``top_logprobs`` the ids
-are those of the tokens that the service names, with what it says of them (``told.py``).
+complete. An answer whose ids do not give back its text is dropped. Reasoning that came apart goes
+beside the answer, as the ids that would stand before it. With ``top_logprobs`` the ids are those of
+the tokens that the service names, with what it says of them (``told.py``).
 
 A failure that more patience does not mend (no credit, no such model, the budget) ends the run after
 what is paid has been stored: the row's error begins with ``FATAL``.
@@ -16,6 +17,7 @@ what is paid has been stored: the row's error begins with ``FATAL``.
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,14 +31,17 @@ from raystill.config.base import ApiConfig
 from raystill.config.teacher import TeacherConfig
 from raystill.datasets.rows.answers import Answer, Int32Array
 from raystill.datasets.rows.keys import prompt_digest
+from raystill.datasets.rows.reasoning import NO_ANSWER, TAIL_IDS, Markers, ids_before
 from raystill.datasets.rows.schema import FATAL
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.rows.token_bytes import NoBytes
 from raystill.model.sampling import ResolvedSampling
 from raystill.model.tokenizer import PlainText
+from raystill.serve.api.failures import Unread
 from raystill.serve.api.parsed import Drawn, chat_completion, content_of
-from raystill.serve.api.service import Request, Service, posted
-from raystill.serve.api.told import NO_LOGPROBS, OTHER_TOKENS, UNMAPPED, Reader, named
-from raystill.serve.api.vocabulary import REPLACEMENT, NoBytes, Vocabulary
+from raystill.serve.api.service import Request, Service, posted, usage_of
+from raystill.serve.api.told import NO_LOGPROBS, OTHER_TOKENS, UNMAPPED, Reader, named, of_text
+from raystill.serve.api.vocabulary import REPLACEMENT, Vocabulary
 
 UNBOUNDED = 2**31 - 1
 TEXT = Signal("text")
@@ -46,17 +51,23 @@ A_QUESTION = [{"role": "user", "content": "Say a word."}]
 CHATS = "/chat/completions"
 CHARACTERS_EACH = 256
 """Of the longest token of any tokenizer, with room to spare: rows of spaces."""
+SURROGATE = re.compile("[\ud800-\udfff]")
 QUESTION_TOKENS = 64
 """At most, by any template."""
 
 
 @dataclass(frozen=True)
 class TextReader:
-    """What text becomes ids with: the tokenizer, and that for which its control tokens are text."""
+    """What text becomes ids with: the tokenizer, and that for which its control tokens are text.
+
+    markers: of reasoning; inside: within them, where markers are text too. None: it has none.
+    """
 
     tokenizer: Tokenizer
     plain: PlainText
     control: frozenset[int]
+    markers: Markers | None = None
+    inside: PlainText | None = None
 
 
 class ApiEngine:
@@ -81,6 +92,7 @@ class ApiEngine:
         self._sampling = sampling
         # Text that looks like a control token stays text: nobody but the template ends a turn.
         self._tokenizer, self._plain = reader.tokenizer, reader.plain
+        self._markers, self._inside = reader.markers, reader.inside or reader.plain
         self._messages: dict[bytes, str] = dict(
             zip(messages["digest"].to_pylist(), messages["messages"].to_pylist(), strict=True)
         )
@@ -151,7 +163,7 @@ class ApiEngine:
         answer = await self.service.ask(
             Request(
                 send=lambda client: _sent(client, body),
-                read=lambda completion: self._read(completion, signal),
+                read=lambda completion: self._read(completion, signal, prompt_ids),
                 written=self._written,
                 prompt_tokens=len(prompt_ids),
                 max_tokens=self._sampling.max_tokens,
@@ -189,33 +201,59 @@ class ApiEngine:
         return {"logprobs": True, "top_logprobs": self._api.top_logprobs}
 
     def _written(self, completion: Any) -> int:
-        """Tokens of the text, by this tokenizer, and its end."""
+        """Tokens of the text and of reasoning, by this tokenizer, and the end."""
         choice = completion["choices"][0]
-        text = choice["message"]["content"] or ""
+        text = (choice["message"]["content"] or "") + _reasoning_of(choice["message"])
         ended = bool(text) and choice.get("finish_reason") == "stop"
         start = text[: self._longest]
         times = len(text) / len(start) if start else 1
         return round(len(self._plain.encode(start)) * times) + ended
 
-    def _read(self, completion: Any, signal: Signal) -> Answer | str:
+    def _read(self, completion: Any, signal: Signal, prompt_ids: Int32Array) -> Answer | str:
         """The answer, or why it cannot be used; raises one of UNREADABLE."""
         choices = completion.get("choices")
         if not choices:
             return "broken_answer" if choices is None else "empty_answer"
         choice = choices[0]
         finish, message = choice.get("finish_reason"), choice["message"]
-        if finish == "content_filter":
-            return "content_filter"
+        if finish in ("content_filter", "error"):  # OpenRouter's word for one that broke off.
+            return "broken_answer" if finish == "error" else "content_filter"
         if message.get("refusal"):
             return "refusal"
-        text = message.get("content")
+        text, reasoning = message.get("content"), _reasoning_of(message)
         if not isinstance(text, str) or not text.strip():
-            return "empty_answer"
+            # Another attempt would be as long, and cost as much.
+            thought = finish == "length" and (reasoning or _has_thought(completion))
+            return NO_ANSWER if thought else "empty_answer"
         complete = finish == "stop"
         if signal.kind == "text":
-            return self._in_ids(text, complete)
-        content = content_of(choice)
-        return NO_LOGPROBS if not content else self._as_told(content, text, complete, signal)
+            answer = self._in_ids(text, complete)
+        else:
+            content = content_of(choice)
+            if not content:
+                return NO_LOGPROBS
+            if reasoning:  # Some services tell its tokens in the same list.
+                content = of_text(content, text)
+            answer = self._as_told(content, text, complete, signal)
+        if isinstance(answer, str):
+            return answer
+        return self._after(reasoning, answer, prompt_ids, apart=not text.startswith("\n"))
+
+    def _after(self, reasoning: str, answer: Answer, prompt_ids: Int32Array, apart: bool) -> Answer:
+        """The answer with the ids of what came apart from it, if they can stand before it.
+
+        apart: the answer does not bring the empty line between them.
+        """
+        if self._markers is None or not reasoning.strip():
+            return answer
+        prompt = self._decoded(prompt_ids[-TAIL_IDS:].tolist())
+        within = (self._markers, self._inside.encode, self._decoded)
+        ids = ids_before(reasoning[: self._longest], prompt, *within, apart)
+        return answer if ids is None else replace(answer, reasoning_ids=np.array(ids, np.int32))
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
 
     def _as_told(
         self, content: list[Drawn], text: str, complete: bool, signal: Signal
@@ -277,7 +315,7 @@ class ApiEngine:
         """An answer of any length takes no longer to read than one that keeps to ``max_tokens``."""
         complete, text = complete and len(text) <= self._longest, text[: self._longest]
         ids = self._plain.encode(text)
-        if self._tokenizer.decode(ids, skip_special_tokens=False) != text:
+        if self._decoded(ids) != text:
             return "not_exact"
         stops = self._sampling.stop_token_ids
         if complete and stops:
@@ -288,8 +326,27 @@ class ApiEngine:
         return Answer(np.array(ids, np.int32), "stop" if complete else "length")
 
 
+def _reasoning_of(message: Mapping[str, Any]) -> str:
+    """What a service sent apart from the answer, in the field of vLLM, DeepSeek or OpenRouter; ""
+    where it sent nothing, or no Unicode.
+    """
+    told = [message.get(name) for name in ("reasoning_content", "reasoning")]
+    text = next((one for one in told if isinstance(one, str) and one), "")
+    return "" if SURROGATE.search(text) else text
+
+
+def _has_thought(completion: Any) -> bool:
+    """Whether a service charges for reasoning that it does not show."""
+    usage = usage_of(completion)
+    return usage is not None and usage.reasoning > 0
+
+
 async def _sent(client: Any, body: Mapping[str, Any]) -> Any:
-    return chat_completion(await posted(client, CHATS, body))
+    """What came. Raises Unread for an error that says of itself that all is well (status 200)."""
+    came = chat_completion(await posted(client, CHATS, body))
+    if isinstance(came, Mapping) and came.get("error") and not came.get("choices"):
+        raise Unread("broken_answer", f"the service answered with an error: {came['error']}")
+    return came
 
 
 def _told_reader(teacher: TeacherConfig, reader: TextReader, stops: Sequence[int]) -> Reader:

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from raystill.base.records import RESTORE, BrokenFile, MetricsLog, number, read_lines
 from raystill.base.redact import shown_value
@@ -62,6 +62,92 @@ class Turn:
         self.usage = usage
 
 
+class Pace:
+    """How fast a service is asked with one key: adaptive, and at most so much a minute.
+
+    most: requests at once when all goes well; 0: nobody asks yet. Rates of None are not kept.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        requests: int | None,
+        tokens: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._most, self._at_once = float(most), float(most)
+        self._requests, self._tokens = requests, tokens
+        self._clock = clock
+        self._wait_until = 0.0
+        self._recent: deque[tuple[float, int]] = deque()
+        self._in_minute = 0
+        """Tokens of `_recent`."""
+
+    @property
+    def at_once(self) -> int:
+        """Requests that may go at once, now."""
+        return max(1, int(self._at_once))
+
+    @property
+    def has_rates(self) -> bool:
+        """Whether requests or tokens a minute are bounded."""
+        return bool(self._requests or self._tokens)
+
+    def allow(self, most: int, requests: int | None, tokens: int | None) -> None:
+        """Other bounds; as many more go at once as are allowed more, or fewer."""
+        self._at_once = min(float(most), max(1.0, self._at_once + most - self._most))
+        self._most, self._requests, self._tokens = float(most), requests, tokens
+
+    def may_go(self, running: int, tokens: int) -> bool:
+        """Whether a request of so many tokens may go beside ``running``; it then counts."""
+        now = self._clock()
+        if running >= self.at_once or now < self._wait_until:
+            return False
+        if not self._within_rates(now, tokens):
+            return False
+        if self.has_rates:
+            self._recent.append((now, tokens))
+            self._in_minute += tokens
+        return True
+
+    def answered(self) -> None:
+        """A request went well."""
+        self._at_once = min(self._most, self._at_once + 1 / max(1.0, self._at_once))
+
+    def failed(self, retry_after_s: float | None, too_fast: bool) -> None:
+        """One failed in a way that may pass."""
+        if too_fast:
+            self._at_once = max(1.0, self._at_once / 2)
+        if too_fast or retry_after_s is not None:
+            self.pause(DEFAULT_WAIT_S if retry_after_s is None else retry_after_s)
+
+    def pause(self, seconds: float) -> None:
+        """Nobody goes for so long."""
+        self._wait_until = max(self._wait_until, self._clock() + seconds)
+
+    def _within_rates(self, now: float, tokens: int) -> bool:
+        while self._recent and self._recent[0][0] <= now - MINUTE_S:
+            self._in_minute -= self._recent.popleft()[1]
+        if self._requests is not None and len(self._recent) >= self._requests:
+            return False
+        # One that is larger than the rate itself goes alone.
+        most = self._tokens
+        return most is None or not self._recent or self._in_minute + tokens <= most
+
+
+class SharedPace(Protocol):
+    """A pace that others share, in other processes."""
+
+    async def turn(self, tokens: int) -> int:
+        """Waits until a request of so many tokens may go; its number."""
+
+    def ended(self, number: int, answered: bool) -> None:
+        """It has ended. answered: and went well."""
+
+    def failed(self, retry_after_s: float | None, too_fast: bool) -> None:
+        """As `Pace.failed`."""
+
+
 class Limits:
     """The limits of one service in one process.
 
@@ -71,6 +157,7 @@ class Limits:
         report: Is given counters to add up: ``api_requests``, ``api_cost``, ``api_<failure>``, ...,
             and the name of the batch that they are of, if any.
         clock: Monotonic seconds.
+        shared: The pace where other teachers ask the service with the same key.
     """
 
     def __init__(
@@ -79,32 +166,31 @@ class Limits:
         spent: float = 0.0,
         report: Callable[..., None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        shared: SharedPace | None = None,
     ) -> None:
         self._config = config
         self._report = report or (lambda counters, batch=None: None)
-        self._clock = clock
         self.spent = spent
+        self._shared = shared
+        rates = (config.requests_per_minute, config.tokens_per_minute)
+        if shared is not None:  # Which keeps them for all.
+            rates = (None, None)
+        self._pace = Pace(config.max_concurrency, *rates, clock)
         self._reserved = 0.0
-        self._at_once = float(config.max_concurrency)
         self._running = 0
-        self._wait_until = 0.0
-        self._has_rates = bool(config.requests_per_minute or config.tokens_per_minute)
-        self._recent: deque[tuple[float, int]] = deque()
-        self._in_minute = 0
-        """Tokens of `_recent`."""
         self._queue = asyncio.Lock()
         self._freed = asyncio.Event()
 
     @property
     def at_once(self) -> int:
-        """Requests that may go at once, now."""
-        return max(1, int(self._at_once))
+        """Requests that may go at once, now, by what this process knows."""
+        return self._pace.at_once
 
     @asynccontextmanager
     async def turn(self, prompt_tokens: int, max_tokens: int) -> AsyncIterator[Turn]:
         """Waits until a request of so many tokens may go. Raises BudgetReached."""
         cost = Usage(input=prompt_tokens, output=max_tokens).cost(self._config.prices)
-        await self._wait(prompt_tokens + max_tokens, cost)
+        number = await self._wait(prompt_tokens + max_tokens, cost)
         self._running += 1
         self._reserved += cost
         turn = Turn()
@@ -114,19 +200,19 @@ class Limits:
             self._running -= 1
             self._reserved -= cost
             self._freed.set()
+            if self._shared is not None:
+                self._shared.ended(number, turn.usage is not None)
             if turn.usage is not None:
-                most = float(self._config.max_concurrency)
-                self._at_once = min(most, self._at_once + 1 / self._at_once)
+                self._pace.answered()
                 self.account([turn.usage])
 
     def failed(self, name: str, retry_after_s: float | None, too_fast: bool) -> None:
         """A request failed in a way that may pass."""
         self.count(name)
-        if too_fast:
-            self._at_once = max(1.0, self._at_once / 2)
-        if too_fast or retry_after_s is not None:
-            seconds = DEFAULT_WAIT_S if retry_after_s is None else retry_after_s
-            self._wait_until = max(self._wait_until, self._clock() + seconds)
+        if self._shared is None:
+            self._pace.failed(retry_after_s, too_fast)
+        else:
+            self._shared.failed(retry_after_s, too_fast)
 
     def lost(self, prompt_tokens: int, max_tokens: int) -> None:
         """A request was sent whose answer did not arrive whole: it may be charged for, at most so.
@@ -186,9 +272,11 @@ class Limits:
         budget = self._config.max_cost
         return budget is None or self.spent + self._reserved + cost <= budget
 
-    async def _wait(self, tokens: int, cost: float) -> None:
+    async def _wait(self, tokens: int, cost: float) -> int:
         """Rows go in the order they came: only the first looks whether it may, the others wait for
         it. Hundreds that each look many times a second take time that answers need.
+
+        Returns the number of the shared turn; 0 where nobody shares it.
         """
         async with self._queue:
             while not self._may_go(tokens, cost):
@@ -196,28 +284,20 @@ class Limits:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(POLL_S):  # Time alone may let it go too.
                         await self._freed.wait()
+            if self._shared is None:
+                return 0
+            self._reserved += cost  # What is spent meanwhile leaves room for it.
+            try:
+                return await self._shared.turn(tokens)
+            finally:
+                self._reserved -= cost
 
     def _may_go(self, tokens: int, cost: float) -> bool:
-        """Whether a request may go now; it is then among the recent ones. Raises BudgetReached."""
-        budget, now = self._config.max_cost, self._clock()
+        """Whether a request may go now; it then counts. Raises BudgetReached."""
+        budget = self._config.max_cost
         if budget is not None and self.spent + cost > budget:
             raise self.reached(cost)
-        free = self._running < self.at_once and now >= self._wait_until
-        if not (free and self._covers(cost) and self._within_rates(now, tokens)):
-            return False
-        if self._has_rates:
-            self._recent.append((now, tokens))
-            self._in_minute += tokens
-        return True
-
-    def _within_rates(self, now: float, tokens: int) -> bool:
-        while self._recent and self._recent[0][0] <= now - MINUTE_S:
-            self._in_minute -= self._recent.popleft()[1]
-        requests, most = self._config.requests_per_minute, self._config.tokens_per_minute
-        if requests is not None and len(self._recent) >= requests:
-            return False
-        # One that is larger than the rate itself goes alone.
-        return most is None or not self._recent or self._in_minute + tokens <= most
+        return self._covers(cost) and self._pace.may_go(self._running, tokens)
 
 
 def _cost(line: dict[str, Any], where: str) -> float:

@@ -137,6 +137,7 @@ class _Choice(TypedDict, total=False):
 class _Completion(TypedDict, total=False):
     choices: list[_Choice]
     usage: Any
+    error: Any
 
 
 _COMPLETION = msgspec.json.Decoder(_Completion)

@@ -146,6 +146,17 @@ def _repeated(ids: Ints, among: Bools) -> Bools:
     return found
 
 
+def of_text(content: list[Drawn], text: str) -> list[Drawn]:
+    """The tokens at the end that are an answer's text and its end; all where none begins it."""
+    meant, wanted = [one.meant for one in named(content)], text.encode()
+    whole, starts = b"".join(meant), [0, *accumulate(map(len, meant))]
+    for end in (starts[-1], starts[-2]):  # The last one may be a stop token.
+        start = end - len(wanted)
+        if start in starts and whole[start:end] == wanted:
+            return content[starts.index(start) :]
+    return content
+
+
 @dataclass(frozen=True)
 class Told:
     """An answer with its signal, and the mean probability of named tokens that are no ids."""

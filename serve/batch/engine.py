@@ -7,7 +7,10 @@ is a line of the batch's files. The row's key in the teacher store names it ther
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from raystill.base.errors import RunError
 from raystill.datasets.rows.answers import Answer, Int32Array
@@ -29,6 +32,7 @@ NOT_ANSWERED = "not_answered"
 or the service failed for it."""
 HEAD_BYTES, MEAN_OF_MOST = 65_536, 4
 """Of a line beside its answer; and how many times less than the most an answer has in the mean."""
+NO_IDS = np.empty(0, np.int32)
 LATER_CODES = frozenset({"batch_expired", "batch_cancelled"})
 
 
@@ -69,7 +73,7 @@ class BatchEngine(ApiEngine):
             line = await self.batches.line(key, question)
             if isinstance(line, str):
                 return Answer(error=line)
-            answer = NOT_ANSWERED if line is None else self._of_line(line, signal)
+            answer = NOT_ANSWERED if line is None else self._of_line(line, signal, prompt_ids)
             if isinstance(answer, Answer):
                 return answer
             if not answer.startswith(FATAL):
@@ -84,10 +88,10 @@ class BatchEngine(ApiEngine):
             "start the run again later: what is answered is kept"
         )
 
-    def _of_line(self, line: Line, signal: Signal) -> Answer | str:
+    def _of_line(self, line: Line, signal: Signal, prompt_ids: Int32Array = NO_IDS) -> Answer | str:
         """The answer in a line, or why it has none that can be used."""
         if line.status == 200:
-            return understood(self._request(signal), line.body)
+            return understood(self._request(signal, prompt_ids), line.body)
         if line.code in LENGTH_CODES:
             return "too_long"
         if line.code in FILTER_CODES:
@@ -101,21 +105,23 @@ class BatchEngine(ApiEngine):
         return f"{FATAL}the service refuses a request of a batch: {told[:300]}; see teacher.api"
 
     def _usage(self, line: Line, prompt_tokens: int) -> Usage:
-        return self.service.charged(self._request(TEXT, prompt_tokens), line.body)
+        return self.service.charged(
+            replace(self._request(TEXT), prompt_tokens=prompt_tokens), line.body
+        )
 
     @property
     def _line_bytes(self) -> int:
         signal = TEXT if self._api.top_logprobs is None else Signal("sampled")
         return HEAD_BYTES + (self._request(signal).most_bytes - LEAST_BYTES) // MEAN_OF_MOST
 
-    def _request(self, signal: Signal, prompt_tokens: int = 0) -> Request[Answer]:
-        """How an answer is read. prompt_tokens: for what it is charged."""
+    def _request(self, signal: Signal, prompt_ids: Int32Array = NO_IDS) -> Request[Answer]:
+        """How an answer is read. prompt_ids: what was asked."""
 
         async def nothing(client: Any) -> None:
             return None
 
         def read(completion: Any) -> Answer | str:
-            return self._read(completion, signal)
+            return self._read(completion, signal, prompt_ids)
 
         most, named = self._sampling.max_tokens, self._named(signal)
-        return Request(nothing, read, self._written, prompt_tokens, most, named=named)
+        return Request(nothing, read, self._written, len(prompt_ids), most, named=named)

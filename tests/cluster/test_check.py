@@ -561,6 +561,52 @@ def test_an_api_teacher_is_asked_for_no_more_than_text_and_needs_its_key(
     assert "has both ids and top_logprobs" in "\n".join(ids)
 
 
+def thinking(folder: Path, template: str) -> Path:
+    """The tiny teacher with another chat template."""
+    shutil.copytree(TINY, folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
+
+
+def test_reasoning_that_cannot_be_kept_or_dropped_is_refused(
+    run_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "a-planted-key-0f3c")
+    keep, drop = "prompts.reasoning=keep", "prompts.reasoning=drop"
+    text = [*API, "signal.kind=text", "objective={cross_entropy: 1}"]
+    assert problems(run_file, drop) == problems(run_file, keep) == []
+    assert problems(run_file, *text, drop) == []
+    assert "no markers for it, neither tokens nor in its chat template" in only(
+        run_file, *text, keep
+    )
+    turns = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    thinker = thinking(tmp_path / "thinker", turns + "{# <think></think> #}")
+    model = f"teacher.model={thinker}"
+    assert problems(run_file, *text, keep, model) == []
+    told = [*API, "teacher.api.top_logprobs=10", "signal.top_k=10", "evaluation.top_k=10"]
+    assert "'keep', but signal.kind is 'topk'" in only(run_file, *told, keep, model)
+    assert problems(run_file, *told, drop, model) == []
+    off = "prompts.chat_template_kwargs={enable_thinking: false}"
+    assert "has enable_thinking: false" in only(run_file, *text, keep, model, off)
+    channels = thinking(tmp_path / "channels", turns + "{# <|channel|>analysis #}")
+    gpt_oss = f"teacher.model={channels}"
+    assert "in messages of its own, which are not cut off" in only(run_file, gpt_oss, drop)
+
+
+def test_a_prompt_that_begins_reasoning_which_is_dropped_is_told(
+    run_file: Path, tmp_path: Path
+) -> None:
+    turns = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    begun = thinking(tmp_path / "begun", turns + "{{ '<think>\n' }}{# </think> #}")
+    model = f"teacher.model={begun}"
+
+    def notices(*more: str) -> str:
+        return "\n".join(check_run_file(str(run_file), [model, *more]).notices)
+
+    assert "begins reasoning in each prompt (<think>)" in notices("prompts.reasoning=drop")
+    assert "begins reasoning" not in notices("prompts.reasoning=keep") + notices()
+
+
 def test_what_an_api_teacher_may_cost_is_told_before_it_is_asked(
     run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -571,6 +617,10 @@ def test_what_an_api_teacher_may_cost_is_told_before_it_is_asked(
     notices = "\n".join(checked.notices)
     assert "the teacher may cost up to" in notices
     assert "no limit is set (teacher.api.max_cost)" in notices
+    assert "at 2 a million, prices of an unknown day; nothing cached" in notices
+    dated = [*text, "teacher.api.prices.as_of=2026-11-02"]
+    notices = "\n".join([notices, *check_run_file(str(run_file), dated).notices])
+    assert "prices of 2026-11-02" in notices
     assert "prompts and key can be read on the way to far" in notices
     assert "a-planted-key" not in notices
 

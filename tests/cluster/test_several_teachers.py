@@ -235,6 +235,33 @@ def test_one_teacher_of_a_run_may_work_in_batches(both: bool) -> None:
     assert (told in problems) == both
 
 
+def test_who_shares_the_limits_of_one_key_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONE_API_KEY", "planted-key-5521")
+    monkeypatch.setenv("TWO_API_KEY", "planted-key-5521")
+
+    def told(**api: Any) -> list[str]:
+        one = {"base_url": "http://127.0.0.1:1/v1", "model": "m", "api_key_env": "ONE_API_KEY"}
+        one |= {"requests_per_minute": 60}
+        two = {**one, "base_url": "http://127.0.0.1:1/v1/", "api_key_env": "TWO_API_KEY", **api}
+        model = {"model": str(MODEL), "engine": "api"}
+        found = checked(teachers={"one": {**model, "api": one}, "two": {**model, "api": two}})
+        assert not found.problems
+        return [notice for notice in found.notices if "with one key" in notice]
+
+    (same,) = told()
+    assert same == (
+        "one and two ask http://127.0.0.1:1/v1 with one key, and keep its limits together: "
+        "60 requests a minute, no limit of tokens a minute"
+    )
+    (smaller,) = told(requests_per_minute=20, tokens_per_minute=5000)
+    assert smaller.endswith(
+        "20 requests a minute, 5,000 tokens a minute, of what each sets the smallest"
+    )
+    assert told(base_url="http://127.0.0.1:2/v1") == []
+    monkeypatch.setenv("TWO_API_KEY", "another-planted-key")
+    assert told() == []
+
+
 def test_a_resolved_run_file_loads_to_the_same_and_a_run_of_one_has_no_new_identity() -> None:
     Path("run.yaml").write_text(json.dumps(run_file()))
     config = load_config("run.yaml")
@@ -365,6 +392,24 @@ def test_the_error_of_any_teacher_is_raised_also_of_the_last(
     rows: Any = SimpleNamespace(num_held_out_rows=0)
     with pytest.raises(RunError, match="its engine is gone"):
         job.serve_teachers(run, rows, {"slow", "fast"}, set())
+
+
+def test_a_replica_is_given_the_pace_that_its_teacher_shares() -> None:
+    config = RunConfig.model_validate(run_file())
+    model = (ModelSource.of("m", str(MODEL)), "identity")
+    run = Run(
+        config=config,
+        folder=RunFolder("run"),
+        id="abc",
+        teacher=model[0],
+        teacher_identity=model[1],
+        store_path="store",
+        num_rows=1,
+        teachers={"one": model, "two": model},
+        paces={"two": "actor"},
+    )
+    apps = TeacherApps(run).by_name
+    assert (apps["one"]._pace, apps["two"]._pace) == (None, ("actor", "abc"))
 
 
 def test_only_teachers_that_compute_on_the_same_cores_share_them() -> None:

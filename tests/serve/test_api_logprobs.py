@@ -15,16 +15,18 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from raystill.base.errors import RunError
-from raystill.datasets.rows.answers import answers_table, derive_answers
+from raystill.datasets.rows.answers import Answer, answers_table, derive_answers
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.rows.token_bytes import NoBytes
 from raystill.model.identity import identity_of_teacher
 from raystill.model.sampling import ResolvedSampling
 from raystill.model.tokenizer import PlainText
 from raystill.serve.api import failures
+from raystill.serve.api.engine import ApiEngine
 from raystill.serve.api.parsed import Drawn, chat_completion, content_of
 from raystill.serve.api.service import UNREADABLE
-from raystill.serve.api.told import Reader, Told
-from raystill.serve.api.vocabulary import NoBytes, Vocabulary
+from raystill.serve.api.told import OTHER_TOKENS, Reader, Told
+from raystill.serve.api.vocabulary import Vocabulary
 from raystill.serve.batch.engine import BatchEngine
 from raystill.serve.batch.journal import Line
 from tests.support.end_to_end import TEACHER
@@ -576,6 +578,30 @@ def test_keys_are_others_with_logprobs_and_as_before_without() -> None:
     fewer = teacher_of("http://127.0.0.1:9/v1", top_logprobs=5)
     assert identity_of_teacher(told, TEACHER) == identity_of_teacher(fewer, TEACHER)
     assert told.gives_text_only is False and told.scores is False and text.gives_text_only
+
+
+REASONED = [one("<think>", 1), one(BLUE, 0.9), one("</think>", 1), one("\n\n", 1)]
+ANSWERED = [one(RED, 0.5, Blue=0.3)]
+ENDED = [one("<|im_end|>", 1)]
+
+
+@pytest.mark.parametrize("before", [[], REASONED, [*REASONED, *ANSWERED]])
+@pytest.mark.parametrize("end", [[], ENDED])
+def test_tokens_of_reasoning_are_left_out_where_a_service_tells_them_too(
+    tmp_path: Path, service: Service, before: list[Any], end: list[Any]
+) -> None:
+    content = {"logprobs": {"content": [*before, *ANSWERED, *end]}}
+    asked = Asked(tmp_path, service, ["q"], **WIDE)
+    assert isinstance(asked.engine, ApiEngine)
+    message = {"role": "assistant", "content": RED, "reasoning_content": BLUE}
+    completion = {"choices": [{"finish_reason": "stop", "message": message, **content}]}
+    answer = asked.engine._read(completion, TOPK, np.array([7], np.int32))
+    assert isinstance(answer, Answer), answer
+    assert answer.response_ids.tolist() == [single(RED), STOP]
+    assert probabilities(Told(answer, 0.0), 0)[single(BLUE)] == pytest.approx(0.3, abs=1e-6)
+    message.pop("reasoning_content")
+    if before:
+        assert asked.engine._read(completion, TOPK, np.array([7], np.int32)) == OTHER_TOKENS
 
 
 def test_a_line_of_a_batch_is_read_like_an_answer(tmp_path: Path, service: Service) -> None:

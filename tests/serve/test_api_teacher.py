@@ -162,6 +162,8 @@ PASSING = {
     "not UTF-8": ({"raw": b'{"choices": "\xff\xfe"}'}, "broken_answer"),
     "nested without end": ({"raw": b"[" * 200_000}, "broken_answer"),
     "null choice": ({"choices": [None]}, "broken_answer"),
+    "an error with status 200": ({"raw": b'{"error": {"code": 502}}'}, "broken_answer"),
+    "broken off": ({"text": "An ans", "finish": "error"}, "broken_answer"),
     "no message": ({"choices": [{"index": 0, "finish_reason": "stop"}]}, "broken_answer"),
     "a lone surrogate": ({"text": "half \ud800"}, "broken_answer"),
     "too many, as a date": (
@@ -182,6 +184,17 @@ def test_what_passes_is_tried_again_and_counted(
     assert answer.error is None
     assert service.asked["q"] == 2
     assert asked.counters[f"api_{counted}"] == 1
+
+
+def test_an_error_with_status_200_is_told_as_what_it_may_cost_and_not_as_paid(
+    tmp_path: Path, service: Service
+) -> None:
+    service.scripts["q"] = [{"raw": b'{"error": {"code": 502, "message": "upstream"}}'}, {}]
+    asked = Asked(tmp_path, service, ["q"], prices={"input": 1e6, "output": 1e6})
+    (answer,) = asked.sample()
+    assert answer.error is None
+    assert (asked.counters["api_requests"], asked.counters["api_cost"]) == (1, 15.0)
+    assert asked.counters["api_lost_cost"] == 2 + SAMPLING.max_tokens
 
 
 def test_a_wait_that_the_service_asks_for_holds_all_rows_back(

@@ -41,6 +41,8 @@ class Service(Server):
         self.scripts: dict[str, list[dict[str, Any]]] = {}
         self.asked: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
+        self.times: list[tuple[float, str | None]] = []
+        """When each request came, and with which key."""
         self.keys: set[str | None] = set()
         self.encodings: set[str | None] = set()
         self.poured: list[int] = []
@@ -69,6 +71,7 @@ class Handler(JsonHandler):
         with self.server.lock:
             self.server.bodies.append(body)
             self.server.keys.add(self.headers.get("Authorization"))
+            self.server.times.append((time.monotonic(), self.headers.get("Authorization")))
             self.server.encodings.add(self.headers.get("Accept-Encoding"))
             script = self.server.scripts.get(question, [{}])
             reply = script[min(self.server.asked[question], len(script) - 1)]
@@ -96,8 +99,8 @@ class Handler(JsonHandler):
         if status == 200:
             text = reply.get("text", f"An answer to {question}")
             content = completion_of(text, finish_reason=reply.get("finish", "stop"))
-            if "refusal" in reply:
-                content["choices"][0]["message"]["refusal"] = reply["refusal"]
+            of_message = ("refusal", "reasoning_content", "reasoning")
+            content["choices"][0]["message"] |= {n: reply[n] for n in of_message if n in reply}
             content["choices"][0] |= {n: reply[n] for n in ("logprobs",) if n in reply}
             content |= {n: reply[n] for n in ("choices", "usage") if n in reply}
         else:
@@ -169,7 +172,17 @@ SAMPLING = ResolvedSampling(0.7, 0.9, 0, 0.0, max_tokens=32, stop_token_ids=(STO
 class Asked:
     """An engine over some questions, its counters, and its run folder."""
 
-    def __init__(self, folder: Path, service: Served, questions: list[str], **api: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        service: Served,
+        questions: list[str],
+        model: Path = TEACHER,
+        sampling: ResolvedSampling = SAMPLING,
+        name: str = "",
+        pace: tuple[Any, str] | None = None,
+        **api: Any,
+    ) -> None:
         self.folder = RunFolder(str(folder)).ensure()
         self.prompts = [np.array([7, i + 1], np.int32) for i in range(len(questions))]
         chats = [json.dumps([{"role": "user", "content": q}]) for q in questions]
@@ -178,11 +191,13 @@ class Asked:
         self.counters: Counter[str] = Counter()
         self.engine = api_engine(
             run_of(teacher_of(service.url, **api)),
-            str(TEACHER),
-            SAMPLING,
+            str(model),
+            sampling,
             self.folder,
             self,
             str(folder / "store"),
+            name,
+            pace,
         )
 
     @property
