@@ -133,7 +133,7 @@ class StoreIndex:
             refused |= self._open(listing.chosen(missing), shown, may_write)
         if may_write:
             self._tidy(listing)
-        there = set(listing.names.filter(pa.array(is_in(listing.names, refused))).to_pylist())
+        there = set(listing.names.chosen(is_in(listing.names, refused)))
         refused = {name: error for name, error in sorted(refused.items()) if name in there}
         return Index([*self._own, *self._parts.values()], self._live(listing)[0], refused)
 
@@ -355,7 +355,7 @@ def _is_worth(parts: Sequence[Part]) -> bool:
 def _stamps(listing: Listing) -> dict[str, tuple[int, int]]:
     """Size and time of change of each segment, by name."""
     stamps = zip(listing.sizes.tolist(), listing.changed.tolist(), strict=True)
-    return dict(zip(listing.names.to_pylist(), stamps, strict=True))
+    return dict(zip(listing.names, stamps, strict=True))
 
 
 def _shifted(progress: Progress, start: int, total: int, done: int, _: int) -> None:

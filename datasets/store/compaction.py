@@ -110,7 +110,7 @@ def _compact(
 ) -> Compacted:
     """``compact``, under the lease."""
     outline, refused = _to_compact(store)
-    batches = list(_segments_to_merge(outline))
+    batches = list(_segments_to_merge(outline))  # Views of one array.
     if batches:
         store.note_merged(outline.name(segment) for batch in batches for segment in batch)
     merged = duplicates = 0
@@ -195,7 +195,7 @@ def _outlining(store: TeacherStore) -> tuple[Outlining, NDArray[np.bool_], Refus
         if not unread.any():
             break
         for some in listing.chosen(unread).together(OPENED_TOGETHER):
-            read(dict(zip(some.names.to_pylist(), some.sizes.tolist(), strict=True)), ())
+            read(dict(zip(some.names, some.sizes.tolist(), strict=True)), ())
         again, late = late, {}
         read(again, None)  # All of them wait together.
         for name in [n for n, error in refused.items() if isinstance(error, GoneSegment)]:

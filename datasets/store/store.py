@@ -131,6 +131,7 @@ class TeacherStore:
         stamp, old = self.merged()
         recent = stamp is not None and time.time() - stamp[1] / 1e9 < MERGED_KEPT_S
         new = bytearray(old if recent else b"")
+        del old  # With those of a large store it is as much as all else.
         for name in names:
             if OWN_NAME.fullmatch(name) and not name.startswith("."):
                 new += bytes.fromhex(name[:32])
