@@ -265,8 +265,7 @@ class SegmentFile:
 
     def pieces(self, columns: Sequence[str]) -> Iterator[pa.Table]:
         """These columns of all groups, verified; small ones together, up to THREADS_BYTES."""
-        sizes = [self._size(group) for group in range(len(self.footer.groups))]
-        start = 0
+        start, sizes = 0, [self._size(group) for group in range(len(self.footer.groups))]
         while start < len(sizes):
             stop, size = start + 1, sizes[start]
             while stop < len(sizes) and size + sizes[stop] <= THREADS_BYTES:
@@ -277,8 +276,9 @@ class SegmentFile:
 
     def keys(self) -> list[pa.Array]:
         """The keys of each group, whose checksums are verified."""
-        groups = self.footer.groups
-        whole = self._together(0, len(groups), ["key"])["key"].combine_chunks() if groups else None
+        if not (groups := self.footer.groups):
+            return []
+        whole = self._together(0, len(groups), ["key"])["key"].combine_chunks()
         starts = np.cumsum([0, *(group.rows for group in groups)]).tolist()
         return [whole.slice(at, g.rows) for at, g in zip(starts[:-1], groups, strict=True)]
 
