@@ -242,13 +242,22 @@ class StoreIndex:
             for first in each:
                 yield merged(chain([first], each))
 
-        self._replace(read, whole)
+        self._replace(read, whole, keep=False)
 
-    def _replace(self, names: Collection[str], parts: Callable[[], Iterable[Part]]) -> bool:
-        """Write parts, and remove the files of these names; False where nothing can be written."""
+    def _replace(
+        self, names: Collection[str], parts: Callable[[], Iterable[Part]], keep: bool = True
+    ) -> bool:
+        """Write parts, and remove the files of these names; False where nothing can be written.
+
+        They are read again before anything goes. keep: and stay in memory.
+        """
         try:
             written = [write_part(self._store, part) for part in parts()]
-            self._parts |= {name: read_part(self._store, name) for name in written}
+            for name in written:
+                part = read_part(self._store, name)
+                if keep:
+                    self._parts[name] = part
+                del part
             for name in set(names) - set(written):
                 self._parts.pop(name, None)
                 with suppress(FileNotFoundError):

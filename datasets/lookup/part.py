@@ -199,9 +199,12 @@ def decoded(name: str, file: pa.NativeFile) -> Part:
         groups_in.extend([int(table["group"].min()), int(table["group"].max()) + 1])
 
     where = Rows.read_from(file, count, seen)
-    tail = file.read_at(size - end, end)
+    file.seek(end)
+    tail = file.read_buffer(size - end)  # Of Arrow's memory, which goes back when it is free.
     digest.update(tail)
-    if name != f"{digest.hexdigest()}-{count}.rows" or tail[-8:] != count.to_bytes(8, "little"):
+    if name != f"{digest.hexdigest()}-{count}.rows" or bytes(tail[-8:]) != count.to_bytes(
+        8, "little"
+    ):
         raise ValueError("its bytes are not what was written")
     segments = pa.ipc.open_stream(tail).read_all()
     metadata = segments.schema.metadata

@@ -264,7 +264,8 @@ class Outlining:
         order = order[np.argsort(rank[part["origin"][order]], kind="stable")]
         number = np.full(self._count, -1, np.int32)
         number[order] = np.arange(len(order), dtype=np.int32)
-        first = np.concatenate([[0], np.cumsum(part["rows"][order], dtype=np.int64)])
+        first = np.zeros(len(order) + 1, np.int64)
+        np.cumsum(part["rows"][order], out=first[1:])
         dropped, held_in, shared = self._duplicates(number, first)
         sizes, marks, origin = (part[name][order] for name in ("sizes", "marks", "origin"))
         names = self.names.chosen(order)

@@ -149,7 +149,7 @@ class Names:
 
     def __getitem__(self, number: int) -> str:
         digest = self.digests[number].ljust(16, b"\0")  # numpy leaves out zeros at the end.
-        return self.others.get(digest) or f"{digest.hex()}.parquet"
+        return self.others.get(digest, f"{digest.hex()}.parquet")
 
     def __iter__(self) -> Iterator[str]:
         return (self[number] for number in range(len(self)))
@@ -201,24 +201,21 @@ class Listing:
     @classmethod
     def of(cls, files: Iterable[list[pafs.FileInfo]], without: Collection[str] = ()) -> "Listing":
         """The listing of these files except those ``without``."""
-        # They grow in place: arrays that are put together are there twice for a moment.
-        digests, sizes, changed = bytearray(), bytearray(), bytearray()
+        # They grow in place, and are put in order one by one: two of them take as much as all else.
+        told = {"digests": bytearray(), "sizes": bytearray(), "changed": bytearray()}
         others: dict[bytes, str] = {}
         for infos in files:
             chosen = [info for info in infos if info.base_name not in without]
             names = Names.of(info.base_name for info in chosen)
             others |= names.others
-            digests += names.digests.tobytes()
-            sizes += np.array([info.size or 0 for info in chosen], np.int64).tobytes()
-            changed += np.array([info.mtime_ns or 0 for info in chosen], np.int64).tobytes()
-        known = np.frombuffer(digests, DIGEST)
-        order = np.argsort(known, kind="stable")
-        known.sort(kind="stable")
-        return cls(
-            Names(known, others),
-            np.frombuffer(sizes, np.int64)[order],
-            np.frombuffer(changed, np.int64)[order],
-        )
+            told["digests"] += names.digests.tobytes()
+            told["sizes"] += np.array([info.size or 0 for info in chosen], np.int64).tobytes()
+            told["changed"] += np.array([i.mtime_ns or 0 for i in chosen], np.int64).tobytes()
+        digests = np.frombuffer(told.pop("digests"), DIGEST)
+        order = np.argsort(digests, kind="stable").astype(np.int32)
+        digests = digests[order]
+        sizes, changed = (np.frombuffer(told.pop(n), np.int64)[order] for n in ("sizes", "changed"))
+        return cls(Names(digests, others), sizes, changed)
 
     def chosen(self, some: NDArray[np.bool_]) -> "Listing":
         """Some of them, by a mask."""
