@@ -173,8 +173,9 @@ def encoded(part: Part) -> tuple[str, pa.Buffer]:
         data[place : place + rows.nbytes] = np.frombuffer(rows.tobytes(), np.uint8)
         place += rows.nbytes
     data[end:] = np.frombuffer(tail, np.uint8)
-    digest = blake2b(data, digest_size=16).hexdigest()
-    return f"{digest}-{len(part.where)}.rows", pa.py_buffer(data)
+    made = pa.py_buffer(data)
+    digest = blake2b(memoryview(made), digest_size=16).hexdigest()
+    return f"{digest}-{len(part.where)}.rows", made
 
 
 def rows_in(name: str) -> int:
@@ -213,13 +214,16 @@ def decoded(name: str, file: pa.NativeFile) -> Part:
         raise ValueError(f"it has version {described['version']}; this version reads {VERSION}")
     groups = pa.ipc.open_stream(metadata[b"groups"]).read_all()
 
+    numbers: dict[str, Any] = {
+        **{name: _narrow(groups[name]) for name in ("segment", "number", "rows", "asked")},
+        **{name: _narrow(segments[name]) for name in ("sizes", "changed", "origin")},
+    }
     part = Part(
         where,
-        *(_narrow(groups[name]) for name in ("segment", "number", "rows", "asked")),
-        [Provenance(**provenance) for provenance in described["provenances"]],
-        Names.of_column(segments["names"]),
-        *(_narrow(segments[name]) for name in ("sizes", "changed", "origin")),
-        [Origin(signal=Signal(**o.pop("signal")), **o) for o in described["origins"]],
+        **numbers,
+        provenances=[Provenance(**provenance) for provenance in described["provenances"]],
+        names=Names.of_column(segments["names"]),
+        origins=[Origin(signal=Signal(**o.pop("signal")), **o) for o in described["origins"]],
     )
     _require_inside(part, min(groups_in), max(groups_in))
     return part

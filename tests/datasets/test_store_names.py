@@ -3,21 +3,36 @@
 import os
 import random
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.store_rows import publish_rows
+from benchmarks.store_scale import (
+    compact_all,
+    find_all,
+    first_group,
+    look_through,
+    miss_groups,
+    parts_of,
+)
 from raystill.datasets.lookup.files import part_files, read_part, write_part
 from raystill.datasets.lookup.index import live_in
 from raystill.datasets.lookup.part import Part
 from raystill.datasets.lookup.rows import ROW, Rows
-from raystill.datasets.store.reading import Listing, Names, is_in, places_in
-from raystill.datasets.store.segment import Provenance
+from raystill.datasets.store.compaction import compact
+from raystill.datasets.store.proof import problem_of
+from raystill.datasets.store.reading import DamagedSegment, Listing, Names, is_in, places_in
+from raystill.datasets.store.segment import Provenance, encode, segment_schema
 from raystill.datasets.store.store import TeacherStore
-from tests.datasets.test_store import origin
+from raystill.datasets.store.upkeep import verify
+from tests.datasets.test_store import TOPK, origin, path_of, publish
 
 ZEROS = [f"{0:032x}.parquet", f"{1 << 120:032x}.parquet", f"{255:032x}.parquet"]
 ODD = ["", "a.parquet", "A" * 32 + ".parquet", ".parquet", "b" * 32, os.fsdecode(b"\xff.parquet")]
@@ -129,3 +144,60 @@ def test_a_segment_takes_forty_bytes_of_a_process_that_looks_through_a_store(
             assert np.array_equal(getattr(part, name), getattr(expected, name)), name
         assert np.array_equal(part.names.digests, expected.names.digests)
         assert np.array_equal(part.where.all(), expected.where.all())
+
+
+def test_small_groups_are_read_together_and_the_damaged_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = TeacherStore(str(tmp_path / "store"))
+    for row in range(5):
+        publish(store, [row])
+    compact(store)
+    (name,) = store.names()
+    looks: list[list[int]] = []
+    read_row_groups = pq.ParquetFile.read_row_groups
+
+    def counted(self: pq.ParquetFile, groups: range, *args: Any, **kwargs: Any) -> pa.Table:
+        looks.append(list(groups))
+        return read_row_groups(self, groups, *args, **kwargs)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", counted)
+    assert problem_of(store, name) is None and looks == [[0, 1, 2, 3, 4]]
+    columns = segment_schema(TOPK).names
+    whole = pa.concat_tables(store.open(name).pieces(columns))
+    monkeypatch.setattr("raystill.datasets.store.segment.THREADS_BYTES", 1)
+    looks.clear()
+    file = store.open(name)
+    assert pa.concat_tables(file.pieces(columns)).equals(whole) and looks == []
+    monkeypatch.undo()
+    groups = [(group, file.read(i, columns)) for i, group in enumerate(file.footer.groups)]
+    wrong = {**groups[3][0].checksums, "response_ids": "0" * 16}
+    groups[3] = replace(groups[3][0], checksums=wrong), groups[3][1]
+    path_of(store, name).write_bytes(encode(file.footer.origin, groups))
+    problem = problem_of(store, name)
+    assert isinstance(problem, DamagedSegment)
+    assert problem.why == "group 3: response_ids is not what was written"
+
+
+def test_a_benchmarks_store_is_one_that_a_run_has_published_and_goes_on_where_it_stopped(
+    tmp_path: Path,
+) -> None:
+    folder = str(tmp_path / "store")
+    assert publish_rows(folder, 8 * 600, 2) == {"segments": 600, "written": 600}
+    assert publish_rows(folder, 8 * 600, 2) == {"segments": 600, "written": 0}
+    store = TeacherStore(folder)
+    assert verify(store) == {}
+    told = look_through(folder)
+    assert (told["rows"], told["segments"], told["parts"]) == (4800, 600, 1)
+    keys = store.catalogue().keys.to_pylist()
+    assert len(set(keys)) == 4800
+    broken = compact_all(folder, seconds=0.0)
+    assert (broken["done"], broken["batches"], broken["left"]) == (1, 25, 577)
+    assert "merged" not in broken and broken["planned_peak_mb"] > 0
+    whole = compact_all(folder)
+    assert (whole["merged"], whole["into"], whole["left"]) == (576, 24, 25)
+    assert sorted(store.catalogue().keys.to_pylist()) == sorted(keys)
+    assert parts_of(folder, ["publish"], 4800, 2, None) == {}  # They would be there twice.
+    assert list(parts_of(folder, ["look", "compact"], 4800, 2, 9.0))[-1] == "compact"
+    assert miss_groups(folder)["miss_ms"] > 0 and find_all(folder) == {"found": 4800}
+    assert first_group(folder, 4800)["first_group_s"] > 0
