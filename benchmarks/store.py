@@ -184,6 +184,9 @@ def measure_rows(arguments: argparse.Namespace) -> None:
     before: dict[str, Any] = {}
     if arguments.stage and output.exists():
         before = json.loads(output.read_text())
+        for told in before.values():
+            if isinstance(told, dict) and "seconds" in told:
+                told.setdefault("date", before["date"])
     before |= {"machine": machine(), "rows": rows, "tokens": arguments.tokens}
     with tempfile.TemporaryDirectory(prefix="raystill-bench-") as scratch:
         folder = arguments.folder or f"{scratch}/store"
