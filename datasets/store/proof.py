@@ -24,7 +24,7 @@ def refuse_impossible(name: str, rows: pa.Table, origin: Origin) -> None:
     """Raise ImpossibleValues if some of a segment's rows have values that no teacher means."""
     if number := int(impossible_rows(rows, origin.signal, origin.vocab_size).sum()):
         raise ImpossibleValues(
-            name, f"{number} of {len(rows)} rows of a group have logprobs or ids that cannot be"
+            name, f"{number} of {len(rows)} rows read have logprobs or ids that cannot be"
         )
 
 

@@ -87,7 +87,7 @@ def _update_digest(digest: Any, array: pa.Array, nested: bool = False) -> None:
     if array.null_count:
         digest.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes())
     if pa.types.is_list(kind):
-        if array.null_count:
+        if array.null_count or not len(array):  # An empty one may have no offsets at all.
             lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
         else:
             lengths = np.diff(array.offsets.to_numpy())
