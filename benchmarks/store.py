@@ -1,7 +1,8 @@
 """The teacher store: MB/s written and read, bytes a token on disk, and the time a plan takes.
 
     python -m benchmarks.store [--output benchmarks/results/store.json]
-    python -m benchmarks.store --rows 1000000  (`benchmarks.store_scale`, store_scale.json)
+    python -m benchmarks.store --rows 1000000  (`benchmarks.store_scale`, store_scale.json; other
+        numbers of rows: store_scale_10m.json)
 
 1. Segments of 8 rows of real-looking answers (64 tokens, K = 64): for float32 and float16
    logprobs and some codecs, the bytes of a response token on disk and MB/s on one core, of Arrow
@@ -11,6 +12,7 @@
 """
 
 import argparse
+import json
 import resource
 import tempfile
 import time
@@ -23,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.results import machine, write_result
-from benchmarks.store_scale import measure_scale
+from benchmarks.store_scale import measure_scale, parts_of, stages
 from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
@@ -172,6 +174,30 @@ def measure_plan(folder: str, num_rows: int) -> dict[str, float]:
     }
 
 
+def measure_rows(arguments: argparse.Namespace) -> None:
+    """A store of so many rows, as `benchmarks.store_scale` measures it."""
+    rows = arguments.rows
+    ending = "" if rows == 1_000_000 else f"_{rows / 1e6:g}m"
+    output = arguments.output.with_name(f"store_scale{ending}.json")
+    if arguments.stage and not arguments.folder:
+        raise SystemExit("--stage goes on in a store that is there: name its folder by --folder")
+    before: dict[str, Any] = {}
+    if arguments.stage and output.exists():
+        before = json.loads(output.read_text())
+        for told in before.values():
+            if isinstance(told, dict) and "seconds" in told:
+                told.setdefault("date", before["date"])
+    before |= {"machine": machine(), "rows": rows, "tokens": arguments.tokens}
+    with tempfile.TemporaryDirectory(prefix="raystill-bench-") as scratch:
+        folder = arguments.folder or f"{scratch}/store"
+        seconds = None if arguments.minutes is None else 60 * arguments.minutes
+        chosen = arguments.stage or list(stages(rows, arguments.tokens, seconds))
+        parts = parts_of(folder, chosen, rows, arguments.tokens, seconds)
+        for found in measure_scale(folder, parts, before):
+            stamps = ("date", "commit")
+            write_result(output, {n: told for n, told in found.items() if n not in stamps})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/store.json"))
@@ -182,13 +208,16 @@ def main() -> None:
     parser.add_argument(
         "--folder", help="with --rows, where the store is written and stays, or is already"
     )
+    parser.add_argument(
+        "--stage",
+        nargs="+",
+        choices=list(stages(0, 0, None)),
+        help="with --rows and --folder, only these parts; the figures of the others stay",
+    )
+    parser.add_argument("--minutes", type=float, help="with --rows, the longest compaction")
     arguments = parser.parse_args()
     if arguments.rows:
-        with tempfile.TemporaryDirectory(prefix="raystill-bench-") as scratch:
-            folder = arguments.folder or f"{scratch}/store"
-            output = arguments.output.with_name("store_scale.json")
-            for found in measure_scale(folder, arguments.rows, arguments.tokens):
-                write_result(output, {"machine": machine(), **found})
+        measure_rows(arguments)
         return
     with tempfile.TemporaryDirectory(prefix="raystill-bench-") as scratch:
         result = {

@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raystill.datasets.lookup.part import UNKNOWN, Part, halves
 from raystill.datasets.lookup.rows import Table
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.reading import NAMES_TOGETHER, Listing, UnusableSegment
+from raystill.datasets.store.reading import Listing, UnusableSegment, is_in, places_in
 from raystill.datasets.store.segment import Origin
 from raystill.datasets.store.store import RowCounts
 
@@ -75,7 +74,7 @@ class Index:
     def name(self, segment: int) -> str:
         """Name of a segment."""
         part, number = self._part_of(segment)
-        return str(part.names[number].as_py())
+        return part.names[number]
 
     def origin(self, segment: int) -> Origin:
         """Origin of a segment."""
@@ -216,23 +215,10 @@ def live_in(
     that no part is believed about.
     """
     covered = np.zeros(len(listing.names), bool)
-    if not parts:
-        return [], ~covered
-    names = pa.chunked_array([part.names for part in parts], pa.string())
-    places = np.full(len(names), -1, np.int32)
-    # One look for the names of all parts, and not for each part: it is made over all that are
-    # listed.
-    for start in range(0, len(listing.names), NAMES_TOGETHER):
-        some = listing.names.slice(start, NAMES_TOGETHER).combine_chunks()
-        found = np.asarray(pc.index_in(names, value_set=some).fill_null(-1).to_numpy())
-        places[found >= 0] = found[found >= 0] + start
-    distrusted = pc.is_in(names, value_set=pa.array(list(without), pa.string()))
-    places[distrusted.to_numpy()] = -1
     live = []
-    for part, place in zip(
-        parts, np.split(places, np.cumsum([len(part.names) for part in parts])[:-1]), strict=True
-    ):
-        same = place >= 0
+    for part in parts:
+        place = places_in(listing.names, part.names)
+        same = (place >= 0) & ~is_in(part.names, without)
         same[same] &= listing.sizes[place[same]] == part.sizes[same]
         unknown = part.changed[same] == UNKNOWN
         same[same] &= unknown | (listing.changed[place[same]] == part.changed[same])

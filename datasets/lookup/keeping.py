@@ -133,7 +133,7 @@ class StoreIndex:
             refused |= self._open(listing.chosen(missing), shown, may_write)
         if may_write:
             self._tidy(listing)
-        there = set(listing.names.filter(pa.array(is_in(listing.names, refused))).to_pylist())
+        there = set(listing.names.chosen(is_in(listing.names, refused)))
         refused = {name: error for name, error in sorted(refused.items()) if name in there}
         return Index([*self._own, *self._parts.values()], self._live(listing)[0], refused)
 
@@ -242,13 +242,22 @@ class StoreIndex:
             for first in each:
                 yield merged(chain([first], each))
 
-        self._replace(read, whole)
+        self._replace(read, whole, keep=False)
 
-    def _replace(self, names: Collection[str], parts: Callable[[], Iterable[Part]]) -> bool:
-        """Write parts, and remove the files of these names; False where nothing can be written."""
+    def _replace(
+        self, names: Collection[str], parts: Callable[[], Iterable[Part]], keep: bool = True
+    ) -> bool:
+        """Write parts, and remove the files of these names; False where nothing can be written.
+
+        They are read again before anything goes. keep: and stay in memory.
+        """
         try:
             written = [write_part(self._store, part) for part in parts()]
-            self._parts |= {name: read_part(self._store, name) for name in written}
+            for name in written:
+                part = read_part(self._store, name)
+                if keep:
+                    self._parts[name] = part
+                del part
             for name in set(names) - set(written):
                 self._parts.pop(name, None)
                 with suppress(FileNotFoundError):
@@ -355,7 +364,7 @@ def _is_worth(parts: Sequence[Part]) -> bool:
 def _stamps(listing: Listing) -> dict[str, tuple[int, int]]:
     """Size and time of change of each segment, by name."""
     stamps = zip(listing.sizes.tolist(), listing.changed.tolist(), strict=True)
-    return dict(zip(listing.names.to_pylist(), stamps, strict=True))
+    return dict(zip(listing.names, stamps, strict=True))
 
 
 def _shifted(progress: Progress, start: int, total: int, done: int, _: int) -> None:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from raystill.datasets.lookup.rows import ROW, Rows, Table
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.reading import Names
 from raystill.datasets.store.segment import Origin, Provenance
 
 VERSION = 2
@@ -51,15 +52,15 @@ class Part:
     """
 
     where: Rows
-    segment: NDArray[np.int32]
-    number: NDArray[np.int32]
-    rows: NDArray[np.int32]
-    asked: NDArray[np.int32]
+    segment: NDArray[np.integer]
+    number: NDArray[np.integer]
+    rows: NDArray[np.integer]
+    asked: NDArray[np.integer]
     provenances: list[Provenance]
-    names: pa.Array  # string
-    sizes: NDArray[np.int64]
+    names: Names
+    sizes: NDArray[np.integer]
     changed: NDArray[np.int64]
-    origin: NDArray[np.int32]
+    origin: NDArray[np.integer]
     origins: list[Origin]
 
 
@@ -92,7 +93,7 @@ def part_of(segments: Sequence[Described]) -> Part:
         lengths.astype(np.int32),
         np.array([provenances.setdefault(p, len(provenances)) for p, _ in groups], np.int32),
         list(provenances),
-        pa.array([name for name, _, _, _ in segments], pa.string()),
+        Names.of(name for name, _, _, _ in segments),
         np.array([stamp[0] for _, stamp, _, _ in segments], np.int64),
         np.array([stamp[1] for _, stamp, _, _ in segments], np.int64),
         np.array([origins.setdefault(o, len(origins)) for _, _, o, _ in segments], np.int32),
@@ -111,7 +112,7 @@ def merged(chosen: Iterable[tuple[Part, NDArray[np.bool_]]]) -> Part:
     origins: dict[Origin, int] = {}
     provenances: dict[Provenance, int] = {}
     columns: dict[str, list[NDArray[Any]]] = {}
-    names, tables = [], [np.empty(0, ROW)]
+    names, found_rows = [], bytearray()  # It grows in place; a list of tables is there twice.
     first_group = first_segment = 0
     for part, keep in chosen:
         of_origin = np.array([origins.setdefault(o, len(origins)) for o in part.origins], np.int32)
@@ -124,7 +125,7 @@ def merged(chosen: Iterable[tuple[Part, NDArray[np.bool_]]]) -> Part:
         new_segment = np.cumsum(keep, dtype=np.int32) - 1 + np.int32(first_segment)
         new_group = np.cumsum(groups, dtype=np.int32) - 1 + np.int32(first_group)
         rows["group"] = new_group[rows["group"]]
-        tables.append(rows)
+        found_rows += rows.tobytes()
         found = {
             "segment": new_segment[part.segment[groups]],
             "number": part.number[groups],
@@ -136,18 +137,17 @@ def merged(chosen: Iterable[tuple[Part, NDArray[np.bool_]]]) -> Part:
         }
         for name, values in found.items():
             columns.setdefault(name, []).append(values)
-        names.append(part.names.filter(pa.array(keep)))
+        names.append(part.names.chosen(keep))
         first_group += int(groups.sum())
         first_segment += int(keep.sum())
     whole = {name: np.concatenate(columns.pop(name)) for name in list(columns)}
-    table = np.concatenate(tables)
-    tables.clear()
+    table = np.frombuffer(found_rows, ROW)
     table = table[np.lexsort((table["low"], table["high"]))]
     return Part(
         Rows.of(table),
         **whole,
         provenances=list(provenances),
-        names=pa.concat_arrays(names),
+        names=Names.joined(names),
         origins=list(origins),
     )
 
@@ -156,23 +156,26 @@ def encoded(part: Part) -> tuple[str, pa.Buffer]:
     """A part's file: its name and its bytes."""
     of_group = ("segment", "number", "rows", "asked")
     groups = pa.table({name: getattr(part, name) for name in of_group})
-    of_segment = ("names", "sizes", "changed", "origin")
-    segments = pa.table({name: getattr(part, name) for name in of_segment})
+    of_segment = ("sizes", "changed", "origin")
+    columns = {name: getattr(part, name) for name in of_segment}
+    segments = pa.table({"names": part.names.column(), **columns})
     described = {
         "version": VERSION,
         "origins": [asdict(origin) for origin in part.origins],
         "provenances": [asdict(provenance) for provenance in part.provenances],
     }
     metadata = {b"described": json.dumps(described).encode(), b"groups": _stream(groups)}
-    sink = pa.BufferOutputStream()
+    tail = _stream(segments.replace_schema_metadata(metadata))
+    tail += len(part.where).to_bytes(8, "little")
+    place, end = 0, len(part.where) * ROW.itemsize
+    data = np.empty(end + len(tail), np.uint8)  # A stream that grows is there twice.
     for rows in part.where.pieces():
-        sink.write(rows)
-    with pa.ipc.new_stream(sink, segments.schema.with_metadata(metadata)) as writer:
-        writer.write_table(segments)
-    sink.write(len(part.where).to_bytes(8, "little"))
-    data = sink.getvalue()
-    digest = blake2b(memoryview(data), digest_size=16).hexdigest()
-    return f"{digest}-{len(part.where)}.rows", data
+        data[place : place + rows.nbytes] = np.frombuffer(rows.tobytes(), np.uint8)
+        place += rows.nbytes
+    data[end:] = np.frombuffer(tail, np.uint8)
+    made = pa.py_buffer(data)
+    digest = blake2b(memoryview(made), digest_size=16).hexdigest()
+    return f"{digest}-{len(part.where)}.rows", made
 
 
 def rows_in(name: str) -> int:
@@ -197,9 +200,12 @@ def decoded(name: str, file: pa.NativeFile) -> Part:
         groups_in.extend([int(table["group"].min()), int(table["group"].max()) + 1])
 
     where = Rows.read_from(file, count, seen)
-    tail = file.read_at(size - end, end)
+    file.seek(end)
+    tail = file.read_buffer(size - end)  # Of Arrow's memory, which goes back when it is free.
     digest.update(tail)
-    if name != f"{digest.hexdigest()}-{count}.rows" or tail[-8:] != count.to_bytes(8, "little"):
+    if name != f"{digest.hexdigest()}-{count}.rows" or bytes(tail[-8:]) != count.to_bytes(
+        8, "little"
+    ):
         raise ValueError("its bytes are not what was written")
     segments = pa.ipc.open_stream(tail).read_all()
     metadata = segments.schema.metadata
@@ -208,21 +214,16 @@ def decoded(name: str, file: pa.NativeFile) -> Part:
         raise ValueError(f"it has version {described['version']}; this version reads {VERSION}")
     groups = pa.ipc.open_stream(metadata[b"groups"]).read_all()
 
-    def column(table: pa.Table, of: str, kind: type) -> NDArray[Any]:
-        return table[of].combine_chunks().to_numpy(zero_copy_only=False).astype(kind, copy=False)
-
+    numbers: dict[str, Any] = {
+        **{name: _narrow(groups[name]) for name in ("segment", "number", "rows", "asked")},
+        **{name: _narrow(segments[name]) for name in ("sizes", "changed", "origin")},
+    }
     part = Part(
         where,
-        column(groups, "segment", np.int32),
-        column(groups, "number", np.int32),
-        column(groups, "rows", np.int32),
-        column(groups, "asked", np.int32),
-        [Provenance(**provenance) for provenance in described["provenances"]],
-        segments["names"].combine_chunks(),
-        column(segments, "sizes", np.int64),
-        column(segments, "changed", np.int64),
-        column(segments, "origin", np.int32),
-        [Origin(signal=Signal(**o.pop("signal")), **o) for o in described["origins"]],
+        **numbers,
+        provenances=[Provenance(**provenance) for provenance in described["provenances"]],
+        names=Names.of_column(segments["names"]),
+        origins=[Origin(signal=Signal(**o.pop("signal")), **o) for o in described["origins"]],
     )
     _require_inside(part, min(groups_in), max(groups_in))
     return part
@@ -239,6 +240,16 @@ def _require_inside(part: Part, least: int, end: int) -> None:
     ):
         if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
             raise ValueError("it names segments that it does not have")
+
+
+def _narrow(column: pa.ChunkedArray) -> NDArray[np.integer]:
+    """Whole numbers in as few bytes as they need, apart from the buffer that they were read in."""
+    values = column.combine_chunks().to_numpy(zero_copy_only=False).astype(np.int64)
+    least, most = (int(values.min()), int(values.max())) if len(values) else (0, 0)
+    for kind in (np.uint8, np.uint16, np.uint32):
+        if least >= 0 and most <= np.iinfo(kind).max:
+            return values.astype(kind)
+    return values
 
 
 def _stream(table: pa.Table) -> bytes:

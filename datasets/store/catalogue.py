@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.reading import UnusableSegment
+from raystill.datasets.store.reading import Names, UnusableSegment
 from raystill.datasets.store.segment import Footer, Origin
 
 KEYS = pa.binary(KEY_BYTES)
@@ -29,7 +29,7 @@ Words = NDArray[np.uint64]
 """Keys as two numbers each [S, 2], which are equal where the keys are."""
 
 
-OUTLINED = np.dtype([("sizes", "i8"), ("rows", "i8"), ("marks", "u8"), ("origin", "i4")])
+OUTLINED = np.dtype([("marks", "u8"), ("sizes", "i8"), ("rows", "i4"), ("origin", "i4")])
 """What an outline has of a segment."""
 SPOOLED = np.dtype(
     [("low", "u8"), ("high", "u8"), ("segment", "i4"), ("place", "i4"), ("kind", "i4")]
@@ -179,7 +179,7 @@ class Outline:
     ``sizes[m]`` bytes, and ``marks[m]`` is the `mark_of` its keys.
     """
 
-    names: pa.Array  # string [M]
+    names: Names  # [M]
     sizes: NDArray[np.int64]  # [M]
     origin: NDArray[np.int32]  # [M]
     origins: list[Origin]
@@ -196,7 +196,7 @@ class Outline:
 
     def name(self, segment: int) -> str:
         """The name of a segment."""
-        return str(self.names[segment])
+        return self.names[segment]
 
     def dropped_of(self, segment: int) -> slice:
         """Which of the rows ``dropped`` are those of a segment."""
@@ -216,15 +216,16 @@ class Outlining:
     def __init__(self) -> None:
         self._origins: dict[Origin, int] = {}
         self._kinds: dict[Stored, int] = {}
-        self._parts: list[NDArray[np.void]] = [np.empty(0, OUTLINED)]
-        self._names: list[pa.Array] = [pa.array([], pa.string())]
+        self._parts = bytearray()  # of OUTLINED. It grows in place.
+        self._names: list[Names] = []
         self._spool = Spool()
         self._count = 0
 
     @property
-    def names(self) -> pa.ChunkedArray:
+    def names(self) -> Names:
         """Names of the segments that were added."""
-        return pa.chunked_array(self._names)
+        self._names = [Names.joined(self._names)]
+        return self._names[0]
 
     def add(self, read: Sequence[tuple[Entry, list[pa.Array]]], sizes: Sequence[int]) -> None:
         """Add segments, each with the keys of its groups, and their sizes in bytes."""
@@ -244,10 +245,10 @@ class Outlining:
             table["segment"], table["place"] = self._count + number, np.arange(footer.rows)
             tables.append(table)
             origin = self._origins.setdefault(footer.origin, len(self._origins))
-            part[number] = sizes[number], footer.rows, mark_of(footer, of_groups), origin
+            part[number] = mark_of(footer, of_groups), sizes[number], footer.rows, origin
         self._spool.add(np.concatenate(tables))
-        self._parts.append(part)
-        self._names.append(pa.array([entry.name for entry, _ in read], pa.string()))
+        self._parts += part.tobytes()
+        self._names.append(Names.of(entry.name for entry, _ in read))
         self._count += len(read)
 
     def outline(self, there: NDArray[np.bool_]) -> Outline:
@@ -255,18 +256,19 @@ class Outlining:
 
         Richer signals come first, then the order is that of the names.
         """
-        part, names, origins = np.concatenate(self._parts), self.names, list(self._origins)
-        by_name = pc.sort_indices(names).to_numpy().astype(np.int32)
+        part, origins = np.frombuffer(self._parts, OUTLINED), list(self._origins)
+        order = np.argsort(self.names.digests, kind="stable").astype(np.int32)
+        order = order[there[order]]
         richest = sorted({known.signal.richness for known in origins}, reverse=True)
-        rank = np.array([richest.index(known.signal.richness) for known in origins], np.int32)
-        order = by_name[there[by_name]]
+        rank = np.array([richest.index(known.signal.richness) for known in origins], np.int16)
         order = order[np.argsort(rank[part["origin"][order]], kind="stable")]
-        part, names = part[order], pa.concat_arrays(names.take(pa.array(order)).chunks)
         number = np.full(self._count, -1, np.int32)
-        number[order] = np.arange(len(order))
-        first = np.concatenate([[0], np.cumsum(part["rows"])])
+        number[order] = np.arange(len(order), dtype=np.int32)
+        first = np.zeros(len(order) + 1, np.int64)
+        np.cumsum(part["rows"][order], out=first[1:])
         dropped, held_in, shared = self._duplicates(number, first)
-        sizes, marks, origin = (part[name].copy() for name in ("sizes", "marks", "origin"))
+        sizes, marks, origin = (part[name][order] for name in ("sizes", "marks", "origin"))
+        names = self.names.chosen(order)
         return Outline(names, sizes, origin, origins, first, marks, dropped, held_in, shared)
 
     def _duplicates(

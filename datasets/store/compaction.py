@@ -110,7 +110,7 @@ def _compact(
 ) -> Compacted:
     """``compact``, under the lease."""
     outline, refused = _to_compact(store)
-    batches = list(_segments_to_merge(outline))
+    batches = list(_segments_to_merge(outline))  # Views of one array.
     if batches:
         store.note_merged(outline.name(segment) for batch in batches for segment in batch)
     merged = duplicates = 0
@@ -195,7 +195,7 @@ def _outlining(store: TeacherStore) -> tuple[Outlining, NDArray[np.bool_], Refus
         if not unread.any():
             break
         for some in listing.chosen(unread).together(OPENED_TOGETHER):
-            read(dict(zip(some.names.to_pylist(), some.sizes.tolist(), strict=True)), ())
+            read(dict(zip(some.names, some.sizes.tolist(), strict=True)), ())
         again, late = late, {}
         read(again, None)  # All of them wait together.
         for name in [n for n, error in refused.items() if isinstance(error, GoneSegment)]:
@@ -206,7 +206,7 @@ def _outlining(store: TeacherStore) -> tuple[Outlining, NDArray[np.bool_], Refus
     return made, is_in(made.names, listing.names), refused
 
 
-def _segments_to_merge(outline: Outline) -> Iterator[NDArray[np.int64]]:
+def _segments_to_merge(outline: Outline) -> Iterator[NDArray[np.int32]]:
     """Batches of segments to be merged into one each.
 
     A batch has one origin, at most COMPACT_ROWS rows and COMPACT_BYTES of files. A single segment
@@ -214,10 +214,10 @@ def _segments_to_merge(outline: Outline) -> Iterator[NDArray[np.int64]]:
     """
     with_duplicates = np.zeros(len(outline.sizes), bool)
     with_duplicates[np.searchsorted(outline.first, outline.dropped, side="right") - 1] = True
-    by_origin = np.argsort(outline.origin, kind="stable")
+    by_origin = np.argsort(outline.origin, kind="stable").astype(np.int32)
     lengths, origin = np.diff(outline.first), outline.origin
 
-    def batch(start: int, stop: int) -> list[NDArray[np.int64]]:
+    def batch(start: int, stop: int) -> list[NDArray[np.int32]]:
         worth = stop - start > 1 or (stop > start and with_duplicates[by_origin[start]])
         return [by_origin[start:stop]] if worth else []
 

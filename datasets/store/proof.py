@@ -4,11 +4,12 @@ Imports neither Ray nor torch.
 """
 
 from collections.abc import Collection
+from contextlib import suppress
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raystill.datasets.store.catalogue import Stored
+from raystill.datasets.store.catalogue import KEYS, Stored
 from raystill.datasets.store.lease import Lease
 from raystill.datasets.store.reading import ImpossibleValues, UnusableSegment
 from raystill.datasets.store.segment import Footer, Origin, segment_schema
@@ -23,21 +24,27 @@ def refuse_impossible(name: str, rows: pa.Table, origin: Origin) -> None:
     """Raise ImpossibleValues if some of a segment's rows have values that no teacher means."""
     if number := int(impossible_rows(rows, origin.signal, origin.vocab_size).sum()):
         raise ImpossibleValues(
-            name, f"{number} of {len(rows)} rows of a group have logprobs or ids that cannot be"
+            name, f"{number} of {len(rows)} rows read have logprobs or ids that cannot be"
         )
 
 
 def problem_of(store: TeacherStore, name: str) -> UnusableSegment | None:
     """The error that reading the whole segment ends with; None if it is sound."""
     try:
-        file = store.open(name)
-        columns = segment_schema(file.footer.origin.signal).names
-        for group in range(len(file.footer.groups)):
-            rows = file.read(group, columns)
-            refuse_impossible(name, rows, file.footer.origin)
+        read_whole(store, name)
     except UnusableSegment as error:
         return error
     return None
+
+
+def read_whole(store: TeacherStore, name: str) -> tuple[Footer, pa.Array]:
+    """Read all of a segment; its footer, and the keys of all groups. Raises UnusableSegment."""
+    file = store.open(name)
+    origin, keys = file.footer.origin, []
+    for rows in file.pieces(segment_schema(origin.signal).names):
+        refuse_impossible(name, rows, origin)
+        keys.extend(rows["key"].chunks)
+    return file.footer, pa.concat_arrays([pa.array([], KEYS), *keys])
 
 
 class Proof:
@@ -80,11 +87,14 @@ class Proof:
         if name not in self._read:
             self._read[name] = None
             stamp = self._store.stamp(name)
-            if stamp is not None and problem_of(self._store, name) is None:
-                file = self._store.open(name)
-                signal = file.footer.origin.signal
-                keys: dict[Stored, list[pa.Array]] = {}
-                for group, of_group in zip(file.footer.groups, file.keys(), strict=True):
-                    keys.setdefault(Stored(signal, group.scored), []).append(of_group)
-                self._read[name] = stamp, {k: pa.concat_arrays(v) for k, v in keys.items()}
+            with suppress(UnusableSegment):
+                footer, keys = read_whole(self._store, name)
+                signal, start = footer.origin.signal, 0
+                of_kind: dict[Stored, list[pa.Array]] = {}
+                for group in footer.groups:
+                    mine, start = keys.slice(start, group.rows), start + group.rows
+                    of_kind.setdefault(Stored(signal, group.scored), []).append(mine)
+                if stamp is not None:
+                    whole = {kind: pa.concat_arrays(several) for kind, several in of_kind.items()}
+                    self._read[name] = stamp, whole
         return self._read[name]

@@ -9,6 +9,7 @@ Imports neither Ray nor torch.
 """
 
 import os
+import re
 import resource
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -42,8 +43,11 @@ Where it does not, eight threads take twice as much of the processor, and no les
 LISTED_TOGETHER = 4096
 """Files of a local store that are looked at together."""
 
-NAMES_TOGETHER = 1 << 17
-"""Names of segments that a table is made of, to look others up in it."""
+HASH_NAME = re.compile(r"[0-9a-f]{32}\.parquet")
+"""Name that a segment has from its keys."""
+
+DIGEST = np.dtype("S16")
+"""A name of a segment. Strings of bytes are ordered and found by their bytes, as numpy has them."""
 
 T = TypeVar("T")
 
@@ -89,53 +93,139 @@ RefusedSegments = dict[str, UnusableSegment]
 """Segments that cannot be used, by name. The class of the error says whether one may be deleted."""
 
 
+class Names:
+    """Names of segments in 16 bytes each: the hash that a name is; of any other name, its own hash.
+
+    digests: [n], such hashes. others: the names that are none, by their hash.
+    """
+
+    def __init__(self, digests: NDArray[np.bytes_], others: dict[bytes, str]) -> None:
+        self.digests = digests
+        self.others = others
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> "Names":
+        """These names, in their order."""
+        digests, others = bytearray(), {}
+        for name in names:
+            if HASH_NAME.fullmatch(name):
+                digests += bytes.fromhex(name[:32])
+            else:
+                digest = blake2b(os.fsencode(name), digest_size=16).digest()
+                others[digest] = name
+                digests += digest
+        return cls(np.frombuffer(digests, DIGEST), others)
+
+    @classmethod
+    def of_column(cls, column: pa.ChunkedArray) -> "Names":
+        """The names in a column of strings."""
+        names = column.combine_chunks().cast(pa.string())
+        ours = pc.match_substring_regex(names, f"^{HASH_NAME.pattern}$")
+        if names.null_count or not pc.all(ours, min_count=0).as_py():
+            return cls.of(names.to_pylist())
+        if not len(names):
+            return cls.of([])
+        width = len(names[0].as_py())
+        _, offsets, text = names.buffers()
+        first = int(np.frombuffer(offsets, np.int32)[names.offset])
+        letters = np.frombuffer(text, np.uint8)[first : first + width * len(names)]
+        hashes = letters.reshape(-1, width)[:, : 2 * DIGEST.itemsize].tobytes()
+        return cls(np.frombuffer(bytearray.fromhex(hashes.decode()), DIGEST), {})
+
+    def column(self) -> pa.Array:
+        """The names as an array of strings."""
+        if self.others:
+            return pa.array(list(self), pa.string())
+        hashes = np.frombuffer(self.digests.tobytes().hex().encode(), np.uint8)
+        letters = hashes.reshape(len(self), 2 * DIGEST.itemsize)
+        ending = np.broadcast_to(np.frombuffer(b".parquet", np.uint8), (len(self), 8))
+        text = np.concatenate([letters, ending], axis=1)
+        offsets = np.arange(len(self) + 1, dtype=np.int32) * np.int32(text.shape[1])
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(text)]
+        return pa.Array.from_buffers(pa.string(), len(self), buffers)
+
+    def __len__(self) -> int:
+        return len(self.digests)
+
+    def __getitem__(self, number: int) -> str:
+        digest = self.digests[number].ljust(16, b"\0")  # numpy leaves out zeros at the end.
+        return self.others.get(digest, f"{digest.hex()}.parquet")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[number] for number in range(len(self)))
+
+    def chosen(self, some: NDArray[Any] | slice) -> "Names":
+        """Some of them: by a mask, by numbers or by a slice."""
+        return Names(self.digests[some], self.others)
+
+    @classmethod
+    def joined(cls, several: Sequence["Names"]) -> "Names":
+        """Several after one another."""
+        digests = np.concatenate([np.empty(0, DIGEST), *(names.digests for names in several)])
+        others = {digest: name for names in several for digest, name in names.others.items()}
+        return cls(digests, others)
+
+
+def places_in(ascending: Names, wanted: Names) -> NDArray[np.int64]:
+    """The place of each of the names ``wanted`` among others, which ascend; -1 if it is not there.
+
+    [n] of the wanted ones.
+    """
+    if not len(ascending):
+        return np.full(len(wanted), -1)
+    places = np.searchsorted(ascending.digests, wanted.digests)
+    places[places == len(ascending)] = 0
+    places[ascending.digests[places] != wanted.digests] = -1
+    return places
+
+
+def is_in(names: Iterable[str] | Names, among: Iterable[str] | Names) -> NDArray[np.bool_]:
+    """Mask of the names that are among others."""
+    first, second = (n if isinstance(n, Names) else Names.of(n) for n in (names, among))
+    digests = second.digests
+    if len(digests) > 1 and (digests[1:] < digests[:-1]).any():
+        digests = np.sort(digests)
+    return np.asarray(places_in(Names(digests, {}), first) >= 0)
+
+
 @dataclass(frozen=True)
 class Listing:
-    """The segments that are there: names (string), sizes in bytes, times of change in ns."""
+    """The segments that are there, in the order of `Names.digests`: names, sizes in bytes, times of
+    change in ns.
+    """
 
-    names: pa.ChunkedArray
+    names: Names
     sizes: NDArray[np.int64]
     changed: NDArray[np.int64]
 
     @classmethod
     def of(cls, files: Iterable[list[pafs.FileInfo]], without: Collection[str] = ()) -> "Listing":
         """The listing of these files except those ``without``."""
-        names, numbers = [], [np.empty((0, 2), np.int64)]
+        # They grow in place, and are put in order one by one: two of them take as much as all else.
+        told = {"digests": bytearray(), "sizes": bytearray(), "changed": bytearray()}
+        others: dict[bytes, str] = {}
         for infos in files:
             chosen = [info for info in infos if info.base_name not in without]
-            names.append(pa.array([info.base_name for info in chosen], pa.string()))
-            stamps = [(info.size or 0, info.mtime_ns or 0) for info in chosen]
-            numbers.append(np.array(stamps, np.int64).reshape(-1, 2))
-        sizes, changed = np.concatenate(numbers).T.copy()
-        return cls(pa.chunked_array(names, pa.string()), sizes, changed)
+            names = Names.of(info.base_name for info in chosen)
+            others |= names.others
+            told["digests"] += names.digests.tobytes()
+            told["sizes"] += np.array([info.size or 0 for info in chosen], np.int64).tobytes()
+            told["changed"] += np.array([i.mtime_ns or 0 for i in chosen], np.int64).tobytes()
+        digests = np.frombuffer(told.pop("digests"), DIGEST)
+        order = np.argsort(digests, kind="stable").astype(np.int32)
+        digests = digests[order]
+        sizes, changed = (np.frombuffer(told.pop(n), np.int64)[order] for n in ("sizes", "changed"))
+        return cls(Names(digests, others), sizes, changed)
 
     def chosen(self, some: NDArray[np.bool_]) -> "Listing":
         """Some of them, by a mask."""
-        return Listing(self.names.filter(pa.array(some)), self.sizes[some], self.changed[some])
+        return Listing(self.names.chosen(some), self.sizes[some], self.changed[some])
 
     def together(self, number: int) -> Iterator["Listing"]:
         """All of them, so many at a time."""
         for start in range(0, len(self.sizes), number):
             some = slice(start, start + number)
-            names = self.names.slice(start, number)
-            yield Listing(names, self.sizes[some], self.changed[some])
-
-
-def is_in(
-    names: Iterable[str] | pa.Array | pa.ChunkedArray,
-    among: Iterable[str] | pa.Array | pa.ChunkedArray,
-) -> NDArray[np.bool_]:
-    """Mask of the names that are among others; these are looked at NAMES_TOGETHER at a time."""
-    first, second = (
-        given if isinstance(given, (pa.Array, pa.ChunkedArray)) else pa.array(given, pa.string())
-        for given in (names, among)
-    )
-    found = np.zeros(len(first), bool)
-    for start in range(0, len(second), NAMES_TOGETHER):
-        some = second.slice(start, NAMES_TOGETHER)
-        some = some.combine_chunks() if isinstance(some, pa.ChunkedArray) else some
-        found |= pc.is_in(first, value_set=some).to_numpy(zero_copy_only=False)
-    return found
+            yield Listing(self.names.chosen(some), self.sizes[some], self.changed[some])
 
 
 def files_in(

@@ -12,7 +12,7 @@ Imports neither Ray nor torch. Nothing in a segment is ever unpickled.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -48,15 +48,8 @@ READ_WHOLE_BYTES = 128 << 10
 THREADS_BYTES = 1 << 20
 """Size from which several threads decode the columns of a group. Those cost time to start."""
 
-READ_ERRORS = (
-    pa.ArrowException,
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    IndexError,
-    AttributeError,
-)
+WRONG = (ValueError, KeyError, TypeError, IndexError, AttributeError)
+READ_ERRORS = (pa.ArrowException, OSError, *WRONG)
 """What reading a damaged segment may raise, or a sound one that is out of reach."""
 
 
@@ -250,7 +243,7 @@ class SegmentFile:
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         """These columns of one group, whose checksums are verified."""
         try:
-            if self._file.metadata.row_group(group).total_byte_size > THREADS_BYTES:
+            if self._size(group) > THREADS_BYTES:
                 known = {"metadata": self._file.metadata, "page_checksum_verification": True}
                 with suppress(*READ_ERRORS):  # What is wrong is seen by reading it once more.
                     file = pq.ParquetFile(self._for_threads, **known)
@@ -270,20 +263,45 @@ class SegmentFile:
             raise ValueError(f"{', '.join(wrong) or 'its row count'} is not what was written")
         return rows.select(list(columns))
 
+    def pieces(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """These columns of all groups, verified; small ones together, up to THREADS_BYTES."""
+        start, sizes = 0, [self._size(group) for group in range(len(self.footer.groups))]
+        while start < len(sizes):
+            stop, size = start + 1, sizes[start]
+            while stop < len(sizes) and size + sizes[stop] <= THREADS_BYTES:
+                stop, size = stop + 1, size + sizes[stop]
+            alone = stop == start + 1
+            yield self.read(start, columns) if alone else self._together(start, stop, columns)
+            start = stop
+
     def keys(self) -> list[pa.Array]:
         """The keys of each group, whose checksums are verified."""
-        groups = self.footer.groups
-        starts = np.cumsum([0, *(group.rows for group in groups)])
+        if not (groups := self.footer.groups):
+            return []
+        whole = self._together(0, len(groups), ["key"])["key"].combine_chunks()
+        starts = np.cumsum([0, *(group.rows for group in groups)]).tolist()
+        return [whole.slice(at, g.rows) for at, g in zip(starts[:-1], groups, strict=True)]
+
+    def _together(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
+        """`read` of several groups that follow each other, with one look into the file."""
+        names, place = list(columns), 0
         try:
-            column = self._file.read_row_groups(range(len(groups)), ["key"], use_threads=False)
-            whole = column["key"].combine_chunks()
-            keys = [whole.slice(s, g.rows) for s, g in zip(starts[:-1], groups, strict=True)]
-            sums = [checksum(of_group) for of_group in keys]
-            if len(whole) == starts[-1] and sums == [g.checksums["key"] for g in groups]:
-                return keys
+            whole = self._file.read_row_groups(range(start, stop), names, use_threads=False)
+            whole = whole.combine_chunks().select(names)
+            for group in self.footer.groups[start:stop]:
+                rows = whole.slice(place, group.rows)
+                if any(checksum(rows[name]) != group.checksums[name] for name in names):
+                    raise ValueError("a group is not what was written")
+                place += group.rows
+            if place == len(whole):
+                return whole
         except READ_ERRORS:
             pass  # Read one by one, the group at fault is named.
-        return [self.read(i, ["key"])["key"].combine_chunks() for i in range(len(groups))]
+        return pa.concat_tables([self.read(i, names) for i in range(start, stop)])
+
+    def _size(self, group: int) -> int:
+        """Bytes of a group before compression."""
+        return int(self._file.metadata.row_group(group).total_byte_size)
 
     def _as_unusable(self, error: BaseException, where: str = "") -> UnusableSegment:
         """The UnusableSegment that an error of reading stands for."""
@@ -303,8 +321,7 @@ class SegmentFile:
         All groups are read. DamagedSegment if a key is missing.
         """
         names = ["key", *(column for column in columns if column != "key")]
-        groups = range(len(self.footer.groups))
-        rows = pa.concat_tables([self.read(i, names) for i in groups]).combine_chunks()
+        rows = pa.concat_tables(self.pieces(names)).combine_chunks()
         stored = rows["key"].combine_chunks()
         index = pc.index_in(keys.combine_chunks().cast(stored.type), value_set=stored)
         if index.null_count:

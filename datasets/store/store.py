@@ -10,6 +10,7 @@ are then published under the next name (``segment.next_name``).
 Imports neither Ray nor torch.
 """
 
+import io
 import os
 import tempfile
 import time
@@ -130,12 +131,15 @@ class TeacherStore:
         """
         stamp, old = self.merged()
         recent = stamp is not None and time.time() - stamp[1] / 1e9 < MERGED_KEPT_S
-        new = bytearray(old if recent else b"")
+        new = io.BytesIO()  # Written from where it is: as bytes it would be there twice.
+        new.write(old if recent else b"")
+        del old
         for name in names:
             if OWN_NAME.fullmatch(name) and not name.startswith("."):
-                new += bytes.fromhex(name[:32])
-        if new:
-            self.folder.write_bytes(MERGED, bytes(new))
+                new.write(bytes.fromhex(name[:32]))
+        if new.tell():
+            new.seek(0)
+            self.folder.write_bytes(MERGED, new)
 
     def merged(self, known: Merged = (None, b"")) -> Merged:
         """What `note_merged` wrote: the file's stamp and bytes; ``known`` if it is the same."""

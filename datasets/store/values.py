@@ -30,17 +30,22 @@ def impossible_rows(rows: pa.Table, signal: Signal, vocab_size: int) -> NDArray[
     bad = np.zeros(len(rows), bool)
     if signal.kind == "text":
         return bad
-    lengths = rows["response_ids"].combine_chunks().value_lengths().fill_null(0)
-    row_of = np.repeat(np.arange(len(rows)), lengths.to_numpy(zero_copy_only=False))
+
+    def row_of() -> tuple[NDArray[np.int64], NDArray[np.int64]]:  # Of sound rows nobody asks.
+        told = rows["response_ids"].combine_chunks().value_lengths().fill_null(0)
+        lengths = told.to_numpy(zero_copy_only=False)
+        return np.repeat(np.arange(len(rows)), lengths), lengths
 
     def mark(tokens: np.bool_ | NDArray[np.bool_]) -> None:
-        bad[row_of[np.asarray(tokens, bool)]] = True
+        if np.any(tokens):
+            bad[row_of()[0][np.asarray(tokens, bool)]] = True
 
     drawn = _flat(rows["sampled_logprobs"])
     wrong = ~(drawn <= TOLERANCE_NATS)
-    if signal.kind == "hidden":
-        missing = np.bincount(row_of[np.isnan(drawn)], minlength=len(rows))
-        wrong &= (missing != lengths.to_numpy(zero_copy_only=False))[row_of]
+    if signal.kind == "hidden" and wrong.any():
+        of_token, lengths = row_of()
+        missing = np.bincount(of_token[np.isnan(drawn)], minlength=len(rows))
+        wrong &= (missing != lengths)[of_token]
     mark(wrong)
     if signal.kind == "topk":
         best = _flat(rows["topk_logprobs"]).reshape(-1, signal.width)
@@ -82,17 +87,20 @@ def _update_digest(digest: Any, array: pa.Array, nested: bool = False) -> None:
     if array.null_count:
         digest.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes())
     if pa.types.is_list(kind):
-        lengths = array.value_lengths()
-        lengths = lengths.fill_null(0) if array.null_count else lengths
-        digest.update(lengths.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
+        if array.null_count or not len(array):  # An empty one may have no offsets at all.
+            lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        else:
+            lengths = np.diff(array.offsets.to_numpy())
+        digest.update(lengths.astype("<i4").tobytes())
         _update_digest(digest, array.flatten(), nested=True)
     elif pa.types.is_fixed_size_list(kind):
         _update_digest(digest, array.flatten(), nested=True)
     elif pa.types.is_fixed_size_binary(kind) and nested:
         digest.update(_bytes_of(array))
     elif pa.types.is_string(kind) or pa.types.is_fixed_size_binary(kind):
-        for value in array.cast(pa.large_binary()).to_pylist():
-            digest.update(b"\0" if value is None else b"%d:%b" % (len(value), value))
+        values = array.view(pa.binary()) if pa.types.is_string(kind) else array
+        told = (b"\0" if v is None else b"%d:%b" % (len(v), v) for v in values.to_pylist())
+        digest.update(b"".join(told))
     else:
         values = array.fill_null(0) if array.null_count else array
         digest.update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)).tobytes())

@@ -519,10 +519,10 @@ def test_a_listing_is_that_of_the_file_system_however_many_are_looked_at_togethe
     for together in (1, 2, 4096):
         monkeypatch.setattr("raystill.datasets.store.reading.LISTED_TOGETHER", together)
         told = store.listing()
-        found = zip(told.names.to_pylist(), told.sizes.tolist(), told.changed.tolist(), strict=True)
+        found = zip(told.names, told.sizes.tolist(), told.changed.tolist(), strict=True)
         assert sorted(found) == wanted
         few = store.listing(without=[wanted[0][0]])
-        assert sorted(few.names.to_pylist()) == [name for name, _, _ in wanted[1:]]
+        assert sorted(few.names) == [name for name, _, _ in wanted[1:]]
 
 
 def die_writing(path: str) -> None:

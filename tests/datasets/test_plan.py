@@ -1,5 +1,7 @@
 """The plan's arithmetic: order, groups, steps."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -63,6 +65,18 @@ def test_remaining_groups_are_just_what_the_ledger_lacks(num_rows, group_rows, d
     left = np.concatenate(groups) if groups else np.array([], np.int64)
     assert left.tolist() == sorted(set(range(num_rows)) - trained)
     assert all(len(set(group // group_rows)) == 1 for group in groups)
+
+
+def test_the_first_group_does_not_wait_for_the_others_to_be_cut():
+    """Of ten million rows the others are a million arrays."""
+    rows = 800_000
+    ledger = Ledger(rows)
+    tracemalloc.start()
+    first = next(groups := remaining_groups(rows, 8, ledger))
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert first.tolist() == list(range(8)) and next(groups).tolist() == list(range(8, 16))
+    assert held < 10 * rows  # 8 bytes a row, and where each group ends
 
 
 def test_nothing_is_left_of_a_finished_epoch():

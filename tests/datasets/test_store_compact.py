@@ -432,7 +432,7 @@ def test_an_outline_says_what_the_catalogue_says(
     for left_out in ([], choice.sample(store.names(), 3), store.names()):
         told = store.catalogue(without=left_out)
         outline = made.outline(there & ~is_in(made.names, left_out))
-        assert outline.names.to_pylist() == [entry.name for entry in told.entries]
+        assert list(outline.names) == [entry.name for entry in told.entries]
         of_each = [outline.origins[number] for number in outline.origin]
         assert of_each == [entry.footer.origin for entry in told.entries]
         assert outline.sizes.tolist() == [store.size(entry.name) for entry in told.entries]
