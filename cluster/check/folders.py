@@ -99,6 +99,14 @@ def check_weights(where: str, model: ModelFolder, *, fetched: bool) -> list[Prob
     return broken or [Problem(where, text) for text in _misfits(model, whole=fetched)]
 
 
+def require_sound(where: str, model: ModelFolder) -> None:
+    """Raise ConfigError where settings or files of weights cannot be used, before any engine is."""
+    found = weight_problems(model.path, fetched="snapshots" not in model.path.parts)
+    broken = [Problem(where, f"{file} {why}") for file, why in found]
+    if problems := check_settings(where, model) + broken:
+        raise ConfigError(problems)
+
+
 def check_architecture(where: str, model: ModelFolder, *, trusted: bool, served: bool) -> list[str]:
     """Problems with what the model is. ``served``: by vLLM; else it is to be trained.
 

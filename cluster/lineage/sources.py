@@ -89,13 +89,14 @@ def _described(
 def _licence_hash(folder: ModelFolder | None) -> str | None:
     for name in LICENCE_FILES:
         if folder is not None and (path := folder.path / name).is_file():
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            with path.open("rb") as file:  # Of any size, since nobody reads it.
+                return hashlib.file_digest(file, "sha256").hexdigest()
     return None
 
 
 def _hub_id(name: str | None) -> str | None:
     """The name, where it is one on the Hugging Face Hub and not a folder."""
-    if name is None or Path(name).expanduser().exists() or name.count("/") != 1:
+    if name is None or os.path.exists(os.path.expanduser(name)) or name.count("/") != 1:
         return None
     return None if name.startswith((".", "/", "~")) else name
 

@@ -22,8 +22,8 @@ from raystill.model.sizes import Sizes
 from raystill.model.tokenizer import check_tokenizer, load_tokenizer
 from raystill.model.weights import header_of, layer_of, size_of
 from raystill.placement.memory import Decoder
-from tests.hostile.generators import JSON_TREES
 from tests.hostile.judge import Told, call, faults, inside, write
+from tests.hostile.parts import JSON_TREES
 from tests.hostile.places import Bases
 from tests.support.end_to_end import TEACHER
 
