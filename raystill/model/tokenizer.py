@@ -7,12 +7,16 @@ It also says which tokens are control tokens (:func:`control_tokens`), and reads
 of them can be written (:class:`PlainText`).
 """
 
+import base64
 import hashlib
 import json
+import os
 import re
 import secrets
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +25,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from raystill.base.errors import config_error
-from raystill.base.records import read_bounded
+from raystill.base.records import mapping, read_bounded
 from raystill.base.user_function import tried
 from raystill.model.files import LARGEST_FILE, read_object
 
@@ -42,6 +46,8 @@ models of images have 750,000. How a template can make one is tried at each char
 TRIAL = "".join(map(chr, range(32, 127))) + "é中😀\n"
 TRIAL_S, TRIAL_BYTES, MOST_TIMES = 2, 1 << 30, 100
 """Processor time and memory in which a tokenizer reads it, and how much longer it may make it."""
+NO_PANICS = (KeyboardInterrupt, SystemExit, MemoryError)
+"""What is no fault of a tokenizer. A panic of a library in Rust is no Exception of Python's."""
 LARGEST_TEMPLATE = 1 << 20
 """Bytes of a chat template; the longest known has 20 KB."""
 
@@ -124,10 +130,14 @@ def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
             "(AutoTokenizer.from_pretrained(...).save_pretrained(folder))",
         )
     try:
-        read_bounded(path, LARGEST_FILE)
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # The tokenizers library raises plain Exception.
-        raise config_error(str(path), f"is not a tokenizer ({error}); save it again") from None
+        _require_tables(read_bounded(path, LARGEST_FILE))
+        with _told_after():
+            tokenizer = Tokenizer.from_file(str(path))
+    except BaseException as error:  # The library raises plain Exception, and panics as Rust does.
+        if isinstance(error, NO_PANICS):
+            raise
+        reason = str(error).partition("\n")[0][:300]
+        raise config_error(str(path), f"is not a tokenizer ({reason}); save it again") from None
     # tokenizer.json may have been saved with the truncation and padding of a training.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -148,6 +158,46 @@ def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
+def _require_tables(content: bytes) -> None:
+    """ValueError for a table of a normaliser that is shorter than it says.
+
+    The library takes as much memory as its first four bytes say, up to 8 GB, and ends the process
+    where there is less.
+    """
+    if b"recompiled" not in content and b"\\u" not in content:  # No other spelling is there.
+        return
+    waiting = [mapping(json.loads(content)).get("normalizer")]
+    while waiting:
+        one = waiting.pop()
+        waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        text = one.get("precompiled_charsmap") if isinstance(one, dict) else None
+        table = base64.b64decode(text) if isinstance(text, str) else b""
+        size = int.from_bytes(table[:4], "little")
+        if size > len(table):
+            raise ValueError(
+                f"a table of its normaliser says {size:,} bytes and has {len(table):,}"
+            )
+
+
+@contextmanager
+def _told_after() -> Iterator[None]:
+    """What is written to the standard error meanwhile comes after; nothing where all ends in error.
+
+    A panic of Rust writes a stack there, before it is an error that a person is told in a sentence.
+    """
+    with tempfile.TemporaryFile() as kept:
+        before = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+        kept.seek(0)
+        if told := kept.read():
+            os.write(2, told)
+
+
 def check_tokenizer(folder: Path, settings: dict[str, Any]) -> None:
     """Raise ConfigError for a tokenizer with which no prompt can be read, or none twice alike.
 
@@ -162,12 +212,19 @@ def check_tokenizer(folder: Path, settings: dict[str, Any]) -> None:
             raise MemoryError
         tokenizer.encode(TRIAL)
 
+    ids: list[int] = []
     reason = tried(read, TRIAL_S, TRIAL_BYTES)
+    try:
+        ids = [] if reason else tokenizer.encode(TRIAL).ids
+    except BaseException as error:
+        if isinstance(error, NO_PANICS):
+            raise
+        reason = f"cannot read ({str(error).partition(chr(10))[0][:300]})"
     if reason:
         reason += f" for a text of {len(TRIAL)} characters"
     elif getattr(tokenizer.model, "dropout", None):
         reason = "has a dropout, with which a text is read in another way each time"
-    elif max(tokenizer.encode(TRIAL).ids, default=0) >= shared.num_ids:
+    elif max(ids, default=0) >= shared.num_ids:
         reason = f"adds ids to a text that are none of its {shared.num_ids} tokens"
     if reason:
         message = f"{reason}; save the tokenizer again"

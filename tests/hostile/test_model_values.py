@@ -17,6 +17,9 @@ import pytest
 from hypothesis import given, settings
 
 from raystill.base.errors import ConfigError
+from raystill.base.records import natural
+from raystill.cluster.report.summary import student_written_line
+from raystill.config.describe import value_at
 from raystill.model.files import DEEPEST, NO_LIMIT, read_object, unfit
 from raystill.model.sizes import Sizes
 from raystill.model.tokenizer import check_tokenizer, load_tokenizer
@@ -185,6 +188,25 @@ TOKENIZERS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: tokenizer_with(normalizer={"type": "Prepend", "prepend": "x" * 100_000}),
         "for a text of",
     ),
+    "a table that is none": (
+        lambda: tokenizer_with(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),
+        "is not a tokenizer (Precompiled",
+    ),
+    "a table of 8 GB": (
+        lambda: tokenizer_with(
+            normalizer={
+                "type": "Sequence",
+                "normalizers": [{"type": "Precompiled", "precompiled_charsmap": "////////"}],
+            }
+        ),
+        "says 4,294,967,295 bytes and has 6",
+    ),
+    "a table of 8 GB, spelt otherwise": (
+        lambda: tokenizer_with(
+            normalizer={"type": "Precompiled", "precompiled_charsmap": "////////"}
+        ).replace(b"Precompiled", b"Pre\\u0063ompiled"),
+        "says 4,294,967,295 bytes and has 6",
+    ),
     "a reading that differs each time": (
         lambda: tokenizer_with(model={"dropout": 0.5}),
         "has a dropout",
@@ -207,9 +229,13 @@ TOKENIZERS: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_a_tokenizer_that_cannot_read(bases: Bases, kind: str) -> None:
+def test_a_tokenizer_that_cannot_read(
+    bases: Bases, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A library in Rust ends in a panic, whose stack it would write beside the sentence."""
     make, word = TOKENIZERS[kind]
     refused(bases, {"tokenizer.json": make()}, "teacher.yaml", "tokenizer.json", word)
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -261,6 +287,15 @@ def test_names_of_layers_are_numbers_of_ascii(tmp_path: Path, digits: str) -> No
     """``isdigit`` holds for a raised two, of which ``int`` makes an error."""
     assert layer_of(f"model.layers.{digits}.mlp.weight") is None
     assert layer_of("model.layers.12.mlp.weight") == 12
+
+
+@pytest.mark.parametrize("digits", ["²", "9" * 5000, "-1", "1.5", "x", ""])
+def test_keys_that_are_no_numbers_are_left_out(digits: str) -> None:
+    assert natural(digits) is None and natural("12") == 12
+    written = {"rows": 2, "staleness": {digits: 1, "3": 1}}
+    assert student_written_line(written) == "2 rows, by weights at most 3 steps old"
+    assert value_at({"a": [{"b": 1}]}, f"a.{digits}") is None
+    assert value_at({"a": [{"b": 1}]}, "a.0.b") == 1
 
 
 def test_an_index_of_no_files_is_no_index(tmp_path: Path) -> None:

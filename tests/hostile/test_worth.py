@@ -15,6 +15,7 @@ import pytest
 
 from raystill.base.errors import RunError
 from raystill.base.run_folder import HELD_OUT_PROMPTS
+from raystill.cluster.commands import calibrate
 from raystill.cluster.worth import draft, speed, tasks
 from tests.hostile.judge import call, faults, inside, write
 from tests.hostile.places import Bases
@@ -63,7 +64,7 @@ def told(place: Path, command: str, files: dict[str, bytes | str]) -> str:
     write(place, {f"run/{name}": content for name, content in files.items()})
     with inside(place):
         found = call((command, "run", *COMMANDS[command]))
-    assert not list(faults(found, frozenset({1, 2})))
+    assert not list(faults(found, frozenset({1, 2}), False))
     return found.out + found.err
 
 
@@ -114,3 +115,21 @@ def test_a_student_that_is_broken(run: Path, command: str, kind: str) -> None:
     name, content, word = STUDENT[kind]
     text = told(run, command, {f"student/{name}": content})
     assert word in text and BEGUN not in text
+
+
+PATHS = ("\0", "~nobody/x", "x" * 300, "a\ud800", "/dev/null", "sound.yaml/x", "", "missing")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=ascii)
+@pytest.mark.parametrize("command", ["speed", "draft", "push", "tasks"])
+def test_paths_that_are_none(run: Path, command: str, path: str) -> None:
+    with inside(run):
+        found = call((command, *COMMANDS.get(command, ("--to=a/b",)), "--", path))
+    assert not list(faults(found, frozenset({1, 2}), False))
+    assert BEGUN not in found.err
+
+
+@pytest.mark.parametrize("path", ["\0", "x" * 300, "sound.yaml/x", "/dev/null"], ids=ascii)
+def test_a_report_of_calibration_that_cannot_be_written(run: Path, path: str) -> None:
+    with inside(run), pytest.raises(RunError, match="name another"):
+        calibrate._made(path)
