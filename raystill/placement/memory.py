@@ -14,8 +14,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raystill.base.records import natural
 from raystill.config.training import TrainingConfig
-from raystill.model.weights import layer_of
 
 STATE_BYTES = {"adamw": 8.0, "adamw_bf16": 6.0, "adamw_8bit": 2.0 + 8 / 256}
 """Bytes a parameter of the optimizer's state, for weights in float32 and bfloat16."""
@@ -79,7 +79,7 @@ class Parts:
         layers: dict[int, int] = {}
         outside = 0
         for name, shape in shapes:
-            layer = layer_of(name)
+            layer = natural(name.partition("layers.")[2].partition(".")[0])
             if layer is None:
                 outside += math.prod(shape)
             elif kept is None or layer in kept:
