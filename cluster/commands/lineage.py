@@ -84,7 +84,8 @@ def _hub_of(folder: RunFolder, repo: str | None, public: bool) -> HubConfig:
         )
     private = named.private if named is not None else True
     try:
-        return HubConfig(repo=repo or named.repo, private=private and not public)  # type: ignore[union-attr]
+        name = repo if repo is not None or named is None else named.repo
+        return HubConfig.model_validate({"repo": name, "private": private and not public})
     except ValueError:
         message = f"is {repo!r}; expected OWNER/NAME of letters, digits, '-', '_', '.'"
         raise config_error("--to", message) from None

@@ -129,6 +129,12 @@ def test_paths_that_are_none(run: Path, command: str, path: str) -> None:
     assert BEGUN not in found.err
 
 
+def test_a_name_on_the_hub_that_is_empty(run: Path) -> None:
+    with inside(run):
+        found = call(("push", "run", "--to="))
+    assert found.status == 2 and "expected OWNER/NAME" in found.err
+
+
 @pytest.mark.parametrize("path", ["\0", "x" * 300, "sound.yaml/x", "/dev/null"], ids=ascii)
 def test_a_report_of_calibration_that_cannot_be_written(run: Path, path: str) -> None:
     with inside(run), pytest.raises(RunError, match="name another"):
