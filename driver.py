@@ -383,7 +383,9 @@ def call(argv: Sequence[str] | None) -> int:
         raise
     except MemoryError:
         print("error: this process may use no more memory; name smaller files", file=sys.stderr)
-    except Exception as error:  # A mistake of ours, or something that nobody thought of.
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # A mistake of ours, of a library in Rust, or of nobody.
         print(f"error: {unexpected(error)}", file=sys.stderr)
     return EXIT_FAILED
 

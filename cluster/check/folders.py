@@ -8,15 +8,16 @@ transformers.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 from raystill.base.errors import ConfigError, Problem
 from raystill.base.records import number
 from raystill.base.redact import shown_value
 from raystill.model.files import CONTEXT_KEYS, ModelFolder, read_object
 from raystill.model.head import EMBEDDINGS, read_header
+from raystill.model.identity import QUANT_FILES
 from raystill.model.known import (
     decoder_types,
     is_known_type,
@@ -25,20 +26,36 @@ from raystill.model.known import (
     vllm_knows,
     words_of_code,
 )
-from raystill.model.sizes import wrong_tensors
+from raystill.model.sizes import PLAIN_TYPES, wrong_tensors
 from raystill.model.weights import weight_problems
 
 COUNTS = ("vocab_size", "num_hidden_layers", "n_layer", "hidden_size")
 LAYER_COUNTS = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 """Whole numbers that some models have by layer, in a list."""
+OTHER_COUNTS = (
+    *("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"),
+    *("moe_intermediate_size", "n_shared_experts", "shared_expert_intermediate_size"),
+    *("num_nextn_predict_layers", "first_k_dense_replace"),
+)
+ABOVE_ZERO = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta")
+SPREADS = ("initializer_range", "attention_dropout", "hidden_dropout", "rope_local_base_freq")
+YES_OR_NO = ("tie_word_embeddings", "is_encoder_decoder")
 DTYPES = re.compile(
     r"(?:torch\.)?(?:float(?:16|32|64|8_\w+|4_\w+)?|bfloat16|half|double|u?int\d{1,2}|auto)"
 )
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 MOST_LONGER = 10_000
 """Times a model's context is made longer by its rotary embeddings."""
-MAPPINGS = ("text_config", "rope_scaling", "rope_parameters", "auto_map")
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+MAPPINGS = (
+    *("text_config", "rope_scaling", "rope_parameters", "auto_map", "vision_config"),
+    *("audio_config", "quantization_config", "compression_config"),
+)
+ROPE_NUMBERS = (
+    *("rope_theta", "original_max_position_embeddings", "attention_factor", "beta_fast"),
+    *("beta_slow", "low_freq_factor", "high_freq_factor", "partial_rotary_factor"),
+)
+SAMPLING = {"temperature": (0, 100), "top_p": (1e-30, 1), "top_k": (-1, 2**31), "min_p": (0, 1)}
+"""Least and most of each, as for ``teacher.sampling`` of a run file."""
 NO_DECODERS = (
     *("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"),
     *("ForQuestionAnswering", "ForMultipleChoice", "ForPreTraining"),
@@ -46,13 +63,18 @@ NO_DECODERS = (
 """How the names of models end that do not predict the next token."""
 NO_WEIGHTS = ("BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
 AGAIN = "fetch or save the model again"
+FILES = (
+    *("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.json", "preprocessor_config.json", "processor_config.json", *QUANT_FILES),
+)
+"""What transformers and vLLM read of a model beside its tokenizer and weights."""
 
 
 def check_settings(where: str, model: ModelFolder) -> list[Problem]:
-    """Problems of ``config.json`` and ``generation_config.json``, which all that follows reads."""
+    """Problems of the files of settings, which all that follows reads, here and in a run."""
     problems: list[Problem] = []
     read: dict[str, dict[str, Any]] = {}
-    for name in ("config.json", "generation_config.json"):
+    for name in FILES:
         try:
             read[name] = read_object(model.path / name, strict=True)
         except ConfigError as error:
@@ -75,6 +97,14 @@ def check_weights(where: str, model: ModelFolder, *, fetched: bool) -> list[Prob
     found = weight_problems(model.path, fetched=fetched)
     broken = [Problem(where, f"{file} {why}") for file, why in found]
     return broken or [Problem(where, text) for text in _misfits(model, whole=fetched)]
+
+
+def require_sound(where: str, model: ModelFolder) -> None:
+    """Raise ConfigError where settings or files of weights cannot be used, before any engine is."""
+    found = weight_problems(model.path, fetched="snapshots" not in model.path.parts)
+    broken = [Problem(where, f"{file} {why}") for file, why in found]
+    if problems := check_settings(where, model) + broken:
+        raise ConfigError(problems)
 
 
 def check_architecture(where: str, model: ModelFolder, *, trusted: bool, served: bool) -> list[str]:
@@ -127,30 +157,23 @@ def code_notices(where: str, model: ModelFolder, trusted: bool) -> Iterator[str]
 
 
 def _wrong_settings(config: dict[str, Any]) -> Iterator[str]:
-    for name in (*COUNTS, *CONTEXT_KEYS):
-        value = config.get(name)
-        if value is not None and not _is_number(value, least=1):
-            yield f"{name} is {shown_value(value, 80)}, expected a whole number from 1 up"
+    for names, is_right, expected in RULES:
+        for name in names:
+            value = config.get(name)
+            if value is not None and not is_right(value):
+                yield f"{name} is {shown_value(value, 80)}, expected {expected}"
+    layers, kind = config.get("num_hidden_layers"), config.get("model_type")
     for name in LAYER_COUNTS:
         value = config.get(name)
-        each = value if isinstance(value, list) and value else [value]
-        if value is not None and not all(_is_number(one, least=1) for one in each):
-            yield f"{name} is {shown_value(value, 80)}, expected a whole number from 1 up"
-    for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta"):
-        value = config.get(name)
-        if value is not None and not (_is_number(value, least=0) and value > 0):
-            yield f"{name} is {shown_value(value, 80)}, expected a number above 0"
-    for name in MAPPINGS:
-        if not isinstance(config.get(name), dict | None):
-            yield f"{name} is {shown_value(config[name], 80)}, expected an object"
-    for name in ("model_type",):
-        if not isinstance(config.get(name), str | None):
-            yield f"{name} is {shown_value(config[name], 80)}, expected a text"
-    names = config.get("architectures")
-    if names is not None and not (
-        isinstance(names, list) and all(isinstance(name, str) for name in names)
-    ):
-        yield f"architectures is {shown_value(names, 80)}, expected a list of texts"
+        if not isinstance(value, list):
+            continue
+        if isinstance(kind, str) and kind in PLAIN_TYPES:
+            yield f"{name} is {shown_value(value, 80)}, expected a whole number, as a {kind} has"
+        elif type(layers) is int and len(value) < layers:
+            yield f"{name} has {len(value)} entries, expected one for each of {layers} layers"
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if _is_whole(heads, 1) and _is_whole(groups, 1) and heads % groups:
+        yield f"num_key_value_heads is {groups}, expected a divisor of the {heads} heads"
     yield from _wrong_kinds(config)
     yield from _wrong_ids(config)
 
@@ -161,30 +184,34 @@ def _wrong_kinds(config: dict[str, Any]) -> Iterator[str]:
         value = config.get(name)
         if not isinstance(value, dict | None) and not DTYPES.fullmatch(str(value)):
             yield f"{name} is {shown_value(value, 80)}, expected a type of torch such as bfloat16"
-    if not isinstance(tied := config.get("tie_word_embeddings"), bool | None):
-        yield f"tie_word_embeddings is {shown_value(tied, 80)}, expected true or false"
     for name in ACTIVATIONS:
         value = config.get(name)
         if value is not None and not config.get("auto_map") and knows_activation(value) is False:
             yield f"{name} is {shown_value(value, 80)}, which the installed transformers lacks"
     for name in ("rope_scaling", "rope_parameters"):
         value = config.get(name)
-        kind = value.get("rope_type", value.get("type")) if isinstance(value, dict) else None
-        if kind is not None and not (isinstance(kind, str) and knows_rope(kind) is not False):
-            yield f"{name} has the rope_type {shown_value(kind, 80)}, which nobody here knows"
-        factor = value.get("factor") if isinstance(value, dict) else None
-        if factor is not None and not 0 < (number(factor) or 0) <= MOST_LONGER:
-            yield f"{name} has the factor {shown_value(factor, 80)}, expected 0 to {MOST_LONGER:,}"
+        parts = [value, *value.values()] if isinstance(value, dict) else []
+        for part in parts:  # Some models have rotary embeddings by kind of layer.
+            yield from _wrong_rope(name, part) if isinstance(part, dict) else ()
     kinds, layers = config.get("layer_types"), config.get("num_hidden_layers")
-    if kinds is not None and not (isinstance(kinds, list) and all(type(k) is str for k in kinds)):
-        yield f"layer_types is {shown_value(kinds, 80)}, expected a list of texts"
-    elif kinds is not None and type(layers) is int and len(kinds) < layers:
+    if _are_texts(kinds) and type(layers) is int and len(kinds) < layers:
         yield f"layer_types has {len(kinds)} entries, expected one for each of {layers} layers"
-    for name in ("bos_token_id", "pad_token_id"):
-        value = config.get(name)
-        ids = value if isinstance(value, list) else [value]
-        if value is not None and not all(type(one) is int and abs(one) < 2**31 for one in ids):
-            yield f"{name} is {shown_value(value, 80)}, expected an id"
+
+
+def _wrong_rope(name: str, value: dict[str, Any]) -> Iterator[str]:
+    kind, factor = value.get("rope_type", value.get("type")), value.get("factor")
+    if kind is not None and not (isinstance(kind, str) and knows_rope(kind) is not False):
+        yield f"{name} has the rope_type {shown_value(kind, 80)}, which nobody here knows"
+    if factor is not None and not 0 < (number(factor) or 0) <= MOST_LONGER:
+        yield f"{name} has the factor {shown_value(factor, 80)}, expected 0 to {MOST_LONGER:,}"
+    for key in ROPE_NUMBERS:
+        one = value.get(key)
+        if one is not None and not _is_above_zero(one):
+            yield f"{name} has the {key} {shown_value(one, 80)}, expected a number above 0"
+    for key in ("long_factor", "short_factor"):
+        one = value.get(key)
+        if one is not None and not (isinstance(one, list) and all(map(_is_above_zero, one))):
+            yield f"{name} has the {key} {shown_value(one, 80)}, expected a list of numbers above 0"
 
 
 def _wrong_ids(config: dict[str, Any]) -> Iterator[str]:
@@ -202,10 +229,14 @@ def _wrong_ids(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _wrong_sampling(config: dict[str, Any]) -> Iterator[str]:
-    for name in SAMPLING:
+    for name, (least, most) in SAMPLING.items():
         value = config.get(name)
-        if value is not None and not _is_number(value, least=-1):
-            yield f"{name} is {shown_value(value, 80)}, expected a number"
+        if value is not None and not (_is_number(value, least) and value <= most):
+            yield f"{name} is {shown_value(value, 80)}, expected {least:g} to {most:g}"
+    for name in NAMED_IDS:
+        value = config.get(name)
+        if value is not None and not _are_ids(value):
+            yield f"{name} is {shown_value(value, 80)}, expected an id"
     yield from _wrong_ids(config)
 
 
@@ -213,6 +244,48 @@ def _is_number(value: Any, least: float) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value) and least <= value < 1e18
+
+
+def _is_above_zero(value: Any) -> bool:
+    return _is_number(value, 0) and value > 0
+
+
+def _is_whole(value: Any, least: int) -> TypeGuard[int]:
+    return type(value) is int and _is_number(value, least)
+
+
+def _are_whole(value: Any, least: int) -> bool:
+    each = value if isinstance(value, list) and value else [value]
+    return all(_is_whole(one, least) for one in each)
+
+
+def _are_texts(value: Any) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _are_ids(value: Any) -> bool:
+    """Of a token that may be missing, for which some write -1."""
+    ids = value if isinstance(value, list) else [value]
+    return all(type(one) is int and abs(one) < 2**31 for one in ids)
+
+
+NAMED_IDS = ("bos_token_id", "pad_token_id")
+FROM_ONE = "a whole number from 1 up"
+RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (COUNTS, lambda value: _is_whole(value, 1), FROM_ONE),
+    (CONTEXT_KEYS, lambda value: _is_number(value, 1) and value == int(value), FROM_ONE),
+    (LAYER_COUNTS, lambda value: _are_whole(value, 1), FROM_ONE),
+    (OTHER_COUNTS, lambda value: _are_whole(value, 0), "a whole number from 0 up"),
+    (("sliding_window",), lambda value: _are_whole(value, -1), "a whole number"),
+    (ABOVE_ZERO, _is_above_zero, "a number above 0"),
+    (SPREADS, lambda value: _is_number(value, 0), "a number from 0 up"),
+    (MAPPINGS, lambda value: isinstance(value, dict), "an object"),
+    (YES_OR_NO, lambda value: isinstance(value, bool), "true or false"),
+    (("model_type",), lambda value: isinstance(value, str), "a text"),
+    (("architectures", "layer_types"), _are_texts, "a list of texts"),
+    (NAMED_IDS, _are_ids, "an id"),
+)
+"""Names of settings, what each must be, and that in words."""
 
 
 def _architectures(config: dict[str, Any]) -> list[str]:

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from raystill.base.errors import ConfigError, Problem
+from raystill.base.console import open_named
+from raystill.base.errors import ConfigError, Problem, RunError
 from raystill.base.formatting import plural
 from raystill.base.run_folder import CALIBRATION, STUDENT, RunFolder, resolve_input
 from raystill.cluster.check.models import (
@@ -254,6 +255,16 @@ def answer_rows(run: Run, prompts: pa.Table, signal: Signal) -> tuple[pa.Table, 
 EXIT_INTERRUPTED = 130
 
 
+def _made(path: str) -> RunFolder:
+    """The folder for the report. Raises RunError where it cannot be made."""
+    folder = open_named(path)
+    try:
+        return folder.ensure()
+    except OSError as error:
+        reason = error.strerror or str(error).partition("\n")[0]
+        raise RunError(f"{path} cannot be made ({reason}); name another --output") from None
+
+
 def calibrate_command(
     checked: Checked, options: CalibrationOptions, output: str | None, say: Callable[[str], None]
 ) -> int:
@@ -277,7 +288,7 @@ def calibrate_command(
         raise ConfigError(problems)
     if told is not None:
         say(told)
-    written = RunFolder(output or folder.join(CALIBRATION)).ensure()
+    written = _made(output or folder.join(CALIBRATION))
     prepared.fetch_models()
     with run.connected(config, written):
         if problems := run.check_on_cluster(config):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from raystill.base.console import print_lines
+from raystill.base.console import open_named, print_lines
 from raystill.base.errors import RunError, config_error
 from raystill.base.redact import redact
 from raystill.base.run_folder import CONFIG, STUDENT, RunFolder, require_path
@@ -63,7 +63,7 @@ def push_command(
     run_folder: str, repo: str | None, public: bool, replace: bool, as_json: bool
 ) -> int:
     """Push the student of a finished run, and print where it is. Raises RunError, ConfigError."""
-    folder = RunFolder(str(Path(run_folder).expanduser()))
+    folder = open_named(run_folder)
     hub = _hub_of(folder, repo, public)
     record = push_student(folder, hub, replace)
     if as_json:
@@ -84,7 +84,8 @@ def _hub_of(folder: RunFolder, repo: str | None, public: bool) -> HubConfig:
         )
     private = named.private if named is not None else True
     try:
-        return HubConfig(repo=repo or named.repo, private=private and not public)  # type: ignore[union-attr]
+        name = repo if repo is not None or named is None else named.repo
+        return HubConfig.model_validate({"repo": name, "private": private and not public})
     except ValueError:
         message = f"is {repo!r}; expected OWNER/NAME of letters, digits, '-', '_', '.'"
         raise config_error("--to", message) from None

@@ -99,7 +99,7 @@ def _licence_hash(folder: ModelFolder | None) -> str | None:
 
 def _hub_id(name: str | None) -> str | None:
     """The name, where it is one on the Hugging Face Hub and not a folder."""
-    if name is None or Path(name).expanduser().exists() or name.count("/") != 1:
+    if name is None or os.path.exists(os.path.expanduser(name)) or name.count("/") != 1:
         return None
     return None if name.startswith((".", "/", "~")) else name
 

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from raystill.base import formatting
-from raystill.base.records import BrokenFile, Folder, number, plain, read_lines, read_object
+from raystill.base.records import (
+    BrokenFile,
+    Folder,
+    mapping,
+    natural,
+    number,
+    plain,
+    read_lines,
+    read_object,
+)
 from raystill.base.run_folder import MANIFEST, SPENDING, STUDENT, TIMELINE, named_file
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.coordinator.snapshot import Snapshot
@@ -118,7 +127,8 @@ def _rejected(earlier: Figures, snapshot: Snapshot) -> dict[str, int]:
     """
     now = {int(epoch): rows for epoch, rows in snapshot.filtered_by_epoch.items()}
     before = earlier.get("filtered_by_epoch", {})
-    known = {int(e): int(rows) for e, rows in before.items() if e.isdigit()} | now
+    told = {natural(epoch): number(rows) for epoch, rows in mapping(before).items()}
+    known = {e: int(rows or 0) for e, rows in told.items() if e is not None} | now
     last = max(now, default=max(known, default=-1))
     found: dict[str, int] = {}
     rows = 0
@@ -158,7 +168,7 @@ def student_written_line(written: object) -> str:
     if not isinstance(written, dict) or not isinstance(written.get("rows"), int):
         return ""
     told = written.get("staleness")
-    ages = [int(age) for age in told if age.isdigit()] if isinstance(told, dict) else []
+    ages = [age for age in map(natural, mapping(told)) if age is not None]
     age = f", by weights at most {formatting.plural(max(ages), 'step')} old" if ages else ""
     return formatting.plural(written["rows"], "row") + age
 

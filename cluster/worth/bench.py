@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from raystill.base import formatting
 from raystill.base.errors import ConfigError, Problem, RunError
 from raystill.base.records import plain
 from raystill.base.redact import redacted
 from raystill.base.run_folder import CONFIG, HELD_OUT_PROMPTS, STUDENT, RunFolder
+from raystill.cluster.check.folders import require_sound
 from raystill.cluster.job.driver_process import hold_run_folder
 from raystill.cluster.job.manifest import check_teacher_of
 from raystill.config.load import load_config, named_teacher
@@ -79,6 +83,8 @@ def find_subject(
     found = find_model(config.teacher.model, config.teacher.revision)
     if found.model is None:
         raise ConfigError([Problem("teacher.model", str(found.problem or found.notice))])
+    require_sound("teacher.model", found.model)
+    require_sound("student", student)
     return Subject(config, found.model, student, name)
 
 
@@ -87,16 +93,29 @@ def chosen_prompts(folder: RunFolder, rows: int) -> list[Ids]:
 
     So every source has its share: the table is in the order of the prompt files.
     """
-    prompts = []
-    if folder.exists(HELD_OUT_PROMPTS):
-        prompts = folder.read_table(HELD_OUT_PROMPTS, ["prompt_ids"])["prompt_ids"].to_pylist()
-    if not prompts:
+    prompts = _held_out_ids(folder) if folder.exists(HELD_OUT_PROMPTS) else pa.array([])
+    if not len(prompts):
         raise RunError(
             f"{folder.path} has no held-out prompts, on which engines are measured; run with "
             "evaluation.held_out_rows or evaluation.held_out_sources"
         )
     places = np.unique(np.linspace(0, len(prompts) - 1, min(rows, len(prompts))).round())
-    return [np.asarray(prompts[int(i)], np.int32) for i in places]
+    return [np.asarray(prompts[int(i)].as_py(), np.int32) for i in places]
+
+
+def _held_out_ids(folder: RunFolder) -> pa.Array:
+    """The ids of each held-out prompt, list<int32>; RunError where the file is no table of them."""
+    try:
+        found = folder.read_table(HELD_OUT_PROMPTS, ["prompt_ids"])["prompt_ids"]
+        prompts = found.cast(pa.list_(pa.int32())).combine_chunks()
+        ids = prompts.flatten()
+        if prompts.null_count or ids.null_count or (pc.min(ids).as_py() or 0) < 0:
+            raise ValueError("it has prompts that are none")
+    except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+        reason = str(error).partition("\n")[0]
+        where = formatting.path(folder.join(HELD_OUT_PROMPTS))
+        raise RunError(f"{where} cannot be read ({reason}); restore it from a copy") from None
+    return prompts
 
 
 class Bench:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raystill.base import formatting
+from raystill.base.console import open_named
 from raystill.base.errors import Problem, RunError
 from raystill.base.run_folder import SPEED, RunFolder
 from raystill.cluster.commands.as_json import print_json, say_beside
@@ -210,7 +211,7 @@ def speed_command(
     """
     if as_json:  # Standard output is for a program.
         say = say_beside
-    folder = RunFolder(path)
+    folder = open_named(path)
     subject = without_prefix_cache(find_subject(folder, overrides, unfit, options.teacher))
     fitting_prompts(folder, subject, options.tokens, options.streams)
     found: Any = measure_into(

@@ -25,6 +25,7 @@ from raystill.base.errors import ConfigError, Problem, RunError
 from raystill.base.records import BrokenFile, plain, read_object
 from raystill.base.redact import redact, redacted
 from raystill.base.run_folder import CONFIG, LAYERS, STUDENT, TASKS, RunFolder
+from raystill.cluster.check.folders import require_sound
 from raystill.cluster.commands.as_json import print_json, say_beside
 from raystill.cluster.harness.ask import (
     Figures,
@@ -132,6 +133,7 @@ def models_of(
     elif before:
         first = _found("teacher.model", whole.teacher.model, whole.teacher.revision)
         models["before"] = Start(whole, first, folder if folder.exists(LAYERS) else None)
+    require_sound("student", student)
     models["student"] = ModelSource.of(STUDENT, folder.local / STUDENT)
     return config, models
 
@@ -140,6 +142,7 @@ def _found(field: str, name: str, revision: str | None) -> ModelSource:
     found = find_model(name, revision)
     if found.model is None:
         raise ConfigError([Problem(field, str(found.problem or found.notice))])
+    require_sound(field, found.model)
     return ModelSource.of(name, found.model.path)
 
 

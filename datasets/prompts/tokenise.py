@@ -26,10 +26,12 @@ from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.control import ControlGuard, Marked
 from raystill.datasets.prompts.progress import Meter, Progress
 from raystill.datasets.prompts.read import RawPrompt
+from raystill.model.files import HALF, half_in
 from raystill.model.tokenizer import (
     SPECIAL_TOKENS,
     PlainText,
     chat_template,
+    check_tokenizer,
     control_tokens,
     read_settings,
     shared_tokenizer,
@@ -201,6 +203,8 @@ class PromptTokeniser:
             raise TemplateRefusal(f"the teacher's chat template refuses it: {reason}") from None
         if len(text) > LONGEST_FRAME and len(text) > LONGEST_FRAME + 10 * len(str(messages)):
             raise TemplateRefusal(f"the teacher's chat template makes {len(text):,} characters")
+        if HALF.search(text):  # By an escape in the template, since no file and no prompt has one.
+            raise TemplateRefusal(f"the teacher's chat template writes {half_in(text)}; repair it")
         return text
 
     def _require_roles(self, messages: list[dict[str, Any]]) -> None:
@@ -229,17 +233,16 @@ class PromptTokeniser:
     @cached_property
     def special_tokens(self) -> dict[str, str]:
         """Special tokens by the names that chat templates use (``bos_token``)."""
-        names = (f"{name}_token" for name in SPECIAL_TOKENS)
+        names = [f"{one}_token" for one in SPECIAL_TOKENS]
         texts = {name: token_text(self.settings.get(name)) for name in names}
         return {name: text for name, text in texts.items() if text is not None}
 
     def notices(self) -> list[str]:
         """Warnings about the prompts that were rendered."""
-        notices = self._guard.notices()
         if not self.prints_today:
-            return notices
+            return self._guard.notices()
         return [
-            *notices,
+            *self._guard.notices(),
             "the teacher's chat template prints today's date, so the prompts change at midnight: "
             "the run cannot be resumed then, and stored answers are not found; set "
             f"prompts.template_date: {self._now:%Y-%m-%d}",
@@ -323,11 +326,11 @@ class PromptEncoder:
 
 
 def check_template(folder: Path, prompts: PromptsConfig) -> None:
-    """Raise ConfigError for a chat template that does not end, or needs memory without end.
+    """Raise ConfigError for a tokenizer or a chat template that needs time or memory without end.
 
     Tried on a short prompt, before anything else is done with it.
     """
-    settings = read_settings(folder)
+    check_tokenizer(folder, settings := read_settings(folder))
     source = chat_template(folder, settings) if prompts.chat_template else None
     reason = "" if source is None else _why_endless(source)
     if reason:
@@ -387,11 +390,7 @@ def _to_json(
 ) -> str:
     """JSON without the HTML escapes of jinja2's own filter."""
     return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 

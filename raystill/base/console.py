@@ -31,7 +31,7 @@ MOST_OF_TABLES = 3800
 """Characters of tables that are printed together, without their colours."""
 
 
-def unexpected(error: Exception) -> str:
+def unexpected(error: BaseException) -> str:
     """A sentence on an error that has none; its traceback is in a file that the sentence names."""
     text = redact("".join(traceback.format_exception(error)))
     with tempfile.NamedTemporaryFile(

@@ -61,6 +61,14 @@ def number(value: object) -> float | None:
         return None
 
 
+def natural(text: str) -> int | None:
+    """The number that a text of up to nine of ASCII's digits says, such as a key; else None.
+
+    ``isdigit`` holds for a raised two, which ``int`` refuses, as it does 5,000 digits.
+    """
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
+
+
 def mapping(value: object) -> dict[str, Any]:
     """``value`` of a record where it is an object, else an empty one."""
     return value if isinstance(value, dict) else {}

@@ -31,7 +31,11 @@ DEEPEST = 50
 # within itself has a bound: without one, 20 KB of "a-a-a-" take a minute.
 
 # All up to the last "@" of the authority: a password may hold one.
-_USER = re.compile(r"(?<=://)[^/\s]+(?=@)")
+_USER = re.compile(
+    r"(?<=://)[^/\s]+(?=@)"
+    # With a slash or the scheme forgotten, which is then told as a path that is not there.
+    r"|(?:(?<=:/)|(?<=//))[^/\s:@'\"]{1,200}:[^/\s'\"]{1,400}(?=@)"
+)
 # ID:SECRET@ with a "/" in the secret that was not percent-encoded, as AWS keys have. The look-ahead
 # leaves HOST:PORT/path@x alone.
 _RAW_SECRET = re.compile(
@@ -39,25 +43,36 @@ _RAW_SECRET = re.compile(
     r"(?:@[^/\s@'\"]{1,200}(?=@)){0,20}"
 )
 _SECRET_WORDS = (
-    r"(?:token|secret|passw(?:or)?d|passphrase|pwd|signature|credentials?|"
-    r"(?:access|account|api|secret|private|shared)[_-]?key|sig|sas)"
+    r"(?:token|secret|passw(?:or)?d|passphrase|pwd|signature|credentials?|auth|pass|jwt|"
+    r"(?:access|account|api|secret|private|shared|subscription)[_-]?key|sig|sas)"
 )
 _QUERY = re.compile(
-    rf"([?&][\w.%-]*{_SECRET_WORDS}=)(?:[^&\s'\"#]|['\"](?![\s,;:)\]}}]|$))+", re.IGNORECASE
+    rf"((?:[?&;#]|%3F|%26)(?:[\w.%-]{{0,100}}{_SECRET_WORDS}|key)(?:=|%3D))"
+    r"(?:[^&\s'\"#]|['\"](?![\s,;:)\]}]|$))+",
+    re.IGNORECASE,
 )
 # What stands after a name that holds a secret, in a text that is no mapping: "hf_token: x".
 _ASSIGNED = re.compile(
-    r"((?<![\w.-])[\w-]{0,100}?(?:(?:hf|auth|access|refresh)[_-]?token|secret|passw(?:or)?d|"
-    r"passphrase|(?:access|account|api|private)[_-]?key)['\"]?(?:\s*[=:]\s*|\s+(?=['\"]))['\"]?)"
+    r"((?<![\w.-])[\w-]{0,100}?(?:(?:hf|auth|access|refresh|session|sas)[_-]?token|secret|"
+    r"passw(?:or)?d|passphrase|pwd(?!['\"]?\s*[=:]\s*['\"]?/)|(?:access|account|api|private)[_-]?key)"
+    r"['\"]?(?:\s*[=:]\s*|\s+(?=['\"]))['\"]?)"
     r"(?![\s'\"]|\*\*\*|\$[A-Z_]|is |are )[^\s'\",;}\]]+",
     re.IGNORECASE,
 )
+# A word after an option, and all of a header that has several values.
+_GIVEN = re.compile(
+    r"((?<![\w-])--[\w-]{0,60}?(?:token|secret|passw(?:or)?d|passphrase|api-key)\s+['\"]?)"
+    r"(?!\*\*\*)[^\s'\",;}\]]{8,}",
+    re.IGNORECASE,
+)
+_COOKIE = re.compile(r"(\b(?:set-)?cookie:\s*)(?!\*\*\*)[^\s'\"][^\r\n'\"]+", re.IGNORECASE)
 _KNOWN_FORMS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
     r"|\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}"
     r"|\b(?:npm|gsk|r8|dckr_pat|lin_api|do[opr]_v1|shp(?:at|ca|pa|ss))_[\w-]{30,}"
     r"|\b(?:pypi|xai|nvapi|tskey)-[\w-]{30,}|\b(?:SG|hvs|ya29)\.[\w-]{20,}(?:\.[\w-]{20,})?"
-    r"|\bAGE-SECRET-KEY-1[0-9A-Z]{40,}|(?<=\b[Bb]earer )[\w.~+/=-]{16,}",
+    r"|\bAGE-SECRET-KEY-1[0-9A-Z]{40,}|(?<=\b[Bb]earer )[\w.~+/=-]{16,}"
+    r"|(?<=\b[Bb]asic )(?=[A-Za-z+/]{0,200}[\d=])[\w+/=-]{12,}",
     re.DOTALL,
 )
 """Private keys, and tokens that are known by how they begin."""
@@ -66,13 +81,14 @@ _SERVICE_KEYS = re.compile(
     re.ASCII | re.DOTALL,
 )
 _SECRET_NAME = re.compile(
-    r"(?!.*_(?:PATH|FILE|DIR|ENV)$)(?:.*_)?(?:(?:TOKEN|KEY|\w*(?:SECRET|PASSWORD|PASSWD|PASSPHRASE)|"
-    r"APIKEY)(?:$|_)|(?:AUTH|AUTHORIZATION|BEARER|COOKIE|PASS|PWD|PAT|SAS|DSN|CREDENTIALS?|"
+    r"(?!.*_(?:PATH|FILE|DIR|ENV)$)(?:.*_)?(?:(?:TOKEN|KEY|\w*(?:SECRET|PASSWORD|PASSWD|PASSPHRASE)S?|"
+    r"APIKEY|(?:ACCESS|AUTH|API)_?TOKENS?)\d{0,3}(?:$|_)|(?:AUTH|AUTHORIZATION|BEARER|COOKIE|PASS|"
+    r"PGPASS|PWD|PAT|SAS|DSN|JWT|CREDS?|MNEMONIC|CREDENTIALS?(?:_JSON)?|"
     r"CONNECTION_STRING|(?:WEBHOOK|SAS)(?:_URL)?)$)"
 )
 _SECRET_END = re.compile(
-    r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|PASSPHRASE|AUTH|AUTHORIZATION|BEARER|COOKIE|"
-    r"CREDENTIALS?|CONNECTION_STRING)$"
+    r"(?:(?:TOKEN|KEY|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE)\d{0,3}|AUTH|AUTHORIZATION|BEARER|COOKIE|"
+    r"JWT|CREDS?|CREDENTIALS?|CONNECTION_STRING)$"
 )
 _BREAKS = re.compile(r"[- .]|(?<=[a-z0-9])(?=[A-Z])")
 _FOLDER_NAMES = frozenset({"PWD", "OLDPWD"})
@@ -170,10 +186,12 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 def _redact(text: str, spelt: Sequence[tuple[str, str]]) -> str:
     text = _without(text, spelt)
-    if "://" in text:
+    if ":/" in text or "//" in text:
         text = _QUERY.sub(rf"\g<1>{HIDDEN}", _RAW_SECRET.sub(HIDDEN, _USER.sub(HIDDEN, text)))
     text = _SERVICE_KEYS.sub(HIDDEN, _KNOWN_FORMS.sub(HIDDEN, text))
-    return _ASSIGNED.sub(rf"\g<1>{HIDDEN}", text)
+    for form in (_ASSIGNED, _GIVEN, _COOKIE):
+        text = form.sub(rf"\g<1>{HIDDEN}", text)
+    return text
 
 
 def redacted(value: Any) -> Any:

@@ -10,6 +10,7 @@ a copy of this process, where it may also need memory without end.
 
 import contextlib
 import ctypes
+import faulthandler
 import importlib
 import json
 import math
@@ -105,11 +106,14 @@ def tried(work: Callable[[], object], seconds: int, num_bytes: int) -> str:
 
     A MemoryError that it raises itself, for what it would not hold, counts as one of too little.
 
-    For what one thread does with plain Python: the copy has no other threads of this process.
+    For what one thread does, mostly in plain Python: the copy has no other threads of this process.
     """
     pid = os.fork()
     if pid == 0:
         try:
+            faulthandler.disable()
+            for stream in (1, 2):  # A library may say there that it has no memory left.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
             resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
             with open("/proc/self/statm") as file:
                 now = int(file.read().split()[0]) * resource.getpagesize()
@@ -121,7 +125,7 @@ def tried(work: Callable[[], object], seconds: int, num_bytes: int) -> str:
             os._exit(0)
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if status == 3:
+    if status in (3, -signal.SIGABRT):  # By which a library in Rust or C++ ends without memory.
         return f"needs more than {num_bytes >> 20:,} MiB of memory"
     return "" if status == 0 else f"takes more than {seconds} s"
 

@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from raystill.base.errors import MOST_PROBLEMS, ConfigError, Problem
+from raystill.base.records import natural
 from raystill.base.redact import is_secret_name, redact, shown_value
 from raystill.config.base import inner_model, maps_sections
 from raystill.config.run import RunConfig
@@ -274,8 +275,8 @@ def value_at(data: Any, where: str) -> Any:
     for part in where.split("."):
         if isinstance(data, dict):
             data = data.get(part)
-        elif isinstance(data, list | tuple) and part.isdigit() and int(part) < len(data):
-            data = data[int(part)]
+        elif isinstance(data, list | tuple) and (place := natural(part)) is not None:
+            data = data[place] if place < len(data) else None
         else:
             return None
     return data

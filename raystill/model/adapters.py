@@ -12,6 +12,7 @@ from raystill.config.run import RunConfig
 from raystill.config.student import LoraConfig
 from raystill.model.files import ModelFolder
 from raystill.model.head import EMBEDDINGS, HEADS, read_header, stored_tensors
+from raystill.model.weights import layer_of
 
 MOST_NAMES = 40
 """Names that an error lists."""
@@ -67,8 +68,8 @@ def trained_numbers(
     linear, total = _linear(weights), 0
     targets = [""] if lora.target_modules == "all-linear" else lora.target_modules
     for module, shape in weights.items():
-        layer = module.partition("layers.")[2].partition(".")[0]
-        if layers is not None and layer.isdigit() and int(layer) not in layers:
+        layer = layer_of(module)
+        if layers is not None and layer is not None and layer not in layers:
             continue
         if any(names(saved, module) for saved in lora.modules_to_save):
             total += math.prod(shape or ())

@@ -5,7 +5,9 @@ Imports no torch.
 """
 
 import json
+import math
 import os
+import re
 import threading
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from raystill.base.errors import RunError, config_error
-from raystill.base.records import number, read_bounded
+from raystill.base.records import LARGEST_INTEGER, number, read_bounded
+from raystill.base.redact import shown_value
 from raystill.base.run_folder import resolve_input
 
+NO_LIMIT = int(1e30)
+"""What transformers writes for a length without a limit; no other integer has more than 64 bits."""
+LARGEST_FLOAT = 3.5e38
+"""float32 has no larger numbers; the least of all stands in files as a mask."""
+LIMITS = ("time_step_limit", "dt_limit")
+"""Settings of which transformers writes infinity for a range without an end."""
+DEEPEST = 64
+"""Levels of a file's lists and objects; known ones have six."""
+HALF = re.compile("[\ud800-\udfff]")
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
@@ -165,10 +177,11 @@ def fetch_model(name: str, revision: str | None = None) -> Path:
 
 
 def read_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
-    """Read a JSON object of a model's folder; {} if there is no such file.
+    """Read a JSON object of a model's folder, in which no value is `unfit`; {} without such a file.
 
     A broken file counts as {} too, unless ``strict``, which raises ConfigError. `check` reads a
-    model's settings leniently, because the tokenizer, which reads strictly, reports the folder.
+    model's settings leniently, because `cluster.check.folders` and the tokenizer, which read
+    strictly, report the folder.
     """
     try:
         value = json.loads(read_bounded(path, LARGEST_FILE).decode("utf-8"))
@@ -180,12 +193,59 @@ def read_object(path: Path, *, strict: bool = False) -> dict[str, Any]:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         message = f"is not valid JSON ({reason}); fetch or save the model again"
         raise config_error(str(path), message) from None
-    if isinstance(value, dict):
+    found = unfit(value)
+    if isinstance(value, dict) and found is None:
         return value
     if not strict:
         return {}
-    message = f"is a {type(value).__name__}, expected an object; fetch or save the model again"
-    raise config_error(str(path), message)
+    message = f"is a {type(value).__name__}, expected an object"
+    if found is not None:
+        keys, wrong = found
+        message = f"has {wrong}" + (f" at {shown_value('.'.join(keys), 80)}" if keys else "")
+    raise config_error(str(path), f"{message}; fetch or save the model again")
+
+
+Unfit = tuple[list[str], str]
+
+
+def unfit(value: Any, depth: int = 0) -> Unfit | None:
+    """What no file of a model holds, anywhere in a value of JSON: its keys, and what it is.
+
+    That is: a number that is not finite or that neither 64 bits nor float32 have, a text with half
+    a surrogate pair, which is no Unicode and which tokenizers refuse with an error of Python's
+    types, and lists and objects without end in each other. Where a range is left open, infinity
+    stands for it.
+    """
+    if isinstance(value, str):
+        return None if value.isascii() or not HALF.search(value) else ([], half_in(value))
+    if isinstance(value, float):
+        if abs(value) <= LARGEST_FLOAT:  # NaN is in no order.
+            return None
+        return [], f"the number {value:g}, expected a finite one that float32 has"
+    if isinstance(value, int):
+        if abs(value) <= LARGEST_INTEGER or value == NO_LIMIT:
+            return None
+        return [], f"{shown_value(value, 80)}, expected an integer of at most 64 bits"
+    if not isinstance(value, dict | list):
+        return None
+    if depth >= DEEPEST:
+        return [], f"lists and objects in each other, more than {DEEPEST} deep"
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(key, str) and not key.isascii() and HALF.search(key):
+            return [], half_in(key)
+        if key in LIMITS and isinstance(one, list):
+            one = [number for number in one if number != math.inf]
+        if (found := unfit(one, depth + 1)) is not None:
+            return [str(key), *found[0]], found[1]
+    return None
+
+
+def half_in(text: str) -> str:
+    """What is wrong with a text in which `HALF` finds one, for a message."""
+    found = HALF.search(text)
+    start = max(0, found.start() - 20) if found is not None else 0
+    part = shown_value(text[start : start + 60], 80)
+    return f"the text {part}, in which half of a surrogate pair is no Unicode"
 
 
 def _find_on_hub(name: str, revision: str | None) -> ModelLookup:

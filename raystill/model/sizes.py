@@ -11,6 +11,7 @@ from typing import Any
 from raystill.base.errors import Problem
 from raystill.model.files import ModelFolder, read_object
 from raystill.model.head import read_header
+from raystill.model.weights import layer_of
 
 PARTS: dict[str, tuple[str, str]] = {
     "embed_tokens": ("vocabulary", "hidden"),
@@ -62,6 +63,12 @@ class Sizes:
         if missing := [name for name in names if config.get(name) is None]:
             raise ValueError(
                 f"the teacher's configuration has no {', '.join(missing)}, so that its widths "
+                "cannot be chosen; leave student.hidden_size, ffn_size and num_heads unset"
+            )
+        others = ("num_key_value_heads", "head_dim")
+        if by_layer := [n for n in (*names, *others) if isinstance(config.get(n), list)]:
+            raise ValueError(
+                f"the teacher's layers differ in {', '.join(by_layer)}, so that its widths "
                 "cannot be chosen; leave student.hidden_size, ffn_size and num_heads unset"
             )
         heads = config["num_attention_heads"]
@@ -209,7 +216,7 @@ def count_parameters(model: ModelFolder, layers: list[int] | None = None) -> int
     total = 0
     for file in files:
         for name, entry in read_header(file).items():
-            layer = name.partition("layers.")[2].partition(".")[0]
-            if layers is None or not layer.isdigit() or int(layer) in layers:
+            layer = layer_of(name)
+            if layers is None or layer is None or layer in layers:
                 total += math.prod(entry["shape"])
     return total

@@ -7,12 +7,16 @@ It also says which tokens are control tokens (:func:`control_tokens`), and reads
 of them can be written (:class:`PlainText`).
 """
 
+import base64
 import hashlib
 import json
+import os
 import re
 import secrets
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +25,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from raystill.base.errors import config_error
-from raystill.base.records import read_bounded
+from raystill.base.records import mapping, read_bounded
+from raystill.base.user_function import tried
 from raystill.model.files import LARGEST_FILE, read_object
 
 SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
@@ -35,6 +40,14 @@ PRIVATE = (0xF0000, 0x100000)
 """Where the two planes begin whose characters Unicode leaves to private agreement."""
 PLANE = 0xFFFE
 NAME_CHARACTERS = 8
+LONGEST_TOKEN, MOST_ADDED = 1_000, 1_500_000
+"""Characters of an added token, of which known ones have a hundred, and of all of them, of which
+models of images have 750,000. How a template can make one is tried at each character."""
+TRIAL = "".join(map(chr, range(32, 127))) + "é中😀\n"
+TRIAL_S, TRIAL_BYTES, MOST_TIMES = 2, 1 << 30, 100
+"""Processor time and memory in which a tokenizer reads it, and how much longer it may make it."""
+NO_PANICS = (KeyboardInterrupt, SystemExit, MemoryError)
+"""What is no fault of a tokenizer. A panic of a library in Rust is no Exception of Python's."""
 LARGEST_TEMPLATE = 1 << 20
 """Bytes of a chat template; the longest known has 20 KB."""
 
@@ -117,10 +130,14 @@ def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
             "(AutoTokenizer.from_pretrained(...).save_pretrained(folder))",
         )
     try:
-        read_bounded(path, LARGEST_FILE)
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # The tokenizers library raises plain Exception.
-        raise config_error(str(path), f"is not a tokenizer ({error}); save it again") from None
+        _require_tables(read_bounded(path, LARGEST_FILE))
+        with _told_after():
+            tokenizer = Tokenizer.from_file(str(path))
+    except BaseException as error:  # The library raises plain Exception, and panics as Rust does.
+        if isinstance(error, NO_PANICS):
+            raise
+        reason = str(error).partition("\n")[0][:300]
+        raise config_error(str(path), f"is not a tokenizer ({reason}); save it again") from None
     # tokenizer.json may have been saved with the truncation and padding of a training.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -131,7 +148,87 @@ def load_tokenizer(folder: Path, settings: dict[str, Any]) -> Tokenizer:
             str(folder / "tokenizer_config.json"),
             f"names its tokens in a form that is none of transformers' ({error}); save it again",
         ) from None
+    lengths = [len(token.content) for token in tokenizer.get_added_tokens_decoder().values()]
+    if max(lengths, default=0) > LONGEST_TOKEN or sum(lengths) > MOST_ADDED:
+        raise config_error(
+            str(folder),
+            f"adds tokens of up to {max(lengths):,} and together {sum(lengths):,} characters, "
+            f"expected {LONGEST_TOKEN:,} and {MOST_ADDED:,} at most; save its tokenizer again",
+        )
     return tokenizer
+
+
+def _require_tables(content: bytes) -> None:
+    """ValueError for a table of a normaliser that is shorter than it says.
+
+    The library takes as much memory as its first four bytes say, up to 8 GB, and ends the process
+    where there is less.
+    """
+    if b"recompiled" not in content and b"\\u" not in content:  # No other spelling is there.
+        return
+    waiting = [mapping(json.loads(content)).get("normalizer")]
+    while waiting:
+        one = waiting.pop()
+        waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+        text = one.get("precompiled_charsmap") if isinstance(one, dict) else None
+        table = base64.b64decode(text) if isinstance(text, str) else b""
+        size = int.from_bytes(table[:4], "little")
+        if size > len(table):
+            raise ValueError(
+                f"a table of its normaliser says {size:,} bytes and has {len(table):,}"
+            )
+
+
+@contextmanager
+def _told_after() -> Iterator[None]:
+    """What is written to the standard error meanwhile comes after; nothing where all ends in error.
+
+    A panic of Rust writes a stack there, before it is an error that a person is told in a sentence.
+    """
+    with tempfile.TemporaryFile() as kept:
+        before = os.dup(2)
+        os.dup2(kept.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+        kept.seek(0)
+        if told := kept.read():
+            os.write(2, told)
+
+
+def check_tokenizer(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise ConfigError for a tokenizer with which no prompt can be read, or none twice alike.
+
+    A replacement of its normaliser may make a text a thousand times longer, and the next one that.
+    """
+    shared = shared_tokenizer(folder, settings)
+    tokenizer = shared.tokenizer
+
+    def read() -> None:
+        normaliser = tokenizer.normalizer
+        if normaliser and len(normaliser.normalize_str(TRIAL)) > MOST_TIMES * len(TRIAL):
+            raise MemoryError
+        tokenizer.encode(TRIAL)
+
+    ids: list[int] = []
+    reason = tried(read, TRIAL_S, TRIAL_BYTES)
+    try:
+        ids = [] if reason else tokenizer.encode(TRIAL).ids
+    except BaseException as error:
+        if isinstance(error, NO_PANICS):
+            raise
+        reason = f"cannot read ({str(error).partition(chr(10))[0][:300]})"
+    if reason:
+        reason += f" for a text of {len(TRIAL)} characters"
+    elif getattr(tokenizer.model, "dropout", None):
+        reason = "has a dropout, with which a text is read in another way each time"
+    elif max(ids, default=0) >= shared.num_ids:
+        reason = f"adds ids to a text that are none of its {shared.num_ids} tokens"
+    if reason:
+        message = f"{reason}; save the tokenizer again"
+        raise config_error(str(folder / "tokenizer.json"), message)
 
 
 def _add_tokens(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
@@ -144,7 +241,10 @@ def _add_tokens(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
     wanted: list[Any] = [decoder[index] for index in sorted(decoder, key=int)]
     wanted += [settings.get(f"{name}_token") for name in SPECIAL_TOKENS]
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    wanted += list(extra.values()) if isinstance(extra, dict) else list(extra)
+    if not isinstance(extra, dict | list):
+        raise TypeError(f"special tokens that are a {type(extra).__name__}, expected a list")
+    wanted += list(extra.values()) if isinstance(extra, dict) else extra
+    adding = []
     for token in wanted:
         text = token_text(token)
         if text is None or text in known:
@@ -152,7 +252,8 @@ def _add_tokens(tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
         known.add(text)
         fields = {} if isinstance(token, str) else dict(token)
         flags = {name: fields[name] for name in TOKEN_FLAGS if name in fields}
-        tokenizer.add_tokens([AddedToken(text, special=fields.get("special", True), **flags)])
+        adding.append(AddedToken(text, special=fields.get("special", True), **flags))
+    tokenizer.add_tokens(adding)  # All at once: each call reads all tokens anew.
 
 
 def chat_template(folder: Path, settings: dict[str, Any]) -> str | None:

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from raystill.base.records import read_bounded
+from raystill.base.records import natural
+from raystill.model.files import HALF, read_object
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
@@ -24,10 +25,12 @@ BITS = {
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
 """Bits of one number, by dtype; of a dtype that is not here the size is not checked."""
+MOST_SIZES = 64
+"""Of one tensor: torch has no more. The product of a million takes minutes."""
 PLAIN = ("F64", "F32", "F16", "BF16")
 FETCH = "fetch it again"
 INDEX = "model.safetensors.index.json"
-LAYER = re.compile(r"(.*?(?:^|(?<=\.))(?:layers|h|blocks)\.)(\d+)(\..+)")
+LAYER = re.compile(r"(.*?(?:^|(?<=\.))(?:layers|h|blocks)\.)(\d{1,6})(\..+)", re.ASCII)
 """The name of a tensor of a layer: what comes before its number, the number, and the rest."""
 
 
@@ -86,12 +89,8 @@ def weight_problems(folder: Path, *, fetched: bool = True) -> Iterator[tuple[Pat
     index = folder / INDEX
     if not index.is_file() or (folder / "model.safetensors").exists():
         return
-    try:
-        value = json.loads(read_bounded(index))
-    except (OSError, ValueError, RecursionError):
-        value = None
-    weight_map = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+    weight_map = _weight_map(folder)
+    if weight_map is None:
         yield index, f"has no weight_map from tensors to files; {FETCH}"
         return
     if outside := sorted(name for name in set(weight_map.values()) if not _is_shard(name)):
@@ -110,7 +109,7 @@ def size_of(folder: Path) -> dict[str, int | None]:
     """``parameters`` and ``bytes`` of a model's weights, from the headers; {} where none are here.
 
     ``parameters`` is None of a quantised model, several of whose numbers share one stored integer.
-    Tied weights are stored, and counted, once. Files that the index does not name do not count.
+    Tied weights are stored, and natural, once. Files that the index does not name do not count.
     """
     files = _files_of(folder)
     try:
@@ -123,6 +122,11 @@ def size_of(folder: Path) -> dict[str, int | None]:
     numbers = sum(math.prod(entry["shape"]) for entry in entries.values())
     held = sum(end - begin for begin, end in (e["data_offsets"] for e in entries.values()))
     return {"parameters": numbers if plain else None, "bytes": held}
+
+
+def layer_of(name: str) -> int | None:
+    """Number of the layer that a tensor or a module of this name is in; None outside of layers."""
+    return natural(name.partition("layers.")[2].partition(".")[0])
 
 
 def layer_prefixes(names: Iterable[str], num_layers: int) -> list[str]:
@@ -138,19 +142,26 @@ def files_of_layers(folder: Path, num_layers: int, layers: Collection[int]) -> s
 
     None where that is not certain: there is no index, or several things have so many layers.
     """
-    try:
-        index = json.loads(read_bounded(folder / INDEX))["weight_map"]
-        prefixes = layer_prefixes(index, num_layers)
-        found = {name: LAYER.fullmatch(name) for name in index}
-        if len(prefixes) != 1 or (folder / "model.safetensors").exists():
-            return None
-        return {
-            index[name]
-            for name, layer in found.items()
-            if layer is None or layer[1] != prefixes[0] or int(layer[2]) in layers
-        }
-    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+    index = _weight_map(folder)
+    if index is None or (folder / "model.safetensors").exists():
         return None
+    prefixes = layer_prefixes(index, num_layers)
+    if len(prefixes) != 1:
+        return None
+    found = {name: LAYER.fullmatch(name) for name in index}
+    return {
+        index[name]
+        for name, layer in found.items()
+        if layer is None or layer[1] != prefixes[0] or int(layer[2]) in layers
+    }
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """File of each tensor by the folder's index; None where there is none that says it."""
+    found = read_object(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        return None
+    return found
 
 
 def _is_shard(name: str) -> bool:
@@ -160,14 +171,12 @@ def _is_shard(name: str) -> bool:
 
 def _files_of(folder: Path) -> list[Path]:
     """The weight files that are loaded: those of the index, one whole file, or all."""
-    whole, index = folder / "model.safetensors", folder / INDEX
+    whole, index = folder / "model.safetensors", _weight_map(folder)
     if whole.exists():
         return [whole]
-    try:
-        names = json.loads(read_bounded(index))["weight_map"].values()
-        return [folder / name for name in sorted(set(names)) if _is_shard(name)]
-    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+    if index is None:
         return sorted(folder.glob("*.safetensors"))
+    return [folder / name for name in sorted(set(index.values())) if _is_shard(name)]
 
 
 def _what_else(start: bytes) -> str | None:
@@ -187,15 +196,20 @@ def _what_else(start: bytes) -> str | None:
 
 
 def _end_of(name: str, entry: Any) -> int:
-    """Where the tensor's bytes end, counted from the first tensor; ValueError if it makes none."""
+    """Where the tensor's bytes end, natural from the first tensor; ValueError if it makes none."""
     shape = entry.get("shape") if isinstance(entry, dict) else None
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    kind = entry.get("dtype") if isinstance(entry, dict) else None
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise ValueError(f"has a header without shape or place of {name[:80]!r}; {FETCH}")
-    bits, (begin, end) = BITS.get(str(entry.get("dtype"))), offsets
+    if len(shape) > MOST_SIZES:
+        raise ValueError(f"gives {name[:80]!r} {len(shape):,} sizes; {FETCH}")
+    if not isinstance(kind, str) or HALF.search(kind) or HALF.search(name):
+        raise ValueError(f"has a name or type of a tensor that is no text ({name[:80]!r}); {FETCH}")
+    bits, (begin, end) = BITS.get(kind), offsets
     if bits is not None and math.prod(shape) * bits != (end - begin) * 8:
         raise ValueError(
-            f"gives {name[:80]!r} {end - begin:,} bytes, but {shape[:8]} of {entry['dtype']} has "
+            f"gives {name[:80]!r} {end - begin:,} bytes, but {shape[:8]} of {kind} has "
             f"{math.prod(shape) * bits // 8:,}; {FETCH}"
         )
     return end

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raystill.base.records import natural
 from raystill.config.training import TrainingConfig
 
 STATE_BYTES = {"adamw": 8.0, "adamw_bf16": 6.0, "adamw_8bit": 2.0 + 8 / 256}
@@ -22,6 +23,7 @@ WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2}
 CHUNK = {True: 512 << 20, False: 64 << 20}
 WIDE_BLOCKS = {True: 4 * (256 << 20), False: 8 << 20}
 """Logits of one chunk, and of the blocks that are converted to float32, with and without a GPU."""
+NORMED_KINDS = ("qwen3", "gemma3", "olmo2", "olmo3", "glm4_moe", "smollm")
 RESERVE, UNUSED = 1.5e9, 0.05
 """What a GPU's driver and libraries take, and the share that the allocator cannot use."""
 GPU_BYTES: dict[str, float] = {
@@ -77,11 +79,11 @@ class Parts:
         layers: dict[int, int] = {}
         outside = 0
         for name, shape in shapes:
-            layer = name.partition("layers.")[2].partition(".")[0]
-            if not layer.isdigit():
+            layer = natural(name.partition("layers.")[2].partition(".")[0])
+            if layer is None:
                 outside += math.prod(shape)
-            elif kept is None or int(layer) in kept:
-                layers[int(layer)] = layers.get(int(layer), 0) + math.prod(shape)
+            elif kept is None or layer in kept:
+                layers[layer] = layers.get(layer, 0) + math.prod(shape)
         return cls(tuple(layers[number] for number in sorted(layers)), outside, head)
 
 
@@ -98,20 +100,21 @@ class Decoder:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Decoder | None":
         """By a text decoder's ``config.json``; None where it does not name its widths."""
-        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
+        lists = {
+            k: v for k, v in config.items() if isinstance(v, list) and {*map(type, v)} == {int}
+        }
+        found = {**config, **{name: max(by_layer) for name, by_layer in lists.items()}}
+        hidden, heads = found.get("hidden_size"), found.get("num_attention_heads")
         if not hidden or not heads:
             return None
-        size = config.get("head_dim") or hidden // heads
-        ffn = config.get("intermediate_size") or 4 * hidden
-        if active := config.get("num_experts_per_tok"):
-            experts = config.get("moe_intermediate_size") or ffn
-            shared = config.get("n_shared_experts") or 0
-            ffn = active * experts + (
-                config.get("shared_expert_intermediate_size") or shared * experts
-            )
-        kind = str(config.get("model_type", ""))
-        normed = kind.startswith(("qwen3", "gemma3", "olmo2", "olmo3", "glm4_moe", "smollm"))
-        keys = (config.get("num_key_value_heads") or heads) * size
+        size = found.get("head_dim") or hidden // heads
+        ffn = found.get("intermediate_size") or 4 * hidden
+        if active := found.get("num_experts_per_tok"):
+            experts = found.get("moe_intermediate_size") or ffn
+            shared = (found.get("n_shared_experts") or 0) * experts
+            ffn = active * experts + (found.get("shared_expert_intermediate_size") or shared)
+        normed = str(config.get("model_type", "")).startswith(NORMED_KINDS)
+        keys = (found.get("num_key_value_heads") or heads) * size
         return cls(hidden, ffn, heads * size, keys, normed)
 
     def activation_bytes(self, stream: int, products: int) -> float:

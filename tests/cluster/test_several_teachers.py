@@ -244,7 +244,9 @@ def test_who_shares_the_limits_of_one_key_is_told(monkeypatch: pytest.MonkeyPatc
         one |= {"requests_per_minute": 60}
         two = {**one, "base_url": "http://127.0.0.1:1/v1/", "api_key_env": "TWO_API_KEY", **api}
         model = {"model": str(MODEL), "engine": "api"}
-        found = checked(teachers={"one": {**model, "api": one}, "two": {**model, "api": two}})
+        teachers = {"one": {**model, "api": one}, "two": {**model, "api": two}}
+        stated = {"teacher_licences": dict.fromkeys(teachers, "apache-2.0")}
+        found = checked(teachers=teachers, terms=stated)
         assert not found.problems
         return [notice for notice in found.notices if "with one key" in notice]
 

@@ -4,16 +4,27 @@ The tests draw a few examples of each with a fixed seed, ``fuzz.py`` as many as 
 `KINDS` has a strategy of whole cases by kind; the parts are for tests of their own.
 """
 
-import json
-import struct
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from hypothesis import strategies as st
 
 from raystill.config.describe import fields
-from tests.hostile.judge import OTHERS, SECRET, Case
+from tests.hostile.judge import Case
+from tests.hostile.model_cases import models
+from tests.hostile.parts import (
+    JSON_TREES,
+    NUMBERS,
+    ODD_FILES,
+    PATHS,
+    PLAIN,
+    TABLES,
+    TEXTS,
+    TREES,
+    json_of,
+    spoilt,
+    yaml_of,
+)
 from tests.support.end_to_end import TEACHER
 from tests.support.sound_run import SOUND
 
@@ -21,126 +32,6 @@ SECTIONS = ("teacher", "student", "prompts", "signal", "objective", "stream", "s
 FIELDS = sorted({field.name for field in fields() if "[]" not in field.name})
 READ = frozenset({0, 1})
 REFUSED = frozenset({0, 2})
-
-NASTY = st.sampled_from(
-    [
-        *("", " ", "\0", "\x1b[2J", "\x1b]0;x\x07", "\x9b1m", "\u202e", "\u2028", "\ufffe", "\r"),
-        *("[/red]", "[bold]", "{{ x }}", "{% for %}", "%s%n", "$(id)", "`id`", "../..", "~", "~x"),
-        *("-", "--", "-1", "0", "null", "true", "1e400", "NaN", "0x10", "1_0", "٣", "1:2:3"),
-        *("<|im_end|>", "<|im_start|>", "\U000f0000", "\U0001f600", "a\u0300", "ﬁ", "İ", "ß"),
-        *("x" * 300, "x" * 5000, "/" * 300, "a/" * 200, "\\", "'", '"', "'\"\\", "\n", "a\nb"),
-        *(SECRET, f"x{SECRET}y", f"s3://me:{SECRET}@bucket/x", f"hf_token={SECRET}"),
-    ]
-)
-TEXTS = NASTY | st.text(max_size=12) | st.lists(NASTY, min_size=1, max_size=3).map("".join)
-HALVES = st.sampled_from(["\ud800", "\udfff", "a\udcffb"])
-INTEGERS = st.integers() | st.sampled_from([0, -1, 2**31, 2**63, 2**64, 10**30, -(2**63), 10**400])
-NUMBERS = INTEGERS | st.floats() | st.sampled_from([1e308, -0.0, 5e-324, 1e18, True, False])
-PLAIN = st.none() | st.booleans() | NUMBERS | TEXTS
-TREES = st.recursive(
-    PLAIN,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
-    max_leaves=8,
-)
-JSON_TREES = st.recursive(
-    PLAIN | HALVES,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS | HALVES, inner, max_size=4),
-    max_leaves=12,
-)
-PATHS = st.one_of(
-    TEXTS,
-    HALVES,
-    st.sampled_from(
-        [
-            *(".", "..", "/", "//", "/dev/null", "/dev/zero", "/proc/self/mem", "/proc", "/dev/fd"),
-            *(
-                "sound.yaml",
-                "prompts.jsonl",
-                OTHERS,
-                f"{OTHERS}/letter.txt",
-                "~nobody/x",
-                "missing",
-            ),
-            *(
-                "file:///",
-                "file://x",
-                "file://\0",
-                "x://",
-                "://",
-                "hf://x",
-                "s3://",
-                "gs://",
-                "C:",
-            ),
-            *("sound.yaml/x", "./run/../run/", "x?y=1", "*", "[", "**", "{a,b}", "run", "store"),
-        ]
-    ),
-)
-"""Also of schemes that no file system has; none that asks a network."""
-
-
-def yaml_of(value: Any) -> bytes:
-    """A value as YAML, which half a surrogate pair leaves no room for."""
-    return yaml.safe_dump(value, allow_unicode=False).encode("utf-8", "replace")
-
-
-def json_of(value: Any) -> bytes:
-    """A value as JSON, with NaN and halves of surrogate pairs as Python writes them."""
-    return json.dumps(value).encode()
-
-
-@st.composite
-def spoilt(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes with one thing wrong: cut, doubled, a byte changed, or others in their place."""
-    way = draw(st.sampled_from(["cut", "byte", "double", "front", "other"]))
-    place = draw(st.integers(0, max(len(content) - 1, 0)))
-    if way == "cut":
-        return content[:place]
-    if way == "byte":
-        return content[:place] + draw(st.binary(min_size=1, max_size=4)) + content[place + 1 :]
-    if way == "double":
-        return content + content[place:]
-    if way == "front":
-        return draw(st.binary(min_size=1, max_size=9)) + content
-    return draw(OTHER_BYTES)
-
-
-OTHER_BYTES = st.one_of(
-    st.binary(max_size=40),
-    JSON_TREES.map(json_of),
-    st.sampled_from(
-        [
-            *(
-                b"",
-                b"[" * 100_000,
-                b'{"a":' * 50_000,
-                b'"' + b"x" * 3_000_000 + b'"',
-                b"\xef\xbb\xbf{}",
-            ),
-            *(
-                b"\0" * 4096,
-                b"PAR1",
-                b"PAR1" * 3,
-                b"\x1f\x8b\x08\0",
-                b"9" * 5000,
-                b"<html>",
-                b"{}{}",
-            ),
-            *(
-                b"\xff\xfe{\0}\0",
-                b'{"a": 1, "a": 2}',
-                b"NaN",
-                *(b"\xef\xbb\xbf{}", b"\xff\xfe{\0}\0", b'{"a": 1, "a": 2}', b"NaN", b"[1e999]"),
-                *(b"\n" * 9999, b"null\n" * 99),
-                b"\n" * 9999,
-                b"null\n" * 99,
-            ),
-        ]
-    ),
-)
-ODD_FILES = OTHER_BYTES | st.sampled_from(
-    ["folder", "pipe", "link nowhere", "link .", "link /dev/zero", f"link {OTHERS}"]
-)
 
 
 @st.composite
@@ -189,46 +80,10 @@ def _said(parts: tuple[Any, str]) -> Any:
     return {**message, "content": text} if isinstance(message, dict) else message
 
 
-MODEL_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
-"""The tokenizer itself, of 3.5 MB, is spoilt by the tests of prompts."""
-MODEL_KEYS = sorted(json.loads((TEACHER / "config.json").read_text()))
-
-
-@st.composite
-def models(draw: st.DrawFn) -> Case:
-    """A model's folder with one file that is not what it says."""
-    name = draw(st.sampled_from([*MODEL_FILES, "model.safetensors", "special_tokens_map.json"]))
-    if name == "model.safetensors":
-        content: bytes | str = draw(ODD_FILES | safetensors())
-    elif draw(st.booleans()) and (TEACHER / name).exists():
-        whole = json.loads((TEACHER / name).read_text())
-        key = draw(st.sampled_from([*MODEL_KEYS, "text_config", "auto_map", "chat_template"]))
-        content = json_of({**whole, key: draw(JSON_TREES)})
-    else:
-        content = draw(ODD_FILES)
-    run_file = draw(st.sampled_from(["student.yaml", "teacher.yaml"]))
-    words = ("check", "--static", run_file, *draw(st.sampled_from([(), ("--json",)])))
-    return Case(words, {f"model/{name}": content}, "model", REFUSED)
-
-
-@st.composite
-def safetensors(draw: st.DrawFn) -> bytes:
-    """A safetensors file of which the header says anything."""
-    entry = st.fixed_dictionaries(
-        {
-            "dtype": st.sampled_from(["F32", "BF16", "F4", "X"]) | TEXTS,
-            "shape": st.lists(INTEGERS, max_size=3) | JSON_TREES,
-            "data_offsets": st.lists(INTEGERS, max_size=3) | JSON_TREES,
-        }
-    )
-    header = json_of(draw(st.dictionaries(TEXTS, entry | JSON_TREES, max_size=4) | JSON_TREES))
-    length = draw(st.sampled_from([len(header), 0, len(header) + 9, 2**63, 10**9]))
-    return struct.pack("<Q", length) + header + draw(st.binary(max_size=16))
-
-
 RUN_FILES = ("summary.json", "evaluation.jsonl", "answers.jsonl", "metrics.jsonl", "config.yaml")
 RUN_FILES += ("manifest.json", "status.json", "draft.json", "tasks.json", "timeline.jsonl")
 RUN_FILES += ("layers.json", "probe.json", "student/lineage.json", "held_out.parquet")
+RUN_FILES += ("prompts/train.parquet", "prompts/held_out.parquet", "speed.json")
 RUN_KEYS = ("wall_s", "status", "dropped", "rows_trained", "filtered", "restarts", "baselines")
 RUN_KEYS += ("step", "row", "prompt", "teacher", "student", "checks", "size", "api", "models")
 RUN_KEYS += ("student_answers_by_position", "token_kl", "state", "terms", "raystill_lineage")
@@ -252,7 +107,7 @@ def runs(draw: st.DrawFn) -> Case:
         tree = draw(st.dictionaries(st.sampled_from(RUN_KEYS) | TEXTS, JSON_TREES, max_size=6))
         lines = draw(st.lists(st.just(tree) | JSON_TREES, min_size=1, max_size=3))
         files[f"run/{name}"] = draw(
-            st.sampled_from([json_of(tree), b"\n".join(map(json_of, lines))]) | ODD_FILES
+            st.sampled_from([json_of(tree), b"\n".join(map(json_of, lines))]) | ODD_FILES | TABLES
         )
     words = draw(st.sampled_from(READERS))
     return Case(words, files, "run", frozenset({0, 1, 2}))
@@ -342,6 +197,8 @@ def command_lines(draw: st.DrawFn) -> Case:
                 ("calibrate", "sound.yaml", "--set", "seed=x", f"--output={path}"),
                 ("calibrate", "sound.yaml", f"--positions={path}", f"--cosine={other}", "--x"),
                 ("tasks", path, f"--task={other}"),
+                *(("push", path), ("push", path, f"--to={other}"), ("speed", path)),
+                *(("calibrate", path), ("calibrate", "sound.yaml", f"--output={path}", "--x")),
             ]
         )
     )

@@ -253,7 +253,8 @@ def test_a_student_of_another_kind(
 
 SIZES: dict[str, tuple[dict[str, Any], str]] = {
     "heads": ({"num_attention_heads": 7}, "o_proj.weight of [64, 64], but by config.json it would"),
-    "key-value heads": ({"num_key_value_heads": 7}, "k_proj.weight of [32, 64]"),
+    "key-value heads": ({"num_key_value_heads": 2}, "k_proj.weight of [32, 64]"),
+    "key-value heads without a group": ({"num_key_value_heads": 7}, "a divisor of the 2 heads"),
     "neurons": ({"intermediate_size": 100}, "down_proj.weight of [64, 128]"),
     "size of a head": ({"head_dim": 3}, "k_proj.weight of [32, 64]"),
     "a head of its own": ({"tie_word_embeddings": False}, "has no lm_head.weight"),

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from tests.hostile.generators import KINDS, json_of
+from tests.hostile.generators import KINDS
 from tests.hostile.judge import SECRET, Case, call, faults, inside, judge, write
+from tests.hostile.parts import json_of
 from tests.hostile.places import EVALUATION, Bases
 
 EXAMPLES = 5

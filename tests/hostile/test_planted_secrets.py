@@ -264,6 +264,47 @@ def test_a_key_that_is_known_by_its_form(form: str) -> None:
     assert redact(f"Authorization: Bearer {TEXT}", {}) == "Authorization: Bearer ***"
 
 
+GIVEN = (
+    *("Authorization: Basic {}", "proxy-authorization: basic {}==", "Set-Cookie: a=1; b={}"),
+    *("--password {}", "--token '{}'", "--hf-token {}", "MYSQL_PWD={}", "Server=a;Pwd={};B=c"),
+    *("aws_session_token = {}", "sas_token={}", "https://h/x?a=1;token={}", "https://h/#auth={}"),
+    *("https://h/?key={}&x=1", "https://h/?subscription-key={}", "https://h/?jwt={}&pass={}"),
+    *("https://h/%3Fpassword%3D{}%26x", "s3:/ID:{}@bucket/x", "//user:{}@host/x"),
+)
+
+
+@pytest.mark.parametrize("form", GIVEN)
+def test_what_a_text_gives_as_a_secret_is_hidden(form: str) -> None:
+    """Headers, options, connection strings, and URIs with a slash or the scheme forgotten."""
+    text = form.replace("{}", TEXT)
+    for around in (text, f"cannot open {text!r}; correct it", json.dumps([text])):
+        shown = redact(around, {})
+        assert_untold(shown, TEXT)
+        assert redact(shown, {}) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("basic understanding of cookies: none", "PWD=/root/work", "C:/me@home/x", "a // b: c@d"),
+        *("max_tokens=512 --stop-token-ids 1 2", "prompts.jsonl?x=1#part", "a password is missing"),
+    ],
+)
+def test_what_looks_like_a_secret_and_is_none_stays(text: str) -> None:
+    assert redact(text, {}) == text
+
+
+MORE_NAMES = ("SECRETS", "DB_PASSWORDS", "PASSWORD2", "HF_TOKEN1", "API_TOKENS", "ACCESSTOKEN")
+MORE_NAMES += ("MY_JWT", "DB_CREDS", "PGPASS", "GOOGLE_APPLICATION_CREDENTIALS_JSON", "MNEMONIC")
+
+
+@pytest.mark.parametrize("name", MORE_NAMES)
+def test_more_names_of_secrets(name: str) -> None:
+    assert_untold(redact(f"refused: {TEXT}", {name: TEXT}), TEXT)
+    for other in ("NUM_TOKENS", "STOP_TOKENS", "KEYS", "MAX_TOKENS2", "COMPASS", "PATH"):
+        assert redact(TEXT, {other: TEXT}) == TEXT
+
+
 @pytest.mark.parametrize("words", [["report", "{}"], ["store", "list", "{}"], ["check", "{}.yaml"]])
 def test_a_file_name_that_is_a_secret_is_not_told(
     place: Path,
@@ -289,7 +330,10 @@ def test_a_section_that_is_named_like_a_secret_stays() -> None:
 
 @pytest.mark.parametrize(
     "part",
-    ["a-", "-", "a", "x://a:b", "://a:b@", "x://a@", "?token", "&sig='", "hf_token '", "a=b"],
+    [
+        *("a-", "-", "a", "x://a:b", "://a:b@", "x://a@", "?token", "&sig='", "hf_token '", "a=b"),
+        *("%3F", "%3Ftoken", "--token ", "--a", "cookie: ", "//a:", "/a:b", "basic ", ";#", "pwd="),
+    ],
 )
 def test_the_time_for_a_text_grows_with_its_length_alone(part: str) -> None:
     start = time.process_time()

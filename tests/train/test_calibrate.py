@@ -78,7 +78,8 @@ def test_all_ids_are_the_full_signal_and_fewer_show_less_of_the_loss(name) -> No
     assert whole.loss == pytest.approx(full.loss, rel=1e-5)
     assert whole.cosine == pytest.approx(1.0, abs=1e-5)
     losses = [figures.loss for signal, figures in compared.items() if signal.kind == "topk"]
-    assert losses == sorted(losses)
+    # The last of them differ by rounding, which is not the same on every processor.
+    assert losses == pytest.approx(sorted(losses), rel=1e-6)
     assert losses[0] > 0 and losses[-1] <= full.loss * (1 + 1e-5)
     parameters = compare.compare_parameters(module, positions, objective, teacher)
     assert parameters[Signal("topk", VOCAB)] == pytest.approx(1.0, abs=1e-5)
