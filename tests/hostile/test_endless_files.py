@@ -163,11 +163,12 @@ def test_a_factor_of_the_context_that_is_none(bases: Bases, factor: object) -> N
     config = json.loads((TEACHER / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "yarn", "factor": factor, "rope_theta": 1e4}
     content = json.dumps(config).encode()
-    assert "has the factor" in checked(bases, "teacher.yaml", 2, config_dot_json=content)
+    word = "expected a finite one" if factor == 1e300 else "has the factor"
+    assert word in checked(bases, "teacher.yaml", 2, config_dot_json=content)
 
 
 def test_a_context_of_odd_factors_is_a_number(tmp_path: Path) -> None:
-    for factor in ("x", None, 1e300, 4):
+    for factor in ("x", None, 1e30, 4):
         scaling = {"rope_type": "yarn", "factor": factor}
         config = {"max_position_embeddings": 100, "rope_scaling": scaling}
         (tmp_path / "config.json").write_text(json.dumps(config))

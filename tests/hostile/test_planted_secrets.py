@@ -301,8 +301,9 @@ MORE_NAMES += ("MY_JWT", "DB_CREDS", "PGPASS", "GOOGLE_APPLICATION_CREDENTIALS_J
 @pytest.mark.parametrize("name", MORE_NAMES)
 def test_more_names_of_secrets(name: str) -> None:
     assert_untold(redact(f"refused: {TEXT}", {name: TEXT}), TEXT)
+    untaught = TEXT[::-1]  # What a process has once learned to be a secret stays one.
     for other in ("NUM_TOKENS", "STOP_TOKENS", "KEYS", "MAX_TOKENS2", "COMPASS", "PATH"):
-        assert redact(TEXT, {other: TEXT}) == TEXT
+        assert redact(untaught, {other: untaught}) == untaught
 
 
 @pytest.mark.parametrize("words", [["report", "{}"], ["store", "list", "{}"], ["check", "{}.yaml"]])
