@@ -233,11 +233,14 @@ def api_notices(config: RunConfig, tables: PromptTables) -> Iterator[str]:
         return
     prices = api.prices if api.batch is None else api.prices.times(api.batch.price_factor)
     most = (prompts * prices.input + longest * prices.output) / 1e6
+    mean = longest / rows / 2
+    expected = (prompts * prices.input + rows * mean * prices.output) / 1e6
     yield (
-        f"the teacher may cost up to {most:,.4g} ({rows:,} answers, {prompts:,} prompt tokens of "
-        f"this tokenizer at {prices.input:g} and at most {longest:,} response tokens at "
-        f"{prices.output:g} a million{_dated(prices)}; nothing cached, nothing stored before); "
-        f"{limit_of(api)}"
+        f"the teacher is expected to cost {expected:,.4g}, if answers have {mean:,.4g} tokens on "
+        f"average, half of what they may have; it may cost up to {most:,.4g} ({rows:,} answers, "
+        f"{prompts:,} prompt tokens of this tokenizer at {prices.input:g} and at most {longest:,} "
+        f"response tokens at {prices.output:g} a million{_dated(prices)}; nothing cached, nothing "
+        f"stored before); {limit_of(api)}"
     )
 
 

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -615,7 +616,12 @@ def test_what_an_api_teacher_may_cost_is_told_before_it_is_asked(
     text += ["teacher.api.prices={input: 1, output: 2}", "teacher.api.base_url=http://far/v1"]
     checked = check_run_file(str(run_file), text)
     notices = "\n".join(checked.notices)
-    assert "the teacher may cost up to" in notices
+    costs = r"expected to cost (\S+), if answers have (\S+) tokens .* may cost up to (\S+) \("
+    figures = re.search(costs + r"([\d,]+) answers, ([\d,]+) prompt tokens", notices)
+    assert figures is not None
+    expected, mean, most, rows, prompts = (float(f.replace(",", "")) for f in figures.groups())
+    assert expected == pytest.approx((prompts + 2 * rows * mean) / 1e6, rel=1e-3)
+    assert most == pytest.approx((prompts + 4 * rows * mean) / 1e6, rel=1e-3)
     assert "no limit is set (teacher.api.max_cost)" in notices
     assert "at 2 a million, prices of an unknown day; nothing cached" in notices
     dated = [*text, "teacher.api.prices.as_of=2026-11-02"]
