@@ -241,11 +241,14 @@ def unfit(value: Any, depth: int = 0) -> Unfit | None:
 
 
 def half_in(text: str) -> str:
-    """What is wrong with a text in which `HALF` finds one, for a message."""
+    """What is wrong with a text in which `HALF` finds one, for a message.
+
+    Nothing around it is quoted: of a secret that is cut nobody knows any more that it is one.
+    """
     found = HALF.search(text)
-    start = max(0, found.start() - 20) if found is not None else 0
-    part = shown_value(text[start : start + 60], 80)
-    return f"the text {part}, in which half of a surrogate pair is no Unicode"
+    assert found is not None
+    place = f"a text whose character {found.start() + 1:,} is {found[0]!r}"
+    return f"{place}, half of a surrogate pair, which is no Unicode"
 
 
 def _find_on_hub(name: str, revision: str | None) -> ModelLookup:

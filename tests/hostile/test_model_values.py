@@ -25,7 +25,7 @@ from raystill.model.sizes import Sizes
 from raystill.model.tokenizer import check_tokenizer, load_tokenizer
 from raystill.model.weights import header_of, layer_of, size_of
 from raystill.placement.memory import Decoder
-from tests.hostile.judge import Told, call, faults, inside, write
+from tests.hostile.judge import PARTS, SECRET, Told, call, faults, inside, write
 from tests.hostile.parts import JSON_TREES
 from tests.hostile.places import Bases
 from tests.support.end_to_end import TEACHER
@@ -63,12 +63,13 @@ def checked(bases: Bases, files: dict[str, bytes], run_file: str, *more: str) ->
     return told
 
 
-def refused(bases: Bases, files: dict[str, bytes], run_file: str, *words: str) -> None:
+def refused(bases: Bases, files: dict[str, bytes], run_file: str, *words: str) -> str:
     told = checked(bases, files, run_file)
     text = told.out + told.err
     assert told.status == 2, text
     for word in words:
         assert word in text
+    return text
 
 
 def changed(name: str, **values: Any) -> dict[str, bytes]:
@@ -166,6 +167,13 @@ def test_a_template_that_writes_no_unicode(bases: Bases, kind: str) -> None:
     """No file has such a character: the template makes it."""
     files = changed(TOKENS, chat_template=TEMPLATES[kind])
     refused(bases, files, "teacher.yaml", "prompts.jsonl", "chat template")
+
+
+def test_what_stands_around_half_a_pair_is_not_told(bases: Bases) -> None:
+    """A part of a secret is not known to be one."""
+    files = changed(TOKENS, chat_template=SECRET + "{{ '\\ud800' }}")
+    told = refused(bases, files, "teacher.yaml", "half of a surrogate pair")
+    assert "whose character" in told and not [part for part in PARTS if part in told]
 
 
 def tokenizer_with(**parts: Any) -> bytes:

@@ -139,3 +139,26 @@ def test_a_name_on_the_hub_that_is_empty(run: Path) -> None:
 def test_a_report_of_calibration_that_cannot_be_written(run: Path, path: str) -> None:
     with inside(run), pytest.raises(RunError, match="name another"):
         calibrate._made(path)
+
+
+OTHER_TABLES = {
+    "numbers": ids([1, 2]),
+    "texts": ids(["a", "b"]),
+    "nulls": ids([None, None]),
+    "lists of texts": ids([["a"], ["b"]]),
+    "lists of a fixed size": ids([[1, 2]], pa.list_(pa.int32(), 2)),
+    "another column": ids([[1]], name="other"),
+    "objects": ids([{"a": 1}]),
+    "no rows": ids([], pa.list_(pa.int32())),
+    "cut": SOUND[:-9],
+}
+
+
+@pytest.mark.parametrize("name", ["prompts/train.parquet", HELD_OUT_PROMPTS, "held_out.parquet"])
+@pytest.mark.parametrize("kind", OTHER_TABLES)
+def test_the_page_of_a_run_whose_tables_are_others(bases: Bases, kind: str, name: str) -> None:
+    place = bases.fresh("run")
+    write(place, {f"run/{name}": OTHER_TABLES[kind]})
+    with inside(place):
+        told = call(("report", "run"))
+    assert not list(faults(told, frozenset({0, 1}), False))

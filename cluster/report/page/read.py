@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
@@ -248,7 +249,10 @@ class RunReader:
                         source = str(row.get("source") or "")
                         by_source[source] = by_source.get(source, 0) + 1
                         cut += row.get("finish_reason") == "length"
-                    for length in batch.column(column).value_lengths().to_pylist():
+                    lists = batch.column(column)
+                    if not pa.types.is_list(lists.type):
+                        raise ValueError(f"the column {column!r} has no lists")
+                    for length in lists.value_lengths().to_pylist():
                         by_length[length or 0] = by_length.get(length or 0, 0) + 1
         except (OSError, ValueError, KeyError):  # Also Arrow's own errors: not a Parquet file.
             self._broken += 1
