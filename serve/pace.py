@@ -48,14 +48,15 @@ class SharedPaces:
 
     def __init__(self, was_lost: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         """clock: monotonic seconds."""
-        self._was_lost, self._clock = was_lost, clock
+        self._clock = clock
+        self._known_from = clock() + (MINUTE_S if was_lost else 0)
+        """From when on all requests of the last minute are known."""
         self._accounts: dict[bytes, _Account] = {}
         self._of_life: dict[str, _Account] = {}
         self._left: set[tuple[str, int]] = set()
 
     async def join(self, account: bytes, teacher: str, life: str, api: ApiConfig) -> None:
         """A replica of a teacher; an earlier one of it has ended, and so have its requests."""
-        new = account not in self._accounts
         own = self._accounts.setdefault(account, _Account(Pace(0, None, None, self._clock)))
         before = own.members.get(teacher)
         if before is not None and before[0] != life:
@@ -65,8 +66,8 @@ class SharedPaces:
         apis = {name: one for name, (_, one) in own.members.items()}
         most = sum(one.max_concurrency for one in apis.values())
         own.pace.allow(most, *least_rates(apis))
-        if new and self._was_lost and own.pace.has_rates:
-            own.pace.pause(MINUTE_S)
+        if own.pace.has_rates:
+            own.pace.pause(self._known_from - self._clock())
         own.freed.set()
 
     async def turn(self, life: str, number: int, tokens: int) -> bool:

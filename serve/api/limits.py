@@ -105,9 +105,8 @@ class Pace:
             return False
         if not self._within_rates(now, tokens):
             return False
-        if self.has_rates:
-            self._recent.append((now, tokens))
-            self._in_minute += tokens
+        self._recent.append((now, tokens))  # Also without rates: they may be told later.
+        self._in_minute += tokens
         return True
 
     def answered(self) -> None:

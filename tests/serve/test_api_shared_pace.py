@@ -1,6 +1,7 @@
 """Teachers that ask one service with one key share its limits; others do not."""
 
 import asyncio
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,10 +64,10 @@ class Actor:
                 raise RayActorError()
             return None
         answer = await getattr(paces, name)(*arguments, **more)
-        if name == "turn" and answer:
-            self.turns[self.now] += 1
         if paces is not self.paces:
             raise RayActorError()
+        if name == "turn" and answer:
+            self.turns[self.now] += 1
         return answer
 
     async def goes_on(self) -> None:
@@ -216,6 +217,24 @@ def test_an_actor_that_never_comes_again_ends_the_run(monkeypatch: pytest.Monkey
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("was_lost", [True, False])
+def test_one_that_tells_of_rates_later_knows_what_went_before(was_lost: bool) -> None:
+    """The teacher that joins first has no rates of its own: its requests go at once, and count."""
+
+    async def run() -> None:
+        actor = Actor()
+        actor.paces = actor.started(was_lost)
+        free = account(actor, "free", max_concurrency=8)
+        assert [await within(5, free.turn(1)) for _ in range(3)] == [1, 2, 3]
+        bound = account(actor, "bound", max_concurrency=8, requests_per_minute=4)
+        went = [await within(0.2, bound.turn(1)) for _ in range(2)]
+        assert went == ([None, None] if was_lost else [1, None])
+        actor.now += MINUTE_S + 1
+        assert await within(5, bound.turn(1)) and await within(5, free.turn(1))
+
+    asyncio.run(run())
+
+
 def test_what_a_dead_replica_asked_for_is_over_when_the_next_one_comes() -> None:
     async def run() -> None:
         actor = Actor()
@@ -342,10 +361,16 @@ def test_which_teachers_of_a_run_share(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.ray
-def test_an_actor_whose_process_ends_comes_again_and_knows_it(ray_cluster: None) -> None:
-    """Of two accounts of one actor: the one with rates waits a minute, the other goes on."""
+@pytest.mark.parametrize("key", [KEY, None], ids=["two accounts", "one account"])
+def test_an_actor_whose_process_ends_comes_again_and_knows_it(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    """A teacher with rates waits a minute; one of another account, or that comes first, goes on."""
     import ray
 
+    monkeypatch.delenv("SERVICE_API_KEY", raising=False)
+    if key:
+        monkeypatch.setenv("SERVICE_API_KEY", key)
     config = run_of(a={"requests_per_minute": 9}, b={"api_key_env": None}, c={})
     actors = start_paces(config)
     assert sorted(actors) == ["a", "b", "c"] and len(set(map(id, actors.values()))) == 1
@@ -357,12 +382,17 @@ def test_an_actor_whose_process_ends_comes_again_and_knows_it(ray_cluster: None)
 
     async def run() -> None:
         assert await within(60, paces["a"].turn(1)) and await within(60, paces["b"].turn(1))
+        pid = await actors["a"].__ray_call__.remote(lambda _: os.getpid())
         ray.kill(actors["a"], no_restart=False)
+        async with asyncio.timeout(60):
+            while Path(f"/proc/{pid}").exists():  # It answers until then.
+                await asyncio.sleep(0.05)
         assert await within(60, paces["b"].turn(1)), "without rates"
         assert await within(2, paces["a"].turn(1)) is None, "nobody knows what has gone"
         paces["a"].failed(None, too_fast=True)
         for pace in paces.values():
             pace.ended(1, answered=True)  # Of which the new one does not know.
-        assert await within(60, paces["b"].turn(1))
+        if key:
+            assert await within(60, paces["b"].turn(1))
 
     asyncio.run(run())
