@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raystill.serve.engine.blocks import BlockTable, BlockWriter, Indices, consecutive
-from raystill.serve.engine.lifetime import end_with
+from raystill.serve.engine.lifetime import end_with, use_huge_pages
 from raystill.serve.engine.outputs import gather_logprobs
 
 EXTRA_ARGS = "raystill"
@@ -136,6 +136,8 @@ class Capture:
         """
         end_with(replica, host)
         runner = self.model_runner
+        if runner.device.type == "cpu":
+            use_huge_pages()
         missing = [name for name in RUNNER_PARTS if not hasattr(runner, name)]
         if missing:
             import vllm

@@ -13,6 +13,7 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from raystill.datasets.rows.schema import GIVEN_UP, LOST, NOT_STARTED, TIMED_OUT
 from raystill.datasets.rows.signal import Signal
 from raystill.serve.engine.arguments import PROBE_TIMEOUT_S, EngineSettings, engine_arguments
 from raystill.serve.engine.capture import CaptureRequest
+from raystill.serve.engine.lifetime import copied_process
 from raystill.serve.engine.outputs import hidden_states, keep_arrays, sampled_answer, scored_answer
 from raystill.serve.engine.takes import Bytes, Takes
 from raystill.serve.engine.weights import Adapters, one_span
@@ -65,7 +67,8 @@ class VllmEngine:
 
         keep_arrays()
         arguments = AsyncEngineArgs(**engine_arguments(self._settings))
-        self._engine = AsyncLLM.from_engine_args(arguments)
+        with copied_process() if self._settings.cores is not None else nullcontext():
+            self._engine = AsyncLLM.from_engine_args(arguments)
         self._takes = Takes(self._engine.collective_rpc, self._raise_if_dead)
         await self._takes.start()
         model = self._engine.model_config

@@ -1,11 +1,17 @@
-"""An engine's process ends with the process that started it, however that one ends."""
+"""An engine's process begins as a copy of its replica, and ends with it, however that one ends."""
 
 import contextlib
+import os
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
+import pytest
+
+from raystill.serve.engine.lifetime import _without
 
 CHILD = """
 import os, socket, sys, time
@@ -54,3 +60,39 @@ def test_it_stays_on_another_machine_where_the_number_means_another_process() ->
         assert not ends(child, within_s=2.5)
     finally:
         child.kill()
+
+
+def test_memory_that_a_copy_shares_is_left_out() -> None:
+    shared = [(10, 20), (30, 40), (90, 99)]
+    new = [(0, 5), (8, 33), (35, 38), (39, 41), (50, 60), (85, 100)]
+    assert list(_without(new, shared)) == [
+        *[(0, 5), (8, 10), (20, 30), (40, 41), (50, 60), (85, 90), (99, 100)]
+    ]
+    assert list(_without(new, [])) == new
+
+
+@pytest.mark.vllm
+def test_an_engine_process_is_a_copy_without_sockets(tmp_path: Path) -> None:
+    from vllm.v1.engine import utils
+
+    from raystill.serve.engine import lifetime
+
+    theirs, here = utils.get_mp_context, {"known": "in this process alone"}
+    ours, other = socket.socketpair()
+    told = tmp_path / "told"
+
+    def work() -> None:
+        with contextlib.suppress(OSError):
+            ours.sendall(b"from the copy")
+        pages = lifetime.use_huge_pages()
+        told.write_text(f"{here['known']} {os.getppid()} {pages >= 0} {len(lifetime._sockets())}")
+
+    with lifetime.copied_process():
+        copy = utils.get_mp_context().Process(target=work)
+        copy.start()
+    ours.close()
+    assert other.recv(99) == b"", "its end is closed, and the copy holds it no more"
+    copy.join(60)
+    assert copy.exitcode == 0
+    assert told.read_text() == f"in this process alone {os.getpid()} True 0"
+    assert utils.get_mp_context is theirs
