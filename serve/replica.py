@@ -14,63 +14,26 @@ from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from raystill.base.errors import RunError
-from raystill.base.logs import redirect_output, run_name, write_line
+from raystill.base.logs import redirect_output, run_name
 from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
 from raystill.datasets.rows.answers import Answer, answers_table
-from raystill.datasets.rows.schema import ENGINE, LOST, NOT_STARTED, of_one
+from raystill.datasets.rows.schema import ENGINE, ONE_BY_ONE, of_one
 from raystill.datasets.rows.signal import Signal
 from raystill.model.identity import dtype_problem, identity_of_teacher, identity_problem
 from raystill.model.on_node import ModelSource, Weights
 from raystill.model.sampling import ResolvedSampling, resolve_sampling
 from raystill.placement.requests import share_of_cores, teacher_cores
+from raystill.serve.ending import Ending
 from raystill.serve.engine.arguments import EngineSettings, label_replica, prepare_process
 from raystill.serve.engine.synthetic import SyntheticEngine
+from raystill.serve.engines import ChatEngine, Engine, Ids, KeyedEngine, MortalEngine
 from raystill.serve.listening import rank_at_serve
-
-EXIT_ENGINE_DEAD = 70
-HAND_OVER_S = 1.0
-"""From the death of an engine to the end of its replica."""
-Ids = list[NDArray[np.int32]]
-
-
-class Engine(Protocol):
-    """What the replica asks of an engine."""
-
-    name: str
-    version: str
-    dtype: str
-    vocab_size: int
-    max_model_len: int
-
-    async def start(self) -> None: ...
-    async def sample(self, prompt_ids: Ids, signal: Signal) -> list[Answer]: ...
-    async def score(
-        self, prompt_ids: Ids, response_ids: Ids, signal: Signal, at: Ids | None
-    ) -> list[Answer]: ...
-    async def probe(self) -> None: ...
-    def close(self) -> None: ...
-
-
-@runtime_checkable
-class KeyedEngine(Protocol):
-    """An engine that names what it asks for by the keys of the answers."""
-
-    async def sample_keyed(self, ids: Ids, keys: list[bytes], signal: Signal) -> list[Answer]: ...
-
-
-@runtime_checkable
-class ChatEngine(Protocol):
-    """An engine that asks in words, and can be given them."""
-
-    async def sample_chats(self, ids: Ids, chats: list[str], signal: Signal) -> list[Answer]: ...
 
 
 @dataclass(frozen=True)
@@ -119,6 +82,7 @@ class Teacher:
             redirect_output(self._log)
             label_replica(run_name(str(Path(settings.logs).parent)), number, settings.role)
         self._busy = BusyClock()
+        self._ending = Ending("replica")
         self._identity: str | None = None
         teacher = settings.config.teacher
         weights: Weights = "all" if teacher.engine == "vllm" else "none"
@@ -139,7 +103,8 @@ class Teacher:
     async def sample(self, prompts: pa.Table, signal: Signal) -> pa.Table:
         """Answer each row of ``prompts``: an ``answer_schema`` table.
 
-        prompts: ``prompt_ids``; ``key`` of each answer and ``messages``, which few engines need.
+        prompts: ``prompt_ids``; ``key`` of each answer and ``messages``, which few engines need;
+        `ONE_BY_ONE`, which changes nothing where rows cannot kill the engine.
         """
         groups = ids_of(prompts, "prompt_ids")
         engine = self._engine
@@ -147,6 +112,8 @@ class Teacher:
             asked = engine.sample_chats(groups, prompts["messages"].to_pylist(), signal)
         elif isinstance(engine, KeyedEngine):
             asked = engine.sample_keyed(groups, prompts["key"].to_pylist(), signal)
+        elif ONE_BY_ONE in prompts.column_names and isinstance(engine, MortalEngine):
+            asked = engine.sample(groups, signal, one_by_one=True)
         else:
             asked = engine.sample(groups, signal)
         table, answers = await self._table(signal, asked)
@@ -157,12 +124,17 @@ class Teacher:
         """The signal of given responses, as ``answer_schema``, with the responses as they came.
 
         rows: ``prompt_ids``, ``response_ids`` and, to have the teacher's logprobs at ids of the
-        caller's choice with ``topk``, ``ids``: K of them for each response token, distinct.
+        caller's choice with ``topk``, ``ids``: K of them for each response token, distinct. Or
+        `ONE_BY_ONE`, as for :meth:`sample`.
         ``finish_reason`` is ``stop`` where the last id is one that ends this teacher's answers.
         """
         prompts, responses = ids_of(rows, "prompt_ids"), ids_of(rows, "response_ids")
         at = ids_of(rows, "ids") if "ids" in rows.column_names else None
-        scored = self._engine.score(prompts, responses, signal, at)
+        engine = self._engine
+        if ONE_BY_ONE in rows.column_names and isinstance(engine, MortalEngine):
+            scored = engine.score(prompts, responses, signal, one_by_one=True)
+        else:
+            scored = engine.score(prompts, responses, signal, at)
         table, answers = await self._table(signal, self._with_reason(scored))
         self._report(prompts, answers, written=False)
         return table
@@ -229,26 +201,15 @@ class Teacher:
             except Exception as error:
                 self._exit_if_engine_died(error)
                 raise
-            if any(answer.error in (LOST, NOT_STARTED) for answer in answers):
-                self._exit_soon()
+            if isinstance(self._engine, MortalEngine):
+                self._ending.after(answers)
             table = await asyncio.to_thread(answers_table, answers, signal)
         facts = {ENGINE: json.dumps(self._engine_facts())}
         return table.replace_schema_metadata(facts), answers
 
     def _exit_if_engine_died(self, error: Exception) -> None:
-        """End the process, so that callers see an actor that died and Serve starts another."""
-        if self._engine.name != "vllm":
-            return
-        from raystill.serve.engine.vllm import engine_is_dead
-
-        if engine_is_dead(error):
-            write_line(f"the engine died ({error}); this replica exits")
-            os._exit(EXIT_ENGINE_DEAD)
-
-    def _exit_soon(self) -> None:
-        """End the process once those who ask now have what the engine had finished."""
-        write_line("the engine died; this replica exits")
-        asyncio.get_running_loop().call_later(HAND_OVER_S, os._exit, EXIT_ENGINE_DEAD)
+        if self._engine.name == "vllm":
+            self._ending.after_error(error)
 
     def _report(self, prompts: Ids, answers: list[Answer], written: bool) -> None:
         """Count what was done; responses that were not written here were read, like prompts."""

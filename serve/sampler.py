@@ -27,13 +27,14 @@ from raystill.base.logs import redirect_output, run_name, write_line
 from raystill.config.run import RunConfig
 from raystill.config.teacher import TeacherConfig
 from raystill.datasets.rows.answers import Answer, answers_table
-from raystill.datasets.rows.schema import AT_LEAST
+from raystill.datasets.rows.schema import AT_LEAST, ONE_BY_ONE
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.rows.versions import with_spans
 from raystill.model.adapters import ADAPTER_SETTINGS, adapted_modules, served_rank
 from raystill.model.files import WEIGHTS_FILE, read_object
 from raystill.model.sampling import ResolvedSampling
 from raystill.placement.requests import share_of_cores, teacher_cores
+from raystill.serve.ending import Ending
 from raystill.serve.engine.arguments import (
     AdapterLimits,
     EngineSettings,
@@ -43,7 +44,7 @@ from raystill.serve.engine.arguments import (
 )
 from raystill.serve.engine.weights import EXTENSION
 from raystill.serve.listening import rank_at_serve
-from raystill.serve.replica import EXIT_ENGINE_DEAD, BusyClock, ids_of
+from raystill.serve.replica import BusyClock, ids_of
 
 SHARED_MEMORY = "/dev/shm"
 MOST_ADAPTERS = 16
@@ -80,6 +81,7 @@ class Sampler:
         label_replica(run_name(str(Path(settings.logs).parent)), self._number, role="sampler")
         self._changed = asyncio.Condition()
         self._busy = BusyClock()
+        self._ending = Ending("sampler", self._clean_up)
         newest = await self._coordinator.newer_policy.remote(0)
         if newest is None:
             raise RunError("the run ended before the student's weights were published")
@@ -97,29 +99,33 @@ class Sampler:
 
         ``finish_reason`` says which weights wrote which tokens: see `datasets.rows.versions`.
         prompts: with the column `AT_LEAST`, no token is written by older weights than that. They
-        are waited for: another replica may have been the first to get them.
+        are waited for: another replica may have been the first to get them. With `ONE_BY_ONE`, as
+        for `Teacher.sample`.
         """
         groups = ids_of(prompts, "prompt_ids")
-        limit = self._settings.config.teacher.request_timeout_s
         if AT_LEAST in prompts.column_names:
+            limit = self._settings.config.teacher.request_timeout_s
             await self._reach(pc.max(prompts[AT_LEAST]).as_py(), limit)
+        one_by_one = ONE_BY_ONE in prompts.column_names
         with self._busy.group():
             try:
-                answers = await asyncio.wait_for(self._engine.sample(groups, signal), limit)
+                answers = await self._engine.sample(groups, signal, one_by_one)
             except Exception as error:
-                self._exit_if_engine_died(error)
+                self._ending.after_error(error)
                 raise
+            self._ending.after(answers)
         self._report(answers)
         return await asyncio.to_thread(answers_table, [named(a) for a in answers], signal)
 
     async def check_health(self) -> None:
         """Called by Serve: the engine gives a token, and new weights are still awaited."""
-        if self._following.done() and self._following.exception() is not None:
-            raise RuntimeError(f"new weights could not be taken: {self._following.exception()!r}")
+        if self._following.done() and (error := self._following.exception()) is not None:
+            self._ending.after_error(error)
+            raise RuntimeError(f"new weights could not be taken: {error!r}")
         try:
             await self._engine.probe()
         except Exception as error:
-            self._exit_if_engine_died(error)
+            self._ending.after_error(error)
             raise
 
     def __del__(self) -> None:
@@ -212,7 +218,8 @@ class Sampler:
         try:
             await self._engine.take_adapter(newest["serial"], str(folder), newest["version"])
         except Exception as error:
-            self._exit_if_engine_died(error)
+            if self._ending.after_error(error):
+                raise
             problem = (
                 f"the sampler cannot take the student's adapter of step {newest['version']} "
                 f"({error}); leave policy.merge_adapters at true, which sends it merged weights"
@@ -241,15 +248,6 @@ class Sampler:
             self._serial, self._version = newest["serial"], version
             self._changed.notify_all()
         await self._coordinator.policy_loaded.remote(self._serial, version)
-
-    def _exit_if_engine_died(self, error: Exception) -> None:
-        """End the process, so that callers see an actor that died and Serve starts another."""
-        from raystill.serve.engine.vllm import engine_is_dead
-
-        if engine_is_dead(error):
-            write_line(f"the engine died ({error}); this sampler exits")
-            self._clean_up()
-            os._exit(EXIT_ENGINE_DEAD)
 
     def _clean_up(self) -> None:
         engine = getattr(self, "_engine", None)
@@ -314,6 +312,7 @@ def engine_settings(
             "kv_cache_gib": policy.kv_cache_gib or teacher.kv_cache_gib,
             "enforce_eager": teacher.enforce_eager,
             "trust_remote_code": teacher.trust_remote_code,
+            "request_timeout_s": teacher.request_timeout_s,
         }
     )
     sampling = ResolvedSampling(

@@ -23,7 +23,8 @@ FATAL = "stop: "
 the other answers of its group are stored."""
 
 LOST = "engine_died"
-"""Error of a row that was in an engine when it died: it is asked again, with suspicion."""
+"""Error of a row that was in an engine when it died: it is asked again, with suspicion. It is what
+killed the engine where it was asked `ONE_BY_ONE`."""
 NOT_STARTED = "engine_died_before"
 """Error of a row that waited for the engine that died: it is asked again, as if it had not been."""
 GIVEN_UP = "engine_gave_up"
@@ -131,9 +132,13 @@ POLICY_VERSION = "policy_version"
 weights had finished which began the response; null: the teacher wrote it."""
 AT_LEAST = "at_least"
 """Column of what the student's sampler is asked: int64, the oldest weights that may answer."""
+ONE_BY_ONE = "one_by_one"
+"""Column of what a teacher or sampler is asked: where it is there, one row after the other is put
+into the engine, each with no other row in it."""
 TOKEN_VERSIONS = "token_versions"
-"""Column beside it: int32 [T], the same for the weights that wrote each token. They are other than
-the first where newer weights came while the response was written. Empty: the teacher wrote it."""
+"""Column beside `POLICY_VERSION`: int32 [T], the same for the weights that wrote each token. They
+are other than the first where newer weights came while the response was written. Empty: the teacher
+wrote it."""
 
 
 def row_schema(signal: Signal, policy: bool = False) -> pa.Schema:

@@ -1,11 +1,16 @@
 """Asks the deployed teacher for a group of answers, and survives the loss of its replicas.
 
-What is left of a group whose replica or engine died is asked once more on another replica: most
-deaths have nothing to do with the rows. Answers that a dead engine had finished are kept, and rows
-that waited for it are not suspected. A row that was there at two deaths is a *suspect*: such rows
-are asked one by one, and one at a time in this process. If it dies again, the row is asked once
-more with no other question beside it. A row that kills then too is poison: it comes back unusable,
-with the reason ``poison``, and the run goes on.
+Two kinds of death are told apart. Where an engine dies in a replica that lives, its answers name
+the rows that were in it: these are asked again *one by one*, each with no other row in its engine,
+whoever asks for it. A row that an engine dies of then is poison. So a row that kills its engine
+costs two deaths. Rows that only waited for the engine are asked again as they were.
+
+Where the whole replica goes, nothing is known of its rows. What is left of the group is asked once
+more: most deaths have nothing to do with the rows. A row that was there at two such deaths is asked
+by itself, and one such row at a time in this process; if its replica goes again, once more with no
+other question of this process beside it. If it goes then too, the row is poison.
+
+Poison comes back unusable, with the reason ``poison``, and the run goes on.
 
 *Waits for* the teacher, also for its next replica. *Unblocked by* its answers or its errors.
 """
@@ -14,28 +19,37 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from raystill.base.errors import RunError
-from raystill.datasets.rows.schema import AT_LEAST, GIVEN_UP, LOST, NOT_STARTED, answer_schema
+from raystill.datasets.rows.schema import (
+    AT_LEAST,
+    GIVEN_UP,
+    LOST,
+    NOT_STARTED,
+    ONE_BY_ONE,
+    answer_schema,
+)
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.rows.turns import Turns
 
 logger = logging.getLogger(__name__)
 
 GROUP_ATTEMPTS = 2
 DEATHS_OF_POISON = 2
 POISON = "poison"
-MOST_LOOKS = 12
-"""How often a group is asked at most while replicas end under it; then row by row."""
+MOST_IN_VAIN = 100
+"""How often in a row engines may die before any row of a question has been in one."""
 PAUSE_AFTER_DEATH_S = 0.2
+LONGEST_PAUSE_AFTER_DEATH_S = 2.0
 LONGEST_PAUSE_S = 10.0
 POLL_S = 0.5
 
@@ -60,7 +74,7 @@ class TeacherCalls:
         self._life = 0
         self._starting = asyncio.Lock()
         self._suspect = asyncio.Lock()
-        self._turns = _Turns()
+        self._turns = Turns()
 
     async def sample(
         self,
@@ -93,53 +107,63 @@ class TeacherCalls:
 
         Rows that a dead engine had finished are not asked again.
         """
-        deaths = np.zeros(len(rows), int)
-        left, parts, looks = np.arange(len(rows)), _Parts(), 0
-        while len(left) and looks < MOST_LOOKS:
-            looks += 1
-            together = left[deaths[left] < GROUP_ATTEMPTS]
-            if not len(together):
-                break
-            asked = rows.take(pa.array(together)).combine_chunks()
-            what = f"{method}: group of {len(asked)} rows, attempt {looks}"
-            answers = await self._try(method, asked, what)
+        group, vain, attempt = _Group(rows, self._signal), _InVain(), 0
+        while len(places := group.due()):
+            attempt += 1
+            one_by_one = group.are_suspects(places)
+            asked = rows.take(pa.array(places)).combine_chunks()
+            what = f"{method}: group of {len(asked)} rows, attempt {attempt}"
+            answers = await self._try(method, asked, what, one_by_one=one_by_one)
             if answers is None:
-                deaths[together] += 1
-                continue
-            errors = answers["error"].to_numpy(zero_copy_only=False)
-            deaths[together[(errors == LOST) | (errors == GIVEN_UP)]] += 1
-            kept = (errors != LOST) & (errors != NOT_STARTED) & (errors != GIVEN_UP)
-            parts.add(together[kept], answers.filter(pa.array(kept)))
-            left = np.setdiff1d(left, together[kept])
-            if not kept.all():
-                await asyncio.sleep(PAUSE_AFTER_DEATH_S)
-        if len(left):
-            logger.warning("asking a group of %d suspects row by row", len(left))
-        for index in left:
-            parts.add(np.array([index]), await self._ask_suspect(method, rows.slice(index, 1)))
-        return parts.joined()
+                group.lost_all(places)
+            elif not group.take(places, answers, one_by_one, what):
+                await vain.pause(answers)
+        for index in group.left:
+            group.parts.add(
+                np.array([index]), await self._ask_suspect(method, rows.slice(index, 1))
+            )
+        return group.parts.joined()
 
     async def _ask_suspect(self, method: str, row: pa.Table) -> pa.Table:
-        for death in range(1, DEATHS_OF_POISON + 1):
-            what = f"{method}: suspect row, attempt {death}"
+        """The answer to a row of which nobody knows whether its replicas have gone for it."""
+        logger.warning("%s: asking a suspect row by itself", method)
+        deaths, vain = 0, _InVain()
+        while deaths < DEATHS_OF_POISON:
+            what = f"{method}: suspect row, attempt {deaths + 1}"
+            alone = deaths == DEATHS_OF_POISON - 1
             async with self._suspect:
                 answer = await self._try(
-                    method, row.combine_chunks(), what, alone=death == DEATHS_OF_POISON
+                    method, row.combine_chunks(), what, one_by_one=True, alone=alone
                 )
-            again = (LOST, NOT_STARTED, GIVEN_UP)
-            if answer is not None and answer["error"][0].as_py() not in again:
+            error = None if answer is None else answer["error"][0].as_py()
+            if answer is None or error == GIVEN_UP:
+                deaths += 1
+            elif error == NOT_STARTED:
+                await vain.pause(answer)
+            elif error == LOST:
+                break
+            else:
                 return answer
         logger.error("poison: replicas failed each time for %s", row.to_pylist())
         return unusable_answers(1, POISON, self._signal)
 
     async def _try(
-        self, method: str, rows: pa.Table, what: str, alone: bool = False
+        self,
+        method: str,
+        rows: pa.Table,
+        what: str,
+        *,
+        one_by_one: bool = False,
+        alone: bool = False,
     ) -> pa.Table | None:
-        """Answers; None where the replica or its engine went with the question.
+        """Answers; None where the replica went with the question.
 
-        alone: with no other question of this process beside it, so that a death is this one's. A
-        teacher that is not there at all is asked again, up to ``max_attempts``; then RunError.
+        one_by_one: each row with no other in its engine. alone: with no other question of this
+        process beside it, so that a replica's death is this one's. A teacher that is not there at
+        all is asked again, up to ``max_attempts``; then RunError.
         """
+        if one_by_one:
+            rows = rows.append_column(ONE_BY_ONE, pa.array([True] * len(rows)))
         handle = await self._teacher()
         for attempt in range(1, self._max_attempts + 1):
             try:
@@ -194,40 +218,82 @@ class InWords:
         return await self.calls.score(prompt_ids, response_ids)
 
 
-class _Turns:
-    """Questions go beside each other; one that is to go alone waits for them, and they for it."""
+class _InVain:
+    """Counts how often in a row a question came to an engine that was dead already."""
 
     def __init__(self) -> None:
-        self._changed = asyncio.Condition()
-        self._beside = 0
-        self._wants_alone = False
+        self._times = 0
 
-    @asynccontextmanager
-    async def beside(self) -> AsyncIterator[None]:
-        """A question that others may accompany."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: not self._wants_alone)
-            self._beside += 1
-        try:
-            yield
-        finally:
-            async with self._changed:
-                self._beside -= 1
-                self._changed.notify_all()
+    async def pause(self, answers: pa.Table) -> None:
+        """Wait for the next replica; longer each time, since a dead one still takes questions.
 
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        """A question that no other accompanies; one at a time, which the caller sees to."""
-        async with self._changed:
-            self._wants_alone = True
-        try:
-            async with self._changed:
-                await self._changed.wait_for(lambda: self._beside == 0)
-            yield
-        finally:
-            async with self._changed:
-                self._wants_alone = False
-                self._changed.notify_all()
+        RunError where that has gone on for `MOST_IN_VAIN` times.
+        """
+        waited = pc.all(pc.equal(answers["error"], NOT_STARTED)).as_py()
+        self._times = self._times + 1 if waited else 0
+        if self._times >= MOST_IN_VAIN:
+            raise RunError(
+                f"{self._times} times in a row the teacher's engine died before it began with a "
+                f"question of {len(answers)} rows; see the teacher's log files in the run folder"
+            )
+        pause = PAUSE_AFTER_DEATH_S * 1.5 ** max(0, self._times - 1)
+        await asyncio.sleep(min(LONGEST_PAUSE_AFTER_DEATH_S, pause))
+
+
+class _Group:
+    """A group's rows while engines and replicas die under them.
+
+    ``left``: places of the rows without an answer, in order. ``parts``: the answers so far.
+    """
+
+    def __init__(self, rows: pa.Table, signal: Signal) -> None:
+        self.left = np.arange(len(rows))
+        self.parts = _Parts()
+        self._rows = rows
+        self._signal = signal
+        self._deaths = np.zeros(len(rows), int)  # Of its replicas; and times it was given up.
+        self._lost = np.zeros(len(rows), bool)  # Whether it was in an engine that died.
+
+    def due(self) -> NDArray[np.int64]:
+        """Places to ask next: suspects, if there are any. Not those that are to be asked apart."""
+        due = self.left[self._deaths[self.left] < GROUP_ATTEMPTS]
+        suspects = due[self._lost[due]]
+        return suspects if len(suspects) else due
+
+    def are_suspects(self, places: NDArray[np.int64]) -> bool:
+        """Whether these, which are due, are to be asked one by one."""
+        return bool(self._lost[places].any())
+
+    def lost_all(self, places: NDArray[np.int64]) -> None:
+        """Their replica has gone, and told nothing of them."""
+        self._deaths[places] += 1
+
+    def take(
+        self, places: NDArray[np.int64], answers: pa.Table, one_by_one: bool, what: str
+    ) -> bool:
+        """Take what was told of the rows at ``places``; whether all have an answer now."""
+        errors = answers["error"].to_numpy(zero_copy_only=False)
+        lost = errors == LOST
+        self._deaths[places[errors == GIVEN_UP]] += 1
+        assert not one_by_one or lost.sum() <= 1, "more than one row was in an engine alone"
+        if one_by_one and lost.any():
+            killers = places[lost]
+            said = self._rows.take(pa.array(killers)).to_pylist()
+            logger.error("%s: poison: the engine died with this row alone in it: %s", what, said)
+            self.parts.add(killers, unusable_answers(len(killers), POISON, self._signal))
+            self.left = np.setdiff1d(self.left, killers)
+        elif lost.any():
+            self._lost[places[lost]] = True
+            logger.warning(
+                "%s: the engine died with %d of these rows in it; each is asked again with no "
+                "other row in its engine, which shows whether it dies of one of them",
+                what,
+                lost.sum(),
+            )
+        kept = ~np.isin(errors, [LOST, NOT_STARTED, GIVEN_UP])
+        self.parts.add(places[kept], answers.filter(pa.array(kept)))
+        self.left = np.setdiff1d(self.left, places[kept])
+        return bool(kept.all())
 
 
 class _Parts:

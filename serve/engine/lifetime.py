@@ -30,8 +30,8 @@ MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25
 
 
 @contextlib.contextmanager
-def copied_process() -> Iterator[None]:
-    """vLLM's engine starts as a copy of this process (``fork``), while this is open.
+def copied_process(wanted: bool = True) -> Iterator[None]:
+    """vLLM's engine starts as a copy of this process (``fork``), while this is open, if wanted.
 
     Of this process the copy uses the modules alone, which is what it saves: a second import of
     vLLM, 8 seconds of a processor. It has none of the other threads, ends without any clean-up, and
@@ -41,6 +41,9 @@ def copied_process() -> Iterator[None]:
     Raises:
         AttributeError: vLLM has moved what is replaced here.
     """
+    if not wanted:
+        yield
+        return
     from vllm.v1.engine import utils
 
     theirs = utils.get_mp_context

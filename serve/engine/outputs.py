@@ -96,6 +96,13 @@ def gather_logprobs(logprobs: "Tensor", num_logprobs: int, token_ids: "Tensor") 
     )
 
 
+def num_logprobs(signal: Signal) -> int | None:
+    """vLLM's ``logprobs`` setting: ids beside the sampled token; None for no logprobs at all."""
+    if signal.kind == "text":
+        return None
+    return signal.width if signal.kind == "topk" else 0
+
+
 def sampled_answer(output: "CompletionOutput", signal: Signal, vocab_size: int) -> Answer:
     """The answer in vLLM's finished output. For ``hidden``, `hidden_states` adds the states.
 

@@ -56,7 +56,7 @@ class SpeculativeEngine(VllmEngine):
         """Answer the prompts, in order. Raises EngineDeadError where the engine has died."""
         reasons = [None] * len(prompt_ids)
         parameters = self._parameters(None)
-        outputs = await self._run(prompt_ids, reasons, [None] * len(prompt_ids), parameters)
+        outputs, _ = await self._run(prompt_ids, reasons, [None] * len(prompt_ids), parameters)
         return [_drafted(output) for output in outputs]
 
 

@@ -20,6 +20,7 @@ from raystill.serve.engine.blocks import BlockReader, BlocksHandle, TakenBlocks
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.001
+LOOK_IF_DEAD_S = 0.1
 
 Bytes = NDArray[np.uint8]
 
@@ -88,7 +89,7 @@ class Takes:
                 tags, lengths = [tag for tag, _, _ in rows], [length for _, length, _ in rows]
                 try:
                     arguments = (tags, lengths, self._reader is None)
-                    results = await self._call("raystill_take", args=arguments)
+                    results = await self._called("raystill_take", arguments)
                 except Exception as error:
                     for _, _, future in rows:
                         _finish(future, error)
@@ -127,9 +128,19 @@ class Takes:
 
     async def _drop(self, tag: str) -> None:
         try:
-            await self._call("raystill_drop", args=([tag],))
+            await self._called("raystill_drop", ([tag],))
         except Exception as error:  # A dead engine has forgotten everything.
             logger.debug("%s was not dropped: %s", tag, error)
+
+    async def _called(self, method: str, arguments: tuple[Any, ...]) -> list[Any]:
+        """What the workers return. Where the engine ends, vLLM waits on: this raises instead."""
+        call = asyncio.ensure_future(self._call(method, args=arguments))
+        try:
+            while not (await asyncio.wait([call], timeout=LOOK_IF_DEAD_S))[0]:
+                self._raise_if_dead()
+            return call.result()
+        finally:
+            call.cancel()
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

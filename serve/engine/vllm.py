@@ -12,8 +12,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,12 +22,19 @@ from numpy.typing import NDArray
 from raystill.datasets.rows.answers import Answer, why_unanswerable, why_unscorable
 from raystill.datasets.rows.schema import GIVEN_UP, LOST, NOT_STARTED, TIMED_OUT
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.rows.turns import Turns
 from raystill.serve.engine.arguments import PROBE_TIMEOUT_S, EngineSettings, engine_arguments
 from raystill.serve.engine.capture import CaptureRequest
 from raystill.serve.engine.lifetime import copied_process
-from raystill.serve.engine.outputs import hidden_states, keep_arrays, sampled_answer, scored_answer
+from raystill.serve.engine.outputs import (
+    hidden_states,
+    keep_arrays,
+    num_logprobs,
+    sampled_answer,
+    scored_answer,
+)
 from raystill.serve.engine.takes import Bytes, Takes
-from raystill.serve.engine.weights import Adapters, one_span
+from raystill.serve.engine.weights import Adapters, name_version, one_span, reload_whole
 
 if TYPE_CHECKING:
     from vllm.outputs import CompletionOutput
@@ -43,13 +50,17 @@ NOTHING: Bytes = np.empty((0, 0), np.uint8)
 
 
 class VllmEngine:
-    """One vLLM engine. At most ``teacher.max_num_seqs`` rows are in it at a time; others wait."""
+    """One vLLM engine. At most ``teacher.max_num_seqs`` rows are in it at a time; others wait.
+
+    Rows that are asked one by one have it for themselves, and all others wait meanwhile.
+    """
 
     name = "vllm"
 
     def __init__(self, settings: EngineSettings) -> None:
         self._settings = settings
         self._slots = asyncio.Semaphore(settings.teacher.max_num_seqs)
+        self._turns = Turns()
         self._numbers = itertools.count()
         self._rows_finished = 0
         self._adapters = Adapters()
@@ -67,7 +78,7 @@ class VllmEngine:
 
         keep_arrays()
         arguments = AsyncEngineArgs(**engine_arguments(self._settings))
-        with copied_process() if self._settings.cores is not None else nullcontext():
+        with copied_process(self._settings.cores is not None):
             self._engine = AsyncLLM.from_engine_args(arguments)
         self._takes = Takes(self._engine.collective_rpc, self._raise_if_dead)
         await self._takes.start()
@@ -78,9 +89,14 @@ class VllmEngine:
         self.max_model_len = int(model.max_model_len)
         self.dtype = str(model.dtype).removeprefix("torch.")
 
-    async def sample(self, prompt_ids: Sequence[Ids], signal: Signal) -> list[Answer]:
-        """Answer a group of prompts, in order. Prompts that cannot be answered have an error."""
-        parameters = self._parameters(_num_logprobs(signal))
+    async def sample(
+        self, prompt_ids: Sequence[Ids], signal: Signal, one_by_one: bool = False
+    ) -> list[Answer]:
+        """Answer a group of prompts, in order. Prompts that cannot be answered have an error.
+
+        one_by_one: each with no other row in the engine, so that it dies of no other.
+        """
+        parameters = self._parameters(num_logprobs(signal))
         captures: list[CaptureRequest | None] = [None] * len(prompt_ids)
         if signal.kind == "hidden":
             most = self._settings.sampling.max_tokens
@@ -88,7 +104,7 @@ class VllmEngine:
                 CaptureRequest(self._tag(), len(ids) - 1, most, "hidden") for ids in prompt_ids
             ]
         reasons = [why_unanswerable(ids, self.max_model_len, self.vocab_size) for ids in prompt_ids]
-        outputs, arrays = await self._run(prompt_ids, reasons, captures, parameters)
+        outputs, arrays = await self._run(prompt_ids, reasons, captures, parameters, one_by_one)
         # Off the event loop, which all rows' tokens pass.
         answers = await asyncio.to_thread(self._sampled, outputs, signal)
         if signal.kind != "hidden":
@@ -113,12 +129,13 @@ class VllmEngine:
         response_ids: Sequence[Ids],
         signal: Signal,
         at: Sequence[Ids] | None = None,
+        one_by_one: bool = False,
     ) -> list[Answer]:
         """The signal of given responses, by prefill. The caller sets ``finish_reason``.
 
         at: for ``topk``, int32 [T, K] of each row: the ids whose logprobs are returned in place of
         the K best, in this order; distinct within a token. For ``hidden`` the output head is not
-        applied, so ``sampled_logprobs`` are NaN.
+        applied, so ``sampled_logprobs`` are NaN. one_by_one: as for `sample`.
         """
         named: Sequence[Ids | None] = [None] * len(prompt_ids) if at is None else at
         pairs = list(zip(prompt_ids, response_ids, named, strict=True))
@@ -132,7 +149,7 @@ class VllmEngine:
             parameters = self._parameters(None, max_tokens=1, temperature=0.0, min_p=0.0)
             # Tokens from the prefix cache are not computed, so nothing could be captured of them.
             parameters.skip_reading_prefix_cache = True
-            outputs, arrays = await self._run(inputs, reasons, captures, parameters)
+            outputs, arrays = await self._run(inputs, reasons, captures, parameters, one_by_one)
         sizes = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size}
         return [
             Answer(error=output)
@@ -166,9 +183,9 @@ class VllmEngine:
                 the probe wait for cache blocks, for longer than its rows take to finish.)
             EngineDeadError: the engine's process has ended.
         """
-        await self._engine.check_health()
         finished, before = self._rows_finished, self._tokens()
         try:
+            await self._engine.check_health()
             await asyncio.wait_for(self._one_token(), PROBE_TIMEOUT_S)
         except TimeoutError:
             grown = any(tokens > before.get(row, 0) for row, tokens in self._tokens().items())
@@ -176,24 +193,23 @@ class VllmEngine:
                 raise RuntimeError(
                     f"the engine gave no token within {PROBE_TIMEOUT_S:.0f} s"
                 ) from None
+        except Exception as error:
+            self.died |= engine_is_dead(error)  # It takes no row from now on.
+            raise
 
     async def name_weights(self, version: int) -> None:
         """Tokens from now on are those of this version of the weights: `Answer.spans`."""
-        await self._engine.update_weight_version(str(version))
+        await name_version(self._engine, version)
 
     async def reload(self, path: str, version: int) -> None:
         """Take new weights from a safetensors file on this node, with Hugging Face names.
 
         Its settings must name `weights.EXTENSION`. Requests in flight are held back meanwhile;
         their tokens so far stay, and what they attend to is computed again with the new weights.
+        A row that is alone is waited for: if the engine died of the weights it would be suspected.
         """
-        await self._engine.pause_generation(mode="keep", clear_cache=True)
-        try:
-            await self._engine.collective_rpc("raystill_reload", args=(path,))
-            await self._engine.reset_prefix_cache()
-            await self.name_weights(version)
-        finally:
-            await self._engine.resume_generation()
+        async with self._turns.beside():
+            await reload_whole(self._engine, path, version)
 
     async def take_adapter(self, number: int, folder: str, version: int) -> None:
         """Answer with the adapter in ``folder``, in PEFT's format, from now on.
@@ -202,12 +218,8 @@ class VllmEngine:
         the folder too must be its own, and is deleted when no request needs it any more. Requests
         in flight are finished with the adapter that they began with.
         """
-        from vllm.lora.request import LoRARequest
-
-        adapter = LoRARequest(f"adapter-{number}", number, folder)
-        if not await self._engine.add_lora(adapter):
-            raise RuntimeError(f"vLLM did not load the adapter in {folder}")
-        self._adapters.put(adapter, version)
+        async with self._turns.beside():
+            await self._adapters.take(self._engine, number, folder, version)
 
     def _tokens(self) -> dict[str, int]:
         """Response tokens so far of each row in the engine, by vLLM's name of its request."""
@@ -272,12 +284,14 @@ class VllmEngine:
         reasons: Sequence[str | None],
         captures: Sequence[CaptureRequest | None],
         parameters: "SamplingParams",
+        one_by_one: bool = False,
     ) -> "tuple[list[CompletionOutput | str], list[Bytes]]":
         """The finished output of each row, or the reason why it has none (a row's ``error``).
 
         The second list has the array captured for each. ``reasons``: known beforehand; such rows
         are not sent to the engine. Where the engine dies, what it had finished is kept: the rows in
-        it are LOST, and those that waited NOT_STARTED. One that it gives up by itself is GIVEN_UP.
+        it are LOST, and those that waited NOT_STARTED; one_by_one: the row that was in it alone is
+        LOST, those after it NOT_STARTED. One that it gives up by itself is GIVEN_UP.
         """
 
         async def run_row(
@@ -289,7 +303,7 @@ class VllmEngine:
             if capture is not None:
                 row_parameters = parameters.clone()
                 row_parameters.extra_args = capture.extra_args()
-            async with self._slots:
+            async with self._place(one_by_one):
                 if self.died:
                     return NOT_STARTED, NOTHING
                 try:  # A row's time begins here, and not where it waited for a place.
@@ -308,8 +322,31 @@ class VllmEngine:
             ended = output.finish_reason in ("stop", "length")
             return output if ended else f"engine_{output.finish_reason}", array
 
-        rows = await asyncio.gather(*map(run_row, inputs, reasons, captures))
+        asked = map(run_row, inputs, reasons, captures)
+        rows = [await row for row in asked] if one_by_one else await asyncio.gather(*asked)
         return [output for output, _ in rows], [array for _, array in rows]
+
+    @asynccontextmanager
+    async def _place(self, alone: bool) -> AsyncIterator[None]:
+        """A row's place in the engine; alone: with no other row in it, which gives a token first.
+
+        The token proves that what was there before did no harm that shows only now: a row that was
+        cancelled or timed out may be in the step that runs. Then ``died`` is set.
+        """
+        if not alone:
+            async with self._slots, self._turns.beside():
+                yield
+            return
+        async with self._turns.alone():
+            if not self.died:
+                try:
+                    await self.probe()
+                except Exception as error:
+                    if not (engine_is_dead(error) or isinstance(error, RuntimeError)):
+                        raise
+                    logger.warning("the engine has no row in it and gives no token: %s", error)
+                    self.died = True
+            yield
 
     async def _answered(
         self, ids: Ids, parameters: "SamplingParams", capture: CaptureRequest | None
@@ -334,32 +371,23 @@ class VllmEngine:
                 self._takes.drop(capture.tag)
 
     async def _one_token(self) -> None:
-        parameters = self._parameters(None, max_tokens=1, temperature=0.0, min_p=0.0)
-        await self._generate([0], parameters)
+        await self._generate([0], self._parameters(None, max_tokens=1, temperature=0.0, min_p=0.0))
 
     async def _generate(
         self, token_ids: list[int], parameters: "SamplingParams"
     ) -> "CompletionOutput":
         """The finished output of one request; vLLM aborts it if the caller is cancelled."""
-        request = f"row-{next(self._numbers)}"
+        given: dict[str, Any] = {"request_id": f"row-{next(self._numbers)}"}
         prompt = {"prompt_token_ids": token_ids}
         with self._adapters.used() as (adapter, version):
-            given = {} if adapter is None else {"lora_request": adapter}
-            async for output in self._engine.generate(
-                prompt, parameters, request_id=request, **given
-            ):
+            if adapter is not None:
+                given["lora_request"] = adapter
+            async for output in self._engine.generate(prompt, parameters, **given):
                 final = output
         answer: CompletionOutput = final.outputs[0]
         if adapter is not None:  # vLLM names the versions of whole weights alone.
             answer.weight_versions = one_span(version, len(answer.token_ids))
         return answer
-
-
-def _num_logprobs(signal: Signal) -> int | None:
-    """vLLM's ``logprobs`` setting: ids beside the sampled token; None for no logprobs at all."""
-    if signal.kind == "text":
-        return None
-    return signal.width if signal.kind == "topk" else 0
 
 
 def engine_is_dead(error: BaseException) -> bool:

@@ -1,7 +1,7 @@
 """New weights for a running engine: whole ones, or an adapter beside those that it has.
 
 Whole ones: vLLM adds `Reloadable` to its workers (``worker_extension_cls``), so that its own
-layer-wise reload, which `vllm.VllmEngine.reload` asks for, runs in the process with the model.
+layer-wise reload, which `reload_whole` asks for, runs in the process with the model.
 
 Adapters: a request is finished with the adapter that it began with, and vLLM may read the adapter's
 folder again as long as one is left. So `Adapters` deletes a folder when another adapter has taken
@@ -44,6 +44,22 @@ class Reloadable(Capture):
                 dispatch_cpu_unquantized_gemm(module, remove_weight=False)
 
 
+async def reload_whole(engine: Any, path: str, version: int) -> None:
+    """Let vLLM's engine take all weights from a file, with its requests held back meanwhile."""
+    await engine.pause_generation(mode="keep", clear_cache=True)
+    try:
+        await engine.collective_rpc("raystill_reload", args=(path,))
+        await engine.reset_prefix_cache()
+        await name_version(engine, version)
+    finally:
+        await engine.resume_generation()
+
+
+async def name_version(engine: Any, version: int) -> None:
+    """Tell vLLM's engine which version of the weights writes its tokens from now on."""
+    await engine.update_weight_version(str(version))
+
+
 class Adapters:
     """The newest adapter of an engine, and those with requests that have not ended."""
 
@@ -52,6 +68,15 @@ class Adapters:
         self._version = 0
         self._users: dict[int, int] = {}
         self._given: dict[int, LoRARequest] = {}
+
+    async def take(self, engine: Any, number: int, folder: str, version: int) -> None:
+        """Load an adapter into vLLM's engine, and `put` it. RuntimeError where vLLM does not."""
+        from vllm.lora.request import LoRARequest
+
+        adapter = LoRARequest(f"adapter-{number}", number, folder)
+        if not await engine.add_lora(adapter):
+            raise RuntimeError(f"vLLM did not load the adapter in {folder}")
+        self.put(adapter, version)
 
     def put(self, adapter: "LoRARequest", version: int) -> None:
         """From now on requests use ``adapter``, which must be of a folder of its own."""

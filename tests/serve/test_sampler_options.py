@@ -1,8 +1,12 @@
-"""What the sampler's deployment asks of Serve. Without Ray."""
+"""What the sampler's deployment asks of Serve, and its engine's settings. Without Ray."""
 
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from raystill.config.run import RunConfig
+from raystill.serve.sampler import SamplerSettings, engine_settings
 from raystill.serve.sampler_app import deployment_options
 
 
@@ -52,3 +56,15 @@ def test_samplers_go_to_the_nodes_that_are_named() -> None:
         "accelerator_type": "L4",
         "label_selector": {"role": "sampler"},
     }
+
+
+@pytest.mark.parametrize("limit_s", [None, 7.5])
+def test_the_time_of_a_row_is_kept_by_its_engine(tmp_path: Path, limit_s: float | None) -> None:
+    """A limit of the group would count what its rows wait for a place, or for one that is alone."""
+    (tmp_path / "config.json").write_text("{}")
+    written = config().model_dump(mode="json")
+    written["teacher"]["request_timeout_s"] = limit_s
+    asked = RunConfig.model_validate(written)
+    settings = SamplerSettings(asked, None, "logs")
+    made = engine_settings(settings, tmp_path, {"stop_token_ids": [1]}, None, 0)
+    assert made.teacher.request_timeout_s == limit_s

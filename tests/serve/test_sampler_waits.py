@@ -12,6 +12,7 @@ from raystill.base.errors import RunError
 from raystill.datasets.rows.answers import Answer
 from raystill.datasets.rows.schema import AT_LEAST, TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
+from raystill.serve.ending import Ending
 from raystill.serve.replica import BusyClock
 from raystill.serve.sampler import Sampler
 
@@ -25,6 +26,7 @@ class Behind(Sampler):
         self._number, self._version = 1, 3
         self._changed = asyncio.Condition()
         self._busy = BusyClock()
+        self._ending = Ending("sampler")
         self.told: list[dict[str, float]] = []
         self._coordinator: Any = SimpleNamespace(add=SimpleNamespace(remote=self.told.append))
         self._engine: Any = self
@@ -51,7 +53,9 @@ class Engine:
     def __init__(self, replica: Behind) -> None:
         self.replica = replica
 
-    async def sample(self, groups: list[np.ndarray], signal: Signal) -> list[Answer]:
+    async def sample(
+        self, groups: list[np.ndarray], signal: Signal, one_by_one: bool = False
+    ) -> list[Answer]:
         spans = ((0, self.replica._version),)
         given = Answer(np.array([7, 8], np.int32), "length", spans=spans)
         return [given if i % 2 == 0 else Answer(error="timed_out") for i in range(len(groups))]

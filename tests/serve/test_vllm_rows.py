@@ -10,6 +10,7 @@ import pytest
 from raystill.datasets.rows.signal import Signal
 from raystill.serve.engine import vllm as module
 from raystill.serve.engine.outputs import sampled_answer
+from raystill.serve.engine.speculative import SpeculativeEngine
 from raystill.serve.engine.vllm import VllmEngine
 
 VOCAB, WIDTH = 50, 4
@@ -75,6 +76,23 @@ def test_logprobs_are_packed_off_the_event_loop(monkeypatch):
     answers = asyncio.run(Engine().sample(prompts, Signal("topk", WIDTH)))
     assert [len(answer.response_ids) for answer in answers] == [6, 6, 6]
     assert threads and threading.get_ident() not in threads
+
+
+class Drafting(Engine, SpeculativeEngine):
+    """The same with a draft model, two of whose tokens were accepted, and then none."""
+
+    async def _generate(self, token_ids, parameters):
+        output = await super()._generate(token_ids, parameters)
+        output.spec_decode_metrics = SimpleNamespace(per_step_accepted=[2, 0])
+        return output
+
+
+def test_an_engine_with_a_draft_tells_what_was_accepted_of_each_row():
+    prompts = [np.array([n], np.int32) for n in (1, 2)]
+    drafted = asyncio.run(Drafting().sample_drafted(prompts))
+    assert [one.accepted for one in drafted] == [(2, 0)] * 2
+    assert [len(one.response_ids) for one in drafted] == [6, 6]
+    assert [one.error for one in drafted] == [None, None]
 
 
 @pytest.mark.parametrize("widths", [(4,), (7,), (7, 4), (4, 9, 7)])
