@@ -7,7 +7,7 @@ import asyncio
 
 
 class Gates:
-    """Three gates: the stream may start, the held-out rows are there, training may begin.
+    """Three gates: the stream may start, the held-out rows are there, the student may be saved.
 
     The first and the last are open until they are held.
     """
@@ -16,8 +16,8 @@ class Gates:
         self._may_stream = asyncio.Event()
         self._may_stream.set()
         self._held_out = asyncio.Event()
-        self._may_train = asyncio.Event()
-        self._may_train.set()
+        self._may_save = asyncio.Event()
+        self._may_save.set()
         self._holds = 0
 
     async def hold_stream(self) -> None:
@@ -38,17 +38,17 @@ class Gates:
         """Wait until the held-out rows are answered."""
         await self._held_out.wait()
 
-    async def hold_training(self) -> None:
-        """No step before its ``release_training``: a teacher is still being probed."""
+    async def hold_saving(self) -> None:
+        """No checkpoint before its ``release_saving``: a teacher is still being probed."""
         self._holds += 1
-        self._may_train.clear()
+        self._may_save.clear()
 
-    async def release_training(self) -> None:
+    async def release_saving(self) -> None:
         """The probe of a teacher is content."""
         self._holds = max(0, self._holds - 1)
         if not self._holds:
-            self._may_train.set()
+            self._may_save.set()
 
-    async def wait_may_train(self) -> None:
-        """Wait until nothing holds the first step back."""
-        await self._may_train.wait()
+    async def wait_may_save(self) -> None:
+        """Wait until nothing holds the first checkpoint back."""
+        await self._may_save.wait()

@@ -118,7 +118,7 @@ def groups_beside(config: RunConfig, held_out_rows: int) -> int | None:
 def serve(run: Run, prepared: Prepared, probe: bool = True) -> Background:
     """The thread that serves the teacher; not started yet.
 
-    probe: Compare the served teacher with the plain model before the first step, where it is due.
+    probe: Compare the served teacher with the plain model, where it is due.
     """
     runs = run.by_teacher()
     needed = {name for name in runs if not needs_no_teacher(run, prepared, name)}
@@ -128,7 +128,7 @@ def serve(run: Run, prepared: Prepared, probe: bool = True) -> Background:
     if needed:
         run.coordinator.hold_stream.remote()
     for _ in probed:
-        run.coordinator.hold_training.remote()
+        run.coordinator.hold_saving.remote()
     return Background("teacher", lambda: serve_teachers(run, prepared, needed, probed))
 
 

@@ -345,13 +345,13 @@ def test_one_teacher_is_let_go_and_wanted_without_the_other() -> None:
         assert not wanted.done()
         await c.want_teacher("two")
         assert await wanted
-        await c.hold_training()
-        await c.hold_training()
-        await c.release_training()
-        held = asyncio.ensure_future(c.wait_may_train())
+        await c.hold_saving()
+        await c.hold_saving()
+        await c.release_saving()
+        held = asyncio.ensure_future(c.wait_may_save())
         await asyncio.sleep(0)
         assert not held.done(), "the other teacher is still being probed"
-        await c.release_training()
+        await c.release_saving()
         await held
         await c.close()
         assert not await c.wait_teacher_wanted("three")

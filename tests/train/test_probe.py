@@ -1,17 +1,20 @@
 """The served teacher against the plain model: they agree, or the figures say that they do not."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from raystill.base.errors import RunError
 from raystill.base.run_folder import PROBE, RunFolder
 from raystill.config.run import RunConfig
 from raystill.train.batch.rows import Row
 from raystill.train.evaluation.agreement import Agreement, agreement, disagreements
 from raystill.train.evaluation.probe import is_due
+from raystill.train.worker import worker
 from tests.support.end_to_end import TEACHER as TINY_TEACHER
 from tests.support.runs import run_of
 
@@ -101,3 +104,36 @@ def test_a_probe_is_due_once_for_a_run_with_held_out_rows_and_a_real_engine(tmp_
     assert not is_due(run_of(config(), folder, str(tmp_path)))
     folder.write_text(PROBE, "{}")
     assert not is_due(run_of(config(), folder, teacher))
+
+
+def test_no_checkpoint_is_begun_before_the_teacher_is_found_sound(monkeypatch) -> None:
+    """What was learned from a teacher that is not what it should be is nowhere stored."""
+    told: list[str] = []
+
+    class Coordinator:
+        def __getattr__(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(remote=lambda *_: name)
+
+    def wait(name: str) -> list[int]:
+        told.append(name)
+        if len(told) == 1:
+            raise RunError("the served teacher disagrees")
+        return []
+
+    monkeypatch.setattr(worker.ray, "get", wait)
+    monkeypatch.setattr(worker.ckpt, "random_state", lambda _: None)
+    monkeypatch.setattr(worker.ckpt, "Part", SimpleNamespace(copied=lambda *_: "part"))
+    one = SimpleNamespace(
+        checkpointer=SimpleNamespace(last_step=0, begin=lambda *_: told.append("begun")),
+        progress=SimpleNamespace(step=3, hand_over=dict),
+        coordinator=Coordinator(),
+        device="cpu",
+        ranks=SimpleNamespace(gather=lambda _: None),
+        student=SimpleNamespace(model=None),
+        optimizer=None,
+    )
+    with pytest.raises(RunError, match="disagrees"):
+        worker.Worker.checkpoint(one)
+    assert told == ["wait_may_save"]
+    worker.Worker.checkpoint(one)
+    assert told == ["wait_may_save", "wait_may_save", "begun"]

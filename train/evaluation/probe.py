@@ -1,12 +1,13 @@
 """The probe of a run: do the served teacher and the plain model say the same of the same tokens?
 
-Before step 1 some answered held-out rows are given to the teacher as Hugging Face runs it. A server
-that renormalises, shifts by a token, loads other weights or scales its head differently shows here,
-in half a minute, and not in a student that learns badly.
+Some answered held-out rows are given to the teacher as Hugging Face runs it. A server that
+renormalises, shifts by a token, loads other weights or scales its head differently shows here,
+within the first steps, and not in a student that learns badly.
 
 Where it sits: the driver asks whether it is due and starts the task when the teacher is up, so that
-the plain model is loaded while the held-out prompts are answered. *Waits for* these answers.
-*Unblocks* the first step (``release_training``).
+the plain model is loaded while the held-out prompts are answered. It gives way to the processes
+that the first step needs. *Waits for* these answers. *Unblocks* the first checkpoint
+(``release_saving``).
 """
 
 import json
@@ -24,6 +25,8 @@ from raystill.run import Run
 
 NUM_ROWS = 8
 LARGEST_WEIGHTS_BYTES = 8 << 30
+GIVES_WAY = 10
+"""Added to the niceness of the process: a tenth of the time of a processor that others want too."""
 
 
 def is_due(run: Run) -> bool:
@@ -41,9 +44,10 @@ def is_due(run: Run) -> bool:
     return 0 < weights <= LARGEST_WEIGHTS_BYTES
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_calls=1)  # A process of its own, which ends with its memory.
 def probe_teacher(run: Run) -> None:
-    """Write probe.json and let the training begin. RunError where they disagree, with figures."""
+    """Write probe.json and let the student be saved. RunError where they disagree, with figures."""
+    os.nice(GIVES_WAY)
     import torch  # Here, since the driver imports this module and needs no model.
     from transformers import AutoModelForCausalLM
 
@@ -68,7 +72,7 @@ def probe_teacher(run: Run) -> None:
         table = table.filter(pc.is_in(table["row"], value_set=mine))
     rows = rows_from_table(table.slice(0, NUM_ROWS).combine_chunks())
     if not rows:  # None of them is this teacher's to answer.
-        ray.get(run.coordinator.release_training.remote())
+        ray.get(run.coordinator.release_saving.remote())
         return
     prompt_of = teacher_prompts(run)
     for row in rows:
@@ -86,4 +90,4 @@ def probe_teacher(run: Run) -> None:
         )
     file = named_file(PROBE, run.teacher_name)
     run.folder.write_text(file, json.dumps(asdict(agreed), indent=2) + "\n")
-    ray.get(run.coordinator.release_training.remote())
+    ray.get(run.coordinator.release_saving.remote())

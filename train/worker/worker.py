@@ -169,7 +169,7 @@ class Worker:
         return rows
 
     def measure_before(self) -> None:
-        """Figures of the untrained student, while the teacher starts, is probed and answers."""
+        """Figures of the untrained student, while the teacher starts and answers."""
         if not self.config.evaluation.enabled:
             return
         due = self.progress.step == 0 and not self.measurer.is_measured(0)
@@ -180,7 +180,6 @@ class Worker:
         ray.get(self.coordinator.wait_held_out.remote())
         if due:
             self._measure("before", TRAINING_PRECISION)
-        ray.get(self.coordinator.wait_may_train.remote())
 
     def train(self, rows: StepRows[Row]) -> bool:
         """Step until the rows end (False) or a stop is asked for (True); the same on all ranks."""
@@ -212,9 +211,10 @@ class Worker:
         return True
 
     def checkpoint(self) -> None:
-        """Collect all ranks' state at this step and begin to write it."""
+        """Collect all ranks' state at this step and begin to write it, if its teacher is sound."""
         if self.checkpointer.last_step == self.progress.step:
             return
+        ray.get(self.coordinator.wait_may_save.remote())
         mine = {"random": ckpt.random_state(self.device), **self.progress.hand_over()}
         parts = self.ranks.gather(mine)
         snapshot = None
