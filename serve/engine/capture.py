@@ -135,9 +135,8 @@ class Capture:
             RuntimeError: the model runner lacks one of ``RUNNER_PARTS``.
         """
         end_with(replica, host)
+        use_huge_pages()
         runner = self.model_runner
-        if runner.device.type == "cpu":
-            use_huge_pages()
         missing = [name for name in RUNNER_PARTS if not hasattr(runner, name)]
         if missing:
             import vllm

@@ -78,9 +78,12 @@ class _Copy(ForkProcess):
     """Of a copy: memory that it shares with its parent until one of them writes to it."""
 
     def run(self) -> None:
-        """Let go of the sockets, and work. Who is at their other ends is to see this process's
-        parent end when it does. The numbers stay taken: what knows them may still close them.
+        """Let go of the sockets, and work until the parent ends.
+
+        Who is at their other ends is to see that end when it comes. The numbers stay taken: what
+        knows them may still close them.
         """
+        end_with(os.getppid(), socket.gethostname())
         nothing = os.open(os.devnull, os.O_RDWR)
         for number in self.sockets:
             os.dup2(nothing, number)
@@ -100,11 +103,13 @@ def _sockets() -> list[int]:
 
 
 def use_huge_pages() -> int:
-    """Put what this copy has allocated by itself into huge pages, as far as Linux can; its bytes.
+    """Put what a copy has allocated by itself into huge pages, as far as Linux can; its bytes.
 
     What reads much memory for each token takes 5 to 10 % longer with small pages. Regions that are
-    not written yet get such pages when they are.
+    not written yet get such pages when they are. 0 in a process that is no copy.
     """
+    if not _Copy.inherited:
+        return 0
     libc, asked = ctypes.CDLL(None, use_errno=True), 0
     for begin, end in _without(_regions(), _Copy.inherited):
         begin, end = -(-begin // HUGE_BYTES) * HUGE_BYTES, end // HUGE_BYTES * HUGE_BYTES

@@ -26,11 +26,20 @@ import os, subprocess, sys, time
 subprocess.Popen([sys.executable, "-c", {CHILD!r}, str(os.getpid()), *sys.argv[1:]])
 time.sleep(600)
 """
+COPIED = """
+import os, time
+from raystill.serve.engine.lifetime import _CopyContext
+def work():
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+_CopyContext([]).Process(target=work).start()
+time.sleep(600)
+"""
 
 
-def orphan(host_suffix: str) -> psutil.Process:
+def orphan(host_suffix: str, program: str = PARENT) -> psutil.Process:
     """The child of a process that was killed."""
-    command = [sys.executable, "-c", PARENT, host_suffix]
+    command = [sys.executable, "-c", program, host_suffix]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
@@ -50,8 +59,9 @@ def ends(process: psutil.Process, within_s: float) -> bool:
     return False
 
 
-def test_it_ends_when_who_started_it_was_killed() -> None:
-    assert ends(orphan(""), within_s=30)
+@pytest.mark.parametrize("program", [PARENT, COPIED], ids=["its own", "a copy"])
+def test_it_ends_when_who_started_it_was_killed(program: str) -> None:
+    assert ends(orphan("", program), within_s=30)
 
 
 def test_it_stays_on_another_machine_where_the_number_means_another_process() -> None:
@@ -84,8 +94,10 @@ def test_an_engine_process_is_a_copy_without_sockets(tmp_path: Path) -> None:
     def work() -> None:
         with contextlib.suppress(OSError):
             ours.sendall(b"from the copy")
+        held = bytearray(8 << 20)
         pages = lifetime.use_huge_pages()
-        told.write_text(f"{here['known']} {os.getppid()} {pages >= 0} {len(lifetime._sockets())}")
+        assert not any(held)
+        told.write_text(f"{here['known']} {os.getppid()} {pages > 0} {len(lifetime._sockets())}")
 
     with lifetime.copied_process():
         copy = utils.get_mp_context().Process(target=work)
@@ -95,4 +107,4 @@ def test_an_engine_process_is_a_copy_without_sockets(tmp_path: Path) -> None:
     copy.join(60)
     assert copy.exitcode == 0
     assert told.read_text() == f"in this process alone {os.getpid()} True 0"
-    assert utils.get_mp_context is theirs
+    assert utils.get_mp_context is theirs and lifetime.use_huge_pages() == 0
