@@ -10,9 +10,11 @@ driver, closes nothing, and they would wait for ever, with all their memory: `en
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import socket
 import stat
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.context import ForkContext, ForkProcess
@@ -88,8 +90,21 @@ class _Copy(ForkProcess):
         for number in self.sockets:
             os.dup2(nothing, number)
         os.close(nothing)
+        _write_by_itself()
         _Copy.inherited = _regions()
         super().run()
+
+
+def _write_by_itself() -> None:
+    """Let this process and vLLM's log in it write where its descriptors lead, as a new one does.
+
+    In a replica Serve has put a log of its own in the place of Python's standard streams.
+    """
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    for handler in logging.getLogger("vllm").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.stream = sys.stdout  # Not `setStream`, which flushes the other one.
 
 
 def _sockets() -> list[int]:
