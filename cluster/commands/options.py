@@ -35,7 +35,7 @@ SkipProbe = Annotated[
     bool,
     typer.Option(
         "--skip-probe",
-        help="Train without comparing the served teacher with the plain model first.",
+        help="Do not compare the served teacher with the plain model.",
     ),
 ]
 
