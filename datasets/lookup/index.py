@@ -172,7 +172,9 @@ def _candidates(
     kind: 1 if it serves ``wanted``, and 2 if it was scored.
     """
     few = [_near(part, high, low, start) for start in range(0, len(high) or 1, NEEDLES)]
-    needle, rows = (np.concatenate(of) for of in zip(*few, strict=True))
+    needle, rows = few[0] if len(few) == 1 else map(np.concatenate, zip(*few, strict=True))
+    if not len(needle):
+        return np.empty((5, 0), np.int64)
     # The file may have changed since it was verified.
     inside = (rows["group"] >= 0) & (rows["group"] < len(part.segment)) & (rows["place"] >= 0)
     rows, needle = rows[inside], needle[inside]

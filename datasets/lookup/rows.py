@@ -10,7 +10,7 @@ Imports neither Ray nor torch.
 Legend: S rows of a part, n keys looked for.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +59,7 @@ class Rows:
         """
         fences, sums = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
         for start in range(0, count, STEP * STEPS):
-            table = _read(file, start, min(start + STEP * STEPS, count))
+            table = np.frombuffer(_bytes(file, start, min(start + STEP * STEPS, count)), ROW)
             fences.append(table["high"][::STEP].copy())
             sums.append(_sums(table))
             seen(table)
@@ -72,9 +72,17 @@ class Rows:
         """The rows from ``start``, which is one of the STEP-th, to ``stop``, which is too or the
         end. Raises LostPart where they are not what was read before.
         """
-        table = _read(self.file, start, stop)
-        known = self.sums[start // STEP : -(-stop // STEP)]
-        if not np.array_equal(_sums(table), known):
+        return self._read_runs([(start, stop)])
+
+    def _read_runs(self, runs: Sequence[tuple[int, int]]) -> Table:
+        """The rows of several runs as `read` takes them, ascending: one read each, one check.
+
+        Raises LostPart.
+        """
+        table = np.frombuffer(b"".join(_bytes(self.file, *run) for run in runs), ROW)
+        known = [self.sums[start // STEP : -(-stop // STEP)] for start, stop in runs]
+        # Only the last of the runs can end within a step, so that steps begin where they did.
+        if not np.array_equal(_sums(table), np.concatenate(known)):
             raise LostPart("a part of the index has changed")
         return table
 
@@ -100,11 +108,11 @@ class Rows:
         begins = np.flatnonzero(first[1:] > last[:-1]) + 1  # Runs that do not touch.
         starts = first[np.concatenate([[0], begins])]
         stops = last[np.concatenate([begins - 1, [len(high) - 1]])]
-        runs = [self.read(*run) for run in zip(starts.tolist(), stops.tolist(), strict=True)]
-        return np.concatenate(runs) if len(runs) > 1 else runs[0]
+        return self._read_runs(list(zip(starts.tolist(), stops.tolist(), strict=True)))
 
 
-def _read(file: pa.NativeFile, start: int, stop: int) -> Table:
+def _bytes(file: pa.NativeFile, start: int, stop: int) -> bytes:
+    """The bytes of the rows from ``start`` to ``stop``. Raises LostPart."""
     wanted = (stop - start) * ROW.itemsize
     try:
         data = file.read_at(wanted, start * ROW.itemsize)
@@ -112,7 +120,7 @@ def _read(file: pa.NativeFile, start: int, stop: int) -> Table:
         raise LostPart(str(error)) from error
     if len(data) < wanted:
         raise LostPart(f"{len(data)} of {wanted} bytes came")
-    return np.frombuffer(data, ROW)
+    return bytes(data)
 
 
 def _sums(table: Table) -> NDArray[np.uint64]:
