@@ -208,7 +208,7 @@ class Teacher:
         return table.replace_schema_metadata(facts), answers
 
     def _exit_if_engine_died(self, error: Exception) -> None:
-        if self._engine.name == "vllm":
+        if isinstance(self._engine, MortalEngine):
             self._ending.after_error(error)
 
     def _report(self, prompts: Ids, answers: list[Answer], written: bool) -> None:
