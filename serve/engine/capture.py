@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raystill.serve.engine.blocks import BlockTable, BlockWriter, Indices, consecutive
-from raystill.serve.engine.lifetime import end_with, use_huge_pages
+from raystill.serve.engine.lifetime import end_with
 from raystill.serve.engine.outputs import gather_logprobs
 
 EXTRA_ARGS = "raystill"
@@ -135,7 +135,6 @@ class Capture:
             RuntimeError: the model runner lacks one of ``RUNNER_PARTS``.
         """
         end_with(replica, host)
-        use_huge_pages()
         runner = self.model_runner
         missing = [name for name in RUNNER_PARTS if not hasattr(runner, name)]
         if missing:

@@ -25,7 +25,6 @@ from raystill.datasets.rows.signal import Signal
 from raystill.datasets.rows.turns import Turns
 from raystill.serve.engine.arguments import PROBE_TIMEOUT_S, EngineSettings, engine_arguments
 from raystill.serve.engine.capture import CaptureRequest
-from raystill.serve.engine.lifetime import copied_process
 from raystill.serve.engine.outputs import (
     hidden_states,
     keep_arrays,
@@ -78,8 +77,7 @@ class VllmEngine:
 
         keep_arrays()
         arguments = AsyncEngineArgs(**engine_arguments(self._settings))
-        with copied_process(self._settings.cores is not None):
-            self._engine = AsyncLLM.from_engine_args(arguments)
+        self._engine = AsyncLLM.from_engine_args(arguments)
         self._takes = Takes(self._engine.collective_rpc, self._raise_if_dead)
         await self._takes.start()
         model = self._engine.model_config

@@ -6,6 +6,7 @@ that float32 kernels of two libraries allow.
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,6 +182,17 @@ def test_the_replica_loads_the_model_on_its_own_cores(info: dict[str, Any]) -> N
     assert (info["engine"], info["dtype"], info["vocab_size"]) == ("vllm", "float32", 49152)
     assert info["cores"] == [0] and info["max_model_len"] == MAX_MODEL_LEN
     assert "vllm" in Path(info["log"]).read_text().lower()
+
+
+def test_the_engine_has_its_memory_in_huge_pages(
+    info: dict[str, Any], answers: list[dict[str, Any]]
+) -> None:
+    if "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        pytest.skip("this machine has none")
+    engines = re.findall(r"EngineCore pid=(\d+)", Path(info["log"]).read_text())
+    memory = Path(f"/proc/{engines[-1]}/smaps_rollup").read_text()
+    huge = {line.split()[0]: int(line.split()[1]) for line in memory.splitlines()[1:]}
+    assert huge["AnonHugePages:"] > huge["Anonymous:"] / 2
 
 
 def test_logprobs_from_decoding_are_those_of_the_plain_model(
