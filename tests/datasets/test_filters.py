@@ -508,6 +508,27 @@ def file(tmp_path):
     return str(path)
 
 
+def test_the_function_of_the_examples_compares_by_algebra():
+    path = Path(__file__).parents[2] / "examples" / "filters" / "maths.py"
+    rule = [{"function": {"path": f"{path}:agrees", "columns": ["answer"], "timeout_s": 30}}]
+    cases = {
+        (r"It is $\boxed{(x+1)^2}$.", "x^2+2x+1"): True,
+        (r"It is $\boxed{(x+2)^2}$.", "x^2+2x+1"): False,
+        (r"The set is $\{2, 1\}$.", r"\{1,2\}"): True,
+        (r"$x \in [0, 1]$", "(0,1]"): False,
+        (r"$2\sqrt{2}$", r"\sqrt{8}"): True,
+        (r"\boxed{100\text{ cm}}", "100 cm"): True,
+        ("So it is 0.5.", r"\frac{1}{2}"): True,
+        ("I get 12", 12): True,
+        ("none", "42"): False,
+        ("42", ""): False,
+        ("12", None): False,
+    }
+    told, meant = zip(*cases, strict=True)
+    found = rejected(rule, *told, answer=list(meant))
+    assert [reason is None for reason in found] == list(cases.values())
+
+
 def test_a_function_of_ones_own_decides(file):
     few = [{"name": "few", "function": {"path": f"{file}:few_words"}}]
     assert rejected(few, "a", "a b c", "a b", "") == [None, "few", None, None]
