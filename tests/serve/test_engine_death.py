@@ -49,6 +49,7 @@ def test_a_killed_engine_and_a_killed_worker_cost_no_row(tmp_path: Path) -> None
         "rows_per_step": ROWS_PER_STEP,
         "checkpoint_every_steps": 2,
         "packing": True,
+        "compute_dtype": "float32",  # On any machine.
     }
     config["evaluation"] = {"held_out_rows": NUM_HELD_OUT, "free_running": {"rows": 0}}
     config["output"] = {"path": str(tmp_path / "run")}
