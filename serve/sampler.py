@@ -11,8 +11,6 @@ gives. A sampler that does not follow stops the run.
 
 import asyncio
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,8 +43,8 @@ from raystill.serve.engine.arguments import (
 from raystill.serve.engine.weights import EXTENSION
 from raystill.serve.listening import rank_at_serve
 from raystill.serve.replica import BusyClock, ids_of
+from raystill.serve.scratch import Scratch
 
-SHARED_MEMORY = "/dev/shm"
 MOST_ADAPTERS = 16
 """Adapters for which the engine makes room."""
 GAPS = {"float32": 1e-3}
@@ -85,8 +83,8 @@ class Sampler:
         newest = await self._coordinator.newer_policy.remote(0)
         if newest is None:
             raise RunError("the run ended before the student's weights were published")
-        shared = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
-        self._folder = Path(tempfile.mkdtemp(prefix="raystill-sampler-", dir=shared))
+        self._scratch = Scratch()
+        self._folder = self._scratch.path
         try:
             await self._start(newest)
         except BaseException:
@@ -253,8 +251,8 @@ class Sampler:
         engine = getattr(self, "_engine", None)
         if engine is not None:
             engine.close()
-        if folder := getattr(self, "_folder", None):
-            shutil.rmtree(folder, ignore_errors=True)
+        if scratch := getattr(self, "_scratch", None):
+            scratch.remove()
 
 
 def named(answer: Answer) -> Answer:
