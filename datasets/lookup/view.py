@@ -29,12 +29,14 @@ from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.reading import (
     DamagedSegment,
     GoneSegment,
+    Names,
     UnreadableSegment,
     UnusableSegment,
+    places_in,
     with_retries,
 )
 from raystill.datasets.store.segment import SegmentFile, next_name, segment_name
-from raystill.datasets.store.store import Merged, TeacherStore
+from raystill.datasets.store.store import NONE_MERGED, Merged, TeacherStore
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class StoreView:
         self._wanted = wanted
         self._skipped: dict[str, float] = {}  # Name -> time.monotonic() at which to retry it.
         self._due = math.inf
-        self._merged: Merged = (None, b"")
+        self._merged: Merged = NONE_MERGED
         self._lock = threading.Lock()
         self._reload()
 
@@ -202,7 +204,7 @@ class StoreView:
         if not names:
             return False
         self._merged = _, listed = self._store.merged(self._merged)
-        return any(_lists(listed, name) for name in names)
+        return bool((places_in(listed, Names.of(names)) >= 0).any())
 
     def _add_earlier_attempt(
         self, rows: NDArray[np.int64], lookup: Lookup
@@ -312,15 +314,6 @@ class GroupReader:
             return False
         mine = (found.segment == segment) & (found.group == group)
         return bool((found.scored[mine] == groups[group].scored).all())
-
-
-def _lists(merged: bytes, name: str) -> bool:
-    """Whether a segment's name is among those of `TeacherStore.merged`."""
-    wanted = bytes.fromhex(name.partition(".")[0])
-    place = merged.find(wanted)
-    while place % len(wanted) and place >= 0:  # Across two names.
-        place = merged.find(wanted, place + 1)
-    return place >= 0
 
 
 def in_order(parts: list[Part], schema: pa.Schema) -> Part:

@@ -29,9 +29,11 @@ from raystill.base.run_folder import RunFolder
 from raystill.datasets.store import removal
 from raystill.datasets.store.catalogue import Catalogue, Entry, build_catalogue
 from raystill.datasets.store.reading import (
+    DIGEST,
     DamagedSegment,
     GoneSegment,
     Listing,
+    Names,
     UnreadableSegment,
     UnusableSegment,
     ending_of,
@@ -62,8 +64,9 @@ LISTINGS = 8
 Progress = Callable[[int, int], None]
 """Called with (number done, number in all)."""
 
-Merged = tuple[tuple[int, int] | None, bytes]
-"""Stamp and bytes of the file `MERGED`; (None, b"") if there is none."""
+Merged = tuple[tuple[int, int] | None, Names]
+"""Stamp of the file `MERGED`, None if there is none, and the names in it, ascending."""
+NONE_MERGED: Merged = (None, Names.of([]))
 
 
 class TeacherStore:
@@ -121,7 +124,10 @@ class TeacherStore:
 
     def stamp(self, name: str) -> tuple[int, int] | None:
         """Size and time of change of a segment, which tell if it is the same; None if gone."""
-        info = self.folder.filesystem().get_file_info(f"{self.folder.root}/{SEGMENTS}/{name}")
+        return self._stamp(f"{SEGMENTS}/{name}")
+
+    def _stamp(self, name: str) -> tuple[int, int] | None:
+        info = self.folder.filesystem().get_file_info(f"{self.folder.root}/{name}")
         return (info.size, info.mtime_ns) if info.type == pafs.FileType.File else None
 
     def note_merged(self, names: Iterable[str]) -> None:
@@ -129,11 +135,10 @@ class TeacherStore:
 
         A retry of the group that one of them is named for then knows that it was answered.
         """
-        stamp, old = self.merged()
-        recent = stamp is not None and time.time() - stamp[1] / 1e9 < MERGED_KEPT_S
+        stamp = self._stamp(MERGED)
         new = io.BytesIO()  # Written from where it is: as bytes it would be there twice.
-        new.write(old if recent else b"")
-        del old
+        if stamp is not None and time.time() - stamp[1] / 1e9 < MERGED_KEPT_S:
+            new.write(self.folder.read_bytes(MERGED))
         for name in names:
             if OWN_NAME.fullmatch(name) and not name.startswith("."):
                 new.write(bytes.fromhex(name[:32]))
@@ -141,13 +146,14 @@ class TeacherStore:
             new.seek(0)
             self.folder.write_bytes(MERGED, new)
 
-    def merged(self, known: Merged = (None, b"")) -> Merged:
-        """What `note_merged` wrote: the file's stamp and bytes; ``known`` if it is the same."""
-        info = self.folder.filesystem().get_file_info(f"{self.folder.root}/{MERGED}")
-        if info.type != pafs.FileType.File:
-            return None, b""
-        stamp = info.size, info.mtime_ns
-        return known if stamp == known[0] else (stamp, self.folder.read_bytes(MERGED))
+    def merged(self, known: Merged = NONE_MERGED) -> Merged:
+        """What `note_merged` wrote down; ``known`` if the file is the same."""
+        stamp = self._stamp(MERGED)
+        if stamp is None or stamp == known[0]:
+            return NONE_MERGED if stamp is None else known
+        data = self.folder.read_bytes(MERGED)
+        digests = np.frombuffer(data, DIGEST, count=len(data) // DIGEST.itemsize)
+        return stamp, Names(np.sort(digests), {})
 
     def size(self, name: str) -> int:
         """Size of a segment in bytes; 0 if there is none."""

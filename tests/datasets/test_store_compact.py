@@ -31,7 +31,13 @@ from raystill.datasets.store.catalogue import (
 )
 from raystill.datasets.store.compaction import compact
 from raystill.datasets.store.lease import Lease
-from raystill.datasets.store.reading import ImpossibleValues, ending_of, is_in
+from raystill.datasets.store.reading import (
+    ImpossibleValues,
+    Names,
+    ending_of,
+    is_in,
+    places_in,
+)
 from raystill.datasets.store.segment import (
     READ_WHOLE_BYTES,
     DamagedSegment,
@@ -358,18 +364,39 @@ def test_a_merged_segment_that_was_lost_is_asked_again(store: TeacherStore) -> N
 
 
 def test_names_of_merged_segments_are_kept_for_a_day(store: TeacherStore) -> None:
-    first = publish(store, [0]), publish(store, [1])
+    first = {publish(store, [0]), publish(store, [1])}
     compact(store)
-    assert len(store.merged()[1]) == 32
+    assert set(store.merged()[1]) == first
     publish(store, [2])
     compact(store)
-    _, listed = store.merged()
-    assert all(bytes.fromhex(name[:32]) in listed for name in first) and len(listed) == 64
+    stamp, listed = store.merged()
+    assert first < set(listed) and len(listed) == 4
+    assert store.merged((stamp, listed)) == (stamp, listed), "it is read once"
     old = time.time() - 2 * MERGED_KEPT_S
     os.utime(store.folder.join(MERGED), (old, old))
     publish(store, [3])
     compact(store)
-    assert len(store.merged()[1]) == 32
+    assert len(store.merged()[1]) == 2
+
+
+@pytest.mark.parametrize("size", [0, 15, 17, 16 * 999 + 7])
+def test_a_look_up_stands_a_list_of_merged_segments_that_was_cut_or_altered(
+    store: TeacherStore, size: int
+) -> None:
+    publish(store, [9])
+    view = StoreView(store, pa.chunked_array([keys_of([0, 1, 2])]), TOPK)
+    Path(store.folder.join(MERGED)).write_bytes(os.urandom(size))
+    assert view.look_up(np.arange(3), pa.nulls(3, TOKEN_IDS)).to_ask.tolist() == [0, 1, 2]
+
+
+def test_any_of_many_merged_segments_is_found(store: TeacherStore) -> None:
+    names = [f"{row:032x}.parquet" for row in range(0, 1 << 20, 977)]
+    names += [f"{row << 100:032x}.parquet" for row in range(1, 999)]  # Zeros at their ends.
+    store.note_merged(reversed(names))
+    _, listed = store.merged()
+    assert (places_in(listed, Names.of(names)) >= 0).all()
+    others = [f"{row:032x}.parquet" for row in range(1, 1 << 20, 977)]
+    assert (places_in(listed, Names.of(others)) < 0).all()
 
 
 @pytest.mark.parametrize(("fits", "into"), [(2.5, 3), (0.5, 0), (99, 1)])
