@@ -18,7 +18,7 @@ from ray import serve
 
 from raystill.base.errors import RunError
 from raystill.config.run import RunConfig
-from raystill.datasets.stream.teacher_calls import applications
+from raystill.datasets.stream.teacher_calls import SERVE, applications
 from raystill.placement.requests import sampler_resources
 from raystill.run import Run
 from raystill.serve.deploy import (
@@ -46,10 +46,11 @@ class SamplerApp:
         options = deployment_options(config, ray.cluster_resources().get("GPU", 0) > 0)
         gpus = int(options["ray_actor_options"]["num_gpus"])
         settings = SamplerSettings(config, self._run.coordinator, str(self._run.folder.logs), gpus)
-        deployment = serve.deployment(Sampler, name=DEPLOYMENT, **options)
         name = self._run.sampler_app
-        target = serve.RunTarget(deployment.bind(settings), name=name, route_prefix=None)
-        serve.run_many([target], wait_for_applications_running=False)
+        with SERVE:  # A teacher is started at the same time.
+            deployment = serve.deployment(Sampler, name=DEPLOYMENT, **options)
+            target = serve.RunTarget(deployment.bind(settings), name=name, route_prefix=None)
+            serve.run_many([target], wait_for_applications_running=False)
 
     def wait(self) -> None:
         """Wait until the sampler answers, or the run is over and it was ended. RunError where it

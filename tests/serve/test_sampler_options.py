@@ -1,13 +1,17 @@
 """What the sampler's deployment asks of Serve, and its engine's settings. Without Ray."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from raystill.config.run import RunConfig
+from raystill.datasets.stream.teacher_calls import SERVE
+from raystill.run import Run
 from raystill.serve.sampler import SamplerSettings, engine_settings
-from raystill.serve.sampler_app import deployment_options
+from raystill.serve.sampler_app import SamplerApp, deployment_options
 
 
 def config(**policy: Any) -> RunConfig:
@@ -68,3 +72,24 @@ def test_the_time_of_a_row_is_kept_by_its_engine(tmp_path: Path, limit_s: float 
     settings = SamplerSettings(asked, None, "logs")
     made = engine_settings(settings, tmp_path, {"stop_token_ids": [1]}, None, 0)
     assert made.teacher.request_timeout_s == limit_s
+
+
+def test_a_sampler_and_a_teacher_are_not_described_to_serve_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Serve pickles by a list of modules that a process has once: one of two threads would fail."""
+    free: list[bool] = []
+
+    def asks(*arguments: Any, **options: Any) -> Any:
+        with ThreadPoolExecutor(1) as other:
+            free.append(other.submit(SERVE.acquire, blocking=False).result())
+        return SimpleNamespace(bind=lambda *_: None)
+
+    monkeypatch.setattr("ray.cluster_resources", dict)
+    monkeypatch.setattr("ray.serve.deployment", asks)
+    monkeypatch.setattr("ray.serve.run_many", asks)
+    monkeypatch.setattr("ray.serve.RunTarget", lambda *_, **__: None)
+    folder = SimpleNamespace(logs="logs")
+    run = SimpleNamespace(config=config(), coordinator=None, folder=folder, sampler_app="sampler-r")
+    SamplerApp(cast(Run, run)).deploy()
+    assert free == [False, False]
