@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from raystill.base.logs import write_line
 from raystill.datasets.rows.answers import Answer
 from raystill.datasets.rows.schema import LOST, NOT_STARTED
+from raystill.serve.engine.lifetime import engine_is_dead
 
 EXIT_ENGINE_DEAD = 70
 HAND_OVER_S = 1.0
@@ -35,8 +36,6 @@ class Ending:
 
     def after_error(self, error: BaseException) -> bool:
         """Whether the error says so; the process then ends soon, not before others have answers."""
-        from raystill.serve.engine.vllm import engine_is_dead  # Here: the driver imports this.
-
         if engine_is_dead(error):
             self._begin(f" ({error})")
             return True

@@ -209,6 +209,9 @@ def prepare_process(cores: Sequence[int] | None, load_on: Sequence[int] | None =
     cores. Child processes inherit the cores and the environment. ``load_on``: cores to be on until
     the caller has `move_threads`, where others than the engine's are idle while it is loaded.
     """
+    from raystill.serve.engine.lifetime import name_replica  # Here, as in `move_threads`.
+
+    name_replica()
     os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # ``capture.py`` relies on the first one.
     if cores is None:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raystill.serve.engine.blocks import BlockTable, BlockWriter, Indices, consecutive
-from raystill.serve.engine.lifetime import end_with
+from raystill.serve.engine.lifetime import end_with, end_with_replica
 from raystill.serve.engine.outputs import gather_logprobs
 
 EXTRA_ARGS = "raystill"
@@ -39,6 +39,8 @@ RUNNER_PARTS = ("_model_forward", "input_batch", "requests", "query_start_loc", 
 CPU_LOGIT_BYTES = 32 << 20
 DEVICE_LOGIT_BYTES = 512 << 20
 """Largest size of the float32 logits [n, V] that scoring computes at once."""
+
+end_with_replica()  # An engine's process imports this module before it loads its model.
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raystill.serve.engine.blocks import BlockReader, BlocksHandle, TakenBlocks
+from raystill.serve.engine.lifetime import unless_dead
 
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 0.001
-LOOK_IF_DEAD_S = 0.1
 
 Bytes = NDArray[np.uint8]
 
@@ -133,14 +133,8 @@ class Takes:
             logger.debug("%s was not dropped: %s", tag, error)
 
     async def _called(self, method: str, arguments: tuple[Any, ...]) -> list[Any]:
-        """What the workers return. Where the engine ends, vLLM waits on: this raises instead."""
-        call = asyncio.ensure_future(self._call(method, args=arguments))
-        try:
-            while not (await asyncio.wait([call], timeout=LOOK_IF_DEAD_S))[0]:
-                self._raise_if_dead()
-            return call.result()
-        finally:
-            call.cancel()
+        """What the workers return."""
+        return await unless_dead(self._call(method, args=arguments), self._raise_if_dead)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

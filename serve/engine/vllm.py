@@ -12,9 +12,9 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from raystill.datasets.rows.signal import Signal
 from raystill.datasets.rows.turns import Turns
 from raystill.serve.engine.arguments import PROBE_TIMEOUT_S, EngineSettings, engine_arguments
 from raystill.serve.engine.capture import CaptureRequest
+from raystill.serve.engine.lifetime import engine_is_dead, has_ended, unless_dead
 from raystill.serve.engine.outputs import (
     hidden_states,
     keep_arrays,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Ids = NDArray[np.int32]
 
 SHUTDOWN_TIMEOUT_S = 5.0
@@ -184,7 +186,7 @@ class VllmEngine:
         finished, before = self._rows_finished, self._tokens()
         try:
             await self._engine.check_health()
-            await asyncio.wait_for(self._one_token(), PROBE_TIMEOUT_S)
+            await asyncio.wait_for(self._while_alive(self._one_token()), PROBE_TIMEOUT_S)
         except TimeoutError:
             grown = any(tokens > before.get(row, 0) for row, tokens in self._tokens().items())
             if self._rows_finished == finished and not grown:
@@ -207,7 +209,7 @@ class VllmEngine:
         A row that is alone is waited for: if the engine died of the weights it would be suspected.
         """
         async with self._turns.beside():
-            await reload_whole(self._engine, path, version)
+            await self._while_alive(reload_whole(self._engine, path, version))
 
     async def take_adapter(self, number: int, folder: str, version: int) -> None:
         """Answer with the adapter in ``folder``, in PEFT's format, from now on.
@@ -217,7 +219,7 @@ class VllmEngine:
         in flight are finished with the adapter that they began with.
         """
         async with self._turns.beside():
-            await self._adapters.take(self._engine, number, folder, version)
+            await self._while_alive(self._adapters.take(self._engine, number, folder, version))
 
     def _tokens(self) -> dict[str, int]:
         """Response tokens so far of each row in the engine, by vLLM's name of its request."""
@@ -237,8 +239,11 @@ class VllmEngine:
     def _raise_if_dead(self) -> None:
         if self._engine is None:
             raise RuntimeError("the engine was closed")
-        if self._engine.errored:
+        if has_ended(self._engine):
             raise self._engine.dead_error
+
+    def _while_alive(self, work: Awaitable[T]) -> Awaitable[T]:
+        return unless_dead(work, self._raise_if_dead)
 
     def _tag(self) -> str:
         return f"capture-{next(self._numbers)}"
@@ -356,7 +361,7 @@ class VllmEngine:
         """
         taken = False
         try:
-            answer = self._generate(ids.tolist(), parameters)
+            answer = self._while_alive(self._generate(ids.tolist(), parameters))
             output = await asyncio.wait_for(answer, self._settings.teacher.request_timeout_s)
             if capture is None or output.finish_reason not in ("stop", "length"):
                 return output, NOTHING
@@ -386,11 +391,6 @@ class VllmEngine:
         if adapter is not None:  # vLLM names the versions of whole weights alone.
             answer.weight_versions = one_span(version, len(answer.token_ids))
         return answer
-
-
-def engine_is_dead(error: BaseException) -> bool:
-    """Whether the error says that the engine's process has ended."""
-    return any(kind.__name__ == "EngineDeadError" for kind in type(error).__mro__)
 
 
 def is_of_one_request(error: BaseException) -> bool:
