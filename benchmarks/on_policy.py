@@ -4,7 +4,7 @@
     python -m benchmarks.on_policy RUN --student RUN/student --arms off pure reverse ...
 
 RUN is the folder of a finished run whose answers are all in its store, such as the demo's
-(``runs/quickstart``): its prompts, teacher answers, held-out rows, and the layers that its student
+(``runs/quickstart``): its prompts, teacher answers, held-out rows, and the weights that its student
 began with are used. All arms have the same steps, the same prompts in each step, and the same
 limit of tokens a response; a row that the student writes costs the teacher one prefill instead of
 one answer, so its response tokens are counted for every arm. Arms:
@@ -44,6 +44,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.results import machine, write_result
 from benchmarks.starts import CPU, Material, material
+from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
 from raystill.datasets.policy.plan import PolicyPlan
 from raystill.datasets.stream.plan import epoch_order
@@ -52,6 +53,7 @@ from raystill.train.batch.batch import collate, cut_micro_batches
 from raystill.train.batch.rows import Row
 from raystill.train.evaluation.free_running import FreeRunning, generate, repeated_ngrams
 from raystill.train.evaluation.teacher_forced import evaluate
+from raystill.train.start.shape import Shape, recorded_shape
 from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import build_optimizer
 from raystill.train.step.ranks import Ranks
@@ -89,13 +91,14 @@ def policy_of(arm: str, steps: int) -> dict[str, Any]:
 class Setting:
     """What all runs share: the run's material, the teacher, the student's start, and sizes.
 
-    student: the run file's section. written_at_once: steps whose rows the student writes with the
-    same weights.
+    student: the run file's section. shape: what the student keeps of the teacher, or None.
+    written_at_once: steps whose rows the student writes with the same weights.
     """
 
     given: Material
     teacher: StudentModule
     student: dict[str, Any]
+    shape: Shape | None
     steps: int
     prompts: int
     written_at_once: int
@@ -149,7 +152,7 @@ class Training:
         raw["policy"] = policy_of(arm, shared.steps)
         self.config = RunConfig.model_validate(raw)
         self.shared, self.seed = shared, seed
-        model = build_student(self.config, shared.given.folder, 0)
+        model = build_student(self.config, shared.given.folder, 0, known=shared.shape)
         self.module = StudentModule(model)
         self.vocab = num_classes(model, shared.given.folder)
         self.own_tokens = self.teacher_tokens = self.own_rows = 0
@@ -352,13 +355,13 @@ def main() -> None:
     if not given.table:
         stored = material(given.run, given.set)
         teacher = AutoModelForCausalLM.from_pretrained(stored.folder, dtype=torch.float32)
-        student = {"init": "model", "model": str(given.student)}
+        student, shape = {"init": "model", "model": str(given.student)}, None
         if given.student is None:
-            layers = json.loads((given.run / "layers.json").read_text())["layers"]
-            student = {"init": "from_teacher", "layers": layers}
+            student = stored.config.student.model_dump(mode="json")
+            shape = recorded_shape(RunFolder(str(given.run)))
         teacher.config.use_cache = False
         sizes = (given.steps, given.prompts, given.written_at_once)
-        shared = Setting(stored, StudentModule(teacher).eval(), student, *sizes)
+        shared = Setting(stored, StudentModule(teacher).eval(), student, shape, *sizes)
         for seed in given.seeds:
             for arm in given.arms:
                 path = given.folder / f"{arm}-{seed}-{given.steps}.json"

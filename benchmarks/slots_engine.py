@@ -3,7 +3,7 @@
     python -m benchmarks.slots_engine [--rows 1500] [--set teacher.target_ongoing_requests=8 ...]
 
 `benchmarks.slots` with vLLM in place of the made-up tokens: a model of two layers with random
-weights, each row cut at a length drawn from the same distributions, a sixteenth as long. vLLM
+weights, each row cut at a length drawn from the same distributions, a quarter as long. vLLM
 counts the requests it runs in each of its steps (``SchedulerStats.num_running_reqs``); the share is
 the mean over the steps from a fifth to four fifths of the rows finished.
 """
@@ -28,12 +28,12 @@ from raystill.serve.engine.vllm import VllmEngine
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "tiny-teacher"
 RESULT = Path(__file__).parent / "results" / "slots_engine.json"
-SHORTER = 16
+SHORTER = 4
 CORES = (min(os.sched_getaffinity(0)),)
 TEACHER = [
     f"teacher.model={MODEL}",
     "teacher.dtype=float32",
-    "teacher.max_model_len=320",
+    "teacher.max_model_len=1040",
     "teacher.kv_cache_gib=0.25",
 ]
 

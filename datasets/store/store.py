@@ -138,7 +138,8 @@ class TeacherStore:
         stamp = self._stamp(MERGED)
         new = io.BytesIO()  # Written from where it is: as bytes it would be there twice.
         if stamp is not None and time.time() - stamp[1] / 1e9 < MERGED_KEPT_S:
-            new.write(self.folder.read_bytes(MERGED))
+            known = self.folder.read_bytes(MERGED)
+            new.write(known[: len(known) - len(known) % DIGEST.itemsize])  # It may have been cut.
         for name in names:
             if OWN_NAME.fullmatch(name) and not name.startswith("."):
                 new.write(bytes.fromhex(name[:32]))

@@ -389,6 +389,18 @@ def test_a_look_up_stands_a_list_of_merged_segments_that_was_cut_or_altered(
     assert view.look_up(np.arange(3), pa.nulls(3, TOKEN_IDS)).to_ask.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("left", [0, 7, 16, 39])
+def test_names_that_come_to_a_list_that_was_cut_are_read_as_they_are(
+    store: TeacherStore, left: int
+) -> None:
+    names = [f"{number:032x}.parquet" for number in range(1 << 100, (1 << 100) + 5)]
+    store.note_merged(names[:3])
+    path = Path(store.folder.join(MERGED))
+    path.write_bytes(path.read_bytes()[:left])
+    store.note_merged(names[3:])
+    assert set(store.merged()[1]) == {*names[: left // 16], *names[3:]}
+
+
 def test_any_of_many_merged_segments_is_found(store: TeacherStore) -> None:
     names = [f"{row:032x}.parquet" for row in range(0, 1 << 20, 977)]
     names += [f"{row << 100:032x}.parquet" for row in range(1, 999)]  # Zeros at their ends.
