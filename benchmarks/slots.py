@@ -85,6 +85,9 @@ class CountedEngine(VllmEngine):
         self.count(-1)
         return SimpleNamespace(finish_reason="stop")
 
+    def _raise_if_dead(self) -> None:
+        """There is no process that could end."""
+
 
 class Simulation:
     """One pass of the stream over rows of these lengths, with one replica."""

@@ -39,6 +39,9 @@ class Engine(VllmEngine):
     async def _alive(self):
         pass
 
+    def _raise_if_dead(self):
+        pass
+
     def _parameters(self, *_, **__):
         return None
 

@@ -56,6 +56,9 @@ class Engine(VllmEngine):
             token_ids=[token_ids[0], 1], finish_reason="stop", weight_versions=()
         )
 
+    def _raise_if_dead(self) -> None:
+        """There is no process; the core itself tells of its death."""
+
     def _parameters(self, num_logprobs: int | None, **changes: Any) -> Any:
         return Parameters()
 
