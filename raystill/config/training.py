@@ -109,16 +109,16 @@ class TrainingConfig(ConfigModel):
     packing: bool | Literal["auto"] = operational(
         "auto",
         description="Whether the rows of a forward pass are joined into one sequence instead of "
-        "padded; no row attends to another. auto: if the attention is FlashAttention or "
-        "flex_attention.",
+        "padded; no row attends to another. auto: if the attention is FlashAttention, "
+        "flex_attention, or on a CPU sdpa row by row.",
     )
     attention: Literal[
         "auto", "flash_attention_3", "flash_attention_2", "flex_attention", "sdpa", "eager"
     ] = operational(
         "auto",
         description="Attention implementation of the student. auto: FlashAttention if it is "
-        "installed and supports the student and its GPU, else sdpa; for models that cap attention "
-        "logits or have sinks flex_attention on GPUs, and eager on CPUs.",
+        "installed and supports the student and its GPU, else sdpa, on a CPU row by row; for "
+        "models that cap attention logits or have sinks flex_attention on GPUs, and eager on CPUs.",
     )
     param_dtype: Literal["float32", "float64"] = identity(
         "float32",

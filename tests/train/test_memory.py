@@ -31,6 +31,7 @@ TOKENS = 4096
 def training_of(case: str) -> TrainingConfig:
     _, workers, settings = CASES[case]
     common = {"strategy": "fsdp", "num_workers": workers, "tokens_per_micro_batch": TOKENS}
+    common["attention"] = "sdpa"  # What is counted is a GPU; rows are read one by one on a CPU.
     # auto would be float32 on this CPU; adamw_bf16 decides by itself.
     dtype = {} if "optimizer" in settings else {"compute_dtype": "bfloat16"}
     return TrainingConfig(**(common | dtype | settings))

@@ -178,7 +178,7 @@ def test_packing_follows_the_kernel_and_the_layers():
 def test_attention_follows_device_precision_and_model():
     model, capped = build("tied"), StudentModule(build("gemma2")).model
     assert capped.config.attn_logit_softcapping is not None
-    assert use_attention("auto", model, CPU, torch.float32) == "sdpa"
+    assert use_attention("auto", model, CPU, torch.float32, compiled=True) == "sdpa"
     assert use_attention("auto", model, GPU, torch.float32) == "sdpa"
     assert use_attention("auto", capped, CPU, torch.float32) == "eager"
     with pytest.raises(ValueError, match="leaves out the cap that Gemma2ForCausalLM"):
@@ -241,18 +241,19 @@ def test_a_capped_model_is_trained_with_its_cap():
 
 def test_a_student_is_packed_when_it_is_asked_for():
     training = training_config(packing=True)
+    plain = training_config(attention="sdpa")
     assert place_student(build("tied").float(), training, CPU, 1).packed
-    assert not place_student(build("tied").float(), training_config(), CPU, 1).packed
+    assert not place_student(build("tied").float(), plain, CPU, 1).packed
 
 
 def test_every_tensor_goes_to_the_device():
     """By a stand-in for the copy, since there is one device here: none is left behind."""
-    batch = collate([make_row(1), make_row(2)], "topk", VOCAB, packed=True)
+    batch = collate([make_row(1), make_row(1)], "topk", VOCAB, packed=True, shared=True)
     copies = DeviceCopies(CPU)
     moved = copies.copy(batch)
     assert torch.equal(moved.input_ids, batch.input_ids)
     meta = batch.mapped(lambda tensor: tensor.to("meta"))
     tensors = [v for v in vars(meta).values() if isinstance(v, torch.Tensor)]
-    assert len(tensors) == 6  # Two more are the partition's.
+    assert len(tensors) == 8  # Two more are the partition's.
     assert all(t.is_meta for t in (*tensors, meta.partition.ids, meta.partition.log_p))
     assert meta.longest == batch.longest

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raystill.train.batch.beginnings import places_of
 from raystill.train.batch.partition import NO_ID, Partition, sampled_partition, topk_partition
 from raystill.train.batch.rows import Row
 
@@ -48,7 +49,11 @@ class MicroBatch:
         input_tokens: Number of positions that hold a token.
         padded_tokens: Number of all positions.
         teacher_hidden: bfloat16 [N, D], for the signal ``hidden`` only.
-        row_starts: int32 [B + 1], where each row begins in the flattened input, and the end.
+        row_starts: int32 [B + 1], where each row begins among the tokens of all rows, one behind
+            the other (padded, with their padding), and the end.
+        row_places: int64 [row_starts[-1]], the position in the input of each of these tokens, where
+            what several rows begin with is there once; None: they are in order.
+        row_index: int64 [N], the row of each of the N tokens, counted from 0.
         longest: Number of input tokens of the longest row.
         unweighted: Whether every weight is known to be 1; told here, since on a device it would
             have to be read from there.
@@ -68,6 +73,8 @@ class MicroBatch:
     padded_tokens: int
     teacher_hidden: Tensor | None = None
     row_starts: Tensor | None = None
+    row_places: Tensor | None = None
+    row_index: Tensor | None = None
     longest: int = 0
     unweighted: bool = False
     student_written: bool = False
@@ -153,13 +160,15 @@ def collate(
     normalise: str = "token",
     truncated_rows: float = 1.0,
     packed: bool = False,
+    shared: bool = False,
 ) -> MicroBatch:
     """One micro-batch of rows that each have at least one token with a loss.
 
     signal_kind: ``text``, ``sampled``, ``topk`` or ``hidden``. student_vocab: number of ids that
     the student has a class for, see `student.build.num_classes`. Teacher ids from there on are
     counted in the tail. normalise, truncated_rows: as in `row_weight`; the tokens of a row share
-    its weight equally. packed: one sequence instead of padded rows.
+    its weight equally. packed: one sequence instead of padded rows. shared: of packed rows, what
+    several begin with is there once; the attention kernel must know of it.
 
     Raises ValueError where an input or target id is outside the student's vocabulary, or where
     the signal of a row is incomplete or damaged.
@@ -168,41 +177,62 @@ def collate(
     longest = int(lengths.max())
     widths = lengths if packed else np.full(len(rows), longest)
     starts = np.concatenate([[0], np.cumsum(widths)])
-    shape = (1 if packed else len(rows), -1)
-    input_ids = np.full(starts[-1], FILLER_ID, dtype=np.int64)
+    texts = [_checked_ids(row, student_vocab) for row in rows]
+    places = [start + np.arange(n) for start, n in zip(starts[:-1], lengths, strict=True)]
+    num_positions = int(starts[-1])
+    if shared and packed:
+        once = places_of([ids[:-1] for ids in texts])
+        most = 1 + max(int(each[-1]) for each in once)
+        if most < num_positions:  # Otherwise they stay in the order of the rows.
+            places, num_positions = once, most
+    apart = num_positions == starts[-1]
+    input_ids = np.full(num_positions, FILLER_ID, dtype=np.int64)
+    # Padding counts on behind its row.
+    positions = np.resize(np.arange(longest), num_positions)
     index, targets, weights = [], [], []
-    for start, row in zip(starts[:-1], rows, strict=True):
-        ids = np.concatenate([row.prompt_ids, row.response_ids])
-        # Checked here: on a GPU an id outside the embedding is an error without a row or a value.
-        if ids.max() >= student_vocab or ids.min() < 0:
-            raise ValueError(
-                f"row {row.row} has token id {ids.max()} but the student's vocabulary ends at "
-                f"{student_vocab}; use a student whose tokenizer has the teacher's ids"
-            )
-        input_ids[start : start + len(ids) - 1] = ids[:-1]
+    for place, ids, row in zip(places, texts, rows, strict=True):
+        input_ids[place] = ids[:-1]
+        positions[place] = np.arange(len(place))
         first = len(ids) - row.num_targets  # Place of the first token with a loss; see the shift.
-        index.append(start + np.arange(first - 1, len(ids) - 1))
+        index.append(place[first - 1 :])
         targets.append(ids[first:])
         weight = row_weight(row, normalise, truncated_rows) / row.num_targets
         weights.append(np.full(row.num_targets, weight, dtype=np.float32))
+    shape = (1 if packed else len(rows), -1)
     flat_targets = torch.from_numpy(np.concatenate(targets).astype(np.int64))
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids).reshape(shape),
         attention_mask=None,
-        position_ids=torch.cat([torch.arange(int(width)) for width in widths]).reshape(shape),
+        position_ids=torch.from_numpy(positions).reshape(shape),
         logit_index=torch.from_numpy(np.concatenate(index)),
         targets=flat_targets,
         weights=torch.from_numpy(np.concatenate(weights)),
         partition=_partition(rows, signal_kind, student_vocab, flat_targets),
         num_rows=len(rows),
         num_tokens=len(flat_targets),
-        input_tokens=int(lengths.sum()),
-        padded_tokens=int(starts[-1]),
+        input_tokens=num_positions if packed else int(lengths.sum()),
+        padded_tokens=num_positions,
         teacher_hidden=_teacher_hidden(rows) if signal_kind == "hidden" else None,
         row_starts=torch.from_numpy(starts.astype(np.int32)),
+        row_places=None if apart else torch.from_numpy(np.concatenate(places)),
+        row_index=torch.from_numpy(np.repeat(np.arange(len(rows)), [len(each) for each in index])),
         longest=longest,
         unweighted=all(bool((each == 1).all()) for each in weights),
     )
+
+
+def _checked_ids(row: Row, student_vocab: int) -> np.ndarray:
+    """Prompt and response; ValueError where an id is outside the student's vocabulary.
+
+    Checked here: on a GPU an id outside the embedding is an error without a row or a value.
+    """
+    ids = np.concatenate([row.prompt_ids, row.response_ids])
+    if ids.max() >= student_vocab or ids.min() < 0:
+        raise ValueError(
+            f"row {row.row} has token id {ids.max()} but the student's vocabulary ends at "
+            f"{student_vocab}; use a student whose tokenizer has the teacher's ids"
+        )
+    return ids
 
 
 def _partition(

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from raystill.config.objective import ObjectiveConfig
-from raystill.train.batch.batch import collate
 from raystill.train.batch.rows import Row
-from raystill.train.evaluation.teacher_forced import TokenKl, own_groups
+from raystill.train.evaluation.teacher_forced import TokenKl, collate_for, own_groups
 from raystill.train.loss.log_probs import partition_log_probs
 from raystill.train.loss.objective import divergences
 from raystill.train.step.ranks import Ranks
@@ -59,7 +58,7 @@ def measure_own_contexts(
     ends = bin_ends(max((len(row.response_ids) for row in rows), default=0))
     sums = {f"{name} {end}": 0.0 for end in ends for name in (*BOTH, "tokens")}
     for group in own_groups(module, rows, tokens_budget, ranks, device):
-        batch = collate(group, "topk", student_vocab, "token").to(device)
+        batch = collate_for(module, group, "topk", student_vocab).to(device)
         assert batch.partition is not None, "the teacher has scored these answers"
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in BOTH}
         for chunk, logits in module.logit_chunks(batch):

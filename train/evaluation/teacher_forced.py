@@ -80,16 +80,24 @@ def own_groups(
     module.eval()
     try:
         with gathering_passes(module):
-            mine = cut_micro_batches(rows[ranks.rank :: ranks.world_size], tokens_budget)
+            shares = [rows[rank :: ranks.world_size] for rank in range(ranks.world_size)]
+            cut = [cut_micro_batches(share, tokens_budget, module.packed) for share in shares]
+            mine = cut[ranks.rank]
             yield from mine
             if not is_sharded(module):
                 return
-            shares = (rows[rank :: ranks.world_size] for rank in range(ranks.world_size))
-            most = max(len(cut_micro_batches(share, tokens_budget)) for share in shares)
-            for _ in range(most - len(mine)):
+            for _ in range(max(map(len, cut)) - len(mine)):
                 module.hidden_states(dummy_micro_batch("text").to(device))
     finally:
         module.train(was_training)
+
+
+def collate_for(
+    module: StudentModule, group: Sequence[Row], kind: str, student_vocab: int
+) -> MicroBatch:
+    """The rows of a group of `own_groups` as ``module`` wants them, padded or packed."""
+    packed, shared = module.packed, module.shared
+    return collate(group, kind, student_vocab, packed=packed, shared=shared)
 
 
 @torch.no_grad()
@@ -113,7 +121,7 @@ def evaluate(
     kind = "topk" if rows and rows[0].topk_ids is not None else "text"
     sums = dict.fromkeys((*SUMS, "tokens"), 0.0)
     for group in own_groups(module, rows, tokens_budget, ranks, device):
-        batch = collate(group, kind, student_vocab, "token")
+        batch = collate_for(module, group, kind, student_vocab)
         moved, kl = batch.to(device), []
         for chunk, logits in module.logit_chunks(moved):
             targets = moved.targets[chunk]

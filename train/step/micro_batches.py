@@ -53,9 +53,10 @@ class BatchMaker:
         teacher: TeacherHead | None = None,
         device: torch.device | str = "cpu",
         packed: bool = False,
+        shared: bool = False,
         student_written: ObjectiveConfig | None = None,
     ) -> None:
-        """signal_kind, student_vocab, packed: as in `batch.collate`.
+        """signal_kind, student_vocab, packed, shared: as in `batch.collate`.
 
         teacher: the teacher's head, on the device; with the signal ``hidden`` only.
         """
@@ -70,7 +71,7 @@ class BatchMaker:
         self.device = torch.device(device)
         self._student_vocab = student_vocab
         self._copies = DeviceCopies(self.device)
-        self._packed = packed
+        self._packed, self._shared = packed, shared
         self._checked = False
 
     def cut(self, rows: Sequence[Row]) -> list[list[Row]]:
@@ -140,6 +141,7 @@ class BatchMaker:
             self.training.normalise,
             weights.truncated_rows,
             self._packed,
+            self._shared,
         )
         if rows[0].student_written:
             batch = replace(batch, student_written=True)
@@ -229,8 +231,8 @@ def share(batch: MicroBatch, by: str, teacher: TeacherHead | None) -> MicroBatch
         return batch
     # float64: the step's denominator is computed from the rows, so each row must keep its sum.
     values = _values(batch, by, teacher).double()
-    assert batch.row_starts is not None, "a collated micro-batch knows where its rows begin"
-    row = torch.searchsorted(batch.row_starts[1:].long(), batch.logit_index, right=True)
+    assert batch.row_index is not None, "a collated micro-batch knows the rows of its tokens"
+    row = batch.row_index
     sums, counts = (
         values.new_zeros(batch.num_rows).index_add_(0, row, each)
         for each in (values, torch.ones_like(values))

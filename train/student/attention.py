@@ -4,9 +4,10 @@
 
 In a packed micro-batch the rows follow each other in a single sequence, each with positions from
 0, and no row may attend to another. FlashAttention gets the bounds of the rows and works row by
-row. FlexAttention, which also caps attention's logits and knows sinks, gets a mask of blocks and
-leaves out those between rows. The other kernels need a mask [S, S], whose time and memory grow with
-the square of the whole micro-batch; for them padded rows of similar length are cheaper.
+row, and so does SDPA on a CPU (`row_by_row`). FlexAttention, which also caps attention's logits and
+knows sinks, gets a mask of blocks and leaves out those between rows. The other kernels need a mask
+[S, S], whose time and memory grow with the square of the whole micro-batch; for them padded rows of
+similar length are cheaper.
 
 Legend: S length of the packed sequence, D hidden size.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 from raystill.train.batch.batch import collate
 from raystill.train.batch.rows import Row
 from raystill.train.student.module import StudentModule, has_attention_cap
+from raystill.train.student.row_by_row import ROW_BY_ROW, why_not_row_by_row
 
 logger = logging.getLogger(__name__)
 
@@ -64,16 +66,20 @@ MOST_SHIFT = 1e-3
 largest component; checked where matrix products are in float32 or float64."""
 
 
-def use_attention(name: str, model: Any, device: torch.device, dtype: torch.dtype) -> str:
+def use_attention(
+    name: str, model: Any, device: torch.device, dtype: torch.dtype, compiled: bool = False
+) -> str:
     """Sets the attention kernel of the model, and returns the name of the one that it now has.
 
     name: ``training.attention``. ``auto`` is the first FlashAttention that can run here, otherwise
-    the kernel that the model has in a `StudentModule`: SDPA, or where SDPA would leave out a cap or
-    sinks FlexAttention, on a CPU eager. dtype: of the matrix products. Raises ValueError where the
-    named kernel cannot run here.
+    the kernel that the model has in a `StudentModule`: SDPA, on a CPU row by row, or where SDPA
+    would leave out a cap or sinks FlexAttention, on a CPU eager. dtype: of the matrix products.
+    compiled: whether the student will be. Raises ValueError where the named kernel cannot run here.
     """
     current = model.config._attn_implementation
-    wanted = _fastest(model, device, dtype) or current if name == "auto" else name
+    wanted = name
+    if name == "auto":
+        wanted = _fastest(model, device, dtype, compiled) or current
     if name == FLEX and (reason := why_no_flex(model, device)):
         raise ValueError(
             f"training.attention is {name}, but {reason}; set training.attention: auto"
@@ -134,12 +140,14 @@ def why_no_flex(model: Any, device: torch.device) -> str | None:
     return None
 
 
-def _fastest(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The first FlashAttention that can run here, or FlexAttention in the place of eager; logs why
-    another one cannot.
+def _fastest(
+    model: Any, device: torch.device, dtype: torch.dtype, compiled: bool = False
+) -> str | None:
+    """The first FlashAttention that can run here, FlexAttention in the place of eager, or SDPA row
+    by row; logs why another one cannot.
     """
     if device.type != "cuda":
-        return None
+        return ROW_BY_ROW if why_not_row_by_row(model, device, compiled) is None else None
     for name in FLASH if dtype in HALF else ():
         if (reason := why_not(name, model, device, dtype)) is None:
             return name
@@ -157,15 +165,15 @@ def wants_packing(packing: bool | str, attention: str) -> bool:
 
     packing: ``training.packing``. attention: the name of the kernel.
     """
-    blocks = "flash" in attention or attention == FLEX
+    blocks = "flash" in attention or attention in (FLEX, ROW_BY_ROW)
     return packing is True or (packing == "auto" and blocks)
 
 
 def use_packing(
     packing: bool | str, student: StudentModule, attention: str, device: torch.device
 ) -> bool:
-    """Whether micro-batches are packed; ``auto``: with FlashAttention and FlexAttention, where it
-    is cheaper.
+    """Whether micro-batches are packed; ``auto``: with FlashAttention, FlexAttention and row by
+    row, where it is cheaper.
 
     Runs the model on two packed rows, to see whether one changes the other. A sharded model is run
     in `sharding.gathering_passes`, by all ranks. Where rows change each other, ``auto`` pads them,
@@ -194,12 +202,15 @@ def _mixing_layers(model: Any) -> str | None:
 def _mixing_rows(student: StudentModule, device: torch.device) -> str | None:
     """The reason why rows cannot be packed, from a trial of the model; None: they can.
 
-    A row's hidden states must not depend on the row before it, nor on being packed.
+    A row's hidden states must not depend on the row before it, nor on being packed. ``other``
+    begins as ``row`` does: row by row, that beginning is computed once.
     """
     first, other, row = ([1, 2, 3], [3, 1, 1], [3, 1, 2, 0])
+    shared = student.model.config._attn_implementation == ROW_BY_ROW
 
     def states_of_last(*rows: list[int]) -> Tensor:
-        batch = collate([_row(ids) for ids in rows], "text", student.vocab_size, packed=True)
+        made, vocab = [_row(ids) for ids in rows], student.vocab_size
+        batch = collate(made, "text", vocab, packed=True, shared=shared)
         return student.hidden_states(batch.to(device))[1 - len(row) :]
 
     was_training = student.training

@@ -30,6 +30,7 @@ from raystill.train.loss.objective import ObjectiveSums, TokenObjective
 from raystill.train.loss.router import router_balance
 from raystill.train.loss.teacher_head import TeacherHead
 from raystill.train.student.masks import ROWS, tell_transformers
+from raystill.train.student.row_by_row import ROW_BY_ROW, first_places
 
 
 class StudentModule(nn.Module):
@@ -88,6 +89,11 @@ class StudentModule(nn.Module):
         self.stream_dtype = self.compute_dtype
         embeddings = self.model.get_input_embeddings()
         embeddings.register_forward_hook(lambda _module, _ids, made: made.to(self.compute_dtype))
+
+    @property
+    def shared(self) -> bool:
+        """Whether what several rows of a micro-batch begin with is in it once."""
+        return self.packed and self.model.config._attn_implementation == ROW_BY_ROW
 
     @property
     def vocab_size(self) -> int:
@@ -175,16 +181,22 @@ class StudentModule(nn.Module):
         return torch.cat([z for _, z in self.logit_chunks(batch)])
 
     def _row_bounds(self, batch: MicroBatch) -> dict[str, Any]:
-        """Arguments that tell FlashAttention where the rows of a packed sequence begin.
+        """Arguments that tell FlashAttention, or `row_by_row`, where the rows of a packed sequence
+        begin.
 
-        Without them it finds the bounds from the positions, which waits for the device once a
-        layer.
+        Without them FlashAttention finds the bounds from the positions, which waits for the device
+        once a layer.
         """
+        kernel = self.model.config._attn_implementation
         single = len(batch.input_ids) == 1 and batch.row_starts is not None
-        if not single or "flash" not in self.model.config._attn_implementation:
+        if not single or not ("flash" in kernel or kernel == ROW_BY_ROW):
             return {}
         bounds = {f"cu_seq_lens_{side}": batch.row_starts for side in ("q", "k")}
-        return bounds | {f"max_length_{side}": batch.longest for side in ("q", "k")}
+        bounds |= {f"max_length_{side}": batch.longest for side in ("q", "k")}
+        if batch.row_places is None:
+            return bounds
+        firsts = first_places(batch.row_places)
+        return bounds | {"row_places": batch.row_places, "row_firsts": firsts}
 
     def _autocast(self, device_type: str) -> Any:
         if self.compute_dtype == self.param_dtype:

@@ -73,7 +73,8 @@ def place_student(
     student = StudentModule(placed, dtype, training.activation_checkpointing).train()
     if training.narrow_residual(world_size):
         student.narrow_stream()
-    attention = use_attention(training.attention, model, device, student.compute_dtype)
+    dtype, compiled = student.compute_dtype, training.compile
+    attention = use_attention(training.attention, model, device, dtype, compiled)
     if sharded:
         whole = {}  # Kept by nobody else: sharding frees a layer's weights as it goes.
         if from_first and dist.get_rank() == 0:

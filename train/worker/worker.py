@@ -338,6 +338,7 @@ class Worker:
             teacher=head_of_signal(self.config, folder, self.vocab, dtype, self.device),
             device=self.device,
             packed=self.student.packed,
+            shared=self.student.shared,
             student_written=self.config.policy.objective if self.config.policy.enabled else None,
         )
 
