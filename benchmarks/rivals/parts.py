@@ -94,7 +94,7 @@ def run_file(settings: Settings, folder: Folder, which: int) -> Path:
             "warmup_steps": settings.warmup_steps,
             "schedule": "cosine",
             "min_learning_rate_ratio": settings.min_rate_ratio,
-            "tokens_per_micro_batch": 512,
+            "tokens_per_micro_batch": 1024,
             "checkpoint_every_steps": 0,
             "export_dtype": "float32",
             **({"cpu_cores": "all"} if which > 1 else {}),

@@ -12,7 +12,7 @@ TEACHER = "models/SmolLM2-135M-Instruct"
 PROMPTS = "examples/prompts/quickstart.jsonl"
 HELD_OUT_SOURCES = ("advice", "comparisons", "definitions", "travel_plans")
 LOOKED_AT = 416
-"""Prompts of the file that the demo looks at; its held-out ones are among them."""
+"""Prompts of the file that are looked at; the held-out ones are among them."""
 
 
 @dataclass(frozen=True)
