@@ -259,5 +259,5 @@ def test_raystills_run_files_are_the_same_job(tmp_path):
     assert (policy.student, policy.training.cpu_cores) == (two.student, None)
     assert policy.store.path != one.store.path  # Nothing that another student wrote.
     own = load_config(str(own_run_file(SMALL, folder)), [])
-    assert own.evaluation.enabled and own.prompts.limit == 567
+    assert own.evaluation.enabled and own.prompts.limit == 511
     assert os.path.dirname(own.output.path) == str(tmp_path / "students")
