@@ -14,6 +14,8 @@ from raystill.model.sampling import ResolvedSampling
 from raystill.train.evaluation import free_running, one_query
 from raystill.train.evaluation.free_running import FreeRunning, generate
 from raystill.train.evaluation.one_query import attend_from_one, quick_writing
+from raystill.train.student.sharding import place_student
+from tests.support.tiny_student import training_config
 from tests.train.test_family_table import FAMILIES, teacher_of
 from tests.train.test_texts import prompts
 
@@ -79,6 +81,23 @@ def test_a_family_writes_what_it_does_with_its_own_kernel(
     assert generate(model, given, GREEDY, CPU) == written
     uses = model.config._attn_implementation == "sdpa"
     assert (asked.count(1) > 0) is uses, "the kernel was used where the model has SDPA"
+
+
+def test_a_student_that_trains_row_by_row_writes_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = place_student(teacher_of("Llama"), training_config(), CPU, 1)
+    assert student.shared
+    given = [np.asarray(ids, np.int32) for ids in prompts(9)]
+    asked: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        asked.append(args[1].shape[2])
+        return attend_from_one(*args, **kwargs)
+
+    monkeypatch.setattr(one_query, "attend_from_one", counted)
+    written = generate(student.model, given, GREEDY, CPU)
+    assert asked.count(1) > 0 and student.shared
+    plain = place_student(student.model, training_config(attention="sdpa"), CPU, 1)
+    assert generate(plain.model, given, GREEDY, CPU) == written
 
 
 def test_sdpa_is_transformers_own_again_however_the_writing_ends() -> None:

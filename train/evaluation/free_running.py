@@ -39,10 +39,15 @@ from raystill.train.batch.rows import Row, rows_from_table
 from raystill.train.evaluation.one_query import quick_writing
 from raystill.train.start.texts import shared_beginning
 from raystill.train.step.ranks import Ranks
+from raystill.train.student.attention import FLEX
+from raystill.train.student.row_by_row import ROW_BY_ROW
 
 ROWS_PER_BATCH = 16
 LEAST_SAVED = 1024
 """Tokens of a beginning that all prompts share, over all prompts but one: fewer are computed."""
+WRITES_WITH = {FLEX: "eager", ROW_BY_ROW: "sdpa"}
+"""The kernel that writes for a student that is trained with another: FlexAttention would be
+compiled for each length of an answer, and SDPA has `quick_writing`."""
 Written = Sequence[tuple[Row, list[int]]]
 """Held-out rows with what the student answered, token ids."""
 
@@ -214,8 +219,7 @@ def generate(
     # of its folder. The teacher's answers were drawn without: so are the student's.
     own_generation, model.generation_config = model.generation_config, GenerationConfig()
     kernel = model.config._attn_implementation
-    if kernel == "flex_attention":  # It would be compiled for each length of an answer.
-        model.set_attn_implementation("eager")
+    model.set_attn_implementation(WRITES_WITH.get(kernel, kernel))
     model.eval()
     devices = [device] if device.type == "cuda" else []
     try:
