@@ -178,13 +178,7 @@ def collate(
     widths = lengths if packed else np.full(len(rows), longest)
     starts = np.concatenate([[0], np.cumsum(widths)])
     texts = [_checked_ids(row, student_vocab) for row in rows]
-    places = [start + np.arange(n) for start, n in zip(starts[:-1], lengths, strict=True)]
-    num_positions = int(starts[-1])
-    if shared and packed:
-        once = places_of([ids[:-1] for ids in texts])
-        most = 1 + max(int(each[-1]) for each in once)
-        if most < num_positions:  # Otherwise they stay in the order of the rows.
-            places, num_positions = once, most
+    places, num_positions = _places([ids[:-1] for ids in texts], starts, shared and packed)
     apart = num_positions == starts[-1]
     input_ids = np.full(num_positions, FILLER_ID, dtype=np.int64)
     # Padding counts on behind its row.
@@ -219,6 +213,22 @@ def collate(
         longest=longest,
         unweighted=all(bool((each == 1).all()) for each in weights),
     )
+
+
+def _places(
+    inputs: Sequence[np.ndarray], starts: np.ndarray, shared: bool
+) -> tuple[list[np.ndarray], int]:
+    """The position of each token of each row, int64 [L] each, and the number of positions.
+
+    inputs: token ids [L] of each row. starts: where rows begin that share nothing, and the end.
+    """
+    if shared:
+        places = places_of(inputs)
+        most = 1 + max(int(each[-1]) for each in places)
+        if most < starts[-1]:  # Otherwise they stay in the order of the rows.
+            return places, most
+    places = [start + np.arange(len(ids)) for start, ids in zip(starts[:-1], inputs, strict=True)]
+    return places, int(starts[-1])
 
 
 def _checked_ids(row: Row, student_vocab: int) -> np.ndarray:
