@@ -146,6 +146,7 @@ def run_config(teacher, order, num_workers, rows_per_step=ROWS_PER_STEP, strateg
                 "num_workers": num_workers,
                 "strategy": strategy,
                 "learning_rate": 0.01,
+                "compute_dtype": "float32",  # On a CPU with instructions for bfloat16 too.
                 "tokens_per_micro_batch": 16,
                 "checkpoint_every_steps": 2,
                 "export_dtype": "float32",
