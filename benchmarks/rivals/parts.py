@@ -74,7 +74,7 @@ def run_file(settings: Settings, folder: Folder, which: int) -> Path:
             "model": TEACHER,
             "dtype": "float32",
             "max_model_len": 512,
-            "max_num_seqs": 64,
+            "max_num_seqs": 32,
             "kv_cache_gib": 2,
             "target_ongoing_requests": 8,
             "sampling": {

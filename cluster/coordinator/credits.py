@@ -7,7 +7,8 @@ without locks: the coordinator's event loop is the only one to touch it.
 A teacher that is faster than the student runs into the bound. Were each row's credit handed out as
 it returns, it would go on with a few rows at a time, at the price of a full batch for each of them.
 So a bound once reached is left alone until ``refill_rows`` have room, which are then asked at once;
-between such bursts the replicas, and the processors they share, are free.
+between such bursts the replicas, and the processors they share, are free. The last of a pass is as
+large as what is left.
 """
 
 from collections import Counter
@@ -86,7 +87,9 @@ class Credits:
         in_flight = len(self._granted) - len(self._answered)
         bounds = [n for n in (self.max_in_flight, self.beside_held_out) if n is not None]
         most = min(bounds, default=None)
-        refill = self._refill_rows if most is None else min(self._refill_rows, most * rows // 2)
+        refill = min(self._refill_rows, self.rows_left - self._in_flight.total())
+        if most is not None:
+            refill = min(refill, most * rows // 2)
         room = self.max_rows_ahead - self.ahead
         self._full = room < (max(rows, refill) if self._full else rows)
         return not self._full and (most is None or in_flight < most)

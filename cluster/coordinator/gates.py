@@ -21,13 +21,13 @@ class Gates:
         self._holds = 0
 
     async def hold_stream(self) -> None:
-        """No stream before its ``release_stream``: it would take processors from a teacher that is
-        loading, and whose answers it waits for.
+        """No stream before a ``release_stream``: its processes would take processors from a teacher
+        and a student that are both loading, for answers that are not there yet.
         """
         self._may_stream.clear()
 
     async def release_stream(self) -> None:
-        """A teacher answers."""
+        """A teacher answers, or a student is loaded and leaves its processors to the stream."""
         self._may_stream.set()
 
     async def wait_may_stream(self) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
+from threading import Thread
 from typing import Any
 
 import ray
@@ -46,6 +48,8 @@ LOADING_STUDENT = "loading the student"
 def connected(config: RunConfig, folder: RunFolder, *, for_check: bool = False) -> Iterator[None]:
     """Connect to the cluster (or start a local one), and leave it in order."""
     say_where(run=run_name(folder.path), role="driver")
+    if not for_check:  # Ray Data and Ray Train, while Ray starts; `fit` needs them.
+        Thread(target=import_module, args=("raystill.train.worker.fit",), daemon=True).start()
     connect.connect(config.cluster, None if for_check else folder.logs)
     try:
         yield
@@ -144,7 +148,7 @@ def fit(run: Run, spec: StreamSpec) -> Background:
     """The thread that trains the student on the stream; not started yet."""
 
     def work() -> None:
-        from raystill.train.worker import fit  # Three seconds, while the teacher starts.
+        from raystill.train.worker import fit  # Begun by `connected`.
 
         fit.fit(run, spec)
 

@@ -67,6 +67,23 @@ def test_a_bound_once_reached_is_left_alone_until_a_burst_has_room():
     asyncio.run(run())
 
 
+def test_the_last_burst_of_a_pass_waits_for_no_more_room_than_it_takes():
+    credits = Credits(max_rows_ahead=32, refill_rows=16)
+    credits.begin(rows_left=44)
+    for group in range(0, 32, 8):
+        credits.grant(group, 8)
+    assert not credits.may_have(32, 8)
+    credits.answer(0, 8)
+    credits.give_back(8)
+    assert not credits.may_have(32, 8), "12 rows are left, and 8 have room"
+    credits.give_back(4)
+    assert credits.may_have(32, 8)
+    credits.grant(32, 8)
+    assert not credits.may_have(40, 8), "never less than the group itself"
+    credits.give_back(4)
+    assert credits.may_have(40, 8)
+
+
 def test_a_burst_is_half_a_flight_at_most_and_never_goes_below_the_advised_bound():
     teacher = {"model": "m", "target_ongoing_requests": 8}
 
@@ -555,6 +572,7 @@ def test_what_the_weights_have_learned_needs_no_answer():
     ],
 )
 def test_training_rows_have_the_slots_that_held_out_ones_leave(held_out, changed, groups):
+    changed = {"teacher.max_num_seqs": 64} | changed
     overrides = [f"{name}={value}" for name, value in changed.items()]
     config = load_config(Path("configs/quickstart.yaml"), overrides)
     assert groups_beside(config, held_out) == groups

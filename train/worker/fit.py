@@ -11,15 +11,19 @@ import os
 import signal
 from collections.abc import Callable
 from functools import partial
+from threading import Thread
 from typing import Any
 
 import ray
+import ray.train
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from raystill.base.errors import RunError
@@ -29,34 +33,17 @@ from raystill.datasets.stream.stream import UnevenShares, build_stream
 from raystill.placement.requests import CPU_STUDENT_ENVIRONMENT, student_resources
 from raystill.run import Run
 from raystill.train.checkpoint.ray_register import repair_register
-from raystill.train.worker.rendezvous import meet_at_node_address
+from raystill.train.worker.meeting import MeetingConfig
 
 logger = logging.getLogger(__name__)
 
-# Ranks wait for each other while the teacher answers; a slow teacher is not a dead rank.
-COLLECTIVE_TIMEOUT_S = 6 * 3600
-
-
-class Meeting(_TorchBackend):
-    """Ray Train's process group, whose store only the node's own address reaches."""
-
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        """Sets up the process group."""
-        worker_group.execute(meet_at_node_address)
-        super().on_start(worker_group, backend_config)
-
-
-class MeetingConfig(TorchConfig):
-    """Settings of the process group."""
-
-    @property
-    def backend_cls(self) -> type[Meeting]:
-        """What sets it up."""
-        return Meeting
-
-
 def student_worker(settings: dict[str, Run]) -> None:
-    """``train_worker``, imported where it runs: the driver needs none of what a student does."""
+    """``train_worker``, imported where it runs: the driver needs none of what a student does.
+
+    The import takes seconds, in which the processes of the stream start: Ray Data's coordinator of
+    it is made when rank 0 asks for its share.
+    """
+    Thread(target=ray.train.get_dataset_shard, args=("train",), daemon=True).start()
     from raystill.train.worker.worker import train_worker
 
     train_worker(settings["run"])
@@ -82,10 +69,11 @@ def fit(
     resources = student_resources(config, ray.cluster_resources().get("GPU", 0) > 0)
     if why := repair_register(folder):
         logger.warning("the list of checkpoints was made anew: %s", why)
+    get_or_create_autoscaling_coordinator()  # Ray Train's controller would make it, and wait.
     trainer = Trainer(
         loop,
         train_loop_config={"run": run},
-        torch_config=MeetingConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        backend_config=MeetingConfig(),
         scaling_config=ScalingConfig(
             num_workers=config.training.num_workers,
             elastic_resize_monitor_interval_s=config.training.resize_every_s,
@@ -158,7 +146,7 @@ class SureExit(ControllerCallback):
         atexit.register(signal.alarm, EXIT_S)
 
 
-class Trainer(TorchTrainer):
+class Trainer(DataParallelTrainer):
     """With `SureExit`, without Ray Train's actor that frees places should its controller die.
 
     The driver ends its job then, with which Ray frees them (not tested). An idle actor takes a

@@ -99,8 +99,8 @@ class Worker:
     def start(self, checkpoint: str | None) -> StepRows[Row]:
         """Go back to a checkpoint, or to the beginning; this rank's share of the rows.
 
-        The stream starts as soon as the teacher is up, however long the student takes to load.
-        Where the student writes some of the rows, it has to be there first.
+        The stream starts as soon as the teacher is up or this student is loaded, while the other
+        is not yet. Where the student writes some of the rows, both have to be there first.
         """
         snapshot = None if checkpoint is None else ckpt.read_snapshot(checkpoint)
         if snapshot is not None:
@@ -108,6 +108,8 @@ class Worker:
             self.progress.restore(snapshot.step, *learned)
         rows = None if self.config.policy.enabled else self.open_stream(restored=True)
         self.load()
+        if rows is not None and self.ranks.first:
+            self.coordinator.release_stream.remote()
         self.phase(LOADING)
         # Before a checkpoint is loaded, which brings the random state of each rank.
         self.ranks.draw_apart(self.config.section_seeds()["student"])
