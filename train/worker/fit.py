@@ -37,6 +37,7 @@ from raystill.train.worker.meeting import MeetingConfig
 
 logger = logging.getLogger(__name__)
 
+
 def student_worker(settings: dict[str, Run]) -> None:
     """``train_worker``, imported where it runs: the driver needs none of what a student does.
 
