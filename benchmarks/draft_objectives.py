@@ -1,11 +1,13 @@
 """Which objective makes the better draft model: the same rows and steps, by acceptance length.
 
     python -m benchmarks.draft_objectives RUN [--seeds 3] [--steps 8] [--set KEY=VALUE ...]
+    python -m benchmarks.draft_objectives RUN --from-start --steps 54
 
 RUN is the folder of a finished run whose answers are all in its store, such as the demo's
-(``runs/quickstart``). Its finished student is trained on for some steps of its own rows, by forward
-KL and by ``acceptance`` (and what else ``--objective`` names), by the project's own step: one
-process, no Ray, no engine. A seed chooses the rows and their order, the same for all objectives.
+(``runs/quickstart``). Its finished student, or with ``--from-start`` the one that it began with, is
+trained for some steps of its own rows, by forward KL and by ``acceptance`` (and what else
+``--objective`` names), by the project's own step: one process, no Ray, no engine. A seed chooses
+the rows and their order, the same for all objectives.
 
 Measured before and after: the held-out figures on the run's own (sampled) answers, and on greedy
 answers of the teacher, which Hugging Face writes once, what the teacher would accept of k greedily
@@ -26,18 +28,21 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.results import machine, write_result
 from benchmarks.starts import CPU, Material, material
+from raystill.base.run_folder import RunFolder
 from raystill.config.objective import ObjectiveConfig
 from raystill.model.sampling import own_stop_ids
 from raystill.serve.bench.acceptance import count, walk
 from raystill.train.batch.batch import collate, cut_micro_batches
 from raystill.train.batch.rows import Row
 from raystill.train.evaluation.teacher_forced import evaluate
+from raystill.train.start.shape import recorded_shape
 from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import build_optimizer
 from raystill.train.step.ranks import Ranks
 from raystill.train.step.step import GlobalStep
-from raystill.train.student.build import num_classes
+from raystill.train.student.build import build_student, num_classes
 from raystill.train.student.module import StudentModule
+from raystill.train.student.sharding import place_student
 
 OBJECTIVES = {
     "forward_kl": {"forward_kl": 1.0},
@@ -90,13 +95,20 @@ def lengths(student: StudentModule, rows: list[Row], vocab: int) -> dict[str, fl
     return found
 
 
-class Training:
-    """The run's finished student, trained on."""
+def student_of(run: Path, given: Material, from_start: bool) -> Any:
+    """The run's finished student in float32, or the one that it began with."""
+    if not from_start:
+        return AutoModelForCausalLM.from_pretrained(run / "student", dtype=torch.float32)
+    known = recorded_shape(RunFolder(str(run)))
+    return build_student(given.config, given.folder, 0, known=known)
 
-    def __init__(self, given: Material, student: Path, greedy: list[Row]) -> None:
+
+class Training:
+    """A student of the run, trained on: ``model``, which is changed."""
+
+    def __init__(self, given: Material, model: Any, greedy: list[Row]) -> None:
         self.given, self.greedy = given, greedy
-        model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
-        self.module = StudentModule(model)
+        self.module = place_student(model, given.config.training, CPU, 1)
         self.vocab = num_classes(model, given.folder)
 
     def measure(self) -> dict[str, Any]:
@@ -118,7 +130,12 @@ class Training:
         """The last step's loss after ``steps`` steps."""
         training, rows = self.given.config.training, self.given.rows
         batches = BatchMaker(
-            training, objective, signal_kind=self.given.config.signal.kind, student_vocab=self.vocab
+            training,
+            objective,
+            signal_kind=self.given.config.signal.kind,
+            student_vocab=self.vocab,
+            packed=self.module.packed,
+            shared=self.module.shared,
         )
         optimizer = build_optimizer(self.module, training)
         order = np.random.default_rng(seed).permutation(len(rows))
@@ -138,6 +155,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=48, help="held-out prompts measured on")
+    parser.add_argument("--from-start", action="store_true", help="not the finished student")
     parser.add_argument("--objective", action="append", choices=sorted(OBJECTIVES), default=[])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument(
@@ -151,7 +169,7 @@ def main() -> None:
     results = []
     for seed in range(given.first_seed, given.first_seed + given.seeds):
         for name in given.objective or ("forward_kl", "acceptance"):
-            training = Training(stored, given.run / "student", greedy)
+            training = Training(stored, student_of(given.run, stored, given.from_start), greedy)
             before = training.measure() if not results else results[0]["before"]
             began = time.monotonic()
             loss = training.train(ObjectiveConfig(**OBJECTIVES[name]), seed, given.steps)

@@ -230,7 +230,7 @@ class Coordinator(Gates):
         self._teachers[name].gone()
 
     async def teacher_served(self) -> bool:
-        """Whether a teacher has replicas, or is about to have them."""
+        """Whether a teacher has replicas that answer, or is about to have them."""
         return any(one.served for one in self._teachers.values()) or not self._teachers
 
     async def close(self) -> None:

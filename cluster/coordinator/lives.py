@@ -6,7 +6,7 @@ import asyncio
 class TeacherLives:
     """What is known of one teacher of the run; see the methods of `Coordinator` that name it.
 
-    served: whether it has replicas, or is about to have them. let_go_in: the last attempt in which
+    served: whether it has replicas that answer, or is about to have them. let_go_in: the last attempt in which
     it was let go.
     """
 
@@ -26,8 +26,9 @@ class TeacherLives:
         return self.number
 
     def let_go(self, attempt: int) -> None:
-        """It is about to end; wishes wait until it is `gone`."""
+        """It is about to end; wishes wait until it is `gone`. Its cores are free from now on."""
         self.let_go_in = attempt
+        self.served = False
         self.settled.clear()
         self.wanted.clear()
         self.number += 1
