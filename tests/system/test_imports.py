@@ -247,7 +247,7 @@ def test_the_house_stays_small() -> None:
 def test_a_run_begins_before_a_framework_is_imported() -> None:
     """The driver's job needs Ray; torch costs it seconds in which the teacher could be starting."""
     found = run_python(
-        "import sys, raystill.cluster.job.run\n"
+        "import sys, raystill.cluster.job.run, raystill.train.worker.fit\n"
         "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
     )
     assert "[]" in found

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 
 from raystill.base.errors import RunError
 from raystill.config.run import RunConfig, absolute_paths
 from raystill.train.worker.fit import Trainer, root_cause
+from raystill.train.worker.meeting import Meeting, MeetingConfig
 
 
 class Wrapped(Exception):
@@ -64,6 +66,34 @@ def test_ray_train_runs_with_all_its_parts_but_the_cleaner():
     assert "PlacementGroupCleanerCallback" in all_of_them
     left = [name for name in all_of_them if name != "PlacementGroupCleanerCallback"]
     assert parts(Trainer) == [*left, "SureExit"]
+
+
+class DeadGroup:
+    """A worker group, as far as the backend uses it, of which a worker dies as it joins."""
+
+    aborted = False
+
+    def get_resources_per_worker(self):
+        return {"CPU": 1}
+
+    def __len__(self):
+        return 2
+
+    def execute_single(self, rank, work):
+        return "127.0.0.1", 1
+
+    def execute_single_async(self, rank, work, *args):
+        raise RayActorError
+
+    def abort(self):
+        self.aborted = True
+
+
+def test_a_group_whose_worker_dies_as_it_joins_keeps_no_place_from_the_next_one():
+    group = DeadGroup()
+    with pytest.raises(RayActorError):
+        Meeting().on_start(group, MeetingConfig())
+    assert group.aborted
 
 
 EXITING = """

@@ -16,9 +16,6 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-    get_or_create_autoscaling_coordinator,
-)
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -70,7 +67,6 @@ def fit(
     resources = student_resources(config, ray.cluster_resources().get("GPU", 0) > 0)
     if why := repair_register(folder):
         logger.warning("the list of checkpoints was made anew: %s", why)
-    get_or_create_autoscaling_coordinator()  # Ray Train's controller would make it, and wait.
     trainer = Trainer(
         loop,
         train_loop_config={"run": run},

@@ -10,7 +10,7 @@ import os
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.constants import DEFAULT_TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
@@ -30,17 +30,25 @@ class Meeting(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Have every worker join."""
+        """Have every worker join.
+
+        Where one dies, the group is given up before Ray Train starts another: 2.60 forgets a group
+        that fails here, whose placement group would keep the next one waiting for ever.
+        """
         gpus = worker_group.get_resources_per_worker().get("GPU", 0)
-        address = worker_group.execute_single(0, get_address_and_port)
         size = len(worker_group)
-        joining = [
-            worker_group.execute_single_async(
-                rank, join_workers, "nccl" if gpus else "gloo", address, rank, size
-            )
-            for rank in range(size)
-        ]
-        ray.get(joining)
+        try:
+            address = worker_group.execute_single(0, get_address_and_port)
+            joining = [
+                worker_group.execute_single_async(
+                    rank, join_workers, "nccl" if gpus else "gloo", address, rank, size
+                )
+                for rank in range(size)
+            ]
+            ray.get(joining)
+        except RayActorError:
+            worker_group.abort()
+            raise
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Have every worker leave; one that does not answer is not waited for."""
