@@ -25,8 +25,6 @@ from raystill.run import Run
 
 NUM_ROWS = 8
 LARGEST_WEIGHTS_BYTES = 8 << 30
-GIVES_WAY = 10
-"""Added to the niceness of the process: a tenth of the time of a processor that others want too."""
 
 
 def is_due(run: Run) -> bool:
@@ -47,7 +45,9 @@ def is_due(run: Run) -> bool:
 @ray.remote(num_cpus=0, max_calls=1)  # A process of its own, which ends with its memory.
 def probe_teacher(run: Run) -> None:
     """Write probe.json and let the student be saved. RunError where they disagree, with figures."""
-    os.nice(GIVES_WAY)
+    # A twelfth of a processor that a worker of Ray wants too: these have a niceness of 15, so that
+    # the greatest there is would leave them but seven tenths of it.
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     import torch  # Here, since the driver imports this module and needs no model.
     from transformers import AutoModelForCausalLM
 
