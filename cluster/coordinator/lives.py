@@ -6,8 +6,8 @@ import asyncio
 class TeacherLives:
     """What is known of one teacher of the run; see the methods of `Coordinator` that name it.
 
-    served: whether it has replicas that answer, or is about to have them. let_go_in: the last attempt in which
-    it was let go.
+    served: whether it has replicas that answer, or is about to have them. let_go_in: the last
+    attempt in which it was let go.
     """
 
     def __init__(self) -> None:
