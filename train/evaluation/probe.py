@@ -45,8 +45,8 @@ def is_due(run: Run) -> bool:
 @ray.remote(num_cpus=0, max_calls=1)  # A process of its own, which ends with its memory.
 def probe_teacher(run: Run) -> None:
     """Write probe.json and let the student be saved. RunError where they disagree, with figures."""
-    # A twelfth of a processor that a worker of Ray wants too: these have a niceness of 15, so that
-    # the greatest there is would leave them but seven tenths of it.
+    # By the kernel's weights a thirteenth of a processor that a worker of Ray wants too: these
+    # have a niceness of 15, beside which the greatest there is would get three tenths.
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     import torch  # Here, since the driver imports this module and needs no model.
     from transformers import AutoModelForCausalLM
