@@ -13,11 +13,10 @@ import pytest
 
 from raystill.serve.api.parsed import LEAST_BYTES
 from raystill.serve.api.service import MAX_UNUSABLE, Request
+from tests.support.json_service import in_flight
 from tests.support.scripted_service import SAMPLING, TEXT, Asked, Service, scripted_service
 
 MIB = 1 << 20
-IN_FLIGHT = 12 * MIB
-"""At most between a server that sends and a client that does not read: buffers of sockets."""
 PRICES = {"input": 1e6, "output": 2e6}
 
 
@@ -75,7 +74,7 @@ def test_an_endless_answer_is_read_to_the_bound_and_the_others_go_on(
     assert other.error is None and endless.error == "oversized_answer"
     assert asked.counters["api_oversized_answer"] == service.asked["endless"] == MAX_UNUSABLE
     assert peak < 3 * LEAST_BYTES
-    assert max(service.poured) < LEAST_BYTES + IN_FLIGHT
+    assert max(service.poured) < LEAST_BYTES + in_flight()
     most = 2 * 1 + 2 * SAMPLING.max_tokens  # Two prompt tokens: it may be charged for.
     assert asked.counters["api_lost_cost"] == MAX_UNUSABLE * most
 

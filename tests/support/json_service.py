@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, TypeVar
 
 
@@ -55,6 +56,13 @@ def serving(server: S) -> Iterator[S]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def in_flight() -> int:
+    """Bytes at most between a server that sends and a client that does not read: their buffers."""
+    limits = [Path(f"/proc/sys/net/ipv4/tcp_{name}mem") for name in ("r", "w")]
+    kernel = sum(int(path.read_text().split()[2]) for path in limits if path.exists())
+    return max(kernel, 12 << 20)
 
 
 def completion_of(
