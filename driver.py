@@ -138,7 +138,7 @@ def run(
         if problems := manifest.check_same_teacher(folder, prepared):
             return refuse(problems)
         say(prepared.describe_stored())
-        with job.connected(config, folder):
+        with job.connected(config, folder, trains=True):
             if problems := job.check_on_cluster(config):
                 return refuse(problems)
             this_run = job.begin(config, folder, prepared)

@@ -45,10 +45,12 @@ LOADING_STUDENT = "loading the student"
 
 
 @contextmanager
-def connected(config: RunConfig, folder: RunFolder, *, for_check: bool = False) -> Iterator[None]:
+def connected(
+    config: RunConfig, folder: RunFolder, *, for_check: bool = False, trains: bool = False
+) -> Iterator[None]:
     """Connect to the cluster (or start a local one), and leave it in order."""
     say_where(run=run_name(folder.path), role="driver")
-    if not for_check:  # Ray Data and Ray Train, while Ray starts; `fit` needs them.
+    if trains:  # Ray Data and Ray Train, while Ray starts; `fit` needs them.
         Thread(target=import_module, args=("raystill.train.worker.fit",), daemon=True).start()
     connect.connect(config.cluster, None if for_check else folder.logs)
     try:

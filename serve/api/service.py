@@ -32,6 +32,8 @@ MOST_TOKENS = 20_000_000
 """Of one request; above, ``usage`` is a mistake. The largest contexts have 10 million."""
 UNUSABLE = ("empty_answer", "broken_answer")
 """Errors of an answer that another attempt may mend."""
+SLOWEST_FILE = 64 * 1024
+"""Bytes a second: a file that comes or goes more slowly is given up."""
 TOKEN_BYTES, NAMED_BYTES = 1024, 512
 """Of a token of an answer as JSON, and of one that is named beside it: what no answer has in the
 mean, so that all that may be used is read."""
@@ -105,16 +107,18 @@ class Service:
         send: Callable[[Any], Awaitable[R]],
         attempts: int = MAX_TRANSIENT,
         most_bytes: int = LEAST_BYTES,
+        file_bytes: int = 0,
     ) -> R:
         """What comes of a call that costs nothing. Raises Unanswered; waiting is no attempt.
 
-        most_bytes: of the response's body.
+        most_bytes: of the response's body. file_bytes: of a file that goes with it, if any.
         """
         transient, last = 0, None
         MOST_BYTES.set(most_bytes)
         while transient < attempts:
             try:
-                return await send(self.client)
+                async with self.in_time(file_bytes):
+                    return await send(self.client)
             except Exception as error:
                 verdict = judge(error)
                 if isinstance(verdict, str):
@@ -141,7 +145,16 @@ class Service:
                 async for part in content.iter_bytes():
                     room.write(part)
 
-        await self.call(receive, most_bytes=most_bytes)
+        await self.call(receive, most_bytes=most_bytes, file_bytes=most_bytes)
+
+    def in_time(self, file_bytes: int = 0) -> asyncio.Timeout:
+        """Ends a request that takes too long as a whole, with TimeoutError.
+
+        The client's own limit is of each part of what comes in parts. file_bytes: of a file that
+        goes with it, which may take its time.
+        """
+        limit_s = self._timeout_s
+        return asyncio.timeout(limit_s and limit_s + file_bytes / SLOWEST_FILE)
 
     def gave_up(self, attempts: int, last: BaseException | None) -> str:
         """The error of a row whose service failed too often."""
@@ -161,8 +174,7 @@ class Service:
                 async with turn_of as turn:
                     if self._refused is not None:
                         return self._refused
-                    # The client's own limit is of each part of an answer that comes in parts.
-                    async with asyncio.timeout(self._timeout_s):
+                    async with self.in_time():
                         MOST_BYTES.set(request.most_bytes)
                         completion = await request.send(next(self._clients))
                     if not request.free:

@@ -33,9 +33,8 @@ MOST_BYTES = 190_000_000
 """Of one file; services take 200 MB."""
 POLL_ATTEMPTS = 200
 """Failures in a row of one poll, up to a minute apart, before the run gives the service up."""
-LOOKS = 2
-"""How often a batch is looked for before it is held to be not there."""
-LOOK_AGAIN_S = 5.0
+LOOKS, LOOK_AGAIN_S = 2, 5.0
+"""How often a batch is looked for before it is held to be not there, and seconds between."""
 LISTED_BACK_S = 86_400.0
 CHECK_S = 0.05
 READ_AT_ONCE = 2
@@ -267,19 +266,20 @@ class Batches:
         """
         name = f"raystill-{plan.name}.jsonl"
         file = await self._service.call(
-            lambda client: client.files.create(file=(name, data), purpose="batch")
+            lambda client: client.files.create(file=(name, data), purpose="batch"),
+            file_bytes=len(data),
         )
-        last: BaseException | None = None
-        attempts = 0
+        attempts, last = 0, None
         while attempts < MAX_TRANSIENT:
             try:
-                batch = await self._service.client.batches.create(
-                    input_file_id=file.id,
-                    endpoint=ENDPOINT,
-                    completion_window=self._settings.window,
-                    metadata={METADATA: plan.name},
-                    extra_headers={"Idempotency-Key": plan.name},
-                )
+                async with self._service.in_time():
+                    batch = await self._service.client.batches.create(
+                        input_file_id=file.id,
+                        endpoint=ENDPOINT,
+                        completion_window=self._settings.window,
+                        metadata={METADATA: plan.name},
+                        extra_headers={"Idempotency-Key": plan.name},
+                    )
                 return str(batch.id)
             except Exception as error:
                 verdict = judge(error)

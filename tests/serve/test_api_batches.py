@@ -28,6 +28,7 @@ from raystill.datasets.rows.keys import prompt_digest
 from raystill.datasets.rows.signal import Signal
 from raystill.model.sampling import ResolvedSampling
 from raystill.serve.api import failures
+from raystill.serve.api import service as service_module
 from raystill.serve.api.limits import Spending
 from raystill.serve.api.service import Service
 from raystill.serve.batch import batches as batches_module
@@ -76,7 +77,11 @@ class Run:
         self.counters: Counter[str] = Counter()
         batch = {"gather_s": 0.1, "poll_s": 0.02, **more.pop("batch", {})}
         api = {"base_url": service.url, "model": "large", "api_key_env": None, "batch": batch}
-        teacher = {"model": str(TEACHER), "engine": "api", "api": {**api, "prices": PRICES, **more}}
+        limit_s = more.pop("request_timeout_s", 600.0)
+        teacher = {
+            **{"model": str(TEACHER), "engine": "api", "request_timeout_s": limit_s},
+            "api": {**api, "prices": PRICES, **more},
+        }
         config = RunConfig.model_validate(
             {
                 "teacher": teacher,
@@ -467,6 +472,20 @@ def test_a_file_without_end_ends_the_run_at_a_bound(tmp_path: Path, service: Bat
     third = Run(tmp_path, service, QUESTIONS)
     assert texts(asyncio.run(third.sample())) == wanted(QUESTIONS)
     assert set(service.paid.values()) == {1} and third.cost == 5 * ROW
+
+
+@pytest.mark.parametrize("call", ["POST /files", "POST /batches", "GET /batches", "GET /files"])
+def test_an_answer_that_never_ends_is_given_up_and_asked_for_again(
+    tmp_path: Path, service: BatchService, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Each part comes soon after the one before, so that none of them is late."""
+    monkeypatch.setattr(service_module, "SLOWEST_FILE", 10**9)
+    service.script.drips[call] = 1
+    run = Run(tmp_path, service, QUESTIONS, request_timeout_s=0.5)
+    assert texts(asyncio.run(run.sample())) == wanted(QUESTIONS)
+    assert run.counters["api_timeout"] == 1 and service.script.drips[call] == 0
+    assert set(service.paid.values()) == {1} and run.cost == 5 * ROW
+    assert len(service.batches) == 1
 
 
 @pytest.mark.parametrize("spoilt", [None, b"", b"other\n" * 999])

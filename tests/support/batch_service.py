@@ -35,6 +35,8 @@ class Script:
     repeats: bool = False
     cuts: Counter[str] = field(default_factory=Counter)
     """By "METHOD /path": answers that are lost on the way, after the effect."""
+    drips: Counter[str] = field(default_factory=Counter)
+    """By "METHOD /path": answers that begin and never end, after the effect."""
     statuses: dict[str, list[int]] = field(default_factory=dict)
     """By "METHOD /path": statuses of the next requests, before any effect."""
     page: int = 2
@@ -162,11 +164,15 @@ class Handler(JsonHandler):
                 self.send(planned.pop(0), json.dumps({"error": {"message": "no"}}).encode())
                 return
             status, content = self.effect(method, path, raw)
-            lost = server.script.cuts[name] > 0
-            if lost:
-                server.script.cuts[name] -= 1
+            lost, endless = (
+                faults[name] > 0 for faults in (server.script.cuts, server.script.drips)
+            )
+            server.script.cuts[name] -= lost
+            server.script.drips[name] -= endless
         if lost:
             self.hang_up()
+        elif endless:
+            self.drip()
         elif name == "GET /files" and server.script.pours:
             self.pour(*server.script.pours.pop(0), content)
         else:

@@ -124,16 +124,6 @@ class Handler(JsonHandler):
         self.server.poured.append(taken)
         self.close_connection = True
 
-    def drip(self) -> None:
-        """Begins an answer and never ends it, until nobody waits any more."""
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        with suppress(OSError):
-            while True:
-                self.wfile.write(b" ")
-                time.sleep(0.1)
-
 
 @contextmanager
 def scripted_service(patch: pytest.MonkeyPatch) -> Iterator[Service]:
