@@ -29,7 +29,8 @@ from benchmarks.store_scale import measure_scale, parts_of, stages
 from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Origin, Provenance, encode, segment_name, segment_schema
+from raystill.datasets.store.footer import Origin, Provenance, segment_schema
+from raystill.datasets.store.segment import encode, segment_name
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
 from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.plan import epoch_order, remaining_groups

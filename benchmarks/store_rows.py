@@ -22,14 +22,8 @@ from raystill.datasets.lookup.part import Described, part_of
 from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import (
-    FOOTER,
-    Origin,
-    Provenance,
-    encode,
-    segment_name,
-    segment_schema,
-)
+from raystill.datasets.store.footer import FOOTER, Origin, Provenance, segment_schema
+from raystill.datasets.store.segment import encode, segment_name
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
 from raystill.datasets.store.values import CHECKSUM_BYTES, checksum
 

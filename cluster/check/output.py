@@ -11,6 +11,7 @@ import pyarrow as pa
 import yaml
 
 from raystill.base.errors import Problem
+from raystill.base.object_store import Objects
 from raystill.base.records import BrokenFile, read_object
 from raystill.base.run_folder import (
     CHECKPOINTS,
@@ -271,7 +272,7 @@ def _check_remote_store(folder: RunFolder) -> Found:
     try:
         objects = folder.objects()
         if objects is not None and objects.probe(WRITE_TEST):
-            return [], []
+            return _seen_by_both(folder, objects), []
         folder.write_bytes(WRITE_TEST, b"")
         folder.filesystem().delete_file(f"{folder.root}/{WRITE_TEST}")
     except Exception as error:
@@ -282,6 +283,20 @@ def _check_remote_store(folder: RunFolder) -> Found:
         "so of two runs that ask for the same rows at the same moment the last one's answers count"
     )
     return [], [f"store.path: {folder.path}: {why}, {told}"]
+
+
+def _seen_by_both(folder: RunFolder, objects: Objects) -> list[Problem]:
+    """Conditional writes go by another library than all else: do both mean the same object?"""
+    objects.create(WRITE_TEST, b"")
+    if folder.exists(WRITE_TEST):
+        folder.delete(WRITE_TEST)
+        return []
+    objects.remove(WRITE_TEST)
+    message = (
+        f"{folder.path}: what is written there is not found again ({folder.root} is read); spell "
+        "the path with letters, digits, '-', '_' and single '/' only"
+    )
+    return [Problem("store.path", message)]
 
 
 def _not_written(folder: RunFolder, error: Exception) -> str:

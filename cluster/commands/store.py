@@ -15,6 +15,7 @@ from raystill.base.errors import RunError, shown
 from raystill.cluster.commands.as_json import print_json
 from raystill.datasets.lookup.keeping import Notes, StoreIndex
 from raystill.datasets.store.compaction import compact
+from raystill.datasets.store.footer import Origin
 from raystill.datasets.store.reading import (
     DamagedSegment,
     ForeignFile,
@@ -23,7 +24,6 @@ from raystill.datasets.store.reading import (
     RefusedSegments,
     UnreadableSegment,
 )
-from raystill.datasets.store.segment import Origin
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.upkeep import prune, refuse_foreign, verify
 

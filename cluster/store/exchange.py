@@ -21,7 +21,7 @@ from raystill.datasets.exchange.export import FORMATS, export
 from raystill.datasets.exchange.given import read_given
 from raystill.datasets.exchange.importing import Imported, Importer, StatedTeacher
 from raystill.datasets.prompts.tokenise import PromptTokeniser
-from raystill.datasets.store.segment import Origin, name_of_teacher
+from raystill.datasets.store.footer import Origin, name_of_teacher
 from raystill.datasets.store.store import TeacherStore
 from raystill.model.files import fetch_model, find_model
 from raystill.model.identity import identity_of_teacher, keyed_dtype

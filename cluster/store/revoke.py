@@ -25,7 +25,7 @@ from raystill.cluster.commands.store import opened_store, refused_json, status, 
 from raystill.cluster.lineage.graph import BrokenLineage, read_lineage
 from raystill.config.load import LARGEST_FILE, parse_yaml
 from raystill.datasets.store.catalogue import Catalogue
-from raystill.datasets.store.segment import WITH_TOKENIZER
+from raystill.datasets.store.footer import WITH_TOKENIZER
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.upkeep import prune
 from raystill.serve.batch.journal import BatchJournal, Plan

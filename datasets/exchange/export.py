@@ -36,8 +36,9 @@ from raystill.base.errors import RunError
 from raystill.datasets.exchange.chats import ChatReader
 from raystill.datasets.rows.schema import JUDGING, REASONING
 from raystill.datasets.store.catalogue import Catalogue
+from raystill.datasets.store.footer import Origin
 from raystill.datasets.store.reading import GoneSegment, UnusableSegment
-from raystill.datasets.store.segment import Origin, SegmentFile
+from raystill.datasets.store.segment import SegmentFile
 from raystill.datasets.store.store import TeacherStore
 
 FORMATS = ("trl", "distillkit")

@@ -32,7 +32,7 @@ from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
 from raystill.datasets.rows.keys import KeyedEngine, answer_keys, prompt_digest
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Origin, Provenance
+from raystill.datasets.store.footer import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.values import impossible_rows
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from raystill.datasets.lookup.part import UNKNOWN, Part, halves
 from raystill.datasets.lookup.rows import Table
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.footer import Origin
 from raystill.datasets.store.reading import Listing, UnusableSegment, is_in, places_in
-from raystill.datasets.store.segment import Origin
 from raystill.datasets.store.store import RowCounts
 
 Mask = NDArray[np.bool_]
@@ -51,12 +51,14 @@ class Index:
     """The rows of a store as it was at one time.
 
     live: [M] of each part, which of its segments are there and are taken from this part.
-    refused: segments that cannot be used, by name.
+    refused: segments that cannot be used, by name. damaged: groups that cannot be, of segments that
+    can: their names and numbers.
     """
 
     parts: Sequence[Part] = ()
     live: Sequence[Mask] = ()
     refused: dict[str, UnusableSegment] = field(default_factory=dict)
+    damaged: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def rows(self) -> int:
@@ -104,7 +106,8 @@ class Index:
             found[1] += first
             candidates.append(found)
             first += len(part.names)
-        needle, segment, group, place, kind = np.concatenate(candidates, axis=1)
+        found = np.concatenate(candidates, axis=1)
+        needle, segment, group, place, kind = found[:, self._sound(found[1], found[2])]
         if len(needle) > len(np.unique(needle)):
             best = np.lexsort((place, group, self._rank(segment), kind & 1 == 0, needle))
             best = best[np.unique(needle[best], return_index=True)[1]]
@@ -122,6 +125,15 @@ class Index:
             result[3] & 2 > 0,
             result[3] & 1 > 0,
         )
+
+    def _sound(self, segments: NDArray[np.int64], groups: NDArray[np.int64]) -> Mask:
+        """Which of these groups of segments are not known to be damaged."""
+        bad = np.zeros(len(segments), bool)
+        for segment in np.unique(segments) if self.damaged else ():
+            name = self.name(int(segment))
+            numbers = [group for damaged, group in self.damaged if damaged == name]
+            bad |= (segments == segment) & np.isin(groups, numbers)
+        return ~bad
 
     def _rank(self, segments: NDArray[np.int64]) -> NDArray[np.int64]:
         """The place of each in the order of signals, then of names."""

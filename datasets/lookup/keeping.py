@@ -32,6 +32,7 @@ from raystill.datasets.lookup.files import (
 from raystill.datasets.lookup.index import Index, Mask, live_in
 from raystill.datasets.lookup.part import Described, Part, merged, part_of, rows_in
 from raystill.datasets.lookup.rows import LostPart
+from raystill.datasets.store.footer import Origin, Provenance
 from raystill.datasets.store.reading import (
     GoneSegment,
     Listing,
@@ -40,7 +41,7 @@ from raystill.datasets.store.reading import (
     is_in,
     read_each,
 )
-from raystill.datasets.store.segment import READ_ERRORS, Origin, Provenance
+from raystill.datasets.store.segment import READ_ERRORS
 from raystill.datasets.store.store import LISTINGS, READERS, SEGMENTS, Progress, TeacherStore
 
 logger = logging.getLogger(__name__)

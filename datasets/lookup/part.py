@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from raystill.datasets.lookup.rows import ROW, Rows, Table
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.footer import Origin, Provenance
 from raystill.datasets.store.reading import Names
-from raystill.datasets.store.segment import Origin, Provenance
 
 VERSION = 2
 FILE_NAME = re.compile(r"[0-9a-f]{32}-(?P<rows>[0-9]{1,12})\.rows")

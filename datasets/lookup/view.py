@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -79,6 +79,7 @@ class StoreView:
         self._keys = keys.combine_chunks().cast(pa.binary(KEY_BYTES))
         self._wanted = wanted
         self._skipped: dict[str, float] = {}  # Name -> time.monotonic() at which to retry it.
+        self._damaged: frozenset[tuple[str, int]] = frozenset()
         self._due = math.inf
         self._merged: Merged = NONE_MERGED
         self._lock = threading.Lock()
@@ -151,9 +152,14 @@ class StoreView:
                     self._due = time.monotonic() + RETRY_UNREADABLE_S
 
     def _skip(self, error: UnusableSegment) -> None:
-        """Skip a segment: an unreadable one for ``RETRY_UNREADABLE_S``, any other permanently."""
+        """Skip a segment: an unreadable one for ``RETRY_UNREADABLE_S``, any other permanently.
+
+        Of one with a damaged group that group alone.
+        """
         logger.warning("%s; its rows are looked up in other segments, or asked again", error)
-        if not isinstance(error, GoneSegment):  # A deleted one is not in the next index.
+        if isinstance(error, DamagedSegment) and error.group is not None:
+            self._damaged |= {(error.name, error.group)}
+        elif not isinstance(error, GoneSegment):  # A deleted one is not in the next index.
             retried = isinstance(error, UnreadableSegment)
             due = time.monotonic() + RETRY_UNREADABLE_S if retried else math.inf
             self._skipped[error.name] = due
@@ -166,7 +172,7 @@ class StoreView:
         for error in index.refused.values():
             self._skip(error)
         self._due = min(self._skipped.values(), default=math.inf)
-        self._loaded = index
+        self._loaded = replace(index, damaged=self._damaged)
 
     def _sort(self, index: Index, rows: NDArray[np.int64], given: pa.Array) -> Lookup:
         """Sort a group's rows by where the index has them."""

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.footer import Footer, Origin
 from raystill.datasets.store.reading import Names, UnusableSegment
-from raystill.datasets.store.segment import Footer, Origin
 
 KEYS = pa.binary(KEY_BYTES)
 

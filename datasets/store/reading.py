@@ -26,6 +26,8 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 from numpy.typing import NDArray
 
+from raystill.base.run_folder import is_utf8
+
 RETRY_PAUSES_S = (0.2, 1.0, 3.0)
 """Pauses before an unreadable segment is read again. Together they outlast a throttled request or a
 short failure of a file server; they are short enough for a run to wait."""
@@ -66,7 +68,12 @@ class UnusableSegment(Exception):
 
 
 class DamagedSegment(UnusableSegment):
-    """All bytes were read and are not what was written: cut off, altered, or no segment at all."""
+    """All bytes were read and are not what was written: cut off, altered, or no segment at all.
+
+    group: the number of the one group in which that was seen; None: it may be any.
+    """
+
+    group: int | None = None
 
 
 class UnreadableSegment(UnusableSegment):
@@ -244,7 +251,9 @@ def files_in(
         yield segments_of(filesystem.get_file_info(selector))
         return
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
-        paths = (entry.path for entry in entries if entry.name.endswith(".parquet"))
+        # Arrow cannot be told a name that is not UTF-8, which no writer of ours has given.
+        names = (e for e in entries if e.name.endswith(".parquet") and is_utf8(e.name))
+        paths = (entry.path for entry in names)
         while some := list(islice(paths, LISTED_TOGETHER)):
             yield segments_of(filesystem.get_file_info(some))
 

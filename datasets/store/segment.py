@@ -14,18 +14,26 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raystill.datasets.rows.schema import KEY_BYTES, SCHEMA_VERSION, TOKEN_IDS, signal_fields
+from raystill.datasets.rows.schema import SCHEMA_VERSION
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.footer import (
+    FOOTER,
+    Group,
+    Origin,
+    Provenance,
+    footer_checksum,
+    footer_of,
+    reason_of,
+    segment_schema,
+)
 from raystill.datasets.store.reading import (
     DamagedSegment,
     ForeignFile,
@@ -34,10 +42,8 @@ from raystill.datasets.store.reading import (
     UnusableSegment,
     WatchedSource,
 )
-from raystill.datasets.store.values import CHECKSUM_BYTES, checksum
+from raystill.datasets.store.values import checksum
 
-FOOTER = b"raystill.segment"
-AFTER_FINAL_NORM = "after the final norm"
 OWN_NAME = re.compile(r"(\.removed-[0-9a-f]{16}-)?[0-9a-f]{32}\.parquet(\.aside)?")
 """Names that this module gives to segments; such a file is taken for one without its footer."""
 
@@ -48,108 +54,9 @@ READ_WHOLE_BYTES = 128 << 10
 THREADS_BYTES = 1 << 20
 """Size from which several threads decode the columns of a group. Those cost time to start."""
 
-WRONG = (ValueError, KeyError, TypeError, IndexError, AttributeError)
+WRONG = (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError)
 READ_ERRORS = (pa.ArrowException, OSError, *WRONG)
 """What reading a damaged segment may raise, or a sound one that is out of reach."""
-
-
-WITH_TOKENIZER = " (tokenizer "
-"""In the name of a teacher behind a service, before the model whose tokenizer reads its answers."""
-
-
-def name_of_teacher(model: str, served: str | None = None) -> str:
-    """A teacher's name in a store. served: the model of a service, which has written the answers;
-    ``model`` is then the one whose tokenizer makes ids of them.
-    """
-    return model if served is None else f"{served}{WITH_TOKENIZER}{model})"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The teacher and engine that answered, and the signal: the same for all rows of a segment.
-
-    ``teacher`` is for people: its model, as `name_of_teacher` writes it.
-    ``vocab_size`` is V of the teacher's logprobs, needed to compute the tail of a smaller K.
-    ``hidden_is`` says which hidden state was stored; None for signals other than ``hidden``.
-    """
-
-    teacher_identity: str
-    teacher: str
-    engine: str
-    engine_version: str
-    dtype: str
-    vocab_size: int
-    signal: Signal
-    hidden_is: str | None = None
-
-    @property
-    def tokenizer(self) -> str:
-        """The model whose tokenizer the ids are of."""
-        return self.teacher.partition(WITH_TOKENIZER)[2].removesuffix(")") or self.teacher
-
-    def __post_init__(self) -> None:
-        if self.signal.kind != "hidden":
-            return
-        if self.hidden_is not in (None, AFTER_FINAL_NORM):
-            raise ValueError(
-                f"its hidden states are those {self.hidden_is}; expected {AFTER_FINAL_NORM}"
-            )
-        object.__setattr__(self, "hidden_is", AFTER_FINAL_NORM)
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """The run that requested a group, and its purpose.
-
-    ``scored``: the teacher scored responses that were there, and did not generate them.
-    """
-
-    run: str
-    purpose: str  # "training" or "evaluation"
-    scored: bool = False
-
-
-@dataclass(frozen=True)
-class Group:
-    """One row group as the footer describes it: its origin run, row count and checksums."""
-
-    run: str
-    purpose: str
-    rows: int
-    checksums: dict[str, str]  # by column
-    scored: bool = False
-
-    @property
-    def provenance(self) -> Provenance:
-        """The run that requested it, and its purpose."""
-        return Provenance(self.run, self.purpose, self.scored)
-
-
-@dataclass(frozen=True)
-class Footer:
-    """A segment's description: its origin and its groups, in the order of the row groups."""
-
-    origin: Origin
-    groups: tuple[Group, ...]
-
-    @property
-    def rows(self) -> int:
-        """Number of rows of all groups."""
-        return sum(group.rows for group in self.groups)
-
-
-@lru_cache(maxsize=64)
-def segment_schema(signal: Signal) -> pa.Schema:
-    """Columns of a segment: the key, the prompt, the answer, the signal."""
-    return pa.schema(
-        [
-            pa.field("key", pa.binary(KEY_BYTES)),
-            pa.field("prompt_ids", TOKEN_IDS),
-            pa.field("response_ids", TOKEN_IDS),
-            pa.field("finish_reason", pa.string()),
-            *signal_fields(signal),
-        ]
-    )
 
 
 def segment_name(keys: Sequence[bytes], signal: Signal) -> str:
@@ -191,7 +98,7 @@ def encode(origin: Origin, groups: Sequence[tuple[Group | Provenance, pa.Table]]
         "origin": asdict(origin),
         "groups": [vars(group) for group in described],
     }
-    footer["footer_checksum"] = _footer_checksum(footer)
+    footer["footer_checksum"] = footer_checksum(footer)
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink,
@@ -221,7 +128,7 @@ class SegmentFile:
         try:
             self._source = WatchedSource(source)
         except OSError as error:
-            raise UnreadableSegment(name, _reason(error)) from error
+            raise UnreadableSegment(name, reason_of(error)) from error
         try:
             small = self._source.size <= READ_WHOLE_BYTES
             # Arrow's threads must not hold a file of Python's: one that lets go of it while the
@@ -232,7 +139,7 @@ class SegmentFile:
             metadata = self._file.metadata
             described = metadata.metadata or {}
             self._is_segment |= FOOTER in described
-            self.footer = _footer(described, name)
+            self.footer = footer_of(described, name)
             actual = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
             expected = [group.rows for group in self.footer.groups]
             if actual != expected:
@@ -250,7 +157,10 @@ class SegmentFile:
                     return self._verified(file, group, columns, threads=True)
             return self._verified(self._file, group, columns, threads=False)
         except READ_ERRORS as error:
-            raise self._as_unusable(error, f"group {group}: ") from error
+            unusable = self._as_unusable(error, f"group {group}: ")
+            if isinstance(unusable, DamagedSegment):
+                unusable.group = group
+            raise unusable from error
 
     def _verified(
         self, file: pq.ParquetFile, group: int, columns: Sequence[str], threads: bool
@@ -308,12 +218,12 @@ class SegmentFile:
         failure = self._source.failure
         # pyarrow's out-of-memory error is an ArrowException too, and says nothing of the file.
         if failure is not None or isinstance(error, MemoryError):
-            return UnreadableSegment(self.name, where + _reason(failure or error))
+            return UnreadableSegment(self.name, where + reason_of(failure or error))
         # A type or encoding that this build of Arrow lacks may be what a newer one wrote.
         if isinstance(error, NotImplementedError):
-            return NewerSegment(self.name, where + _reason(error))
+            return NewerSegment(self.name, where + reason_of(error))
         kind = DamagedSegment if self._is_segment else ForeignFile
-        return kind(self.name, where + _reason(error))
+        return kind(self.name, where + reason_of(error))
 
     def rows_of(self, keys: pa.ChunkedArray, columns: Sequence[str]) -> pa.Table:
         """These columns of the rows with ``keys``, in the order of ``keys``.
@@ -329,72 +239,3 @@ class SegmentFile:
                 self.name, f"it lacks {index.null_count} of the rows it is named for"
             )
         return rows.take(index).select(list(columns))
-
-
-def _footer(metadata: dict[bytes, bytes], name: str) -> Footer:
-    """The footer in a file's metadata.
-
-    Raises NewerSegment, or one of READ_ERRORS if it is not what was written.
-    """
-    if FOOTER not in metadata:
-        raise ValueError("it has no footer of a segment")
-    footer = json.loads(metadata[FOOTER])
-    # Checked before the checksum, which another version may compute in another way.
-    version = footer.get("schema_version")
-    if version != SCHEMA_VERSION:
-        ours = {key: footer[key] for key in ("origin", "groups") if key in footer}
-        ours["schema_version"] = SCHEMA_VERSION
-        if footer.get("footer_checksum") == _footer_checksum(ours):
-            raise ValueError(
-                f"its schema version was altered: all else of its footer is of {SCHEMA_VERSION}"
-            )
-        raise NewerSegment(
-            name, f"it has schema version {version!r}; this version reads {SCHEMA_VERSION}"
-        )
-    if not _is_as_written(metadata[FOOTER], footer.pop("footer_checksum"), footer):
-        raise ValueError("its footer is not what was written (checksum)")
-    try:  # The checksum holds: an unknown field or value was written by a newer version.
-        return _parse_footer(footer)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NewerSegment(
-            name,
-            f"its footer, of schema version {version}, says what this version does not know: "
-            f"{_reason(error)}",
-        ) from error
-
-
-def _is_as_written(text: bytes, written: Any, footer: dict[str, Any]) -> bool:
-    """Whether a footer has the checksum that its text says; ``footer``: the text without it."""
-    # `encode` has hashed this very text. Making it again takes longer than parsing it.
-    hashed = text.replace(f'"footer_checksum": {json.dumps(written)}, '.encode(), b"", 1)
-    return written == _hash(hashed) or written == _footer_checksum(footer)
-
-
-def _footer_checksum(footer: dict[str, Any]) -> str:
-    """Checksum (blake2b-64, hexadecimal) of a footer, which it does not contain yet."""
-    return _hash(json.dumps(footer, sort_keys=True).encode())
-
-
-def _hash(text: bytes) -> str:
-    return blake2b(text, digest_size=CHECKSUM_BYTES).hexdigest()
-
-
-def _parse_footer(footer: dict[str, Any]) -> Footer:
-    """The footer as objects. Raises ValueError, KeyError or TypeError at anything unknown."""
-    origin, signal = footer["origin"], footer["origin"].pop("signal")
-    # Segments from before ``hidden`` was added have ``top_k`` in place of ``width``.
-    width = signal.get("width", signal.get("top_k", 0))
-    parsed = Footer(
-        origin=Origin(signal=Signal(signal["kind"], width), **origin),
-        groups=tuple(Group(**group) for group in footer["groups"]),
-    )
-    known = set(segment_schema(parsed.origin.signal).names)
-    for group in parsed.groups:
-        if unexpected := known ^ set(group.checksums):
-            raise ValueError(f"it has other columns ({', '.join(sorted(unexpected))})")
-    return parsed
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error's message, or its class where there is none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

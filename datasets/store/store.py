@@ -28,6 +28,7 @@ from raystill.base.object_store import ConditionIgnored
 from raystill.base.run_folder import RunFolder
 from raystill.datasets.store import removal
 from raystill.datasets.store.catalogue import Catalogue, Entry, build_catalogue
+from raystill.datasets.store.footer import Origin, Provenance
 from raystill.datasets.store.reading import (
     DIGEST,
     DamagedSegment,
@@ -41,15 +42,7 @@ from raystill.datasets.store.reading import (
     read_each,
     with_retries,
 )
-from raystill.datasets.store.segment import (
-    OWN_NAME,
-    Origin,
-    Provenance,
-    SegmentFile,
-    encode,
-    next_name,
-    segment_name,
-)
+from raystill.datasets.store.segment import OWN_NAME, SegmentFile, encode, next_name, segment_name
 
 SEGMENTS = "segments"
 READERS = 8
@@ -57,6 +50,8 @@ MERGED = "merged"
 """File with the names (16 bytes each) of segments that a compaction was about to remove."""
 MERGED_KEPT_S = 86_400.0
 """For how long names stay in it beside those of a later compaction."""
+MOST_GONE = 100
+"""How often a name may be taken and its segment be gone before the store is held to be broken."""
 LISTINGS = 8
 """How often a catalogue lists a store at most until a listing shows nothing that was not read."""
 
@@ -232,10 +227,13 @@ class TeacherStore:
                 return False
             return False
 
+        gone = 0
         while not self.put(name, data):
             try:
                 return name, self.rows_of(name, keys, columns)[1]
             except GoneSegment:  # Removed meanwhile and the name is free, or a link to nothing.
+                if (gone := gone + 1) > MOST_GONE:
+                    raise OSError(f"{name} is there for writing, and not for reading") from None
                 name = next_name(name) if self.exists(name) or self._is_link(name) else name
             except DamagedSegment:
                 # Not simply written over: another writer may have replaced it since it was read.

@@ -8,6 +8,7 @@ even without it is in ``removal.py``.
 Imports neither Ray nor torch.
 """
 
+import os
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -18,9 +19,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from raystill.base.errors import RunError
-from raystill.datasets.store.compaction import Groups, publish_merged
+from raystill.base.run_folder import is_utf8
+from raystill.datasets.store.compaction import Groups, problem_of, publish_merged
+from raystill.datasets.store.footer import segment_schema
 from raystill.datasets.store.lease import Lease
-from raystill.datasets.store.proof import problem_of
 from raystill.datasets.store.reading import (
     DamagedSegment,
     ForeignFile,
@@ -31,10 +33,7 @@ from raystill.datasets.store.reading import (
     read_each,
 )
 from raystill.datasets.store.removal import TEMPORARY
-from raystill.datasets.store.segment import (
-    OWN_NAME,
-    segment_schema,
-)
+from raystill.datasets.store.segment import OWN_NAME, SegmentFile
 from raystill.datasets.store.store import SEGMENTS, Progress, TeacherStore
 from raystill.datasets.store.values import impossible_rows
 
@@ -61,8 +60,9 @@ def prune(
     """Remove damaged segments, old temporary files and, on request, the segments of one teacher.
 
     refused: what ``verify`` returned. Damaged segments are read again when they were set aside,
-    since a run may have replaced one meanwhile; the others of it stay. Of a segment with impossible
-    values only the rows that have them are removed: the others are published in another. Files that
+    since a run may have replaced one meanwhile; the others of it stay. Groups of a damaged segment
+    that are as they were written, and of one with impossible values all other rows, are published
+    in another before it goes. Files that
     never were segments stay, and so do links.
     teacher: the beginning of a teacher's identity, whose segments are removed; None for none.
     dry_run: only report what would be removed.
@@ -96,31 +96,34 @@ def prune(
                 return True
             return isinstance(problem_of(store, name), DamagedSegment)
 
-        removed = [name for name in names if dry_run or store.take_away(name, may_go)]
+        removed = []
+        for name in names:
+            mended = None
+            if not dry_run and isinstance(results.get(name), DamagedSegment):
+                mended = _mend(store, lease, name)
+            if dry_run or mended or (mended is None and store.take_away(name, may_go)):
+                removed.append(name)
         removed += [name for name in to_mend if dry_run or _mend(store, lease, name)]
         left |= {n: refused[n] for n in to_mend if n not in removed and store.exists(n)}
         return Pruned(sorted(removed + _stale_files(store, dry_run)), left)
 
 
-def _mend(store: TeacherStore, lease: Lease, name: str) -> bool:
-    """Put a segment without its impossible rows in the place of a segment; whether that was done.
+def _mend(store: TeacherStore, lease: Lease, name: str) -> bool | None:
+    """Put the sound rows of a segment in its place; whether that was done. None: it has none.
 
-    The rows that are left are published, and read again, before the segment goes.
+    They are those of groups that are as they were written, without impossible values. They are
+    published, and read again, before the segment goes.
     """
     try:
         file = store.open(name)
-        origin = file.footer.origin
-        groups: Groups = []
-        for number, group in enumerate(file.footer.groups):
-            rows = file.read(number, segment_schema(origin.signal).names)
-            bad = impossible_rows(rows, origin.signal, origin.vocab_size)
-            if not bad.any():
-                groups.append((group, rows))
-            elif not bad.all():
-                groups.append((group.provenance, rows.filter(pa.array(~bad))))
+        groups, damaged = _sound_groups(file)
+    except DamagedSegment:
+        return None
     except UnusableSegment:
         return False
-    new = publish_merged(store, origin, {"": groups})
+    if damaged and not groups:
+        return None
+    new = publish_merged(store, file.footer.origin, {"": groups})
     stamp = None if new is None else store.stamp(new)
     if new is not None and (stamp is None or problem_of(store, new) is not None):
         return False
@@ -131,17 +134,45 @@ def _mend(store: TeacherStore, lease: Lease, name: str) -> bool:
             same = store.open(opened).footer == file.footer
         except UnusableSegment:
             return False
-        return same and (new is None or store.stamp(new) == stamp)
+        # The footer of one that a run has written in its place meanwhile may be the same.
+        as_before = not damaged or isinstance(problem_of(store, opened), DamagedSegment)
+        return same and as_before and (new is None or store.stamp(new) == stamp)
 
     return store.take_away(name, may_go)
 
 
+def _sound_groups(file: SegmentFile) -> tuple[Groups, bool]:
+    """A segment's sound rows by their groups, and whether it has damaged groups. Raises
+    UnusableSegment where one cannot be judged.
+    """
+    origin, damaged = file.footer.origin, False
+    groups: Groups = []
+    for number, group in enumerate(file.footer.groups):
+        try:
+            rows = file.read(number, segment_schema(origin.signal).names)
+        except DamagedSegment:
+            damaged = True
+            continue
+        bad = impossible_rows(rows, origin.signal, origin.vocab_size)
+        if not bad.any():
+            groups.append((group, rows))
+        elif not bad.all():
+            groups.append((group.provenance, rows.filter(pa.array(~bad))))
+    return groups, damaged
+
+
 def _stale_files(store: TeacherStore, dry_run: bool) -> list[str]:
     """Remove the temporary files of writers that have died; their names."""
-    selector = pafs.FileSelector(f"{store.folder.root}/{SEGMENTS}", allow_not_found=True)
+    filesystem, path = store.folder.filesystem(), f"{store.folder.root}/{SEGMENTS}"
+    if store.folder.is_local:  # Whose names need not be UTF-8.
+        there = os.listdir(path) if os.path.isdir(path) else []
+        files = [f"{path}/{name}" for name in there if TEMPORARY.fullmatch(name) and is_utf8(name)]
+        infos = filesystem.get_file_info(files)
+    else:
+        infos = filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
     names = [
         info.base_name
-        for info in store.folder.filesystem().get_file_info(selector)
+        for info in infos
         if TEMPORARY.fullmatch(info.base_name)
         and info.type == pafs.FileType.File
         and time.time() - (info.mtime_ns or 0) / 1e9 > STALE_S

@@ -46,7 +46,7 @@ from raystill.datasets.rows.schema import (
     student_prompts,
 )
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Origin, Provenance
+from raystill.datasets.store.footer import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.values import impossible_rows
 from raystill.datasets.stream.spec import Requester

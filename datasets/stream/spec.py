@@ -11,7 +11,7 @@ from raystill.datasets.filters.reasoning import Reasoning
 from raystill.datasets.policy.plan import PolicyPlan
 from raystill.datasets.rows.keys import Asked
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import name_of_teacher
+from raystill.datasets.store.footer import name_of_teacher
 from raystill.model.on_node import ModelSource
 from raystill.run import Run
 

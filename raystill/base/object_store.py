@@ -9,13 +9,19 @@ protocol; one without them answers 501, or ignores the condition, which ``Object
 import configparser
 import logging
 import os
+import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.fs as pafs
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -35,6 +41,9 @@ ANSWER_WAIT_S = 10.0
 takes a connection and says nothing has no end."""
 WAITING = "raystill: the first answer"
 """Name of the threads that wait for it."""
+
+IN_MEMORY = 16 << 20
+"""Bytes of a file on its way to an object store that stay in memory; more are on this disk."""
 
 T = TypeVar("T")
 
@@ -115,15 +124,19 @@ class Objects:
 
     def probe(self, name: str) -> bool:
         """Whether the service keeps the condition: a name is made twice, the second must fail."""
-        import obstore
-
         try:
             self.create(name, b"")
             return not self.create(name, b"")
         except ConditionIgnored:
             return False
         finally:
-            obstore.delete(self.store, self.prefix + name)
+            self.remove(name)
+
+    def remove(self, name: str) -> None:
+        """Delete an object."""
+        import obstore
+
+        obstore.delete(self.store, self.prefix + name)
 
     def _put(self, name: str, data: bytes, mode: Any) -> bool:
         import obstore
@@ -178,10 +191,11 @@ def _first_line(error: BaseException) -> str:
 
 
 @lru_cache(maxsize=64)
-def objects_of(uri: str, region: str) -> Objects | None:
+def objects_of(uri: str, region: str, root: str) -> Objects | None:
     """Conditional writes below a URI of pyarrow (``s3://[key:secret@]bucket/path?settings``).
 
-    region: that of pyarrow's file system, which asks the bucket where none is stated.
+    region: that of pyarrow's file system, which asks the bucket where none is stated. root: bucket
+    and path as pyarrow reads them, without the URI's escapes.
     None for other object stores, or if obstore is not installed.
     """
     parts = urlsplit(uri)
@@ -208,9 +222,23 @@ def objects_of(uri: str, region: str) -> Objects | None:
         settings["secret_access_key"] = unquote(parts.password or "")
     else:
         settings |= _profile()
-    bucket = parts.netloc.rpartition("@")[2]
-    prefix = parts.path.strip("/")
+    bucket, _, prefix = root.rstrip("/").partition("/")
     return Objects(S3Store(bucket, **settings), f"{prefix}/" if prefix else "")
+
+
+@contextmanager
+def uploaded_whole(filesystem: pafs.FileSystem, target: str) -> Iterator[pa.NativeFile]:
+    """An output that is uploaded when all of it is there.
+
+    A stream of pyarrow's publishes what it has when it is closed, also where an error closes it.
+    """
+    with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY) as room:
+        stream = pa.PythonFile(room, mode="w")
+        yield stream
+        stream.flush()
+        room.seek(0)
+        with filesystem.open_output_stream(target) as upload:
+            shutil.copyfileobj(room, upload, 1 << 20)
 
 
 def _profile() -> dict[str, Any]:

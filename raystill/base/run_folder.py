@@ -22,7 +22,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from raystill.base.errors import ConfigError, Problem, RunError
-from raystill.base.object_store import Objects, objects_of
+from raystill.base.object_store import Objects, objects_of, uploaded_whole
 from raystill.base.redact import redact
 
 CONFIG = "config.yaml"
@@ -165,7 +165,8 @@ class RunFolder:
         """Conditional writes in the folder; None in a local one, or where there are none."""
         if self.is_local:
             return None
-        objects = objects_of(self.path, getattr(self.filesystem(), "region", ""))
+        filesystem, root = self._opened()
+        objects = objects_of(self.path, getattr(filesystem, "region", ""), root)
         return None if objects is None or objects.refused.is_set() else objects
 
     @property
@@ -248,14 +249,13 @@ class RunFolder:
     def _writing(self, name: str) -> Iterator[pa.NativeFile]:
         """Open an output that appears under its name only when it is complete.
 
-        A local file is written beside its place and renamed. An object store publishes an upload
-        when it is closed, so there it needs no second name.
+        A local file is written beside its place and renamed.
         """
         filesystem, target = self._at(name)
         if filesystem.type_name != "s3":  # It has no folders, only requests that would make some.
             filesystem.create_dir(os.path.dirname(target), recursive=True)
         if not self.is_local:
-            with filesystem.open_output_stream(target) as stream:
+            with uploaded_whole(filesystem, target) as stream:
                 yield stream
             return
         folder, base = os.path.split(target)
@@ -274,7 +274,7 @@ class RunFolder:
 
 def require_path(path: str) -> str:
     """A path as a person named it. Raises RunError where no file or folder can have it."""
-    if not _is_utf8(path):
+    if not is_utf8(path):
         raise RunError(f"the path {path!r} is not UTF-8; rename that file or folder")
     longest = max((len(part.encode()) for part in path.split("/")), default=0)
     if "\0" in path or longest > 255 or len(path) > 4000:
@@ -283,7 +283,7 @@ def require_path(path: str) -> str:
     return path
 
 
-def _is_utf8(path: str) -> bool:
+def is_utf8(path: str) -> bool:
     """Whether a path can be told to programs other than Python: a file may have any bytes."""
     try:
         path.encode()
@@ -350,7 +350,7 @@ def _resolve_written(path: str, setting: str) -> str:
     path = os.path.expanduser(path)
     home = os.environ.get("RAYSTILL_HOME")
     whole = path if os.path.isabs(path) else os.path.join(home or os.getcwd(), path)
-    if not _is_utf8(whole):  # By the run file's name, or a folder above: YAML has no such text.
+    if not is_utf8(whole):  # By the run file's name, or a folder above: YAML has no such text.
         message = f"is by default {whole!r}, which is not UTF-8; set it to a path that is"
         raise ConfigError([Problem(setting, message)])
     if os.path.isabs(path):

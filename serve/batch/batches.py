@@ -17,15 +17,13 @@ from typing import Any
 from raystill.base.formatting import plural
 from raystill.config.base import ApiConfig, BatchConfig
 from raystill.datasets.rows.schema import FATAL
-from raystill.serve.api.failures import describe, judge, pause_s
+from raystill.serve.api.failures import describe
 from raystill.serve.api.limits import Limits, Spending, Usage
 from raystill.serve.api.parsed import LEAST_BYTES
-from raystill.serve.api.service import MAX_TRANSIENT, Service, Unanswered
+from raystill.serve.api.service import Service, Unanswered
 from raystill.serve.batch.journal import NEVER, BatchJournal, Line, Lines, Plan
+from raystill.serve.batch.submit import ENDPOINT, Unsure, create, look_for
 
-ENDPOINT = "/v1/chat/completions"
-METADATA = "raystill"
-"""Field of a batch's metadata that holds the plan's name."""
 ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
 LIMIT_CODES = frozenset({"token_limit_exceeded"})
 """Of a batch that the service has no room for yet."""
@@ -33,9 +31,6 @@ MOST_BYTES = 190_000_000
 """Of one file; services take 200 MB."""
 POLL_ATTEMPTS = 200
 """Failures in a row of one poll, up to a minute apart, before the run gives the service up."""
-LOOKS, LOOK_AGAIN_S = 2, 5.0
-"""How often a batch is looked for before it is held to be not there, and seconds between."""
-LISTED_BACK_S = 86_400.0
 CHECK_S = 0.05
 READ_AT_ONCE = 2
 """Lines of files, which may be long."""
@@ -121,7 +116,7 @@ class Batches:
             if plan.status is None and plan.batch is None:
                 if plan.run != self._run:  # Another run may be about to submit it.
                     continue
-                found = await self._look_for(plan)
+                found = await look_for(self._service, plan)
                 if found is None:
                     await asyncio.to_thread(self._journal.ended, plan, NEVER, None)
                     continue
@@ -244,10 +239,11 @@ class Batches:
         placed: _Open | str
         await asyncio.to_thread(self._journal.planned, plan)
         try:
-            batch = await self._create(plan, data)
+            batch = await create(self._service, self._settings.window, plan, data)
         except Unanswered as error:
-            self._limits.release(plan.most)
-            await asyncio.to_thread(self._journal.ended, plan, NEVER, None)
+            if not isinstance(error, Unsure):  # Else it may have to be paid: the next start looks.
+                self._limits.release(plan.most)
+                await asyncio.to_thread(self._journal.ended, plan, NEVER, None)
             placed = str(error)
         else:
             plan = await asyncio.to_thread(self._journal.submitted, plan, batch)
@@ -257,60 +253,6 @@ class Batches:
             self._follow_soon(placed)
         for key in plan.keys:
             self._waiting.pop(key).placed.set_result(placed)
-
-    async def _create(self, plan: Plan, data: bytes) -> str:
-        """Uploads and creates; the service's id. Raises Unanswered: there is no such batch.
-
-        Where the answer to ``create`` is lost, the batch may be there all the same: it is looked
-        for before it is created again. The name goes as idempotency key too.
-        """
-        name = f"raystill-{plan.name}.jsonl"
-        file = await self._service.call(
-            lambda client: client.files.create(file=(name, data), purpose="batch"),
-            file_bytes=len(data),
-        )
-        attempts, last = 0, None
-        while attempts < MAX_TRANSIENT:
-            try:
-                async with self._service.in_time():
-                    batch = await self._service.client.batches.create(
-                        input_file_id=file.id,
-                        endpoint=ENDPOINT,
-                        completion_window=self._settings.window,
-                        metadata={METADATA: plan.name},
-                        extra_headers={"Idempotency-Key": plan.name},
-                    )
-                return str(batch.id)
-            except Exception as error:
-                verdict = judge(error)
-                if isinstance(verdict, str):
-                    raise Unanswered(verdict) from None
-                attempts, last = attempts + verdict.counts, error
-                self._limits.failed(verdict.name, verdict.retry_after_s, verdict.too_fast)
-                await asyncio.sleep(verdict.retry_after_s or pause_s(max(1, attempts)))
-                found = await self._look_for(plan)
-                if found is not None:
-                    return found
-        raise Unanswered(self._service.gave_up(attempts, last))
-
-    async def _look_for(self, plan: Plan) -> str | None:
-        """The service's id of a plan's batch, by its metadata; None: there is none."""
-
-        async def look(client: Any) -> str | None:
-            async for batch in await client.batches.list(limit=100):
-                if (batch.metadata or {}).get(METADATA) == plan.name:
-                    return str(batch.id)
-                if batch.created_at < plan.created - LISTED_BACK_S:
-                    return None
-            return None
-
-        for number in range(LOOKS):
-            if number:
-                await asyncio.sleep(LOOK_AGAIN_S)
-            found = await self._service.call(look)
-            if found is not None:
-                return found
-        return None
 
     async def _follow(self, follows: _Open) -> None:
         """Waits for a batch and takes what it brought."""

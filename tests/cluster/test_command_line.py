@@ -24,7 +24,7 @@ from raystill.base.run_folder import RunFolder
 from raystill.cluster.commands import store as store_commands
 from raystill.cluster.job import run as job
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Origin
+from raystill.datasets.store.footer import Origin
 from raystill.datasets.store.store import TeacherStore
 from tests.cluster.test_driver import ROOT, run_file
 from tests.datasets.test_store import path_of, publish

@@ -10,7 +10,7 @@ import pytest
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.check.static import check_run_file
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Origin, Provenance, segment_schema
+from raystill.datasets.store.footer import Origin, Provenance, segment_schema
 from raystill.datasets.store.store import TeacherStore
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"

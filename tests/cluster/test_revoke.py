@@ -11,8 +11,8 @@ import pytest
 from driver import main
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.compaction import compact
+from raystill.datasets.store.footer import Origin, Provenance
 from raystill.datasets.store.lease import Lease
-from raystill.datasets.store.segment import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.upkeep import verify
 from raystill.serve.batch.journal import BatchJournal, Plan

@@ -24,7 +24,7 @@ from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
 from raystill.datasets.rows.keys import prompt_digest
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.compaction import compact
-from raystill.datasets.store.segment import Origin, Provenance
+from raystill.datasets.store.footer import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"

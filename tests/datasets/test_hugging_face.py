@@ -19,7 +19,7 @@ from raystill.config.prompts import PromptsConfig
 from raystill.datasets.exchange.export import SCHEMAS
 from raystill.datasets.prompts.tokenise import PromptTokeniser
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Provenance
+from raystill.datasets.store.footer import Provenance
 from raystill.datasets.store.store import TeacherStore
 from tests.datasets import test_import as importing
 from tests.datasets.test_export import CHATS, MODEL, TOPK, fill, origin, read, stored

@@ -22,7 +22,7 @@ from raystill.config.teacher import TeacherConfig
 from raystill.datasets.exchange import given as reading
 from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Origin, Provenance
+from raystill.datasets.store.footer import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream.spec import Requester
 from raystill.model.identity import identity_of_teacher

@@ -25,7 +25,8 @@ from raystill.datasets.lookup.view import StaleIndex, StoreView
 from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.compaction import compact
-from raystill.datasets.store.segment import Provenance, encode, segment_name
+from raystill.datasets.store.footer import Provenance
+from raystill.datasets.store.segment import encode, segment_name
 from raystill.datasets.store.store import SEGMENTS, RowCounts, TeacherStore
 from raystill.datasets.store.upkeep import prune, verify
 from tests.datasets.test_store import HIDDEN, TOPK, keys_of, origin, path_of, publish, segment

@@ -26,7 +26,7 @@ from raystill.datasets.filters.near import NearPass
 from raystill.datasets.rows.answers import Answer, answers_table
 from raystill.datasets.rows.schema import PROMPT_SCHEMA
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Origin, Provenance
+from raystill.datasets.store.footer import Origin, Provenance
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream.filtering import GroupFilters
 from raystill.datasets.stream.ledger import Ledger

@@ -19,7 +19,7 @@ from raystill.datasets.rows.answers import (
     stored_columns,
 )
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Provenance
+from raystill.datasets.store.footer import Provenance
 from raystill.datasets.store.store import TeacherStore
 from tests.datasets.test_store import keys_of, origin, publish, segment
 

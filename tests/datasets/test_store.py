@@ -30,8 +30,9 @@ from raystill.datasets.rows.answers import (
 )
 from raystill.datasets.rows.schema import answer_schema
 from raystill.datasets.rows.signal import Signal, signal_of
-from raystill.datasets.store import segment as segments
+from raystill.datasets.store import footer as footers
 from raystill.datasets.store.compaction import compact
+from raystill.datasets.store.footer import FOOTER, Origin, Provenance
 from raystill.datasets.store.reading import (
     DamagedSegment,
     GoneSegment,
@@ -39,14 +40,7 @@ from raystill.datasets.store.reading import (
     UnreadableSegment,
     UnusableSegment,
 )
-from raystill.datasets.store.segment import (
-    FOOTER,
-    Origin,
-    Provenance,
-    SegmentFile,
-    encode,
-    segment_name,
-)
+from raystill.datasets.store.segment import SegmentFile, encode, segment_name
 from raystill.datasets.store.store import SEGMENTS, RowCounts, TeacherStore
 from raystill.datasets.store.upkeep import prune, verify
 from raystill.datasets.store.values import checksum
@@ -257,24 +251,24 @@ class TestFooter:
         """As it was written, of its own bytes; else of the same footer made anew."""
         data = encode(origin(), [(Provenance("run", "training"), segment([1, 2]))])
         made = []
-        of_footer = segments._footer_checksum
+        of_footer = footers.footer_checksum
         monkeypatch.setattr(
-            segments, "_footer_checksum", lambda footer: made.append(1) or of_footer(footer)
+            footers, "footer_checksum", lambda footer: made.append(1) or of_footer(footer)
         )
         footer = SegmentFile(pa.BufferReader(data), "written").footer
         assert not made
         described = pq.ParquetFile(pa.BufferReader(data)).schema_arrow.metadata[FOOTER]
         said = json.loads(described)
         for text in (json.dumps(said, indent=1), json.dumps(dict(reversed(said.items())))):
-            assert segments._footer({FOOTER: text.encode()}, "other") == footer
+            assert footers.footer_of({FOOTER: text.encode()}, "other") == footer
         assert len(made) == 2
         for name, wrong in (("footer_checksum", None), ("footer_checksum", "0" * 16)):
             with pytest.raises(ValueError, match="not what was written"):
-                segments._footer({FOOTER: json.dumps(said | {name: wrong}).encode()}, "wrong")
+                footers.footer_of({FOOTER: json.dumps(said | {name: wrong}).encode()}, "wrong")
         altered = described.replace(b'"rows": 2', b'"rows": 3')
         assert altered != described
         with pytest.raises(ValueError, match="not what was written"):
-            segments._footer({FOOTER: altered}, "altered")
+            footers.footer_of({FOOTER: altered}, "altered")
 
     def test_it_says_which_hidden_state_it_holds_and_another_is_refused(self) -> None:
         data = encode(origin(HIDDEN), [(Provenance("run", "training"), segment([1, 2], HIDDEN))])

@@ -30,6 +30,7 @@ from raystill.datasets.store.catalogue import (
     words_of,
 )
 from raystill.datasets.store.compaction import compact
+from raystill.datasets.store.footer import Footer, Group, Provenance
 from raystill.datasets.store.lease import Lease
 from raystill.datasets.store.reading import (
     ImpossibleValues,
@@ -38,15 +39,7 @@ from raystill.datasets.store.reading import (
     is_in,
     places_in,
 )
-from raystill.datasets.store.segment import (
-    READ_WHOLE_BYTES,
-    DamagedSegment,
-    Footer,
-    Group,
-    Provenance,
-    encode,
-    segment_name,
-)
+from raystill.datasets.store.segment import READ_WHOLE_BYTES, DamagedSegment, encode, segment_name
 from raystill.datasets.store.store import MERGED, MERGED_KEPT_S, TeacherStore
 from raystill.datasets.store.upkeep import prune, verify
 from raystill.datasets.store.values import impossible_rows

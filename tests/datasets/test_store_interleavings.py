@@ -30,7 +30,7 @@ from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store import lease, reading, removal
 from raystill.datasets.store import store as store_module
 from raystill.datasets.store.compaction import compact
-from raystill.datasets.store.segment import Provenance
+from raystill.datasets.store.footer import Provenance
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
 from raystill.datasets.store.upkeep import prune, verify
 from tests.datasets.test_store import TOPK, key, keys_of, origin, segment

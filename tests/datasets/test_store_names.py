@@ -26,10 +26,10 @@ from raystill.datasets.lookup.files import part_files, read_part, write_part
 from raystill.datasets.lookup.index import live_in
 from raystill.datasets.lookup.part import Part
 from raystill.datasets.lookup.rows import ROW, Rows
-from raystill.datasets.store.compaction import compact
-from raystill.datasets.store.proof import problem_of
+from raystill.datasets.store.compaction import compact, problem_of
+from raystill.datasets.store.footer import Provenance, segment_schema
 from raystill.datasets.store.reading import DamagedSegment, Listing, Names, is_in, places_in
-from raystill.datasets.store.segment import Provenance, encode, segment_schema
+from raystill.datasets.store.segment import encode
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.upkeep import verify
 from tests.datasets.test_store import TOPK, origin, path_of, publish

@@ -1,5 +1,6 @@
 """The store on S3: the first published counts, through delays, 503s and broken connections."""
 
+import io
 import logging
 import random
 import sys
@@ -28,8 +29,9 @@ from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.store import lease as lease_module
 from raystill.datasets.store import reading
 from raystill.datasets.store.compaction import compact
+from raystill.datasets.store.footer import Provenance
 from raystill.datasets.store.lease import LEASE, Lease
-from raystill.datasets.store.segment import Provenance, segment_name
+from raystill.datasets.store.segment import segment_name
 from raystill.datasets.store.store import SEGMENTS, TeacherStore
 from raystill.datasets.store.upkeep import prune, verify
 from tests.datasets.test_store import TOPK, answers, key, keys_of, origin, segment
@@ -99,6 +101,43 @@ def test_of_writers_of_one_key_the_first_counts_for_all(store: TeacherStore, s3:
         for name, rows in (first, *others):
             assert (name, rows.to_pylist()) == (first[0], stored.to_pylist()), row
     assert len(store.names()) == 8
+
+
+@pytest.mark.parametrize("path", ["my%20store", "%C3%A4", "100%25", "a%23b"])
+def test_a_path_with_escapes_is_one_place_for_both_libraries(s3: S3, path: str) -> None:
+    store = TeacherStore(s3.uri(f"bucket/{next(NUMBERS)}/{path}"))
+    assert output.check_store(store.path) == ([], [])
+    first = publish(store, [1, 2])
+    assert store.names() == [first[0]] and store.catalogue().rows == 2
+    assert publish(store, [1, 2], salt=1)[1].equals(first[1])
+
+
+def test_a_place_that_the_libraries_read_differently_is_refused(
+    s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = s3.uri(f"bucket/{next(NUMBERS)}/store")
+    other = RunFolder(s3.uri(f"bucket/{next(NUMBERS)}/elsewhere")).objects()
+    assert other is not None
+    monkeypatch.setattr(RunFolder, "objects", lambda _: other)
+    (problem,), _ = output.check_store(uri)
+    assert "is not found again" in problem.message
+    with pytest.raises(OSError, match="not for reading"):
+        for salt in range(2):
+            publish(TeacherStore(uri), [1], salt)
+
+
+def test_a_file_that_could_not_be_read_whole_replaces_nothing(s3: S3) -> None:
+    class Fails(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell():
+                raise OSError("the disk went")
+            return super().read(4)
+
+    folder = RunFolder(s3.uri(f"bucket/{next(NUMBERS)}/run"))
+    folder.write_bytes("lines", b"what was there")
+    with pytest.raises(OSError, match="the disk went"):
+        folder.write_bytes("lines", Fails(b"new content"))
+    assert folder.read_bytes("lines") == b"what was there"
 
 
 def test_connections_are_used_again(store: TeacherStore, s3: S3) -> None:

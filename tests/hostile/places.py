@@ -23,7 +23,7 @@ from raystill.cluster.report import summary
 from raystill.config.load import config_text, load_config
 from raystill.datasets.rows.answers import Answer, answers_table
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Origin, Provenance
+from raystill.datasets.store.footer import Origin, Provenance
 from raystill.datasets.store.store import RowCounts, TeacherStore
 from tests.hostile.judge import SECRET, inside, sound_place
 from tests.support.end_to_end import TEACHER

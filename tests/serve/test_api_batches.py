@@ -33,6 +33,7 @@ from raystill.serve.api.limits import Spending
 from raystill.serve.api.service import Service
 from raystill.serve.batch import batches as batches_module
 from raystill.serve.batch import journal as journal_module
+from raystill.serve.batch import submit as submit_module
 from raystill.serve.batch.engine import BatchEngine
 from raystill.serve.batch.journal import BatchJournal, read_lines
 from raystill.serve.services import api_engine
@@ -53,8 +54,8 @@ TOKENIZER = Tokenizer.from_file(str(TEACHER / "tokenizer.json"))
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[BatchService]:
     monkeypatch.setattr(failures, "pause_s", lambda attempt: 0.01)
-    monkeypatch.setattr(batches_module, "pause_s", lambda attempt: 0.01)
-    monkeypatch.setattr(batches_module, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(submit_module, "pause_s", lambda attempt: 0.01)
+    monkeypatch.setattr(submit_module, "LOOK_AGAIN_S", 0.01)
     context = ssl.create_default_context()  # Each client would read all certificates anew.
     monkeypatch.setattr(ssl, "create_default_context", lambda **_: context)
     with batch_service() as server:
@@ -319,6 +320,21 @@ def test_a_lost_answer_to_create_is_no_second_batch(tmp_path: Path, service: Bat
     run = Run(tmp_path, service, QUESTIONS)
     assert texts(asyncio.run(run.sample())) == wanted(QUESTIONS)
     assert len(service.batches) == 4 and set(service.paid.values()) == {1}
+
+
+@pytest.mark.parametrize("statuses", [[503] * 8, [401]])
+def test_a_batch_that_could_not_be_looked_for_is_looked_for_at_the_next_start(
+    tmp_path: Path, service: BatchService, statuses: list[int]
+) -> None:
+    """It was created, and the service is away before it can say so."""
+    service.script.cuts["POST /batches"] = 1
+    service.script.statuses = {"GET /batches": list(statuses)}
+    first = asyncio.run(Run(tmp_path, service, QUESTIONS).sample())
+    assert all((answer.error or "").startswith("stop: ") for answer in first)
+    second = Run(tmp_path, service, QUESTIONS)
+    assert texts(asyncio.run(second.sample())) == wanted(QUESTIONS)
+    assert len(service.batches) == 1 and set(service.paid.values()) == {1}
+    assert second.cost == 5 * ROW
 
 
 PARTIAL: dict[str, dict[str, Any]] = {

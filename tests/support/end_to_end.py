@@ -179,7 +179,7 @@ def store_hidden_states(store: Any, model: Any, keys: Any) -> None:
 
     from raystill.datasets.rows.schema import TOKEN_FLOATS, TOKEN_IDS
     from raystill.datasets.rows.signal import Signal
-    from raystill.datasets.store.segment import Origin, Provenance
+    from raystill.datasets.store.footer import Origin, Provenance
 
     catalogue = store.catalogue()
     columns = ["prompt_ids", "response_ids", "finish_reason"]

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from raystill.datasets.rows.schema import KEY_BYTES, TOKEN_IDS, signal_fields
 from raystill.datasets.rows.signal import Signal
-from raystill.datasets.store.segment import Origin, Provenance, encode
+from raystill.datasets.store.footer import Origin, Provenance
+from raystill.datasets.store.segment import encode
 
 ROUNDS = 2
 """Timed repetitions, after one that warms up and whose memory is measured."""
