@@ -207,9 +207,11 @@ def serve_teacher(
     teacher.wait()
     coordinator.release_stream.remote()
     probing = probe_teacher.remote(run) if probe else None
-    if held_out and ray.wait(held_out, timeout=0)[1]:  # Else a faster teacher has told of it.
+    asking = bool(held_out) and bool(ray.wait(held_out, num_returns=len(held_out), timeout=0)[1])
+    if asking:  # Else a faster teacher has told of it.
         coordinator.phase.remote(ASKING)
-        ray.get(held_out)
+    ray.get(held_out)  # Also of those that have ended: by an error, it may be.
+    if asking:
         coordinator.phase.remote(LOADING_STUDENT, after=ASKING)  # Unless the worker is up.
     if probing is not None:
         ray.get(probing)

@@ -85,16 +85,19 @@ class Waits:
             )
             for name, one in config.by_teacher.items()
         ]
+        scores = config.evaluation.enabled and config.scores_student_answers
+        self._kept = config.policy.enabled or scores
+        """Whether a teacher is needed to the end: its replicas may lose their nodes until then."""
         self._next_look = 0.0
 
     def look(self, teacher_is_starting: bool) -> list[str]:
-        """Lines to show now; mostly none. RunError where the workers' wait is over its limit."""
+        """Lines to show now; mostly none. RunError where a wait is over its limit."""
         now = time.monotonic()
         if now < self._next_look:
             return []
         self._next_look = now + LOOK_EVERY_S
         lines = [self._workers.look(not has_worker_group(self._bundle), now, what_there_is)]
-        if teacher_is_starting:
+        if teacher_is_starting or self._kept:
             lines += [
                 wait.look(app.waits_for_resources(), now, what_there_is)
                 for app, wait in self._replicas

@@ -3,10 +3,13 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from raystill.base.errors import RunError
+from raystill.cluster.job import waiting
 from raystill.cluster.job.waiting import TELL_AFTER_S, Wait, Waits, has_worker_group
 from raystill.config.run import RunConfig
 from raystill.model.on_node import ModelSource
@@ -93,3 +96,32 @@ def test_workers_without_a_place_are_noticed_and_those_with_one_are_left_alone(
     thread.join(60)
     assert not thread.is_alive()
     assert not has_worker_group({"CPU": 3.0})
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_replicas_that_lose_their_nodes_are_told_of_for_as_long_as_they_are_needed(
+    monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    """A teacher that scores what the student writes is needed after its thread has returned."""
+    monkeypatch.setattr(waiting, "has_worker_group", lambda _: True)
+    monkeypatch.setattr(waiting, "what_there_is", there)
+    waits = object.__new__(Waits)
+    waits._bundle, waits._next_look, waits._kept = {}, 0.0, kept
+    waits._workers = Wait("a worker", "training.startup_timeout_s", 60.0)
+    teacher: Any = SimpleNamespace(waits_for_resources=lambda: True)
+    waits._replicas = [(teacher, Wait("the teacher", "teacher.startup_timeout_s", 120.0))]
+    now = 0.0
+
+    def look(seconds: float) -> list[str]:
+        nonlocal now
+        now += seconds
+        monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: now))
+        return waits.look(teacher_is_starting=False)
+
+    look(10.0)
+    assert bool(look(40.0)) == kept
+    if kept:
+        with pytest.raises(RunError, match=r"the teacher had no place"):
+            look(90.0)
+    else:
+        assert look(90.0) == []

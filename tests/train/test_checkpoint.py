@@ -7,6 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from ray.train import CheckpointConfig
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.storage import StorageContext
 from torch import nn
 
 from raystill.base.errors import RunError
@@ -292,6 +295,31 @@ def test_a_list_of_checkpoints_that_ray_would_refuse_is_made_anew(tmp_path, torn
     assert parsed.latest_checkpoint_result.checkpoint_dir_name == "step-00000004"
     assert parsed.json() == folder.read_text(f"checkpoints/{SNAPSHOT_FILE}").replace(" ", "")
     assert repair_register(folder) is None
+
+
+@pytest.mark.parametrize("removed", ["step-00000004", SNAPSHOT_FILE, "step-00000004/state.json"])
+def test_a_person_may_remove_the_newest_checkpoint_or_the_list(tmp_path, removed):
+    """As our own message advises where a checkpoint is broken."""
+    folder = RunFolder(str(tmp_path / "run")).ensure()
+    for name in ("step-00000002", "step-00000004"):
+        (tmp_path / "run/checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "run/checkpoints" / name / "state.json").write_text("{}")
+    (tmp_path / "run/checkpoints" / SNAPSHOT_FILE).write_text("torn")
+    assert repair_register(folder) is not None
+    gone = tmp_path / "run/checkpoints" / removed
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    assert repair_register(folder) is not None and repair_register(folder) is None
+    left = {"step-00000002"} if "step" in removed else {"step-00000002", "step-00000004"}
+    assert registered_names(folder) == left
+    remove_unregistered(folder)
+    assert all((tmp_path / "run/checkpoints" / name).is_dir() for name in left)
+    storage = StorageContext(storage_path=str(tmp_path / "run"), experiment_dir_name="checkpoints")
+    newest = CheckpointManager(CheckpointConfig(num_to_keep=2), storage).latest_checkpoint_result
+    assert newest.checkpoint.path.endswith(max(left))
+
+
+def test_a_first_start_has_no_list_to_mend(tmp_path):
+    assert repair_register(RunFolder(str(tmp_path / "run")).ensure()) is None
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_is_not_published(tmp_path):

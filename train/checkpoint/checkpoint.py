@@ -154,6 +154,16 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
 
 
+def sync_files(folder: Path) -> None:
+    """Returns when a folder's files, and their names in it, are on the disk."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def read_snapshot(folder: str | Path) -> Snapshot:
     """Reads what ``write_snapshot`` wrote. Raises ValueError where the format is another one."""
     folder = Path(folder)
@@ -331,6 +341,7 @@ class Checkpointer:
         part.write(folder)
         if snapshot is not None:
             write_snapshot(folder, snapshot)
+        sync_files(folder)
 
     def _complete(self) -> str:
         """On rank 0, when all ranks have written: makes the folder a complete one.
@@ -339,6 +350,7 @@ class Checkpointer:
         state.json. Returns the folder's path.
         """
         if self._folder.is_local:
+            sync_files(self._part)  # Else a power cut can leave the new name with empty files.
             os.replace(self._part, self._target)  # Atomic: the name means that it is complete.
         else:
             self._folder.write_bytes(f"{CHECKPOINTS}/{self._name}/{STATE_FILE}", self._state)

@@ -4,9 +4,10 @@ Ray Train's controller writes the file into the run folder, in place. A run resu
 checkpoint that is listed there. The newest checkpoint folder may not be listed yet. The worker
 deletes folders that are not listed when it starts, since their steps will be trained again.
 
-The file may be damaged, because the disk was full or the machine failed while it was written, or
-it may be from another Ray version, which Ray refuses. ``fit`` then has it written anew from the
-folders that are complete.
+The file may be damaged, because the disk was full or the machine failed while it was written, it
+may be from another Ray version, or name a folder that a person has removed, which Ray refuses; or
+it may have been removed itself. ``fit`` then has it written anew from the folders that are
+complete.
 """
 
 import json
@@ -53,24 +54,29 @@ def repair_register(folder: RunFolder) -> str | None:
     Called before Ray Train starts.
     """
     name = f"{CHECKPOINTS}/{SNAPSHOT_FILE}"
-    if not folder.exists(name):
-        return None
-    try:
-        version = json.loads(folder.read_text(name))["ray_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"it cannot be read ({error})"
-    else:
-        if version == metadata.version("ray"):
-            return None
-        reason = f"it is from Ray {version}, and this is Ray {metadata.version('ray')}"
     complete = sorted(
         info.base_name
         for info in _folders(folder)
         if FOLDER_NAME.match(info.base_name)
         and folder.exists(f"{CHECKPOINTS}/{info.base_name}/{STATE_FILE}")
     )
-    folder.write_text(name, json.dumps(_register_of(complete)))
+    if (reason := _why_refused(folder, name, complete)) is not None:
+        folder.write_text(name, json.dumps(_register_of(complete)))
     return reason
+
+
+def _why_refused(folder: RunFolder, name: str, complete: list[str]) -> str | None:
+    """Why Ray Train would not go on by the register as it is; None: it would."""
+    if not folder.exists(name):
+        return "it is not there" if complete else None
+    try:
+        version = json.loads(folder.read_text(name))["ray_version"]
+        missing = sorted(registered_names(folder) - set(complete))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it cannot be read ({error})"
+    if version != metadata.version("ray"):
+        return f"it is from Ray {version}, and this is Ray {metadata.version('ray')}"
+    return f"it names {missing[0]}, which is not there whole" if missing else None
 
 
 def _register_of(names: list[str]) -> dict[str, object]:

@@ -16,10 +16,14 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train import RunConfig as TrainRunConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.controller import TrainController
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -143,8 +147,46 @@ class SureExit(ControllerCallback):
         atexit.register(signal.alarm, EXIT_S)
 
 
+class WholeGroup(WorkerGroup):
+    """Workers of which none keeps its place where one dies as they are started.
+
+    Ray 2.60 forgets a group that fails once it counts as started (as its callbacks set it up, or as
+    its loop is launched): its placement group stays, and where there is no room for two the next
+    one waits for ever. And a death as the loop is launched ends the run, whatever max_failures;
+    before it, whatever max_failures, none does.
+    """
+
+    deaths = 0
+
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except Exception as error:
+            if self.has_started():
+                self.abort()
+            if not isinstance(error, RayActorError | WorkerGroupStartupFailedError):
+                raise
+            WholeGroup.deaths += 1
+            most = self._train_run_context.run_config.failure_config.max_failures
+            if 0 <= most < WholeGroup.deaths:
+                raise RunError(
+                    f"student workers died {WholeGroup.deaths} times as they were started; "
+                    "training.max_failures is "
+                    f"{most}; the newest of their logs say why"
+                ) from error
+            raise WorkerGroupStartupFailedError("a worker died as it was started") from error
+
+
+class StartsWhole(ControllerCallback):
+    """Has Ray Train's controller make its groups so."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Called by Ray Train in the controller's process."""
+        TrainController.worker_group_cls = WholeGroup
+
+
 class Trainer(DataParallelTrainer):
-    """With `SureExit`, without Ray Train's actor that frees places should its controller die.
+    """Without Ray Train's actor that frees places should its controller die.
 
     The driver ends its job then, with which Ray frees them (not tested). An idle actor takes a
     hundredth of a core, on a machine of two from teacher and student.
@@ -153,4 +195,4 @@ class Trainer(DataParallelTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
         kept = [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
-        return [*kept, SureExit()]
+        return [*kept, SureExit(), StartsWhole()]

@@ -7,19 +7,25 @@ may start. Here torch is imported by the workers alone; what they do is Ray Trai
 
 import logging
 import os
+from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayTaskError
 from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.constants import DEFAULT_TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
 from ray.train.v2._internal.util import TrainingFramework
 
+from raystill.base.errors import RunError
 from raystill.train.worker.rendezvous import meet_at_node_address
 
 logger = logging.getLogger(__name__)
 
+MEETING_TIMEOUT_S = 1800
+"""Longest time until all workers have found each other; they import torch meanwhile."""
+DEATH_SEEN_S = 10.0
+"""Within which a worker's death is told of, after another one has lost its connection to it."""
 # Ranks wait for each other while the teacher answers; a slow teacher is not a dead rank.
 COLLECTIVE_TIMEOUT_S = 6 * 3600
 
@@ -32,22 +38,31 @@ class Meeting(Backend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         """Have every worker join.
 
-        Where one dies, the group is given up before Ray Train starts another: 2.60 forgets a group
-        that fails here, whose placement group would keep the next one waiting for ever.
+        Raises RayActorError where one dies, also if it is the others' broken connection that is
+        seen first; RunError where they do not find each other.
         """
         gpus = worker_group.get_resources_per_worker().get("GPU", 0)
         size = len(worker_group)
+        address = worker_group.execute_single(0, get_address_and_port)
+        joining = [
+            worker_group.execute_single_async(
+                rank, join_workers, "nccl" if gpus else "gloo", address, rank, size
+            )
+            for rank in range(size)
+        ]
         try:
-            address = worker_group.execute_single(0, get_address_and_port)
-            joining = [
-                worker_group.execute_single_async(
-                    rank, join_workers, "nccl" if gpus else "gloo", address, rank, size
-                )
-                for rank in range(size)
-            ]
-            ray.get(joining)
-        except RayActorError:
-            worker_group.abort()
+            ray.get(joining, timeout=MEETING_TIMEOUT_S)
+        except GetTimeoutError:
+            raise RunError(
+                f"the student's workers have not found each other within {MEETING_TIMEOUT_S} s at "
+                f"{address[0]}, port {address[1]}; let the nodes reach each other on all ports, "
+                "and make each node's host name lead to an address that the others reach"
+            ) from None
+        except RayTaskError:
+            ended, _ = ray.wait(joining, num_returns=size, timeout=DEATH_SEEN_S)
+            for one in ended:
+                with suppress(RayTaskError):
+                    ray.get(one)
             raise
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:

@@ -43,7 +43,8 @@ class Progress:
         self.skipped_steps = self.non_finite_steps = 0
         self.ledger = Ledger(run.num_rows)
         self.metrics = MetricsLog(folder, METRICS) if ranks.first else None
-        self.total_steps = num_steps(run.num_rows, training.rows_per_step) * training.epochs
+        self._steps_each = num_steps(run.num_rows, training.rows_per_step)
+        self.total_steps = self._steps_each * training.epochs
         self._first = ranks.first
         self._world_size = ranks.world_size
         self._epochs = training.epochs
@@ -51,6 +52,11 @@ class Progress:
         self._coordinator = run.coordinator
         self._fixed_order = config.stream.order == "fixed"
         self._newly_trained: list[int] = []
+
+    @property
+    def in_last_epoch(self) -> bool:
+        """Whether no epoch follows this one."""
+        return self.epoch + 1 >= self._epochs
 
     def account(self, result: StepResult, mine: list[Row], rows: StepRows[Row]) -> None:
         """Note one step: ``mine`` are this rank's rows of it, ``rows`` knows how long they took.
@@ -146,6 +152,7 @@ class Progress:
     def begin_epoch(self, epoch: int) -> None:
         """Start an epoch of which nothing is trained."""
         self.epoch, self.epoch_step = epoch, 0
+        self._follow_plan()
         self.ledger = Ledger(self.ledger.num_rows)
         self._newly_trained = []
 
@@ -157,6 +164,15 @@ class Progress:
         self.rows_trained = extra["rows_trained"]
         self.skipped_steps = extra["skipped_steps"]
         self.non_finite_steps = extra.get("non_finite_steps", 0)  # Earlier versions had none.
+        self._follow_plan()
+
+    def _follow_plan(self) -> None:
+        """Count the steps that had no row at an epoch's end, as the plan does.
+
+        By it the source of rows knows how new the weights can be that a row may need.
+        """
+        if self._fixed_order:
+            self.step = max(self.step, self.epoch * self._steps_each + self.epoch_step)
 
     def discard_later_records(self) -> None:
         """Move aside the metrics of steps that will be trained again."""

@@ -56,7 +56,9 @@ TRAINING_PRECISION = "in training precision"
 def train_worker(run: Run) -> None:
     """Train this process's share of the run."""
     with report_final_errors(run):
-        run_worker(Worker(run))
+        # A group that is started again as it leaves has nothing left to do.
+        if ray.get(run.coordinator.snapshot.remote()).outcome is None:
+            run_worker(Worker(run))
 
 
 def run_worker(worker: "Worker") -> None:
@@ -68,6 +70,7 @@ def run_worker(worker: "Worker") -> None:
     while not stopped and worker.next_epoch():
         stopped = worker.train(worker.open_stream(restored=False))
     worker.checkpoint()
+    worker.checkpointer.finish()  # What follows takes long, and may fail.
     if stopped:
         worker.leave("stopped")
     else:
@@ -194,15 +197,19 @@ class Worker:
             say_where(step=self.progress.step)
             result = self.global_step.run(self.progress.step, mine, rows.has_more, stop)
             if result.rows == 0 and not result.any_more:
-                return False
+                return result.any_stop and not self.progress.in_last_epoch
             self.progress.account(result, mine, rows)
-            if result.any_stop or not result.any_more:
-                return result.any_more
-            self._between_steps()
+            if not result.any_more and self.progress.in_last_epoch:
+                return False
+            if result.any_stop:
+                return True
+            self._between_steps(result.any_more)
+            if not result.any_more:
+                return False
 
     def next_epoch(self) -> bool:
         """Close the epoch whose rows have ended; False where it was the last. Collective."""
-        if self.progress.epoch + 1 >= self.config.training.epochs:
+        if self.progress.in_last_epoch:
             return False
         parts = self.ranks.gather(self.progress.hand_over())
         if parts is not None:
@@ -248,8 +255,7 @@ class Worker:
         export.export_student(model, folder, settings, first=first)
 
     def leave(self, outcome: str) -> None:
-        """Publish the last checkpoint; the run is ``completed`` or ``stopped``."""
-        self.checkpointer.finish()
+        """The run is ``completed`` or ``stopped``."""
         if self.progress.metrics is not None:
             self.progress.metrics.upload()
             ray.get(self.coordinator.finished.remote(outcome))
@@ -260,8 +266,11 @@ class Worker:
         if self.ranks.first:
             self.coordinator.phase.remote(name)
 
-    def _between_steps(self) -> None:
-        """What is due after this step: an evaluation, a checkpoint, or publishing one."""
+    def _between_steps(self, any_more: bool) -> None:
+        """What is due after this step: an evaluation, a checkpoint, or publishing one.
+
+        any_more: the epoch goes on; the next one publishes these weights as it begins.
+        """
         step, evaluation = self.progress.step, self.config.evaluation
         every = self.config.training.checkpoint_every_steps
         if evaluation.enabled and evaluation.every_steps and step % evaluation.every_steps == 0:
@@ -271,7 +280,7 @@ class Worker:
             self.checkpoint()
         else:
             self.checkpointer.poll()
-        if self.policy is not None and step % self.config.policy.sync_every_steps == 0:
+        if any_more and self.policy is not None and step % self.config.policy.sync_every_steps == 0:
             self.policy.publish(step)
 
     def _follow_teacher(self) -> None:
