@@ -61,10 +61,11 @@ def api_engine(
         expected = expected_server(config, ModelFolder(teacher.model, place))
         return IdsEngine(teacher, sampling, tokenizer, service, expected)
     messages = run_folder.read_table(MESSAGES)
-    reader = text_reader(place)
-    if teacher.api.batch is None:
-        return ApiEngine(teacher, sampling, reader, messages, service)
-    engine = BatchEngine(teacher, sampling, reader, messages, service)
+    reader, kind = text_reader(place), BatchEngine if teacher.api.batch else ApiEngine
+    cut = ModelFolder(teacher.model, place).shorter_context(teacher.max_model_len)
+    engine = kind(teacher, sampling, reader, messages, service, cut)
+    if not isinstance(engine, BatchEngine):
+        return engine
     journal = BatchJournal(store_path)
     engine.batches = Batches(teacher.api, service, journal, run_folder.path, spending)
     return engine

@@ -323,10 +323,9 @@ def keyed_engine(config: RunConfig, teacher: ModelFolder) -> KeyedEngine:
     ``teacher.max_model_len`` is where it is less than the model's own context; the synthetic engine
     does not cut its answers by it.
     """
-    asked, own = config.teacher.max_model_len, teacher.context_tokens
-    is_shorter = asked is not None and (own is None or asked < own)
-    cuts = is_shorter and config.teacher.engine != "synthetic"
-    return KeyedEngine(keyed_arguments(config.teacher), asked if cuts else None)
+    cut = teacher.shorter_context(config.teacher.max_model_len)
+    cuts = config.teacher.engine != "synthetic"
+    return KeyedEngine(keyed_arguments(config.teacher), cut if cuts else None)
 
 
 def _times(epochs: int) -> str:

@@ -54,6 +54,8 @@ class Coordinator(Gates):
         self._lives = 0
         self._published: dict[str, Any] | None = None
         self._attempt = 0
+        self._begun = bytearray()
+        """A bit for each position: whether a group that begins there was asked for already."""
         self._counters: Counter[str] = Counter()
         self._progress: dict[str, Any] = {}
         self._evaluation: dict[str, Any] = {}
@@ -81,7 +83,9 @@ class Coordinator(Gates):
             learned = {"epoch": epoch, "step": step, "ledger": ledger}
             self._published = {"attempt": self._attempt, **learned}
             self._emitted = []
-            self._credits.begin(rows_left=len(Ledger.from_dict(ledger).missing()))
+            left = Ledger.from_dict(ledger)
+            self._begun = bytearray(left.num_rows // 8 + 1)
+            self._credits.begin(rows_left=len(left.missing()))
             self._drops.begin(ledger)
             self._changed.notify_all()
             return self._attempt
@@ -182,6 +186,15 @@ class Coordinator(Gates):
     async def dropped_positions(self) -> dict[int, str]:
         """Reason of each position dropped in this epoch."""
         return dict(self._drops.reasons)
+
+    async def begins(self, attempt: int, position: int) -> bool:
+        """Note that a group is looked for, by its first position; whether an earlier try was."""
+        if not self._current(attempt):
+            return False
+        byte, bit = position // 8, 1 << position % 8
+        before = bool(self._begun[byte] & bit)
+        self._begun[byte] |= bit
+        return before
 
     async def dropped_of(self, attempt: int, positions: list[int]) -> list[int]:
         """Those of a group's positions that were dropped in this attempt, by an earlier try of it.

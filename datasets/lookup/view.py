@@ -95,6 +95,11 @@ class StoreView:
         """Keys of rows, given as row numbers of the prompt table."""
         return self._keys.take(pa.array(rows))
 
+    def look_through(self) -> None:
+        """See what was published since. Raises OSError where the store cannot be read."""
+        with self._lock:
+            self._reload()
+
     def look_up(self, rows: NDArray[np.int64], given: pa.Array) -> Lookup:
         """Sort ``rows`` [n], numbers in the prompt table, by what the store has of them.
 

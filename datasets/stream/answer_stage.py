@@ -82,7 +82,9 @@ class AnswerGroup:
         prompts = unpack_group(block)
         attempt = block["attempt"][0].as_py()
         try:
-            answers, counters = await self._answer(prompts)
+            first = prompts["position"][0].as_py()
+            again = bool(await self._coordinator.begins.remote(attempt, first))
+            answers, counters = await self._answer(attempt, prompts, again)
             require_none_fatal(answers)
             if self._written is not None:
                 answers = with_versions(answers)
@@ -103,24 +105,31 @@ class AnswerGroup:
             counters["rows_filtered"] = pc.sum(pc.starts_with(reasons, FILTERED)).as_py() or 0
         if isinstance(self._answers, RoutedAnswers):
             counters |= self._answers.decided(prompts["row"].to_numpy(), reasons)
-        group = (prompts["position"][0].as_py(), len(prompts))
-        self._coordinator.answered.remote(attempt, *group, counters)
+        self._coordinator.answered.remote(attempt, first, len(prompts), counters)
         return rows
 
-    async def _answer(self, prompts: pa.Table) -> tuple[pa.Table, dict[str, float]]:
-        """The group's answers; rows that were poison in this run are not asked again."""
-        numbers = prompts["row"].to_numpy()
-        bad = np.isin(numbers, list(self._poison))
-        if not bad.any():
-            return await self._get(prompts)
-        good = np.flatnonzero(~bad)
-        empty = unusable_answers(int(bad.sum()), POISON, self._signal)
-        if not len(good):
-            return empty, {}
-        places = pa.array(good)
-        answers, counters = await self._get(prompts.take(places))
-        back = np.argsort(np.concatenate([good, np.flatnonzero(bad)]))
-        return pa.concat_tables([answers, empty]).take(pa.array(back)), counters
+    async def _answer(
+        self, attempt: int, prompts: pa.Table, again: bool
+    ) -> tuple[pa.Table, dict[str, float]]:
+        """The group's answers.
+
+        Rows that were poison in this run are not asked again, nor are those that an earlier try of
+        the group has dropped. again: there was one, which may have published others.
+        """
+        gone = await self._dropped(attempt, prompts) if again else []
+        dropped = np.isin(prompts["position"].to_numpy(), gone)
+        poison = np.isin(prompts["row"].to_numpy(), list(self._poison)) & ~dropped
+        if not (poison | dropped).any():
+            return await self._get(prompts, again)
+        kinds = [np.flatnonzero(mask) for mask in (~poison & ~dropped, poison, dropped)]
+        good, parts, counters = kinds[0], list[pa.Table](), dict[str, float]()
+        if len(good):
+            answers, counters = await self._get(prompts.take(pa.array(good)), again)
+            parts.append(answers)
+        for places, reason in zip(kinds[1:], (POISON, DROPPED), strict=True):
+            parts.append(unusable_answers(len(places), reason, self._signal))
+        back = np.argsort(np.concatenate(kinds))
+        return pa.concat_tables(parts).take(pa.array(back)), counters
 
     async def _reasons(self, attempt: int, prompts: pa.Table, answers: pa.Table) -> pa.Array:
         """Why each row is dropped, string; null: it is kept.
@@ -129,17 +138,22 @@ class AnswerGroup:
         """
         reasons = dropped_reasons(answers, self._on_truncated)
         reasons = with_foreign(reasons, prompts, answers, self._num_ids)
+        gone = await self._dropped(attempt, prompts)
         positions = prompts["position"].combine_chunks()
-        gone = await self._coordinator.dropped_of.remote(attempt, positions.to_pylist())
         before = pc.is_in(positions, value_set=pa.array(gone, positions.type))
         return _or_reason(reasons, before, DROPPED)
 
-    async def _get(self, prompts: pa.Table) -> tuple[pa.Table, dict[str, float]]:
+    async def _dropped(self, attempt: int, prompts: pa.Table) -> list[int]:
+        """Positions of the group that an earlier try of it has dropped."""
+        positions = prompts["position"].to_pylist()
+        return list(await self._coordinator.dropped_of.remote(attempt, positions))
+
+    async def _get(self, prompts: pa.Table, again: bool) -> tuple[pa.Table, dict[str, float]]:
         """Answers by the teacher and, where the plan says so, by the student."""
         if self._written is None:
-            return await get_from(self._answers, prompts)
+            return await get_from(self._answers, prompts, again)
         assert isinstance(self._answers, StoredAnswers), "the student writes for one teacher"
-        return await self._written.get(prompts, self._answers)
+        return await self._written.get(prompts, self._answers, again)
 
     def _join(self, prompts: pa.Table, answers: pa.Table, reasons: pa.Array) -> pa.Table:
         columns = {**_columns(prompts), "prompt_ids": student_prompts(prompts), **_columns(answers)}
@@ -176,14 +190,14 @@ class StudentWritten:
         self._opening = asyncio.Lock()
 
     async def get(
-        self, prompts: pa.Table, teacher: StoredAnswers
+        self, prompts: pa.Table, teacher: StoredAnswers, again: bool = False
     ) -> tuple[pa.Table, dict[str, float]]:
         """Answers in the order of ``prompts``, whichever of the two writes them."""
         epoch = prompts["epoch"][0].as_py()
         positions = prompts["position"].to_numpy()
         mine = self._plan.by_student(epoch, positions)
         if not mine.any():
-            return await get_from(teacher, prompts)
+            return await get_from(teacher, prompts, again)
         places = [np.flatnonzero(mine), np.flatnonzero(~mine)]
         written = prompts.take(pa.array(places[0]))
         # A response that came with its prompt is left aside: the student is to write its own.
@@ -192,9 +206,9 @@ class StudentWritten:
         written = written.set_column(place, "response_ids", nothing)
         oldest = self._plan.oldest_version(epoch, positions)
         calls = StudentAnswers(self._sampler, self._teacher, oldest)
-        asked = [get_from((await self._of(epoch)).through(calls), written)]
+        asked = [get_from((await self._of(epoch)).through(calls), written, again)]
         if not mine.all():
-            asked.append(get_from(teacher, prompts.take(pa.array(places[1]))))
+            asked.append(get_from(teacher, prompts.take(pa.array(places[1])), again))
         parts = await asyncio.gather(*asked)
         back = np.argsort(np.concatenate(places[: len(parts)]))
         answers = pa.concat_tables([part.replace_schema_metadata(None) for part, _ in parts])
@@ -219,12 +233,12 @@ class StudentWritten:
 
 
 async def get_from(
-    answers: StoredAnswers | RoutedAnswers, prompts: pa.Table
+    answers: StoredAnswers | RoutedAnswers, prompts: pa.Table, again: bool = False
 ) -> tuple[pa.Table, dict[str, float]]:
     """The answers of ``prompts`` from the store or from who answers for it."""
     ids, given = (prompts[n].combine_chunks() for n in ("prompt_ids", "response_ids"))
     own = student_prompts(prompts).combine_chunks()
-    return await answers.get(prompts["row"].to_numpy(), ids, given, own)
+    return await answers.get(prompts["row"].to_numpy(), ids, given, own, again)
 
 
 def dropped_reasons(answers: pa.Table, on_truncated: str) -> pa.Array:

@@ -105,13 +105,17 @@ class StoredAnswers:
         prompt_ids: pa.Array,
         given: pa.Array | None = None,
         student_prompt_ids: pa.Array | None = None,
+        again: bool = False,
     ) -> tuple[pa.Table, dict[str, float]]:
         """Answers (answer_schema of the wanted signal) in the order of ``rows``, and counters.
 
         ``given``: the response ids that rows came with, null where the teacher is to answer.
         ``student_prompt_ids``: what the student reads, if that is not what the teacher does.
+        ``again``: some of them may have been published since the store was looked through.
         """
         given = pa.nulls(len(rows), TOKEN_IDS) if given is None else given
+        if again:
+            await asyncio.to_thread(self._view.look_through)
         looked_up = await asyncio.to_thread(self._view.look_up, rows, given)
         parts = list(looked_up.answered)
         scored, responses = looked_up.to_score
@@ -262,6 +266,7 @@ class RoutedAnswers:
         prompt_ids: pa.Array,
         given: pa.Array | None = None,
         student_prompt_ids: pa.Array | None = None,
+        again: bool = False,
     ) -> tuple[pa.Table, dict[str, float]]:
         """As `StoredAnswers.get`; no student writes here, so what it reads does not matter."""
         given = pa.nulls(len(rows), TOKEN_IDS) if given is None else given
@@ -270,7 +275,10 @@ class RoutedAnswers:
         answered = await asyncio.gather(
             *(
                 self._teachers[who[mine[0]]].get(
-                    rows[mine], prompt_ids.take(pa.array(mine)), given.take(pa.array(mine))
+                    rows[mine],
+                    prompt_ids.take(pa.array(mine)),
+                    given.take(pa.array(mine)),
+                    again=again,
                 )
                 for mine in places
             )

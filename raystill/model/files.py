@@ -83,6 +83,11 @@ class ModelFolder:
         """Rows of the output head, padding included; None if the configuration does not say."""
         return self.config.get("vocab_size")
 
+    def shorter_context(self, tokens: int | None) -> int | None:
+        """``tokens`` of a prompt and its answer where they are fewer than the model takes."""
+        own = self.context_tokens
+        return tokens if tokens is not None and (own is None or tokens < own) else None
+
     @property
     def context_tokens(self) -> int | None:
         """Context length of the model, in tokens; None if the configuration does not say.

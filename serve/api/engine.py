@@ -83,9 +83,10 @@ class ApiEngine:
         reader: TextReader,
         messages: pa.Table,
         service: Service,
+        cut: int | None = None,
     ) -> None:
-        """messages: columns ``digest`` and ``messages`` (JSON). Raises RunError where a signal is
-        wanted that the tokenizer cannot have.
+        """messages: columns ``digest`` and ``messages`` (JSON). cut: most tokens of a prompt and
+        its answer, as keys have it. RunError: the tokenizer cannot have the signal that is wanted.
         """
         self.version = service.version
         self._api: ApiConfig = teacher.api
@@ -99,13 +100,14 @@ class ApiEngine:
         self.service = service
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.max_model_len = teacher.max_model_len or UNBOUNDED
+        self._context = cut
         self._told: Reader | None = None
         if self._api.top_logprobs is not None:
             self._told = _told_reader(teacher, reader, sampling.stop_token_ids)
 
     async def start(self) -> None:
-        """Makes the client. Raises RunError where a service does not tell the log probabilities
-        that are wanted, for which it is asked two words; else it is asked nothing yet.
+        """Makes the client. Where log probabilities are wanted, asks for two words; RunError: the
+        service does not tell them.
         """
         self.service.start()
         if self._told is not None:
@@ -159,21 +161,29 @@ class ApiEngine:
     async def _answer(self, prompt_ids: Int32Array, text: str | None, signal: Signal) -> Answer:
         if text is None:
             return Answer(error=f"{FATAL}a prompt has no messages in prompts/messages.parquet")
-        body = self.body(json.loads(text), signal)
+        most = self._most(prompt_ids)
+        body = self.body(json.loads(text), signal, most)
         answer = await self.service.ask(
             Request(
                 send=lambda client: _sent(client, body),
                 read=lambda completion: self._read(completion, signal, prompt_ids),
                 written=self._written,
                 prompt_tokens=len(prompt_ids),
-                max_tokens=self._sampling.max_tokens,
+                max_tokens=most,
                 named=self._named(signal),
             )
         )
         return Answer(error=answer) if isinstance(answer, str) else answer
 
-    def body(self, messages: list[dict[str, Any]], signal: Signal = TEXT) -> dict[str, Any]:
-        """The JSON of one request."""
+    def _most(self, prompt_ids: Int32Array) -> int:
+        """Most tokens of a prompt's answer."""
+        most = self._sampling.max_tokens
+        return most if self._context is None else max(1, min(most, self._context - len(prompt_ids)))
+
+    def body(
+        self, messages: list[dict[str, Any]], signal: Signal = TEXT, most: int | None = None
+    ) -> dict[str, Any]:
+        """The JSON of one request. most: tokens of the answer."""
         sampling = self._sampling
         few = {"top_k": sampling.top_k, "min_p": sampling.min_p}
         return {
@@ -181,7 +191,7 @@ class ApiEngine:
             "messages": messages,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            self._api.max_tokens_field: sampling.max_tokens,
+            self._api.max_tokens_field: most or sampling.max_tokens,
             **({} if signal.kind == "text" else self._wide),
             **self._api.extra_body,
             **{name: value for name, value in few.items() if value},
@@ -252,8 +262,7 @@ class ApiEngine:
         return answer if ids is None else replace(answer, reasoning_ids=np.array(ids, np.int32))
 
     def _decoded(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
-        return text
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
     def _as_told(
         self, content: list[Drawn], text: str, complete: bool, signal: Signal

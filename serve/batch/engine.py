@@ -66,9 +66,10 @@ class BatchEngine(ApiEngine):
         text = self._messages.get(prompt_digest(prompt_ids))
         if text is None:
             return Answer(error=f"{FATAL}a prompt has no messages in prompts/messages.parquet")
-        body = self.body(json.loads(text), signal)
-        most = Usage(input=len(prompt_ids), output=self._sampling.max_tokens)
-        question = Question(body, most.cost(self._api.prices), len(prompt_ids))
+        most = self._most(prompt_ids)
+        body = self.body(json.loads(text), signal, most)
+        cost = Usage(input=len(prompt_ids), output=most).cost(self._api.prices)
+        question = Question(body, cost, len(prompt_ids))
         for _ in range(MAX_BATCHES):
             line = await self.batches.line(key, question)
             if isinstance(line, str):

@@ -504,6 +504,20 @@ def test_rows_that_come_back_twice_are_told_and_leave_nobody_waiting():
     asyncio.run(run())
 
 
+def test_a_group_that_was_looked_for_is_known_in_its_attempt_alone():
+    async def run():
+        c = coordinator(num_rows=64)
+        assert not await c.begins(1, 0), "nothing has begun"
+        for _ in range(2):
+            attempt = await c.publish(0, 0, Ledger(64).to_dict())
+            for position in range(64):
+                assert not await c.begins(attempt, position)
+                assert await c.begins(attempt, position)
+            assert not await c.begins(attempt - 1, 0)
+
+    asyncio.run(run())
+
+
 def test_a_row_that_was_dropped_stays_dropped_for_a_later_try_of_its_group():
     async def run():
         c = coordinator(num_rows=64, max_drop_fraction=1.0)

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 
+from raystill.cluster.check.prepared import keyed_engine
 from raystill.config.base import ApiConfig, PricesConfig
 from raystill.config.teacher import TeacherConfig
 from raystill.datasets.rows.schema import TOKEN_IDS
+from raystill.model.files import ModelFolder
 from raystill.model.identity import identity_of_teacher
 from raystill.serve.api import failures
 from raystill.serve.api import service as service_module
@@ -73,6 +75,20 @@ def test_an_answer_comes_back_as_the_students_ids(tmp_path: Path, service: Servi
         "reasoning_effort": "low",
     }
     assert service.keys == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize(("context", "most"), [(20, 18), (34, 32), (3, 1), (None, 32), (10**6, 32)])
+def test_an_answer_has_no_more_tokens_than_the_context_leaves(
+    tmp_path: Path, service: Service, context: int | None, most: int
+) -> None:
+    """As the key of a stored answer says: prompts have two tokens."""
+    asked = Asked(tmp_path, service, ["Why?"], max_model_len=context)
+    asked.sample()
+    assert service.bodies[0]["max_tokens"] == most
+    engine = keyed_engine(
+        run_of(teacher_of(service.url, max_model_len=context)), ModelFolder("t", TEACHER)
+    )
+    assert engine.max_model_len == (None if context in (None, 10**6) else context)
 
 
 def test_a_replica_asks_what_is_not_among_the_prompts_and_counts_it_by_teacher(

@@ -137,10 +137,13 @@ def scripted_service(patch: pytest.MonkeyPatch) -> Iterator[Service]:
 
 
 def teacher_of(url: str, **api: Any) -> TeacherConfig:
-    limit_s = api.pop("request_timeout_s", 2.0)
+    limit_s, context = api.pop("request_timeout_s", 2.0), api.pop("max_model_len", None)
     section = {"base_url": url, "model": "large", "api_key_env": "SERVICE_API_KEY", **api}
     return TeacherConfig.model_validate(
-        {"model": str(TEACHER), "engine": "api", "api": section, "request_timeout_s": limit_s}
+        {
+            **{"model": str(TEACHER), "engine": "api", "api": section},
+            **{"request_timeout_s": limit_s, "max_model_len": context},
+        }
     )
 
 
