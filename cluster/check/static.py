@@ -10,11 +10,18 @@ from dataclasses import dataclass, field
 from raystill.base.console import ReadingProgress
 from raystill.base.errors import ConfigError, Problem
 from raystill.base.run_folder import RunFolder, resolve_output, resolve_store
+from raystill.cluster.check.ahead.effects import (
+    check_effects,
+    effect_notices,
+    sharding_notices,
+    tail_notices,
+)
+from raystill.cluster.check.ahead.student_memory import check_memory
+from raystill.cluster.check.ahead.teacher_memory import check_replicas, replica_notices
 from raystill.cluster.check.evaluation import check_evaluation, check_tasks
 from raystill.cluster.check.folders import check_settings, code_notices
 from raystill.cluster.check.models import (
     check_ids,
-    check_memory,
     check_student,
     check_teacher,
     refit_notices,
@@ -62,6 +69,9 @@ from raystill.datasets.prompts.select import UNBOUNDED
 from raystill.datasets.prompts.tables import PromptTables, build_prompt_tables
 from raystill.datasets.prompts.tokenise import PromptTokeniser, check_template
 from raystill.model.files import ModelFolder, find_model
+
+OF_MEMORY = ("student", "teacher", "training")
+"""Sections on whose soundness it rests what a worker needs of a GPU's memory."""
 
 
 @dataclass
@@ -160,14 +170,11 @@ class StaticCheck:
         if teacher is None or tables is None:
             return None
         space = space_needed(self.config, student, tables) if student is not None else None
-        if (
-            student is not None
-            and self.known("student", "training", "teacher")
-            and not self.problems
-        ):
-            problems, notices = check_memory(self.config, student, tables)
-            self.problems += problems
-            self.notices += notices + capture_notices(self.config, self.teachers or {"": teacher})
+        if student is not None:
+            self.check_memory(student, teacher, tables)
+        if not self.refused:
+            self.problems += check_effects(self.config)
+            self.notices += effect_notices(self.config, tables)
         if self.store_path:
             self.notices += store_space_notices(self.config, self.store_path, tables, teacher)
         if self.output is not None and not any(p.where == "output.path" for p in self.problems):
@@ -186,6 +193,17 @@ class StaticCheck:
             notices=self.notices,
             teachers=self.teachers,
         )
+
+    def check_memory(
+        self, student: ModelFolder, teacher: ModelFolder, tables: PromptTables
+    ) -> None:
+        """Check that a worker has the memory it needs, where nothing else is wrong with it."""
+        wrong = any(problem.where.startswith(OF_MEMORY) for problem in self.problems)
+        if wrong or not self.known("student", "training", "teacher"):
+            return
+        problems, notices = check_memory(self.config, student, tables)
+        self.problems += problems
+        self.notices += notices + capture_notices(self.config, self.teachers or {"": teacher})
 
     def known(self, *names: str) -> bool:
         """Whether all these settings, and those in them, have the values of the run file."""
@@ -239,7 +257,8 @@ class StaticCheck:
                 student = self.find("student.model", name, revision)
         if teacher is not None:
             if config.teachers is None:
-                self.problems += check_teacher(config, teacher)
+                self.problems += [*check_teacher(config, teacher), *check_replicas(config, teacher)]
+                self.notices += replica_notices(config)
                 trusted = config.teacher.trust_remote_code and config.teacher.engine == "vllm"
                 self.notices += code_notices("teacher.model", teacher, trusted)
             if student is not None:
@@ -260,6 +279,8 @@ class StaticCheck:
                 continue
             self.teachers[name] = found
             self.problems += of_teacher(name, check_teacher(one, found))
+            self.problems += of_teacher(name, check_replicas(one, found))
+            self.notices += notices_of(name, replica_notices(one))
             trusted = one.teacher.trust_remote_code and one.teacher.engine == "vllm"
             self.notices += code_notices(where, found, trusted)
         if len(self.teachers) < len(self.config.by_teacher):
@@ -329,28 +350,6 @@ class StaticCheck:
             self.notices += notices_of(name, notices)
         self.notices += [*reasoning_notices(config, teacher, tables), *tokeniser.notices()]
         return tables
-
-
-def sharding_notices(config: RunConfig) -> Iterator[str]:
-    """Where sharding saves no memory."""
-    training = config.training
-    if training.strategy == "fsdp" and training.min_workers == 1:
-        yield (
-            "training.strategy is fsdp, but training.num_workers allows one worker: a single "
-            "worker holds the whole student and its optimizer's state"
-        )
-
-
-def tail_notices(config: RunConfig) -> Iterator[str]:
-    """Where the student's own objective rests on what it does outside the teacher's K ids."""
-    terms = set(config.policy.objective.divergences)
-    reverse = {"reverse_kl", "skew_reverse_kl"}
-    if config.policy.enabled and config.signal.kind == "topk" and terms and terms <= reverse:
-        yield (
-            f"policy.objective is {' and '.join(sorted(terms))} alone, which weighs ids by the "
-            "student's probability, but signal.kind is 'topk', where all other ids are one number; "
-            "signal.kind: hidden makes it exact; else watch student_tail_mass in metrics.jsonl"
-        )
 
 
 def check_dropped(

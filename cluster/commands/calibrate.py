@@ -21,12 +21,8 @@ from raystill.base.console import open_named
 from raystill.base.errors import ConfigError, Problem, RunError
 from raystill.base.formatting import plural
 from raystill.base.run_folder import CALIBRATION, STUDENT, RunFolder, resolve_input
-from raystill.cluster.check.models import (
-    check_teacher,
-    check_tokenizers,
-    pass_tokens,
-    student_sizes,
-)
+from raystill.cluster.check.ahead.student_memory import pass_tokens, student_sizes
+from raystill.cluster.check.models import check_teacher, check_tokenizers
 from raystill.cluster.check.prepared import Prepared
 from raystill.cluster.check.static import Checked
 from raystill.cluster.commands.calibrators import Calibrators, result_of

@@ -44,11 +44,11 @@ def report_command(
             raise RunError(page) from error
     for folder in without_end:
         say(f"{formatting.path(folder.path)} has no {SUMMARY}: no start of this run has ended yet")
-    if not without_end:
-        if len(folders) == 1:
-            tables.print_report(folders[0])
-        else:
-            tables.print_comparison(folders)
+    ended = [folder for folder in folders if folder not in without_end]
+    if len(ended) == 1:
+        tables.print_report(ended[0])
+    elif ended:
+        tables.print_comparison(ended)
     if not named_by_table:
         say(page)
     return 0

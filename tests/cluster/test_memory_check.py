@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raystill.cluster.check.models import check_memory
+from raystill.cluster.check.ahead.student_memory import check_memory
 from raystill.cluster.commands.calibrate import calibration_memory
 from raystill.config.run import RunConfig
 from raystill.model.files import ModelFolder

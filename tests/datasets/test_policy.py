@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from raystill.cluster.check.static import tail_notices
+from raystill.cluster.check.ahead.effects import tail_notices
 from raystill.cluster.coordinator.actor import Coordinator
 from raystill.config.load import config_text
 from raystill.config.objective import PolicyConfig

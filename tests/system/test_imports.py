@@ -62,9 +62,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train/worker": GROUND | WORKER | {"datasets/stream"},
     "cluster/lineage": GROUND,
     "cluster/harness": GROUND,
+    "cluster/check/ahead": GROUND | {"datasets/prompts", "datasets/stream"},
     "cluster/check": GROUND
     | ROWS
     | {
+        "cluster/check/ahead",
         "cluster/harness",
         "cluster/lineage",
         "datasets/filters",
@@ -92,7 +94,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "cluster/commands": GROUND
     | ROWS
-    | {"cluster/check", "cluster/job", "cluster/report", "datasets/store", "datasets/stream"}
+    | {
+        "cluster/check",
+        "cluster/check/ahead",
+        "cluster/job",
+        "cluster/report",
+        "datasets/store",
+        "datasets/stream",
+    }
     | {"cluster/lineage", "cluster/report/page", "serve", "train/calibration"}
     | {"datasets/lookup", "datasets/prompts", "train/step", "train/worker"},
     "cluster/worth": GROUND
