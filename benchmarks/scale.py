@@ -6,8 +6,8 @@ Each case is a Ray session of its own in a child process: so many replicas, each
 of eight rows in flight that take four seconds, the stream of a run, and a consumer that takes every
 block at once. Measured over whole flights of the full stream: rows/s against the ideal (replicas x
 groups in flight x rows a group / delay), and from /proc the cores that each part keeps busy. The
-parts that there is one of, whatever the number of replicas, are the limits; docs/scale.md works out
-from their cost a group, a token and a replica where each of them is reached.
+parts that there is one of, whatever the number of replicas, are the limits; docs/performance.md
+works out from their cost a group, a token and a replica where each of them is reached.
 
 The rows of the sweep are short, so that two cores hold 32 replicas. ``long rows`` has 512 tokens
 with K = 64, which gives the cost a token; ``no delay`` finds what this machine moves at most.

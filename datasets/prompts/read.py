@@ -1,7 +1,7 @@
-"""Read prompts from JSONL, JSON, CSV, text and Parquet files.
+"""Read prompts from JSONL, JSON, CSV, text and Parquet files: the first step of ``check``.
 
-This is the first step of ``check`` and ``run``. A problem names its file and the line (text
-formats) or row (JSON, Parquet), and the problems of all files are reported at once.
+A problem names its file and the line (text formats) or row (JSON, Parquet), and the problems of all
+files are reported at once.
 """
 
 import csv
@@ -278,7 +278,8 @@ def as_messages(messages: Any) -> list[dict[str, Any]]:
     if checked[-1]["role"] == "assistant":
         raise BrokenRow(
             "the last message is the assistant's, which leaves the teacher nothing to answer; "
-            "remove it"
+            "remove it, put its text into a field of its own (prompts.response_field), or bring "
+            "such answers into the store (raystill store import)"
         )
     return checked
 

@@ -1,7 +1,7 @@
 """Checks for prompts that ask for JSON such as {"answer": 42}: an example for evaluation.checks.
 
 Each function is called with the prompt, an answer and the fields of the prompt's row, and returns
-true, false or a number. See docs/evaluation.md; the prompts are in sums.jsonl beside this file.
+true, false or a number. See docs/checks.md; the prompts are in sums.jsonl beside this file.
 """
 
 import json

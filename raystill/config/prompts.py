@@ -231,8 +231,9 @@ class PromptsConfig(ConfigModel):
     )
     max_prompt_tokens: PositiveInt | None = identity(
         None,
-        description="Longest prompt, in tokens; longer ones are dropped and counted. Default: the "
-        "teacher's context less one token.",
+        description="Longest prompt, in tokens; longer ones are dropped and counted as far as "
+        "stream.max_drop_fraction allows, else refused. Default: the teacher's context less one "
+        "token.",
     )
     limit: PositiveInt | None = identity(
         None, description="Number of prompts to use, the first of the files. Default: all."

@@ -32,7 +32,8 @@ class StreamConfig(ConfigModel):
     )
     on_truncated: Literal["keep", "drop"] = identity(
         "keep",
-        description="Whether to train on answers that were cut off by teacher.sampling.max_tokens.",
+        description="Whether to train on answers that teacher.sampling.max_tokens has cut off, or "
+        "drop them, of which max_drop_fraction speaks.",
     )
     max_drop_fraction: float = operational(
         0.0,

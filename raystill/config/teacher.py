@@ -89,7 +89,8 @@ class ReplicasConfig(ConfigModel):
     min: int = operational(
         1,
         ge=0,
-        description="Fewest replicas. 0: the teacher is shut down while no answers are needed.",
+        description="Fewest replicas. 0: the teacher is shut down while no answers are needed; of "
+        "a sampler 1 is the least.",
     )
     max: PositiveInt = operational(1, description="Most replicas.")
     upscale_delay_s: float = operational(
