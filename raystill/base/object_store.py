@@ -20,10 +20,9 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import pyarrow as pa
-import pyarrow.fs as pafs
-
 if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.fs as pafs
     from obstore.store import S3Store
 
 logger = logging.getLogger(__name__)
@@ -227,11 +226,13 @@ def objects_of(uri: str, region: str, root: str) -> Objects | None:
 
 
 @contextmanager
-def uploaded_whole(filesystem: pafs.FileSystem, target: str) -> Iterator[pa.NativeFile]:
+def uploaded_whole(filesystem: "pafs.FileSystem", target: str) -> "Iterator[pa.NativeFile]":
     """An output that is uploaded when all of it is there.
 
     A stream of pyarrow's publishes what it has when it is closed, also where an error closes it.
     """
+    import pyarrow as pa
+
     with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY) as room:
         stream = pa.PythonFile(room, mode="w")
         yield stream

@@ -32,8 +32,7 @@ class StreamConfig(ConfigModel):
     )
     on_truncated: Literal["keep", "drop"] = identity(
         "keep",
-        description="Whether to train on answers that teacher.sampling.max_tokens has cut off, or "
-        "drop them, of which max_drop_fraction speaks.",
+        description="What becomes of answers that max_tokens cuts off; see max_drop_fraction.",
     )
     max_drop_fraction: float = operational(
         0.0,
