@@ -235,12 +235,14 @@ def api_notices(config: RunConfig, tables: PromptTables) -> Iterator[str]:
     most = (prompts * prices.input + longest * prices.output) / 1e6
     mean = longest / rows / 2
     expected = (prompts * prices.input + rows * mean * prices.output) / 1e6
+    short = api.max_cost is not None and api.max_cost < expected
+    too_low = ", less than is expected, so that the run would not reach its end" if short else ""
     yield (
         f"the teacher is expected to cost {expected:,.4g}, if answers have {mean:,.4g} tokens on "
         f"average, half of what they may have; it may cost up to {most:,.4g} ({rows:,} answers, "
         f"{prompts:,} prompt tokens of this tokenizer at {prices.input:g} and at most {longest:,} "
         f"response tokens at {prices.output:g} a million{_dated(prices)}; nothing cached, nothing "
-        f"stored before); {limit_of(api)}"
+        f"stored before); {limit_of(api)}{too_low}"
     )
 
 

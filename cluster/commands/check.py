@@ -38,7 +38,7 @@ LONGEST_PLACE = 200
 def check_command(run_file: str, overrides: Sequence[str], static: bool) -> int:
     """Check and tell; the exit status. Raises RunError where the cluster does not answer."""
     checked = check_run_file(run_file, overrides)
-    if checked.prepared is not None:
+    if checked.prepared is not None and not checked.file_is_wrong:  # Else of another run.
         told_after = sum(len(str(problem)) for problem in checked.problems[:MOST_PROBLEMS])
         most = MOST_CHARACTERS - min(told_after, MOST_CHARACTERS - LEAST_OF_PLAN)
         print_plan(checked.prepared, most)
@@ -95,9 +95,9 @@ def told(problems: Sequence[Problem]) -> dict[str, Any]:
 
 
 def plan(checked: Checked) -> dict[str, Any]:
-    """What the run will do, as far as its rows are known."""
+    """What the run will do, as far as its rows are known; {} where the run file is wrong."""
     prepared = checked.prepared
-    if prepared is None or checked.folder is None:
+    if prepared is None or checked.folder is None or checked.file_is_wrong:
         return {}
     training = prepared.config.training
     return {

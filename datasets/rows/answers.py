@@ -175,6 +175,43 @@ def _flat_values(answers: Sequence[Answer], column: pa.Field, width: int) -> pa.
     return pa.array(flat, inner)
 
 
+class Parts:
+    """Answers of some rows of a group, until all are there."""
+
+    def __init__(self) -> None:
+        self._places: list[NDArray[np.int64]] = []
+        self._tables: list[pa.Table] = []
+
+    def add(self, places: NDArray[np.int64], answers: pa.Table) -> None:
+        """Take the answers of the rows at these places."""
+        if len(places):
+            self._places.append(places)
+            self._tables.append(answers)
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """Where there are answers, in the order in which they came."""
+        return np.concatenate([np.empty(0, np.int64), *self._places])
+
+    @property
+    def told_by_engine(self) -> dict[bytes, bytes] | None:
+        """What an engine told of itself; None where none has answered."""
+        return next((t.schema.metadata for t in self._tables if t.schema.metadata), None)
+
+    def joined(self) -> pa.Table:
+        """All answers, in the order of the rows; with what an engine told of itself."""
+        tables = [t.replace_schema_metadata(self.told_by_engine) for t in self._tables]
+        whole = pa.concat_tables(tables, promote_options="default")  # Some have reasoning.
+        return whole.take(pa.array(np.argsort(self.places))).combine_chunks()
+
+
+def unusable_answers(rows: int, reason: str, signal: Signal) -> pa.Table:
+    """``rows`` answers (answer_schema) that are not there, for one reason."""
+    schema = answer_schema(signal)
+    given = {"finish_reason": None, "error": reason}
+    return pa.table({n: [given.get(n, [])] * rows for n in schema.names}, schema=schema)
+
+
 def require_none_fatal(answers: pa.Table) -> None:
     """RunError where a row's error is to end the run; its group is stored by then."""
     for error in answers["error"].drop_null().to_pylist():

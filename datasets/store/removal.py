@@ -43,8 +43,9 @@ def put_back(folder: str, aside: str) -> None:
             try:
                 os.link(path, f"{folder}/{name}")
                 break
-            except FileExistsError:
-                if os.path.samefile(path, f"{folder}/{name}"):
+            except FileExistsError:  # By the same file, by another, or by a link to nothing.
+                there = os.path.exists(f"{folder}/{name}")
+                if there and os.path.samefile(path, f"{folder}/{name}"):
                     break
                 name = next_name(name)
         os.unlink(path)

@@ -18,7 +18,7 @@ from raystill.base.errors import RunError
 from raystill.base.logs import log_labelled, run_name
 from raystill.datasets.policy.calls import StudentAnswers, with_versions
 from raystill.datasets.prompts.reader import open_table
-from raystill.datasets.rows.answers import require_none_fatal, with_foreign_ids
+from raystill.datasets.rows.answers import require_none_fatal, unusable_answers, with_foreign_ids
 from raystill.datasets.rows.schema import (
     FILTERED,
     POLICY_VERSION,
@@ -35,7 +35,6 @@ from raystill.datasets.stream.teacher_calls import (
     POISON,
     TeacherCalls,
     first_line,
-    unusable_answers,
 )
 
 if TYPE_CHECKING:

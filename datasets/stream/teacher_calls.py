@@ -30,13 +30,14 @@ from numpy.typing import NDArray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from raystill.base.errors import RunError
+from raystill.datasets.rows.answers import Parts, unusable_answers
 from raystill.datasets.rows.schema import (
     AT_LEAST,
+    FATAL,
     GIVEN_UP,
     LOST,
     NOT_STARTED,
     ONE_BY_ONE,
-    answer_schema,
 )
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.rows.turns import Turns
@@ -105,9 +106,18 @@ class TeacherCalls:
     async def _ask(self, method: str, rows: pa.Table) -> pa.Table:
         """Answers to a group; ``method``: the teacher's, which takes ``rows``.
 
-        Rows that a dead engine had finished are not asked again.
+        Rows that a dead engine had finished are not asked again. Where the teacher is gone for good
+        after some had answers, these come all the same, and the others have an error of FATAL.
         """
-        group, vain, attempt = _Group(rows, self._signal), _InVain(), 0
+        group = _Group(rows, self._signal)
+        try:
+            await self._ask_all(method, rows, group)
+        except RunError as error:
+            group.give_up(error)
+        return group.parts.joined()
+
+    async def _ask_all(self, method: str, rows: pa.Table, group: "_Group") -> None:
+        vain, attempt = _InVain(), 0
         while len(places := group.due()):
             attempt += 1
             one_by_one = group.are_suspects(places)
@@ -122,7 +132,6 @@ class TeacherCalls:
             group.parts.add(
                 np.array([index]), await self._ask_suspect(method, rows.slice(index, 1))
             )
-        return group.parts.joined()
 
     async def _ask_suspect(self, method: str, row: pa.Table) -> pa.Table:
         """The answer to a row of which nobody knows whether its replicas have gone for it."""
@@ -248,7 +257,7 @@ class _Group:
 
     def __init__(self, rows: pa.Table, signal: Signal) -> None:
         self.left = np.arange(len(rows))
-        self.parts = _Parts()
+        self.parts = Parts()
         self._rows = rows
         self._signal = signal
         self._deaths = np.zeros(len(rows), int)  # Of its replicas; and times it was given up.
@@ -267,6 +276,14 @@ class _Group:
     def lost_all(self, places: NDArray[np.int64]) -> None:
         """Their replica has gone, and told nothing of them."""
         self._deaths[places] += 1
+
+    def give_up(self, error: RunError) -> None:
+        """All rows without an answer have this error; raises it where no row has one."""
+        if not self.parts.told_by_engine:
+            raise error
+        left = np.setdiff1d(np.arange(len(self._rows)), self.parts.places)
+        told = unusable_answers(len(left), f"{FATAL}{error}", self._signal)
+        self.parts.add(left, told)
 
     def take(
         self, places: NDArray[np.int64], answers: pa.Table, one_by_one: bool, what: str
@@ -294,34 +311,6 @@ class _Group:
         self.parts.add(places[kept], answers.filter(pa.array(kept)))
         self.left = np.setdiff1d(self.left, places[kept])
         return bool(kept.all())
-
-
-class _Parts:
-    """Answers of some rows of a group, until all are there."""
-
-    def __init__(self) -> None:
-        self._places: list[NDArray[np.int64]] = []
-        self._tables: list[pa.Table] = []
-
-    def add(self, places: NDArray[np.int64], answers: pa.Table) -> None:
-        """Take the answers of the rows at these places."""
-        if len(places):
-            self._places.append(places)
-            self._tables.append(answers)
-
-    def joined(self) -> pa.Table:
-        """All answers, in the order of the rows; with what an engine told of itself."""
-        engine = next((t.schema.metadata for t in self._tables if t.schema.metadata), None)
-        tables = [t.replace_schema_metadata(engine) for t in self._tables]
-        whole = pa.concat_tables(tables, promote_options="default")  # Some have reasoning.
-        return whole.take(pa.array(np.argsort(np.concatenate(self._places)))).combine_chunks()
-
-
-def unusable_answers(rows: int, reason: str, signal: Signal) -> pa.Table:
-    """``rows`` answers (answer_schema) that are not there, for one reason."""
-    schema = answer_schema(signal)
-    given = {"finish_reason": None, "error": reason}
-    return pa.table({n: [given.get(n, [])] * rows for n in schema.names}, schema=schema)
 
 
 def is_death(error: BaseException) -> bool:

@@ -10,14 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raystill.datasets.rows.answers import Answer, answers_table
-from raystill.datasets.rows.schema import ENGINE, PROMPT_SCHEMA, TOKEN_IDS
+from raystill.base.errors import RunError
+from raystill.datasets.rows.answers import Answer, answers_table, require_none_fatal
+from raystill.datasets.rows.schema import ENGINE, NOT_STARTED, PROMPT_SCHEMA, TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream.answer_stage import DROPPED, AnswerGroup
 from raystill.datasets.stream.answers import StoredAnswers
 from raystill.datasets.stream.spec import Requester
-from raystill.datasets.stream.teacher_calls import POISON
+from raystill.datasets.stream.teacher_calls import POISON, TeacherCalls
 
 TEXT = Signal("text")
 NEVER = 9
@@ -105,3 +106,51 @@ def test_rows_that_were_dropped_are_not_asked_at_a_later_try(
     ]
     again = teacher.asked[1:]
     assert again == ([] if poison == [1] or dropped else [[1]])
+
+
+class Handle:
+    """A teacher whose engine dies before the last row, and which then is gone for good."""
+
+    def __init__(self, answered: int) -> None:
+        self.calls, self.answered = 0, answered
+
+    @property
+    def sample(self) -> Any:
+        async def remote(rows: pa.Table, signal: Signal) -> pa.Table:
+            self.calls += 1
+            if self.calls > 1:
+                raise RunError("the teacher could not be reached")
+            answers = [
+                Answer(np.array([i, 1], np.int32), "stop")
+                if i < self.answered
+                else Answer(error=NOT_STARTED)
+                for i in range(len(rows))
+            ]
+            engine = {"engine": "e", "version": "1", "dtype": "float32", "vocab_size": 100}
+            told = answers_table(answers, TEXT)
+            return told.replace_schema_metadata({ENGINE: json.dumps(engine)})
+
+        return SimpleNamespace(remote=remote)
+
+
+@pytest.mark.parametrize("answered", [0, 1, 3])
+def test_answers_that_came_before_a_teacher_was_gone_are_stored(
+    tmp_path: Path, answered: int
+) -> None:
+    """And the run ends with what the others met."""
+    calls = TeacherCalls("app", TEXT, 2, None)
+
+    async def teacher() -> Any:
+        return handle
+
+    handle = Handle(answered)
+    calls._teacher = teacher  # type: ignore[method-assign]
+    answers = stored(tmp_path, calls)  # type: ignore[arg-type]
+
+    async def get() -> None:
+        told, _ = await answers.get(np.arange(4), ids([1, 1, 1, 1]))
+        require_none_fatal(told)
+
+    with pytest.raises(RunError, match="could not be reached"):
+        asyncio.run(get())
+    assert TeacherStore(str(tmp_path)).catalogue().rows == answered

@@ -15,6 +15,7 @@ from raystill.datasets.rows.schema import TOKEN_IDS
 from raystill.datasets.store.compaction import compact
 from raystill.datasets.store.footer import FOOTER, footer_checksum
 from raystill.datasets.store.reading import DamagedSegment, NewerSegment
+from raystill.datasets.store.removal import put_all_back, set_aside
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.upkeep import prune, verify
 from tests.datasets.test_store import TOPK, keys_of, publish
@@ -163,3 +164,14 @@ def test_a_stray_file_whose_name_is_not_utf_8_stops_nothing(store: TeacherStore)
     assert compact(store).merged == 2 and verify(store) == {}
     assert prune(store, verify(store), None, dry_run=False).files == []
     assert os.path.exists(stray)
+
+
+def test_a_segment_that_was_set_aside_comes_back_beside_a_link_to_nothing(
+    store: TeacherStore,
+) -> None:
+    name = publish(store, [0, 1, 2])
+    folder = f"{store.path}/segments"
+    assert set_aside(folder, name) is not None
+    os.symlink("nowhere", f"{folder}/{name}")
+    put_all_back(folder)
+    assert asked(store, 4) == [3]

@@ -30,6 +30,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from raystill.base.run_folder import HELD_OUT_PROMPTS, RunFolder
+from raystill.datasets.rows.answers import require_none_fatal
 from raystill.datasets.rows.schema import TOKEN_IDS, student_prompts
 from raystill.datasets.rows.signal import held_out_signal
 from raystill.datasets.stream.teacher_calls import TeacherCalls
@@ -371,6 +372,7 @@ async def _score(
     responses = pa.array([np.array(ids, np.int32) for _, ids in group], TOKEN_IDS)
     numbers = pa.array([row.row for row, _ in group], pa.int64())
     scored = await calls.score(prompts, responses)
+    require_none_fatal(scored)
     usable = pc.is_null(scored["error"])
     own = pa.array([row.prompt_ids for row, _ in group], TOKEN_IDS)
     table = scored.append_column("prompt_ids", own)
