@@ -257,8 +257,7 @@ class StaticCheck:
                 student = self.find("student.model", name, revision)
         if teacher is not None:
             if config.teachers is None:
-                self.problems += [*check_teacher(config, teacher), *check_replicas(config, teacher)]
-                self.notices += replica_notices(config)
+                self.check_teacher("", config, teacher)
                 trusted = config.teacher.trust_remote_code and config.teacher.engine == "vllm"
                 self.notices += code_notices("teacher.model", teacher, trusted)
             if student is not None:
@@ -278,9 +277,7 @@ class StaticCheck:
             if found is None:
                 continue
             self.teachers[name] = found
-            self.problems += of_teacher(name, check_teacher(one, found))
-            self.problems += of_teacher(name, check_replicas(one, found))
-            self.notices += notices_of(name, replica_notices(one))
+            self.check_teacher(name, one, found)
             trusted = one.teacher.trust_remote_code and one.teacher.engine == "vllm"
             self.notices += code_notices(where, found, trusted)
         if len(self.teachers) < len(self.config.by_teacher):
@@ -288,6 +285,12 @@ class StaticCheck:
         self.problems += check_alike(self.config, self.teachers)
         self.problems += check_judges(self.config, self.teachers)
         return next(iter(self.teachers.values()))
+
+    def check_teacher(self, name: str, config: RunConfig, teacher: ModelFolder) -> None:
+        """Check a teacher, by its name among several; its files are sound if they are measured."""
+        problems = list(check_teacher(config, teacher)) or list(check_replicas(config, teacher))
+        self.problems += of_teacher(name, problems)
+        self.notices += notices_of(name, replica_notices(config))
 
     def find(self, where: str, name: str, revision: str | None) -> ModelFolder | None:
         """The model's folder, or None and a problem or notice that says why."""

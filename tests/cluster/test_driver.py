@@ -337,7 +337,7 @@ def test_a_terminated_run_names_the_command_that_resumes_and_exits_with_143(
         snapshot = Snapshot(progress={"step": 7})
         return summary.RunResult(snapshot, prepared, {}, stopped_by=signals.received)
 
-    monkeypatch.setattr(run, "connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(run, "connected", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(run, "check_on_cluster", lambda _: [])
     for stage in ("begin", "serve", "stream", "fit"):
         monkeypatch.setattr(run, stage, lambda *_, **__: None)
@@ -359,7 +359,7 @@ def test_a_resumed_run_goes_on_with_the_teacher_it_began_with(
     from raystill.cluster.check.prepared import Prepared
     from raystill.cluster.job import manifest, run
 
-    monkeypatch.setattr(run, "connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(run, "connected", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(run, "check_on_cluster", lambda _: ["the end of this test"])
     checked = check_run_file(run_file)
     manifest.write_folder(checked.config, checked.folder, checked.prepared)
@@ -418,7 +418,7 @@ def test_a_run_that_the_cluster_refuses_leaves_room_for_another(
     from raystill.cluster.job import run
 
     no_room = [Problem("training.num_workers", "the cluster cannot grow")]
-    monkeypatch.setattr(run, "connected", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(run, "connected", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(run, "check_on_cluster", lambda _: no_room)
     assert driver.main(["run", run_file]) == driver.EXIT_REFUSED
     assert "the cluster cannot grow" in capsys.readouterr().err
