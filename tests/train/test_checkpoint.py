@@ -1,8 +1,10 @@
 """Checkpoints: a resumed run goes on bit for bit; only registered folders survive a start."""
 
 import json
+import os
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from raystill.base.errors import RunError
 from raystill.base.run_folder import RunFolder
 from raystill.config.training import TrainingConfig
 from raystill.datasets.stream.ledger import Ledger
+from raystill.train.checkpoint import checkpoint as checkpoint_module
 from raystill.train.checkpoint.checkpoint import (
     Checkpointer,
     Part,
@@ -24,6 +27,7 @@ from raystill.train.checkpoint.checkpoint import (
     random_state,
     read_snapshot,
     set_random_state,
+    sync_files,
     write_snapshot,
 )
 from raystill.train.checkpoint.ray_register import (
@@ -316,6 +320,24 @@ def test_a_person_may_remove_the_newest_checkpoint_or_the_list(tmp_path, removed
     storage = StorageContext(storage_path=str(tmp_path / "run"), experiment_dir_name="checkpoints")
     newest = CheckpointManager(CheckpointConfig(num_to_keep=2), storage).latest_checkpoint_result
     assert newest.checkpoint.path.endswith(max(left))
+
+
+def test_files_are_synced_while_another_rank_writes_its_own_under_passing_names(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "passing").write_text("another rank's")
+    opened, real = [], os.open
+
+    def open_after_it_was_renamed(path, flags):
+        if Path(path).name == "passing":
+            Path(path).rename(tmp_path / "theirs")
+        opened.append(Path(path).name)
+        return real(path, flags)
+
+    monkeypatch.setattr(checkpoint_module.os, "open", open_after_it_was_renamed)
+    sync_files(tmp_path)
+    assert {"mine", tmp_path.name} < set(opened)
 
 
 def test_a_first_start_has_no_list_to_mend(tmp_path):

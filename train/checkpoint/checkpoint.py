@@ -155,9 +155,15 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Returns when a folder's files, and their names in it, are on the disk."""
+    """Returns when a folder's files, and their names in it, are on the disk.
+
+    Other ranks may be writing theirs, under names that pass; these they see to themselves.
+    """
     for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         try:
             os.fsync(descriptor)
         finally:
