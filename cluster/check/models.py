@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from raystill.base.errors import ConfigError, Problem
+from raystill.cluster.check.ahead.teacher_memory import overrides_config
 from raystill.cluster.check.folders import check_architecture, check_weights
 from raystill.cluster.check.trackers import check_api
 from raystill.config.run import RunConfig
@@ -56,8 +57,7 @@ def check_teacher(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
     yield from check_api(config)
     if settings.engine == "vllm" or config.student.init == "from_teacher":
         yield from _check_folder("teacher.model", teacher)
-    overridden = settings.engine_args.keys() & {"hf_overrides", "config_format"}
-    if settings.engine == "vllm" and not overridden:
+    if settings.engine == "vllm" and not overrides_config(settings):
         trusted = settings.trust_remote_code
         for message in check_architecture("teacher.model", teacher, trusted=trusted, served=True):
             yield Problem("teacher.model", message)

@@ -103,6 +103,8 @@ def prune(
                 mended = _mend(store, lease, name)
             if dry_run or mended or (mended is None and store.take_away(name, may_go)):
                 removed.append(name)
+            elif mended is False and store.exists(name):
+                left[name] = results[name]
         removed += [name for name in to_mend if dry_run or _mend(store, lease, name)]
         left |= {n: refused[n] for n in to_mend if n not in removed and store.exists(n)}
         return Pruned(sorted(removed + _stale_files(store, dry_run)), left)

@@ -67,6 +67,13 @@ def problems(teacher: ModelFolder, **settings: Any) -> list[str]:
             {"accelerator_type": "H100", "tensor_parallel_size": 2, "kv_cache_gib": 10},
             "kv_cache_gib",
         ),
+        ({"accelerator_type": "T4", "kv_cache_gib": 80}, "may use 0 GB of T4"),
+        ({"accelerator_type": "T4", "kv_cache_gib": 13.4110451}, "may use 0 GB of T4"),
+        (
+            {"accelerator_type": "T4", "gpus_per_replica": 0.5, "gpu_memory_utilization": 0.5},
+            "); set an accelerator_type",
+        ),
+        ({"accelerator_type": "L40S", "engine_args": {"cpu_offload_gb": 100}}, None),
         ({"accelerator_type": "H100", "tensor_parallel_size": 3}, "64 attention heads"),
         ({"tensor_parallel_size": 3}, "one of 1, 2, 4, 8, 16, 32, 64"),
         ({"accelerator_type": "H100", "gpus_per_replica": 0}, None),
@@ -120,6 +127,15 @@ def test_a_filter_that_rejects_every_answer_is_refused() -> None:
     (problem,) = check_effects(config(filters=[{"length": {"min_tokens": 17}}], **sampling))
     assert problem.where == "filters.rules.0.length.min_tokens" and "is 17" in problem.message
     assert not list(check_effects(config(filters=[{"length": {"min_tokens": 16}}], **sampling)))
+
+
+def test_answers_that_the_prompts_bring_have_any_length_and_end() -> None:
+    sections = {
+        "filters": [{"length": {"min_tokens": 5000}}],
+        "stream": {"on_truncated": "drop"},
+        "prompts": {"response_field": "answer"},
+    }
+    assert not list(check_effects(config(**sections)))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from raystill.datasets.stream.plan import num_steps
 
 def check_effects(config: RunConfig) -> Iterator[Problem]:
     """Does no setting end the run, or leave nothing of its answers, whatever the teacher says?"""
-    stream = config.stream
+    stream, prompts = config.stream, config.prompts
+    if any([prompts.response_field, *(one.response_field for one in prompts.sources or ())]):
+        return  # Such answers have any length, and end where they end.
     if stream.on_truncated == "drop" and stream.max_drop_fraction == 0:
         yield Problem(
             "stream.on_truncated",
@@ -24,6 +26,8 @@ def check_effects(config: RunConfig) -> Iterator[Problem]:
             "teacher.sampling.max_tokens cuts off ends the run; set stream.max_drop_fraction to "
             "the share of answers that may be cut off",
         )
+    if prompts.reasoning == "keep":  # It comes besides.
+        return
     asked = {n: one for n, one in config.by_teacher.items() if n not in config.only_judges}
     most = max((one.teacher.sampling.max_tokens for one in asked.values()), default=0)
     for number, rule in enumerate(config.filters.rules):

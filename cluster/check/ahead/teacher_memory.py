@@ -12,10 +12,11 @@ from raystill.config.run import RunConfig
 from raystill.config.teacher import TeacherConfig
 from raystill.model.files import ModelFolder
 from raystill.model.head import read_header, stored_tensors
+from raystill.model.weights import PLAIN
 from raystill.placement import memory
 
-FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-"""Bytes of a number, by dtype, which vLLM may convert when it reads it."""
+OF_WEIGHTS = ("cpu_offload", "dtype", "load_", "offload", "quantization")
+"""How engine arguments begin by which weights take other room on a GPU."""
 GIB = 1 << 30
 MOST_RANKS = 1024
 
@@ -28,8 +29,7 @@ def check_replicas(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]
     settings = config.teacher
     ranks = settings.tensor_parallel_size
     heads = teacher.config.get("num_attention_heads")
-    overridden = settings.engine_args.keys() & {"hf_overrides", "config_format"}
-    if settings.engine != "vllm" or overridden:
+    if settings.engine != "vllm" or overrides_config(settings):
         return
     if type(heads) is int and heads > 0 and heads % ranks:
         fits = [str(n) for n in range(1, min(heads, 64) + 1) if heads % n == 0]
@@ -45,18 +45,24 @@ def check_replicas(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]
     stages = settings.pipeline_parallel_size
     kind, use = settings.accelerator_type, settings.gpu_memory_utilization
     each = f"{needed / 1e9 / ranks / stages:.0f} GB of weights on each of {ranks * stages} GPUs"
-    share = min(1.0, settings.gpus_per_replica or 1.0) if settings.gpus_per_replica else 1.0
-    least = math.ceil(needed / has / stages)
-    more = [n for n in range(least, MOST_RANKS) if type(heads) is not int or heads % n == 0]
-    wider = f"tensor_parallel_size: {more[0]}" if more and share == 1.0 else ""
+    wider = ""
+    if has > 0 and (settings.gpus_per_replica or 1.0) >= 1:
+        more = range(math.ceil(needed / has / stages), MOST_RANKS)
+        fits = [str(n) for n in more if type(heads) is not int or heads % n == 0]
+        wider = f"tensor_parallel_size: {fits[0]}, " if fits else ""
     others = "an accelerator_type with more memory, or a quantised model"
     yield Problem(
         "teacher.accelerator_type",
-        f"has no room for it: {teacher.name} has {each}, but an engine may use {has / 1e9:.0f} GB "
-        f"of {kind} (gpu_memory_utilization {use:g}"
+        f"has no room for it: {teacher.name} has {each}, but they may use "
+        f"{max(0, has) / 1e9:.0f} GB of {kind} (gpu_memory_utilization {use:g}"
         + (f", kv_cache_gib {settings.kv_cache_gib:g}" if settings.kv_cache_gib else "")
-        + f"); set {wider + ', ' if wider else ''}{others}",
+        + f"); set {wider}{others}",
     )
+
+
+def overrides_config(settings: TeacherConfig) -> bool:
+    """Whether vLLM reads another configuration than ``config.json`` as it is."""
+    return bool(settings.engine_args.keys() & {"hf_overrides", "config_format"})
 
 
 def replica_notices(config: RunConfig) -> Iterator[str]:
@@ -86,18 +92,18 @@ def weight_bytes(settings: TeacherConfig, teacher: ModelFolder) -> float | None:
     """Bytes of all weights as the engine holds them, at least; None where they are not here.
 
     Floats are converted to ``teacher.dtype``; of ``auto`` to two bytes at most. With a
-    ``quantization`` that is not the files' own the size is not known.
+    ``quantization`` that is not the files' own, or engine arguments about it, it is not known.
     """
     files = sorted({file for file in stored_tensors(teacher.path).values() if file.exists()})
-    if not files or (settings.quantization and "quantization_config" not in teacher.config):
-        return None
-    width = {"float32": 4}.get(settings.dtype, 2)
     quantised = "quantization_config" in teacher.config
+    told = any(name.startswith(OF_WEIGHTS) for name in settings.engine_args)
+    if not files or told or (settings.quantization and not quantised):
+        return None
+    width = 4 if settings.dtype == "float32" else 2
     total = 0.0
     for file in files:
         for entry in read_header(file).values():
             begin, end = entry["data_offsets"]
-            kept = FLOATS.get(str(entry["dtype"]))
-            convert = kept is not None and not quantised
+            convert = entry["dtype"] in PLAIN and not quantised
             total += math.prod(entry["shape"]) * width if convert else end - begin
     return total
