@@ -32,8 +32,8 @@ from benchmarks.store_rows import GROUP_ROWS, TOPK, publish_rows
 from raystill.datasets.lookup.files import part_files
 from raystill.datasets.lookup.keeping import Notes, StoreIndex
 from raystill.datasets.lookup.view import StoreView
-from raystill.datasets.prompts.reader import PromptReader
 from raystill.datasets.rows.answers import stored_columns
+from raystill.datasets.rows.prompt_table import PromptReader
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.store.compaction import compact
 from raystill.datasets.store.store import MERGED, SEGMENTS, TeacherStore

@@ -63,11 +63,12 @@ from raystill.config.load import load_leniently
 from raystill.config.run import RunConfig
 from raystill.datasets.filters.function import check_functions, read_functions
 from raystill.datasets.filters.language import check_languages
-from raystill.datasets.prompts.progress import Progress
 from raystill.datasets.prompts.read import read_prompts
 from raystill.datasets.prompts.select import UNBOUNDED
 from raystill.datasets.prompts.tables import PromptTables, build_prompt_tables
-from raystill.datasets.prompts.tokenise import PromptTokeniser, check_template
+from raystill.datasets.prompts.template import check_template
+from raystill.datasets.prompts.tokenise import PromptTokeniser
+from raystill.datasets.spool.progress import Progress
 from raystill.model.files import ModelFolder, find_model
 
 OF_MEMORY = ("student", "teacher", "training")

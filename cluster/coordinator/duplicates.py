@@ -20,7 +20,7 @@ from raystill.datasets.filters.answers import Answers
 from raystill.datasets.filters.minhash import signatures
 from raystill.datasets.filters.near import NearPass
 from raystill.datasets.lookup.view import StoreView, in_order
-from raystill.datasets.prompts.reader import PromptReader, open_table
+from raystill.datasets.rows.prompt_table import PromptReader, open_table
 from raystill.datasets.rows.schema import FILTERED, TOKEN_IDS, answer_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.store import TeacherStore

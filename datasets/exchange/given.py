@@ -29,7 +29,8 @@ from raystill.datasets.prompts.files import (
     find_files,
     why_unreadable,
 )
-from raystill.datasets.prompts.read import BrokenRow, RawPrompt, as_messages
+from raystill.datasets.prompts.formats import BrokenRow
+from raystill.datasets.prompts.read import RawPrompt, as_messages, responses_in_chats
 
 LONGEST_LINE = 32 << 20
 """Characters of a JSONL line; a longer one is passed over without being read whole."""
@@ -112,7 +113,8 @@ def _as_given(
 def _question_and_answer(row: dict[str, Any], source: PromptSource) -> tuple[Any, str]:
     """The prompt (text or messages), and the answer's text."""
     prompt, messages = row.get(source.prompt_field), row.get(source.messages_field)
-    names = [source.response_field] if source.response_field else ["completion", "response"]
+    own = None if responses_in_chats(source) else source.response_field
+    names = [own] if own else ["completion", "response"]
     answer = next((row[name] for name in names if row.get(name)), None)
     if answer is None and messages is not None:
         if isinstance(messages, str):

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from raystill import __version__
 from raystill.datasets.exchange.given import GivenAnswer
-from raystill.datasets.prompts.read import BrokenRow
+from raystill.datasets.prompts.formats import BrokenRow
 from raystill.datasets.prompts.tokenise import PromptTokeniser, TemplateRefusal
 from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
 from raystill.datasets.rows.keys import KeyedEngine, answer_keys, prompt_digest

@@ -2,8 +2,7 @@
 
 Globs of URIs are matched here and not by fsspec (over pyarrow's ``ArrowFSWrapper``): there ``*``
 stops at a ``/``, while run files rely on ``s3://bucket/prompts/*.jsonl`` to find what is in folders
-below, too; it lists an object store folder by folder, a request each, where pyarrow lists all at
-once; and decoding the URI, the longer part of this, would stay.
+below, too; and it lists an object store folder by folder, where pyarrow lists all at once.
 """
 
 import csv
@@ -41,7 +40,7 @@ LONGEST_LINE, LONGEST_TEXT = 32 << 20, 512 << 20
 """Characters of one line, and of a file that is one JSON list."""
 LEAST_BOMB, BOMB_RATIO = 256 << 20, 300
 BOMB = f"it unpacks to more than {BOMB_RATIO} times its size"
-"""What is said of a file, made to fill a memory or a disk, that becomes so many bytes."""
+"""Why a file that is made to fill a memory or a disk is not read."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 GLOB_SIGNS = frozenset("*?[")
 URI_SIGNS = "/%:@!$&'()*+,;=~[]"
@@ -52,8 +51,8 @@ URI_SIGNS = "/%:@!$&'()*+,;=~[]"
 class PromptSource:
     """Some files of prompts, and which fields of their rows are read.
 
-    ``where`` is the dotted key of its settings. ``name`` is None where ``prompts.path`` is set:
-    each row then names its source in ``source_field``. ``columns``: further fields that are kept.
+    ``where``: dotted key of its settings. ``name``: None where ``prompts.path`` is set; each row
+    then names its source in ``source_field``. ``columns``: further fields that are kept.
     ``teacher`` answers its rows, unless they name another in ``teacher_field``.
     """
 
@@ -70,6 +69,7 @@ class PromptSource:
     teacher_messages_field: str | None = None
     teacher: str | None = None
     teacher_field: str | None = None
+    replace_answers: bool = False
 
     def problem(self, message: str) -> Problem:
         """A problem of its ``path``."""
@@ -99,6 +99,7 @@ def prompt_sources(prompts: PromptsConfig, columns: Sequence[str] = ()) -> list[
             teacher_messages_field=own.teacher_messages_field or prompts.teacher_messages_field,
             teacher=own.teacher if isinstance(own, SourceConfig) else None,
             teacher_field=prompts.teacher_field,
+            replace_answers=prompts.replace_answers,
         )
 
     if prompts.sources is None:

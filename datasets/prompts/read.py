@@ -1,11 +1,9 @@
-"""Read prompts from JSONL, JSON, CSV, text and Parquet files: the first step of ``check``.
+"""Read prompts from the rows of files: the first step of ``check``.
 
 A problem names its file and the line (text formats) or row (JSON, Parquet), and the problems of all
 files are reported at once.
 """
 
-import csv
-import io
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -13,8 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raystill.base.errors import ConfigError, Problem
-from raystill.base.personal import mask
-from raystill.base.redact import HIDDEN, holds_part, shown_value
 from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.files import (
     UNREADABLE,
@@ -24,12 +20,17 @@ from raystill.datasets.prompts.files import (
     prompt_sources,
     why_unreadable,
 )
-from raystill.datasets.prompts.progress import Meter, Progress
+from raystill.datasets.prompts.formats import READERS, BrokenRow, shorten
+from raystill.datasets.spool.progress import Meter, Progress
 from raystill.datasets.spool.spool import Spool
 
 MAX_PROBLEMS_PER_FILE = 5
 DEFAULT_SOURCE = "prompts"
-PARQUET_ROWS = 256
+TOOLS = "tools"
+"""Field of the functions that a row's chat offers, by the name that data sets give it."""
+ANSWERS = "assistant"
+"""Role of the messages that answer."""
+SYSTEM_ROLES = ("system", "developer")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class RawPrompt:
     the file and line. ``response`` is the given response, which the teacher only scores; None where
     the teacher answers. ``fields`` is the whole row; None where nobody asked for it.
     ``teacher_messages``: what the teacher reads instead; None: the same as the student.
-    ``teacher``: the name of the one that answers it, where there are several.
+    ``teacher``: the name of the one that answers it, where there are several. ``tools``: functions
+    that a chat offers, as its template takes them (JSON schemas); None where there are none.
     """
 
     text: str | None
@@ -52,10 +54,7 @@ class RawPrompt:
     fields: dict[str, Any] | None = None
     teacher_messages: list[dict[str, Any]] | None = None
     teacher: str | None = None
-
-
-class BrokenRow(ValueError):
-    """A row that is not a valid prompt; the message says why."""
+    tools: list[dict[str, Any]] | None = None
 
 
 def read_prompts(
@@ -146,6 +145,7 @@ def _encodable(prompt: RawPrompt) -> RawPrompt:
         prompt.source,
         prompt.response,
         prompt.teacher_messages,
+        prompt.tools,
     )  # All else is kept as JSON.
     try:
         "".join(_texts(said)).encode()
@@ -177,18 +177,23 @@ def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
         none = (None,) * len(source.columns)
         return RawPrompt(row, None, source.name or DEFAULT_SOURCE, where, None, none)
     if not isinstance(row, dict):
-        raise BrokenRow(f"is {_short(row)}; expected an object with {source.prompt_field!r}")
-    response = _response(row, source)
+        raise BrokenRow(f"is {shorten(row)}; expected an object with {source.prompt_field!r}")
     name = row.get(source.source_field) if source.name is None else source.name
     name = DEFAULT_SOURCE if name is None else str(name)
     columns = tuple(_as_json(row.get(column)) for column in source.columns)
-    messages, text = row.get(source.messages_field), row.get(source.prompt_field)
+    # CSV has no null.
+    messages, text = row.get(source.messages_field) or None, row.get(source.prompt_field)
     if isinstance(text, list):  # Chat messages under the name of the prompt.
         messages, text = messages or text, None
     more = _teacher_messages(row, source)
+    response = None
+    if responses_in_chats(source):
+        messages, response = _chat_and_response(messages, source)
+    else:
+        response = _response(row, source)
     if messages is not None:
-        messages = as_messages(messages)
-        return RawPrompt(None, messages, name, where, response, columns, None, more)
+        messages, tools = as_messages(messages, source.replace_answers), as_tools(row.get(TOOLS))
+        return RawPrompt(None, messages, name, where, response, columns, None, more, tools=tools)
     if isinstance(text, str):
         return RawPrompt(text, None, name, where, response, columns, None, more)
     if text is None:
@@ -197,7 +202,7 @@ def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
             f"has neither {source.prompt_field!r} nor {source.messages_field!r} (it has: {keys}); "
             f"set {source.where}.prompt_field or {source.where}.messages_field to the field to use"
         )
-    raise BrokenRow(f"{source.prompt_field!r} is {_short(text)}; expected text")
+    raise BrokenRow(f"{source.prompt_field!r} is {shorten(text)}; expected text")
 
 
 def _as_json(value: Any) -> str | None:
@@ -220,8 +225,30 @@ def _response(row: dict[str, Any], source: PromptSource) -> str | None:
             "to the field to use, or to null for the teacher to answer"
         )
     if not isinstance(response, str | None):
-        raise BrokenRow(f"{source.response_field!r} is {_short(response)}; expected text")
+        raise BrokenRow(
+            f"{source.response_field!r} is {shorten(response)}; expected text (the last message of "
+            f"the chat is the response with {source.where}.response_field: "
+            f"{source.messages_field})"
+        )
     return response or ""
+
+
+def responses_in_chats(source: PromptSource) -> bool:
+    """Whether the last message of a chat is the given response."""
+    return source.response_field in (source.messages_field, source.prompt_field)
+
+
+def _chat_and_response(messages: Any, source: PromptSource) -> tuple[list[Any], str]:
+    """The messages before the last one, and the text of that one, which is the assistant's."""
+    chat = _listed(messages)
+    last = chat[-1] if isinstance(chat[-1], dict) else {}
+    if last.get("role") != ANSWERS or not isinstance(last.get("content"), str):
+        raise BrokenRow(
+            f"the last message is {shorten(chat[-1])}; expected the assistant's with its text, "
+            f"which is the response since {source.where}.response_field is "
+            f"{source.response_field!r}; set that to null for the teacher to answer"
+        )
+    return chat[:-1], last["content"]
 
 
 def _teacher_messages(row: dict[str, Any], source: PromptSource) -> list[dict[str, Any]] | None:
@@ -236,7 +263,7 @@ def _teacher_messages(row: dict[str, Any], source: PromptSource) -> list[dict[st
             "field to use, or the row's to null for the teacher to read the student's prompt"
         )
     try:
-        return None if row[field] is None else as_messages(row[field])
+        return as_messages(row[field]) if row[field] else None  # CSV has no null.
     except BrokenRow as error:
         raise BrokenRow(f"{field!r}: {error}") from None
 
@@ -245,156 +272,83 @@ def _teacher(row: Any, source: PromptSource) -> str | None:
     """The name of the row's teacher; None where neither it nor its source names one."""
     own = row.get(source.teacher_field) if isinstance(row, dict) and source.teacher_field else None
     if not isinstance(own, str | None):
-        raise BrokenRow(f"{source.teacher_field!r} is {_short(own)}; expected a teacher's name")
+        raise BrokenRow(f"{source.teacher_field!r} is {shorten(own)}; expected a teacher's name")
     return own or source.teacher  # CSV has no null.
 
 
-def as_messages(messages: Any) -> list[dict[str, Any]]:
-    """Chat messages with valid roles and contents, of which the last is to be answered.
-
-    Raises BrokenRow.
-    """
+def _listed(messages: Any) -> list[Any]:
+    """The messages of a chat, one or more of any kind, which may be written as JSON."""
     if isinstance(messages, str):
         try:
             messages = json.loads(messages)
         except (ValueError, RecursionError):
-            raise BrokenRow(f"messages are {_short(messages)}; expected a list") from None
+            raise BrokenRow(f"messages are {shorten(messages)}; expected a list") from None
     if not isinstance(messages, list) or not messages:
-        raise BrokenRow(f"messages are {_short(messages)}; expected a list with one or more")
-    checked = []
+        raise BrokenRow(f"messages are {shorten(messages)}; expected a list with one or more")
+    return messages
+
+
+def _calls(message: dict[str, Any]) -> bool:
+    """Whether an assistant's message calls tools, beside which it may say nothing."""
+    return message["role"] == ANSWERS and bool(message.get("tool_calls"))
+
+
+def _require_json(value: Any, what: str) -> None:
+    """BrokenRow for what no chat template writes as JSON and no service is sent, such as a date."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BrokenRow(
+            f"{what} has a value that is not JSON ({error}); write it as text"
+        ) from None
+
+
+def as_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """The functions that a chat offers, which may be written as JSON. Raises BrokenRow."""
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise BrokenRow(f"{TOOLS!r} are {shorten(tools)}; expected a list") from None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BrokenRow(
+            f"{TOOLS!r} are {shorten(tools)}; expected the functions that the chat offers, a list "
+            "of JSON schemas; give the field another name if it is something else"
+        )
+    _require_json(tools, TOOLS)
+    return tools
+
+
+def as_messages(messages: Any, replace_answer: bool = False) -> list[dict[str, Any]]:
+    """Chat messages with valid roles and contents, of which the last is to be answered.
+
+    replace_answer: an assistant's message at the end is left out. Raises BrokenRow.
+    """
+    messages, checked = _listed(messages), []
+    if replace_answer and isinstance(messages[-1], dict) and messages[-1].get("role") == ANSWERS:
+        messages = _listed(messages[:-1])
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BrokenRow(f"message {number} is {_short(message)}; expected {{role, content}}")
-        if not isinstance(message.get("content"), str | list):
-            content = _short(message.get("content"))
-            raise BrokenRow(f"message {number} has content {content}; expected text")
+            raise BrokenRow(f"message {number} is {shorten(message)}; expected {{role, content}}")
+        content = message.get("content")
+        if not isinstance(content, str | list) and not (content is None and _calls(message)):
+            raise BrokenRow(f"message {number} has content {shorten(content)}; expected text")
+        if not all(isinstance(value, str) for value in message.values()):
+            _require_json(message, f"message {number}")
         # Parquet gives each message the keys of all messages, null where it has none.
-        checked.append({name: value for name, value in message.items() if value is not None})
-    if all(message["role"] in ("system", "developer") for message in checked):
+        checked.append({n: value for n, value in message.items() if value is not None})
+        checked[-1].setdefault("content", None)
+    if all(message["role"] in SYSTEM_ROLES for message in checked):
         raise BrokenRow(
             "has a system message alone, which asks nothing; add the user's message, or put it "
             "into prompts.system for all prompts"
         )
-    if checked[-1]["role"] == "assistant":
+    if checked[-1]["role"] == ANSWERS:
         raise BrokenRow(
-            "the last message is the assistant's, which leaves the teacher nothing to answer; "
-            "remove it, put its text into a field of its own (prompts.response_field), or bring "
-            "such answers into the store (raystill store import)"
+            "the last message is the assistant's, which leaves the teacher nothing to answer; set "
+            "prompts.replace_answers for the teacher to answer in its place, or "
+            "prompts.response_field to the field of the messages for the teacher to score it"
         )
     return checked
-
-
-def _short(value: Any) -> str:
-    """The beginning of a value, masked before it is cut: a part of an address looks like none."""
-    text = mask(shown_value(value, 1000))
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _jsonl(file: PromptFile) -> Iterator[tuple[str, Any]]:
-    with file.open_text() as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            where = f"{file.name}, line {number}"
-            try:
-                yield where, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                reason = _why_no_json(error)
-                reason += f" at column {error.colno}" if hasattr(error, "colno") else ""
-                told = HIDDEN if holds_part(line) else _short(line.strip())
-                message = f"is not JSON ({reason}): {told}"
-                yield where, BrokenRow(f"{message}; repair or remove the line")
-
-
-def _why_no_json(error: Exception) -> str:
-    """Why Python reads no JSON of a text, in words for who wrote it."""
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    if isinstance(error, json.JSONDecodeError):
-        return error.msg
-    return "a number with more digits than are read"
-
-
-def _json(file: PromptFile) -> Iterator[tuple[str, Any]]:
-    with file.open_text() as stream:
-        text = stream.read()
-    if not text.strip():
-        return
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if not isinstance(error, json.JSONDecodeError):
-            yield file.name, BrokenRow(f"is not JSON ({_why_no_json(error)}); repair the file")
-            return
-        where = f"{file.name}, line {error.lineno}"
-        message = f"is not JSON ({error.msg} at column {error.colno}); expected one list of rows"
-        if error.msg == "Extra data":
-            message += f" (one object a line is JSONL: set {file.source.where}.format: jsonl)"
-        yield where, BrokenRow(message)
-        return
-    if not isinstance(rows, list):
-        yield file.name, BrokenRow(f"is {_short(rows)}; expected a list of rows")
-        return
-    for number, row in enumerate(rows):
-        yield f"{file.name}, row {number}", row
-
-
-def _csv(file: PromptFile) -> Iterator[tuple[str, Any]]:
-    with file.open_text(newline="") as stream:
-        # Strict: else a quote that is never closed takes in all that follows it.
-        reader = csv.DictReader(stream, strict=True)
-        begun = 0
-        while True:
-            begun = reader.line_num + 1
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield f"{file.name}, line {begun}", BrokenRow(_why_no_csv(error))
-                return
-            where = f"{file.name}, line {reader.line_num}"
-            named = [name for name in reader.fieldnames or () if name]
-            if begun == 1 and len(set(named)) < len(named):
-                yield file.name, BrokenRow("has two columns of one name; rename one of them")
-                return
-            if None in row:
-                columns = len(reader.fieldnames or ())
-                yield (
-                    where,
-                    BrokenRow(
-                        f"has {columns + len(row[None])} values for {columns} columns; quote "
-                        "values that hold commas"
-                    ),
-                )
-                continue
-            yield where, row
-
-
-def _why_no_csv(error: csv.Error) -> str:
-    reason = str(error)
-    if "unexpected end" in reason:
-        reason = "the quote that opens here is never closed"
-    return f"is not CSV ({reason}); write a quote in a value twice, and close the one around it"
-
-
-def _text(file: PromptFile) -> Iterator[tuple[str, Any]]:
-    with file.open_text() as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield f"{file.name}, line {number}", line.rstrip("\r\n")
-
-
-def _parquet(file: PromptFile) -> Iterator[tuple[str, Any]]:
-    with file.open_bytes() as stream:
-        number = 0
-        for batch in file.batches(stream, PARQUET_ROWS):
-            for row in batch.to_pylist():
-                yield f"{file.name}, row {number}", row
-                number += 1
-
-
-READERS = {"jsonl": _jsonl, "json": _json, "csv": _csv, "text": _text, "parquet": _parquet}
-
-# The csv module's own limit, 128 KiB a field, is less than a long prompt may have.
-csv.field_size_limit(io.DEFAULT_BUFFER_SIZE * 4096)

@@ -26,7 +26,8 @@ from raystill.datasets.prompts.files import (
     find_files,
     why_unreadable,
 )
-from raystill.datasets.prompts.read import READERS, BrokenRow, RawPrompt
+from raystill.datasets.prompts.formats import READERS, BrokenRow
+from raystill.datasets.prompts.read import RawPrompt
 from raystill.datasets.spool.spool import Spool
 
 UNSEEN = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})

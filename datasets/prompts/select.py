@@ -32,10 +32,10 @@ from numpy.typing import NDArray
 
 from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.config.prompts import PromptsConfig
-from raystill.datasets.prompts.progress import Meter
-from raystill.datasets.prompts.read import MAX_PROBLEMS_PER_FILE, RawPrompt
+from raystill.datasets.prompts.read import MAX_PROBLEMS_PER_FILE, SYSTEM_ROLES, RawPrompt
 from raystill.datasets.prompts.screen import is_blank
 from raystill.datasets.spool.equal import Digests, Named, digest_of, group_numbers, is_first
+from raystill.datasets.spool.progress import Meter
 from raystill.datasets.spool.spool import NoTokens, Spool, TokenLists
 from raystill.model.sampling import resolve_sampling
 
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from raystill.config.run import RunConfig
     from raystill.datasets.prompts.tokenise import PromptTokeniser
 
-SYSTEM_ROLES = ("system", "developer")
 UNBOUNDED = 2**31 - 1
 LONGEST_PROMPT = 4_000_000
 """Characters of a prompt that is read at all: about a million tokens."""

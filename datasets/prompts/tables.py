@@ -259,6 +259,13 @@ def _messages(config: "RunConfig", tokeniser: "PromptTokeniser", usable: UsableP
         Picked(usable.raws, usable.kept), Picked(usable.ids, usable.kept), strict=True
     ):
         assert ids is not None
+        of_row = config.by_teacher.get(raw.teacher or "", config)
+        if raw.tools is not None and not of_row.teacher.scores:
+            raise config_error(
+                raw.where,
+                "has tools, which a teacher that is asked in words is not sent; remove the field, "
+                "or reach the teacher by vLLM or by its ids (api.ids)",
+            )
         view = teacher_view(raw, config.prompts) if config.prompts.teacher_sees_more else raw
         chats.extend([json.dumps(tokeniser.messages(view))])
         digests += prompt_digest(ids)

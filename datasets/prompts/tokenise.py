@@ -4,50 +4,45 @@
 renders the chat template itself. Tests compare the ids with those of ``AutoTokenizer``.
 """
 
-import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
 import numpy as np
 
 from raystill.base.errors import ConfigError, Problem, config_error
 from raystill.base.personal import mask
 from raystill.base.redact import shown_value
-from raystill.base.user_function import TookTooLong, tried, within
+from raystill.base.user_function import TookTooLong, within
 from raystill.config.prompts import PromptsConfig
 from raystill.datasets.prompts.control import ControlGuard, Marked
-from raystill.datasets.prompts.progress import Meter, Progress
-from raystill.datasets.prompts.read import RawPrompt
+from raystill.datasets.prompts.read import SYSTEM_ROLES, RawPrompt
+from raystill.datasets.prompts.template import (
+    LONGEST_FRAME,
+    REFUSALS,
+    RENDER_S,
+    template_environment,
+)
+from raystill.datasets.spool.progress import Meter, Progress
 from raystill.model.files import HALF, half_in
 from raystill.model.tokenizer import (
     SPECIAL_TOKENS,
     PlainText,
     chat_template,
-    check_tokenizer,
     control_tokens,
     read_settings,
     shared_tokenizer,
     token_text,
 )
 
-RENDER_S, RENDER_BYTES = 2, 256 << 20
-"""Processor time and memory in which a chat template renders a prompt."""
-LONGEST_FRAME = 1_000_000
-"""Characters that a chat template may write beside ten times its messages'."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-
-REFUSALS = (
-    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
-    *(RecursionError, MemoryError),
-)
+TOOLS = "\0tools"
+"""Role of what stands after the messages of a chat with tools: no message's."""
 
 
 class TemplateRefusal(ValueError):
@@ -113,7 +108,7 @@ class PromptTokeniser:
         """
         if self._template is None:
             return self.render(raw), None
-        messages = self.messages(raw)
+        messages = self._chat(raw)
         if not self._guard.possible(messages):
             return self._render(messages), None
         try:
@@ -180,11 +175,26 @@ class PromptTokeniser:
                     "has chat messages, but prompts.chat_template is false; set it to true"
                 )
             return raw.text
-        return self._render(self.messages(raw))
+        return self._render(self._chat(raw))
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
+    def _chat(self, raw: RawPrompt) -> list[dict[str, Any]]:
+        """The messages, and after them the tools, which are text of the row's like these."""
+        messages = self.messages(raw)
+        if raw.tools is None:
+            return messages
+        if not re.search(r"\btools\b", self._template_text):
+            raise TemplateRefusal(
+                "has tools, of which the teacher's chat template says nothing; remove them, or "
+                "name a teacher whose template does"
+            )
+        return [*messages, {"role": TOOLS, "tools": raw.tools}]
+
+    def _render(self, chat: list[dict[str, Any]]) -> str:
         """The chat template's text for these messages. Raises TemplateRefusal."""
         assert self._template is not None, "without a template there are no messages"
+        messages, offered = chat, {}
+        if chat[-1]["role"] == TOOLS:
+            messages, offered = chat[:-1], {"tools": chat[-1]["tools"]}
         self._require_roles(messages)
         variables = {
             **self.special_tokens,
@@ -192,6 +202,7 @@ class PromptTokeniser:
             "documents": None,
             "add_generation_prompt": True,
             **self.prompts.chat_template_kwargs,
+            **offered,
         }
         try:
             with within(RENDER_S):
@@ -201,7 +212,7 @@ class PromptTokeniser:
         except REFUSALS as error:
             reason = mask(str(error)[:2000])  # A template may quote the messages.
             raise TemplateRefusal(f"the teacher's chat template refuses it: {reason}") from None
-        if len(text) > LONGEST_FRAME and len(text) > LONGEST_FRAME + 10 * len(str(messages)):
+        if len(text) > LONGEST_FRAME and len(text) > LONGEST_FRAME + 10 * len(str(chat)):
             raise TemplateRefusal(f"the teacher's chat template makes {len(text):,} characters")
         if HALF.search(text):  # By an escape in the template, since no file and no prompt has one.
             raise TemplateRefusal(f"the teacher's chat template writes {half_in(text)}; repair it")
@@ -226,7 +237,7 @@ class PromptTokeniser:
         """The prompt as a chat, with ``prompts.system`` where it has no system message."""
         messages = raw.messages or [{"role": "user", "content": raw.text}]
         system = self.prompts.system
-        if system is not None and messages[0].get("role") != "system":
+        if system is not None and messages[0].get("role") not in SYSTEM_ROLES:
             messages = [{"role": "system", "content": system}, *messages]
         return messages
 
@@ -323,76 +334,3 @@ class PromptEncoder:
         if problems := self._refused or self._unsettled:
             more = [Problem("prompts", f"{len(problems) - 5} more")] if len(problems) > 5 else []
             raise ConfigError(problems[:5] + more)
-
-
-def check_template(folder: Path, prompts: PromptsConfig) -> None:
-    """Raise ConfigError for a tokenizer or a chat template that needs time or memory without end.
-
-    Tried on a short prompt, before anything else is done with it.
-    """
-    check_tokenizer(folder, settings := read_settings(folder))
-    source = chat_template(folder, settings) if prompts.chat_template else None
-    reason = "" if source is None else _why_endless(source)
-    if reason:
-        raise config_error(
-            str(folder),
-            f"its chat template {reason} for a prompt of few words; repair it, or set "
-            "prompts.chat_template: false",
-        )
-
-
-@lru_cache(maxsize=64)
-def _why_endless(source: str) -> str:
-    messages = [{"role": "user", "content": "2 + 2?"}]
-    asked = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
-
-    def render() -> None:
-        template = template_environment(lambda form: form).from_string(source)
-        if len(template.render(asked)) > 2 * LONGEST_FRAME:
-            raise MemoryError
-
-    return tried(render, RENDER_S, RENDER_BYTES)
-
-
-def template_environment(strftime_now: Callable[[str], str]) -> jinja2.Environment:
-    """The jinja2 environment that chat templates expect, with ``strftime_now`` for the date."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment
-
-
-class GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's words for training; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 wants a plain set)
-
-    def parse(self, parser: Any) -> Any:
-        """A node that renders what is between the tags, in a scope of its own."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        block = jinja2.nodes.CallBlock(self.call_method("_between"), [], [], body)
-        return block.set_lineno(line)
-
-    def _between(self, caller: Any) -> Any:
-        return caller()
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without the HTML escapes of jinja2's own filter."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

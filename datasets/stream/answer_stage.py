@@ -17,8 +17,8 @@ import ray
 from raystill.base.errors import RunError
 from raystill.base.logs import log_labelled, run_name
 from raystill.datasets.policy.calls import StudentAnswers, with_versions
-from raystill.datasets.prompts.reader import open_table
 from raystill.datasets.rows.answers import require_none_fatal, unusable_answers, with_foreign_ids
+from raystill.datasets.rows.prompt_table import open_table
 from raystill.datasets.rows.schema import (
     FILTERED,
     POLICY_VERSION,

@@ -33,9 +33,9 @@ from raystill.datasets.filters.minhash import signatures
 from raystill.datasets.filters.personal import counts_of, masked_ids
 from raystill.datasets.judging.question import Judging
 from raystill.datasets.prompts.columns import PREFIX
-from raystill.datasets.prompts.reader import PromptReader
 from raystill.datasets.rows.answers import require_none_fatal
 from raystill.datasets.rows.keys import answer_keys, prompt_digest
+from raystill.datasets.rows.prompt_table import PromptReader
 from raystill.datasets.rows.schema import JUDGING, KEY_BYTES, POLICY_VERSION, TOKEN_IDS
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.stream.answers import StoredAnswers

@@ -20,7 +20,7 @@ from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from raystill.datasets.prompts.reader import COLUMNS, PromptReader, open_table
+from raystill.datasets.rows.prompt_table import COLUMNS, PromptReader, open_table
 from raystill.datasets.rows.schema import STUDENT_PROMPT, TEACHER, TOKEN_IDS
 from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.plan import Positions, RoutedPlan, epoch_order, remaining_groups

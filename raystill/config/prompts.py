@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from raystill.base.personal import is_kind
 from raystill.base.user_function import parse
@@ -175,13 +175,18 @@ class PromptsConfig(ConfigModel):
     )
     prompt_field: str = identity("prompt", description="Field with the prompt as plain text.")
     messages_field: str = identity(
-        "messages",
-        description="Field with the prompt as chat messages, [{role, content}, ...].",
+        "messages", description="Field with the prompt as chat messages, [{role, content}, ...]."
     )
     response_field: str | None = identity(
         None,
-        description="Field with a given response to the prompt, as text. The teacher scores that "
-        "response instead of writing one. Default: the teacher writes the responses.",
+        description="Field with a given response to the prompt, as text; the messages_field, for "
+        "chats whose last message is the response. The teacher scores that response instead of "
+        "writing one. Default: the teacher writes the responses.",
+    )
+    replace_answers: bool = identity(
+        False,
+        description="Whether the last message of a chat is left out where it is the assistant's, "
+        "and the teacher answers instead; false: such a chat is refused.",
     )
     licence: str | None = operational(
         None,
@@ -223,7 +228,7 @@ class PromptsConfig(ConfigModel):
     chat_template_kwargs: dict[str, Any] = identity(
         {}, description="Variables for the chat template, e.g. {enable_thinking: false}."
     )
-    template_date: str | None = operational(
+    template_date: Annotated[str | None, BeforeValidator(day_of)] = operational(
         None,
         description="Date, YYYY-MM-DD, that the chat template prints as today's, if it prints one. "
         "Default: the day on which the run starts, so that a start on another day has other "
@@ -240,11 +245,10 @@ class PromptsConfig(ConfigModel):
     )
     personal_data: PersonalDataAction | None = identity(
         "count",
-        description="What is done with personal data and keys in prompts (e-mail addresses, "
-        "telephone numbers, IP addresses, bank accounts, credit cards, keys of services). count: "
-        "say how many prompts hold them. mask: put [EMAIL] and the like in their places, which "
-        "makes other prompts with other answers. drop: leave such prompts out. null: do not look. "
-        "Unless null, the answers that hold them are counted too; see filters.personal_data.",
+        description="What is done with personal data and keys in prompts. count: say how many "
+        "prompts hold them. mask: put [EMAIL] and the like in their places, which makes other "
+        "prompts with other answers. drop: leave such prompts out. null: do not look. Unless null, "
+        "the answers that hold them are counted too; see filters.personal_data.",
     )
     overlap: OverlapConfig = operational(
         OverlapConfig(),
@@ -278,11 +282,6 @@ class PromptsConfig(ConfigModel):
             raise ValueError(f"sets {', '.join(wrong)}, which are the prompt's; leave them out")
         return variables
 
-    @field_validator("template_date", mode="before")
-    @classmethod
-    def _is_a_day(cls, value: Any) -> Any:
-        return day_of(value)
-
     @field_validator("sources")
     @classmethod
     def _can_be_told_apart(
@@ -292,12 +291,11 @@ class PromptsConfig(ConfigModel):
             return None
         if not sources:
             raise ValueError("is an empty list; name one or more sources, or set prompts.path")
-        counts = Counter(source.name for source in sources)
-        twice = [name for name, count in counts.items() if count > 1]
-        if twice:
+        name, count = Counter(source.name for source in sources).most_common(1)[0]
+        if count > 1:
             raise ValueError(
-                f"has the name {twice[0]!r} {counts[twice[0]]} times, but each source needs a name "
-                "of its own; rename the others, or list their files under one path"
+                f"has the name {name!r} {count} times, but each source needs a name of its own; "
+                "rename the others, or list their files under one path"
             )
         return sources
 
@@ -318,6 +316,11 @@ class PromptsConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _given_responses_come_once(self) -> "PromptsConfig":
+        if self.replace_answers and self.response_field is not None:
+            raise ValueError(
+                f"has replace_answers and response_field ({self.response_field!r}), but the "
+                "teacher either writes the answers or scores the given ones; remove one of them"
+            )
         own: list[tuple[str, str | None, float]] = [
             (f"sources.{number}.", source.response_field, source.weight)
             for number, source in enumerate(self.sources or ())
@@ -393,5 +396,5 @@ class PromptsConfig(ConfigModel):
 
 
 def spell_out_prompts(section: Any) -> Any:
-    """Return the long form of a prompts section; a bare list becomes ``{sources: [...]}``."""
+    """The long form of a prompts section; a bare list becomes ``{sources: [...]}``."""
     return {"sources": section} if isinstance(section, list | tuple) else section

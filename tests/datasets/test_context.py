@@ -16,11 +16,11 @@ from raystill.cluster.check.teachers import check_written_fit
 from raystill.config.run import RunConfig
 from raystill.datasets.policy.calls import StudentAnswers, with_versions
 from raystill.datasets.prompts.read import RawPrompt
-from raystill.datasets.prompts.reader import PromptReader
 from raystill.datasets.prompts.select import teacher_view
 from raystill.datasets.prompts.tables import build_prompt_tables
 from raystill.datasets.prompts.tokenise import PromptTokeniser
 from raystill.datasets.rows.keys import answer_keys, given_keys, prompt_digest
+from raystill.datasets.rows.prompt_table import PromptReader
 from raystill.datasets.rows.schema import (
     CONTEXT_SCHEMA,
     ENGINE,

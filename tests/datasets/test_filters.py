@@ -26,9 +26,9 @@ from raystill.datasets.filters.filters import AnswerFilters, repeated_share, tex
 from raystill.datasets.filters.function import read_functions
 from raystill.datasets.filters.language import check_languages
 from raystill.datasets.filters.reference import last_box, value_of
-from raystill.datasets.prompts.reader import PromptReader
 from raystill.datasets.prompts.tables import build_prompt_tables
 from raystill.datasets.prompts.tokenise import PromptTokeniser
+from raystill.datasets.rows.prompt_table import PromptReader
 from raystill.datasets.stream.filtering import GroupFilters, numbered
 from raystill.datasets.stream.ledger import Ledger
 from raystill.datasets.stream.plan import epoch_order, remaining_groups

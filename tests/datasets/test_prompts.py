@@ -19,7 +19,6 @@ from raystill.base.redact import redact
 from raystill.base.run_folder import TRAIN_PROMPTS, RunFolder
 from raystill.config.prompts import PromptsConfig
 from raystill.config.run import RunConfig
-from raystill.datasets.prompts import progress as prompt_progress
 from raystill.datasets.prompts import tables as prompt_table
 from raystill.datasets.prompts import tokenise
 from raystill.datasets.prompts.read import RawPrompt, read_prompts
@@ -27,6 +26,7 @@ from raystill.datasets.prompts.tables import PromptTables, build_prompt_tables
 from raystill.datasets.prompts.tokenise import PromptTokeniser
 from raystill.datasets.rows.keys import answer_key, answer_keys
 from raystill.datasets.rows.schema import PROMPT_SCHEMA
+from raystill.datasets.spool import progress as prompt_progress
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
 CHAT = [

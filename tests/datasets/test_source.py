@@ -11,7 +11,7 @@ import pytest
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.coordinator.actor import Coordinator
 from raystill.config.stream import StreamConfig
-from raystill.datasets.prompts import reader
+from raystill.datasets.rows import prompt_table
 from raystill.datasets.rows.schema import PROMPT_SCHEMA, answer_schema, prompt_schema
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.stream import source
@@ -29,7 +29,7 @@ def prompts(tmp_path):
     columns = [rows, [bytes(16)] * 50, prompts, ["a", "b"] * 25, given]
     folder = RunFolder(str(tmp_path))
     folder.write_table("prompts.parquet", pa.table(columns, schema=PROMPT_SCHEMA), 7)
-    return reader.PromptReader(folder.join("prompts.parquet"))
+    return prompt_table.PromptReader(folder.join("prompts.parquet"))
 
 
 def test_rows_come_in_the_order_asked_across_row_groups(prompts):
@@ -41,7 +41,7 @@ def test_rows_come_in_the_order_asked_across_row_groups(prompts):
 
 
 def test_only_as_much_is_held_as_allowed(prompts, monkeypatch):
-    monkeypatch.setattr(reader, "CACHE_BYTES", 400)
+    monkeypatch.setattr(prompt_table, "CACHE_BYTES", 400)
     for start in range(0, 48, 8):
         prompts.take(np.arange(start, start + 8))
     held = sum(part.nbytes for part in prompts._held.values())

@@ -12,11 +12,11 @@ import pytest
 
 from raystill.base.errors import ConfigError
 from raystill.config.run import RunConfig
-from raystill.datasets.prompts import progress, select
+from raystill.datasets.prompts import select
 from raystill.datasets.prompts import tables as prompt_tables
 from raystill.datasets.prompts.tables import PromptTables, build_prompt_tables
 from raystill.datasets.prompts.tokenise import PromptTokeniser
-from raystill.datasets.spool import equal, spool
+from raystill.datasets.spool import equal, progress, spool
 from raystill.datasets.spool.equal import group_numbers, is_first
 from raystill.datasets.spool.spool import Picked, Spool, TokenLists, token_lists
 

@@ -74,7 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "datasets/prompts",
         "datasets/store",
     }
-    | {"datasets/lookup", "serve/engine"},
+    | {"datasets/lookup", "datasets/spool", "serve/engine"},
     "cluster/coordinator": GROUND
     | ROWS
     | {"datasets/filters", "datasets/lookup", "datasets/prompts", "datasets/store"}

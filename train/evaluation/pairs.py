@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from raystill.base.run_folder import TRAIN_PROMPTS
 from raystill.datasets.lookup.view import StoreView
-from raystill.datasets.prompts.reader import PromptReader
+from raystill.datasets.rows.prompt_table import PromptReader
 from raystill.datasets.rows.schema import student_prompts
 from raystill.datasets.rows.signal import Signal
 from raystill.datasets.store.store import TeacherStore

@@ -1,7 +1,7 @@
 """How far the reading and tokenising of prompts is, for whoever waits for it.
 
 40,000 prompts take some seconds. Who wants to show that passes a ``Progress`` to the functions of
-this folder, which call it now and then; nothing here prints.
+``datasets/prompts``, which call it now and then; nothing there prints.
 """
 
 from collections.abc import Callable, Iterable, Iterator
