@@ -59,12 +59,16 @@ student before and after 20 steps with a learning rate of 3e-4, in float32, 1.0 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """Settings of a sampler. gpus: those that the replica holds; 0 on a CPU."""
+    """Settings of a sampler. gpus: those that the replica holds; 0 on a CPU.
+
+    context: most tokens of a prompt and its answer that the teacher reads; None: not known.
+    """
 
     config: RunConfig
     coordinator: Any
     logs: str
     gpus: int = 0
+    context: int | None = None
 
 
 class Sampler:
@@ -83,7 +87,9 @@ class Sampler:
         newest = await self._coordinator.newer_policy.remote(0)
         if newest is None:
             raise RunError("the run ended before the student's weights were published")
-        self._scratch = Scratch()
+        sent = await newest["weights"][0]
+        room = versions_kept(settings.config) * sum(len(memoryview(part)) for part in sent.values())
+        self._scratch = Scratch(room)
         self._folder = self._scratch.path
         try:
             await self._start(newest)
@@ -101,6 +107,7 @@ class Sampler:
         for `Teacher.sample`.
         """
         groups = ids_of(prompts, "prompt_ids")
+        self._raise_if_lost()
         if AT_LEAST in prompts.column_names:
             limit = self._settings.config.teacher.request_timeout_s
             await self._reach(pc.max(prompts[AT_LEAST]).as_py(), limit)
@@ -112,14 +119,13 @@ class Sampler:
                 self._ending.after_error(error)
                 raise
             self._ending.after(answers)
+        self._raise_if_lost()  # Since they were asked for.
         self._report(answers)
         return await asyncio.to_thread(answers_table, [named(a) for a in answers], signal)
 
     async def check_health(self) -> None:
         """Called by Serve: the engine gives a token, and new weights are still awaited."""
-        if self._following.done() and (error := self._following.exception()) is not None:
-            self._ending.after_error(error)
-            raise RuntimeError(f"new weights could not be taken: {error!r}")
+        self._raise_if_lost()
         try:
             await self._engine.probe()
         except Exception as error:
@@ -128,6 +134,12 @@ class Sampler:
 
     def __del__(self) -> None:
         self._clean_up()
+
+    def _raise_if_lost(self) -> None:
+        """RuntimeError where new weights could not be taken: the engine may have half of them."""
+        if self._following.done() and (error := self._following.exception()) is not None:
+            self._ending.after_error(error)
+            raise RuntimeError(f"new weights could not be taken: {error!r}")
 
     def _report(self, answers: list[Answer]) -> None:
         written = [answer for answer in answers if answer.error is None]
@@ -157,7 +169,7 @@ class Sampler:
     async def _start(self, newest: dict[str, Any]) -> None:
         files = await newest["files"][0]
         for name, content in files.items():
-            await asyncio.to_thread((self._folder / name).write_bytes, memoryview(content))
+            await asyncio.to_thread(self._scratch.write, name, content)
         settings = self._settings
         if served_rank(settings.config) is None:
             await self._write_weights(newest)
@@ -203,16 +215,16 @@ class Sampler:
 
     async def _write_weights(self, newest: dict[str, Any]) -> None:
         (content,) = (await newest["weights"][0]).values()
-        part = self._folder / f"{WEIGHTS_FILE}.part"
-        await asyncio.to_thread(part.write_bytes, memoryview(content))
-        part.rename(self._folder / WEIGHTS_FILE)
+        part = f"{WEIGHTS_FILE}.part"
+        await asyncio.to_thread(self._scratch.write, part, content)
+        (self._folder / part).rename(self._folder / WEIGHTS_FILE)
 
     async def _take_adapter(self, newest: dict[str, Any]) -> None:
         """Write the adapter to a folder of its own, by which vLLM tells it from those before."""
         folder = self._folder / f"adapter-{newest['serial']}"
         folder.mkdir()
         for name, content in (await newest["weights"][0]).items():
-            await asyncio.to_thread((folder / name).write_bytes, memoryview(content))
+            await asyncio.to_thread(self._scratch.write, f"{folder.name}/{name}", content)
         try:
             await self._engine.take_adapter(newest["serial"], str(folder), newest["version"])
         except Exception as error:
@@ -231,7 +243,7 @@ class Sampler:
         Raises RunError, which also ends the run, where they are not.
         """
         ids, signal = newest["probe_ids"], Signal("sampled")
-        (answer,) = await self._engine.score([ids[:1]], [ids[1:]], signal)
+        (answer,) = await self._engine.score([ids[:1]], [ids[1:]], signal, ahead=True)
         assert answer.sampled_logprobs is not None, f"the probe was not scored: {answer.error}"
         gap = float(np.abs(answer.sampled_logprobs - newest["probe_logprobs"]).mean())
         allowed = allowed_gap(self._settings.config, self._engine.dtype)
@@ -279,6 +291,11 @@ def versions_in_flight(config: RunConfig) -> int:
     return min(MOST_ADAPTERS, 2 + policy.staleness_bound // policy.sync_every_steps)
 
 
+def versions_kept(config: RunConfig) -> int:
+    """Versions of which the files are there at a time: whole weights, and those that come next."""
+    return 2 if served_rank(config) is None else versions_in_flight(config) + 1
+
+
 def allowed_gap(config: RunConfig, dtype: str) -> float:
     """The mean difference of the probe's logprobs that is allowed, nats."""
     return config.policy.max_logprob_gap or GAPS.get(dtype, GAP_OF_OTHERS)
@@ -298,7 +315,8 @@ def engine_settings(
     config = settings.config
     policy, teacher = config.policy, config.teacher
     context = read_object(folder / "config.json").get("max_position_embeddings")
-    longest = [n for n in (teacher.max_model_len, context) if n is not None]
+    limits = (teacher.max_model_len, settings.context, context)
+    longest = [n for n in limits if n is not None]
     engine = TeacherConfig.model_validate(
         {
             "model": str(folder),

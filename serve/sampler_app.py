@@ -11,6 +11,7 @@ not to be written yet.
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,6 +20,7 @@ from ray import serve
 from raystill.base.errors import RunError
 from raystill.config.run import RunConfig
 from raystill.datasets.stream.teacher_calls import SERVE, applications
+from raystill.model.files import ModelFolder
 from raystill.placement.requests import sampler_resources
 from raystill.run import Run
 from raystill.serve.deploy import (
@@ -45,7 +47,8 @@ class SamplerApp:
         config = self._run.config
         options = deployment_options(config, ray.cluster_resources().get("GPU", 0) > 0)
         gpus = int(options["ray_actor_options"]["num_gpus"])
-        settings = SamplerSettings(config, self._run.coordinator, str(self._run.folder.logs), gpus)
+        logs = str(self._run.folder.logs)
+        settings = SamplerSettings(config, self._run.coordinator, logs, gpus, context_of(self._run))
         name = self._run.sampler_app
         with SERVE:  # A teacher is started at the same time.
             deployment = serve.deployment(Sampler, name=DEPLOYMENT, **options)
@@ -82,6 +85,13 @@ class SamplerApp:
         """End the sampler; Serve stays."""
         if self._run.sampler_app in applications():
             serve.delete(self._run.sampler_app)
+
+
+def context_of(run: Run) -> int | None:
+    """Most tokens of a prompt and its answer that every teacher reads, by their models' files."""
+    sources = [one.teacher for one in run.by_teacher().values()]
+    contexts = [ModelFolder(one.name, Path(one.folder)).context_tokens for one in sources]
+    return min((one for one in contexts if one is not None), default=None)
 
 
 def deployment_options(config: RunConfig, has_gpus: bool) -> dict[str, Any]:

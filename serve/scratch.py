@@ -1,10 +1,11 @@
-"""A folder in a node's shared memory for as long as a process lives.
+"""A folder in a node's shared memory, or on its disk, for as long as a process lives.
 
 A process that is killed removes nothing, and a student's weights stay in memory. Therefore whoever
 makes such a folder holds a lock on it, which ends with the process, and first removes those of this
 user that nobody holds any more.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -13,6 +14,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from raystill.base.errors import RunError
 
 SHARED_MEMORY = "/dev/shm"
 PREFIX = "raystill-weights-"
@@ -21,15 +25,35 @@ YOUNG_S = 60.0
 
 
 class Scratch:
-    """A folder, ``path``, that is held until `remove`."""
+    """A folder, ``path``, that is held until `remove`.
 
-    def __init__(self) -> None:
-        shared = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else tempfile.gettempdir()
+    room: bytes that it must have. Where the shared memory has fewer (64 MiB in a container whose
+    starter set nothing), it is a temporary folder of the disk.
+    """
+
+    def __init__(self, room: int = 0) -> None:
+        usable = os.access(SHARED_MEMORY, os.W_OK)
+        usable = usable and shutil.disk_usage(SHARED_MEMORY).free >= room
+        shared = SHARED_MEMORY if usable else tempfile.gettempdir()
         for left in Path(shared).glob(f"{PREFIX}*"):
             _remove_if_left(left)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=shared))
         self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def write(self, name: str, content: Any) -> None:
+        """Write a file of the folder. RunError where there is no room."""
+        try:
+            (self.path / name).write_bytes(memoryview(content))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise RunError(
+                f"{self.path.parent} has no room for the student's weights ({name}, "
+                f"{len(memoryview(content)) / 2**20:.0f} MiB); give the node more shared memory "
+                "(--shm-size of a container, an emptyDir of medium Memory on Kubernetes), or set "
+                "TMPDIR to a folder with room"
+            ) from error
 
     def remove(self) -> None:
         """Remove the folder with all that is in it, if it is there."""

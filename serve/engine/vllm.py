@@ -13,7 +13,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -51,10 +51,8 @@ NOTHING: Bytes = np.empty((0, 0), np.uint8)
 
 
 class VllmEngine:
-    """One vLLM engine. At most ``teacher.max_num_seqs`` rows are in it at a time; others wait.
-
-    Rows that are asked one by one have it for themselves, and all others wait meanwhile.
-    """
+    """One vLLM engine. At most ``teacher.max_num_seqs`` rows are in it at a time; others wait,
+    and all but one while rows are asked one by one."""
 
     name = "vllm"
 
@@ -130,12 +128,13 @@ class VllmEngine:
         signal: Signal,
         at: Sequence[Ids] | None = None,
         one_by_one: bool = False,
+        ahead: bool = False,
     ) -> list[Answer]:
         """The signal of given responses, by prefill. The caller sets ``finish_reason``.
 
         at: for ``topk``, int32 [T, K] of each row: the ids whose logprobs are returned in place of
         the K best, in this order; distinct within a token. For ``hidden`` the output head is not
-        applied, so ``sampled_logprobs`` are NaN. one_by_one: as for `sample`.
+        applied: ``sampled_logprobs`` are NaN. one_by_one: as for `sample`. ahead: of waiting rows.
         """
         named: Sequence[Ids | None] = [None] * len(prompt_ids) if at is None else at
         pairs = list(zip(prompt_ids, response_ids, named, strict=True))
@@ -149,7 +148,8 @@ class VllmEngine:
             parameters = self._parameters(None, max_tokens=1, temperature=0.0, min_p=0.0)
             # Tokens from the prefix cache are not computed, so nothing could be captured of them.
             parameters.skip_reading_prefix_cache = True
-            outputs, arrays = await self._run(inputs, reasons, captures, parameters, one_by_one)
+            how = one_by_one, ahead
+            outputs, arrays = await self._run(inputs, reasons, captures, parameters, *how)
         sizes = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size}
         return [
             Answer(error=output)
@@ -288,6 +288,7 @@ class VllmEngine:
         captures: Sequence[CaptureRequest | None],
         parameters: "SamplingParams",
         one_by_one: bool = False,
+        ahead: bool = False,
     ) -> "tuple[list[CompletionOutput | str], list[Bytes]]":
         """The finished output of each row, or the reason why it has none (a row's ``error``).
 
@@ -306,7 +307,7 @@ class VllmEngine:
             if capture is not None:
                 row_parameters = parameters.clone()
                 row_parameters.extra_args = capture.extra_args()
-            async with self._place(one_by_one):
+            async with self._place(one_by_one, ahead):
                 if self.died:
                     return NOT_STARTED, NOTHING
                 try:  # A row's time begins here, and not where it waited for a place.
@@ -330,14 +331,14 @@ class VllmEngine:
         return [output for output, _ in rows], [array for _, array in rows]
 
     @asynccontextmanager
-    async def _place(self, alone: bool) -> AsyncIterator[None]:
+    async def _place(self, alone: bool, ahead: bool) -> AsyncIterator[None]:
         """A row's place in the engine; alone: with no other row in it, which gives a token first.
 
         The token proves that what was there before did no harm that shows only now: a row that was
         cancelled or timed out may be in the step that runs. Then ``died`` is set.
         """
         if not alone:
-            async with self._slots, self._turns.beside():
+            async with nullcontext() if ahead else self._slots, self._turns.beside():
                 yield
             return
         async with self._turns.alone():

@@ -1,5 +1,6 @@
 """What the sampler's deployment asks of Serve, and its engine's settings. Without Ray."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,6 +75,21 @@ def test_the_time_of_a_row_is_kept_by_its_engine(tmp_path: Path, limit_s: float 
     assert made.teacher.request_timeout_s == limit_s
 
 
+@pytest.mark.parametrize(
+    ("asked", "teacher", "student", "expected"),
+    [(None, 2048, 8192, 2048), (512, 2048, 8192, 512), (None, None, 4096, 4096)],
+)
+def test_it_writes_no_more_than_its_teacher_reads(
+    tmp_path: Path, asked: int | None, teacher: int | None, student: int, expected: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": student}))
+    written = config().model_dump(mode="json")
+    written["teacher"]["max_model_len"] = asked
+    settings = SamplerSettings(RunConfig.model_validate(written), None, "logs", context=teacher)
+    made = engine_settings(settings, tmp_path, {"stop_token_ids": [1]}, None, 0)
+    assert made.teacher.max_model_len == expected
+
+
 def test_a_sampler_and_a_teacher_are_not_described_to_serve_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -90,6 +106,7 @@ def test_a_sampler_and_a_teacher_are_not_described_to_serve_at_once(
     monkeypatch.setattr("ray.serve.run_many", asks)
     monkeypatch.setattr("ray.serve.RunTarget", lambda *_, **__: None)
     folder = SimpleNamespace(logs="logs")
-    run = SimpleNamespace(config=config(), coordinator=None, folder=folder, sampler_app="sampler-r")
+    named = {"folder": folder, "sampler_app": "sampler-r", "by_teacher": dict}
+    run = SimpleNamespace(config=config(), coordinator=None, **named)
     SamplerApp(cast(Run, run)).deploy()
     assert free == [False, False]

@@ -13,6 +13,7 @@ from raystill.datasets.rows.answers import Answer
 from raystill.datasets.rows.schema import AT_LEAST, TOKEN_IDS
 from raystill.datasets.rows.signal import Signal
 from raystill.serve.ending import Ending
+from raystill.serve.engine.vllm import VllmEngine
 from raystill.serve.replica import BusyClock
 from raystill.serve.sampler import Sampler
 
@@ -30,6 +31,7 @@ class Behind(Sampler):
         self.told: list[dict[str, float]] = []
         self._coordinator: Any = SimpleNamespace(add=SimpleNamespace(remote=self.told.append))
         self._engine: Any = self
+        self._following = asyncio.get_running_loop().create_future()
 
     async def get(self, version: int) -> None:
         """New weights, as `_prove` notes them."""
@@ -102,5 +104,50 @@ def test_it_reports_what_it_wrote_and_is_not_busy_while_it_waits_for_weights() -
 
 
 def test_weights_that_never_come_end_the_run_with_both_versions() -> None:
+    async def ask() -> None:
+        await replica(limit_s=0.05).ask(9)
+
     with pytest.raises(RunError, match=r"sampler 1 has .* step 3, and those of step 9 have not"):
-        asyncio.run(replica(limit_s=0.05).ask(9))
+        asyncio.run(ask())
+
+
+def test_what_an_engine_with_half_of_its_weights_writes_is_no_answer() -> None:
+    async def scenario() -> None:
+        behind = replica()
+
+        async def lost(*_: Any) -> list[Answer]:
+            behind._following.set_exception(ValueError("no memory for layer 17"))
+            return await Engine(behind).sample([np.array([1])], Signal("text"))
+
+        behind._engine.sample = lost
+        for _ in range(2):  # While the answer was written, and from then on.
+            with pytest.raises(RuntimeError, match=r"could not be taken: .*layer 17"):
+                await behind.ask(None)
+        with pytest.raises(RuntimeError, match="could not be taken"):
+            await behind.check_health()
+
+    asyncio.run(scenario())
+
+
+def test_a_proof_waits_for_no_row_that_waits_for_a_place() -> None:
+    async def scenario() -> None:
+        settings: Any = SimpleNamespace(teacher=SimpleNamespace(max_num_seqs=2))
+        engine = VllmEngine(settings)
+        order: list[str] = []
+        done = asyncio.Event()
+
+        async def row(name: str, ahead: bool) -> None:
+            async with engine._place(False, ahead):
+                order.append(name)
+                if not ahead:
+                    await done.wait()
+
+        rows = [asyncio.ensure_future(row(str(number), False)) for number in range(4)]
+        await asyncio.sleep(0.01)
+        await asyncio.wait_for(row("proof", True), 5)
+        assert order == ["0", "1", "proof"]
+        done.set()
+        await asyncio.gather(*rows)
+        assert order[3:] == ["2", "3"]
+
+    asyncio.run(scenario())

@@ -1,12 +1,16 @@
 """Folders in shared memory end with their process, however that one ends. Without Ray."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from raystill.base.errors import RunError
 from raystill.serve import scratch
 from raystill.serve.scratch import Scratch
 
@@ -79,3 +83,29 @@ def test_what_only_has_such_a_name_stays(shared: Path) -> None:
     names = {path.name for path in shared.iterdir()}
     Scratch().remove()
     assert {path.name for path in shared.iterdir()} == names
+
+
+def test_shared_memory_without_room_is_passed_over(
+    shared: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path_factory.mktemp("disk")
+    monkeypatch.setattr(scratch.tempfile, "tempdir", str(disk))
+    free = shutil.disk_usage(shared).free
+    for room, place in ((0, shared), (free // 2, shared), (2 * free, disk)):
+        made = Scratch(room)
+        assert made.path.parent == place
+        made.write("weights", memoryview(b"w"))
+        assert (made.path / "weights").read_bytes() == b"w"
+        made.remove()
+        assert not made.path.exists()
+
+
+def test_no_room_is_told_with_the_folder_and_what_to_do(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(RunError, match=rf"{shared} has no room for .* \(weights, 3 MiB\).*shm"):
+        Scratch().write("weights", bytes(3 << 20))
