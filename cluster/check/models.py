@@ -7,6 +7,7 @@ transformers.
 import filecmp
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from raystill.base.errors import ConfigError, Problem
@@ -18,9 +19,10 @@ from raystill.config.student import LayerChoice
 from raystill.datasets.rows.signal import hidden_size
 from raystill.model.adapters import adapter_problems
 from raystill.model.files import ModelFolder
-from raystill.model.head import find_head, logit_transform, stored_tensors
-from raystill.model.sizes import FFN_OUTPUT, Sizes, is_ffn_output
+from raystill.model.head import find_head, logit_transform, read_header, stored_tensors
+from raystill.model.sizes import FFN_OUTPUT, Sizes, is_ffn_output, uneven_widths
 from raystill.model.tokenizer import read_settings, shared_tokenizer
+from raystill.model.weights import layer_of
 
 NAMED_TOKENS = ("bos", "eos", "pad")
 
@@ -76,6 +78,7 @@ def check_student(config: RunConfig, teacher: ModelFolder, student: ModelFolder)
         problems = check_tokenizers(teacher, student)
         where = "student.model"
         problems += _check_folder(where, student)
+    problems += _check_balance(config, student)
     trusted = trusts_student(config)
     for message in check_architecture(where, student, trusted=trusted, served=False):
         problems.append(Problem(where, message))
@@ -136,7 +139,42 @@ def _check_widths(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:
     except ValueError as error:
         yield Problem("student", f"{teacher.name}: {error}")
         return
-    yield from sizes.problems(student.hidden_size, student.ffn_size, student.num_heads)
+    wanted = student.hidden_size, student.ffn_size, student.num_heads
+    if problems := sizes.problems(*wanted):
+        yield from problems
+        return
+    yield from uneven_widths(teacher.config.get("model_type"), sizes, sizes.narrowed(*wanted))
+    number, kept = teacher.num_layers, None
+    if number is not None and not isinstance(student.layers, LayerChoice):
+        kept = student.kept_layers(number)
+    shapes = {
+        name: entry["shape"]
+        for file in sorted(f for f in set(stored_tensors(teacher.path).values()) if f.exists())
+        for name, entry in read_header(file).items()
+        if kept is None or (layer := layer_of(name)) is None or layer in kept
+    }
+    for text in islice(sizes.unfit(shapes), 1):
+        named = [f for f in ("hidden_size", "ffn_size", "num_heads") if getattr(student, f)]
+        yield Problem(
+            f"student.{named[0]}",
+            f"makes the layers narrower, but {teacher.name} {text}; leave student.hidden_size, "
+            "ffn_size and num_heads unset for this model",
+        )
+
+
+def _check_balance(config: RunConfig, student: ModelFolder) -> Iterator[Problem]:
+    """Has the student experts, where their load is to be balanced?"""
+    sections = {"objective": config.objective, "policy.objective": config.policy.objective}
+    if any(value and ("expert" in name or "moe" in name) for name, value in student.config.items()):
+        return
+    for where, objective in sections.items():
+        if objective.router_balance and (where == "objective" or config.policy.enabled):
+            yield Problem(
+                f"{where}.router_balance",
+                f"is {objective.router_balance:g}, but {student.name} has no experts "
+                "(num_experts_per_tok in its config.json), whose load it would balance; set it to "
+                "0, or remove it",
+            )
 
 
 def _check_refit(config: RunConfig, teacher: ModelFolder) -> Iterator[Problem]:

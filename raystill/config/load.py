@@ -325,7 +325,7 @@ class StrictLoader(yaml.SafeLoader):
         """
         try:
             return super().construct_object(node, deep)
-        except (ValueError, AttributeError, KeyError, TypeError, OverflowError):
+        except (ValueError, AttributeError, LookupError, TypeError, OverflowError):
             raise yaml.constructor.ConstructorError(
                 None,
                 None,

@@ -25,6 +25,8 @@ PARTS: dict[str, tuple[str, str]] = {
     "down_proj": ("hidden", "ffn"),
 }
 """What the rows and the columns of a weight are, by the name of its module. A bias has the rows."""
+HEAD_NORMS = {"q_norm": "heads", "k_norm": "kv_heads"}
+"""Norms of all queries or keys of a token together (OLMo 2), or of each head alone (Qwen 3)."""
 FFN_OUTPUT = "down_proj"
 """The projection that adds a feed-forward network's output to the residual stream."""
 _FFN_OUTPUT_WEIGHT = re.compile(rf"(^|\.)\d+\.\w+\.{FFN_OUTPUT}\.weight$")
@@ -43,6 +45,14 @@ PLAIN_TYPES = frozenset(
 )
 """Values of ``model_type`` whose every layer has each of `PARTS` once, of the sizes in
 ``config.json`` (no experts, no joined projections, no layers of another kind)."""
+EVEN_TYPES = frozenset(
+    {
+        *("llama", "arcee", "cwm", "eurobert", "gemma2", "gemma3_text", "gemma3n_text"),
+        *("hyperclovax", "jais2", "minicpm3", "vaultgemma"),
+    }
+)
+"""Values of ``model_type`` whose configuration transformers refuses where the hidden units are no
+multiple of the heads, also where it names the size of a head."""
 _IN_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+\.(?:weight|bias))")
 
 
@@ -100,16 +110,50 @@ class Sizes:
 
     def reshaped(self, name: str, shape: Sequence[int], narrow: "Sizes") -> tuple[int, ...]:
         """The shape that a tensor of a model of these sizes has in a student of ``narrow`` ones."""
-        module = name.split(".")[-2] if "." in name else name
-        if (axes := PARTS.get(module)) is None:  # Norms.
-            return tuple(narrow.hidden if size == self.hidden else size for size in shape)
-        widths = {
-            "hidden": narrow.hidden,
-            "ffn": narrow.ffn,
-            "heads": narrow.heads * narrow.head_size,
-            "kv_heads": narrow.kv_heads * narrow.head_size,
+        axes, widths = self.axes(name, shape), narrow.widths
+        if axes is None:
+            return tuple(shape)
+        whole = ("",) * (len(shape) - len(axes))
+        return tuple(
+            widths.get(axis, size) for axis, size in zip((*axes, *whole), shape, strict=True)
+        )
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The number of rows or columns that each word of `PARTS` stands for."""
+        return {
+            "hidden": self.hidden,
+            "ffn": self.ffn,
+            "heads": self.heads * self.head_size,
+            "kv_heads": self.kv_heads * self.head_size,
         }
-        return tuple(widths.get(axis, size) for axis, size in zip(axes, shape, strict=False))
+
+    def axes(self, name: str, shape: Sequence[int]) -> tuple[str, ...] | None:
+        """What the rows and columns of a weight of this model are, in the words of `PARTS`; empty
+        where it is the same in a narrower student; None where it has no part that can be narrowed.
+        """
+        module = name.split(".")[-2] if "." in name else name
+        if module in PARTS:
+            return PARTS[module][: len(shape)]
+        if len(shape) != 1 or "norm" not in module:
+            return None
+        if shape[0] == self.head_size and (module in HEAD_NORMS or shape[0] != self.hidden):
+            return ()
+        axis = HEAD_NORMS.get(module, "hidden")
+        return (axis,) if shape[0] == self.widths[axis] else None
+
+    def unfit(self, shapes: Mapping[str, Sequence[int]]) -> Iterator[str]:
+        """What weights with these names and shapes have that no narrower student can be made of."""
+        for name, shape in shapes.items():
+            if not name.endswith((".weight", ".bias")):
+                continue  # A derived table, which nobody loads.
+            axes = None if ".experts." in name else self.axes(name, shape)
+            if axes is None:
+                yield f"has {name}, which is no part that can be narrowed"
+                continue
+            for axis, size in zip(axes, shape, strict=False):
+                if size != self.widths.get(axis, size):
+                    yield f"has {name} of {list(shape)}, expected {self.widths[axis]} {axis} units"
 
     def problems(self, hidden: int | None, ffn: int | None, heads: int | None) -> list[Problem]:
         """Why a student of a teacher with these sizes cannot have those."""
@@ -134,6 +178,25 @@ class Sizes:
                 )
             )
         return found
+
+
+def uneven_widths(model_type: object, whole: Sizes, few: Sizes) -> Iterator[Problem]:
+    """Whether a student of ``few`` sizes of a teacher of ``whole`` ones is none that transformers
+    loads, though it has no more of anything.
+    """
+    even = few.hidden % few.heads == 0
+    if even or not isinstance(model_type, str) or model_type not in EVEN_TYPES:
+        return
+    where = "hidden_size" if few.hidden != whole.hidden else "num_heads"
+    wanted = few.hidden if where == "hidden_size" else few.heads
+    below = few.hidden // few.heads * few.heads
+    possible = [n for n in (below, below + few.heads) if 0 < n <= whole.hidden]
+    yield Problem(
+        f"student.{where}",
+        f"is {wanted}, so that the student would have {few.hidden} hidden units and {few.heads} "
+        f"heads, but {model_type} takes a multiple of the heads only; set student.hidden_size: "
+        f"{' or '.join(map(str, possible))}",
+    )
 
 
 def wrong_tensors(

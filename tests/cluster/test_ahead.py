@@ -148,6 +148,10 @@ def test_answers_that_the_prompts_bring_have_any_length_and_end() -> None:
         ({"evaluation": {"every_steps": 3, "held_out_rows": 8}}, None),
         ({"objective": {"forward_kl": 1.0, "jsd_beta": 0.3}}, "jsd_beta has no effect"),
         ({"objective": {"forward_kl": 1.0, "skew_alpha": 0.3}}, "skew_alpha has no effect"),
+        (
+            {"objective": {"forward_kl": 1.0, "temperature_squared": True}},
+            "temperature_squared has no effect at objective.temperature 1",
+        ),
         ({"policy": {"max_staleness_steps": 3}}, "policy has no effect"),
         ({}, None),
     ],

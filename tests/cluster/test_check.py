@@ -112,6 +112,11 @@ def test_the_check_is_fast_and_imports_nothing_heavy(run_file: Path) -> None:
         ("student.layers=[0, 0]", ["student.layers: names [0] more than once"]),
         ("student.ffn_size=100000", ["student.ffn_size: is 100000", "name at most"]),
         ("student.num_heads=7", ["student.num_heads: is 7", "possible are"]),
+        ("student.hidden_size=63", ["student.hidden_size: is 63", "hidden_size: 62 or 64"]),
+        (
+            "objective={jsd: 1, router_balance: 0.1}",
+            ["objective.router_balance: is 0.1", "no experts"],
+        ),
         ("student.refit=2", ["student.refit: is 2"]),
         ("stream.max_rows_ahead=6", ["rows_per_step + 2 * num_workers * group_rows (8)", "24"]),
         ("stream.max_rows_ahead=23", ["target_ongoing_requests * group_rows", "24 or more"]),
@@ -275,6 +280,49 @@ def test_students_this_version_cannot_train_are_refused(
 ) -> None:
     folder = make_model(tmp_path / "student", **config)
     assert words in only(run_file, *STUDENT, f"student.model={folder}")
+
+
+EXPERTS = "model.layers.{}.mlp.experts.0.gate_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "layer", "words"),
+    [
+        ("model.layers.{}.self_attn.qkv_proj.weight", (128, 64), 1, "qkv_proj.weight, which is no"),
+        (EXPERTS, (128, 64), 1, "experts.0.gate_proj.weight, which is no part"),
+        (EXPERTS, (128, 64), 0, None),  # A layer that is left out.
+        ("model.layers.{}.mlp.up_proj.weight", (96, 64), 1, "[96, 64], expected 128 ffn units"),
+        ("model.layers.{}.self_attn.q_norm.weight", (64,), 1, None),  # Of all heads together.
+        ("model.layers.{}.self_attn.k_norm.weight", (32,), 1, None),  # Of each head.
+        ("model.layers.{}.self_attn.q_norm.weight", (63,), 1, "q_norm.weight, which is no part"),
+        ("model.layers.{}.self_attn.rotary_emb.inv_freq", (16,), 1, None),
+    ],
+)
+def test_a_teacher_that_cannot_be_made_narrower_is_found_by_its_weights(
+    run_file: Path, tmp_path: Path, name: str, shape: tuple[int, ...], layer: int, words: str | None
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "odd"
+    shutil.copytree(TINY, folder)
+    tensors = load_file(folder / "model.safetensors") | {name.format(layer): torch.zeros(shape)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = [
+        problem
+        for problem in problems(run_file, f"teacher.model={folder}", "student.ffn_size=64")
+        if problem.startswith("student.ffn_size")
+    ]
+    assert len(found) == (words is not None), found
+    assert words is None or words in found[0]
+
+
+def test_balanced_experts_of_a_student_that_has_some_are_accepted(
+    run_file: Path, tmp_path: Path
+) -> None:
+    student = make_model(tmp_path / "student", num_local_experts=4, num_experts_per_tok=2)
+    overrides = [*STUDENT, f"student.model={student}", "objective={jsd: 1, router_balance: 0.1}"]
+    assert problems(run_file, *overrides) == []
 
 
 def test_logits_may_be_scaled_and_capped(run_file: Path, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_a_number_is_a_number(place: Path, name: str) -> None:
         "{" * 3000,
         "a: !!python/object/apply:os.system [echo]\n",
         "teacher: 2030-02-30\n",
+        'seed: !!int ""\n',
         "a: 1\na: 2\n",
         "\t- x",
         "seed: " + "9" * 5000,

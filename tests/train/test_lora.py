@@ -34,8 +34,10 @@ from raystill.train.student.export import (
     export_student,
     exported_state,
     round_weights,
+    state_before_merging,
 )
 from raystill.train.student.module import StudentModule
+from raystill.train.student.sharding import shard_student
 from raystill.train.worker.shape import base_of
 from tests.support.tiny_student import (
     flat,
@@ -149,6 +151,38 @@ def test_what_is_merged_in_place_is_what_is_exported_and_measured():
         assert torch.equal(tensor, tensor.to(BF16).to(F64)), name
 
 
+@pytest.mark.parametrize("wide", [F32, BF16], ids=["float32", "bfloat16"])
+def test_an_export_wider_than_the_frozen_weights_has_what_merging_rounds(tmp_path, wide):
+    model = Training("16-bit weights").model
+    generator = torch.Generator().manual_seed(2)
+    for name, tensor in lora.trained_tensors(model).items():
+        if "lora_B" in name:
+            tensor.normal_(0, 1e-4, generator=generator)
+    layer = model.model.layers[1].mlp.up_proj
+    expected = (layer.base_layer.weight.float() + lora.delta(layer)).to(wide).detach()
+    state = state_before_merging(model, wide, keep=True)
+    assert (state is not None) == (wide == F32)
+    lora.merge(model)
+    round_weights(model, wide)
+    run = RunFolder(str(tmp_path / "run")).ensure()
+    name = str(wide).removeprefix("torch.")
+    export_student(model, run, ExportSettings(name, "no folder", Sampling()), state=state)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student", dtype="auto")
+    found = loaded.model.layers[1].mlp.up_proj.weight
+    assert found.dtype == wide and torch.equal(found, expected)
+    assert torch.equal(found, found.bfloat16().to(wide)) == (wide == BF16)
+
+
+def test_weights_wider_than_their_adapters_are_not_rounded_to_them():
+    model = start("tied").model
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    before = frozen(model)
+    lora.merge(model)
+    assert all(torch.equal(before[name], now) for name, now in frozen(model).items())
+
+
 def test_a_checkpoint_has_the_adapters_alone_and_a_resumed_run_equals_an_undisturbed_one(tmp_path):
     settings = LoraConfig(rank=5, dropout=0.3, modules_to_save=("norm",))
     torch.manual_seed(11)
@@ -189,9 +223,10 @@ def test_a_checkpoint_knows_the_weights_that_its_adapters_belong_to(tmp_path):
     write_checkpoint(training, tmp_path, Ranks())
     (folder,) = (tmp_path / "checkpoints").iterdir()
     snapshot = read_snapshot(folder)
-    require_base(snapshot, identity)
-    with pytest.raises(RunError, match="put back the files"):
-        require_base(snapshot, changed)
+    dtype = lora.dtype_of_base(training.model)
+    require_base(snapshot, identity, dtype)
+    with pytest.raises(RunError, match=r"weights in float64 with .* put back the files"):
+        require_base(snapshot, changed, dtype)
     assert json.loads((folder / "state.json").read_text())["base"] == identity
     with pytest.raises(RunError, match="worker 1 has"):
         lora.require_same_base([identity, changed])
@@ -397,6 +432,33 @@ def test_a_checkpoint_of_adapters_is_read_by_other_numbers_of_workers(ranks, fol
     assert size < 0.6 * sum(p.numel() * 8 for p in full.parameters())
 
 
+def test_copies_of_a_sharded_student_are_merged_as_one_that_is_whole(ranks):
+    alone = noisy(start("tied").model)
+    lora.merge(alone)
+    expected = flat(exported_state(alone, F64, keep=True).values())
+    for rank in ranks:
+        for group in (1, 2):
+            assert relative_error(rank["copies"][group], expected) < 1e-12
+
+
+def noisy(model):
+    """The model with adapters that change something."""
+    generator = torch.Generator().manual_seed(5)
+    for tensor in lora.trained_tensors(model).values():
+        tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
+    return model
+
+
+def merged_in_groups(size):
+    """What a worker of two has after merging, where so many ranks share a copy."""
+    module = start("tied")
+    noisy(module.model)
+    training = TrainingConfig(strategy="fsdp", num_workers=2, shard_group_size=size)
+    shard_student(module, torch.device("cpu"), 2, training)
+    lora.merge(module.model)
+    return flat(exported_state(module.model, F64, keep=True).values())
+
+
 def after_training(case, strategy, rank):
     """What a worker has after all steps, as it is, exported, and merged in place."""
     training = Training(case, strategy, rank).run(0, 1)
@@ -413,6 +475,7 @@ def worker_main(rank, folder):
     write_checkpoint(Training("tied", "fsdp", rank).run(0), folder / "fsdp", Ranks(rank, 2))
     (one,) = (folder / "alone" / "checkpoints").iterdir()
     results["resumed"] = {}
+    results["copies"] = {size: merged_in_groups(size) for size in (1, 2)}
     for strategy in strategies:
         training = Training("tied", strategy, rank)
         load_tensors(one, 1, training.model, training.optimizer)

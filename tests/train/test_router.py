@@ -101,9 +101,15 @@ def test_recomputed_layers_have_the_same_gradient() -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_a_student_without_routers_is_refused() -> None:
-    step = make_step(
-        tiny_module(), objective=ObjectiveConfig(cross_entropy=1.0, router_balance=0.1)
-    )
+def test_a_student_without_routers_is_refused_before_its_first_step() -> None:
+    objective = ObjectiveConfig(cross_entropy=1.0, router_balance=0.1)
+    with pytest.raises(ValueError, match="has no routers that say their logits; set it to 0"):
+        make_step(tiny_module(), objective=objective)
+
+
+def test_experts_that_do_not_say_their_logits_are_refused_in_the_step() -> None:
+    student = tiny_module()
+    student.model.config.num_experts_per_tok = 2
+    step = make_step(student, objective=ObjectiveConfig(cross_entropy=1.0, router_balance=0.1))
     with pytest.raises(ValueError, match="has no routers that say their logits; set it to 0"):
         step.run(0, [make_row(1)], has_more=True, stop=False)

@@ -2,12 +2,14 @@
 that of padded rows.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AttentionInterface, LlamaConfig, MistralConfig, Qwen3Config
+from transformers import AttentionInterface, DogeConfig, LlamaConfig, MistralConfig, Qwen3Config
 from transformers import AutoModelForCausalLM as Auto
 
 from raystill.train.batch.batch import collate
@@ -204,6 +206,30 @@ def test_a_model_whose_layers_do_not_say_where_rows_begin_stays_padded(monkeypat
     found = evaluate(student, rows, **settings)
     plain = place_student(student.model, training_config(attention="sdpa"), CPU, 1)
     assert evaluate(plain, rows, **settings) == pytest.approx(found)
+
+
+def test_a_mask_of_the_layers_own_is_never_left_out():
+    """Doge makes one of the values: with several rows in a sequence nobody would apply it."""
+    torch.manual_seed(0)
+    model = small(DogeConfig, keep_window_size=4).float()
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.A)
+    found = []
+    for attention in ("sdpa", "auto"):
+        training = training_config(attention=attention)
+        student = place_student(copy.deepcopy(model), training, CPU, 1)
+        step = make_step(student, training, packed=student.packed, shared=student.shared)
+        found.append(gradients_of_first_step(student, step, rows_of("template")))
+        assert not student.packed
+    (plain, before), (ours, after) = found
+    assert after.loss == pytest.approx(before.loss, rel=1e-6)
+    assert relative_error(ours, plain) < 1e-6
+    with pytest.raises(ValueError, match=r"true, but .* makes a mask of its own"):
+        place_student(model, training_config(packing=True, attention="auto"), CPU, 1)
+    states, mask = torch.randn(1, 2, 5, 4), torch.randn(1, 1, 5, 5)
+    one = attend(torch.nn.Module(), *[states] * 3, mask, cu_seq_lens_q=torch.tensor([0, 5]))[0]
+    wanted = torch.nn.functional.scaled_dot_product_attention(*[states] * 3, mask)
+    assert torch.allclose(one, wanted.transpose(1, 2))
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if "vision" not in f])

@@ -14,6 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from raystill.config.run import RunConfig
 from raystill.model.sampling import ResolvedSampling
 from raystill.train.start.cut import keep_layers
+from raystill.train.start.precision import cast_weights
+from raystill.train.start.shape import Shape
+from raystill.train.start.width import Widths
+from raystill.train.student import lora
 from raystill.train.student.build import Outline, build_student, num_classes
 from raystill.train.student.export import (
     ExportSettings,
@@ -106,6 +110,33 @@ def test_a_layer_named_twice_is_a_copy_and_per_layer_settings_follow(teacher):
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2]
 
 
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "kept", "words"),
+    [
+        (transformers.FalconH1Config(**SETTINGS), [0, 2], None),  # All of its layers are alike.
+        (transformers.JambaConfig(**SETTINGS, **JAMBA), [0, 1], None),
+        (
+            transformers.JambaConfig(**SETTINGS, **JAMBA),
+            [1, 3],
+            "describes these layers: layer_types would",
+        ),
+        (transformers.HunYuanDenseV1Config(**SETTINGS, head_dim=8), [0, 2], None),
+    ],
+)
+def test_a_kind_of_layer_that_is_worked_out_from_its_number_is_held_to_it(config, kept, words):
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    if words is not None:
+        with pytest.raises(ValueError, match=words):
+            keep_layers(model, kept)
+        return
+    keep_layers(model, kept)
+    assert model.config.num_hidden_layers == 2
+
+
 def test_a_layer_the_teacher_lacks_is_refused(teacher):
     config = run_config(teacher, {"layers": [0, 4]})
     with pytest.raises(ValueError, match=r"names \[4\], but the teacher has layers 0 to 3"):
@@ -142,6 +173,57 @@ def test_the_saved_student_loads_with_transformers_as_it_was_measured(teacher, t
     ids = torch.tensor([[3, 4, 9, 11]])
     with torch.no_grad():
         assert torch.equal(loaded.float()(ids).logits, student(ids).logits)
+
+
+POSITIONS, LORA = 1000, {"rank": 4, "base_dtype": "bfloat16"}
+ROUNDED = {
+    "16-bit weights": ({"init": "model"}, {"optimizer": "adamw_bf16"}, None),
+    "16-bit frozen weights": ({"init": "model", "lora": LORA}, {}, None),
+    "narrower": ({"ffn_size": 16}, {"optimizer": "adamw_bf16"}, Widths(ffn=[list(range(16))] * 4)),
+    "narrower, trained in float32": ({"ffn_size": 16}, {}, Widths(ffn=[list(range(16))] * 4)),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDED)
+def test_late_positions_are_those_that_the_exported_student_has(tmp_path, case):
+    fields, training, widths = ROUNDED[case]
+    place, exact = tmp_path / "teacher", transformers.LlamaConfig(**SETTINGS, initializer_range=0.5)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(exact).to(torch.bfloat16).save_pretrained(place)
+    student = fields | ({"model": str(place)} if "init" in fields else {})
+    config = run_config(place, student, **training)
+    known = widths and Shape([0, 1, 2, 3], widths)
+    model = build_student(config, str(place), 1, known=known).eval()
+    lora.attach(model, config, torch.device("cpu"))
+    dtype = model.dtype
+    lora.merge(model)
+    save_student(model, tmp_path / "student", settings_of(place, dtype=str(dtype)[6:]))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype="auto").eval()
+    ids = torch.randint(0, 40, (1, POSITIONS), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found, expected = (one(ids).logits for one in (model, loaded))
+    assert loaded.dtype == dtype and expected[0, -1].std() > 0.1
+    assert torch.equal(found, expected)
+
+
+def test_casting_weights_leaves_what_a_loaded_model_computes_for_itself():
+    model = torch.nn.Linear(2, 2)
+    model.weight = torch.nn.Parameter(model.weight.double())
+    model.register_buffer("stored", torch.full((2,), 0.1))
+    model.register_buffer("derived", torch.full((2,), 0.1), persistent=False)
+    model.register_buffer("narrow", torch.full((2,), 0.1).bfloat16(), persistent=False)
+    model.register_buffer("counts", torch.arange(2))
+    assert cast_weights(model, torch.float16) is model
+    found = {name: one.dtype for name, one in (*model.named_parameters(), *model.named_buffers())}
+    f16, bf16 = torch.float16, torch.bfloat16
+    assert found == {
+        **{"weight": f16, "bias": f16, "stored": f16, "derived": torch.float32, "narrow": bf16},
+        "counts": torch.int64,
+    }
+    assert {b.dtype for b in cast_weights(model, torch.float32).buffers()} == {
+        torch.float32,
+        torch.int64,
+    }
 
 
 def test_the_saved_student_brings_the_teachers_tokenizer_template_and_stop_ids(teacher, tmp_path):

@@ -5,14 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    ModernBertDecoderConfig,
 )
 
 from raystill.config.objective import ObjectiveConfig
@@ -119,6 +122,19 @@ def test_a_student_whose_logits_are_made_another_way_is_refused():
     forward = model.forward
     model.forward = lambda **inputs: _doubled(forward(**inputs))
     with pytest.raises(ValueError, match="LlamaForCausalLM differ from its output head's"):
+        StudentModule(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [(ModernBertDecoderConfig, {}), (Llama4TextConfig, {"num_local_experts": 2})],
+)
+def test_a_model_whose_decoder_does_not_run_apart_from_its_head_is_refused(kind, more):
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 8, "intermediate_size_mlp": 48} if more else {}
+    model = AutoModelForCausalLM.from_config(kind(**sizes, **more))
+    with pytest.raises(ValueError, match="no decoder and output head that can be run apart"):
         StudentModule(model)
 
 

@@ -1,5 +1,6 @@
 """A narrower student: the parts that do nothing go first, and what is left computes what it did."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
     Qwen2Config,
@@ -26,7 +29,8 @@ from transformers import (
 from raystill.base.run_folder import RunFolder
 from raystill.config.run import RunConfig
 from raystill.config.student import StudentConfig
-from raystill.model.sizes import Sizes
+from raystill.model.sizes import EVEN_TYPES, PLAIN_TYPES, Sizes
+from raystill.train.start.rms import factor, offset_of, unit_shares
 from raystill.train.start.shape import choose_shape
 from raystill.train.start.texts import Texts
 from raystill.train.start.width import Widths, choose_widths, narrow
@@ -52,7 +56,9 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),  # Biases of queries, keys and values.
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),  # Norms of queries and keys.
     "gemma2": (Gemma2Config, Gemma2ForCausalLM, {"query_pre_attn_scalar": 8}),  # Four norms.
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),  # Norms of all queries, or keys, together.
 }
+EACH_HEAD_ALONE = [family for family in FAMILIES if family != "olmo2"]
 TEXTS = Texts.of(
     [np.array([3, 4, 5]), np.array([6, 7, 8, 9, 10])],
     [np.array([11, 12, 13, 14]), np.array([15, 2])],
@@ -80,7 +86,7 @@ def silence(model: Any, ffn: list[int], heads: list[int]) -> None:
         layer.self_attn.o_proj.weight[:, columns] = 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EACH_HEAD_ALONE)
 def test_without_what_adds_nothing_the_model_computes_the_same(family: str) -> None:
     model = model_of(family)
     ffn, heads = [0, 7, 31], [1, 2]
@@ -129,6 +135,77 @@ def test_each_weight_has_the_rows_and_columns_that_were_kept() -> None:
     assert torch.equal(new.mlp.down_proj.weight, old.mlp.down_proj.weight[hidden][:, [1, 5]])
     assert torch.equal(smaller.lm_head.weight, model.lm_head.weight[:, hidden])
     assert torch.equal(new.input_layernorm.weight, old.input_layernorm.weight[hidden])
+
+
+def test_a_norm_of_all_queries_goes_with_their_heads_and_not_with_the_hidden_units() -> None:
+    model = model_of("olmo2")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
+                norm.weight.copy_(torch.arange(len(norm.weight)))  # As many queries as units: 32.
+    for heads, keys in (([[0, 2], [1, 2], [1, 3]], [0, 1]), ([[2, 3]] * 3, [1])):
+        smaller: Any = narrow(model, Widths(hidden=list(range(24)), heads=heads))
+        for layer, kept in zip(smaller.model.layers, heads, strict=True):
+            rows = [[8 * head + i for head in some for i in range(8)] for some in (kept, keys)]
+            assert layer.self_attn.q_norm.weight.tolist() == rows[0]
+            assert layer.self_attn.k_norm.weight.tolist() == rows[1]
+
+
+def test_queries_are_no_hidden_units_where_these_are_chosen() -> None:
+    model = model_of("olmo2")
+    expected = choose_widths(model, TEXTS, hidden=24).hidden
+    # It changes the queries' sizes, and not what attention computes of them.
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_norm.weight[:] *= 100
+            layer.self_attn.k_norm.weight[:] /= 100
+    assert choose_widths(model, TEXTS, hidden=24).hidden == expected
+
+
+@pytest.mark.parametrize("model_type", sorted(PLAIN_TYPES | EVEN_TYPES))
+def test_which_architectures_take_a_multiple_of_the_heads_only(model_type: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    sizes = {**SIZES, "hidden_size": 30}
+    try:
+        CONFIG_MAPPING[model_type](**sizes)
+    except Exception as error:  # Each has validators of its own.
+        assert "multiple" in str(error)
+        refused = True
+    else:
+        refused = False
+    assert refused == (model_type in EVEN_TYPES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_units_that_are_always_zero_the_model_computes_the_same(family: str) -> None:
+    model = model_of(family)
+    zero = [0, 3, 9, 30]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, zero] = 0
+        model.lm_head.weight[:, zero] = 0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[zero] = 0
+            layer.mlp.down_proj.weight[zero] = 0
+    widths = choose_widths(model, TEXTS, hidden=28)
+    assert widths.hidden == [i for i in range(32) if i not in zero]
+    smaller: Any = narrow(model, widths)
+    assert torch.allclose(logits(smaller), logits(model), atol=1e-4)
+    assert (logits(narrow(model, replace(widths, norms=None))) - logits(model)).abs().max() > 1e-2
+
+
+def test_norms_are_scaled_by_what_they_pass_on_and_only_with_fewer_units() -> None:
+    """On one token of squares 9 and 16 + 2 * 0: all units' mean is 25/4, of the first two 25/2."""
+    states, count = torch.tensor([[3.0, 4.0, 0.0, 0.0]]), torch.ones(1, 1)
+    assert factor(unit_shares(states, count), [0, 1]) == pytest.approx(2**0.5)
+    assert choose_widths(model_of("llama"), TEXTS, ffn=20).norms is None
+    names = (choose_widths(model_of("gemma2"), TEXTS, hidden=24).norms or {}).keys()
+    assert len(names) == 4 * 3 + 1 and "model.norm" in names
+    queries = (choose_widths(model_of("olmo2"), TEXTS, hidden=24).norms or {}).keys()
+    assert len(queries) == 2 * 3 + 1 and not any("q_norm" in name for name in queries)
+    gemma = model_of("gemma2").model.norm
+    assert (offset_of(gemma), offset_of(model_of("qwen3").model.norm)) == (1.0, 0.0)
+    assert offset_of(torch.nn.LayerNorm(32)) is None
 
 
 def test_heads_go_one_of_each_group_or_in_whole_groups() -> None:

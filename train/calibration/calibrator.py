@@ -30,6 +30,7 @@ from raystill.train.calibration.cost import bytes_per_token
 from raystill.train.calibration.positions import Positions, read_positions, sample_positions
 from raystill.train.loss.teacher_head import TeacherHead, read_teacher_head
 from raystill.train.start.cut import layer_list
+from raystill.train.start.precision import cast_weights
 from raystill.train.start.shape import Shape, choose_shape
 from raystill.train.start.texts import Texts
 from raystill.train.step.ranks import Ranks
@@ -116,7 +117,7 @@ class Calibrator:
         by_one = read_by_one_rank(self._config, ranks.world_size)
         model: Any = None
         if ranks.first or not by_one:
-            model = self._read(folder).to(torch.float32)
+            model = cast_weights(self._read(folder), torch.float32)
         if by_one:
             outline = ranks.from_first(model and Outline.of(model))
             model = model or outline.hollow()

@@ -192,14 +192,18 @@ def read_snapshot(folder: str | Path) -> Snapshot:
     )
 
 
-def require_base(snapshot: Snapshot, base: str) -> None:
-    """Raises RunError where the snapshot's adapters belong to other weights than ``base``."""
+def require_base(snapshot: Snapshot, base: str, dtype: str) -> None:
+    """Raises RunError where the snapshot's adapters belong to other weights than ``base``.
+
+    dtype: of these, by its name.
+    """
     if snapshot.base != base:
         raise RunError(
             f"the checkpoint of step {snapshot.step} has adapters of frozen weights with the "
-            f"identity {snapshot.base or 'none'}, but the student starts from weights with "
-            f"{base or 'none'}; put back the files that the run began with (student.model, or the "
-            "teacher's), or start a new run folder"
+            f"identity {snapshot.base or 'none'}, but the student starts from weights in {dtype} "
+            f"with {base or 'none'}; put back the files that the run began with (student.model, or "
+            "the teacher's), or, where they were read in another dtype then, name it as "
+            "student.lora.base_dtype (auto chooses by the device), or start a new run folder"
         )
 
 

@@ -21,9 +21,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from raystill.train.student.lora import has_adapters, trained_tensors
+from raystill.train.student.sharding import own_rows
 
 OFFSETS = "DCP_SHARDING_INFO"
 """Key of the slices' first rows in a file's header; the name is DCP's."""
@@ -90,7 +91,7 @@ def host_slices(tensors: Mapping[str, Tensor], first: bool) -> dict[str, TensorS
     """
     slices = {}
     for name, tensor in tensors.items():
-        local, start = _local(tensor)
+        local, start = own_rows(tensor)
         if isinstance(tensor, DTensor) or first:
             # A copy also where the tensor is on the CPU: training goes on while it is written.
             copied = local.detach().to("cpu", copy=True).contiguous()
@@ -132,7 +133,7 @@ def read_slices(
     may_lack: tensors that stay as they are where no file has them. Raises ValueError where the
     files have other names or shapes, or lack rows.
     """
-    missing = {name: _local(tensor)[0].numel() for name, tensor in tensors.items()}
+    missing = {name: own_rows(tensor)[0].numel() for name, tensor in tensors.items()}
     stored: set[str] = set()
     for path in paths:
         with safe_open(path, framework="pt") as file:
@@ -171,7 +172,7 @@ def _fill(name: str, tensor: Tensor, file: Any, start: int) -> int:
             f"the checkpoint's model is not this student: {name} is {list(tensor.shape)} here and "
             f"stored in rows of {shape[1:]}; resume with the configuration that it was written with"
         )
-    local, own_start = _local(tensor)
+    local, own_start = own_rows(tensor)
     if tensor.ndim == 0:
         local.copy_(file.get_tensor(name))
         return 1
@@ -187,20 +188,3 @@ def _fill(name: str, tensor: Tensor, file: Any, start: int) -> int:
     target = local[first - own_start : last - own_start]
     target.copy_(stored[first - start : last - start])
     return target.numel()
-
-
-def _local(tensor: Tensor) -> tuple[Tensor, int]:
-    """This rank's rows of ``tensor``, and the number of the first; of an unsharded one all rows."""
-    tensor = tensor.detach()
-    if not isinstance(tensor, DTensor):
-        return tensor, 0
-    *copies, cut = tensor.placements
-    assert cut == Shard(0) and all(isinstance(one, Replicate) for one in copies), (
-        "parameters are cut by rows over the last axis of the mesh"
-    )
-    mesh, axis = tensor.device_mesh, tensor.device_mesh.ndim - 1
-    size = -(-len(tensor) // mesh.size(axis))  # Rounded up.
-    start = min(mesh.get_local_rank(axis) * size, len(tensor))
-    local = tensor.to_local()
-    assert len(local) == max(0, min(size, len(tensor) - start)), "FSDP cuts as torch.chunk does"
-    return local, start

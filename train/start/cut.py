@@ -16,6 +16,10 @@ LAYER_NUMBER_FIELDS = (
     "decoder_sparse_step",
 )
 """Fields of a model's configuration that say by their numbers which layers are of a kind."""
+KEEP_OTHERS = (
+    "keep other layers (student.layers), such as all of the first ones in their order, or set "
+    "student.init: model"
+)
 
 
 def keep_layers(model: nn.Module, layers: list[int]) -> None:
@@ -39,7 +43,7 @@ def keep_layers(model: nn.Module, layers: list[int]) -> None:
     for index, layer in enumerate(layers):
         block = old[layer] if layer not in layers[:index] else copy.deepcopy(old[layer])
         for part in block.modules():
-            if hasattr(part, "layer_idx"):
+            if getattr(part, "layer_idx", None) is not None:  # Some are made without one.
                 part.layer_idx = index
         kept.append(block)
     setattr(owner, name, nn.ModuleList(kept))
@@ -48,11 +52,19 @@ def keep_layers(model: nn.Module, layers: list[int]) -> None:
 
 
 def _describe_layers(text: Any, layers: list[int]) -> None:
-    """Changes the configuration of a model of which these layers are kept, in place."""
+    """Changes the configuration of a model of which these layers are kept, in place.
+
+    Raises ValueError where it works out a layer's kind by the layer's number, as another one.
+    """
+    derived: dict[str, list[Any]] = {}
     for field in PER_LAYER_FIELDS:
         value = getattr(text, field, None)
         if isinstance(value, list | tuple) and len(value) == text.num_hidden_layers:
-            setattr(text, field, [value[layer] for layer in layers])
+            kept = [value[layer] for layer in layers]
+            try:
+                setattr(text, field, kept)
+            except AttributeError:  # A property without a setter.
+                derived[field] = kept
     step = getattr(text, "decoder_sparse_step", None)
     if isinstance(step, int) and step > 1 and hasattr(text, "mlp_only_layers"):
         # Every step-th layer has experts. The kept ones need not be evenly spaced: name the others.
@@ -67,6 +79,12 @@ def _describe_layers(text: Any, layers: list[int]) -> None:
     if isinstance(num_dense, int):
         text.first_k_dense_replace = sum(layer < num_dense for layer in layers)
     text.num_hidden_layers = len(layers)
+    for field, kept in derived.items():
+        if (by_number := list(getattr(text, field))) != kept:
+            raise ValueError(
+                f"no {type(text).__name__} describes these layers: {field} would be {kept}, but it "
+                f"works out {by_number} from their numbers; {KEEP_OTHERS}"
+            )
 
 
 def require_described(model: nn.Module) -> None:
@@ -85,9 +103,7 @@ def require_described(model: nn.Module) -> None:
     if differences:
         raise ValueError(
             f"no configuration of {type(model).__name__} describes these layers: "
-            f"{'; '.join(differences[:3])} ({len(differences)} differences); keep other layers "
-            "(student.layers), such as all of the first ones in their order, or set student.init: "
-            "model"
+            f"{'; '.join(differences[:3])} ({len(differences)} differences); {KEEP_OTHERS}"
         )
 
 

@@ -9,7 +9,7 @@ Legend: L layers, V vocabulary. KL is in nats a token.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +137,7 @@ def only_layers(model: nn.Module, layers: list[int]) -> Iterator[None]:
     finally:
         setattr(owner, name, whole)
         for field, value in before.items():
-            setattr(text, field, value)
+            with suppress(AttributeError):  # What is worked out from the others has no setter.
+                setattr(text, field, value)
         for part, number in numbers:
             part.layer_idx = number

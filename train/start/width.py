@@ -13,9 +13,9 @@ V vocabulary, B texts, S tokens.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,14 @@ from torch import Tensor, nn
 
 from raystill.model.sizes import PARTS, Sizes
 from raystill.train.start.cut import layer_list
+from raystill.train.start.precision import cast_weights
+from raystill.train.start.rms import (
+    factor,
+    keep_embedding_scale,
+    offset_of,
+    scale_norms,
+    unit_shares,
+)
 from raystill.train.start.texts import Texts
 
 
@@ -31,12 +39,14 @@ class Widths:
     """What is kept, ascending. None: all.
 
     hidden: units of the residual stream, the same in every layer. ffn, heads: neurons and query
-    heads, for each layer.
+    heads, for each layer. norms: what the outputs of norms of the hidden units are multiplied by
+    (`rms`), by the norms' names in the student; None: what is kept stays as it is.
     """
 
     hidden: list[int] | None = None
     ffn: list[list[int]] | None = None
     heads: list[list[int]] | None = None
+    norms: dict[str, float] | None = None
 
 
 def choose_widths(
@@ -56,10 +66,12 @@ def choose_widths(
         raise ValueError(str(problem))
     with torch.no_grad(), _activations(model, texts, sizes) as seen:
         model(**texts.inputs(model), use_cache=False)
+    units = None if hidden is None else _best(seen.hidden, hidden)
     return Widths(
-        hidden=None if hidden is None else _best(seen.hidden, hidden),
+        hidden=units,
         ffn=None if ffn is None else [_best(score, ffn) for score in seen.ffn],
         heads=None if heads is None else [_best_heads(s, heads, sizes) for s in seen.heads],
+        norms=None if units is None else {n: factor(q, units) for n, q in seen.norms.items()},
     )
 
 
@@ -91,7 +103,7 @@ def narrow(model: nn.Module, widths: Widths) -> nn.Module:
             rows["heads"] = _rows_of_heads(widths.heads[layer], sizes.head_size)
             rows["kv_heads"] = _rows_of_heads(kept_kv[layer], sizes.head_size)
         state[name] = _sliced(name, tensor, rows, sizes)
-    smaller: nn.Module = type(model)(config).to(next(model.parameters()).dtype)
+    smaller: nn.Module = cast_weights(type(model)(config), next(model.parameters()).dtype)
     try:
         smaller.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -100,6 +112,9 @@ def narrow(model: nn.Module, widths: Widths) -> nn.Module:
             f"shapes ({str(error).splitlines()[-1].strip()}); leave student.hidden_size, ffn_size "
             "and num_heads unset"
         ) from None
+    if widths.norms is not None:
+        scale_norms(smaller, widths.norms)
+        keep_embedding_scale(smaller, model)
     smaller.generation_config = model.generation_config
     return smaller.train(model.training)
 
@@ -118,14 +133,8 @@ def _require_valid(config: Any) -> None:
 
 def _sliced(name: str, tensor: Tensor, rows: dict[str, list[int] | None], sizes: Sizes) -> Tensor:
     """The kept rows and columns of one weight."""
-    *_, module, kind = name.split(".")
-    if module in PARTS:
-        dimensions: Sequence[str] = PARTS[module][: 1 if kind == "bias" else 2]
-    elif tensor.dim() == 1 and "norm" in module and len(tensor) == sizes.hidden:
-        dimensions = ("hidden",)
-    elif tensor.dim() == 1 and "norm" in module and len(tensor) == sizes.head_size:
-        dimensions = ()  # Of the queries or keys of each head.
-    else:
+    dimensions = sizes.axes(name, tensor.shape)
+    if dimensions is None:
         raise ValueError(
             f"{name} has no part that can be narrowed; expected the parts {', '.join(PARTS)} and "
             "norms: leave student.hidden_size, ffn_size and num_heads unset for this model"
@@ -165,11 +174,15 @@ def _best_heads(score: Tensor, count: int, sizes: Sizes) -> list[int]:
 
 @dataclass
 class _Seen:
-    """Sums over the tokens of the texts: hidden [D], and for each layer ffn [F] and heads [H]."""
+    """Sums over the tokens of the texts: hidden [D], and for each layer ffn [F] and heads [H].
+
+    norms: `unit_shares` [D] of each RMS norm of the hidden units, by its name.
+    """
 
     hidden: Tensor
     ffn: list[Tensor]
     heads: list[Tensor]
+    norms: dict[str, Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -200,7 +213,20 @@ def _activations(model: nn.Module, texts: Texts, sizes: Sizes) -> Iterator[_Seen
     def units(_: nn.Module, __: Any, output: Tensor) -> None:
         seen.hidden += (output[present].float().abs() * count).sum(0)
 
+    def shares(name: str) -> Any:
+        def hook(_: nn.Module, args: Any) -> None:
+            if not args:  # Given by name, as no known decoder does: it stays as it is.
+                return
+            found = unit_shares(args[0][present], count)
+            seen.norms[name] = seen.norms[name] + found if name in seen.norms else found
+
+        return hook
+
     hooks = []
+    for name, part in model.named_modules():
+        last = name.rpartition(".")[2]
+        if sizes.axes(last, _weight_shape(part)) == ("hidden",) and offset_of(part) is not None:
+            hooks.append(part.register_forward_pre_hook(shares(name)))
     for index, layer in enumerate(layers):
         for name, part in layer.named_modules():
             last = name.rpartition(".")[2]
@@ -208,13 +234,18 @@ def _activations(model: nn.Module, texts: Texts, sizes: Sizes) -> Iterator[_Seen
                 hooks.append(part.register_forward_pre_hook(neurons(index)))
             elif last == "o_proj":
                 hooks.append(part.register_forward_pre_hook(heads(index)))
-            elif "norm" in last and getattr(part, "weight", zeros[:0]).shape == (sizes.hidden,):
+            elif "norm" in last and sizes.axes(last, _weight_shape(part)) == ("hidden",):
                 hooks.append(part.register_forward_hook(units))
     try:
         yield seen
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _weight_shape(part: nn.Module) -> tuple[int, ...]:
+    weight = getattr(part, "weight", None)
+    return tuple(weight.shape) if isinstance(weight, Tensor) else ()
 
 
 def _layers_prefix(model: nn.Module) -> str:

@@ -45,6 +45,7 @@ from raystill.train.step.micro_batches import BatchMaker
 from raystill.train.step.optimizer import learning_rate
 from raystill.train.step.ranks import Ranks
 from raystill.train.step.result import StepResult, staleness, token_staleness
+from raystill.train.student.module import StudentModule
 from raystill.train.student.sharding import global_norm, is_sharded, reduction
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,9 @@ class GlobalStep:
         names = {name for one in batches.objectives for name in one.weights}
         if any(one.router_balance for one in batches.objectives):
             names.add("router_balance")
+            student = next(part for part in module.modules() if isinstance(part, StudentModule))
+            for one in batches.objectives:
+                student.require_routers(one)
         self._term_names = sorted(names)
         self._divergences = {name for one in batches.objectives for name in one.divergences}
 

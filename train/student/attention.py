@@ -24,7 +24,7 @@ from torch import Tensor
 from raystill.train.batch.batch import collate
 from raystill.train.batch.rows import Row
 from raystill.train.student.module import StudentModule, has_attention_cap
-from raystill.train.student.row_by_row import ROW_BY_ROW, why_not_row_by_row
+from raystill.train.student.row_by_row import ROW_BY_ROW, OwnMaskError, why_not_row_by_row
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +218,8 @@ def _mixing_rows(student: StudentModule, device: torch.device) -> str | None:
     try:
         packed = states_of_last(first, row)
         after_other, alone = states_of_last(other, row), states_of_last(row)
+    except OwnMaskError as error:
+        return str(error)
     finally:
         student.train(was_training)
     if (leak := _distance(packed, after_other)) > MOST_LEAK:

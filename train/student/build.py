@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raystill.config.run import RunConfig
+from raystill.train.start.precision import cast_weights
 from raystill.train.start.read import read_layers
 from raystill.train.start.shape import Shape
 
@@ -55,7 +56,7 @@ def build_student(
     else:
         model = _read_whole(student.model, own_code, student.revision)
     if student.lora is None:
-        model.to(DTYPES[config.training.weights_dtype])
+        cast_weights(model, DTYPES[config.training.weights_dtype])
     model.config.use_cache = False  # Training reads each sequence once.
     freeze_unreached(model)
     return model

@@ -94,7 +94,7 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
 def exported_state(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str, torch.Tensor]:
     """The model's state dict on the host in ``dtype``; of a sharded model, gathered.
 
-    Adapters are added to the weights that they belong to, and rounded with them.
+    Adapters are added to the weights that they belong to, and the sum is rounded once.
 
     All ranks of a sharded model must call this. keep: whether this rank needs the result; the
     others get an empty one. Tensors that the model shares are shared in the result.
@@ -113,6 +113,22 @@ def exported_state(model: nn.Module, dtype: torch.dtype, keep: bool) -> dict[str
         if keep:
             state[name] = converted[id(tensor)]
     return state
+
+
+def state_before_merging(
+    model: nn.Module, dtype: torch.dtype, keep: bool
+) -> dict[str, torch.Tensor] | None:
+    """The `exported_state`, where `lora.merge` would round more than it; None: it would not.
+
+    It does where adapters belong to frozen weights that are narrower than ``dtype``: merging in
+    place leaves them in their own. Collective, as `exported_state` is.
+    """
+    if not lora.has_adapters(model):
+        return None
+    frozen = [p.dtype for p in model.parameters() if not p.requires_grad]
+    if all(torch.promote_types(own, dtype) == own for own in frozen):
+        return None
+    return exported_state(model, dtype, keep)
 
 
 def save_student(
@@ -152,14 +168,20 @@ def save_student(
 
 
 def export_student(
-    model: nn.Module, run: RunFolder, settings: ExportSettings, *, first: bool = True
+    model: nn.Module,
+    run: RunFolder,
+    settings: ExportSettings,
+    *,
+    state: dict[str, torch.Tensor] | None = None,
+    first: bool = True,
 ) -> None:
     """Writes the student to ``student/`` of the run folder, which may be in an object store.
 
-    All ranks must call this, since a sharded model is gathered. first: whether this is rank 0,
-    which alone writes.
+    All ranks must call this, since a sharded model is gathered. state: `state_before_merging`;
+    None: the model's state of now. first: whether this is rank 0, which alone writes.
     """
-    state = exported_state(model, DTYPES[settings.dtype], first)
+    if state is None:
+        state = exported_state(model, DTYPES[settings.dtype], first)
     if first:
         _leave(run, STUDENT, lambda folder: save_student(model, folder, settings, state))
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from raystill.base.errors import RunError
 from raystill.config.run import RunConfig
@@ -33,9 +32,10 @@ from raystill.model.adapters import (
     lora_problems,
     names,
 )
+from raystill.train.start.precision import cast_weights
 from raystill.train.student.build import DTYPES, freeze_unreached
 from raystill.train.student.module import resolve_compute_dtype
-from raystill.train.student.sharding import whole
+from raystill.train.student.sharding import own_rows, whole
 
 ADAPTER = "default"
 """peft's name of the only adapter."""
@@ -54,7 +54,7 @@ def attach(model: Any, config: RunConfig, device: torch.device) -> None:
     lora = config.student.lora
     if lora is None:
         return
-    model.to(base_dtype(model.dtype, lora, config, device))
+    cast_weights(model, base_dtype(model.dtype, lora, config, device))
     model.base_identity = base_identity(model)  # Before peft renames the modules.
     torch.manual_seed(config.section_seeds()["student"])  # Whatever loading has drawn.
     inject(model, lora, DTYPES[config.training.weights_dtype])
@@ -158,6 +158,14 @@ def identity_of_base(model: Any) -> str:
     return str(getattr(model, "base_identity", ""))
 
 
+def dtype_of_base(model: nn.Module) -> str:
+    """Name of the dtype of the weights that `attach` has frozen; it is part of their identity."""
+    frozen = {
+        str(p.dtype).removeprefix("torch.") for p in model.parameters() if not p.requires_grad
+    }
+    return " and ".join(sorted(frozen))
+
+
 def require_same_base(identities: list[str] | None) -> None:
     """Raises RunError where the ranks have frozen different weights; None: another rank looks."""
     if identities and len(set(identities)) > 1:
@@ -165,7 +173,8 @@ def require_same_base(identities: list[str] | None) -> None:
         raise RunError(
             f"the student's frozen weights differ between the workers: worker 0 has the identity "
             f"{identities[0]}, worker {other} has {identities[other]}; give all nodes the same "
-            "files, or name the model by its Hugging Face id and a revision"
+            "files, or name the model by its Hugging Face id and a revision; where devices differ, "
+            "also name student.lora.base_dtype, which auto chooses by the device"
         )
 
 
@@ -206,24 +215,19 @@ def delta(layer: Any) -> Tensor:
 def merge(model: nn.Module) -> None:
     """Adds the adapters to the frozen weights, in place, and sets them to change nothing further.
 
-    Does nothing to a model without adapters. Collective for a sharded model.
+    The sums are rounded to the weights' own dtype; `export.state_before_merging` has them as they
+    are where the model is exported in a wider one. Does nothing to a model without adapters.
+    Collective for a sharded model.
     """
     if not has_adapters(model):
         return
     for _, layer in _lora_layers(model):
         weight, added = layer.get_base_layer().weight, delta(layer)
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
-        local.copy_(local.to(added.dtype) + _own_rows(added, weight))
+        local, start = own_rows(weight)
+        # On the host where shards are there (cpu_offload), while the sum is on the device.
+        mine = added[start : start + len(local)].to(local.device)
+        local.copy_(local + mine)
         layer.lora_B[ADAPTER].weight.zero_()
-
-
-def _own_rows(tensor: Tensor, like: Tensor) -> Tensor:
-    """The rows of a whole ``tensor`` that this rank has of ``like``."""
-    if not isinstance(like, DTensor):
-        return tensor
-    size = -(-len(tensor) // like.device_mesh.size())  # Rounded up, as FSDP cuts.
-    start = min(like.device_mesh.get_local_rank() * size, len(tensor))
-    return tensor[start : start + size]
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

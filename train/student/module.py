@@ -146,16 +146,24 @@ class StudentModule(nn.Module):
         self, sums: ObjectiveSums, batch: MicroBatch, objective: ObjectiveConfig, routers: Any
     ) -> ObjectiveSums:
         """The sums with the load-balancing loss of this pass, times the weight of its tokens."""
-        top_k = getattr(self.model.config.get_text_config(), "num_experts_per_tok", None)
-        if not routers or not top_k:
-            raise ValueError(
-                f"objective.router_balance is {objective.router_balance:g}, but "
-                f"{type(self.model).__name__} has no routers that say their logits; set it to 0"
-            )
+        if not routers:
+            raise self._without_routers(objective)
+        top_k = experts_per_token(self.model)
         balance = router_balance(routers, top_k, real_positions(batch)) * batch.weights.sum()
         total = sums.total + objective.router_balance * balance
         terms = sums.terms | {"router_balance": balance.detach()}
         return sums._replace(total=total, terms=terms)
+
+    def require_routers(self, objective: ObjectiveConfig) -> None:
+        """Raises ValueError where the objective balances experts, and the model has none."""
+        if objective.router_balance and not experts_per_token(self.model):
+            raise self._without_routers(objective)
+
+    def _without_routers(self, objective: ObjectiveConfig) -> ValueError:
+        return ValueError(
+            f"objective.router_balance is {objective.router_balance:g}, but "
+            f"{type(self.model).__name__} has no routers that say their logits; set it to 0"
+        )
 
     def head(self, compute_dtype: torch.dtype | None = None) -> OutputHead:
         """The output head with the parameters of this moment; compute_dtype None: the module's.
@@ -217,6 +225,11 @@ def real_positions(batch: MicroBatch) -> Tensor | None:
     return marks.view_as(batch.input_ids).flip(1).cummax(dim=1).values.flip(1)
 
 
+def experts_per_token(model: Any) -> int:
+    """How many experts of a layer each token goes through; 0 for a dense model."""
+    return getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 0
+
+
 def has_attention_cap(model: Any) -> bool:
     """Whether the model caps its attention logits with tanh, as Gemma 2 does."""
     return getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
@@ -235,6 +248,11 @@ def require_known_head(model: Any, head: OutputHead) -> None:
         ids = torch.arange(4, device=head.weight.device)[None]
         expected = model(input_ids=ids, use_cache=False).logits[0].float()
         hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+    except (AttributeError, TypeError) as error:  # Of classes that do not take what others take.
+        raise ValueError(
+            f"{type(model).__name__} has no decoder and output head that can be run apart, as "
+            f"training runs them ({error}); choose another student"
+        ) from error
     finally:
         model.train(was_training)
     logits = torch.cat([z.float() for _, z in head.logit_chunks(hidden)])

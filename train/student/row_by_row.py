@@ -32,6 +32,10 @@ FLOAT32_ROW = 512
 """Tokens of the longest row that is multiplied in float32 though the model is in 16 bits."""
 
 
+class OwnMaskError(ValueError):
+    """A layer gives a mask for packed rows, for which transformers was told to make none."""
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -49,12 +53,18 @@ def attend(
     [B, N, H, D].
 
     cu_seq_lens_q: int [B + 1], where each row begins among the M tokens, and the end; without it
-    this is SDPA with ``attention_mask``. row_places: int64 [M], the position of each of these
-    tokens; None: they are in order, and M is N. row_firsts: as `first_places` gives them.
+    this is SDPA with ``attention_mask``; a mask for several rows raises OwnMaskError. row_places:
+    int64 [M], the position of each of these tokens; None: they are in order, and M is N.
+    row_firsts: as `first_places` gives them.
     """
-    if cu_seq_lens_q is None:
+    if cu_seq_lens_q is None or (attention_mask is not None and len(cu_seq_lens_q) == 2):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **more
+        )
+    if attention_mask is not None:
+        raise OwnMaskError(
+            f"{type(module).__name__} makes a mask of its own, which attention row by row would "
+            "leave out"
         )
     rows = list(pairwise(cu_seq_lens_q.tolist()))
     dtype, parts = value.dtype, [query, key, value]

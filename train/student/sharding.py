@@ -39,7 +39,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from raystill.config.objective import ObjectiveConfig
 from raystill.config.training import TrainingConfig
@@ -227,6 +227,23 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor
     # Ranks send from the device, where shards in host memory (cpu_offload) are not.
     return tensor.to(tensor.device_mesh.device_type).full_tensor()
+
+
+def own_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's rows of ``tensor``, and the number of the first; of an unsharded one all rows."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    *copies, cut = tensor.placements
+    assert cut == Shard(0) and all(isinstance(one, Replicate) for one in copies), (
+        "parameters are cut by rows over the last axis of the mesh"
+    )
+    mesh, axis = tensor.device_mesh, tensor.device_mesh.ndim - 1
+    size = -(-len(tensor) // mesh.size(axis))  # Rounded up.
+    start = min(mesh.get_local_rank(axis) * size, len(tensor))
+    local = tensor.to_local()
+    assert len(local) == max(0, min(size, len(tensor) - start)), "FSDP cuts as torch.chunk does"
+    return local, start
 
 
 def num_shards(module: nn.Module) -> int:

@@ -247,12 +247,14 @@ class Worker:
         model, folder, first = self.student.model, self.run.folder, self.ranks.first
         base = base_of(self.config.student, self.run.teacher, self.teacher_folder)
         export.export_adapter(model, folder, settings, base, first=first)
+        state = export.state_before_merging(model, build.DTYPES[export_dtype], first)
         lora.merge(model)
         export.round_weights(model, build.DTYPES[export_dtype])
         if self.config.evaluation.enabled:
-            self._measure("after", f"as exported ({export_dtype})")
+            rounded = "" if state is None else ", frozen weights merged in their own dtype"
+            self._measure("after", f"as exported ({export_dtype}{rounded})")
         self.phase("saving the student")
-        export.export_student(model, folder, settings, first=first)
+        export.export_student(model, folder, settings, state=state, first=first)
 
     def leave(self, outcome: str) -> None:
         """The run is ``completed`` or ``stopped``."""
@@ -354,8 +356,9 @@ class Worker:
         )
 
     def _restore(self, path: str, snapshot: ckpt.Snapshot) -> None:
-        ckpt.require_base(snapshot, lora.identity_of_base(self.student.model))
-        ckpt.load_tensors(path, snapshot.num_files, self.student.model, self.optimizer)
+        model = self.student.model
+        ckpt.require_base(snapshot, lora.identity_of_base(model), lora.dtype_of_base(model))
+        ckpt.load_tensors(path, snapshot.num_files, model, self.optimizer)
         if len(snapshot.random) == self.ranks.world_size:
             ckpt.set_random_state(snapshot.random[self.ranks.rank], self.device)
         logger.info("restored step %d", snapshot.step)

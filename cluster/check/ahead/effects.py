@@ -73,6 +73,8 @@ def _objective_notices(config: RunConfig) -> Iterator[str]:
     skewed = objective.skew_forward_kl or objective.skew_reverse_kl
     if "skew_alpha" in objective.model_fields_set and not skewed:
         yield "objective.skew_alpha has no effect without a skew KL divergence"
+    if objective.temperature_squared and objective.temperature == 1.0:
+        yield "objective.temperature_squared has no effect at objective.temperature 1"
     if not policy.enabled and policy != PolicyConfig():
         named = ", ".join(sorted(policy.model_fields_set - {"student_share"}))
         yield f"policy has no effect while policy.student_share is 0 (set: {named or 'its share'})"
