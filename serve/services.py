@@ -55,7 +55,9 @@ def api_engine(
 
     place = Path(folder)
     shared = None if pace is None else ActorPace(pace[0], name, teacher.api, pace[1])
-    service = Service(teacher, Limits(teacher.api, spending.cost, report, shared=shared))
+    service = Service(
+        teacher, Limits(teacher.api, spending.cost, report, shared=shared), spending.close
+    )
     if teacher.api.ids:
         tokenizer = shared_tokenizer(place, read_settings(place)).tokenizer
         expected = expected_server(config, ModelFolder(teacher.model, place))

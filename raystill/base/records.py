@@ -75,16 +75,26 @@ def mapping(value: object) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """One append-only JSONL file of a run folder."""
+    """One append-only JSONL file of a run folder.
 
-    def __init__(self, folder: Folder, name: str = "metrics.jsonl") -> None:
+    keep_more: this node's copy of a remote file is kept where it begins as that does and has more.
+    """
+
+    def __init__(
+        self, folder: Folder, name: str = "metrics.jsonl", keep_more: bool = False
+    ) -> None:
         self.folder = folder
         self.name = name
         local = folder.local
         self._file = (local if local is not None else folder.logs) / name
         self._file.parent.mkdir(parents=True, exist_ok=True)
         if local is None:  # A copy left on this node may be older than the one in the run folder.
-            self._file.write_text(folder.read_text(name) if folder.exists(name) else "")
+            there = folder.read_text(name) if folder.exists(name) else ""
+            here = self._file.read_text(errors="replace") if self._file.exists() else ""
+            if not (keep_more and there and here.startswith(there)):
+                self._file.write_text(there)
+            elif len(here) > len(there):
+                self.upload()
         _end_last_line(self._file)
 
     def append(self, record: dict[str, Any]) -> None:
@@ -111,6 +121,16 @@ class MetricsLog:
             _replace(self._file, "".join(line + "\n" for line in kept))
             self.upload()
         return len(discarded)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the file itself is written, and not a copy."""
+        return self.folder.local is not None
+
+    @property
+    def size(self) -> int:
+        """Bytes of it."""
+        return self._file.stat().st_size
 
     @property
     def discarded_name(self) -> str:

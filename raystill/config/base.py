@@ -220,7 +220,7 @@ class BatchConfig(ConfigModel):
 SET_FOR_IT = frozenset(
     {
         *("model", "messages", "n", "stream", "temperature", "top_p", "max_tokens"),
-        *("max_completion_tokens", "logprobs", "top_logprobs"),
+        *("max_completion_tokens", "logprobs", "top_logprobs", "stop"),
     }
 )
 """Fields of a request in words that the run file sets elsewhere, or that would make its answer
@@ -228,9 +228,9 @@ another: several of them, or a stream."""
 SET_BY_IDS = SET_FOR_IT | frozenset(
     {
         *("best_of", "echo", "logprob_token_ids", "logit_bias", "max_tokens", "min_tokens", "n"),
-        *("prompt", "prompt_logprobs", "stop", "stream", "suffix", "truncate_prompt_tokens"),
+        *("prompt", "prompt_logprobs", "stream", "suffix", "truncate_prompt_tokens"),
         *("use_beam_search", "allowed_token_ids", "bad_words", "stop_token_ids", "ignore_eos"),
-        *("structured_outputs", "response_format", "return_token_ids", "logprobs"),
+        *("structured_outputs", "response_format", "return_token_ids", "top_k", "min_p"),
     }
 )
 """Fields of a request by ids that are set for it, or would make its answer another."""

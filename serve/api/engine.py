@@ -15,7 +15,6 @@ A failure that more patience does not mend (no credit, no such model, the budget
 what is paid has been stored: the row's error begins with ``FATAL``.
 """
 
-import asyncio
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -38,10 +37,18 @@ from raystill.datasets.rows.token_bytes import NoBytes
 from raystill.model.sampling import ResolvedSampling
 from raystill.model.tokenizer import PlainText
 from raystill.serve.api.failures import Unread
-from raystill.serve.api.parsed import Drawn, chat_completion, content_of
-from raystill.serve.api.service import Request, Service, posted, usage_of
-from raystill.serve.api.told import NO_LOGPROBS, OTHER_TOKENS, UNMAPPED, Reader, named, of_text
-from raystill.serve.api.vocabulary import REPLACEMENT, Vocabulary
+from raystill.serve.api.parsed import Drawn, Endings, chat_completion, content_of
+from raystill.serve.api.service import Request, Service, answers_of, posted, usage_of
+from raystill.serve.api.told import (
+    NO_LOGPROBS,
+    OTHER_TOKENS,
+    UNMAPPED,
+    Reader,
+    first_of,
+    most_apart,
+    of_text,
+)
+from raystill.serve.api.vocabulary import Vocabulary
 
 UNBOUNDED = 2**31 - 1
 TEXT = Signal("text")
@@ -101,6 +108,10 @@ class ApiEngine:
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.max_model_len = teacher.max_model_len or UNBOUNDED
         self._context = cut
+        few = {"top_k": sampling.top_k, "min_p": sampling.min_p}  # Which few services know.
+        stated = teacher.sampling.model_dump(exclude_none=True)
+        self._few = {name: value for name, value in few.items() if value or name in stated}
+        self._endings = Endings(str(self._api.base_url))
         self._told: Reader | None = None
         if self._api.top_logprobs is not None:
             self._told = _told_reader(teacher, reader, sampling.stop_token_ids)
@@ -125,8 +136,8 @@ class ApiEngine:
     ) -> list[Answer]:
         """As `sample`, with each prompt's chat as JSON; None: it is not known."""
         self._require(signal)
-        pairs = zip(prompt_ids, chats, strict=True)
-        return list(await asyncio.gather(*(self._answer(ids, chat, signal) for ids, chat in pairs)))
+        both = zip(prompt_ids, chats, strict=True)
+        return await answers_of(self._answer(*pair, signal) for pair in both)
 
     async def score(
         self,
@@ -149,7 +160,8 @@ class ApiEngine:
         """Does nothing: the replica is healthy, whatever the service is."""
 
     def close(self) -> None:
-        """Does nothing: the client ends with the process."""
+        """Writes down what is spent; the client ends with the process."""
+        self.service.close()
 
     def _require(self, signal: Signal) -> None:
         named = self._api.top_logprobs
@@ -162,6 +174,8 @@ class ApiEngine:
         if text is None:
             return Answer(error=f"{FATAL}a prompt has no messages in prompts/messages.parquet")
         most = self._most(prompt_ids)
+        if most < 1:
+            return Answer(error="too_long")
         body = self.body(json.loads(text), signal, most)
         answer = await self.service.ask(
             Request(
@@ -176,16 +190,15 @@ class ApiEngine:
         return Answer(error=answer) if isinstance(answer, str) else answer
 
     def _most(self, prompt_ids: Int32Array) -> int:
-        """Most tokens of a prompt's answer."""
+        """Most tokens of a prompt's answer; 0 or less where there is no room for one."""
         most = self._sampling.max_tokens
-        return most if self._context is None else max(1, min(most, self._context - len(prompt_ids)))
+        return most if self._context is None else min(most, self._context - len(prompt_ids))
 
     def body(
         self, messages: list[dict[str, Any]], signal: Signal = TEXT, most: int | None = None
     ) -> dict[str, Any]:
         """The JSON of one request. most: tokens of the answer."""
         sampling = self._sampling
-        few = {"top_k": sampling.top_k, "min_p": sampling.min_p}
         return {
             "model": self._api.model,
             "messages": messages,
@@ -194,7 +207,7 @@ class ApiEngine:
             self._api.max_tokens_field: most or sampling.max_tokens,
             **({} if signal.kind == "text" else self._wide),
             **self._api.extra_body,
-            **{name: value for name, value in few.items() if value},
+            **self._few,
         }
 
     @property
@@ -214,7 +227,7 @@ class ApiEngine:
         """Tokens of the text and of reasoning, by this tokenizer, and the end."""
         choice = completion["choices"][0]
         text = (choice["message"]["content"] or "") + _reasoning_of(choice["message"])
-        ended = bool(text) and choice.get("finish_reason") == "stop"
+        ended = bool(text) and self._endings.complete(choice.get("finish_reason"))
         start = text[: self._longest]
         times = len(text) / len(start) if start else 1
         return round(len(self._plain.encode(start)) * times) + ended
@@ -235,7 +248,7 @@ class ApiEngine:
             # Another attempt would be as long, and cost as much.
             thought = finish == "length" and (reasoning or _has_thought(completion))
             return NO_ANSWER if thought else "empty_answer"
-        complete = finish == "stop"
+        complete = self._endings.complete(finish)
         if signal.kind == "text":
             answer = self._in_ids(text, complete)
         else:
@@ -298,7 +311,7 @@ class ApiEngine:
                     f"{api.base_url} tells no log probabilities of {api.model} ({each}), which "
                     "teacher.api.top_logprobs asks for; leave that out and set signal.kind: text"
                 )
-        apart = _most_apart([each for each in told if isinstance(each, dict)])
+        apart = most_apart([each for each in told if isinstance(each, dict)])
         if apart <= APART_NATS:
             return None
         return (
@@ -312,7 +325,7 @@ class ApiEngine:
         return await self.service.ask(
             Request(
                 send=lambda client: _sent(client, body),
-                read=_first_of,
+                read=first_of,
                 written=lambda completion: 1,
                 prompt_tokens=QUESTION_TOKENS,
                 max_tokens=1,
@@ -367,25 +380,6 @@ def _told_reader(teacher: TeacherConfig, reader: TextReader, stops: Sequence[int
             f"{teacher.model} has {error}; leave it out and set signal.kind: text"
         ) from None
     return Reader(vocabulary, reader.plain, stops)
-
-
-def _first_of(completion: Any) -> dict[bytes, float] | str:
-    """Log probabilities of what the first token may be, by bytes; NO_LOGPROBS where not told.
-
-    Parts of characters may have one name for many tokens, of which each answer names others.
-    """
-    content = content_of(completion["choices"][0])
-    told = content[0].top_logprobs if content else None
-    if not told:
-        return NO_LOGPROBS
-    likely = [one for one in named(told) if one.logprob > -np.inf]
-    return {one.meant: one.logprob for one in likely if one.meant and REPLACEMENT not in one.meant}
-
-
-def _most_apart(told: Sequence[Mapping[bytes, float]]) -> float:
-    """Largest difference between the first and the last of a token's log probabilities, in nats."""
-    first, last = told[0], told[-1]
-    return max((abs(first[one] - last[one]) for one in first.keys() & last.keys()), default=0.0)
 
 
 def _cut(answer: Answer, most: int) -> Answer:

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 from raystill.base.redact import redact
 from raystill.datasets.rows.schema import FATAL
@@ -16,7 +17,13 @@ LENGTH_CODES = {"context_length_exceeded", "string_above_max_length"}
 FILTER_CODES = {"content_filter", "content_policy_violation", "moderation_blocked"}
 NOT_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
 """Failures of the HTTP client before it had a connection."""
-CREDIT_CODES = {"insufficient_quota", "billing_hard_limit_reached"}
+CREDIT_CODES = {
+    *("insufficient_quota", "billing_hard_limit_reached", "exceeded_current_quota_error"),
+    *("insufficient_balance", "insufficient_credits", "payment_required"),
+}
+"""Codes and types of errors by which services say that the credit is used up."""
+LATE = (408, 502, 504, 524)
+"""Status where something before the model gave up; it may answer all the same, and be charged."""
 
 
 class Unread(Exception):
@@ -77,16 +84,24 @@ def judge(error: BaseException) -> Verdict | str:
         return Verdict("broken_answer", lost=True)
     if not isinstance(error, openai.APIStatusError):
         raise error
-    status, code = error.status_code, str(error.code or "")
-    if status == 429 and code not in CREDIT_CODES:
+    status, codes = error.status_code, {str(error.code or ""), str(error.type or "")}
+    if status == 429 and not codes & CREDIT_CODES:
         return Verdict("too_many_requests", retry_after(error.response.headers), too_fast=True)
     if status >= 500 or status in (408, 409, 425):
-        return Verdict(f"status_{status}", retry_after(error.response.headers))
-    if code in LENGTH_CODES:
+        lost = status in LATE
+        return Verdict(f"status_{status}", retry_after(error.response.headers), lost=lost)
+    if codes & LENGTH_CODES or _is_too_long(error):
         return "too_long"
-    if code in FILTER_CODES:
+    if codes & FILTER_CODES:
         return "content_filter"
     return f"{FATAL}the service refuses the request: {describe(error)}; see teacher.api"
+
+
+def _is_too_long(error: Any) -> bool:
+    """Whether a prompt is refused for its length, by vLLM's words, or by a gateway's (413)."""
+    asked = error.response.request.url.path.endswith("completions")
+    named = error.param == "input_tokens" or "maximum context length" in str(error)
+    return asked and (error.status_code == 413 or (error.status_code == 400 and named))
 
 
 def unread_of(error: BaseException | None) -> Unread | None:
@@ -99,8 +114,8 @@ def unread_of(error: BaseException | None) -> Unread | None:
 
 def refuses_everybody(error: BaseException) -> bool:
     """Whether the next row would fare the same: the key, the model, or the credit is refused."""
-    status, code = getattr(error, "status_code", None), str(getattr(error, "code", ""))
-    return status in (401, 402, 404) or code in CREDIT_CODES
+    codes = {str(getattr(error, name, "")) for name in ("code", "type")}
+    return getattr(error, "status_code", None) in (401, 402, 404) or bool(codes & CREDIT_CODES)
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

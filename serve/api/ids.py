@@ -8,7 +8,6 @@ what the run takes them for (``probe.py``).
 Legend: P prompt tokens, T response tokens, K ids named for each token.
 """
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ from raystill.datasets.rows.signal import Signal
 from raystill.model.sampling import ResolvedSampling
 from raystill.serve.api.completions import TOKEN, IdsRequest, completion
 from raystill.serve.api.probe import Expected, probe
-from raystill.serve.api.service import Service
+from raystill.serve.api.service import Service, answers_of
 
 ZERO = -9999.0
 """What the server writes for a log probability of minus infinity, which JSON lacks."""
@@ -71,7 +70,7 @@ class IdsEngine:
     async def sample(self, prompt_ids: Sequence[Int32Array], signal: Signal) -> list[Answer]:
         """Answer a group of prompts, in order. Prompts that cannot be answered have an error."""
         _require_ids_signal(signal)
-        return list(await asyncio.gather(*(self._sampled(ids, signal) for ids in prompt_ids)))
+        return await answers_of(self._sampled(ids, signal) for ids in prompt_ids)
 
     async def score(
         self,
@@ -88,13 +87,14 @@ class IdsEngine:
         if at is not None:
             raise ValueError("a server names its own best ids, not ids of the caller's choice")
         pairs = zip(prompt_ids, response_ids, strict=True)
-        return list(await asyncio.gather(*(self._scored(p, r, signal) for p, r in pairs)))
+        return await answers_of(self._scored(p, r, signal) for p, r in pairs)
 
     async def probe(self) -> None:
         """Does nothing: the replica is healthy, whatever the server is."""
 
     def close(self) -> None:
-        """Does nothing: the client ends with the process."""
+        """Writes down what is spent; the client ends with the process."""
+        self.service.close()
 
     async def _sampled(self, prompt_ids: Int32Array, signal: Signal) -> Answer:
         reason = why_unanswerable(prompt_ids, self.max_model_len, self.vocab_size)
@@ -114,7 +114,7 @@ class IdsEngine:
         )
 
         def read(choice: Mapping[str, Any]) -> Answer | str:
-            ids = np.array(choice["token_ids"], np.int32)
+            ids = self._ids_of(choice["token_ids"])
             reason = self._why_not(choice, ids, most)
             if reason is not None:
                 return reason
@@ -124,6 +124,14 @@ class IdsEngine:
             return with_signal(answer, sampled_pairs(choice["logprobs"]), signal, self.vocab_size)
 
         return await self._ask(request, read)
+
+    def _ids_of(self, told: Any) -> Int32Array:
+        """Ids of an answer. Raises ValueError for what is no list of ids of the vocabulary."""
+        if not isinstance(told, list) or not all(
+            type(one) is int and 0 <= one < self.vocab_size for one in told
+        ):
+            raise ValueError("token_ids are no ids of the vocabulary")
+        return np.array(told, np.int32)
 
     def _why_not(self, choice: Mapping[str, Any], ids: Int32Array, most: int) -> str | None:
         """Why an answer cannot be used; None if it can. Stop ids and limits must be the run's."""

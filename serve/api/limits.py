@@ -8,6 +8,8 @@ never above ``max_cost`` by what was in flight.
 """
 
 import asyncio
+import logging
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -20,13 +22,18 @@ from raystill.base.redact import shown_value
 from raystill.base.run_folder import SPENDING, RunFolder, named_file
 from raystill.config.base import ApiConfig, PricesConfig
 
+logger = logging.getLogger(__name__)
+
 MINUTE_S = 60.0
 DEFAULT_WAIT_S = 5.0
 """Pause after "too many requests" without a time."""
 POLL_S = 0.05
 OF_AN_ANSWER = frozenset({"api_told_tokens", "api_unmapped_mass"})
 """Counters that come with each answer: they are noted with the next one, in one line."""
-UPLOAD_EVERY_S = 30.0
+ROUNDING = 1e-9
+"""Share of a budget that sums of costs may be off by, which come and go in any order."""
+UPLOAD_S, UPLOAD_BYTES_A_S = 2.0, 1 << 20
+"""From a payment to its upload into a remote run folder: so long, and longer for a long file."""
 
 
 class BudgetReached(Exception):
@@ -268,8 +275,11 @@ class Limits:
         )
 
     def _covers(self, cost: float) -> bool:
+        return self._is_within(self.spent + self._reserved + cost)
+
+    def _is_within(self, cost: float) -> bool:
         budget = self._config.max_cost
-        return budget is None or self.spent + self._reserved + cost <= budget
+        return budget is None or cost <= budget * (1 + ROUNDING)
 
     async def _wait(self, tokens: int, cost: float) -> int:
         """Rows go in the order they came: only the first looks whether it may, the others wait for
@@ -293,8 +303,7 @@ class Limits:
 
     def _may_go(self, tokens: int, cost: float) -> bool:
         """Whether a request may go now; it then counts. Raises BudgetReached."""
-        budget = self._config.max_cost
-        if budget is not None and self.spent + cost > budget:
+        if not self._is_within(self.spent + cost):
             raise self.reached(cost)
         return self._covers(cost) and self._pace.may_go(self._running, tokens)
 
@@ -317,12 +326,13 @@ class Spending:
     def __init__(self, folder: RunFolder, teacher: str = "") -> None:
         """teacher: its name among several, each of which has a file of its own."""
         file = named_file(SPENDING, teacher)
-        self._log = MetricsLog(folder, file)
+        self._log = MetricsLog(folder, file, keep_more=True)
+        self._writing = threading.Lock()
+        self._timer: threading.Timer | None = None
         lines = read_lines(folder, file)
         self.cost = sum(_cost(line, folder.join(file)) for line in lines)
         self.batches = {str(line["batch"]) for line in lines if line.get("batch")}
         """Names of the batches that are accounted for."""
-        self._uploaded = time.monotonic()
         self._later: Counter[str] = Counter()
 
     def add(self, counters: dict[str, float], batch: str | None = None) -> None:
@@ -336,6 +346,24 @@ class Spending:
             line["batch"] = batch
             self.batches.add(batch)
         self._log.append(line)
-        if time.monotonic() - self._uploaded > UPLOAD_EVERY_S:
-            self._log.upload()
-            self._uploaded = time.monotonic()
+        if not self._log.is_local and self._timer is None:
+            self._timer = threading.Timer(UPLOAD_S + self._log.size / UPLOAD_BYTES_A_S, self.upload)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def upload(self) -> None:
+        """Write what is noted into a remote run folder; a failure is told, and the next payment
+        tries again.
+        """
+        self._timer = None
+        try:
+            with self._writing:
+                self._log.upload()
+        except Exception:
+            logger.exception("what is spent could not be written to the run folder")
+
+    def close(self) -> None:
+        """Write what is not yet written into a remote run folder."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self.upload()

@@ -1,4 +1,4 @@
-"""The body of a service's answer: how much of it is read, and its JSON.
+"""The body of a service's answer: how much of it is read, its JSON, and how the answer ended.
 
 No service decides how much memory its answers take. A body is read to a bound, which belongs to
 what was asked: `LEAST_BYTES`, and above that what so many tokens can take. It is counted as it
@@ -12,6 +12,7 @@ arrives of a response.
 """
 
 import json
+import logging
 import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextvars import ContextVar
@@ -20,7 +21,10 @@ from typing import Any, TypedDict
 import httpx2
 import msgspec
 
+from raystill.base.redact import shown_value
 from raystill.serve.api.failures import Unread
+
+logger = logging.getLogger(__name__)
 
 LEAST_BYTES = 16 << 20
 """What is read of any response: services write too much at times, and their answers can be cut."""
@@ -29,6 +33,10 @@ MOST_BYTES = ContextVar("MOST_BYTES", default=LEAST_BYTES)
 OVERSIZED = "oversized_answer"
 PIECE_BYTES = 1 << 20
 """Unpacked at a time."""
+ENDED = ("stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence")
+"""Words of services for an answer that the model has ended."""
+CUT_OFF = ("length", "max_tokens", "MAX_TOKENS", None)
+"""What they say of one that was cut off, or that they do not say."""
 
 
 def bounded_client() -> Any:
@@ -173,3 +181,27 @@ def content_of(choice: Mapping[str, Any]) -> list[Drawn]:
         except msgspec.MsgspecError as error:
             raise ValueError(f"logprobs are of another shape: {error}") from None
     return (told.content if told is not None else None) or []
+
+
+class Endings:
+    """What a service says of the ends of answers. who: what messages call it."""
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self._unknown: list[object] = []
+
+    def complete(self, finish: object) -> bool:
+        """Whether the model has ended the answer.
+
+        A word that is not known is taken for one that cuts an answer off, and written to the log.
+        """
+        if finish not in (*ENDED, *CUT_OFF, *self._unknown):
+            self._unknown.append(finish)
+            told = shown_value(finish, 60)
+            logger.warning(
+                "%s ends answers with the finish_reason %s, which is not known: they are taken to "
+                "be cut off (stream.on_truncated)",
+                self._who,
+                told,
+            )
+        return finish in ENDED

@@ -47,7 +47,9 @@ class Expected:
 
 @dataclass(frozen=True)
 class Found:
-    """What a server told: ids that its output head has, and its longest prompt with answer."""
+    """What a server told: ids that its output head has, and the longest prompt with its answer,
+    which are no longer than the run allows.
+    """
 
     vocab_size: int
     max_model_len: int
@@ -83,7 +85,8 @@ async def probe(
         )
         if problem:
             return problem
-    return Found(size, context or expected.context or 2**31 - 1)
+    limits = (context, expected.context)
+    return Found(size, min((limit for limit in limits if limit is not None), default=2**31 - 1))
 
 
 def texts(tokenizer: Tokenizer, longest: int) -> list[str]:

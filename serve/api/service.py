@@ -7,18 +7,23 @@ service, as `limits.Limits` lets it.
 
 import asyncio
 import itertools
+import logging
 import math
 import os
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, Generic, TypeVar
+from urllib.parse import urlsplit
 
 from raystill.config.teacher import TeacherConfig
+from raystill.datasets.rows.answers import Answer
 from raystill.datasets.rows.schema import FATAL
 from raystill.serve.api import failures
 from raystill.serve.api.failures import describe, judge, refuses_everybody
 from raystill.serve.api.limits import BudgetReached, Limits, Usage
 from raystill.serve.api.parsed import LEAST_BYTES, MOST_BYTES, OVERSIZED, bounded_client
+
+logger = logging.getLogger(__name__)
 
 MAX_TRANSIENT = 8
 """Attempts of one row at a service that fails by itself (5xx, cut connections, broken answers)."""
@@ -73,11 +78,15 @@ class Request(Generic[R]):
 class Service:
     """The service of one teacher, in the one process that asks it."""
 
-    def __init__(self, teacher: TeacherConfig, limits: Limits) -> None:
+    def __init__(
+        self, teacher: TeacherConfig, limits: Limits, close: Callable[[], None] = lambda: None
+    ) -> None:
+        """close: called at the end, when nothing more is paid."""
         import openai
 
         self.version = str(openai.__version__)
         self.limits = limits
+        self._close = close
         self._api = teacher.api
         self._timeout_s = teacher.request_timeout_s
         self.client: Any = None
@@ -100,7 +109,15 @@ class Service:
             )
             for _ in range(math.ceil(self._api.max_concurrency / CONNECTIONS_EACH))
         ]
+        if not is_openai(self._api.base_url):
+            for client in clients:  # What the environment says is meant for OpenAI alone.
+                client.organization = client.project = None
+                client._custom_headers = {}
         self.client, self._clients = clients[0], itertools.cycle(clients)
+
+    def close(self) -> None:
+        """No more is asked; the clients end with the process."""
+        self._close()
 
     async def call(
         self,
@@ -243,11 +260,33 @@ def understood(request: Request[R], completion: Any) -> R | str:
         return "broken_answer"
 
 
+def is_openai(base_url: str | None) -> bool:
+    """Whether a service is OpenAI's own."""
+    host = urlsplit(base_url or "").hostname or ""
+    return host == "openai.com" or host.endswith(".openai.com")
+
+
+async def answers_of(rows: Iterable[Awaitable[Answer]]) -> list[Answer]:
+    """The answers of a group. A row that fails as none should ends the run, but not before what
+    the others paid for is stored.
+    """
+    found = await asyncio.gather(*rows, return_exceptions=True)
+    return [one if isinstance(one, Answer) else _as_error(one) for one in found]
+
+
+def _as_error(error: BaseException) -> Answer:
+    if not isinstance(error, Exception):
+        raise error
+    logger.error("a row failed unexpectedly", exc_info=error)
+    return Answer(error=f"{FATAL}a row failed unexpectedly: {describe(error)}; please report it")
+
+
 def usage_of(completion: Any) -> Usage | None:
     """Tokens that a completion is charged for; None where the service does not say.
 
     completion: the client's object, or plain JSON. A prompt of no tokens, a negative number, more
-    tokens than any model has room for, or a sum above the total says nothing. A total above the sum
+    tokens than any model has room for, or a sum above the total says nothing; nor do more cached
+    tokens than were read, or more of reasoning than were written. A total above the sum
     is what is charged: some services count reasoning there alone.
     """
     usage = _of(completion, "usage")
@@ -260,15 +299,16 @@ def usage_of(completion: Any) -> Usage | None:
     if type(total) is not int or not asked + answered <= total <= MOST_TOKENS:
         return None
 
-    def number(owner: Any, name: str) -> int:
+    def number(owner: Any, name: str, most: int) -> int:
         value = _of(owner, name)
-        return value if type(value) is int and value > 0 else 0
+        return value if type(value) is int and 0 < value <= most else 0
 
+    written = total - asked
     return Usage(
         input=asked,
-        cached=number(_of(usage, "prompt_tokens_details"), "cached_tokens"),
-        output=total - asked,
-        reasoning=number(_of(usage, "completion_tokens_details"), "reasoning_tokens"),
+        cached=number(_of(usage, "prompt_tokens_details"), "cached_tokens", asked),
+        output=written,
+        reasoning=number(_of(usage, "completion_tokens_details"), "reasoning_tokens", written),
     )
 
 

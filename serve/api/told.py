@@ -9,7 +9,7 @@ Legend: T response tokens, K ids kept for each, V vocabulary.
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from raystill.datasets.rows.answers import Answer, tail_logprob
 from raystill.datasets.rows.signal import Signal
 from raystill.model.tokenizer import PlainText
-from raystill.serve.api.parsed import Drawn, Entry
-from raystill.serve.api.vocabulary import Vocabulary
+from raystill.serve.api.parsed import Drawn, Entry, content_of
+from raystill.serve.api.vocabulary import REPLACEMENT, Vocabulary
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -330,3 +330,22 @@ class _Known:
         return cls(
             np.array([[index]]), np.array([[0.0]]), np.array([[True]]), np.array([0.0]), nothing
         )
+
+
+def first_of(completion: Any) -> dict[bytes, float] | str:
+    """Log probabilities of what the first token may be, by bytes; NO_LOGPROBS where not told.
+
+    Parts of characters may have one name for many tokens, of which each answer names others.
+    """
+    content = content_of(completion["choices"][0])
+    told = content[0].top_logprobs if content else None
+    if not told:
+        return NO_LOGPROBS
+    likely = [one for one in named(told) if one.logprob > -np.inf]
+    return {one.meant: one.logprob for one in likely if one.meant and REPLACEMENT not in one.meant}
+
+
+def most_apart(told: Sequence[Mapping[bytes, float]]) -> float:
+    """Largest difference between the first and the last of a token's log probabilities, in nats."""
+    first, last = told[0], told[-1]
+    return max((abs(first[one] - last[one]) for one in first.keys() & last.keys()), default=0.0)

@@ -4,7 +4,6 @@ As `ApiEngine`, but for the way there and back: a row's question waits for its b
 is a line of the batch's files. The row's key in the teacher store names it there.
 """
 
-import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from raystill.serve.api.engine import TEXT, ApiEngine
 from raystill.serve.api.failures import CREDIT_CODES, FILTER_CODES, LENGTH_CODES
 from raystill.serve.api.limits import Usage
 from raystill.serve.api.parsed import LEAST_BYTES
-from raystill.serve.api.service import UNUSABLE, Request, Unanswered, understood
+from raystill.serve.api.service import UNUSABLE, Request, Unanswered, answers_of, understood
 from raystill.serve.batch.batches import Batches, Question
 from raystill.serve.batch.journal import Line
 
@@ -52,6 +51,7 @@ class BatchEngine(ApiEngine):
     def close(self) -> None:
         """Ends the tasks; the batches go on at the service."""
         self.batches.close()
+        self.service.close()
 
     async def sample_keyed(
         self, prompt_ids: Sequence[Int32Array], keys: Sequence[bytes], signal: Signal
@@ -60,13 +60,15 @@ class BatchEngine(ApiEngine):
         self._require(signal)
         pairs = zip(prompt_ids, keys, strict=True)
         rows = (self._row(ids, key.hex(), signal) for ids, key in pairs)
-        return list(await asyncio.gather(*rows))
+        return await answers_of(rows)
 
     async def _row(self, prompt_ids: Int32Array, key: str, signal: Signal) -> Answer:
         text = self._messages.get(prompt_digest(prompt_ids))
         if text is None:
             return Answer(error=f"{FATAL}a prompt has no messages in prompts/messages.parquet")
         most = self._most(prompt_ids)
+        if most < 1:
+            return Answer(error="too_long")
         body = self.body(json.loads(text), signal, most)
         cost = Usage(input=len(prompt_ids), output=most).cost(self._api.prices)
         question = Question(body, cost, len(prompt_ids))

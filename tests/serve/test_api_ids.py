@@ -172,6 +172,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no logprobs": ({"logprobs": None}, "broken_answer"),
     "aborted": ({"finish_reason": "abort"}, "broken_answer"),
     "nothing": ({"token_ids": []}, "empty_answer"),
+    "nested ids": ({"token_ids": [[1], [2]]}, "broken_answer"),
+    "parts of ids": ({"token_ids": [1.7, 2.2]}, "broken_answer"),
+    "ids as text": ({"token_ids": ["1"]}, "broken_answer"),
+    "ids as flags": ({"token_ids": [True, False]}, "broken_answer"),
+    "ids of no token": ({"token_ids": [5, 10**12]}, "broken_answer"),
     "not a number": (
         {"token_ids": [5] * 5, "logprobs": {"top_logprobs": [{"token_id:5": float("nan")}] * 5}},
         "broken_answer",
