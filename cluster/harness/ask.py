@@ -8,6 +8,7 @@ Imports neither the harness nor Ray.
 import ctypes
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -196,7 +197,8 @@ def offline(environment: Mapping[str, str] = os.environ) -> bool:
 def scores(results: Figures) -> dict[str, dict[str, Figures]]:
     """Each task's metrics, with their intervals: ``mean low high stderr n higher_is_better``.
 
-    A metric without a standard error (the harness says "N/A") has an interval of None.
+    The interval is that of `interval`; None of a metric without a standard error (the harness says
+    "N/A").
     """
     found: dict[str, dict[str, Figures]] = {}
     for task, figures in results["results"].items():
@@ -208,11 +210,12 @@ def scores(results: Figures) -> dict[str, dict[str, Figures]]:
                 continue
             stderr = figures.get(f"{metric}_stderr,{kind}")
             known = isinstance(stderr, (int, float))
-            half = Z95 * stderr if known else None
+            is_share = better.get(metric) is True
+            low, high = interval(mean, stderr, number, is_share) if known else (None, None)
             found.setdefault(task, {})[metric if kind == "none" else f"{metric} ({kind})"] = {
                 "mean": mean,
-                "low": None if half is None else mean - half,
-                "high": None if half is None else mean + half,
+                "low": low,
+                "high": high,
                 "stderr": stderr if known else None,
                 "n": number,
                 "higher_is_better": better.get(metric),
@@ -220,10 +223,44 @@ def scores(results: Figures) -> dict[str, dict[str, Figures]]:
     return found
 
 
+def interval(
+    mean: float, stderr: float, n: int | None, more_is_better: bool
+) -> tuple[float, float]:
+    """The 95 % interval of a mean over ``n`` documents (None: not known, as of a group of tasks).
+
+    Of right and wrong answers it is `wilson`'s: where 5 of 5 are right the standard error is 0.
+    That they are such is seen by the harness's standard error, whose square is
+    sum (x - mean)^2 / (n (n - 1)): times n - 1 it is mean (1 - mean) for zeros and ones, and less
+    for other values between 0 and 1. Else it is mean +- 1.96 standard errors, and ends at 0 and 1
+    where the values may lie between them: more is better, and they vary no more than that.
+    """
+    most = mean * (1 - mean)
+    varies = None if n is None or n < 2 else (n - 1) * stderr**2
+    if n is not None and varies is not None and abs(varies - most) <= 1e-6 * most:
+        return wilson(mean, n)
+    low, high = mean - Z95 * stderr, mean + Z95 * stderr
+    if more_is_better and most >= 0 and (varies is None or varies <= most):
+        low, high = max(low, 0.0), min(high, 1.0)
+    return low, high
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's interval of a share of ``n`` (E. B. Wilson, Probable inference, 1927).
+
+    With z the normal quantile: centre (share + z^2/2n) / (1 + z^2/n), half width
+    z sqrt(share (1 - share)/n + z^2/4n^2) / (1 + z^2/n).
+    """
+    spread = Z95 * Z95 / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z95 * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def compare(by_model: Mapping[str, dict[str, dict[str, Figures]]]) -> Figures:
     """Scores by task, metric and model, and the student's share of the teacher's score.
 
-    by_model: what `scores` says of each. No share of a metric of which less is better.
+    by_model: what `scores` says of each. No share of a metric of which less is better, or of which
+    the harness does not say which is better.
     """
     tasks: Figures = {}
     for model, found in by_model.items():
@@ -234,6 +271,6 @@ def compare(by_model: Mapping[str, dict[str, dict[str, Figures]]]) -> Figures:
         for of in metrics.values():
             if "teacher" in of and "student" in of:
                 teacher, student = of["teacher"]["mean"], of["student"]["mean"]
-                says = teacher > 0 and of["student"]["higher_is_better"] is not False
+                says = teacher > 0 and of["student"]["higher_is_better"] is True
                 of["share_of_teacher"] = student / teacher if says else None
     return tasks

@@ -139,10 +139,10 @@ def _lineage(identity: str, name: str, manifest: Mapping[str, Any], made_on: str
     started = teacher.id if found.get("starts_from_teacher") else None
     models[teacher.id] = teacher
     learned_from = [teacher.id]
-    for name, one in (manifest.get("teachers") or {}).items():
-        its = (found.get("teachers") or {}).get(name) or {}
+    for role, one in (manifest.get("teachers") or {}).items():
+        its = (found.get("teachers") or {}).get(role) or {}
         models |= {id_: _stored(id_, e) for id_, e in (its.get("ancestors") or {}).items()}
-        model = _stored("", its["teacher"]) if its.get("teacher") else Model("", name)
+        model = _stored("", its["teacher"]) if its.get("teacher") else Model("", role)
         model = replace(model, id=str(one["identity"]))
         models.setdefault(model.id, model)
         learned_from += [model.id] * (model.id not in learned_from)

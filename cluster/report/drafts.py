@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raystill.base import formatting
-from raystill.base.console import print_tables
+from raystill.base.console import bounded_tables
 
 WIDTH = 110
 LOSSLESS_NOTE = (
@@ -24,7 +24,7 @@ def print_draft(found: dict[str, Any], console: Console | None = None) -> None:
     console = console or Console(
         width=None if sys.stdout.isatty() else WIDTH, markup=False, emoji=False
     )
-    with console.capture() as captured:
+    with bounded_tables(console):
         for line in _setting(found):
             console.print(line)
         console.print(_acceptance(found))
@@ -37,7 +37,6 @@ def print_draft(found: dict[str, Any], console: Console | None = None) -> None:
             "that of a teacher's token, where reading k + 1 tokens takes the teacher no longer "
             "than reading one (Leviathan et al. 2023, arXiv:2211.17192)"
         )
-    print_tables(console, captured.get())
 
 
 def _setting(found: dict[str, Any]) -> list[str]:
@@ -50,7 +49,9 @@ def _setting(found: dict[str, Any]) -> list[str]:
         f"{found['version']}, {found['dtype']}, {where}, greedy, "
         f"{formatting.plural(found['rows'], 'held-out prompt')}, {found['concurrency']} at a time",
         f"teacher alone {formatting.rate(teacher['tokens_per_s'])} tokens/s, student alone "
-        f"{formatting.rate(student['tokens_per_s'])}: cost ratio c = {found['cost_ratio']:.2f}",
+        f"{formatting.rate(student['tokens_per_s'])}; a token after the first takes the teacher "
+        f"{1000 * teacher['token_s']:.3g} ms, the student {1000 * student['token_s']:.3g} ms: "
+        f"cost ratio c = {found['cost_ratio']:.2f}",
         f"the student's most probable token is the teacher's for "
         f"{formatting.share(found['top1_agreement'])} of {formatting.count(teacher['tokens'])} "
         "tokens",

@@ -15,11 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from raystill.base import formatting
-from raystill.base.console import print_tables
+from raystill.base.console import bounded_tables
 from raystill.base.errors import RunError
 from raystill.base.logs import run_name
 from raystill.base.personal import mask
-from raystill.base.records import BrokenFile, Folder, mapping, read_lines, read_object
+from raystill.base.records import BrokenFile, Folder, mapping, number, read_lines, read_object
 from raystill.base.run_folder import REPORT
 from raystill.cluster.report.summary import (
     Figures,
@@ -54,7 +54,6 @@ FREE_RUNNING = (
 )
 ROWS = ("rows_trained", "rows_asked", "rows_scored", "rows_reused", "evaluation_rows_asked")
 
-
 WRONG_TYPES = (
     *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError),
     ConsoleError,  # Something that cannot be shown in a cell.
@@ -88,9 +87,8 @@ def print_report(folder: Folder, console: Console | None = None) -> None:
             "name the folder of a run that has, e.g. runs/quickstart"
         )
     console = console or Console(markup=False, emoji=False)
-    with reading(folder), console.capture() as captured:
+    with reading(folder), bounded_tables(console):
         _print_sections(console, folder)
-    print_tables(console, captured.get())
 
 
 def print_comparison(folders: Sequence[Folder], console: Console | None = None) -> None:
@@ -110,6 +108,7 @@ def _compare(folders: Sequence[Folder], console: Console | None) -> None:
         name = run_name(folder.path)
         columns.append((name, summary, last or first or {}))
     table = _columns(*(name for name, _, _ in columns))
+    table.add_row("measured", *(measured_when(newest) for _, _, newest in columns))
     for name, label, digits, _ in (*TEACHER_FORCED, *FREE_RUNNING):
         table.add_row(
             label, *(formatting.figure(after.get(name), digits) for _, _, after in columns)
@@ -119,9 +118,15 @@ def _compare(folders: Sequence[Folder], console: Console | None) -> None:
         if name != "rows_scored" or any(numbers):
             table.add_row(name, *map(formatting.count, numbers))
     table.add_row("time", *(formatting.duration(summary["wall_s"]) for _, summary, _ in columns))
-    with console.capture() as captured:
-        _section(console, "Finished students, on held-out prompts", table)
-    print_tables(console, captured.get())
+    with bounded_tables(console):
+        _section(console, "Students on held-out prompts", table)
+
+
+def measured_when(newest: Figures) -> str:
+    """When a run's newest held-out figures were measured: a finished student's, or not yet."""
+    step = number(newest.get("step"))
+    when = f"at step {formatting.count(step)}" if step else "before training"
+    return formatting.NOTHING if step is None else when
 
 
 def _print_sections(console: Console, folder: Folder) -> None:
@@ -137,8 +142,8 @@ def _print_sections(console: Console, folder: Folder) -> None:
     for caption, worth in sections(folder):
         _section(console, caption, worth)
     _section(console, "Rows and time", _totals_table(summary))
-    for number, example in enumerate(examples(folder), start=1):
-        heading = "Held-out prompts, answered" if number == 1 else None
+    for place, example in enumerate(examples(folder)):
+        heading = None if place else "Held-out prompts, answered"
         _section(console, heading, _example_table(example))
     if folder.exists(REPORT):
         console.print()
@@ -274,13 +279,14 @@ def check_rows(before: Figures, after: Figures | None) -> list[tuple[str, str, s
 
 
 def _interval(measured: Figures) -> str:
-    """A mean with its interval: ``0.62 [0.36, 0.83]``, ``12.1 [9.8, 14.0]``."""
-    numbers = [measured.get(name) for name in ("mean", "low", "high")]
-    if not all(isinstance(number, int | float) for number in numbers):
+    """A mean with its interval, if it has one: ``0.62 [0.36, 0.83]``, ``12.1``."""
+    mean, *ends = (number(measured.get(name)) for name in ("mean", "low", "high"))
+    known = [value for value in (mean, *ends) if value is not None]
+    if mean is None:
         return formatting.NOTHING
-    digits = 2 if max(abs(number) for number in numbers if number is not None) < 10 else 1
-    mean, low, high = (formatting.figure(number, digits) for number in numbers)
-    return f"{mean} [{low}, {high}]"
+    digits = 2 if max(map(abs, known)) < 10 else 1
+    shown, *within = (formatting.figure(value, digits) for value in known)
+    return f"{shown} [{', '.join(within)}]" if len(within) == 2 else shown
 
 
 def _remark(earlier: Figures, figures: Figures) -> str:

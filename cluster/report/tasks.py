@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from raystill.base import formatting
-from raystill.base.console import print_tables
+from raystill.base.console import bounded_tables
+from raystill.base.records import mapping, number
 
 MODELS = ("teacher", "before", "student")
 WIDTH = 110
@@ -39,15 +40,34 @@ def failures(found: object) -> list[str]:
 def shares(found: object) -> dict[str, float]:
     """The student's share of the teacher's score at each task, by its first metric that has one.
 
-    Only metrics of which more is better have one.
+    Only metrics of which more is better have one. Each document counts once: see `_counted`.
     """
+    tasks = mapping(mapping(found).get("tasks"))
     by_task: dict[str, float] = {}
-    for task, metrics in _items(found.get("tasks") if isinstance(found, dict) else None):
-        for _, of in _items(metrics):
+    for task in _counted(tasks, mapping(found).get("names")):
+        for _, of in _items(tasks[task]):
             share = of.get("share_of_teacher") if isinstance(of, dict) else None
             if isinstance(share, (int, float)) and not isinstance(share, bool):
                 by_task.setdefault(str(task), float(share))
     return by_task
+
+
+def _counted(tasks: dict[str, Any], names: object) -> list[str]:
+    """The tasks that were named, where each of them has scores; else those that have documents.
+
+    The harness gives a group, the groups in it and all of their tasks. A name without scores is a
+    tag or a pattern; of what it stands for the tasks have scores. A group has no documents itself.
+    """
+    named = names if isinstance(names, list) else []
+    if named and all(isinstance(name, str) and name in tasks for name in named):
+        return named
+    return [task for task, metrics in tasks.items() if _documents(metrics)] or list(tasks)
+
+
+def _documents(metrics: object) -> float:
+    """The most documents that any metric of any model is of; 0 where none says."""
+    scores = [score for _, of in _items(metrics) for _, score in _items(of)]
+    return max((number(mapping(score).get("n")) or 0 for score in scores), default=0)
 
 
 def _items(value: object) -> list[tuple[Any, Any]]:
@@ -75,8 +95,8 @@ def task_table(found: object) -> Table | None:
     if not rows:
         return None
     table = Table(box=None, pad_edge=False, title_justify="left")
-    for number, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if number else "left")
+    for column, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if column else "left")
     for row in rows:
         table.add_row(*row)
     return table
@@ -88,9 +108,8 @@ def print_tasks(found: dict[str, Any], console: Console | None = None) -> None:
         width=None if sys.stdout.isatty() else WIDTH, markup=False, emoji=False
     )
     table = task_table(found)
-    with console.capture() as captured:
+    with bounded_tables(console):
         console.print(CAPTION)
         console.print(table if table is not None else "no scores")
         for failure in failures(found):
             console.print(f"could not be asked: {failure}")
-    print_tables(console, captured.get())

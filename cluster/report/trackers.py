@@ -8,7 +8,9 @@ stops nor delays a run, and what it misses is in the run folder. Their packages 
 
 import math
 import os
+import posixpath
 import queue
+import re
 import tempfile
 import threading
 import time
@@ -35,6 +37,9 @@ MOST_WAITING = 20_000
 FILES = (REPORT, SUMMARY, CONFIG, MANIFEST)
 MLFLOW_PARAMETERS = 100  # In one request; and characters of a value, below.
 MLFLOW_LONGEST = 6000
+MLFLOW_LONGEST_NAME = 250
+MLFLOW_REFUSED = re.compile(r"[^/\w.\- :]")
+"""What a name of a metric or a parameter may not have."""
 
 
 class Tracker(Protocol):
@@ -215,10 +220,8 @@ class MlflowTracker:
             return  # MLflow's parameters cannot be changed: they stay those of the first start.
         name = run_name(folder.path)
         self._id = self._client.create_run(experiment, run_name=name, tags={tag: id_}).info.run_id
-        parameters = [
-            Param(name, str(value)[:MLFLOW_LONGEST])
-            for name, value in flattened(configuration(folder))
-        ]
+        values = {mlflow_name(name): value for name, value in flattened(configuration(folder))}
+        parameters = [Param(name, str(value)[:MLFLOW_LONGEST]) for name, value in values.items()]
         for first in range(0, len(parameters), MLFLOW_PARAMETERS):
             batch = parameters[first : first + MLFLOW_PARAMETERS]
             self._client.log_batch(self._id, params=batch)
@@ -236,16 +239,27 @@ class MlflowTracker:
     def write(self, group: str, figures: Mapping[str, float], step: int) -> None:
         """Log the figures in one request."""
         now = int(1000 * time.time())
-        metrics = [self._metric(f"{group}/{n}", v, now, step) for n, v in figures.items()]
+        named = {mlflow_name(f"{group}/{name}"): value for name, value in figures.items()}
+        metrics = [self._metric(name, value, now, step) for name, value in named.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
     def finish(self, figures: Mapping[str, float], files: list[Path], state: str) -> None:
-        """Log the figures, the files as artifacts, and end the run."""
-        self.write("final", figures, 0)
-        for file in files:
-            self._client.log_artifact(self._id, str(file))
-        ended = {"completed": "FINISHED", "stopped": "KILLED"}.get(state, "FAILED")
-        self._client.set_terminated(self._id, ended)
+        """Log the figures, the files as artifacts, and end the run; what fails keeps no other."""
+        try:
+            self.write("final", figures, 0)
+        finally:
+            try:
+                for file in files:
+                    self._client.log_artifact(self._id, str(file))
+            finally:
+                ended = {"completed": "FINISHED", "stopped": "KILLED"}.get(state, "FAILED")
+                self._client.set_terminated(self._id, ended)
+
+
+def mlflow_name(name: str) -> str:
+    """A name that MLflow takes: other characters become ``_``, and no path is written two ways."""
+    plain = MLFLOW_REFUSED.sub("_", name)[:MLFLOW_LONGEST_NAME]
+    return posixpath.normpath(plain).lstrip("/.") or "_"
 
 
 class TrackioTracker:

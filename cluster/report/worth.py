@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raystill.base import formatting
+from raystill.base.console import bounded_tables
 from raystill.base.records import Folder, mapping, number, read_object
 from raystill.base.run_folder import SPEED, TASKS
 from raystill.cluster.report.tasks import CAPTION, failures, shares, task_table
@@ -120,11 +121,10 @@ def print_speed(found: Figures, console: Console | None = None) -> None:
     console = console or Console(
         width=None if sys.stdout.isatty() else WIDTH, markup=False, emoji=False
     )
-    with console.capture() as captured:
+    with bounded_tables(console):
         console.print(speed_caption(found))
         console.print(speed_table(found) or "no figures")
         console.print(verdict(found, {}))
-    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def _placed(found: Figures) -> str:

@@ -7,7 +7,7 @@ prompts.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,8 +99,21 @@ def chosen_prompts(folder: RunFolder, rows: int) -> list[Ids]:
             f"{folder.path} has no held-out prompts, on which engines are measured; run with "
             "evaluation.held_out_rows or evaluation.held_out_sources"
         )
-    places = np.unique(np.linspace(0, len(prompts) - 1, min(rows, len(prompts))).round())
-    return [np.asarray(prompts[int(i)].as_py(), np.int32) for i in places]
+    return [np.asarray(prompts[i].as_py(), np.int32) for i in spread(len(prompts), rows)]
+
+
+def spread(number: int, wanted: int) -> list[int]:
+    """At most ``wanted`` of the places 0 to ``number`` - 1, evenly over all; in their order."""
+    places = np.unique(np.linspace(0, number - 1, min(wanted, number)).round())
+    return [int(place) for place in places]
+
+
+def without_prefix_cache(subject: Subject) -> Subject:
+    """The same run, whose engines compute a prompt anew each time that it is asked."""
+    teacher = subject.config.teacher
+    arguments = {**teacher.engine_args, "enable_prefix_caching": False}
+    teacher = teacher.model_copy(update={"engine_args": arguments})
+    return replace(subject, config=subject.config.model_copy(update={"teacher": teacher}))
 
 
 def _held_out_ids(folder: RunFolder) -> pa.Array:

@@ -24,6 +24,7 @@ from raystill.cluster.worth.bench import (
     chosen_prompts,
     find_subject,
     measure_into,
+    without_prefix_cache,
 )
 from raystill.config.run import RunConfig
 from raystill.serve.bench.acceptance import COST_RATIOS, best_k, speed_up
@@ -119,7 +120,7 @@ def measure(
         "student_alone": student,
         "top1_agreement": agreement["top1_agreement"],
         "computed": {str(k): figures for k, figures in agreement["by_k"].items()},
-        **predicted(agreement["by_k"], teacher["tokens_per_s"] / student["tokens_per_s"]),
+        **predicted(agreement["by_k"], student["token_s"] / teacher["token_s"]),
         "measured": [],
         "failed": {},
     }
@@ -166,7 +167,7 @@ def draft_command(
     if as_json:  # Standard output is for a program.
         say = say_beside
     folder = open_named(path)
-    subject = find_subject(folder, overrides, unfit, options.teacher)
+    subject = without_prefix_cache(find_subject(folder, overrides, unfit, options.teacher))
     if problems := mismatches(subject):
         raise ConfigError(problems)
     chosen_prompts(folder, options.rows)

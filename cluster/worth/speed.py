@@ -28,6 +28,8 @@ from raystill.cluster.worth.bench import (
     chosen_prompts,
     find_subject,
     measure_into,
+    spread,
+    without_prefix_cache,
 )
 from raystill.config.run import RunConfig
 from raystill.model.weights import size_of
@@ -76,15 +78,6 @@ def unfit(config: RunConfig) -> list[Problem]:
     return []
 
 
-def without_prefix_cache(subject: Subject) -> Subject:
-    """The same run, whose engines compute a prompt anew each time that it is asked."""
-    teacher = subject.config.teacher
-    arguments = {**teacher.engine_args, "enable_prefix_caching": False}
-    teacher = teacher.model_copy(update={"engine_args": arguments})
-    config = subject.config.model_copy(update={"teacher": teacher})
-    return Subject(config, subject.teacher, subject.student)
-
-
 def fitting_prompts(folder: RunFolder, subject: Subject, tokens: int, wanted: int) -> list[Ids]:
     """Held-out prompts with room for an answer of ``tokens`` in both models. Raises RunError."""
     limits = (
@@ -104,6 +97,11 @@ def fitting_prompts(folder: RunFolder, subject: Subject, tokens: int, wanted: in
     return prompts
 
 
+def evenly(prompts: Sequence[Ids], wanted: int) -> list[Ids]:
+    """At most ``wanted`` of them, from the first to the last: so each source has its share."""
+    return [prompts[place] for place in spread(len(prompts), wanted)]
+
+
 def turns(starts: int) -> list[str]:
     """Which model is started when: teacher, student, student, teacher, ...
 
@@ -120,8 +118,8 @@ def measure(
     """The figures, as speed.json holds them, anew after each engine; connected to the cluster."""
     at_once = options.concurrency or subject.config.teacher.max_num_seqs
     prompts = fitting_prompts(folder, subject, options.tokens, max(at_once, options.streams))
-    full = list(islice(cycle(prompts), at_once))
-    streams = prompts[: options.streams]
+    full = list(islice(cycle(evenly(prompts, at_once)), at_once))
+    streams = evenly(prompts, options.streams)
     from raystill.serve.bench.speed import SpeedBench  # Late, as the engine's torch.
 
     bench = Bench(subject, folder, "speed", at_once)

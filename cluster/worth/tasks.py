@@ -12,7 +12,6 @@ The harness is an optional extra (``raystill[tasks]``). Its standard error of a 
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -50,7 +49,7 @@ from raystill.model.on_node import ModelSource
 
 EXIT_INTERRUPTED = 130
 ANSWERS = "tasks"
-"""Folder of the harness's answers so far, in the log folder; gone when a model is done."""
+"""Folder of the harness's answers so far, in the log folder; a model's go when it is done."""
 ORDER = ("teacher", "before", "student")
 Model = ModelSource | Start
 
@@ -169,8 +168,17 @@ def ask_here(name: str, model: Model, asked: Asked) -> dict[str, dict[str, Figur
     with model_here(model) as path, unpacked(asked.content) as include:
         options = replace(asked.options, include=include)
         found = scores(ask(path, options, loading, folder.logs / "tasks.log", answers))
-    shutil.rmtree(folder.logs / ANSWERS, ignore_errors=True)
+    if answers is not None:
+        _remove(answers)
     return found
+
+
+def _remove(answers: Path) -> None:
+    """Remove the harness's answers of one model that is done; those of others stay."""
+    for file in answers.parent.glob(f"{answers.name}*"):  # The harness adds a rank and an ending.
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # Others' answers are in it.
+        answers.parent.rmdir()
 
 
 @contextmanager

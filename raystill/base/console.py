@@ -10,7 +10,8 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -19,7 +20,13 @@ from raystill.base.errors import LONGEST_PROBLEM, MOST_CHARACTERS, RunError, sho
 from raystill.base.redact import redact
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import (
+        Console,
+        ConsoleOptions,
+        ConsoleRenderable,
+        RenderableType,
+        RenderResult,
+    )
 
     from raystill.base.run_folder import RunFolder
 
@@ -77,11 +84,41 @@ def printable(text: str) -> str:
     return "\n".join(line if line.isprintable() else shown(line, longest) for line in lines)
 
 
-def print_tables(console: "Console", text: str) -> None:
-    """Print what ``console`` has captured of tables: bounded, without control characters of data.
+class _Named:
+    """A thing that rich draws, in whose text escapes are named: colours are then rich's alone."""
 
-    Lines lose the spaces at their end. On a terminal the console's own colours stay.
+    def __init__(self, drawn: "RenderableType") -> None:
+        self._drawn = drawn
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        for segment in console.render(self._drawn, options):
+            yield segment._replace(text=segment.text.replace("\x1b", r"\x1b"))
+
+
+class _NameEscapes:
+    """rich's hook for all that a console prints."""
+
+    def process_renderables(self, drawn: "list[ConsoleRenderable]") -> "list[ConsoleRenderable]":
+        return [_Named(one) for one in drawn]
+
+
+@contextmanager
+def bounded_tables(console: "Console") -> Iterator[None]:
+    """What is printed to ``console`` within is shown at the end, if nothing fails.
+
+    It is bounded, and without control characters of data: a text of a model may neither hide itself
+    nor move the cursor. Lines lose the spaces at their end. On a terminal rich's colours stay.
     """
+    console.push_render_hook(_NameEscapes())
+    try:
+        with console.capture() as captured:
+            yield
+    finally:
+        console.pop_render_hook()
+    _print_tables(console, captured.get())
+
+
+def _print_tables(console: "Console", text: str) -> None:
     left, more = MOST_OF_TABLES, 0
     clean = text if console.is_terminal else printable(text)  # At once: each look takes a while.
     for line in clean.removesuffix("\n").split("\n"):

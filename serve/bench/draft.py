@@ -8,9 +8,12 @@ store; the driver sees figures alone. Everything is greedy: each token is the mo
 Legend: T tokens of an answer, k drafted tokens of a verification.
 """
 
+import asyncio
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,10 @@ from raystill.serve.engine.arguments import EngineSettings
 from raystill.serve.engine.speculative import SpeculativeEngine, with_draft
 
 BEST = Signal("topk", WIDTH)
+PACE_TOKENS = 32
+"""Length of the answers by which the time of a token is measured."""
+PACE_BATCHES = 12
+"""Least number of times that such answers are written at once; prompts repeat."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,12 @@ class DraftBench(EngineBench):
         return SpeculativeEngine(settings)
 
     async def alone(self, prompts: list[Ids]) -> dict[str, Any]:
-        """Write answers without a draft, for the speed alone."""
+        """Write answers without a draft, for the speed alone: of whole answers, and of a token.
+
+        ``token_s``: seconds of a token, the median over answers of `PACE_TOKENS` to the same
+        prompts, as many at once as the engine takes. Neither the length of a model's own answers
+        counts nor the reading of prompts: see `paces`.
+        """
         return (await self._alone(prompts))[0]
 
     async def answer(self, prompts: list[Ids]) -> tuple[dict[str, Any], TeacherAnswers]:
@@ -130,7 +142,24 @@ class DraftBench(EngineBench):
         reasons = [answer.error for answer in answers if answer.error]
         if len(reasons) == len(answers):
             raise RunError(f"none of {len(answers)} prompts was answered: {reasons[0]}")
-        return {**speed(answers, seconds), "dropped": len(reasons)}, answers
+        answered = [p for p, a in zip(prompts, answers, strict=True) if not a.error]
+        figures = {"token_s": await self._token_s(answered), "dropped": len(reasons)}
+        return {**speed(answers, seconds), **figures}, answers
+
+    async def _token_s(self, prompts: Sequence[Ids]) -> float:
+        """Median seconds of a token of answers that do not end early."""
+        at_once = self._settings.config.teacher.max_num_seqs
+        batches = [prompts[i : i + at_once] for i in range(0, len(prompts), at_once)]
+        found: list[float] = []
+        for batch in islice(cycle(batches), max(PACE_BATCHES, len(batches))):
+            asked = (self._engine.token_times(prompt, PACE_TOKENS) for prompt in batch)
+            found += paces(await asyncio.gather(*asked))
+        if not found:
+            raise RunError(
+                "no held-out prompt leaves room for two tokens, so the time of a token is not "
+                "known; raise teacher.max_model_len"
+            )
+        return statistics.median(found)
 
     async def _best(
         self, prompts: list[Ids], answers: Sequence[Ids | None]
@@ -145,3 +174,14 @@ class DraftBench(EngineBench):
         for row, answer in zip(asked, scored, strict=True):
             found[row] = answer
         return found
+
+
+def paces(times: Sequence[Sequence[float]]) -> list[float]:
+    """Seconds of a token of each answer, from when its tokens came; all were asked at once.
+
+    Counted is from the latest first token: before, some answers wait while prompts are read. An
+    answer without a token after that has no pace.
+    """
+    begin = max(of[0] for of in times)
+    later = [[time for time in of if time > begin] for of in times]
+    return [(of[-1] - begin) / len(of) for of in later if of]

@@ -194,8 +194,8 @@ def found() -> dict[str, Any]:
         "rows": 12,
         "concurrency": 1,
         "top1_agreement": 0.6,
-        "teacher_alone": {"tokens": 768, "tokens_per_s": 40.0},
-        "student_alone": {"tokens": 768, "tokens_per_s": 50.0},
+        "teacher_alone": {"tokens": 768, "tokens_per_s": 40.0, "token_s": 0.02},
+        "student_alone": {"tokens": 768, "tokens_per_s": 50.0, "token_s": 0.016},
         "computed": {str(k): figures for k, figures in computed.items()},
         "measured": [{**measured, "identical_answers": 11, "differences": [near_tie]}],
         "failed": {"4": "out of memory"},
@@ -206,7 +206,10 @@ def found() -> dict[str, Any]:
 def test_the_tables_say_what_is_measured_and_what_follows(capsys) -> None:
     print_draft(found())
     shown = capsys.readouterr().out
-    assert "student alone 50.0: cost ratio c = 0.80" in shown
+    times = (
+        "a token after the first takes the teacher 20 ms, the student 16 ms: cost ratio c = 0.80"
+    )
+    assert f"student alone 50.0; {times}" in " ".join(shown.split())
     assert "11 of 12" in shown and "failed" in shown
     assert "1 answer became another one" in shown and "2e-05 nats at most" in shown
     # c = 0.02: k = 5 gives (1 - 0.6^6) / 0.4 / 1.1 = 2.3834 / 1.1 = 2.167; k = 6 2.4300 / 1.12 =
@@ -235,12 +238,14 @@ def engines(fails: int | None, stops: int | None = None) -> Any:
     """In place of `Bench.run`: one engine fails, a person stops at another."""
 
     def run(self: Any, actor: type, arguments: tuple[Any, ...], *calls: Any) -> list[Any]:
+        assert self.settings.config.teacher.engine_args["enable_prefix_caching"] is False
         model, k = (*arguments, 0)[:2]
         if k == fails:
             raise RunError("no memory")
         if k == stops:
             raise KeyboardInterrupt
         speed = {"tokens": 60, "tokens_per_s": 10.0, "seconds": 6.0, "dropped": 0}
+        speed["token_s"] = 0.08 if model == "teacher" else 0.02
         if k:
             return [{}, figures_of(k)]
         if model == "teacher":
@@ -273,6 +278,7 @@ def test_an_engine_that_fails_leaves_the_figures_of_the_others(
     found = json.loads(shown.out)
     assert [of["k"] for of in found["measured"]] == [1, 4] and found["failed"] == {"2": "no memory"}
     assert [of["speed_up"] for of in found["measured"]] == [2.0, 2.0]
+    assert found["cost_ratio"] == 0.25, "of the times of a token, not of tokens/s of whole answers"
     assert json.loads((run_folder / DRAFT).read_text()) == found
     assert "4 drafted tokens" in (run_folder / "report.html").read_text()
 

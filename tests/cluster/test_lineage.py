@@ -421,6 +421,24 @@ def test_the_manifest_of_an_earlier_version_gives_papers_too(tmp_path: Path) -> 
     bom(folder)
 
 
+def test_a_student_of_several_teachers_has_its_own_name(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "small"
+    model(folder / "student")
+    teachers = {"writer": {"identity": "a" * 64}, "judge": {"identity": "b" * 64}}
+    sources = {"teachers": {"writer": {"teacher": {"name": "big"}}}, "teacher": {"name": "big"}}
+    manifest = {"teacher": "big", "teacher_identity": "a" * 64, "run_id": "r"}
+    manifest |= {"teachers": teachers, "terms": {"sources": sources}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "summary.json").write_text("{}")
+    write_papers(RunFolder(str(folder)))
+    lineage = read_lineage(folder / "student")
+    assert lineage is not None
+    named = {id_: one.name for id_, one in lineage.models.items()}
+    assert named == {lineage.student: "small", "a" * 64: "big", "b" * 64: "judge"}
+    assert lineage.models[lineage.student].learned_from == ("a" * 64, "b" * 64)
+    assert bom(folder)["metadata"]["component"]["name"] == "small"
+
+
 def test_a_run_does_not_fail_by_its_papers(tmp_path: Path, monkeypatch: Any) -> None:
     folder = finished(tmp_path, "one", str(model(tmp_path / "teacher", "mit")))
     told: list[str] = []

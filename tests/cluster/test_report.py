@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -469,5 +470,44 @@ def test_several_runs_are_put_side_by_side(folder: RunFolder, tmp_path: Path) ->
     assert kl.split()[-2:] == ["1.500", "2.250"]
     (asked,) = (line for line in shown.splitlines() if line.strip().startswith("rows_asked"))
     assert asked.split() == ["rows_asked", "320", "0"]
+    assert measured_of(shown) == "at step 20  at step 20"
+    write_lines(other, "evaluation.jsonl", [BEFORE])  # It was stopped before its end.
+    file = io.StringIO()
+    print_comparison([folder, other], Console(file=file, width=120))
+    assert measured_of(file.getvalue()) == "at step 20  before training"
+    write_lines(other, "evaluation.jsonl", [])
+    file = io.StringIO()
+    print_comparison([folder, other], Console(file=file, width=120))
+    assert measured_of(file.getvalue()).split()[-1] == "-"
     with pytest.raises(RunError, match=r"nowhere has no summary\.json"):
         print_comparison([folder, RunFolder(str(tmp_path / "nowhere"))])
+
+
+def measured_of(shown: str) -> str:
+    """The row of a comparison that says when the figures were measured."""
+    (row,) = (line for line in shown.splitlines() if line.strip().startswith("measured"))
+    return row.strip().removeprefix("measured").strip()
+
+
+HIDDEN = "Paris \x1b[8mhidden\x1b[0m \x1b[1;31;5mERROR\x1b[0m \x1b]0;title\x07 \x9b2J \x1b[2J"
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_a_text_of_a_model_has_no_colour_on_a_terminal(
+    folder: RunFolder, on_terminal: bool
+) -> None:
+    """Nor is it hidden, nor does it blink: colours that are left are those of the table."""
+    write_summary(folder, outcome())
+    answer = {"row": 1, "prompt": f"Name it. {HIDDEN}", "teacher": HIDDEN, "student": HIDDEN}
+    write_lines(folder, "answers.jsonl", [{"step": step, **answer} for step in (0, 20)])
+    check = {"student": {"mean": 0.5}, "teacher": {"mean": 0.5}, "is_share": True}
+    checks = {"checks": {f"c{HIDDEN}": check}}
+    write_lines(folder, "evaluation.jsonl", [BEFORE | checks, AFTER | checks])
+    file = io.StringIO()
+    given: dict[str, Any] = {"force_terminal": on_terminal, "legacy_windows": False}
+    print_report(folder, Console(file=file, width=200, color_system="standard", **given))
+    shown = file.getvalue()
+    assert shown.count("\\x1b[8mhidden\\x1b[0m") >= 3 and "\x9b" not in shown
+    colours = set(re.findall("\x1b.[^a-zA-Z]*.?", shown))
+    assert all(re.fullmatch("\x1b\\[[0-37;]*m", one) for one in colours)  # Bold, faint, colours.
+    assert bool(colours) == on_terminal

@@ -1,6 +1,8 @@
 """The page of a run: what it shows, that data cannot act in it, and that it stays small."""
 
 import json
+import math
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
@@ -11,6 +13,7 @@ import pytest
 
 from raystill.base.errors import RunError, RunInUseError
 from raystill.base.run_folder import RunFolder
+from raystill.cluster.report.page.charts import Series, line_chart, nice_ticks
 from raystill.cluster.report.page.curves import MOST_POINTS, Curve
 from raystill.cluster.report.page.during import (
     ALIVE_S,
@@ -181,6 +184,21 @@ def test_text_of_any_file_is_shown_and_never_acts(folder: RunFolder, text: str) 
     for character in ("\x1b", "\x00", "\x9b", "\x07", "\u202e", "\u2066", "\u202a"):
         assert character not in content
     assert len(content) < 250_000 and "W" * 4_001 not in content
+
+
+def test_the_mean_of_an_answer_is_that_of_its_tokens(folder: RunFolder) -> None:
+    """Of a character of three tokens the first two have no text of their own."""
+    tokens = {"teacher_tokens": ["", "", "世", "", "", "界"], "teacher_kl": [1, 1, 1, 2, 2, 2]}
+    tokens |= {"student_tokens": ["a", "b", "c"], "student_kl": [0.5, None, 1.0]}
+    record = {"row": 1, "prompt": "p", "teacher": "世界", "student": "abc"}
+    write_lines(folder, "answers.jsonl", [{"step": 20, **record, **tokens}])
+    text = shown(folder).text
+    assert "the teacher's answer, after training: 1.50 nats a token" in text
+    assert "the student's own answer, after training: 0.75 nats a token" in text
+    assert "furthest: “界” 6.00, “世” 3.00" in text
+    nothing = {"teacher_tokens": ["a"], "teacher_kl": ["x"]}
+    write_lines(folder, "answers.jsonl", [{"step": 20, **record, **nothing}])
+    assert "after training: - nats a token" in shown(folder).text
 
 
 def test_only_html_made_here_is_html() -> None:
@@ -442,6 +460,51 @@ def test_several_runs_share_one_page_and_are_told_apart(folder: RunFolder, tmp_p
     answers = outline.text.partition("Answers to held-out prompts teacher")[2] or outline.text
     assert answers.count("Green.") == answers.count("Red.") == 1
     assert Path(write_page([folder, other])) == Path(folder.path) / "comparison.html"
+
+
+def test_a_run_that_has_not_trained_yet_is_told_among_several(
+    folder: RunFolder, tmp_path: Path
+) -> None:
+    other = RunFolder(str(tmp_path / "elsewhere" / "begun")).ensure()
+    other.write_text("config.yaml", folder.read_text("config.yaml"))
+    write_lines(other, "evaluation.jsonl", [{"step": 0, "kl_nats_per_token": 9.25}])
+    text = shown(folder, other).text
+    assert "measuredat step 20before training" in text
+    assert "KL(teacher || student), nats/token0.7509.250" in text
+
+
+ODD_HEIGHTS = {
+    "one bit apart": (0.1, math.nextafter(0.1, 1)),
+    "one bit apart, below 0": (-3.0, math.nextafter(-3.0, 0)),
+    "near the largest": (-1e308, 1e308),
+    "the largest": (0.0, sys.float_info.max),
+    "the smallest": (5e-324, 1e-323),
+    "a million million": (1e12, 3e12),
+    "all 0": (0.0, 0.0),
+    "-0 and 0": (-0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("heights", ODD_HEIGHTS.values(), ids=ODD_HEIGHTS)
+def test_values_of_any_size_have_a_chart(folder: RunFolder, heights: tuple[float, float]) -> None:
+    low, high = heights
+    ticks = nice_ticks(low, high)
+    assert 2 <= len(ticks) <= 7 and ticks == sorted(set(ticks))
+    if max(-low, high) < 1e300:  # Up to the last digits, by which rounding moves a tick.
+        slack = 1e-9 * max(-low, high) + 1e-300
+        assert ticks[0] <= low + slack and high - slack <= ticks[-1]
+    chart = line_chart("x", [Series("x", [(0, low), (1, high)])])
+    assert "nan" not in chart and "inf" not in chart and len(Outline(chart).text) < 200
+    lines = [{"step": s, "loss": v, "lr": v, "rows": 8} for s, v in enumerate(heights, start=1)]
+    write_lines(folder, "metrics.jsonl", lines)
+    figures = [{"step": s, "kl_nats_per_token": v} for s, v in enumerate(heights)]
+    write_lines(folder, "evaluation.jsonl", figures)
+    assert shown(folder).problems == []
+
+
+def test_a_learning_rate_that_rounding_alone_changes_is_a_level() -> None:
+    assert nice_ticks(3e-4, 3e-4 * (1 + 1e-12)) == nice_ticks(3e-4, 3e-4)
+    assert nice_ticks(0.5, 0.5 * (1 + 1e-6))[0] > 0.49, "a difference that can be seen is drawn"
 
 
 # In a real browser

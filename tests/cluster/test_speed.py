@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,6 +97,8 @@ def test_the_tables_say_the_figures(capsys):
     assert "1.50 x sooner" in shown
     print_speed({**figures(), "times_faster": {"median": 0.8}})
     assert "1.25 x slower" in capsys.readouterr().out
+    print_speed({**figures(), "version": "\x1b[8m1", "dtype": "\x9b2J"})
+    assert "vllm \\x1b[8m1, \\x9b2J" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -180,9 +183,38 @@ def test_a_teacher_without_an_engine_is_refused(overrides, said, run_folder, cap
     assert not (run_folder / SPEED).exists()
 
 
+def test_an_engine_without_a_prefix_cache_is_of_the_same_teacher_among_several(run_folder):
+    subject = bench.find_subject(RunFolder(str(run_folder)), [], speed.unfit)
+    subject = replace(subject, name="writer")
+    without = bench.without_prefix_cache(subject)
+    assert without.name == "writer"
+    assert without.config.teacher.engine_args == {"enable_prefix_caching": False}
+
+
 def test_answers_without_room_are_refused(run_folder, capsys):
     assert driver.main(["speed", str(run_folder), "--tokens", "125"]) == driver.EXIT_FAILED
     assert "leaves room for an answer of 125 tokens in a context of 128" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_the_prompts_of_streams_and_of_a_full_batch_are_of_all_sources(run_folder, monkeypatch):
+    """The table of held-out prompts is in the order of the files, so the first ones are of one."""
+    given: list[Any] = []
+
+    def run(self: Any, actor: type, arguments: tuple[Any, ...], *calls: Any) -> list[Any]:
+        given.append(calls[0][1])
+        return [FACTS, start(10)]
+
+    monkeypatch.setattr(bench.Bench, "run", run)
+    for concurrency, streams, expected in (
+        (2, 6, ([5, 6, 7, 8, 9, 10], [5, 10])),
+        (6, 3, ([5, 7, 10], [5, 6, 7, 8, 9, 10])),
+        (8, 1, ([5], [5, 6, 7, 8, 9, 10, 5, 6])),
+    ):
+        words = [f"--concurrency={concurrency}", f"--streams={streams}", "--starts=1"]
+        assert driver.main(["speed", str(run_folder), *words]) == 0
+        one_by_one, at_once, _ = given[-1]
+        assert ([int(i[0]) for i in one_by_one], [int(i[0]) for i in at_once]) == expected
 
 
 @pytest.mark.usefixtures("without_ray")
@@ -203,6 +235,7 @@ def test_what_was_measured_before_a_stop_is_kept(run_folder, capsys, monkeypatch
     assert [model for model, _, _ in asked] == ["teacher", "student", "student"]
     ((_, (streams, full, passes)),) = asked[0][1]
     assert (len(streams), len(full), passes) == (2, 8, 3)
+    assert [int(ids[0]) for ids in streams] == [5, 5 + NUM_PROMPTS - 1], "of the first source alone"
     assert len({tuple(ids) for ids in full}) == NUM_PROMPTS, "prompts repeat where there are few"
     assert asked[0][2].engine_args["enable_prefix_caching"] is False
     assert "stopped; what was measured is in speed.json" in capsys.readouterr().out

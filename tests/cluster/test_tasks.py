@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from raystill.base.run_folder import RunFolder
 from raystill.cluster.check import evaluation
 from raystill.cluster.harness.ask import Loading, TaskOptions, ask, compare, scores
 from raystill.cluster.report.page.page import write_page
-from raystill.cluster.report.tasks import task_rows
+from raystill.cluster.report.tasks import shares, task_rows
 from raystill.cluster.worth import after, tasks
 from raystill.cluster.worth.start import Start
 from raystill.cluster.worth.tasks import (
@@ -29,6 +30,7 @@ from raystill.cluster.worth.tasks import (
     write,
 )
 from raystill.config.load import load_config
+from raystill.train.evaluation import checks
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "tiny-teacher"
@@ -71,14 +73,88 @@ def test_the_intervals_are_the_harnesss_standard_errors():
     assert found["exact_match (strict)"]["low"] is None
 
 
+def of_values(values: list[float], better: bool | None = True) -> dict:
+    """What the harness says of these values of each document: their mean, and s / sqrt(n)."""
+    n, mean = len(values), sum(values) / len(values)
+    error = math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1) / n)
+    return {
+        "results": {"t": {"m,none": mean, "m_stderr,none": error}},
+        "higher_is_better": {"t": {"m": better}},
+        "n-samples": {"t": {"effective": n}},
+    }
+
+
+@pytest.mark.parametrize("right", [0, 1, 5, 9, 10])
+def test_right_and_wrong_answers_have_wilsons_interval(right):
+    """5 of 5 are no proof: with n right of n it begins at n / (n + z^2)."""
+    found = scores(of_values([1.0] * right + [0.0] * (10 - right)))["t"]["m"]
+    _, low, high = checks.wilson([1.0] * right + [0.0] * (10 - right))
+    assert (found["low"], found["high"]) == (pytest.approx(low), pytest.approx(high))
+    assert 0 <= found["low"] < found["high"] <= 1
+    whole = scores(of_values([1.0] * 5))["t"]["m"]
+    assert (whole["low"], whole["high"]) == (pytest.approx(5 / (5 + 3.8415), abs=1e-4), 1.0)
+
+
+def test_an_interval_of_a_share_stays_between_0_and_1_and_another_is_not_cut():
+    overlap = scores(of_values([1.0, 1.0, 0.9, 0.2]))["t"]["m"]
+    assert overlap["high"] == 1.0
+    assert overlap["low"] == pytest.approx(0.775 - 1.959964 * overlap["stderr"])
+    bits = scores(of_values([0.2, 2.2, 0.1, 1.3], better=False))["t"]["m"]
+    assert bits["high"] > 1 and bits["high"] - 0.95 == pytest.approx(1.959964 * bits["stderr"])
+    group = of_values([1.0, 1.0, 0.9, 0.2]) | {"n-samples": {}}
+    assert scores(group)["t"]["m"]["high"] == 1.0, "a group has no documents itself"
+
+
 def test_the_student_has_a_share_of_its_teachers_score_where_there_is_one():
     found = compare({"teacher": scores(RESULTS), "student": scores(other(0.4))})["capitals"]
     assert found["acc"]["share_of_teacher"] == pytest.approx(0.8)
     none = compare({"teacher": scores(other(0.0)), "student": scores(RESULTS)})["capitals"]
     assert none["acc"]["share_of_teacher"] is None
+    for better in (False, None):  # An edit distance, of which the harness may not know it.
+        worse = {"teacher": scores(of_values([1, 2, 3], better))}
+        worse["student"] = scores(of_values([3, 6, 9], better))
+        assert compare(worse)["t"]["m"]["share_of_teacher"] is None
     rows = task_rows({"tasks": {"capitals": found}})
     assert rows[0] == ["capitals, acc", "0.50 [0.30, 0.70]", "-", "0.40 [0.20, 0.60]", "80 %"]
     assert rows[1] == ["capitals, exact_match (strict)", "0.25", "-", "0.25", "100 %"]
+
+
+def score(share: float | None, n: int | None) -> dict:
+    """A metric of a task, with the student's share of the teacher's score."""
+    return {"acc": {"student": {"mean": 0.5, "n": n}, "share_of_teacher": share}}
+
+
+GROUP = {
+    "mmlu": score(0.8, None),
+    "mmlu_stem": score(0.5, None),
+    "mmlu_algebra": score(0.4, 100),
+    "mmlu_physics": score(0.6, 102),
+    "mmlu_law": score(1.1, 1534),
+    "capitals": score(0.9, 32),
+    "likelihood": score(None, 20),
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "counted"),
+    [
+        (["mmlu"], {"mmlu": 0.8}),
+        (["mmlu", "capitals", "likelihood"], {"mmlu": 0.8, "capitals": 0.9}),
+        (["likelihood"], {}),
+        (
+            ["mmlu_*", "capitals"],
+            {"mmlu_algebra": 0.4, "mmlu_physics": 0.6, "mmlu_law": 1.1, "capitals": 0.9},
+        ),
+    ],
+)
+def test_a_group_and_the_tasks_in_it_count_once(names, counted):
+    assert shares({"names": names, "tasks": GROUP}) == counted
+
+
+@pytest.mark.parametrize("names", [None, 3, [3], [[]], "capitals", []])
+def test_without_names_the_tasks_that_have_documents_count(names):
+    leaves = {"mmlu_algebra", "mmlu_physics", "mmlu_law", "capitals"}
+    assert set(shares({"names": names, "tasks": GROUP})) == leaves
 
 
 @pytest.mark.parametrize(
@@ -229,7 +305,7 @@ def run_tasks(run, options=CAPITALS, asking=None, before=True):
     asked = Asked.of(options, config, folder)
     for found in measure(models, asked, earlier(folder), asking, print):
         write(folder, found)
-    return json.loads((run / "tasks.json").read_text()), asking.asked
+    return json.loads((run / "tasks.json").read_text()), getattr(asking, "asked", [])
 
 
 @pytest.mark.usefixtures("installed")
@@ -252,6 +328,29 @@ def test_what_was_asked_before_is_not_asked_again(run, tmp_path):
     assert run_tasks(run, TaskOptions(["capitals"], str(copy)))[1] == [], "the same files"
     (copy / "capitals.jsonl").write_text("{}")
     assert len(run_tasks(run, TaskOptions(["capitals"], str(copy)))[1]) == 3, "other data"
+
+
+@pytest.mark.usefixtures("installed")
+def test_what_one_model_answered_outlives_the_success_of_the_next(run, monkeypatch):
+    """The harness keeps answers beside each other, one file a model; the one that is done goes."""
+    asked: list[Path] = []
+
+    def ask(model, options, loading, log, answers):
+        asked.append(answers)
+        Path(f"{answers}_rank0.db").write_text("answers")
+        if len(asked) == 1:
+            raise RunError("ended after 21600 s; what it answered is kept")
+        return RESULTS
+
+    monkeypatch.setattr(tasks, "ask", ask)
+    found, _ = run_tasks(run, asking=tasks.ask_here, before=False)
+    assert set(found["failed"]) == {"teacher"}
+    assert [path.name for path in (run / "logs" / "tasks").iterdir()] == [
+        f"{asked[0].name}_rank0.db"
+    ]
+    found, _ = run_tasks(run, asking=tasks.ask_here, before=False)
+    assert asked[2] == asked[0], "the teacher goes on with what it answered"
+    assert not found["failed"] and not (run / "logs" / "tasks").exists()
 
 
 @pytest.mark.usefixtures("installed")

@@ -4,6 +4,8 @@ what the check says before a run of one that could not take it.
 
 import json
 import os
+import posixpath
+import re
 import sys
 import threading
 import time
@@ -18,7 +20,7 @@ from raystill.base.run_folder import RunFolder
 from raystill.cluster.check import trackers as check
 from raystill.cluster.coordinator.snapshot import Snapshot
 from raystill.cluster.report import trackers
-from raystill.cluster.report.trackers import Trackers
+from raystill.cluster.report.trackers import MlflowTracker, Trackers, mlflow_name
 from raystill.config.training import OutputConfig
 
 RUN_ID = "0123456789abcdef0123456789abcdef"
@@ -53,6 +55,7 @@ def run_once(folder: RunFolder, config: OutputConfig, steps: list[int], state: s
             passed_on.update(step(number, 4.0 - number))
         if state != "failed":
             summary = {"status": state, "wall_s": 9.5, "student": {"tokens": 640}, "dropped": {}}
+            summary["filtered"] = {"judge (no verdict)": 3}
             folder.write_text("summary.json", json.dumps(summary))
         folder.write_text("status.json", json.dumps({"state": state}))
         folder.write_text("report.html", PAGE)
@@ -135,6 +138,7 @@ def test_a_database_of_mlflow_holds_the_run(folder: RunFolder, tmp_path: Path) -
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert [(m.step, m.value) for m in history] == [(1, 3.0), (2, 2.0), (2, 2.0), (3, 1.0)]
     assert run.data.metrics["final/student.tokens"] == 640
+    assert run.data.metrics["final/filtered.judge _no verdict_"] == 3
     assert run.data.metrics["held_out/kl_nats_per_token"] == 2.0
     page = client.download_artifacts(run.info.run_id, "report.html")
     assert Path(page).read_text() == PAGE
@@ -163,6 +167,58 @@ def test_a_database_of_trackio_holds_the_run(
     blobs = [p.read_bytes() for p in (tmp_path / "trackio").rglob("*") if p.is_file()]
     assert PAGE.encode() in blobs
     assert not any(SECRET.encode() in data for data in blobs)
+
+
+class MlflowClient:
+    """MLflow's client, as far as a run uses it; refuses what MLflow refuses, and what ``fails``."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails = fails
+        self.metrics: dict[str, float] = {}
+        self.artifacts: list[str] = []
+        self.ended = ""
+
+    def log_batch(self, run: str, metrics: Any) -> None:
+        if self.fails == "figures":
+            raise ConnectionError("no such server")
+        for name, value, _, _ in metrics:
+            assert re.match(r"^[/\w.\- :]*$", name), name
+            assert posixpath.normpath(name) == name and len(name) <= 250, name
+            self.metrics[name] = value
+
+    def log_artifact(self, run: str, path: str) -> None:
+        if self.fails == "files":
+            raise OSError("no space")
+        self.artifacts.append(path)
+
+    def set_terminated(self, run: str, status: str) -> None:
+        self.ended = status
+
+
+def mlflow_of(client: MlflowClient) -> MlflowTracker:
+    made = MlflowTracker.__new__(MlflowTracker)
+    made._client, made._id, made._metric = client, "r", lambda *given: given
+    return made
+
+
+def test_a_figure_whose_name_mlflow_refuses_gets_another() -> None:
+    client = MlflowClient()
+    odd = {"filtered.judge (no verdict)": 2.0, "dropped.größe/100 %": 1.0, "wall_s": 9.5}
+    odd |= {"a//b/../c": 1.0, "x" * 300: 1.0, "filtered.f.py:keep": 1.0, "line\n": 1.0}
+    mlflow_of(client).finish(odd, [Path("report.html")], "completed")
+    names = ["final/filtered.judge _no verdict_", "final/dropped.größe/100 _", "final/wall_s"]
+    names += ["final/a/c", f"final/{'x' * 244}", "final/filtered.f.py:keep", "final/line_"]
+    assert list(client.metrics) == names
+    assert (client.artifacts, client.ended) == (["report.html"], "FINISHED")
+    assert [mlflow_name(name) for name in ("", "..", "/")] == ["_", "_", "_"]
+
+
+@pytest.mark.parametrize(("fails", "sent"), [("figures", ["report.html"]), ("files", [])])
+def test_a_run_of_mlflow_ends_whatever_could_not_be_sent(fails: str, sent: list[str]) -> None:
+    client = MlflowClient(fails)
+    with pytest.raises(OSError, match="no s"):
+        mlflow_of(client).finish({"wall_s": 9.5}, [Path("report.html")], "stopped")
+    assert (client.artifacts, client.ended) == (sent, "KILLED")
 
 
 class Fake:

@@ -175,15 +175,21 @@ def test_the_engine_drafts_with_the_teachers_ranks_and_leaves_the_settings_alone
     assert "speculative_config" not in engine_arguments(plain)
 
 
-def bench(outputs, k=2):
-    """A bench whose engine answers with ``outputs``."""
+def bench(outputs, k=2, at_once=2, times=lambda _, wanted: [float(i) for i in range(wanted)]):
+    """A bench whose engine answers with ``outputs``; its tokens come at ``times``."""
     from raystill.serve.bench.draft import DraftBench
 
     async def given(*_):
         return outputs
 
+    async def token_times(prompt, wanted):
+        return times(prompt, wanted)
+
     made = DraftBench.__new__(DraftBench)
-    made._k, made._engine = k, SimpleNamespace(sample=given, sample_drafted=given)
+    made._k = k
+    made._engine = SimpleNamespace(sample=given, sample_drafted=given, token_times=token_times)
+    teacher = SimpleNamespace(max_num_seqs=at_once)
+    made._settings = SimpleNamespace(config=SimpleNamespace(teacher=teacher))
     return made
 
 
@@ -220,7 +226,7 @@ def test_prompts_without_an_answer_are_left_out_and_counted():
     prompts = [np.array([], np.int32), np.array([1], np.int32)]
     answers = [Answer(error="empty"), Answer(np.array([5, 6], np.int32), "length")]
     found = asyncio.run(bench(answers).alone(prompts))
-    assert (found["tokens"], found["dropped"]) == (2, 1)
+    assert (found["tokens"], found["dropped"], found["token_s"]) == (2, 1, 1.0)
     with pytest.raises(RunError, match="none of 1 prompts was answered: empty"):
         asyncio.run(bench(answers[:1]).alone(prompts[:1]))
 
@@ -235,3 +241,63 @@ def test_a_failed_answer_ends_the_measurement():
     engine = bench([drafted([], (), error="engine_died")])
     with pytest.raises(RunError, match="1 answers failed with the draft: engine_died"):
         asyncio.run(engine.drafted([np.array([1], np.int32)], answers))
+
+
+def answers_of(lengths):
+    from raystill.datasets.rows.answers import Answer
+
+    return [Answer(np.zeros(length, np.int32), "stop") for length in lengths]
+
+
+@pytest.mark.parametrize(("lengths", "reading"), [([60, 60, 60], 3.0), ([20, 512, 1], 0.0)])
+def test_the_time_of_a_token_knows_neither_lengths_nor_the_reading_of_prompts(lengths, reading):
+    """Tokens come every 10 ms, whatever a model writes by itself and however long it reads."""
+    import asyncio
+
+    def times(_, wanted):
+        return [reading + 0.01 * i for i in range(wanted)]
+
+    prompts = [np.array([i], np.int32) for i in range(3)]
+    found = asyncio.run(bench(answers_of(lengths), times=times).alone(prompts))
+    assert found["token_s"] == pytest.approx(0.01)
+
+
+def test_the_time_of_a_token_is_measured_with_as_many_answers_at_once_as_are_served():
+    """An answer of one token tells no time."""
+    import asyncio
+
+    events = []
+
+    async def token_times(prompt, wanted):
+        number = int(prompt[0])
+        events.append(f"asked {number}")
+        await asyncio.sleep(0)
+        events.append(f"done {number}")
+        return [1.0] if number == 1 else [0.5 * i for i in range(wanted)]
+
+    made = bench(answers_of([4] * 3), at_once=2)
+    made._engine.token_times = token_times
+    prompts = [np.array([i], np.int32) for i in range(3)]
+    assert asyncio.run(made.alone(prompts))["token_s"] == 0.5
+    once = ["asked 0", "asked 1", "done 0", "done 1", "asked 2", "done 2"]
+    assert events == once * 6, "two batches, until there are twelve"
+
+
+def test_tokens_that_come_while_other_prompts_are_read_have_no_part_in_the_time():
+    """The first answer's second token waits for a prompt; from then on each takes 10 ms."""
+    from raystill.serve.bench.draft import paces
+
+    waits = [0.0, 0.3, 0.31, 0.32]
+    assert paces([waits, [0.3, 0.31, 0.32, 0.33]]) == pytest.approx([0.01, 0.01])
+    assert paces([[0.0, 0.1], [0.3, 0.32]]) == pytest.approx([0.02]), "the first had ended"
+    assert paces([[1.0]]) == []
+
+
+def test_prompts_without_room_for_two_tokens_end_the_measurement():
+    import asyncio
+
+    from raystill.base.errors import RunError
+
+    made = bench(answers_of([1]), times=lambda *_: [1.0])
+    with pytest.raises(RunError, match=r"raise teacher\.max_model_len"):
+        asyncio.run(made.alone([np.array([1], np.int32)]))

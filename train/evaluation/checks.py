@@ -7,7 +7,8 @@ its own (`base.user_function`). An answer for which it fails or takes too long h
 counted apart; the teacher's answers are cut to the length that the student may write.
 
 A share (true or false) has Wilson's interval: E. B. Wilson, Probable inference, 1927. A mean of
-numbers has the bootstrap's percentile interval: B. Efron, 1979. Both at 95 %.
+numbers has the bootstrap's percentile interval (B. Efron, 1979), of few numbers Student's t. All at
+95 %.
 """
 
 import json
@@ -29,6 +30,12 @@ logger = logging.getLogger(__name__)
 
 Z95 = 1.959964
 """Standard normal quantile of 0.975."""
+T95 = (
+    *(12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281),
+    *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
+    *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484),
+)
+"""Quantiles of 0.975 of Student's t with 1, 2, ... degrees of freedom."""
 RESAMPLES = 2000
 MOST_TIMEOUTS = 5
 """Answers in a row that may take too long; after that a check is given up for this evaluation."""
@@ -120,7 +127,7 @@ def ask(
 def measured(results: Sequence[Result], is_share: bool) -> dict[str, Any]:
     """Mean with its interval (None without a value), the answers it is of, and what went wrong."""
     values = [float(result.value) for result in results if result.value is not None]
-    mean, low, high = (wilson if is_share else bootstrap)(values)
+    mean, low, high = (wilson if is_share else mean_interval)(values)
     wrong = [result for result in results if result.error]
     return {
         "mean": mean,
@@ -151,12 +158,23 @@ def wilson(values: Sequence[float]) -> Interval:
     return share, max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
-    """Mean, with the 2.5 and 97.5 percentiles of the means of samples drawn with replacement."""
+def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
+    """Mean with its 95 % interval: the 2.5 and 97.5 percentiles of means of samples drawn anew.
+
+    Of fewer than 30 values Student's, mean +- t s / sqrt(n): samples of so few differ too little
+    among themselves. Of normal values the bootstrap's interval holds the true mean in 69 % of cases
+    with 3 values, in 90 % with 10. A single value has no interval.
+    """
     if not values:
         return None, None, None
     array = np.array(values)
+    mean, n = float(array.mean()), len(values)
+    if n == 1:
+        return mean, None, None
+    if n - 2 < len(T95):
+        half = T95[n - 2] * float(array.std(ddof=1)) / math.sqrt(n)
+        return mean, mean - half, mean + half
     random = np.random.default_rng(seed)
-    means = [random.choice(array, len(array)).mean() for _ in range(RESAMPLES)]
+    means = [random.choice(array, n).mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(array.mean()), float(low), float(high)
+    return mean, float(low), float(high)

@@ -120,6 +120,13 @@ def _tokens(record: Record, who: str) -> list[tuple[str, float]]:
     return tokens
 
 
+def _mean(record: Record, who: str) -> float | None:
+    """Mean nats of the tokens that are shown. Of tokens, of which a shown text may have several."""
+    figures = [number(value) for value in record[f"{who}_kl"][:MOST_TOKENS]]
+    known = [max(0.0, value) for value in figures if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def _masked(texts: Sequence[Any]) -> list[str]:
     """The texts of tokens; where they spell personal data, a mark and a dot for each other one."""
     told = [str(text) for text in texts]
@@ -145,7 +152,6 @@ def _coloured(title: str, record: Record, who: str) -> Html | None:
         )
         for text, nats in tokens
     ]
-    mean = sum(nats for _, nats in tokens) / len(tokens)
     worst = sorted(tokens, key=lambda token: -token[1])[:WORST]
     listed = join(
         (
@@ -156,7 +162,7 @@ def _coloured(title: str, record: Record, who: str) -> Html | None:
     )
     return element(
         "div",
-        element("h4", f"{title}: {mean:.2f} nats a token"),
+        element("h4", f"{title}: {formatting.figure(_mean(record, who), 2)} nats a token"),
         element("div", *spans, class_="text tokens", dir="auto"),
         element("p", "furthest: ", listed, class_="said"),
     )

@@ -18,6 +18,12 @@ from raystill.cluster.report.page.html import Html, element, join
 NUM_COLOURS = 6
 WIDTH, HEIGHT = 1000, 200
 """Units of the drawing, not pixels."""
+SMALLEST, LARGEST = 1e-300, 1e300
+"""Heights between which floats have all their digits, and sums of them an end."""
+SAME = 1e-9
+"""Share of the larger of two heights by which they must differ to be two."""
+LONG = 1e12
+"""Height from which on a figure is written with an exponent."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ def line_chart(
     curves = join(_curve(s, scale) for s in series)
     digits = _digits(ticks)
     labels = (
-        element("span", f"{tick:,.{digits}f}", style=f"top:{100 * scale.y(tick) / HEIGHT:.2f}%")
+        element("span", _label(tick, digits), style=f"top:{100 * scale.y(tick) / HEIGHT:.2f}%")
         for tick in ticks
     )
     said = note or "; ".join(_said(s) for s in series if s.style not in ("faint", "level"))
@@ -137,10 +143,16 @@ def fill(colour: int) -> str:
 
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers from at most ``low`` to at least ``high``; from 0 where that costs little."""
+    """Round numbers from at most ``low`` to at least ``high``; from 0 where that costs little.
+
+    Values that differ by rounding alone are one level; those that no axis has a place for are cut.
+    """
+    low, high = (min(max(end, -LARGEST), LARGEST) for end in (low, high))
+    if max(-low, high) < SMALLEST:
+        low = high = 0.0
     if 0 < low <= 0.75 * high:
         low = 0.0
-    if high <= low:
+    if high - low <= SAME * max(-low, high):
         low, high = min(low, 0.0), max(high, 0.0) if low else 1.0
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
@@ -239,7 +251,7 @@ def _said(series: Series) -> str:
         return f"{series.name}: nothing recorded"
     first, last = known[0][1], known[-1][1]
     if len(known) == 1:
-        return f"{series.name} {formatting.figure(first)}"
+        return f"{series.name} {_short(first)}"
     said = f"{series.name} {_short(first)} → {_short(last)}"
     least, greatest = min(map(_height, known)), max(map(_height, known))
     if least < min(first, last) or greatest > max(first, last):
@@ -248,7 +260,12 @@ def _said(series: Series) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.2e}" if value and abs(value) < 1e-3 else formatting.figure(value)
+    is_plain = not value or 1e-3 <= abs(value) < LONG
+    return formatting.figure(value) if is_plain else f"{value:.2e}"
+
+
+def _label(tick: float, digits: int) -> str:
+    return f"{tick:,.{digits}f}" if abs(tick) < LONG else f"{tick:.2e}"
 
 
 def _digits(ticks: Sequence[float]) -> int:

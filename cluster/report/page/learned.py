@@ -8,7 +8,13 @@ from raystill.cluster.report.page.charts import Series, line_chart
 from raystill.cluster.report.page.curves import Curve
 from raystill.cluster.report.page.html import Child, Html, element, join, table
 from raystill.cluster.report.page.read import Record, RunData
-from raystill.cluster.report.tables import FREE_RUNNING, TEACHER_FORCED, check_rows, position_rows
+from raystill.cluster.report.tables import (
+    FREE_RUNNING,
+    TEACHER_FORCED,
+    check_rows,
+    measured_when,
+    position_rows,
+)
 from raystill.cluster.report.tasks import CAPTION, HEADINGS, failures, task_rows
 from raystill.cluster.report.worth import SPEED_HEADINGS, speed_caption, speed_rows, verdict
 
@@ -52,13 +58,13 @@ def _table(runs: Sequence[RunData]) -> Html:
         return element("p", "No held-out figures were recorded.", class_="nothing")
     if len(runs) == 1:
         return _before_and_after(runs[0])
-    rows: list[list[Child]] = []
+    newest = [run.after or run.before for run in runs]
+    rows: list[list[Child]] = [["measured", *(measured_when(record) for record in newest)]]
     for name, label, digits, _ in (*TEACHER_FORCED, *FREE_RUNNING):
-        newest = [run.after or run.before for run in runs]
         if any(number(record.get(name)) is not None for record in newest):
             rows.append([label, *(figure(record, name, digits) for record in newest)])
     headings = ["", *(element("bdi", run.name) for run in runs)]
-    return table("Finished students on their held-out prompts", headings, rows, "figures")
+    return table("Students on their held-out prompts", headings, rows, "figures")
 
 
 def _before_and_after(run: RunData) -> Html:
