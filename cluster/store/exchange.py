@@ -133,7 +133,15 @@ def _tell_imported(done: Imported, teacher: StatedTeacher) -> None:
 
 def _stated_teacher(config: RunConfig) -> StatedTeacher:
     """The teacher of a run file, as a run of it makes its keys. Raises ConfigError and RunError."""
-    settings = config.teacher
+    settings, prompts = config.teacher, config.prompts
+    if any(
+        [prompts.teacher_messages_field, *(s.teacher_messages_field for s in prompts.sources or ())]
+    ):
+        raise config_error(
+            "prompts.teacher_messages_field",
+            "is set, but rows to import bring no chat that the teacher alone reads, so that no run "
+            "of this file would find them; leave it out for rows that the teacher read as they are",
+        )
     found = find_model(settings.model, settings.revision)
     if found.model is None:
         raise config_error("teacher.model", str(found.problem or found.notice))

@@ -30,7 +30,13 @@ from raystill.datasets.prompts.files import (
     why_unreadable,
 )
 from raystill.datasets.prompts.formats import BrokenRow
-from raystill.datasets.prompts.read import RawPrompt, as_messages, responses_in_chats
+from raystill.datasets.prompts.read import (
+    TOOLS,
+    RawPrompt,
+    as_messages,
+    as_tools,
+    responses_in_chats,
+)
 
 LONGEST_LINE = 32 << 20
 """Characters of a JSONL line; a longer one is passed over without being read whole."""
@@ -100,10 +106,12 @@ def _as_given(
         if reason not in REASONS:
             raise BrokenRow("has a finish_reason that is neither stop nor length")
         text, chat = (prompt, None) if isinstance(prompt, str) else (None, as_messages(prompt))
-        _refuse_surrogates(text, chat, response)
+        tools = None if chat is None else as_tools(row.get(TOOLS))
+        _refuse_surrogates(text, chat, response, tools)
         if not response.strip():
             raise BrokenRow("has an empty response")
-        return GivenAnswer(RawPrompt(text, chat, "", where), response, reason, arrays)
+        asked = RawPrompt(text, chat, "", where, tools=tools)
+        return GivenAnswer(asked, response, reason, arrays)
     except BrokenRow as error:
         return error
     except RecursionError:
@@ -116,9 +124,9 @@ def _question_and_answer(row: dict[str, Any], source: PromptSource) -> tuple[Any
     own = None if responses_in_chats(source) else source.response_field
     names = [own] if own else ["completion", "response"]
     answer = next((row[name] for name in names if row.get(name)), None)
+    if isinstance(messages, str):
+        messages = _from_json(messages) if messages else None
     if answer is None and messages is not None:
-        if isinstance(messages, str):
-            messages = _from_json(messages)
         if not isinstance(messages, list) or len(messages) < 2:
             raise BrokenRow("has messages that are no question and answer")
         return messages[:-1], _said(messages[-1:])
@@ -184,7 +192,8 @@ def _pass_over(stream: io.TextIOWrapper, number: int) -> None:
 def _parquet_rows(file: PromptFile) -> Iterator[tuple[str, Any, dict[str, NDArray[Any]]]]:
     number = 0
     source = file.source
-    texts = {*TEXT_COLUMNS, source.prompt_field, source.messages_field, source.response_field}
+    fields = (source.prompt_field, source.messages_field, source.response_field, TOOLS)
+    texts = {*TEXT_COLUMNS, *fields}
     with file.open_bytes() as stream:
         for batch in file.batches(stream, PARQUET_ROWS, {*texts, *ID_COLUMNS, *TOP_COLUMNS}):
             names = batch.schema.names

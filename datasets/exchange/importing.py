@@ -6,8 +6,9 @@ tokens in it are plain text, and the stop token is added, unless the row says th
 cut. Ids and logprobs of an exported data set are taken as they are, where this teacher's tokenizer
 gives the same prompt ids.
 
-Rows are read, keyed and published in batches; a segment appears whole or not at all. A key that the
-store serves already is passed over, so an import that was broken off can be made again.
+Rows are read, keyed and published in batches; a segment appears whole or not at all. An answer that
+the store serves already is passed over, so an import that was broken off can be made again; another
+answer to the same prompt gets the key of a further sample.
 
 Imports neither Ray nor torch.
 
@@ -15,9 +16,10 @@ Legend: P prompt tokens, T response tokens, K teacher ids kept for each token.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -27,12 +29,16 @@ from numpy.typing import NDArray
 from raystill import __version__
 from raystill.datasets.exchange.given import GivenAnswer
 from raystill.datasets.prompts.formats import BrokenRow
+from raystill.datasets.prompts.read import RawPrompt
+from raystill.datasets.prompts.select import teacher_view
 from raystill.datasets.prompts.tokenise import PromptTokeniser, TemplateRefusal
 from raystill.datasets.rows.answers import Answer, answers_table, tail_logprob
 from raystill.datasets.rows.keys import KeyedEngine, answer_keys, prompt_digest
 from raystill.datasets.rows.schema import KEY_BYTES
 from raystill.datasets.rows.signal import Signal
+from raystill.datasets.store.catalogue import words_of
 from raystill.datasets.store.footer import Origin, Provenance
+from raystill.datasets.store.reading import UnusableSegment
 from raystill.datasets.store.store import TeacherStore
 from raystill.datasets.store.values import impossible_rows
 
@@ -62,6 +68,11 @@ class StatedTeacher:
     longest_prompt: int
     vocab_size: int
     has_signal: bool
+
+    def as_read(self, prompt: RawPrompt) -> RawPrompt:
+        """The prompt as the teacher reads it, whom the run file may give another system message."""
+        prompts = self.tokeniser.prompts
+        return teacher_view(prompt, prompts) if prompts.teacher_sees_more else prompt
 
     def origin(self, signal: Signal) -> Origin:
         """What the footer of imported segments says."""
@@ -93,7 +104,12 @@ class Importer:
         self._store, self._teacher = store, teacher
         self._catalogue = store.catalogue()
         self._served: dict[Signal, NDArray[np.bytes_]] = {}  # keys [S], sorted
-        self._samples: Counter[bytes] = Counter()
+        self._used: dict[bytes, set[int]] = {}
+        """Sample numbers of this import's answers to each prompt."""
+        self._stored: dict[bytes, NDArray[np.int32] | None] = {}
+        known = words_of(self._catalogue.keys).view(KEY).ravel()
+        self._places = np.argsort(known, kind="stable")  # Of equal keys the first row.
+        self._known = known[self._places]
         self._plain = teacher.tokeniser.plain_text()
         self._tokenizer = teacher.tokeniser.tokenizer
         self._stops = [int(i) for i in teacher.keyed[3]["stop_token_ids"]]
@@ -104,20 +120,70 @@ class Importer:
         """Import all rows. Raises OSError where a segment cannot be written."""
         usable = self._usable(rows)
         while batch := list(islice(usable, BATCH_ROWS)):
-            prompts = self._teacher.tokeniser.encode_many([row.prompt for row in batch])
+            asked = [self._teacher.as_read(row.prompt) for row in batch]
+            prompts = self._teacher.tokeniser.encode_many(asked)
+            self._look_up(prompts)
             by_signal: dict[Signal, list[tuple[bytes, NDArray[np.int32], Answer]]] = {}
             for row, ids in zip(batch, prompts, strict=True):
                 answer, signal = self._answer(row, ids)
                 if answer is None:
                     continue
-                digest = prompt_digest(ids)
-                sample = self._samples[digest]
-                self._samples[digest] += 1
-                (key,) = answer_keys(*self._teacher.keyed, [ids], sample, self._teacher.engine)
+                key = self._key_of(ids, answer)
                 by_signal.setdefault(signal, []).append((key, ids, answer))
             for signal, answers in by_signal.items():
                 self._publish(signal, answers)
         return self.done
+
+    def _look_up(self, prompts: Sequence[NDArray[np.int32]]) -> None:
+        """Read at once what the store has under the first keys of these prompts."""
+        self._stored = {}
+        with suppress(UnusableSegment):  # Then one by one.
+            self._read([self._key(ids, 0) for ids in prompts])
+
+    def _read(self, keys: Sequence[bytes]) -> None:
+        """Note which answer is stored under each of these keys, or that none is."""
+        sought = np.array(keys, KEY)
+        at = np.minimum(np.searchsorted(self._known, sought), max(0, len(self._known) - 1))
+        there = self._known[at] == sought if len(self._known) else np.zeros(len(keys), bool)
+        found: dict[bytes, NDArray[np.int32] | None] = dict.fromkeys(keys)
+        if there.any():
+            rows = self._places[at[there]]
+            stored = self._store.read(self._catalogue, rows, ["response_ids"])["response_ids"]
+            named = [key for key, is_there in zip(keys, there, strict=True) if is_there]
+            found |= {
+                key: np.array(ids, np.int32)
+                for key, ids in zip(named, stored.to_pylist(), strict=True)
+            }
+        self._stored |= found
+
+    def _key(self, ids: NDArray[np.int32], sample: int) -> bytes:
+        (key,) = answer_keys(*self._teacher.keyed, [ids], sample, self._teacher.engine)
+        return key
+
+    def _key_of(self, ids: NDArray[np.int32], answer: Answer) -> bytes:
+        """The key of the prompt's first sample that the store has this answer for, or none.
+
+        Each row of the import has a sample of its own.
+        """
+        used = self._used.setdefault(prompt_digest(ids), set())
+        for sample in count():
+            if sample in used:
+                continue
+            key = self._key(ids, sample)
+            if self._may_be(key, answer):
+                used.add(sample)
+                return key
+        raise AssertionError("there is no last number")
+
+    def _may_be(self, key: bytes, answer: Answer) -> bool:
+        """Whether the store has no other answer under a key."""
+        if key not in self._stored:
+            try:
+                self._read([key])
+            except UnusableSegment:  # A run that needs it asks for it again.
+                return True
+        stored = self._stored[key]
+        return stored is None or np.array_equal(stored, answer.response_ids)
 
     def _usable(self, rows: Iterable[tuple[str, GivenAnswer | BrokenRow]]) -> Iterator[GivenAnswer]:
         """Rows whose prompt the template takes."""
@@ -126,7 +192,7 @@ class Importer:
                 self.done.leave_out(str(row), where)
                 continue
             try:
-                self._teacher.tokeniser.render(row.prompt)
+                self._teacher.tokeniser.render(self._teacher.as_read(row.prompt))
             except TemplateRefusal:
                 self.done.leave_out("the chat template refuses the prompt", where)
                 continue

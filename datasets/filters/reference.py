@@ -18,12 +18,16 @@ NUMBER = re.compile(
     r"(?<![\w.])(?:(?<![)\]}])[-+])?"  # A sign, unless it is between two numbers.
     r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))"
     r"(?:[eE][-+]?\d{1,3}(?!\d))?"
-    r"(?:\s?/\s?\d+(?![\d./]))?"
+    r"(?:\s?/\s?\d+(?![\d/]|\.\d))?"
     r"(?!\.?\d)"  # Not the beginning of 1.2.3.
 )
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 BRACE = re.compile(r"[{}]")
 FRACTION = re.compile(r"\\[dtc]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+MIXED = re.compile(
+    r"(?<![\w.,/^])(\d{1,30})\s*\\[dtc]?frac\s*\{\s*(\d{1,30})\s*\}\s*\{\s*(\d{1,30})\s*\}"
+)
+"""A number and a fraction that are one: 3 1/2."""
 NOTATION = re.compile(r"\\(?:left|right|text|mathrm|mathbf|,|;|!|\s)|[${}\s]|\\%|%|\\\$")
 MINUS = str.maketrans("\u2212\u2013", "--")
 
@@ -57,7 +61,7 @@ def value_of(text: str) -> Fraction | str | None:
     if boxed is not None:
         number = number_of(boxed)
         return NOTATION.sub("", boxed).casefold() if number is None else number
-    numbers = [match[0] for match in NUMBER.finditer(FRACTION.sub(r"\1/\2", end))]
+    numbers = [match[0] for match in NUMBER.finditer(_without_frac(end))]
     if not numbers:
         return None
     number = _parsed(numbers[-1])
@@ -80,9 +84,19 @@ def last_box(text: str) -> str | None:
 
 def number_of(text: str) -> Fraction | None:
     """The number that the whole text is, in plain or LaTeX notation; None where it is none."""
-    plain_text = NOTATION.sub("", FRACTION.sub(r"\1/\2", text)).replace("\\", "")
+    plain_text = NOTATION.sub("", _without_frac(text)).replace("\\", "")
     match = NUMBER.fullmatch(plain_text)
     return None if match is None else _parsed(match[0])
+
+
+def _without_frac(text: str) -> str:
+    r"""The text with a/b for ``\frac{a}{b}``, and 7/2 for ``3\frac{1}{2}``."""
+
+    def improper(match: re.Match[str]) -> str:
+        whole, above, below = (int(part) for part in match.groups())
+        return f"{whole * below + above}/{below}"
+
+    return FRACTION.sub(r"\1/\2", MIXED.sub(improper, text))
 
 
 def _parsed(number: str) -> Fraction | None:

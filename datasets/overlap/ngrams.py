@@ -4,8 +4,9 @@ What is asked: of each *item* (a held-out prompt, a row of a benchmark), which s
 part of an n-gram that a *trained* text has too. That is the measure of Llama 3 (Grattafiori et al.
 2024, 5.1.4: the ratio of tokens in 8-grams that occur in the training data). An n-gram that more
 than ten trained texts have is a phrase of a template, and counts for nothing, as in GPT-3 (Brown et
-al. 2020, appendix C). Words are compared in lower case without punctuation; in scripts that write
-no spaces a character is a word.
+al. 2020, appendix C), unless trained texts have all n-grams of the item: one that was copied often
+is no template, of which each place has words of its own. Words are compared in lower case without
+punctuation; in scripts that write no spaces a character is a word.
 
 Memory is that of the items' n-grams, 16 bytes each; trained texts pass by in batches.
 
@@ -111,7 +112,8 @@ class Items:
             for num_words, grams in texts:
                 places = np.searchsorted(self._all, grams)
                 counts = self._texts_with[places]
-                hits = np.flatnonzero((counts > 0) & (counts <= MOST_TEXTS))
+                most = MOST_TEXTS if (counts == 0).any() else counts.max()
+                hits = np.flatnonzero((counts > 0) & (counts <= most))
                 if not len(hits):
                     continue
                 share = covered(hits, min(self.n, num_words), num_words) / num_words

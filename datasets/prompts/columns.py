@@ -124,6 +124,14 @@ def _without_column(
             )
 
 
+def _is_nothing(field: str | None) -> bool:
+    """Whether a field's JSON is of no value; CSV writes "" for it, and pandas NaN."""
+    value = None if field is None else json.loads(field)
+    if isinstance(value, str):
+        return not value.strip()
+    return value in (None, [], {}) or value != value
+
+
 def _without_reference(
     config: "RunConfig", rule: FilterConfig, prompts: Sequence[RawPrompt]
 ) -> tuple[int, str]:
@@ -133,7 +141,8 @@ def _without_reference(
         return lacking, first
     place = config.filters.columns.index(rule.answer.column)
     for prompt in prompts:
-        if (rule.sources is None or prompt.source in rule.sources) and not prompt.columns[place]:
+        asked = rule.sources is None or prompt.source in rule.sources
+        if asked and _is_nothing(prompt.columns[place]):
             lacking, first = lacking + 1, first or prompt.where
     return lacking, first
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import time
 from contextlib import suppress
 from fractions import Fraction
@@ -240,6 +241,17 @@ def test_the_value_of_a_text_is_its_last_box_or_its_last_number(text, value):
         ("blue ", "Blue.", {}, True),
         ("It is blue", "Blue", {}, False),
         ("There are 3: blue", "Blue", {}, False),
+        ("The answer is 1/2.", "1/2", {}, True),
+        ("The answer is 1/2.", "2", {}, False),
+        ("So it is $\\frac{3}{4}$.", "0.75", {}, True),
+        ("So it is \\frac{3}{4}.", "4", {}, False),
+        ("It is 3 / 4.", "3/4", {}, True),
+        ("It is 1/2.5", "1/2", {}, False),
+        ("\\boxed{3\\frac{1}{2}}", "3.5", {}, True),
+        ("\\boxed{3\\frac{1}{2}}", "31/2", {}, False),
+        ("It is $-1 \\dfrac{3}{4}$.", "-1.75", {}, True),
+        ("x^2\\frac{1}{2}", "5/2", {}, False),
+        ("3\\frac{1}{0}", "3", {}, False),
         ("\\boxed{Blue}", "\\boxed{\\text{ blue }}", {}, True),
         ("It is 3.14", "3.14159", {}, False),
         ("It is 3.14", "3.14159", {"tolerance": 0.01}, True),
@@ -423,11 +435,18 @@ def test_a_group_is_filtered_with_the_fields_of_its_rows(tmp_path):
     assert numbered(pa.array([[1], [2], [1], [], [1, 2]])).tolist() == [0, 1, 0, 2, 3]
 
 
+ONE_OF_TWO = ("rules.0.answer.column", "1 of 2")
+
+
 @pytest.mark.parametrize(
     ("rows", "filters", "where", "message"),
     [
         ([{"gold": 1}, {}], [{"answer": {"column": "gold"}}], "rules.0.answer.column", "1 of 2"),
         ([{"gold": None}], [{"answer": {"column": "gold"}}], "rules.0.answer.column", "line 1"),
+        *(
+            ([{"gold": 0}, {"gold": gold}], [{"answer": {"column": "gold"}}], *ONE_OF_TWO)
+            for gold in ("", " \n", [], math.nan)
+        ),
         ([{}], [{"finished": True, "sources": ["math"]}], "rules.0.sources", "'math' is no source"),
     ],
 )

@@ -28,7 +28,8 @@ def shares(items: list[list[str]], trained: list[str], n: int = 8) -> list[float
 
 
 def slowly(text: str, trained: list[str], n: int) -> float:
-    """The share by its definition: words in an n-gram that 1 to 10 trained texts have."""
+    """The share by its definition: words in an n-gram that 1 to 10 trained texts have, or any
+    number where they have all."""
 
     def grams(words: list[str]) -> list[tuple[str, ...]]:
         size = min(n, len(words))
@@ -36,7 +37,8 @@ def slowly(text: str, trained: list[str], n: int) -> float:
 
     words = WORDS.findall(text.casefold())
     others = [set(grams(WORDS.findall(one.casefold()))) for one in trained]
-    hit = [0 < sum(gram in other for other in others) <= MOST_TEXTS for gram in grams(words)]
+    times = [sum(gram in other for other in others) for gram in grams(words)]
+    hit = [bool(number) and (number <= MOST_TEXTS or all(times)) for number in times]
     inside = [
         any(hit[i] for i in range(max(0, word - min(n, len(words)) + 1), word + 1) if i < len(hit))
         for word in range(len(words))
@@ -68,9 +70,17 @@ def test_the_share_of_words_in_common_ngrams(item: str, trained: list[str], shar
 def test_a_phrase_of_many_trained_texts_is_a_template() -> None:
     phrase = "Answer the following question about the text in one word"
     few = [f"{phrase} number {i}" for i in range(MOST_TEXTS)]
-    assert shares([[phrase]], few) == [1.0]
-    assert shares([[phrase]], [*few, f"{phrase} once more"]) == [0.0]
+    item = f"{phrase} and no other"
+    most = len(phrase.split()) / len(item.split())
+    assert shares([[item]], few) == [round(most, 4)]
+    assert shares([[item]], [*few, f"{phrase} once more"]) == [0.0]
     assert shares([[phrase]], [phrase * 50]) == [1.0]  # Of one text as often as it likes.
+
+
+@pytest.mark.parametrize("times", [1, MOST_TEXTS, MOST_TEXTS + 1, 200])
+def test_an_item_that_was_copied_often_is_no_template(times: int) -> None:
+    copies = [f"{LONG} {number}" for number in range(times)]
+    assert shares([[LONG], [f"{LONG} of the mill"]], copies)[0] == 1.0
 
 
 def test_of_an_item_the_longest_texts_count() -> None:
