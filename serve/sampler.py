@@ -88,7 +88,9 @@ class Sampler:
         if newest is None:
             raise RunError("the run ended before the student's weights were published")
         sent = await newest["weights"][0]
-        room = versions_kept(settings.config) * sum(len(memoryview(part)) for part in sent.values())
+        room = versions_kept(settings.config) * sum(
+            memoryview(part).nbytes for part in sent.values()
+        )
         self._scratch = Scratch(room)
         self._folder = self._scratch.path
         try:

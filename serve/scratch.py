@@ -50,7 +50,7 @@ class Scratch:
                 raise
             raise RunError(
                 f"{self.path.parent} has no room for the student's weights ({name}, "
-                f"{len(memoryview(content)) / 2**20:.0f} MiB); give the node more shared memory "
+                f"{memoryview(content).nbytes / 2**20:.0f} MiB); give the node more shared memory "
                 "(--shm-size of a container, an emptyDir of medium Memory on Kubernetes), or set "
                 "TMPDIR to a folder with room"
             ) from error

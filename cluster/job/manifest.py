@@ -11,10 +11,10 @@ from uuid import uuid4
 
 from raystill.base.errors import Problem
 from raystill.base.records import read_object
-from raystill.base.redact import redacted
+from raystill.base.redact import redacted, shown_value
 from raystill.base.run_folder import RunFolder
 from raystill.cluster.check.evaluation import copy_functions
-from raystill.cluster.check.prepared import Prepared
+from raystill.cluster.check.prepared import Prepared, keyed_engine
 from raystill.cluster.check.terms import record
 from raystill.cluster.job.connect import project_root
 from raystill.config.load import config_text
@@ -58,6 +58,8 @@ def check_same_teacher(folder: RunFolder, prepared: Prepared) -> list[Problem]:
     changed = [n for n in SAME_TEACHER if before.get(n) not in (None, now[n])]
     if prepared.teachers:
         return _check_same_teachers(folder, prepared, before.get("teachers") or {})
+    if not changed and (told := _other_arguments(prepared, before)):
+        return [Problem("teacher.engine_args", told)]
     return [
         Problem(
             "teacher.model",
@@ -67,6 +69,25 @@ def check_same_teacher(folder: RunFolder, prepared: Prepared) -> list[Problem]:
         )
         for name in changed[:1]
     ]
+
+
+def _other_arguments(prepared: Prepared, before: Mapping[str, Any]) -> str:
+    """That the teacher's engine would answer otherwise than it began; "" where it would not, or a
+    manifest of an earlier version does not say. before: the manifest's record of the teacher.
+    """
+    now, kept = _keyed(prepared), before.get("engine_args")
+    if kept in (None, now):
+        return ""
+    return (
+        f"change the answers, and are {shown_value(now)}, but the run began with "
+        f"{shown_value(kept)}; put them back to resume it, or set output.path to a new folder"
+    )
+
+
+def _keyed(prepared: Prepared) -> Any:
+    """The engine's arguments that are part of the keys of answers, as the manifest has them."""
+    arguments = keyed_engine(prepared.config, prepared.teacher).arguments
+    return json.loads(json.dumps(redacted(dict(arguments)), default=str))
 
 
 def _check_same_teachers(
@@ -84,6 +105,8 @@ def _check_same_teachers(
                 "new folder"
             )
             problems.append(Problem(f"teachers.{name}.model", message))
+        elif told := _other_arguments(one, kept):
+            problems.append(Problem(f"teachers.{name}.engine_args", told))
     return problems
 
 
@@ -149,6 +172,7 @@ def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
             "model": one.config.teacher.model,
             "identity": one.teacher_identity,
             "sampling": one.sampling,
+            "engine_args": _keyed(one),
             "rows": {"train": one.num_train_rows, "held_out": one.num_held_out_rows},
         }
         for name, one in prepared.by_teacher.items()
@@ -162,6 +186,7 @@ def manifest(config: RunConfig, prepared: Prepared) -> dict[str, Any]:
         "teacher": config.teacher.model,
         "teacher_identity": prepared.teacher_identity,
         "sampling": prepared.sampling,
+        "engine_args": _keyed(prepared),
         "filter_functions": hashes_of(read_functions(config.filters)),
         "overlap": [one.record() for one in prepared.tables.overlap],
         "personal_data": found.record() if (found := prepared.tables.personal) else None,

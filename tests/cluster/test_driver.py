@@ -358,6 +358,7 @@ def test_a_resumed_run_goes_on_with_the_teacher_it_began_with(
 ) -> None:
     from raystill.cluster.check.prepared import Prepared
     from raystill.cluster.job import manifest, run
+    from raystill.datasets.rows.keys import KeyedEngine
 
     monkeypatch.setattr(run, "connected", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(run, "check_on_cluster", lambda _: ["the end of this test"])
@@ -366,6 +367,16 @@ def test_a_resumed_run_goes_on_with_the_teacher_it_began_with(
     capsys.readouterr()
     assert driver.main(["run", run_file]) == 2
     assert "the end of this test" in capsys.readouterr().err
+    with monkeypatch.context() as patched:
+        other = KeyedEngine({"kv_cache_dtype": "fp8"})
+        patched.setattr(manifest, "keyed_engine", lambda *_: other)
+        assert driver.main(["run", run_file]) == 2
+        told = capsys.readouterr().err
+        assert "teacher.engine_args: change the answers" in told and "{'kv_cache_dtype'" in told
+        manifest.write_folder(checked.config, checked.folder, checked.prepared)
+    assert driver.main(["run", run_file]) == 2
+    assert "but the run began with {'kv_cache_dtype': 'fp8'}" in capsys.readouterr().err
+    manifest.write_folder(checked.config, checked.folder, checked.prepared)
     monkeypatch.setattr(Prepared, "teacher_identity", "another")
     assert driver.main(["run", run_file]) == 2
     told = capsys.readouterr().err
