@@ -29,7 +29,7 @@ from raystill.datasets.prompts.files import (
     find_files,
     why_unreadable,
 )
-from raystill.datasets.prompts.formats import BrokenRow
+from raystill.datasets.prompts.formats import BrokenRow, without_nulls
 from raystill.datasets.prompts.read import (
     TOOLS,
     RawPrompt,
@@ -200,7 +200,7 @@ def _parquet_rows(file: PromptFile) -> Iterator[tuple[str, Any, dict[str, NDArra
             plain = batch.select([n for n in names if n in texts]).to_pylist()
             for i in range(len(batch)):
                 arrays = {n: batch[n][i] for n in names if n not in texts}
-                row = plain[i] if plain else {}
+                row = without_nulls(plain[i]) if plain else {}
                 yield f"{file.name}, row {number}", row, _arrays(arrays)
                 number += 1
 

@@ -138,7 +138,7 @@ class Importer:
         """Read at once what the store has under the first keys of these prompts."""
         self._stored = {}
         with suppress(UnusableSegment):  # Then one by one.
-            self._read([self._key(ids, 0) for ids in prompts])
+            self._read(answer_keys(*self._teacher.keyed, prompts, 0, self._teacher.engine))
 
     def _read(self, keys: Sequence[bytes]) -> None:
         """Note which answer is stored under each of these keys, or that none is."""

@@ -128,16 +128,16 @@ def _parquet(file: PromptFile) -> Iterator[tuple[str, Any]]:
         number = 0
         for batch in file.batches(stream, PARQUET_ROWS):
             for row in batch.to_pylist():
-                row |= {name: _without_nulls(row[name]) for name in chats if name in row}
+                row |= {name: without_nulls(row[name]) for name in chats if name in row}
                 yield f"{file.name}, row {number}", row
                 number += 1
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """The value without the nulls of its mappings: a column's structs all have all its fields."""
     if isinstance(value, dict):
-        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 READERS = {"jsonl": _jsonl, "json": _json, "csv": _csv, "text": _text, "parquet": _parquet}

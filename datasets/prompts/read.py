@@ -186,7 +186,7 @@ def as_prompt(row: Any, where: str, source: PromptSource) -> RawPrompt:
     if isinstance(text, list):  # Chat messages under the name of the prompt.
         messages, text = messages or text, None
     more = _teacher_messages(row, source)
-    response = None
+    response: str | None
     if responses_in_chats(source):
         messages, response = _chat_and_response(messages, source)
     else:

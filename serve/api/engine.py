@@ -37,7 +37,7 @@ from raystill.datasets.rows.token_bytes import NoBytes
 from raystill.model.sampling import ResolvedSampling
 from raystill.model.tokenizer import PlainText
 from raystill.serve.api.failures import Unread
-from raystill.serve.api.parsed import Drawn, Endings, chat_completion, content_of
+from raystill.serve.api.parsed import CUT_OFF, Drawn, Endings, chat_completion, content_of
 from raystill.serve.api.service import Request, Service, answers_of, posted, usage_of
 from raystill.serve.api.told import (
     NO_LOGPROBS,
@@ -246,7 +246,7 @@ class ApiEngine:
         text, reasoning = message.get("content"), _reasoning_of(message)
         if not isinstance(text, str) or not text.strip():
             # Another attempt would be as long, and cost as much.
-            thought = finish == "length" and (reasoning or _has_thought(completion))
+            thought = finish in CUT_OFF and (reasoning or _has_thought(completion))
             return NO_ANSWER if thought else "empty_answer"
         complete = self._endings.complete(finish)
         if signal.kind == "text":

@@ -355,9 +355,9 @@ class Spending:
         """Write what is noted into a remote run folder; a failure is told, and the next payment
         tries again.
         """
-        self._timer = None
         try:
             with self._writing:
+                self._timer = None  # Before it is read: what is noted from now on needs another.
                 self._log.upload()
         except Exception:
             logger.exception("what is spent could not be written to the run folder")

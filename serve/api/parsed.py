@@ -35,8 +35,8 @@ PIECE_BYTES = 1 << 20
 """Unpacked at a time."""
 ENDED = ("stop", "STOP", "eos", "eos_token", "end_turn", "stop_sequence")
 """Words of services for an answer that the model has ended."""
-CUT_OFF = ("length", "max_tokens", "MAX_TOKENS", None)
-"""What they say of one that was cut off, or that they do not say."""
+CUT_OFF = ("length", "max_tokens", "MAX_TOKENS")
+"""Their words for one that was cut off."""
 
 
 def bounded_client() -> Any:
@@ -195,7 +195,7 @@ class Endings:
 
         A word that is not known is taken for one that cuts an answer off, and written to the log.
         """
-        if finish not in (*ENDED, *CUT_OFF, *self._unknown):
+        if finish not in (None, *ENDED, *CUT_OFF, *self._unknown):
             self._unknown.append(finish)
             told = shown_value(finish, 60)
             logger.warning(

@@ -256,6 +256,25 @@ def test_parquet_brings_no_argument_of_another_row(file: Write) -> None:
     ]
 
 
+def test_an_answer_from_parquet_is_imported_under_what_a_run_reads(file: Write) -> None:
+    def called(**arguments: str) -> Any:
+        function = {"name": "f", "arguments": arguments}
+        return {**CALL, "tool_calls": [{"type": "function", "function": function}]}
+
+    rows = [
+        {"messages": [ASKED[0], called(city="Bern"), USED[2], SAID], "tools": [TOOL]},
+        {"messages": [ASKED[0], called(ticker="X"), USED[2], SAID], "tools": [TOOL]},
+    ]
+    path = file(*rows, name="p.parquet")
+    prompts = PromptsConfig(path=path, response_field="messages")
+    found = [given for _, given in read_given((path,), prompts)]
+    asked = [given.prompt for given in found if not isinstance(given, BrokenRow)]
+    assert [(one.messages, one.tools) for one in asked] == [
+        (one.messages, one.tools) for one in read(path, response_field="messages")
+    ]
+    assert [one.messages for one in asked] == [row["messages"][:-1] for row in rows]
+
+
 @pytest.mark.parametrize("value", [datetime.datetime(2026, 1, 1), float("nan")])
 def test_what_is_not_json_is_refused_before_anybody_is_asked(file: Write, value: Any) -> None:
     path = file({"messages": [{**ASKED[0], "when": value}]}, name="p.parquet")

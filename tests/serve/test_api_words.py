@@ -70,6 +70,15 @@ def test_the_end_of_an_answer_is_known_by_many_words(
     assert len(said) == told and "\x1b" not in "".join(said)
 
 
+@pytest.mark.parametrize("finish", ["length", "max_tokens"])
+def test_an_answer_that_its_reasoning_left_no_room_for_is_not_paid_again(
+    tmp_path: Path, service: Service, finish: str
+) -> None:
+    service.scripts["q"] = [{"finish": finish, "text": "", "reasoning_content": "Hm."}]
+    (answer,) = Asked(tmp_path, service, ["q"]).sample()
+    assert (answer.error, len(service.bodies)) == ("no_answer", 1)
+
+
 def error_of(status: int, path: str = "/v1/chat/completions", **told: Any) -> BaseException:
     """What the client raises for such an answer of a service."""
     import httpx2
