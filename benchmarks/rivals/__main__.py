@@ -1,14 +1,15 @@
 """Raystill beside what one would use instead: the same job, in alternation, on the same cores.
 
     make rivals                                          (environment, then this; all of it)
-    python -m benchmarks.rivals [--rows N] [--held-out N] [--only TEXT] [--own] [--table FILE]
+    python -m benchmarks.rivals [--rows N] [--held-out N] [--only TEXT] [--own] [--policy]
+        [--table FILE]
 
 Sides: Hugging Face ``generate`` then TRL's GKD; vLLM's offline engine, a file, then TRL's GKD
-(``lmbda=0``); TRL on-policy, by GKD (``lmbda=1``) and by its ``DistillationTrainer``; Raystill
-whose student writes each row; Raystill. Every part is a process and leaves a record
-(``parts/NAME.json``), so a second call goes on where the first has stopped. ``--lock`` names a file
-that is locked around each part, for a machine that others use too. The records say how many cores
-all other processes took meanwhile. ``--table`` writes the table of what is finished.
+(``lmbda=0``); TRL on-policy by GKD (``lmbda=1``); Raystill. ``--policy`` adds two whose student
+writes each row: TRL's ``DistillationTrainer``, and Raystill. Every part is a process and leaves a
+record (``parts/NAME.json``), so a second call goes on where the first has stopped. ``--lock`` names
+a file that is locked around each part, for a machine that others use too. The records say how many
+cores all other processes took meanwhile. ``--table`` writes the table of what is finished.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from benchmarks.rivals.parts import Part, environment, mechanics, own_means, riv
 from benchmarks.rivals.settings import Folder, Settings, write_json
 from benchmarks.rivals.table import tables
 
+MORE_ON_POLICY = ("policy-distill", "policy-raystill")
+"""Sides that are compared among those on-policy alone, and asked for by name."""
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
@@ -121,6 +124,7 @@ def main() -> None:
     parser.add_argument("--students", type=int, default=3, choices=(1, 2, 3))
     parser.add_argument("--cores", type=int, default=2, help="cores that every side is given")
     parser.add_argument("--own", action="store_true", help="also: each with its own means")
+    parser.add_argument("--policy", action="store_true", help="also: two more sides on-policy")
     parser.add_argument("--only", default="", help="parts whose names contain this text")
     parser.add_argument("--lock", type=Path, help="file to lock around each part")
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds for one part")
@@ -159,7 +163,8 @@ def wanted(
         parts += own_means(settings, folder)
     for part in parts:
         late = part.which.isdigit() and int(part.which) > given.students
-        if given.only in part.name and not late:
+        more = part.side in MORE_ON_POLICY and not (given.policy or "policy" in given.only)
+        if given.only in part.name and not late and not more:
             yield part
 
 

@@ -25,6 +25,7 @@ from benchmarks.rivals.settings import (
     Folder,
     Settings,
     read_lines,
+    training_prompts,
     write_json,
     write_lines,
 )
@@ -36,7 +37,7 @@ JUDGED = 12
 def split(settings: Settings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Prompts to train on and held out, as the demo splits them."""
     rows = read_lines(Path(PROMPTS))[:LOOKED_AT]
-    train = [row for row in rows if row["source"] not in HELD_OUT_SOURCES]
+    train = training_prompts(LOOKED_AT)
     held_out = [row for row in rows if row["source"] in HELD_OUT_SOURCES]
     if len(train) < settings.rows:
         raise SystemExit(f"--rows is {settings.rows}, but {len(train)} prompts are there; lower it")

@@ -30,8 +30,8 @@ ON_POLICY = {"policy": "gkd", "policy-distill": "distillation"}
 RIVALS_PYTHON = ".venv-rivals/bin/python"
 FIRST_WEIGHTS = re.compile(r"^(\S+) weights of step 0:", re.MULTILINE)
 """What the log of a sampler says when it may answer, with the time."""
-OWN_SNAPSHOT_STEPS = 10
-OWN_EPOCHS = 4
+OWN_SNAPSHOT_STEPS = 18
+"""A student of either side is judged every so many steps; the demo has 108."""
 OWN_STOP_AFTER_S = 330.0
 OWN_TURNS = 3
 
@@ -149,12 +149,21 @@ def loop_of(run: Path) -> dict[str, float]:
 
 
 def own_run_file(settings: Settings, folder: Folder) -> Path:
-    """The demo's run file, with its own measuring, but for where it reads and writes."""
-    run = yaml.safe_load(Path("configs/quickstart.yaml").read_text())
+    """The demo's run file, with its own measuring, but for where it reads and writes, and that it
+    keeps checkpoints for the evaluator.
+    """
+    run = demo()
     run["prompts"]["path"] = PROMPTS
     run["store"] = {"path": str(folder.work / "own_store")}
     run["output"] = {"path": str(folder.student("raystill", "own"))}
+    run["training"] |= {"checkpoint_every_steps": OWN_SNAPSHOT_STEPS, "num_checkpoints_to_keep": 6}
     return written(folder.work / "raystill-own.yaml", run)
+
+
+def demo() -> dict[str, Any]:
+    """The demo's run file."""
+    run: dict[str, Any] = yaml.safe_load(Path("configs/quickstart.yaml").read_text())
+    return run
 
 
 def written(path: Path, run: dict[str, object]) -> Path:
@@ -212,23 +221,34 @@ def mechanics(settings: Settings, folder: Folder) -> Iterator[Part]:
 def own_means(settings: Settings, folder: Folder) -> Iterator[Part]:
     """Each with its own means, to the same held-out KL.
 
-    Raystill is its shipped demo. TRL has the answers that vLLM wrote for the first table, a start
-    of evenly spaced layers (it has no means to choose them) and the learning rate of all sides,
-    which serves it better than its default of 2e-5; it trains for several epochs, in turns, and
-    every snapshot is judged.
+    Raystill is its shipped demo. TRL has as many of the same prompts, answered by vLLM, and as many
+    epochs of them; a start of evenly spaced layers (it has no means to choose them), and the
+    learning rate of all sides, which serves it better than its default of 2e-5. It trains in turns.
+    The evaluator judges students of both on their way.
     """
-    start = folder.start("even")
+    work, start = folder.work, folder.start("even")
     yield judge(folder, "trl-even", "own", start)
     yield Part("own-raystill-run", raystill(own_run_file(settings, folder)), "raystill", "own")
+    command = [sys.executable, "-m", "benchmarks.rivals.checkpoints", str(work)]
+    yield Part("own-raystill-checkpoints", command, "raystill", "own", counts=False)
+    yield curve(folder, "own-raystill-curve", "raystill", folder.student("raystill-own", "curve"))
     yield judge(folder, "raystill", "own", model_of(folder, "raystill", "own"))
-    options = ["--start", "even", "--answers", "vllm", "--epochs", OWN_EPOCHS]
+    run = demo()
+    sample = rival("sample_vllm", work, "--demo", run["prompts"]["limit"])
+    yield Part("own-trl-sample", sample, "trl", "own", work / "figures" / "own-sample.json")
+    options = ["--start", "even", "--answers", "own", "--epochs", run["training"]["epochs"]]
     options += ["--every", OWN_SNAPSHOT_STEPS, "--stop-after", OWN_STOP_AFTER_S]
     for turn in range(1, OWN_TURNS + 1):
-        command = rival("train_trl", folder.work, "trl", "own", *options)
+        command = rival("train_trl", work, "trl", "own", *options)
         yield Part(f"own-trl-train-{turn}", command, "trl", "own")
-        figures = folder.work / "figures" / f"own-trl-judge-{turn}.json"
-        command = rival("judge", folder.work, folder.student("trl", "own"), figures, "--snapshots")
-        yield Part(f"own-trl-judge-{turn}", command, "trl", "own", figures, counts=False)
+        yield curve(folder, f"own-trl-judge-{turn}", "trl", folder.student("trl", "own"))
+
+
+def curve(folder: Folder, name: str, side: str, students: Path) -> Part:
+    """Judging the students that a side has left on its way."""
+    figures = folder.work / "figures" / f"{name}.json"
+    command = rival("judge", folder.work, students, figures, "--snapshots")
+    return Part(name, command, side, "own", figures, counts=False)
 
 
 def environment(settings: Settings) -> dict[str, str]:

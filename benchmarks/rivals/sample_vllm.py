@@ -1,9 +1,11 @@
 """The teacher's answers by vLLM's offline ``LLM``, into a file.
 
-python -m benchmarks.rivals.sample_vllm WORK        (in .venv-rivals)
+    python -m benchmarks.rivals.sample_vllm WORK [--demo LINES]        (in .venv-rivals)
+
+With ``--demo`` those of the prompts that the demo trains on, of so many lines of its file.
 """
 
-import sys
+import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from benchmarks.rivals.settings import (
     Folder,
     Settings,
     read_lines,
+    training_prompts,
     write_json,
     write_lines,
 )
@@ -24,10 +27,16 @@ from benchmarks.rivals.settings import (
 
 def main() -> None:
     """Answer the training prompts."""
-    work = Path(sys.argv[1])
-    settings, folder = Settings.load(work), Folder(work)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--demo", type=int)
+    given = parser.parse_args()
+    settings, folder = Settings.load(given.work), Folder(given.work)
     tokenizer: Any = AutoTokenizer.from_pretrained(TEACHER)
-    prompts = [row["prompt"] for row in read_lines(folder.train)]
+    side, rows = "vllm", read_lines(folder.train)
+    if given.demo:
+        side, rows = "own", training_prompts(given.demo)
+    prompts = [row["prompt"] for row in rows]
     ids = [chat_ids(tokenizer, prompt) for prompt in prompts]
     began = time.monotonic()
     engine = LLM(
@@ -42,9 +51,9 @@ def main() -> None:
         {"prompt": prompt, "prompt_ids": one, "answer_ids": list(output.outputs[0].token_ids)}
         for prompt, one, output in zip(prompts, ids, outputs, strict=True)
     ]
-    write_lines(folder.answers("vllm"), rows)
+    write_lines(folder.answers(side), rows)
     figures = {"load_s": loaded_s, "sampling_s": time.monotonic() - began}
-    write_json(folder.work / "figures" / "vllm-sample.json", figures)
+    write_json(folder.work / "figures" / f"{side}-sample.json", figures)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line]
 
 
+def training_prompts(looked_at: int) -> list[dict[str, Any]]:
+    """Prompts of the first lines of the demo's file that are not of the held-out sources."""
+    rows = read_lines(Path(PROMPTS))[:looked_at]
+    return [row for row in rows if row["source"] not in HELD_OUT_SOURCES]
+
+
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write a JSONL file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

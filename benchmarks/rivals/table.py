@@ -155,11 +155,14 @@ def own_curves(done: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
     """(seconds from prompts, held-out KL) of each side with its own means."""
     curves: dict[str, list[tuple[float, float]]] = {}
     run, kl = done.get("own-raystill-run"), kl_of(done, "raystill", "own")
-    if run and kl is not None:
-        curves["raystill"] = [(run["wall_s"], kl)]
+    ours = done.get("own-raystill-curve")
+    if run and ours and kl is not None:
+        points = ours["figures"]["curve"]
+        curves["raystill"] = [(p["training_s"], p["kl_nats_per_token"]) for p in points]
+        curves["raystill"].append((run["wall_s"], kl))
     trains = [p for name, p in sorted(done.items()) if name.startswith("own-trl-train")]
     judged = [p for name, p in sorted(done.items()) if name.startswith("own-trl-judge")]
-    sample = done.get("1-vllm-sample")
+    sample = done.get("own-trl-sample")
     if trains and judged and sample:
         curve = judged[-1]["figures"]["curve"]
         first = judged[0]["figures"]["curve"]

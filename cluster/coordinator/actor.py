@@ -11,7 +11,7 @@ nothing.
 
 import asyncio
 from collections import Counter, defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from raystill.cluster.coordinator.credits import Credits, Drops, RejectedByEpoch
@@ -27,9 +27,8 @@ PHASES_KEPT = 16  # More than can begin between two looks of the driver.
 class Coordinator(Gates):
     """State of one run, as an async actor (see ``start_coordinator``); plain to test without Ray.
 
-    ``max_rows_ahead`` rows may be ahead, and are refilled by ``refill_rows`` (`Credits`); of
-    ``num_rows`` (one epoch) a share of ``max_drop_fraction`` may be dropped, and a share of
-    ``max_rejected_fraction`` rejected by filters. ``parts``, ``beside_held_out``: see `Credits`.
+    ``refill_rows`` and ``bounds`` are those of `Credits`; of ``num_rows`` (one epoch) a share of
+    ``max_drop_fraction`` may be dropped, and ``max_rejected_fraction`` rejected by filters.
     """
 
     def __init__(
@@ -39,11 +38,10 @@ class Coordinator(Gates):
         max_drop_fraction: float,
         refill_rows: int = 0,
         max_rejected_fraction: float = 1.0,
-        parts: Mapping[str, int] | None = None,
-        beside_held_out: int | None = None,
+        **bounds: Any,
     ) -> None:
         super().__init__()
-        self._credits = Credits(max_rows_ahead, refill_rows, parts, beside_held_out)
+        self._credits = Credits(max_rows_ahead, refill_rows, **bounds)
         self._emitted: list[int] = []
         self._drops = Drops(num_rows, max_drop_fraction, max_rejected_fraction)
         self._rejected = RejectedByEpoch()
@@ -302,6 +300,15 @@ class Coordinator(Gates):
         number, present = self._phases[-1] if self._phases else (0, "")
         if name != present and after in (None, present):
             self._phases.append((number + 1, name))
+
+    async def wait_may_ask_held_out(self) -> None:
+        """Until the rows that come first are answered, or nobody asks as the teacher comes up."""
+        if self._credits.before_held_out:
+            await self._teacher_answers.wait()
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._over or self._published is None or self._credits.may_ask_held_out
+            )
 
     async def held_out_ready(self) -> None:
         """The held-out rows are answered and written, and others have their places."""

@@ -29,6 +29,8 @@ class Credits:
     """At most ``max_rows_ahead`` rows ahead, and ``max_in_flight`` groups (None: no bound).
 
     ``beside_held_out``: a bound on groups in flight of its own, while held-out rows are answered.
+    ``before_held_out``: so many groups are answered before these are asked for, and may be in
+    flight until then.
 
     ``refill_rows``: the bound less these must be enough for a step to be filled. Of a bounded
     flight half is refilled at most. ``parts``: rows that each of several teachers may have in
@@ -41,12 +43,14 @@ class Credits:
         refill_rows: int = 0,
         parts: Mapping[str, int] | None = None,
         beside_held_out: int | None = None,
+        before_held_out: int = 0,
     ) -> None:
         self.max_rows_ahead = max_rows_ahead
         self._refill_rows = refill_rows
         self._parts = dict(parts or {})
         self.max_in_flight: int | None = None
         self.beside_held_out = beside_held_out
+        self.before_held_out = before_held_out
         self.max_ahead_seen = 0
         self.begin(0)
 
@@ -59,6 +63,11 @@ class Credits:
         self.rows_left = rows_left
         self.ahead = 0
         self._full = False  # The bound was reached, and a burst has no room yet.
+
+    @property
+    def may_ask_held_out(self) -> bool:
+        """Whether the groups that come before the held-out rows are answered, or none are left."""
+        return len(self._answered) >= self.before_held_out or self.rows_left <= 0
 
     def require_fit(self, rows: int) -> None:
         """RunError for a group that could never get its credits."""
@@ -85,7 +94,10 @@ class Credits:
 
     def _has_room(self, rows: int) -> bool:
         in_flight = len(self._granted) - len(self._answered)
-        bounds = [n for n in (self.max_in_flight, self.beside_held_out) if n is not None]
+        beside = self.beside_held_out
+        if beside is not None and not self.may_ask_held_out:
+            beside = max(beside, self.before_held_out)
+        bounds = [n for n in (self.max_in_flight, beside) if n is not None]
         most = min(bounds, default=None)
         refill = min(self._refill_rows, self.rows_left - self._in_flight.total())
         if most is not None:

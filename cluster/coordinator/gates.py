@@ -15,6 +15,7 @@ class Gates:
     def __init__(self) -> None:
         self._may_stream = asyncio.Event()
         self._may_stream.set()
+        self._teacher_answers = asyncio.Event()
         self._held_out = asyncio.Event()
         self._may_save = asyncio.Event()
         self._may_save.set()
@@ -27,7 +28,12 @@ class Gates:
         self._may_stream.clear()
 
     async def release_stream(self) -> None:
-        """A teacher answers, or a student is loaded and leaves its processors to the stream."""
+        """A student is loaded, and leaves its processors to the stream."""
+        self._may_stream.set()
+
+    async def teacher_answers(self) -> None:
+        """A teacher is up: whatever waits for one may go on."""
+        self._teacher_answers.set()
         self._may_stream.set()
 
     async def wait_may_stream(self) -> None:

@@ -32,6 +32,7 @@ from raystill.config.run import RunConfig, absolute_paths
 from raystill.datasets.stream.held_out import answer_held_out
 from raystill.datasets.stream.spec import StreamSpec
 from raystill.model.on_node import ModelSource
+from raystill.placement.requests import teacher_bundles
 from raystill.run import Run
 from raystill.serve.deploy import TeacherApp, TeacherApps
 from raystill.serve.pace import start_paces
@@ -94,6 +95,7 @@ def begin(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Run:
         refill_rows=config.refill_rows,
         max_rejected_fraction=config.max_rejected_fraction,
         beside_held_out=groups_beside(config, prepared.num_held_out_rows),
+        before_held_out=groups_before(run, prepared),
         parts=parts_of(
             config.rows_ahead,
             {
@@ -104,6 +106,22 @@ def begin(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Run:
         ),
     )
     return replace(run, coordinator=unique_actor(start, folder), paces=start_paces(config))
+
+
+def groups_before(run: Run, prepared: Prepared) -> int:
+    """Training groups that are answered before held-out rows are asked for: those of a step, or 0.
+
+    A processor answers few rows sooner than many, so that the first step comes sooner. A GPU takes
+    as long for both, and several teachers or a sampler need not be up at the same time.
+    """
+    config = run.config
+    alone = config.teachers is None and not config.policy.enabled
+    if not alone or config.teacher.engine == "api" or needs_no_teacher(run, prepared):
+        return 0
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    if any("GPU" in bundle for bundle in teacher_bundles(config, has_gpus)):
+        return 0
+    return math.ceil(config.training.rows_per_step / config.stream.group_rows)
 
 
 def groups_beside(config: RunConfig, held_out_rows: int) -> int | None:
@@ -205,7 +223,7 @@ def serve_teacher(
     if sampler is not None:
         sampler.start()
     teacher.wait()
-    coordinator.release_stream.remote()
+    coordinator.teacher_answers.remote()
     probing = probe_teacher.remote(run) if probe else None
     asking = bool(held_out) and bool(ray.wait(held_out, num_returns=len(held_out), timeout=0)[1])
     if asking:  # Else a faster teacher has told of it.

@@ -1,7 +1,8 @@
-"""The held-out rows: the teacher answers them once, before training; every evaluation uses them.
+"""The held-out rows: the teacher answers them once, at the beginning; every evaluation uses them.
 
-One Ray task asks and writes, so no answer passes through the driver. *Waits for* the teacher.
-*Unblocks* the workers' first evaluation (``wait_held_out``).
+One Ray task asks and writes, so no answer passes through the driver. *Waits for* the teacher, and
+for the rows of the first step where these come first (``wait_may_ask_held_out``). *Unblocks* the
+workers' first evaluation (``wait_held_out``).
 """
 
 from hashlib import sha256
@@ -35,6 +36,7 @@ def answer_held_out(run: Run) -> int:
     prompts = folder.read_table(HELD_OUT_PROMPTS)
     rows = read_complete(folder, prompts, signal)
     if rows is None:
+        ray.get(run.coordinator.wait_may_ask_held_out.remote())
         rows = answer_prompts(run, prompts, signal, "evaluation", EPOCH)
         if len(rows) == 0:
             raise RunError(

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from raystill.base.errors import RunError
 from raystill.cluster.coordinator.actor import Coordinator
 from raystill.cluster.coordinator.credits import Credits, parts_of
-from raystill.cluster.job.run import groups_beside
+from raystill.cluster.job.run import groups_before, groups_beside
 from raystill.config.load import load_config
 from raystill.config.run import RunConfig
 from raystill.datasets.stream.ledger import Ledger
@@ -166,6 +167,56 @@ def test_while_held_out_rows_are_answered_few_groups_are_asked_for_beside_them()
         for group in (32, 40, 48):
             assert await c.acquire(attempt, 8, group)
         assert await waits(c.acquire(attempt, 8, 56)), "the other bound stays"
+
+    asyncio.run(run())
+
+
+def test_held_out_rows_are_asked_for_when_the_rows_of_the_first_step_are_answered():
+    async def run():
+        c = coordinator(max_rows_ahead=64, beside_held_out=1, before_held_out=2)
+        assert await waits(c.wait_may_ask_held_out()), "no teacher answers"
+        attempt = await c.publish(0, 0, Ledger(100).to_dict())
+        await c.teacher_answers()
+        asking = asyncio.ensure_future(c.wait_may_ask_held_out())
+        assert await c.acquire(attempt, 8, 0) and await c.acquire(attempt, 8, 8)
+        assert await waits(c.acquire(attempt, 8, 16)), "those of the first step alone"
+        await c.answered(attempt, 0, 8, {})
+        assert await waits(asyncio.shield(asking))
+        assert await c.acquire(attempt, 8, 16)
+        await c.answered(attempt, 8, 8, {})
+        await asking
+        assert await waits(c.acquire(attempt, 8, 24)), "the bound beside them is another"
+        await c.publish(0, 0, Ledger(100).to_dict())
+        assert await waits(c.wait_may_ask_held_out()), "another life asks for them anew"
+        await c.finished("stopped")
+        await c.wait_may_ask_held_out()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("rows", [0, 8])
+def test_held_out_rows_wait_for_no_more_groups_than_there_are(rows):
+    async def run():
+        c = coordinator(max_rows_ahead=64, beside_held_out=1, before_held_out=2)
+        attempt = await c.publish(0, 0, Ledger(rows).to_dict())
+        await c.teacher_answers()
+        if rows:
+            assert await waits(c.wait_may_ask_held_out())
+            assert await c.acquire(attempt, 8, 0)
+            await c.answered(attempt, 0, 8, {})
+        await c.wait_may_ask_held_out()
+
+    asyncio.run(run())
+
+
+def test_held_out_rows_wait_for_no_student_that_is_not_there_yet():
+    async def run():
+        c = coordinator(max_rows_ahead=64, beside_held_out=1, before_held_out=2)
+        await c.teacher_answers()
+        await c.wait_may_stream()
+        await c.wait_may_ask_held_out()
+        ready = coordinator(max_rows_ahead=64, beside_held_out=1)
+        await ready.wait_may_ask_held_out()
 
     asyncio.run(run())
 
@@ -590,3 +641,24 @@ def test_training_rows_have_the_slots_that_held_out_ones_leave(held_out, changed
     overrides = [f"{name}={value}" for name, value in changed.items()]
     config = load_config(Path("configs/quickstart.yaml"), overrides)
     assert groups_beside(config, held_out) == groups
+
+
+@pytest.mark.parametrize(
+    ("changed", "gpus", "asked", "groups"),
+    [
+        ({}, 0, True, 1),
+        ({"training.rows_per_step": 20}, 0, True, 3),
+        ({}, 0, False, 0),
+        ({}, 2, True, 0),
+        ({"teacher.gpus_per_replica": 1}, 0, True, 0),
+        ({"policy.student_share": 0.5}, 0, True, 0),
+    ],
+)
+def test_the_first_step_comes_before_held_out_rows_where_a_cpu_answers(
+    monkeypatch, changed, gpus, asked, groups
+):
+    overrides = [f"{name}={value}" for name, value in changed.items()]
+    config = load_config(Path("configs/quickstart.yaml"), overrides)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2, "GPU": gpus})
+    stored = SimpleNamespace(asked={""} if asked else set())
+    assert groups_before(SimpleNamespace(config=config), SimpleNamespace(stored=stored)) == groups

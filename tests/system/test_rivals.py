@@ -83,7 +83,7 @@ def test_a_sides_time_is_the_sum_of_its_parts_and_unknown_while_one_is_missing(t
 
 def test_the_time_to_an_aim_counts_sampling_and_loading(tmp_path):
     folder = Folder(tmp_path)
-    record(folder, "1-vllm-sample", "vllm", "1", 100)
+    record(folder, "own-trl-sample", "trl", "own", 100)
     record(folder, "own-trl-train-1", "trl", "own", 360)
     points = [(10, 200.0, 1.4), (20, 340.0, 1.0)]
     curve = [{"step": s, "training_s": t, "kl_nats_per_token": kl} for s, t, kl in points]
@@ -96,6 +96,12 @@ def test_the_time_to_an_aim_counts_sampling_and_loading(tmp_path):
     assert found == [(320.0, 1.4), (460.0, 1.0), (620.0, 0.85)]
     assert (until(found, 0.9), until(found, 0.7)) == (620.0, None)
     assert "| 620 s | not in 620 s |" in tables(folder, SMALL, {"cpu": "a processor"})
+    record(folder, "own-raystill-run", "raystill", "own", 300)
+    ours = [{"step": 18, "training_s": 120.0, "kl_nats_per_token": 0.88}]
+    record(folder, "own-raystill-curve", "raystill", "own", 5, curve=ours)
+    record(folder, "own-raystill-judge", "raystill", "own", 5, kl_nats_per_token=0.69)
+    assert own_curves(records(folder))["raystill"] == [(120.0, 0.88), (300.0, 0.69)]
+    assert "| 120 s | 300 s |" in tables(folder, SMALL, {"cpu": "a processor"})
 
 
 def test_a_folder_holds_one_job(tmp_path):
@@ -190,10 +196,15 @@ def test_sides_alternate_and_only_what_is_asked_for_runs(tmp_path):
     ]
     assert names[8:11] == ["2-vllm-train", "2-policy-train", "2-raystill-run"]
     first = Part("material", [])
-    given = SimpleNamespace(own=False, only="1-raystill", students=1)
+    given = SimpleNamespace(own=False, policy=False, only="1-raystill", students=1)
     asked = [part.name for part in wanted(first, folder, SMALL, given)]
     assert asked == ["material", "1-raystill-run", "1-raystill-judge"]
-    given.only = "policy"
+    given.only = ""
+    for given.policy in (False, True):
+        asked = [part.name for part in wanted(first, folder, SMALL, given)]
+        assert ("1-policy-distill-train" in asked) == given.policy and "1-policy-train" in asked
+        assert ("1-policy-raystill-judge" in asked) == given.policy
+    given.only, given.policy = "policy", False
     asked = [part.name for part in wanted(first, folder, SMALL, given)]
     sides = ("1-policy-train", "1-policy-distill-train", "1-policy-raystill-run")
     assert [name for name in asked[1:] if "judge" not in name] == list(sides)

@@ -58,7 +58,7 @@ class Run(worker_module.Worker):
         self.ranks = SimpleNamespace(first=False, world_size=1, gather=lambda one: [one])  # type: ignore[assignment]
         self.progress = Progress(run, self.ranks)  # type: ignore[arg-type]
         self.ranks.first = True  # type: ignore[misc]
-        self.policy = self.cores = None
+        self.policy = self.cores = self.untrained = None
         self.checkpointer = SimpleNamespace(poll=lambda: None)  # type: ignore[assignment]
         self.coordinator.stop_requested = self
         self.stops_at = -1
@@ -79,7 +79,7 @@ class Run(worker_module.Worker):
     def checkpoint(self) -> None:
         self.made.append(self.progress.step)
 
-    def _measure(self, when: str, weights: str) -> None:
+    def _measure(self, when: str, weights: str, step: int | None = None) -> None:
         self.measured.append(self.progress.step)
 
     def open(self) -> StepRows[Any]:
@@ -150,3 +150,42 @@ def test_a_checkpoint_of_a_run_that_lagged_is_resumed_in_step(run: Any) -> None:
         9, 2, ledger.to_dict(), {"epoch_step": 1, "rows_trained": 0, "skipped_steps": 0}
     )
     assert one.progress.step == 2 * 5 + 1
+
+
+@pytest.mark.parametrize(("there", "asked"), [(2, [1, 2]), (99, [1, 2, 3])])
+def test_the_untrained_student_is_measured_when_it_can_be_and_before_any_other_figure(
+    run: Any, there: int, asked: list[int]
+) -> None:
+    one = run(32, 4, 1, 3)
+    tried: list[tuple[int, bool]] = []
+
+    def take(*, wait: bool) -> bool:
+        assert not one.measured, "an evaluation came before it"
+        step = one.progress.step
+        tried.append((step, wait))
+        return wait or step >= there
+
+    written: list[int] = []
+    one.untrained = SimpleNamespace(take=take, write=lambda: written.append(one.progress.step))
+    one.phase = lambda name: None
+    assert not one.all()
+    assert tried == [(step, step == 3) for step in asked]
+    assert one.measured == [3, 6] and one.untrained is None
+    assert written == asked[:-1], "meanwhile it may write"
+
+
+def test_a_checkpoint_waits_for_the_figures_of_the_untrained_student(run: Any) -> None:
+    one = run(32, 4, 1, 0)
+    order: list[str] = []
+    one.untrained = SimpleNamespace(take=lambda *, wait: order.append(f"measured {wait}") or True)
+    one.phase = lambda name: None
+    one.checkpointer = SimpleNamespace(last_step=-1, begin=lambda *_: order.append("written"))
+    one.coordinator.wait_may_save = SimpleNamespace(remote=lambda: order.append("asked"))
+    one.ranks.gather = lambda mine: order.append("gathered")
+    one.student, one.optimizer, one.device = SimpleNamespace(model=None), None, None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_module.ckpt, "random_state", lambda device: {})
+        patch.setattr(worker_module.ckpt.Part, "copied", lambda *_: None)
+        patch.setattr(worker_module.ray, "get", lambda answer: answer)
+        worker_module.Worker.checkpoint(one)
+    assert order == ["measured True", "asked", "gathered", "written"]

@@ -185,10 +185,14 @@ def held_out_table(prompts):
     return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
-def run_once(config, folder, teacher, name, stop=False):
-    """One driver's life: a coordinator of its own, ``fit`` beside the main thread; its snapshot."""
+def run_once(config, folder, teacher, name, stop=False, late=False):
+    """One driver's life: a coordinator of its own, ``fit`` beside the main thread; its snapshot.
+
+    late: the held-out rows are answered when the student has trained a step.
+    """
     coordinator = start_coordinator(name, config.rows_ahead, NUM_ROWS, 0.2)
-    ray.get(coordinator.held_out_ready.remote())
+    if not late:
+        ray.get(coordinator.held_out_ready.remote())
     if stop:
         ray.get(coordinator.request_stop.remote(15))
     more = {"num_rows": NUM_ROWS, "coordinator": coordinator}
@@ -204,6 +208,10 @@ def run_once(config, folder, teacher, name, stop=False):
 
     thread = threading.Thread(target=work)
     thread.start()
+    while late and thread.is_alive() and not folder.exists("metrics.jsonl"):
+        time.sleep(0.05)
+    assert not late or not folder.exists("evaluation.jsonl"), "it waited, and yet it measured"
+    ray.get(coordinator.held_out_ready.remote())
     thread.join()
     if errors:
         raise errors[0]
@@ -245,7 +253,10 @@ def test_a_stopped_run_on_two_workers_resumes_and_trains_what_one_process_would(
     write_inputs(folder)
 
     config = run_config(teacher, "fixed", num_workers=2, strategy=first)
-    stopped = run_once(config, folder, teacher, f"{first}-1", stop=True)
+    stopped = run_once(config, folder, teacher, f"{first}-1", stop=True, late=True)
+    (before,) = read_lines(folder, "evaluation.jsonl")
+    untrained = build_student(config, str(teacher), config.section_seeds()["student"])
+    check_recomputation(folder, before, untrained.eval())
     assert stopped.outcome == "stopped"
     assert last_checkpoint(folder).step == 1  # The step that was begun is finished.
     assert last_checkpoint(folder).num_files == num_files[first]
@@ -259,7 +270,8 @@ def test_a_stopped_run_on_two_workers_resumes_and_trains_what_one_process_would(
     assert last_checkpoint(folder).num_files == num_files[then]
     assert len(registered_names(folder)) == config.training.num_checkpoints_to_keep
     check_completed(config, folder, resumed)
-    check_recomputation(folder)
+    trained = AutoModelForCausalLM.from_pretrained(folder.local / "student").eval()
+    check_recomputation(folder, read_lines(folder, "evaluation.jsonl")[-1], trained)
     check_student(config, folder, teacher)
 
 
@@ -293,10 +305,8 @@ def check_completed(config, folder, snapshot):
     assert (folder.logs / "student-0.log").exists()
 
 
-def check_recomputation(folder):
-    """The figures again from ``student/`` and ``held_out.parquet`` with transformers alone."""
-    after = read_lines(folder, "evaluation.jsonl")[-1]
-    model = AutoModelForCausalLM.from_pretrained(folder.local / "student").eval()
+def check_recomputation(folder, record, model):
+    """The figures again from a model and ``held_out.parquet`` with transformers alone."""
     kl = nll = agree = tokens = 0
     for row in folder.read_table("held_out.parquet").to_pylist():
         ids = row["prompt_ids"] + row["response_ids"]
@@ -311,7 +321,7 @@ def check_recomputation(folder):
             agree += int(q.argmax()) == row["topk_ids"][t][0]
             nll -= math.log(q[target])
             tokens += 1
-    assert after["num_tokens"] == tokens
-    assert after["kl_nats_per_token"] == pytest.approx(kl / tokens, rel=1e-4)
-    assert after["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
-    assert after["top1_agreement"] == pytest.approx(agree / tokens)
+    assert record["num_tokens"] == tokens
+    assert record["kl_nats_per_token"] == pytest.approx(kl / tokens, rel=1e-4)
+    assert record["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
+    assert record["top1_agreement"] == pytest.approx(agree / tokens)

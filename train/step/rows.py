@@ -99,6 +99,11 @@ class StepRows(Generic[R]):
             self._first = pool.submit(first_block)
             pool.shutdown(wait=False)  # The thread ends after its only task.
 
+    @property
+    def begun(self) -> bool:
+        """Whether the first block is there, so that ``take`` has something to begin with."""
+        return self._first is None or self._first.done()
+
     def take(self, step: int) -> list[R]:
         """This rank's rows of ``step``, possibly none. Waits until it has all of them.
 

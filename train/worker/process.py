@@ -1,4 +1,6 @@
-"""A worker's process: where its output goes, which cores or device it has, what ends the run."""
+"""A worker's process: where its output goes, which cores or device it has, what it goes on from,
+and what ends the run.
+"""
 
 import errno
 import logging
@@ -8,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+import ray.train
 import torch
 from ray.train.torch import get_device
 
@@ -83,3 +86,14 @@ def report_final_errors(run: Run) -> Iterator[None]:
             error = RunError(no_space_left(run.folder, error))
         ray.get(run.coordinator.failed.remote(str(error)))
         raise error
+
+
+@contextmanager
+def last_checkpoint() -> Iterator[str | None]:
+    """Folder on this node of the last *registered* checkpoint; None where there is none."""
+    registered = ray.train.get_checkpoint()
+    if registered is None:
+        yield None
+        return
+    with registered.as_directory() as path:
+        yield path

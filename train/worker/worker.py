@@ -10,8 +10,6 @@ other ranks. Unblocked by: the teacher's answers, the stream's end, a stop.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -39,9 +37,10 @@ from raystill.train.step.step import GlobalStep
 from raystill.train.student import build, export, lora
 from raystill.train.student.module import StudentModule, parallel_module
 from raystill.train.student.sharding import place_student
-from raystill.train.worker.process import report_final_errors, settle_process
+from raystill.train.worker.process import last_checkpoint, report_final_errors, settle_process
 from raystill.train.worker.progress import Progress
 from raystill.train.worker.shape import base_of, read_student
+from raystill.train.worker.untrained import Untrained
 
 if TYPE_CHECKING:
     from raystill.train.worker.policy import PolicyPublisher
@@ -65,7 +64,7 @@ def run_worker(worker: "Worker") -> None:
     """The order of events: restore, all epochs or up to a stop, a last checkpoint, the student."""
     with last_checkpoint() as path:
         rows = worker.start(path)
-    worker.measure_before()
+    worker.measure_before(rows)
     stopped = worker.train(rows)
     while not stopped and worker.next_epoch():
         stopped = worker.train(worker.open_stream(restored=False))
@@ -78,17 +77,6 @@ def run_worker(worker: "Worker") -> None:
         worker.leave("completed")
 
 
-@contextmanager
-def last_checkpoint() -> Iterator[str | None]:
-    """Folder on this node of the last *registered* checkpoint; None where there is none."""
-    registered = ray.train.get_checkpoint()
-    if registered is None:
-        yield None
-        return
-    with registered.as_directory() as path:
-        yield path
-
-
 class Worker:
     """One rank of the run: the student, its optimizer, and what they have learned."""
 
@@ -98,6 +86,7 @@ class Worker:
         self.ranks = Ranks(context.get_world_rank(), context.get_world_size())
         self.device, self.cores = settle_process(run, context)
         self.progress = Progress(run, self.ranks)
+        self.untrained: Untrained | None = None
 
     def start(self, checkpoint: str | None) -> StepRows[Row]:
         """Go back to a checkpoint, or to the beginning; this rank's share of the rows.
@@ -173,18 +162,28 @@ class Worker:
         rows.start(lambda: ray.get(self.coordinator.wait_may_stream.remote()))
         return rows
 
-    def measure_before(self) -> None:
-        """Figures of the untrained student, while the teacher starts and answers."""
+    def measure_before(self, rows: StepRows[Row]) -> None:
+        """Figures of the untrained student, or what takes them once the teacher has answered.
+
+        Where the student writes rows too, they come first: its sampler and its teacher are both up.
+        """
         if not self.config.evaluation.enabled:
             return
-        due = self.progress.step == 0 and not self.measurer.is_measured(0)
-        if due:
-            self.measurer.write_ahead()
+        answered = self.coordinator.wait_held_out.remote()
+        if self.progress.step == 0 and not self.measurer.is_measured(0):
+            measure = partial(self._measure, "before", TRAINING_PRECISION, step=0)
+            write = self.measurer.write_ahead
+            self.untrained = Untrained(self.ranks, answered, write, measure)
+            later = not self.config.policy.enabled
+            if not (later and self.ranks.from_first(rows.begun)):
+                self.untrained.write()
+            if later and not self.untrained.take():
+                self.untrained.keep(self.student.model)
+                return
         if self.ranks.first:
             self.coordinator.phase.remote(WAITING, after=LOADING)
-        ray.get(self.coordinator.wait_held_out.remote())
-        if due:
-            self._measure("before", TRAINING_PRECISION)
+        ray.get(answered)
+        self._take_before(wait=True)
 
     def train(self, rows: StepRows[Row]) -> bool:
         """Step until the rows end (False) or a stop is asked for (True); the same on all ranks."""
@@ -223,6 +222,7 @@ class Worker:
         """Collect all ranks' state at this step and begin to write it, if its teacher is sound."""
         if self.checkpointer.last_step == self.progress.step:
             return
+        self._take_before(wait=True)
         ray.get(self.coordinator.wait_may_save.remote())
         mine = {"random": ckpt.random_state(self.device), **self.progress.hand_over()}
         parts = self.ranks.gather(mine)
@@ -275,7 +275,10 @@ class Worker:
         """
         step, evaluation = self.progress.step, self.config.evaluation
         every = self.config.training.checkpoint_every_steps
-        if evaluation.enabled and evaluation.every_steps and step % evaluation.every_steps == 0:
+        during = evaluation.enabled and evaluation.every_steps
+        during = during and step % evaluation.every_steps == 0
+        self._take_before(wait=bool(during))
+        if during:
             self._measure("during", TRAINING_PRECISION)
             self.phase("training")
         if every and step % every == 0:
@@ -290,11 +293,25 @@ class Worker:
         if self.cores is not None and self.cores.may_change:
             self.cores.follow(ray.get(self.coordinator.teacher_served.remote()))
 
-    def _measure(self, when: str, weights: str) -> None:
+    def _take_before(self, *, wait: bool) -> None:
+        """The figures of the untrained student, if they are due and the teacher has answered.
+
+        Until then its rows are few and far between: time for the student to write its answers.
+        """
+        if self.untrained is None:
+            return
+        if self.untrained.take(wait=wait):
+            self.untrained = None
+            self.phase("training")
+        else:
+            self.untrained.write()
+
+    def _measure(self, when: str, weights: str, step: int | None = None) -> None:
         self.phase(f"measuring the student {when} training")
         self._follow_teacher()
         counts = self._pairs() if when == "after" else None
-        figures = self.measurer.measure(self.progress.step, when, weights, counts)
+        step = self.progress.step if step is None else step
+        figures = self.measurer.measure(step, when, weights, counts)
         if self.ranks.first:
             self.coordinator.evaluated.remote(figures)
 
