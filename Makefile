@@ -129,7 +129,7 @@ $(RIVALS): requirements/rivals.txt $(STAMP)
 	@$(PIP) --python .venv-rivals/bin/python install -qq --no-deps $(FROM)/rivals.txt
 	@touch $@
 
-rivals: setup $(RIVALS)   ## the same job by TRL and by Raystill, side by side (about an hour)
+rivals: setup $(RIVALS)   ## the same job by TRL and by Raystill, side by side (half an hour)
 	$(QUIET) RAY_AUTH_MODE=disabled $(BIN)/python -m benchmarks.rivals $(RIVALS_ARGS)
 
 clean:           ## remove what the build made (not runs/ and models/)

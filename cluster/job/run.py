@@ -116,7 +116,8 @@ def groups_before(run: Run, prepared: Prepared) -> int:
     """
     config = run.config
     alone = config.teachers is None and not config.policy.enabled
-    if not alone or config.teacher.engine == "api" or needs_no_teacher(run, prepared):
+    stored = prepared.stored.held_out_rows >= prepared.num_held_out_rows
+    if stored or not alone or config.teacher.engine == "api" or needs_no_teacher(run, prepared):
         return 0
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     if any("GPU" in bundle for bundle in teacher_bundles(config, has_gpus)):

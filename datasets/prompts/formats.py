@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
+
 from raystill.base.personal import mask
 from raystill.base.redact import HIDDEN, holds_part, shown_value
 from raystill.datasets.prompts.files import PromptFile
@@ -127,10 +129,21 @@ def _parquet(file: PromptFile) -> Iterator[tuple[str, Any]]:
     with file.open_bytes() as stream:
         number = 0
         for batch in file.batches(stream, PARQUET_ROWS):
-            for row in batch.to_pylist():
+            for row in as_written(batch).to_pylist():
                 row |= {name: without_nulls(row[name]) for name in chats if name in row}
                 yield f"{file.name}, row {number}", row
                 number += 1
+
+
+def as_written(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with its float32 columns as the numbers that somebody wrote: 0.1 is 0.1, and not
+    0.10000000149, as a reference or a check's field would be told.
+    """
+    for place, field in enumerate(batch.schema):
+        if pa.types.is_float32(field.type):
+            written = batch.column(place).cast(pa.string()).cast(pa.float64())
+            batch = batch.set_column(place, field.name, written)
+    return batch
 
 
 def without_nulls(value: Any) -> Any:

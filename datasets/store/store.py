@@ -365,11 +365,21 @@ class TeacherStore:
                 file.flush()
                 os.fsync(descriptor)
             os.link(temporary, f"{folder}/{name}")
+            _sync_names(folder)  # Else a power cut can take it back after its parts were removed.
         except FileExistsError:
             return False
         finally:
             os.unlink(temporary)
         return True
+
+
+def _sync_names(folder: str) -> None:
+    """Returns when the names in a local folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)

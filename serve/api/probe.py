@@ -160,10 +160,10 @@ class _Server:
         for size in dict.fromkeys([expected.vocab_size or named, named]):
             if await self._can_force(size - 1) and not await self._can_force(size):
                 return size
-        if not await self._can_force(named - 1):
+        if (why := await self._not_forced(named - 1)) is not None:
             return (
                 f"{self._api.base_url} does not take id {named - 1}, the last that the tokenizer "
-                f"of {expected.model} names, in allowed_token_ids; name the server's own "
+                f"of {expected.model} names, in allowed_token_ids ({why}); name the server's own "
                 "tokenizer in teacher.model"
             )
         low, high = named, named * 2  # low ids are there; high is not.
@@ -180,8 +180,15 @@ class _Server:
         return low
 
     async def _can_force(self, token: int) -> bool:
+        return await self._not_forced(token) is None
+
+    async def _not_forced(self, token: int) -> str | None:
+        """What became of an answer that may have this token alone, where that is not what it is."""
         request = IdsRequest([0], more={"allowed_token_ids": [token]})
-        return await self._ask(request, lambda choice: choice["token_ids"] == [token]) is True
+        told = await self._ask(request, lambda choice: list(choice["token_ids"]))
+        if isinstance(told, str):
+            return told
+        return None if told == [token] else f"it answered {told[:4]}"
 
     async def too_few(self, ids: list[int], logprobs: int) -> str | None:
         """Are fewer logprobs allowed than the run asks for?"""

@@ -660,5 +660,9 @@ def test_the_first_step_comes_before_held_out_rows_where_a_cpu_answers(
     overrides = [f"{name}={value}" for name, value in changed.items()]
     config = load_config(Path("configs/quickstart.yaml"), overrides)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2, "GPU": gpus})
-    stored = SimpleNamespace(asked={""} if asked else set())
-    assert groups_before(SimpleNamespace(config=config), SimpleNamespace(stored=stored)) == groups
+    stored = SimpleNamespace(asked={""} if asked else set(), held_out_rows=47)
+    prepared = SimpleNamespace(stored=stored, num_held_out_rows=48)
+    run = SimpleNamespace(config=config)
+    assert groups_before(run, prepared) == groups
+    stored.held_out_rows = 48
+    assert groups_before(run, prepared) == 0, "they come from the store, at once"

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import math
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +22,7 @@ from raystill.config.prompts import PromptsConfig
 from raystill.config.run import RunConfig
 from raystill.datasets.prompts import tables as prompt_table
 from raystill.datasets.prompts import tokenise
+from raystill.datasets.prompts.formats import as_written
 from raystill.datasets.prompts.read import RawPrompt, read_prompts
 from raystill.datasets.prompts.tables import PromptTables, build_prompt_tables
 from raystill.datasets.prompts.tokenise import PromptTokeniser
@@ -69,6 +71,15 @@ def test_jsonl_json_csv_and_parquet_say_the_same(tmp_path: Path) -> None:
         read = read_prompts(prompts(tmp_path / name))
         assert [(r.text, r.source) for r in read] == [(r["prompt"], r["source"]) for r in ROWS]
         assert name in read[0].where
+
+
+def test_numbers_of_a_parquet_file_are_those_that_were_written() -> None:
+    numbers = [0.1, 2.5, None, 1e20, -0.0, math.inf, 3.0]
+    short, long = pa.array(numbers, pa.float32()), pa.array(numbers, pa.float64())
+    batch = pa.record_batch({"a": short, "b": long, "c": pa.array(map(str, numbers))})
+    read = as_written(batch)
+    assert read["a"].to_pylist() == read["b"].to_pylist() == numbers
+    assert read.column_names == ["a", "b", "c"] and read["c"].to_pylist()[0] == "0.1"
 
 
 def test_text_has_a_prompt_a_line(tmp_path: Path) -> None:

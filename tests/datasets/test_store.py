@@ -580,3 +580,26 @@ class TestCommand:
     def test_a_store_that_is_not_there_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(RunError, match="no teacher store at"):
             store_command("list", str(tmp_path / "none"))
+
+
+def test_a_published_name_is_on_the_disk_before_anybody_counts_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    link, fsync = os.link, os.fsync
+
+    def noted_link(source: str, target: str) -> None:
+        link(source, target)
+        order.append("named")
+
+    def noted_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        order.append("names" if path.is_dir() else "content")
+
+    monkeypatch.setattr(os, "link", noted_link)
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    assert TeacherStore(str(tmp_path)).put("a.parquet", b"answers")
+    assert order == ["content", "named", "names"]
+    assert not TeacherStore(str(tmp_path)).put("a.parquet", b"others")
+    assert (tmp_path / SEGMENTS / "a.parquet").read_bytes() == b"answers"

@@ -3,13 +3,16 @@ if nothing had been measured: in one process, and on two ranks with its weights 
 """
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from raystill.train.evaluation.free_running import FreeRunning, write_free
 from raystill.train.evaluation.teacher_forced import evaluate
 from raystill.train.step.ranks import Ranks
+from raystill.train.student.sharding import whole_weights
 from raystill.train.worker import untrained as untrained_module
 from raystill.train.worker.untrained import Untrained
 from tests.support.tiny_student import (
@@ -25,6 +28,8 @@ from tests.support.tiny_student import (
 from tests.support.workers import run_workers
 
 CPU = torch.device("cpu")
+SAMPLING: Any = SimpleNamespace(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, stop_token_ids=())
+FREE = FreeRunning(rows=3, max_tokens=4, sampling=SAMPLING, seed=1)
 
 
 class Answers:
@@ -59,6 +64,8 @@ def run(rank: int | None = None, strategy: str = "fsdp", measures: bool = True) 
     untrained_module.ray = answers = Answers()  # type: ignore[assignment]
 
     def write() -> None:
+        with whole_weights(inner):
+            write_free(inner.model, rows, FREE, CPU, ranks)
         written.append(evaluate(inner, rows, tokens_budget=64, **settings))
 
     untrained = Untrained(ranks, "held-out rows", write, measure)
