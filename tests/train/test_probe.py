@@ -131,6 +131,7 @@ def test_no_checkpoint_is_begun_before_the_teacher_is_found_sound(monkeypatch) -
         ranks=SimpleNamespace(gather=lambda _: None),
         student=SimpleNamespace(model=None),
         optimizer=None,
+        _take_before=lambda *, wait: told.append("untrained measured") if not wait else None,
     )
     with pytest.raises(RunError, match="disagrees"):
         worker.Worker.checkpoint(one)
