@@ -111,8 +111,8 @@ def begin(config: RunConfig, folder: RunFolder, prepared: Prepared) -> Run:
 def groups_before(run: Run, prepared: Prepared) -> int:
     """Training groups that are answered before held-out rows are asked for: those of a step, or 0.
 
-    A processor answers few rows sooner than many, so that the first step comes sooner. A GPU takes
-    as long for both, and several teachers or a sampler need not be up at the same time.
+    A processor answers few rows sooner than many, so that the first step comes sooner. A GPU
+    gains little by that, and several teachers or a sampler need not be up at the same time.
     """
     config = run.config
     alone = config.teachers is None and not config.policy.enabled

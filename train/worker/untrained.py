@@ -15,9 +15,9 @@ from typing import Any
 import ray
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from raystill.train.step.ranks import Ranks
+from raystill.train.student.sharding import own_rows
 
 
 class Untrained:
@@ -52,8 +52,9 @@ class Untrained:
     @torch.no_grad()
     def keep(self, model: nn.Module) -> None:
         """Keep the weights as they are before the first step."""
-        changing = (_mine(weight) for weight in model.parameters() if weight.requires_grad)
-        self._kept = [(weight, weight.to("cpu", copy=True)) for weight in changing]
+        changing = [w.detach() for w in model.parameters() if w.requires_grad]
+        mine = [own_rows(weight)[0] for weight in changing]  # They share the weights' memory.
+        self._kept = [(weight, weight.to("cpu", copy=True)) for weight in mine]
 
     def take(self, *, wait: bool = False) -> bool:
         """Measure the weights that are kept, else the present ones, which stay as they are.
@@ -83,9 +84,3 @@ class Untrained:
             present = weight.to("cpu", copy=True)
             weight.copy_(kept)
             kept.copy_(present)
-
-
-def _mine(weight: Tensor) -> Tensor:
-    """What this rank has of a weight; it shares the weight's memory."""
-    tensor = weight.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
